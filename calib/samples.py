@@ -1,0 +1,65 @@
+"""Calibration samples: generated scenes for the demo model, or a user's own in LLaVA-Instruct form.
+
+A user's file is JSON (a list) or JSONL, each record with `image` (a path below --images) and
+`conversations` whose first human turn holds the question; `id` is optional.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from edgeprune.calib.collect import Sample
+from edgeprune.errors import InputError
+from edgeprune.models._processor import Processor
+
+
+def demo_samples(processor: Processor, count: int) -> Iterator[Sample]:
+    """Generated scenes with a question each, from seeds that no benchmark uses."""
+    from edgeprune.demo.questions import calibration_samples
+
+    for image, question in calibration_samples(count):
+        name = f"demo/{question.image_id}/{question.kind}"
+        yield Sample(name, processor(image, question.text))
+
+
+def user_samples(processor: Processor, file: Path, images: Path, count: int) -> Iterator[Sample]:
+    """The first `count` records of a LLaVA-Instruct file."""
+    for number, record in enumerate(_records(file)[:count]):
+        name, question = _question(file, number, record)
+        path = images / str(record["image"])
+        try:
+            with Image.open(path) as image:
+                yield Sample(str(record.get("id", name)), processor(image, question))
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"record {number} of {file}: {path} is no readable image") from error
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            records = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no readable JSON or JSONL ({error})") from error
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{file} holds no list of samples; want LLaVA-Instruct records")
+    return records
+
+
+def _question(file: Path, number: int, record: dict[str, Any]) -> tuple[str, str]:
+    try:
+        turns = record["conversations"]
+        question = next(t["value"] for t in turns if t["from"] in ("human", "user"))
+        image = record["image"]
+    except (KeyError, TypeError, StopIteration) as error:
+        raise InputError(
+            f"record {number} of {file} lacks `image` or a human turn in `conversations`"
+        ) from error
+    return f"{image}#{number}", question.replace("<image>", "").strip()

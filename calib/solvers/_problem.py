@@ -1,0 +1,111 @@
+"""The schedule problem in rank space, and what a schedule costs (UTP paper Eq. 3-5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.intp]
+Floats = NDArray[np.float64]
+Places = NDArray[np.intp]
+
+CHUNK = 2_000_000  # places held at once when many schedules are evaluated together
+
+
+def rank_order(scores: NDArray[np.floating]) -> Places:
+    """Positions by falling score along the last axis; ties go to the lower position."""
+    return np.argsort(-scores, axis=-1, kind="stable")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Which counts lose least, for `total` tokens summed over the layers.
+
+    Decision d = 0 .. L-2 picks the tokens that enter layer d + 2: it ranks them by a^{d+1} and
+    charges ell_{d+2} a^{d+2} / sum a^{d+2} for each one dropped. Only the n = r_1 tokens that enter
+    layer 1 take part. A token is known by its *place*, sample * (n + 1) + rank at decision d, so
+    that one flat `take` serves all samples; rank n is a dummy that costs nothing and pads rows.
+    """
+
+    prices: Floats  # [L-1, S, n+1] radians lost by dropping the token of that place
+    carry: Places  # [L-1, S, n+1] the place of the same token at the next decision
+    total: int  # the budget: sum of r_1 .. r_L
+
+    @classmethod
+    def pose(
+        cls,
+        attention: NDArray[np.floating],
+        loss: NDArray[np.floating],
+        entry: NDArray[np.floating] | None,
+        first: int,
+        total: int,
+    ) -> Problem:
+        """attention [S, L, V], loss [S, L] in radians, entry [S, V] (None: all V tokens enter)."""
+        attention = np.asarray(attention, np.float64)
+        mass = attention.sum(-1, keepdims=True)  # over all V tokens, dropped or not (Eq. 4)
+        share = np.divide(attention, mass, out=np.zeros_like(attention), where=mass > 0)
+        if entry is not None:
+            entered = np.sort(rank_order(entry)[:, :first], axis=-1)[:, None]
+            attention = np.take_along_axis(attention, entered, -1)
+            share = np.take_along_axis(share, entered, -1)
+        n_samples, n_layers, n_tokens = attention.shape
+        shape = (n_layers - 1, n_samples, n_tokens + 1)
+        order = rank_order(attention[:, :-1]).swapaxes(0, 1)
+        rank = np.argsort(order, axis=-1)  # the inverse permutation
+        base = np.arange(n_samples)[:, None] * (n_tokens + 1)
+
+        prices = np.zeros(shape)
+        price = (loss[:, :, None] * share)[:, 1:].swapaxes(0, 1)
+        prices[..., :-1] = np.take_along_axis(price, order, -1)
+        carry = np.empty(shape, np.intp)
+        carry[..., -1:] = base + n_tokens  # the dummy stays the dummy
+        carry[:-1, :, :-1] = np.take_along_axis(rank[1:], order[:-1], -1) + base
+        carry[-1, :, :-1] = order[-1] + base  # nothing is left to decide: back to token order
+        start = rank[0] + base
+        return cls(prices, carry, total)
+
+    @property
+    def n_decisions(self) -> int:
+        return self.prices.shape[0]
+
+    @property
+    def n_samples(self) -> int:
+        return self.prices.shape[1]
+
+    @property
+    def first(self) -> int:
+        return self.prices.shape[2] - 1
+
+    @cached_property
+    def start(self) -> Places:
+        """Places at decision 0 of the tokens that enter layer 1: [S, n]."""
+        return np.arange(self.prices[0].size).reshape(self.prices[0].shape)[:, :-1]
+
+    @cached_property
+    def dummies(self) -> Places:
+        """Each sample's place that stands for no token: [S, 1]."""
+        return self.start[:, -1:] + 1
+
+    def evaluate(self, counts: Counts) -> Floats:
+        """Mean over samples of sum_l t_l in radians for each schedule: [C, L] -> [C]."""
+        step = max(1, CHUNK // self.start.size)
+        chunks = [counts[i : i + step] for i in range(0, len(counts), step)]
+        return np.concatenate([self._evaluate(chunk) for chunk in chunks])
+
+    def _evaluate(self, counts: Counts) -> Floats:
+        cost = np.zeros(len(counts))
+        alive = np.broadcast_to(self.start, (len(counts), *self.start.shape))
+        for price, carry, before, keep in zip(
+            self.prices, self.carry, counts.T[:-1], counts.T[1:], strict=True
+        ):
+            if (keep < before).any():
+                alive = np.sort(alive, axis=-1)
+                low, high = int(keep.min()), int(keep.max())
+                gone = np.arange(alive.shape[-1]) >= keep[:, None, None]
+                cost += (price.take(alive[..., low:]) * gone[..., low:]).sum((-2, -1))
+                alive = np.where(gone[..., :high], self.dummies, alive[..., :high])
+            alive = carry.take(alive)
+        return cost / self.n_samples

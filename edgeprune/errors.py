@@ -1,0 +1,58 @@
+"""Every error that edgeprune raises on purpose.
+
+EdgepruneError
+├── SpecError        a request that cannot be met: method, compression ratio, option
+├── ModelError       a checkpoint that is missing, damaged or of another family
+├── ScheduleError    a schedule that cannot be solved or read
+├── ExportError      a graph that could not be written
+│   └── ParityError  a graph that disagrees with its eager reference
+├── BundleError      a bundle that is missing, altered or newer than this version
+├── InputError       a picture or a prompt that cannot be used
+├── CapacityError    more tokens than the KV cache or the positions allow
+└── BackendError     an inference engine that is missing or refuses
+
+The command line prints the message on one line and exits with 2; a message therefore says what was
+wanted, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+
+class EdgepruneError(Exception):
+    """Base of all errors below; catch this one to catch them all."""
+
+
+class SpecError(EdgepruneError):
+    """A request that cannot be met."""
+
+
+class ModelError(EdgepruneError):
+    """A checkpoint that is missing, damaged or of an unsupported family."""
+
+
+class ScheduleError(EdgepruneError):
+    """A schedule that cannot be solved or read."""
+
+
+class ExportError(EdgepruneError):
+    """A graph that could not be written."""
+
+
+class ParityError(ExportError):
+    """A graph that disagrees with its eager reference."""
+
+
+class BundleError(EdgepruneError):
+    """A bundle that is missing, altered or newer than this version reads."""
+
+
+class InputError(EdgepruneError):
+    """A picture or a prompt that cannot be used."""
+
+
+class CapacityError(EdgepruneError):
+    """More tokens than the KV cache or the position table allows."""
+
+
+class BackendError(EdgepruneError):
+    """An inference engine that is missing or refuses to work."""

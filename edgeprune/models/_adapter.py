@@ -1,0 +1,102 @@
+"""What a model family answers: its sizes, its two modules, and where their weights are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import ModelError
+from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._decoder import Decoder
+from edgeprune.models._layers import Linear
+from edgeprune.models._ops import TorchOps
+from edgeprune.policies import Policy
+from edgeprune.spec import ModelShape, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a parameter comes from: a tensor's name, and whether it is stored the other way."""
+
+    name: str
+    transposed: bool
+
+
+class Adapter:
+    """Base of all families; never built itself."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config: Any = None  # transformers' config of the family
+
+    @property
+    def shape(self) -> ModelShape:
+        raise NotImplementedError
+
+    @property
+    def image_token_id(self) -> int:
+        raise NotImplementedError
+
+    def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
+        """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
+        raise NotImplementedError
+
+    def decoder(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Decoder:
+        raise NotImplementedError
+
+    def names(self, parameter: str) -> tuple[str, ...]:
+        """Names under which checkpoints of this family store a parameter, likeliest first."""
+        raise NotImplementedError
+
+    def sources(self, module: nn.Module) -> dict[str, Source]:
+        """For each parameter of a module of ours, its tensor in the checkpoint."""
+        found = {}
+        for name, parameter in module.named_parameters():
+            source = self._source(name, parameter, _is_linear(module, name))
+            found[name] = source
+        return found
+
+    def _source(self, name: str, parameter: Tensor, transposed: bool) -> Source:
+        for stored in self.names(name):
+            if stored in self.checkpoint.files:
+                shape = self.checkpoint.shape(stored)
+                wanted = tuple(parameter.shape)[::-1] if transposed else tuple(parameter.shape)
+                if shape != wanted:
+                    raise ModelError(
+                        f"{self.checkpoint.files[stored].name}: {stored} is {list(shape)},"
+                        f" config.json says {list(wanted)}; the two are not of one checkpoint"
+                    )
+                return Source(stored, transposed)
+        raise ModelError(
+            f"{self.checkpoint.folder} has no tensor {self.names(name)[0]}; its weights are"
+            " incomplete or of another family"
+        )
+
+    def read(self, source: Source, dtype: torch.dtype) -> Tensor:
+        """One parameter, laid out and rounded as a module of ours wants it."""
+        tensor = self.checkpoint.read(source.name).to(dtype)
+        return tensor.t().contiguous() if source.transposed else tensor.contiguous()
+
+    def load(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Fill a module built on the meta device with weights; returns it ready to run."""
+        module.to_empty(device="cpu").to(dtype)
+        if isinstance(module, Decoder):
+            module.set_tables(dtype)
+        parameters = dict(module.named_parameters())
+        for name, source in self.sources(module).items():
+            parameters[name].data.copy_(self.read(source, dtype))
+        return module.eval().requires_grad_(False)
+
+
+def _is_linear(module: nn.Module, parameter: str) -> bool:
+    owner, _, leaf = parameter.rpartition(".")
+    return leaf == "weight" and isinstance(module.get_submodule(owner), Linear)
+
+
+def parameters(module: nn.Module) -> Iterator[str]:
+    """Names of a module's parameters, in the order in which they are stored."""
+    return (name for name, _ in module.named_parameters())

@@ -1,0 +1,122 @@
+"""Reading a Hugging Face checkpoint: a local folder or a hub id, safetensors only, one tensor at a
+time, so that memory does not grow with the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from edgeprune.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint; a hub id is fetched, or found in the hub's local cache."""
+    folder = Path(model).expanduser()
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{model} is no checkpoint: want a folder with config.json, or a hub id owner/name"
+            )
+        return folder
+    return _from_hub(model, revision)
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        HfApi().model_info(model, revision=revision, timeout=10)  # at once, before any retry
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except HfHubHTTPError as error:
+        raise ModelError(f"the hub refuses {model}: {_line(error)}") from error
+    except Exception as error:
+        raise ModelError(
+            f"{model} is not in the local cache and the hub cannot be reached ({_line(error)});"
+            " connect, or give a local folder"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of the checkpoint; ModelError with the file's name where it is damaged."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read ({_line(error)}); download it again") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} is not a JSON object; download it again")
+    return data
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and safetensors; `files` maps a tensor's name to its file."""
+
+    folder: Path
+    config: dict[str, Any]
+    files: dict[str, Path]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        config = read_json(folder / "config.json")
+        if (folder / INDEX).is_file():
+            names: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+            files = {name: folder / file for name, file in names.items()}
+            for file in sorted(set(files.values())):
+                _names(file)  # a missing or cut shard is named now, not half-way
+            return cls(folder, config, files)
+        single = folder / SINGLE
+        if not single.is_file():
+            raise ModelError(
+                f"{folder} has no {SINGLE} and no {INDEX}; only safetensors are read, convert it"
+            )
+        return cls(folder, config, dict.fromkeys(_names(single), single))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        try:
+            with safe_open(self.files[name], framework="pt") as tensors:
+                tensor: Tensor = tensors.get_tensor(name)
+                return tensor
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ModelError(f"{self.files[name]} is damaged at {name} ({_line(error)})") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without its bytes."""
+        with safe_open(self.files[name], framework="pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the largest part of the checkpoint, read from one tensor."""
+        name = next(iter(self.files))
+        return self.read(name).dtype
+
+
+def _names(file: Path) -> list[str]:
+    if not file.is_file():
+        raise ModelError(f"{file} is missing; download the checkpoint again")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file} is not a whole safetensors file ({_line(error)}); download it again"
+        ) from error

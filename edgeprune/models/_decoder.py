@@ -1,0 +1,222 @@
+"""The decoder forward, written once: run eagerly it is the reference, traced it is decoder.onnx.
+
+One call takes text before the picture (P tokens), visual tokens (V) and text after it (T), any of
+the first two possibly none: prefill has all three, decode has T = 1, a later turn has T = n.
+Between layers where the plan's count falls, the policy picks which visual tokens go on; their
+positions go with them. Every layer has its own cache and its own length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeprune.models._layers import Linear, Scale, join_heads, split_heads
+from edgeprune.models._ops import TorchOps
+from edgeprune.policies import Policy
+from edgeprune.policies._signals import LayerSignals, Segments
+from edgeprune.spec import Plan, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Sizes of a LLaMA-like decoder: RMS norm, rotary halves, gated SiLU MLP, optional biases."""
+
+    layers: int
+    width: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    eps: float
+    max_positions: int
+    inverse_frequencies: tuple[float, ...]  # [head / 2], radians per position
+    tied: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Tables [positions, head / 2] in the graph's dtype."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer, [1, kv_heads, capacity, head], and its length, int64 [1]."""
+
+    key: Tensor
+    value: Tensor
+    length: Tensor
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
+        self.query = Linear(config.width, inner, config.qkv_bias)
+        self.key = Linear(config.width, kv_inner, config.qkv_bias)
+        self.value = Linear(config.width, kv_inner, config.qkv_bias)
+        self.output = Linear(inner, config.width, config.output_bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [1, heads, S, head], key and value [1, kv_heads, S, head], no positions yet."""
+        kv_heads = self.config.kv_heads
+        return (
+            split_heads(self.query(x), self.config.heads),
+            split_heads(self.key(x), kv_heads),
+            split_heads(self.value(x), kv_heads),
+        )
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return down
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, ops: TorchOps) -> None:
+        super().__init__()
+        self.eps, self.ops = config.eps, ops
+        self.attention_norm = Scale(config.width)
+        self.attention = Attention(config)
+        self.mlp_norm = Scale(config.width)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
+    ) -> tuple[Tensor, Cache, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Hidden [1, S, width] onwards, the cache written, and (query, key) before and after
+        rotary embedding, the queries of the last token only, for the policy to look at."""
+        ops = self.ops
+        query, key, value = self.attention.project(
+            ops.rms_norm(hidden, self.attention_norm.weight, self.eps)
+        )
+        rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
+        rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
+        keys = ops.write(cache.key, rotated_key, cache.length)
+        values = ops.write(cache.value, value, cache.length)
+        mixed = ops.attend(rotated_query, keys, values, cache.length)
+        hidden = hidden + self.attention.output(join_heads(mixed))
+        hidden = hidden + self.mlp(ops.rms_norm(hidden, self.mlp_norm.weight, self.eps))
+        seen = (query[:, :, -1:], key, rotated_query[:, :, -1:], rotated_key)
+        return hidden, Cache(keys, values, cache.length), seen
+
+
+class Prune(nn.Module):
+    """Keeps the visual tokens that a policy chooses; a module so that its nodes carry its name."""
+
+    def __init__(self, policy: Policy, stage: Stage) -> None:
+        super().__init__()
+        self.policy, self.stage = policy, stage
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, signals: LayerSignals, live: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states and positions of the survivors, and which of the live tokens they are."""
+        segments = signals.segments
+        kept = self._choose(signals, live)
+        slots = torch.arange(segments.total, device=hidden.device)
+        survivors = torch.cat(
+            [
+                slots[: segments.prefix],
+                kept + segments.prefix,
+                slots[segments.prefix + segments.visual :],
+            ]
+        )
+        hidden, positions = hidden.index_select(1, survivors), positions.index_select(1, survivors)
+        return hidden, positions, kept
+
+    def _choose(self, signals: LayerSignals, live: int) -> Tensor:
+        if self.stage.keep == 0:
+            return signals.visual_start.new_empty(0)
+        return self.policy.layer(signals, self.stage, live)
+
+
+class Decoder(nn.Module):
+    """A LLaMA-like decoder with a pruning policy built in."""
+
+    def __init__(
+        self, config: DecoderConfig, policy: Policy, plan: Plan, ops: TorchOps | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.policy, self.plan = config, policy, plan
+        self.ops = ops = ops or TorchOps()
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.layers))
+        self.norm = Scale(config.width)
+        if not config.tied:
+            self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        sites = range(2, config.layers + 1)
+        stages = {layer: plan.entering_layer(layer) for layer in sites}
+        self.prune = nn.ModuleDict({str(n): Prune(policy, s) for n, s in stages.items() if s})
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+
+    def set_tables(self, dtype: torch.dtype) -> None:
+        """Compute the rotary tables (float64, then rounded): the only buffers; never fake."""
+        frequencies = torch.tensor(self.config.inverse_frequencies, dtype=torch.float32)
+        angles = torch.arange(self.config.max_positions).float()[:, None] * frequencies
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(
+        self,
+        prefix_ids: Tensor,  # int64 [1, P]
+        visual: Tensor,  # [1, V, width]
+        text_ids: Tensor,  # int64 [1, T]
+        position: Tensor,  # int64 [1], of the first token of this call
+        lengths: Tensor,  # int64 [layers], tokens in each layer's cache
+        past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
+        past_values: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions."""
+        hidden = torch.cat([self.embedding(prefix_ids), visual, self.embedding(text_ids)], dim=1)
+        segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
+        positions = (position + torch.arange(segments.total, device=position.device))[None]
+        start, entered = position + segments.prefix, segments.visual
+        rotary, keys, values, kept = Rotary(self.cos, self.sin), [], [], []
+        signals: LayerSignals | None = None
+        for index, layer in enumerate(self.layers):
+            if signals is not None and str(index + 1) in self.prune:
+                site = self.prune[str(index + 1)]
+                live = torch.sym_min(site.stage.keep, entered)
+                hidden, positions, chosen = site(hidden, positions, signals, live)
+                segments = Segments(segments.prefix, live, segments.text)
+                kept.append(chosen)
+            cache = Cache(past_keys[index], past_values[index], lengths[index : index + 1])
+            hidden, present, seen = layer(hidden, positions, rotary, cache)
+            keys.append(present.key)
+            values.append(present.value)
+            signals = LayerSignals(
+                segments, hidden, *seen, self.cos, self.sin, start, visual_count=entered
+            )
+            self.observe(index + 1, signals)
+        return self.logits(hidden), keys, values, kept
+
+    def observe(self, layer: int, signals: LayerSignals) -> None:
+        """Called after each layer; calibration listens here."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[1, S, width] -> [1, 1, vocabulary]: only the last token reaches the output head."""
+        last = self.ops.rms_norm(self.ops.last(hidden), self.norm.weight, self.config.eps)
+        weight = self.embedding.weight if self.config.tied else self.head.weight
+        return F.linear(last[0], weight)[None]

@@ -1,0 +1,49 @@
+"""The few operations that a graph dialect may lower in its own way; here in plain torch.
+
+`TorchOps` is the eager reference. A dialect of `edgeprune.export` subclasses it and replaces what
+it has a better operator for. A KV cache is [1, kv_heads, capacity, head]; a call writes its tokens
+at `start` and attends to `start + new` of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class TorchOps:
+    """Plain torch, any shape, no assumption about tracing."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight over the last axis, computed in float32."""
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * scaled.to(x.dtype)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+        """Rotary embedding, halves convention: [1, heads, S, head], positions int64 [1, S]."""
+        at_cos, at_sin = cos[positions][:, None], sin[positions][:, None]  # [1, 1, S, head / 2]
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat([low * at_cos - high * at_sin, high * at_cos + low * at_sin], dim=-1)
+
+    def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
+        """The cache with `new` [1, kv_heads, S, head] written at `start` (int64 [1])."""
+        at = start + torch.arange(new.shape[2], device=new.device)
+        return past.index_copy(2, at, new)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+        """Causal attention of S new tokens, the first at cache slot `start`, to the cache."""
+        slots = torch.arange(key.shape[2], device=key.device)
+        rows = start + torch.arange(query.shape[2], device=query.device)
+        mask = slots[None, :] <= rows[:, None]  # [S, capacity]
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Full attention, no mask and no cache: the vision encoder's."""
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The last token: [1, S, width] -> [1, 1, width]."""
+        return x[:, -1:]

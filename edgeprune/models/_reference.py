@@ -1,0 +1,99 @@
+"""The eager reference: the same modules that are traced, run in torch with the same caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.models._adapter import Adapter
+from edgeprune.models._decoder import Decoder
+from edgeprune.models._processor import Prompt
+from edgeprune.policies import Policy
+from edgeprune.spec import Plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """Logits [vocabulary] of the last token, and the kept positions at each site."""
+
+    logits: Tensor
+    kept: tuple[Tensor, ...]
+
+
+class Reference:
+    """A dialogue about one picture, batch 1."""
+
+    def __init__(self, vision: nn.Module, decoder: Decoder, capacity: int = 256) -> None:
+        self.vision, self.decoder, self.room = vision, decoder, capacity
+        self.restart()
+
+    @classmethod
+    def build(
+        cls,
+        adapter: Adapter,
+        policy: Policy,
+        plan: Plan,
+        dtype: torch.dtype = torch.float32,
+        decoder: type[Decoder] | None = None,
+    ) -> Reference:
+        """Load a checkpoint's weights into fresh modules."""
+        with torch.device("meta"):
+            vision, traced = adapter.vision(policy, plan), adapter.decoder(policy, plan)
+            if decoder is not None:
+                traced = decoder(traced.config, policy, plan)
+        adapter.load(vision, dtype)
+        adapter.load(traced, dtype)
+        return cls(vision, traced)
+
+    def restart(self) -> None:
+        """Forget everything."""
+        config, counts = self.decoder.config, self.decoder.plan.counts
+        self.dtype = self.decoder.embedding.weight.dtype
+        shapes = [(1, config.kv_heads, n + self.room, config.head_size) for n in counts]
+        self.keys = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
+        self.lengths = torch.zeros(config.layers, dtype=torch.int64)
+        self.position = 0
+        self.vision_kept = torch.empty(0, dtype=torch.int64)
+
+    @torch.no_grad()
+    def prefill(self, prompt: Prompt) -> Step:
+        """A picture and a first question."""
+        self.restart()
+        visual, self.vision_kept = self.vision(prompt.pixels.to(self.dtype))
+        return self._run(prompt.prefix_ids, visual, prompt.text_ids)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Step:
+        """More text, int64 [1, T]: one token to decode, or the next turn's."""
+        empty = torch.zeros(1, 0, self.decoder.config.width, dtype=self.dtype)
+        return self._run(torch.zeros(1, 0, dtype=torch.int64), empty, ids)
+
+    def _run(self, prefix_ids: Tensor, visual: Tensor, text_ids: Tensor) -> Step:
+        logits, self.keys, self.values, kept = self.decoder(
+            prefix_ids,
+            visual,
+            text_ids,
+            torch.tensor([self.position]),
+            self.lengths,
+            self.keys,
+            self.values,
+        )
+        counts = torch.tensor(self.decoder.plan.counts)
+        text = prefix_ids.shape[1] + text_ids.shape[1]
+        self.lengths = self.lengths + text + counts.clamp(max=visual.shape[1])
+        self.position += text + visual.shape[1]
+        return Step(logits[0, 0].float(), tuple(kept))
+
+    def generate(self, prompt: Prompt, tokens: int, stop: Callable[[int], bool]) -> list[int]:
+        """Greedy ids, at most `tokens`, the stopping one included."""
+        logits, ids = self.prefill(prompt).logits, list[int]()
+        while len(ids) < tokens:
+            ids.append(int(logits.argmax()))
+            if stop(ids[-1]):
+                break
+            logits = self.step(torch.tensor([ids[-1:]])).logits
+        return ids

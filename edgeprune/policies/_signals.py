@@ -1,0 +1,90 @@
+"""What a policy can look at. Nothing is computed until it is asked for, so only that is traced.
+
+Batch is 1 throughout. Scores are float32 whatever the graph's dtype: attention probabilities near
+1e-4 tie heavily in fp16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths of the three runs of a sequence: text before the picture, the picture, text after."""
+
+    prefix: int
+    visual: int
+    text: int
+
+    @property
+    def total(self) -> int:
+        return self.prefix + self.visual + self.text
+
+
+@dataclass(frozen=True)
+class VisionSignals:
+    """Inside the encoder block whose output the projector reads (CLIP: the last but one)."""
+
+    features: Tensor  # [1, N, width], the block's output for the N patches, [CLS] dropped
+    query: Tensor  # [1, heads, 1 + N, head]
+    key: Tensor  # [1, heads, 1 + N, head]
+    grid: tuple[int, int]  # rows, columns of the patches
+
+    def cls_attention(self) -> Tensor:
+        """Attention of [CLS] to each patch, softmax over [CLS] and patches, head mean: [N]."""
+        query, key = self.query[:, :, :1].float(), self.key.float()
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return logits.softmax(-1)[0, :, 0, 1:].mean(0)
+
+
+@dataclass(frozen=True)
+class LayerSignals:
+    """Inside decoder layer l, for the tokens of this call (the cache's older tokens left out)."""
+
+    segments: Segments
+    hidden: Tensor  # [1, S, width], the layer's output
+    query: Tensor  # [1, heads, 1, head], of the last token, before rotary embedding
+    key: Tensor  # [1, kv_heads, S, head], before rotary embedding
+    rotated_query: Tensor  # as query, with its position
+    rotated_key: Tensor  # as key, with their positions
+    cos: Tensor  # [positions, head / 2], the rotary table
+    sin: Tensor
+    visual_start: Tensor  # int64 [1], position of the picture's first token
+    visual_count: int  # tokens of the picture that entered layer 1
+
+    def last_query_attention(self, agnostic: Tensor | None = None) -> Tensor:
+        """Attention of the last token to each visual token, head mean: float32 [visual].
+
+        With `agnostic` (int64 [1]) every visual token is scored as if it stood at that position
+        (UTP, Eq. 2); text tokens keep theirs, so they still share the softmax.
+        """
+        start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
+        logits = _dot(self.rotated_query, self.rotated_key)  # [1, kv_heads, group, S]
+        if agnostic is not None:
+            moved = _dot(self._query_against(agnostic), self.key[:, :, start:end])
+            logits = torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
+        return logits.softmax(-1).mean((0, 1, 2))[start:end]
+
+    def middle(self) -> Tensor:
+        """p' = floor((p1 + p2) / 2 + 1/2) over the picture's positions p1..p2: int64 [1]."""
+        return (2 * self.visual_start + self.visual_count) // 2
+
+    def _query_against(self, position: Tensor) -> Tensor:
+        """The last query turned so that its dot product with an unrotated key is that of a key
+        rotated to `position`: R_p'^T R_n q, [1, heads, 1, head]."""
+        cos = self.cos.index_select(0, position).float()  # [1, head / 2]
+        sin = self.sin.index_select(0, position).float()
+        half = cos.shape[-1]
+        low, high = self.rotated_query[..., :half].float(), self.rotated_query[..., half:].float()
+        return torch.cat([low * cos + high * sin, high * cos - low * sin], dim=-1)
+
+
+def _dot(query: Tensor, key: Tensor) -> Tensor:
+    """Scaled dot products in float32: [1, heads, 1, head] x [1, kv, S, head] -> [1, kv, group, S]."""
+    _, kv_heads, _, size = key.shape
+    grouped = query.float().reshape(1, kv_heads, -1, size) * size**-0.5
+    return grouped @ key.float().transpose(-1, -2)

@@ -1,0 +1,20 @@
+"""No pruning: the dense model, the measure of every other method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from edgeprune.errors import SpecError
+from edgeprune.policies import _policy
+from edgeprune.spec import ModelShape, Plan
+
+
+@dataclass(frozen=True)
+class Policy(_policy.Policy):
+    summary: ClassVar[str] = "no pruning: the dense model"
+
+    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        if cr != 1:
+            raise SpecError(f"--method none prunes nothing, so --cr is 1; got {cr:g}")
+        return Plan(shape.visual_tokens, shape.layers)

@@ -1,0 +1,151 @@
+"""What is asked for (PruneSpec), what a model is (ModelShape) and what will be done (Plan).
+
+Words: V visual tokens, L decoder layers, r_l the visual tokens that enter layer l (1-based), so what
+its attention, its MLP and its KV cache pay for. CR = V * L / (r_1 + ... + r_L), for every method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edgeprune.errors import SpecError
+
+Site = Literal["vision", "input", "layer"]
+Positions = Literal["keep", "renumber"]
+
+TOPK_LIMIT = 3840
+"""TensorRT's TopK refuses a larger K, in every version up to 11."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneSpec:
+    """A method, the compression ratio asked of it, and its options by name."""
+
+    method: str
+    cr: float = 1.0
+    seed: int = 0
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.cr) or self.cr < 1:
+            raise SpecError(
+                f"--cr is how many times fewer visual tokens the decoder sees, a number of at"
+                f" least 1; got {self.cr:g}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a vision-language model that planning needs; all are counts, none is bytes."""
+
+    family: str
+    visual_tokens: int  # V, for one frozen input size
+    grid: tuple[int, int]  # rows, columns: the raster that the V tokens are read in
+    layers: int  # L
+    width: int  # D, of the decoder
+    mlp_width: int
+    attention_heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    max_positions: int
+    has_cls: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """At one site, `keep` visual tokens stay and `merged` new ones are added.
+
+    `layer` is the 1-based decoder layer that the survivors enter; 1 before the decoder.
+    """
+
+    site: Site
+    keep: int
+    merged: int = 0
+    layer: int = 1
+
+    @property
+    def survivors(self) -> int:
+        return self.keep + self.merged
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The sizes of a policy, fixed before tracing: stages in the order in which tokens meet them."""
+
+    visual_tokens: int
+    layers: int
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        live, layer = self.visual_tokens, 0
+        for stage in self.stages:
+            if stage.layer < layer or not 1 <= stage.layer <= self.layers:
+                raise SpecError(f"stages must rise from layer 1 to {self.layers}; got {stage}")
+            if stage.survivors > live or stage.keep < 0:
+                raise SpecError(
+                    f"a stage cannot leave {stage.survivors} visual tokens where {live} are alive"
+                )
+            if stage.keep > TOPK_LIMIT:
+                raise SpecError(
+                    f"TensorRT selects at most {TOPK_LIMIT} tokens at once, the plan keeps"
+                    f" {stage.keep}; use a smaller input or a larger --cr"
+                )
+            live, layer = stage.survivors, stage.layer
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """r_1 ... r_L."""
+        counts, live = [], self.visual_tokens
+        for layer in range(1, self.layers + 1):
+            for stage in self.stages:
+                if stage.layer == layer:
+                    live = stage.survivors
+            counts.append(live)
+        return tuple(counts)
+
+    @property
+    def cr(self) -> float:
+        """CR = V * L / sum of r_l; infinite when every visual token is gone."""
+        total = sum(self.counts)
+        return self.visual_tokens * self.layers / total if total else math.inf
+
+    @property
+    def entering(self) -> int:
+        """r_1: visual tokens that leave the encoder and enter the decoder's first layer."""
+        return self.counts[0]
+
+    def before_decoder(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.layer == 1)
+
+    def entering_layer(self, layer: int) -> Stage | None:
+        """The stage between layers `layer` - 1 and `layer`, if there is one (`layer` >= 2)."""
+        return next((s for s in self.stages if s.layer == layer and s.site == "layer"), None)
+
+
+def budget(visual_tokens: int, layers: int, cr: float) -> int:
+    """Sum of r_l that a compression ratio allows: V * L / CR, to the nearest token."""
+    return round(visual_tokens * layers / cr)
+
+
+def plan_from_counts(visual_tokens: int, counts: tuple[int, ...], first: Site = "vision") -> Plan:
+    """A plan whose layer l is entered by counts[l-1] tokens; a stage only where the count falls."""
+    stages, live = [], visual_tokens
+    for layer, count in enumerate(counts, start=1):
+        if count != live:
+            stages.append(Stage(first if layer == 1 else "layer", count, layer=layer))
+        live = count
+    return Plan(visual_tokens, len(counts), tuple(stages))
+
+
+def check_cr(plan: Plan, asked: float) -> None:
+    """Raise SpecError unless the plan's token total is within one token per layer of V * L / CR."""
+    total, wanted = sum(plan.counts), budget(plan.visual_tokens, plan.layers, asked)
+    if abs(total - wanted) > plan.layers:
+        raise SpecError(
+            f"--cr {asked:g} allows {wanted} visual tokens over {plan.layers} layers, this method"
+            f" needs {total} (CR {plan.cr:.3g}); choose another --cr or another method"
+        )

@@ -1,0 +1,1 @@
+"""From a checkpoint and a policy to a bundle: tracing, graph passes, weights, parity."""

@@ -1,0 +1,76 @@
+"""Graph dialects: which operators the few lowered operations become.
+
+`modern` (opset 24): RMSNormalization, RotaryEmbedding, TensorScatter for the in-place cache and
+Attention with `is_causal` and `nonpad_kv_seqlen`; for ONNX Runtime, TensorRT-RTX and TensorRT 11.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import SpecError
+from edgeprune.models._ops import TorchOps
+
+
+class ModernOps(TorchOps):
+    """Opset-24 operators; only for tracing, their results are empty."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _emit("RMSNormalization", [x, weight], x, epsilon=eps, stash_type=1)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+        return _emit("RotaryEmbedding", [x, cos, sin, positions], x)
+
+    def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
+        return _emit("TensorScatter", [past, new, start], past, axis=2, mode="linear")
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+        filled = start + query.shape[2]
+        inputs = [query, key, value, None, None, None, filled]
+        return _emit("Attention", inputs, query, is_causal=1)
+
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _emit("Attention", [query, key, value], query)
+
+
+def _emit(
+    operator: str, inputs: list[Tensor | None], like: Tensor, **attributes: int | float | str
+) -> Tensor:
+    """One ONNX node whose output has the shape and dtype of `like`."""
+    return torch.onnx.ops.symbolic(
+        operator,
+        inputs,
+        dict(attributes),
+        dtype=like.dtype,
+        shape=like.shape,
+        version=24,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A set of lowerings, its opset, and whether the cache is written in place or grows."""
+
+    name: str
+    opset: int
+    ops: type[TorchOps]
+    cache: str
+
+
+MODERN = Dialect("modern", 24, ModernOps, "in-place")
+
+_TARGETS = {"cpu": (MODERN, "fp32"), "cuda": (MODERN, "fp16"), "rtx": (MODERN, "fp16")}
+
+
+def target_names() -> tuple[str, ...]:
+    return tuple(_TARGETS)
+
+
+def for_target(target: str) -> tuple[Dialect, str]:
+    """The dialect and the default dtype of a target."""
+    if target not in _TARGETS:
+        raise SpecError(f"there is no target {target!r}; choose one of: {', '.join(_TARGETS)}")
+    return _TARGETS[target]

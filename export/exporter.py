@@ -1,0 +1,217 @@
+"""`export`: one checkpoint, one policy, one bundle."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from edgeprune.bundle import (
+    MANIFEST,
+    DecoderRecord,
+    Manifest,
+    PruneRecord,
+    atomic_folder,
+    record_files,
+)
+from edgeprune.errors import ExportError, ModelError, SpecError
+from edgeprune.export import parity
+from edgeprune.export.dialects import Dialect, for_target
+from edgeprune.export.preprocess import image_record
+from edgeprune.export.prompts import save_tokenizer, text_record
+from edgeprune.export.trace import decoder_graph, hollow, kept_outputs, vision_graph
+from edgeprune.export.weights import WeightsFile
+from edgeprune.models import Adapter
+from edgeprune.models._processor import Processor, Prompt
+from edgeprune.models._reference import Reference
+from edgeprune.policies import Policy
+from edgeprune.spec import Plan, PruneSpec
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEXT_FILES = ("chat_template.jinja", "generation_config.json")
+PACKAGES = ("edgeprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+Report = Callable[[str, int, int], None]  # step, done, total
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """All that decides what a bundle holds."""
+
+    model: str
+    spec: PruneSpec
+    plan: Plan
+    output: Path
+    target: str = "cpu"
+    dtype: str | None = None
+    schedule: dict[str, Any] | None = None
+    parity: bool = True
+
+    @property
+    def lowering(self) -> tuple[Dialect, str]:
+        dialect, default = for_target(self.target)
+        chosen = self.dtype or default
+        if chosen not in DTYPES:
+            raise SpecError(f"--dtype is one of {', '.join(DTYPES)}; got {chosen!r}")
+        return dialect, chosen
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` tells its user."""
+
+    path: Path
+    manifest: Manifest
+    parity: parity.Parity | None = field(default=None)
+
+
+def export(
+    request: ExportRequest,
+    adapter: Adapter,
+    policy: Policy,
+    processor: Processor,
+    prompts: Iterable[Prompt],
+    report: Report = lambda step, done, total: None,
+) -> Exported:
+    """Trace, write weights, check parity, and rename the whole into place."""
+    dialect, dtype = request.lowering
+    try:
+        with atomic_folder(request.output) as draft:
+            _write_graphs(draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report)
+            _copy_text(adapter.checkpoint.folder, draft, processor)
+            checked = None
+            if request.parity:
+                checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
+            manifest = _manifest(request, adapter, processor, draft, checked)
+            (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
+        ) from error
+    return Exported(request.output, manifest, checked)
+
+
+def _write_graphs(
+    draft: Path,
+    plan: Plan,
+    adapter: Adapter,
+    policy: Policy,
+    dialect: Dialect,
+    dtype: torch.dtype,
+    report: Report,
+) -> None:
+    ops = dialect.ops()
+    with torch.device("meta"):
+        vision, decoder = adapter.vision(policy, plan, ops), adapter.decoder(policy, plan, ops)
+    hollow(vision, dtype)
+    hollow(decoder, dtype)
+    decoder.set_tables(dtype)
+    report("trace vision", 0, 1)
+    graphs = {"vision": vision_graph(vision, vision.config, dtype, dialect.opset)}
+    report("trace decoder", 0, 1)
+    graphs["decoder"] = decoder_graph(decoder, dtype, dialect.opset)
+    with WeightsFile(draft) as weights:
+        for name, module in (("vision", vision), ("decoder", decoder)):
+            weights.fill(
+                graphs[name],
+                module,
+                adapter,
+                dtype,
+                lambda done, total, name=name: report(f"{name} weights", done, total),
+            )
+    for name, model in graphs.items():
+        model.producer_name, model.producer_version = "edgeprune", version("edgeprune")
+        ir.save(model, draft / f"{name}.onnx")
+        onnx.checker.check_model(str(draft / f"{name}.onnx"))
+
+
+def _copy_text(folder: Path, draft: Path, processor: Processor) -> None:
+    """The checkpoint's text files, and the tokenizer as transformers runs it."""
+    for name in TEXT_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, draft / name)
+    save_tokenizer(processor.hf, draft / "tokenizer.json")
+
+
+def _check(
+    draft: Path,
+    request: ExportRequest,
+    adapter: Adapter,
+    policy: Policy,
+    dtype: torch.dtype,
+    prompts: Iterable[Prompt],
+    report: Report,
+) -> parity.Parity:
+    report("load the eager reference", 0, 1)
+    reference = Reference.build(adapter, policy, request.plan, dtype, decoder=parity.Watching)
+    chosen = list(prompts)
+    report("parity", 0, len(chosen))
+    return parity.check(
+        draft, reference, chosen, lambda done: report("parity", done, len(chosen))
+    )
+
+
+def _manifest(
+    request: ExportRequest,
+    adapter: Adapter,
+    processor: Processor,
+    draft: Path,
+    checked: parity.Parity | None,
+) -> Manifest:
+    dialect, dtype = request.lowering
+    shape, plan, spec = adapter.shape, request.plan, request.spec
+    return Manifest(
+        name=request.output.name,
+        model=request.model,
+        family=shape.family,
+        target=request.target,
+        dialect=dialect.name,
+        dtype=dtype,
+        opset=dialect.opset,
+        prune=PruneRecord(
+            method=spec.method,
+            cr=spec.cr,
+            cr_reached=plan.cr,
+            visual_tokens=plan.visual_tokens,
+            grid=shape.grid,
+            counts=plan.counts,
+            kept_outputs=tuple(kept_outputs(plan)),
+            options=dict(spec.options),
+            schedule=request.schedule,
+        ),
+        decoder=DecoderRecord(
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_size=shape.head_size,
+            width=shape.width,
+            mlp_width=shape.mlp_width,
+            attention_heads=shape.attention_heads,
+            vocabulary=shape.vocabulary,
+            max_positions=shape.max_positions,
+            cache=dialect.cache,
+        ),
+        image=image_record(processor.hf.image_processor),
+        text=text_record(processor.hf, adapter.config, _generation(adapter)),
+        files=record_files(draft),
+        parity=asdict(checked) if checked else {"samples": 0, "why": "not asked for"},
+        versions={package: version(package) for package in PACKAGES},
+    )
+
+
+def _generation(adapter: Adapter) -> Any:
+    from transformers import GenerationConfig
+
+    folder = adapter.checkpoint.folder
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'generation_config.json'} is damaged: {error}") from error

@@ -1,0 +1,193 @@
+"""The checkpoint's chat template, rendered once and frozen as a TextRecord.
+
+`first` is a user's first turn and `next` every later one, up to where the model begins to answer.
+`next` starts with what the template puts after the text of an answer: an end token too, if it
+writes one there, because the runtime keeps the one that the model generated out of its cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeprune.bundle import TextRecord
+from edgeprune.errors import ModelError
+
+Turn = tuple[str, list[str]]  # role, and texts of which one may be the image token
+
+UNUSED = {  # generation settings that the runtime does not follow, and their neutral values
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "min_p": None,
+    "penalty_alpha": None,
+    "suppress_tokens": None,
+    "bad_words_ids": None,
+}
+
+
+def text_record(source: Any, config: Any, generation_config: Any = None) -> TextRecord:
+    """Freeze the prompt format of a processor (or a tokenizer) and the defaults of generation.
+
+    A LLaVA checkpoint without a chat template gets that of LLaVA-1.5; `notes` says so.
+    """
+    tokenizer = _tokenizer(source)
+    image = _image_token(tokenizer, config)
+    first, following = _templates(source, config, image)
+    bos = tokenizer.bos_token
+    return TextRecord(
+        first=first,
+        next=following,
+        system="",  # a template's own system text is part of `first`
+        add_special_tokens=not (bos and first.startswith(bos)),
+        image_token_id=config.image_token_id,
+        eos_token_ids=_eos(tokenizer, config, generation_config),
+        generation=_generation(generation_config),
+    )
+
+
+def save_tokenizer(source: Any, path: Path) -> None:
+    """Write tokenizer.json as transformers runs it, which may differ from the checkpoint's file."""
+    _tokenizer(source).backend_tokenizer.save(str(path))
+
+
+def notes(source: Any, config: Any, generation_config: Any = None) -> tuple[str, ...]:
+    """What `text_record` had to assume or leave out, one sentence each; often nothing."""
+    tokenizer = _tokenizer(source)
+    found = []
+    if _owner(source) is None:
+        found.append("the checkpoint has no chat template; LLaVA-1.5's is used")
+    else:
+        found += _template_notes(source, _image_token(tokenizer, config))
+    if tokenizer.clean_up_tokenization_spaces and not _is_bpe(tokenizer):
+        found.append(
+            "transformers tidies spaces before punctuation in answers, the runtime does not"
+        )
+    for name, neutral in UNUSED.items():
+        value = getattr(generation_config, name, None)
+        if value not in (None, neutral):
+            found.append(f"generation setting {name} = {value} is left out")
+    return tuple(found)
+
+
+def _template_notes(source: Any, image: str) -> list[str]:
+    found = []
+    if " {prompt} " not in _render_first(source, image, " {prompt} "):
+        found.append("the chat template trims prompts, the runtime takes them as they are")
+    bare = re.sub(r"\{image\}\n?", "", _render_first(source, image, "{prompt}"))
+    if bare not in _renderings(source, [("user", ["{prompt}"])]):
+        found.append("an <image> inside a prompt lacks what the template puts around an image")
+    return found
+
+
+def _tokenizer(source: Any) -> Any:
+    tokenizer = getattr(source, "tokenizer", source)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ModelError(
+            f"the checkpoint's tokenizer is a {type(tokenizer).__name__} without a tokenizer.json;"
+            " convert it with transformers' fast tokenizers"
+        )
+    return tokenizer
+
+
+def _is_bpe(tokenizer: Any) -> bool:
+    return type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+
+
+def _image_token(tokenizer: Any, config: Any) -> str:
+    wanted = getattr(config, "image_token_id", None)
+    token = None if wanted is None else tokenizer.convert_ids_to_tokens(wanted)
+    if token is None or tokenizer.encode(token, add_special_tokens=False) != [wanted]:
+        raise ModelError(
+            f"the tokenizer does not read the configuration's image token {wanted} ({token!r}) as"
+            " one token; add it to the tokenizer's added tokens"
+        )
+    return str(token)
+
+
+def _owner(source: Any) -> Any:
+    """Who holds the chat template: the processor, its tokenizer or nobody."""
+    owners = (source, getattr(source, "tokenizer", None))
+    return next((o for o in owners if getattr(o, "chat_template", None)), None)
+
+
+def _templates(source: Any, config: Any, image: str) -> tuple[str, str]:
+    """`first` with {image} and {prompt}, `next` with {prompt}."""
+    if _owner(source) is None:
+        if config.model_type != "llava":
+            raise ModelError("the checkpoint has no chat template; add chat_template.jinja to it")
+        eos = _tokenizer(source).eos_token or ""
+        return "USER: {image}\n{prompt} ASSISTANT:", eos + "USER: {prompt} ASSISTANT:"
+    first = _render_first(source, image, "{prompt}")
+    return first, _render_next(source, image, first)
+
+
+def _render_first(source: Any, image: str, prompt: str) -> str:
+    for text in _renderings(source, [("user", [image, prompt])], image):
+        if text.count(image) == text.count(prompt.strip()) == 1:
+            return text.replace(image, "{image}")
+    raise ModelError(
+        f"the chat template does not show one {image} and the prompt, be the content a list of"
+        " parts or a string; repair chat_template.jinja"
+    )
+
+
+def _render_next(source: Any, image: str, first: str) -> str:
+    turns: list[Turn] = [
+        ("user", [image, "{first}"]),
+        ("assistant", ["{answer}"]),
+        ("user", ["{prompt}"]),
+    ]
+    begun = first.replace("{image}", image).replace("{prompt}", "{first}").rstrip()
+    for text in _renderings(source, turns, image):
+        before, _, after = text.partition("{answer}")
+        if before.rstrip() == begun and after.count("{prompt}") == 1:
+            return after
+    raise ModelError(
+        "the chat template rewrites earlier turns as a conversation goes on, so their cache cannot"
+        " be kept; use a template that only appends"
+    )
+
+
+def _renderings(source: Any, turns: list[Turn], image: str = "") -> Iterator[str]:
+    """The turns as the template shows them, with contents as lists of parts, then as strings."""
+    for content in (_parts, _string):
+        messages = [{"role": role, "content": content(texts, image)} for role, texts in turns]
+        try:
+            text = _owner(source).apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception:  # a template may fail in any way at contents of the other kind
+            continue
+        yield str(text)
+
+
+def _parts(texts: list[str], image: str) -> list[dict[str, str]]:
+    return [{"type": "image"} if t == image else {"type": "text", "text": t} for t in texts]
+
+
+def _string(texts: list[str], image: str) -> str:
+    return "\n".join(texts)
+
+
+def _eos(tokenizer: Any, config: Any, generation_config: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: those of `generate`, or the decoder's, or the tokenizer's."""
+    holders = (generation_config, getattr(config, "text_config", None), tokenizer)
+    found = (getattr(holder, "eos_token_id", None) for holder in holders)
+    ids = next((i for i in found if i is not None), ())
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _generation(generation_config: Any) -> dict[str, Any]:
+    """The checkpoint's defaults by the names of the runtime's Sampling; unset ones as `generate`."""
+    found: dict[str, Any] = {"temperature": 0.0}
+    if getattr(generation_config, "do_sample", None):
+        defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+        given = {name: getattr(generation_config, name, None) for name in defaults}
+        found = {name: defaults[name] if value is None else value for name, value in given.items()}
+    if length := getattr(generation_config, "max_new_tokens", None):
+        found["max_new_tokens"] = length
+    return found

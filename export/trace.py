@@ -1,0 +1,156 @@
+"""Tracing a module of ours into an ONNX graph without its weights.
+
+Parameters stand in as one zero seen through a stride of 0, so tracing a 13B model needs no more
+memory than tracing a small one; the initializers are then pointed at the bundle's weights file.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from edgeprune.errors import ExportError
+from edgeprune.export.passes import clean
+from edgeprune.models._clip import VisionConfig
+from edgeprune.models._decoder import Decoder, DecoderConfig
+from edgeprune.spec import Plan
+
+Shapes = Any  # torch.export's nested description of dynamic dimensions
+
+
+def hollow(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace a meta module's parameters by stand-ins of the same shape and no size."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            stand_in = torch.zeros((), dtype=dtype).expand(parameter.shape)
+            setattr(owner, name, nn.Parameter(stand_in, requires_grad=False))
+    return module.eval()
+
+
+def vision_graph(module: nn.Module, config: VisionConfig, dtype: torch.dtype, opset: int) -> ir.Model:
+    """pixels [1, 3, H, W] -> visual [1, r_1, D], kept [r_1]; every size fixed."""
+    pixels = torch.zeros(1, 3, config.image, config.image, dtype=dtype)
+    return _trace(module, (pixels,), None, ["pixels"], ["visual", "kept"], opset)
+
+
+def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
+    """One graph for prefill, decode and later turns; see Decoder.forward for the shapes."""
+    config, plan = decoder.config, decoder.plan
+    layers = range(config.layers)
+    dynamic = {1: Dim.DYNAMIC}
+    cache = [{2: Dim.DYNAMIC}] * config.layers
+    shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
+    inputs = ["prefix_ids", "visual", "text_ids", "position", "lengths"]
+    outputs = ["logits"]
+    for kind in ("key", "value"):
+        inputs += [f"past_{kind}.{layer}" for layer in layers]
+        outputs += [f"present_{kind}.{layer}" for layer in layers]
+    outputs += kept_outputs(plan)
+    model = _trace(decoder, _example(config, plan, dtype), shapes, inputs, outputs, opset)
+    _name_dimensions(model.graph)
+    return model
+
+
+def kept_outputs(plan: Plan) -> list[str]:
+    """Outputs that say which of the live visual tokens each pruning site kept."""
+    return [f"kept.{s.layer}" for s in plan.stages if s.site == "layer"]
+
+
+def _example(config: DecoderConfig, plan: Plan, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Inputs whose sizes are all different and above 1, so that none is taken for a constant."""
+    prefix, text = 5, 7
+    visual = max(2, plan.entering)
+    capacities = [visual + 37 + layer for layer in range(config.layers)]
+    caches = [torch.zeros(1, config.kv_heads, c, config.head_size, dtype=dtype) for c in capacities]
+    return (
+        torch.zeros(1, prefix, dtype=torch.int64),
+        torch.zeros(1, visual, config.width, dtype=dtype),
+        torch.zeros(1, text, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(config.layers, dtype=torch.int64),
+        caches,
+        [c.clone() for c in caches],
+    )
+
+
+def _trace(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    shapes: Shapes,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
+) -> ir.Model:
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program, dynamo=True, optimize=False, opset_version=opset, verbose=False
+        )
+    if exported is None:
+        raise ExportError("torch.onnx.export returned no graph")
+    model = exported.model
+    _rename(model.graph.inputs, inputs)
+    _rename(model.graph.outputs, outputs)
+    clean(model)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter warns of its own deprecations and of a torchvision that is not needed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _rename(values: Sequence[ir.Value], names: Sequence[str]) -> None:
+    if len(values) != len(names):
+        raise ExportError(f"the traced graph has {len(values)} ends, want {len(names)}: {names}")
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def _name_dimensions(graph: ir.Graph) -> None:
+    """Readable names for the dynamic sizes, in place of the tracer's symbols."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        stem, _, layer = (value.name or "").partition(".")
+        label = {"prefix_ids": "prefix", "visual": "visual", "text_ids": "text"}.get(stem)
+        label = label or {"past_key": f"capacity.{layer}", "past_value": f"capacity.{layer}"}.get(
+            stem
+        )
+        if label and value.shape is not None:
+            value.shape = ir.Shape(
+                [label if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            )
+    for value in graph.outputs:
+        stem, _, layer = (value.name or "").partition(".")
+        if stem in ("present_key", "present_value") and value.shape is not None:
+            value.shape = ir.Shape(
+                [f"capacity.{layer}" if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            )
+    del names
+
+
+def initializers(model: ir.Model) -> Mapping[str, ir.Value]:
+    """The graph's weights by parameter name."""
+    return model.graph.initializers
+
+
+def tensor_of(value: Tensor) -> ir.Tensor:
+    """A small real tensor (a rotary table) for the graph."""
+    return ir.Tensor(value.numpy())

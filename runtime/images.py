@@ -1,0 +1,141 @@
+"""A picture file -> pixels [1, 3, height, width], equal to the checkpoint's own image processor.
+
+Equal means bit for bit what transformers computes with Pillow (its CLIPImageProcessorPil): the same
+order of operations, the same filter, the same rounding. That includes its treatment of odd files:
+a file's transparency is dropped, its EXIF rotation is applied, and levels above 255 of a 16-bit
+picture are cut off.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from edgeprune.bundle import ImageRecord
+from edgeprune.errors import InputError
+
+MAX_PIXELS = 100_000_000
+"""A larger picture is refused before it is decoded: at 3 bytes a pixel it would fill the device."""
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """Read a picture file as RGB, upright; an InputError says what is wrong with any other file."""
+    path = Path(path)
+    try:
+        _check_file(path)
+        # Pillow warns of large and of slightly damaged files: we refuse the ones, read the others
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _decode(path)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{path} is not a picture in a format that Pillow reads; give a PNG or JPEG file"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(_too_large(path, "more than Pillow opens")) from error
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path} cannot be read as a picture ({reason}): it is damaged, cut short or not yours"
+            " to read; copy it again"
+        ) from error
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name one picture file in it")
+    if not path.exists():
+        raise InputError(f"there is no picture at {path}; check the path")
+    if not path.is_file():
+        raise InputError(f"{path} is a device or a pipe; give a picture file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty (0 bytes); give a picture file")
+
+
+def _decode(path: Path) -> Image.Image:
+    with Image.open(path) as image:  # reads the header only
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(_too_large(path, f"{image.width:,} x {image.height:,}"))
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _too_large(path: Path, found: str) -> str:
+    return f"{path} has {found} pixels, at most {MAX_PIXELS:,} are read; make the picture smaller"
+
+
+def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
+    """Pad, resize, crop, normalise: a picture -> pixels [1, 3, height, width] as the record says."""
+    image = _to_rgb(image)
+    if record.pad_to_square is not None:
+        image = _pad_to_square(image, record.pad_to_square)
+    if record.resize is not None:
+        image = image.resize(_resized(image.size, record.resize), Image.Resampling(record.resample))
+    if record.crop is not None:
+        image = _center_crop(image, record.crop)
+    if (image.height, image.width) != (record.height, record.width):
+        raise InputError(
+            f"this bundle takes pictures of {record.width} x {record.height} (width x height), this"
+            f" one gives {image.width} x {image.height}; resize or crop it first"
+        )
+    return _normalise(np.asarray(image), record)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent in a picture made in memory lies on white."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    side = max(image.size)
+    _check_shape(image.size, (side, side))
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _resized(size: tuple[int, int], resize: tuple[int, int] | int) -> tuple[int, int]:
+    """(width, height) after resizing; an int is the shorter edge, the longer is rounded down."""
+    if not isinstance(resize, int):
+        height, width = resize
+        return width, height
+    width, height = size
+    long = int(resize * max(size) / min(size))
+    new_size = (resize, long) if width <= height else (long, resize)
+    _check_shape(size, new_size)
+    return new_size
+
+
+def _check_shape(size: tuple[int, int], new_size: tuple[int, int]) -> None:
+    if math.prod(new_size) > MAX_PIXELS:
+        raise InputError(
+            f"a picture of {size[0]:,} x {size[1]:,} pixels is too long and narrow: it would become"
+            f" {new_size[0]:,} x {new_size[1]:,}; cut it into pieces"
+        )
+
+
+def _center_crop(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
+    """The middle (height, width); where the picture is smaller, the rest is black."""
+    height, width = crop
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _normalise(levels: NDArray[np.uint8], record: ImageRecord) -> NDArray[np.float32]:
+    """(level * rescale - mean) / std, looked up: [height, width, 3] -> [1, 3, height, width]."""
+    scaled = (np.arange(256, dtype=np.float64) * record.rescale).astype(np.float32)
+    mean = np.array(record.mean, np.float32)[:, None]
+    std = np.array(record.std, np.float32)[:, None]
+    table = (scaled - mean) / std  # [3, 256]
+    channels = levels.transpose(2, 0, 1)
+    return np.stack([row[c] for row, c in zip(table, channels, strict=True)])[None]

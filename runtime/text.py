@@ -1,0 +1,183 @@
+"""Prompts -> token ids and token ids -> text, with the checkpoint's own tokenizer and template.
+
+A conversation is encoded as transformers would encode it: the template and the prompt as one
+string, cut at the image token afterwards, because tokenizers treat the start of a string apart.
+
+What a user types never becomes a control token. A prompt that holds one ("</s>") is encoded in
+pieces, the typed ones as plain text; where even that yields the control token, it is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from edgeprune.bundle import TextRecord
+from edgeprune.errors import BundleError, InputError
+
+IMAGE = "<image>"
+"""What a user types where the picture belongs, whatever the model's own image token is called."""
+
+_IMAGE_LINE = re.compile(r"\{image\}\n?")
+_CONTEXTS = ("a", "1", ".")
+_NO_CHARACTER = "\U0010fffd"  # in no vocabulary, so it shows which token means "unknown"
+
+Tokens = NDArray[np.int64]
+Segment = tuple[str, bool]  # text, and whether the user typed it
+
+
+class Prompter:
+    """The tokenizer and the conversation template of one bundle."""
+
+    def __init__(self, tokenizer_file: Path | str, record: TextRecord) -> None:
+        self._tokenizer = _open(tokenizer_file)
+        self._record = record
+        added = self._tokenizer.get_added_tokens_decoder()
+        _check_record(record, added.keys(), tokenizer_file)
+        self._image = added[record.image_token_id].content
+        unknown = {token.id for token in self._tokenizer.model.tokenize(_NO_CHARACTER)}
+        self._control = added.keys() - (unknown - set(record.eos_token_ids))
+        # tokens after which the text so far may still change, or has not changed
+        self._pending = {i for i, token in added.items() if token.special}
+        for byte in range(256):
+            if (token := self._tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
+                self._pending.add(token)
+
+    def first_turn(self, prompt: str) -> tuple[Tokens, Tokens]:
+        """Ids before and after the image, [1, P] and [1, T].
+
+        The image stands where the template puts it or, if the prompt holds `<image>`, there.
+        """
+        pieces = prompt.split(IMAGE)
+        if len(pieces) > 2:
+            raise InputError(
+                f"the prompt holds {IMAGE} {len(pieces) - 1} times, there is one picture; keep one"
+            )
+        _check("".join(pieces))
+        template = self._record.first
+        if len(pieces) == 2:
+            template = _IMAGE_LINE.sub("", template)
+        before, after = template.replace("{image}", self._image).split("{prompt}")
+        segments: list[Segment] = [(before, False), (pieces[0], True)]
+        if len(pieces) == 2:
+            segments += [(self._image, False), (pieces[1], True)]
+        ids = self._encode([*segments, (after, False)], self._start)
+        place = ids.index(self._record.image_token_id)
+        return _row(ids[:place]), _row(ids[place + 1 :])
+
+    def next_turn(self, prompt: str) -> Tokens:
+        """Ids of a further question, [1, T], to follow the answer's ids (without the final eos)."""
+        if IMAGE in prompt:
+            raise InputError(
+                f"only the first prompt may hold {IMAGE}; ask about a new picture in a new session"
+            )
+        _check(prompt)
+        before, after = self._record.next.split("{prompt}")
+        return _row(self._encode([(before, False), (prompt, True), (after, False)], self._follow))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of an answer, without control tokens."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of an answer as it grows; the pieces joined are `decode` of all ids.
+
+        A piece is held back while later tokens could still change it: a character whose bytes are
+        not all there, or a run of byte tokens, which is decoded as a whole.
+        """
+        seen: list[int] = []
+        sent = ""
+        for token in map(int, ids):
+            seen.append(token)
+            if token in self._pending:
+                continue
+            text = self.decode(seen)
+            if text != sent and text.startswith(sent) and not text.endswith("\ufffd"):
+                yield text[len(sent) :]
+                sent = text
+        if rest := self.decode(seen)[len(sent) :]:
+            yield rest
+
+    def _encode(self, segments: list[Segment], encode: Callable[[str], list[int]]) -> list[int]:
+        """All segments as one string, or each by itself if the user's text holds control tokens."""
+        wanted = self._controls(encode("".join("a" if typed else text for text, typed in segments)))
+        ids = encode("".join(text for text, _ in segments))
+        if self._controls(ids) != wanted:
+            ids = encode(segments[0][0])
+            for text, typed in segments[1:]:
+                ids += _follow(self._plain if typed else self._marked, text)
+        if self._controls(ids) != wanted:
+            raise InputError(
+                "the prompt holds a control token of this model that its tokenizer cannot read as"
+                " text; leave it out"
+            )
+        return ids
+
+    def _controls(self, ids: list[int]) -> list[int]:
+        return [i for i in ids if i in self._control]
+
+    def _start(self, text: str) -> list[int]:
+        special = self._record.add_special_tokens
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
+
+    def _follow(self, text: str) -> list[int]:
+        return _follow(self._marked, text)
+
+    def _marked(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _plain(self, text: str) -> list[int]:
+        """Ids of the text as if the tokenizer had no added tokens."""
+        if self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        words = [text]
+        if self._tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
+
+
+def _follow(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Ids of a text that follows another one, so without what marks the start of a string."""
+    for context in _CONTEXTS:
+        alone, both = encode(context), encode(context + text)
+        if both[: len(alone)] == alone:
+            return both[len(alone) :]
+    return encode(text)
+
+
+def _open(tokenizer_file: Path | str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises nothing narrower
+        raise BundleError(
+            f"{tokenizer_file} is missing or damaged ({error}); export the bundle again"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _check_record(record: TextRecord, added: Collection[int], tokenizer_file: Path | str) -> None:
+    places = (record.first, "{image}"), (record.first, "{prompt}"), (record.next, "{prompt}")
+    if record.image_token_id not in added or any(text.count(part) != 1 for text, part in places):
+        raise BundleError(
+            f"{tokenizer_file} and the bundle's prompt template do not fit; export the bundle again"
+        )
+
+
+def _check(prompt: str) -> None:
+    if not prompt.strip():
+        raise InputError("the prompt is empty; ask something about the picture")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is no valid text ({error}); give it as UTF-8") from error
+
+
+def _row(ids: list[int]) -> Tokens:
+    return np.array([ids], np.int64).reshape(1, -1)
