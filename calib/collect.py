@@ -9,13 +9,13 @@ that have begun run as one batch, so the whole costs about 1.6 prefills and not 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from edgeprune.calib.samples import Sample
 from edgeprune.calib.schedule import Evidence
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Cache, Decoder, Rotary
@@ -27,14 +27,6 @@ from edgeprune.spec import Plan
 
 if TYPE_CHECKING:
     from edgeprune.models._clip import Vision
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and the name under which it stands in a schedule's record."""
-
-    id: str
-    prompt: Prompt
 
 
 class Recorder(Decoder):
@@ -109,5 +101,3 @@ def _entry_scores(vision: Vision, pixels: Tensor) -> Tensor:
     """[CLS] attention, which decides the tokens that enter layer 1 above CR 4: [V]."""
     features, query, key = vision.encode(pixels)
     return VisionSignals(features, query, key, vision.config.grid).cls_attention()
-
-

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from edgeprune.calib.collect import Sample
 from edgeprune.errors import InputError
-from edgeprune.models._processor import Processor
+from edgeprune.models._processor import Processor, Prompt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and the name under which it stands in a schedule's record."""
+
+    id: str
+    prompt: Prompt
 
 
 def demo_samples(processor: Processor, count: int) -> Iterator[Sample]:

@@ -155,7 +155,11 @@ def _read_manifest(path: Path) -> Manifest:
     if schema != SCHEMA:
         raise BundleError(
             f"{file} has schema {schema}, this edgeprune reads schema {SCHEMA}; "
-            + ("update edgeprune" if isinstance(schema, int) and schema > SCHEMA else "export again")
+            + (
+                "update edgeprune"
+                if isinstance(schema, int) and schema > SCHEMA
+                else "export again"
+            )
         )
     try:
         return _parse(data)
@@ -164,7 +168,12 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _parse(data: dict[str, Any]) -> Manifest:
-    parts = {"prune": PruneRecord, "decoder": DecoderRecord, "image": ImageRecord, "text": TextRecord}
+    parts = {
+        "prune": PruneRecord,
+        "decoder": DecoderRecord,
+        "image": ImageRecord,
+        "text": TextRecord,
+    }
     values: dict[str, Any] = {**data}
     for name, record in parts.items():
         values[name] = record(**{k: _frozen(v) for k, v in data[name].items()})

@@ -1,7 +1,7 @@
 """What is asked for (PruneSpec), what a model is (ModelShape) and what will be done (Plan).
 
-Words: V visual tokens, L decoder layers, r_l the visual tokens that enter layer l (1-based), so what
-its attention, its MLP and its KV cache pay for. CR = V * L / (r_1 + ... + r_L), for every method.
+Words: V visual tokens, L decoder layers, r_l the visual tokens that enter layer l (1-based), so
+what its attention, its MLP and its KV cache pay for. CR = V * L / (r_1 + ... + r_L), always.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The sizes of a policy, fixed before tracing: stages in the order in which tokens meet them."""
+    """The sizes of a policy, fixed before tracing: stages in the order that tokens meet them."""
 
     visual_tokens: int
     layers: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class ExportRequest:
     target: str = "cpu"
     dtype: str | None = None
     schedule: dict[str, Any] | None = None
-    parity: bool = True
+    no_parity: str = ""  # why parity is not checked; empty where it is
 
     @property
     def lowering(self) -> tuple[Dialect, str]:
@@ -87,7 +88,7 @@ def export(
             _write_graphs(draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report)
             _copy_text(adapter.checkpoint.folder, draft, processor)
             checked = None
-            if request.parity:
+            if not request.no_parity:
                 checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
             manifest = _manifest(request, adapter, processor, draft, checked)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -114,18 +115,13 @@ def _write_graphs(
     hollow(decoder, dtype)
     decoder.set_tables(dtype)
     report("trace vision", 0, 1)
-    graphs = {"vision": vision_graph(vision, vision.config, dtype, dialect.opset)}
+    graphs = {"vision": vision_graph(vision, adapter.image_side, dtype, dialect.opset)}
     report("trace decoder", 0, 1)
     graphs["decoder"] = decoder_graph(decoder, dtype, dialect.opset)
     with WeightsFile(draft) as weights:
         for name, module in (("vision", vision), ("decoder", decoder)):
-            weights.fill(
-                graphs[name],
-                module,
-                adapter,
-                dtype,
-                lambda done, total, name=name: report(f"{name} weights", done, total),
-            )
+            step = partial(report, f"{name} weights")
+            weights.fill(graphs[name], module, adapter, dtype, step)
     for name, model in graphs.items():
         model.producer_name, model.producer_version = "edgeprune", version("edgeprune")
         ir.save(model, draft / f"{name}.onnx")
@@ -153,9 +149,7 @@ def _check(
     reference = Reference.build(adapter, policy, request.plan, dtype, decoder=parity.Watching)
     chosen = list(prompts)
     report("parity", 0, len(chosen))
-    return parity.check(
-        draft, reference, chosen, lambda done: report("parity", done, len(chosen))
-    )
+    return parity.check(draft, reference, chosen, lambda done: report("parity", done, len(chosen)))
 
 
 def _manifest(
@@ -200,7 +194,7 @@ def _manifest(
         image=image_record(processor.hf.image_processor),
         text=text_record(processor.hf, adapter.config, _generation(adapter)),
         files=record_files(draft),
-        parity=asdict(checked) if checked else {"samples": 0, "why": "not asked for"},
+        parity=asdict(checked) if checked else {"samples": 0, "why": request.no_parity},
         versions={package: version(package) for package in PACKAGES},
     )
 

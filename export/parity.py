@@ -1,8 +1,8 @@
 """Parity: an exported pair of graphs against the eager reference of the same policy.
 
 Each sample is prefilled, decoded for two tokens and asked again on the same cache. Kept sets must
-be the same, and logits within a tolerance; a sample whose kept sets differ by a tie (scores equal to
-1e-5 of the largest) is counted, not compared further.
+be the same and logits within a tolerance; a sample whose kept sets differ by a tie (scores equal
+to 1e-5 of the largest) is counted, not compared further.
 """
 
 from __future__ import annotations

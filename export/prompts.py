@@ -182,7 +182,7 @@ def _eos(tokenizer: Any, config: Any, generation_config: Any) -> tuple[int, ...]
 
 
 def _generation(generation_config: Any) -> dict[str, Any]:
-    """The checkpoint's defaults by the names of the runtime's Sampling; unset ones as `generate`."""
+    """The checkpoint's defaults, named as the runtime's Sampling; unset ones are `generate`'s."""
     found: dict[str, Any] = {"temperature": 0.0}
     if getattr(generation_config, "do_sample", None):
         defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}

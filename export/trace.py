@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim
 
 from edgeprune.errors import ExportError
 from edgeprune.export.passes import clean
-from edgeprune.models._clip import VisionConfig
 from edgeprune.models._decoder import Decoder, DecoderConfig
 from edgeprune.spec import Plan
 
@@ -35,9 +34,9 @@ def hollow(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.eval()
 
 
-def vision_graph(module: nn.Module, config: VisionConfig, dtype: torch.dtype, opset: int) -> ir.Model:
-    """pixels [1, 3, H, W] -> visual [1, r_1, D], kept [r_1]; every size fixed."""
-    pixels = torch.zeros(1, 3, config.image, config.image, dtype=dtype)
+def vision_graph(module: nn.Module, side: int, dtype: torch.dtype, opset: int) -> ir.Model:
+    """pixels [1, 3, side, side] -> visual [1, r_1, D], kept [r_1]; every size fixed."""
+    pixels = torch.zeros(1, 3, side, side, dtype=dtype)
     return _trace(module, (pixels,), None, ["pixels"], ["visual", "kept"], opset)
 
 
@@ -126,31 +125,10 @@ def _rename(values: Sequence[ir.Value], names: Sequence[str]) -> None:
 
 def _name_dimensions(graph: ir.Graph) -> None:
     """Readable names for the dynamic sizes, in place of the tracer's symbols."""
-    names: dict[str, str] = {}
-    for value in graph.inputs:
+    names = {"prefix_ids": "prefix", "visual": "visual", "text_ids": "text"}
+    for value in (*graph.inputs, *graph.outputs):
         stem, _, layer = (value.name or "").partition(".")
-        label = {"prefix_ids": "prefix", "visual": "visual", "text_ids": "text"}.get(stem)
-        label = label or {"past_key": f"capacity.{layer}", "past_value": f"capacity.{layer}"}.get(
-            stem
-        )
+        label = names.get(stem) or (f"capacity.{layer}" if "_" in stem and layer else None)
         if label and value.shape is not None:
-            value.shape = ir.Shape(
-                [label if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
-            )
-    for value in graph.outputs:
-        stem, _, layer = (value.name or "").partition(".")
-        if stem in ("present_key", "present_value") and value.shape is not None:
-            value.shape = ir.Shape(
-                [f"capacity.{layer}" if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
-            )
-    del names
-
-
-def initializers(model: ir.Model) -> Mapping[str, ir.Value]:
-    """The graph's weights by parameter name."""
-    return model.graph.initializers
-
-
-def tensor_of(value: Tensor) -> ir.Tensor:
-    """A small real tensor (a rotary table) for the graph."""
-    return ir.Tensor(value.numpy())
+            sizes = [label if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            value.shape = ir.Shape(sizes)

@@ -63,7 +63,7 @@ class WeightsFile:
     def _append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
         self.stream.write(b"\0" * (-self.stream.tell() % ALIGNMENT))
         offset, data = self.stream.tell(), tensor.detach().contiguous()
-        self.stream.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        self.stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
         return ir.ExternalTensor(
             WEIGHTS,
             offset,

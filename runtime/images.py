@@ -71,7 +71,7 @@ def _too_large(path: Path, found: str) -> str:
 
 
 def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
-    """Pad, resize, crop, normalise: a picture -> pixels [1, 3, height, width] as the record says."""
+    """Pad, resize, crop, normalise as the record says: picture -> pixels [1, 3, height, width]."""
     image = _to_rgb(image)
     if record.pad_to_square is not None:
         image = _pad_to_square(image, record.pad_to_square)

@@ -56,7 +56,7 @@ class Sampling:
         """What `pick` draws from: [vocabulary] -> probabilities [vocabulary]."""
         scores = _checked(logits)
         if self.temperature == 0:
-            return np.eye(1, scores.size, int(scores.argmax()))[0]
+            return _normalised((np.arange(scores.size) == scores.argmax()).astype(np.float64))
         scores = (scores - scores.max()) / self.temperature
         if 0 < self.top_k < scores.size:
             least = np.partition(scores, -self.top_k)[-self.top_k]

@@ -90,18 +90,21 @@ class Prompter:
         A piece is held back while later tokens could still change it: a character whose bytes are
         not all there, or a run of byte tokens, which is decoded as a whole.
         """
-        seen: list[int] = []
-        sent = ""
+        last: list[int] = []  # the ids of the last piece: all the context that a decoder looks at
+        fresh: list[int] = []
         for token in map(int, ids):
-            seen.append(token)
+            fresh.append(token)
             if token in self._pending:
                 continue
-            text = self.decode(seen)
-            if text != sent and text.startswith(sent) and not text.endswith("\ufffd"):
-                yield text[len(sent) :]
-                sent = text
-        if rest := self.decode(seen)[len(sent) :]:
+            piece = self._growth(last, fresh)
+            if piece and not piece.endswith("\ufffd"):
+                yield piece
+                last, fresh = fresh, []
+        if rest := self._growth(last, fresh):
             yield rest
+
+    def _growth(self, last: list[int], fresh: list[int]) -> str:
+        return self.decode(last + fresh)[len(self.decode(last)) :]
 
     def _encode(self, segments: list[Segment], encode: Callable[[str], list[int]]) -> list[int]:
         """All segments as one string, or each by itself if the user's text holds control tokens."""

@@ -161,7 +161,8 @@ def _answers(asked: list[Question]) -> list[str]:
     images = [draw(make_scene(q.image_id, q.split)) for q in asked]
     inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=4)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :])
+    answers: list[str] = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :])
+    return answers
 
 
 def test_the_checkpoint_answers_held_out_questions() -> None:

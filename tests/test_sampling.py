@@ -20,7 +20,7 @@ from edgeprune.runtime.sampling import Sampling, StopWatcher
 
 
 def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """transformers' distribution, with its filters in the order in which `generate` applies them."""
+    """transformers' distribution: its filters in the order in which `generate` applies them."""
     scores, no_ids = torch.tensor(logits, dtype=torch.float64)[None], torch.zeros(1, 0)
     scores = TemperatureLogitsWarper(temperature)(no_ids, scores)
     if top_k:
@@ -127,7 +127,7 @@ def watched(pieces: list[str], stop: tuple[str, ...]) -> tuple[str, bool]:
 
 
 def expected(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The same, letter by letter: cut before the longest stop string at the first that completes."""
+    """The same, letter by letter: cut before the longest string of those that complete first."""
     for end in range(1, len(text) + 1):
         if complete := [s for s in stop if text[:end].endswith(s)]:
             return text[: end - max(map(len, complete))], True

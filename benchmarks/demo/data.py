@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.demo.build import BOS, EOS, IMAGE, PAD, WORDS
-from edgeprune.demo.questions import KINDS, ask
+from benchmarks.demo.build import BOS, EOS, PAD, WORDS
+from edgeprune.demo.questions import KINDS, Question, ask
 from edgeprune.demo.scenes import (
     COLORS,
-    GRID,
     PLURALS,
     SHAPES,
     SIZE,
@@ -32,6 +31,7 @@ GROUND, CENTRE = len(WORDS), len(WORDS) + 1  # rows of the symbol table beyond t
 WAVES = 14  # smooth functions of a patch's place
 WORD_NORM = 3.0  # length of a word's embedding; a patch's attributes have the same length
 TAIL = {"color": 2, "shape": 3, "presence": 2, "count": 4, "relation": 2, "read": 3}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 PAIRS = [(s, c) for s in SHAPES for c in COLORS]
 PRESENT = len(PAIRS) + 10  # what [CLS] is trained to know: pairs, then digits
 
@@ -53,7 +53,9 @@ def symbol_table(width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def waves(grid: int) -> Tensor:
     """Smooth functions of the places of grid x grid patches, float32 [grid**2, WAVES]."""
     u = (torch.arange(grid) + 0.5) / grid
-    one = [2.5 * (2 * u - 1)] + [f(k * torch.pi * u) for k in (1, 2, 4) for f in (torch.cos, torch.sin)]
+    one = [2.5 * (2 * u - 1)] + [
+        f(k * torch.pi * u) for k in (1, 2, 4) for f in (torch.cos, torch.sin)
+    ]
     row = torch.stack(one, 1)  # [grid, 7]
     x = row[None].expand(grid, grid, -1)
     return torch.cat([x, x.transpose(0, 1)], -1).reshape(grid * grid, -1)
@@ -75,6 +77,8 @@ class Dialogues:
     `rows`, `columns` (text position that predicts) and `answers` are int64 [n]; `kinds` is the
     index into KINDS, or -1 for the end-of-sequence token, or -2 for the words of a question from
     which on its answer is settled: asking for it there already shortens the way to learn.
+    `named` int64 [m, 2] are row and column of the things named in a relation, and `where` float32
+    [m, 2] their places, -1 to 1 from left to right and from top to bottom.
     """
 
     ids: Tensor
@@ -82,6 +86,8 @@ class Dialogues:
     columns: Tensor
     answers: Tensor
     kinds: Tensor
+    named: Tensor
+    where: Tensor
 
 
 def symbolic_scene(rng: np.random.Generator, grid: int, most: int) -> tuple[Scene, np.ndarray]:
@@ -92,8 +98,8 @@ def symbolic_scene(rng: np.random.Generator, grid: int, most: int) -> tuple[Scen
     things = []
     for i, ((shape, color), (x, y)) in enumerate(zip(kinds, cells, strict=True)):
         digit = int(rng.integers(10)) if shape == "card" else None
-        at = (int((v + 0.5) * SIZE / grid) for v in (x, y))
-        things.append(Thing(shape, color, *at, 32, 0, digit))
+        left, top = (int((v + 0.5) * SIZE / grid) for v in (x, y))
+        things.append(Thing(shape, color, left, top, 32, 0, digit))
         if grid >= 8:
             a, b = rng.integers(1, 3, 2)
             part = owner[y : y + b, x : x + a]
@@ -129,6 +135,18 @@ def symbols(scenes: list[Scene], owners: list[np.ndarray]) -> Symbols:
     return Symbols(torch.from_numpy(patches), torch.from_numpy(present))
 
 
+def either(question: Question) -> Question:
+    """A relation asked for its side ("left , right of") instead of yes or no.
+
+    The answer then hangs on the two places alone and is learned sooner; training mixes both.
+    """
+    words = question.text.split()
+    side = words[3]
+    answer = side if question.answer == "yes" else OPPOSITE[side]
+    words[3:4] = [side, ",", OPPOSITE[side]]
+    return replace(question, text=" ".join(words), answer=answer)
+
+
 def dialogues(scenes: list[Scene], rng: np.random.Generator) -> Dialogues:
     """Eight questions and answers about each scene, laid out as the chat template does.
 
@@ -136,11 +154,21 @@ def dialogues(scenes: list[Scene], rng: np.random.Generator) -> Dialogues:
     """
     ids = np.full((len(scenes), TEXT), PAD)
     places: list[tuple[int, int, int, int]] = []
+    named: list[tuple[int, int]] = []
+    where: list[tuple[float, float]] = []
     for b, scene in enumerate(scenes):
         line: list[int] = []
-        for turn, question in enumerate(ask(scene, rng, TURNS)):
+        spots = {t.shape: (2 * t.x / SIZE - 1, 2 * t.y / SIZE - 1) for t in scene.things}
+        for turn, question in enumerate(ask(scene, rng, TURNS, (*KINDS, "relation"))):
+            if question.kind == "relation" and rng.random() < 0.5:
+                question = either(question)
+            if len(line) + len(question.text.split()) + 4 > TEXT:
+                break
             words = [ID[w] for w in question.text.split()]
             line += ([] if turn == 0 else [ID["user:"]]) + words + [ID["assistant:"]]
+            if question.kind == "relation":
+                named += [(b, len(line) - len(words) + 1), (b, len(line) - 3)]
+                where += [spots[WORDS[line[column]]] for _, column in named[-2:]]
             answer = ID[question.answer]
             places.append((b, len(line) - 1, answer, KINDS.index(question.kind)))
             places.append((b, len(line), EOS, -1))
@@ -149,7 +177,10 @@ def dialogues(scenes: list[Scene], rng: np.random.Generator) -> Dialogues:
             line += [answer, EOS]
         ids[b, : len(line)] = line
     table = torch.tensor(places)
-    return Dialogues(torch.from_numpy(ids), *table.unbind(1))
+    pairs = torch.tensor(named, dtype=torch.int64).view(-1, 2)
+    spot = torch.tensor(where, dtype=torch.float32).view(-1, 2)
+    rows, columns, answers, kinds = table.unbind(1)
+    return Dialogues(torch.from_numpy(ids), rows, columns, answers, kinds, pairs, spot)
 
 
 def prefix() -> Tensor:
@@ -161,6 +192,3 @@ def pixels(scenes: list[Scene]) -> Tensor:
     """Normalised pixels float32 [batch, 3, 168, 168], as the processor gives them."""
     raw = np.stack([np.asarray(draw(scene)) for scene in scenes])
     return (torch.from_numpy(raw).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-
-
-__all__ = ["GRID", "IMAGE", "KINDS", "Dialogues", "Symbols", "dialogues", "symbols"]

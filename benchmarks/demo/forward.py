@@ -26,7 +26,8 @@ def _heads(x: Tensor, size: int = 32) -> Tensor:
 
 
 def _rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+    normed: Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return normed * weight
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask
-    return (scores.softmax(-1).to(HALF) @ v).transpose(1, 2).flatten(2)
+    mixed: Tensor = scores.softmax(-1).to(HALF) @ v
+    return mixed.transpose(1, 2).flatten(2)
 
 
 @torch.compile(dynamic=False)
@@ -53,8 +55,8 @@ def _decoder_block(x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, w: list[Te
     return x + _linear(y, w[8]).float()
 
 
-def decoder(model: Any, embeds: Tensor) -> Tensor:
-    """Final normed states float32 [batch, length, width] of the causal decoder."""
+def decoder(model: Any, embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """States half-way and final normed states, float32 [batch, length, width], of the decoder."""
     lm = model.model.language_model
     length, half = embeds.shape[1], 16
     frequencies = 10000.0 ** -(torch.arange(half) / half)
@@ -62,13 +64,15 @@ def decoder(model: Any, embeds: Tensor) -> Tensor:
     cos, sin = angles.cos(), angles.sin()
     mask = torch.full((length, length), -1e9).triu(1)
     x = embeds
-    for layer in lm.layers:
+    middle = x
+    for i, layer in enumerate(lm.layers):
+        middle = x if i == len(lm.layers) // 2 else middle
         a, m = layer.self_attn, layer.mlp
         attention = [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.o_proj.weight]
         mlp = [m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight]
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         x = _decoder_block(x, mask, cos, sin, [norms[0], *attention, norms[1], *mlp])
-    return _rms(x, lm.norm.weight)
+    return middle, _rms(x, lm.norm.weight)
 
 
 @torch.compile(dynamic=False)

@@ -29,11 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.demo import data, forward
-from benchmarks.demo.build import make_model, save
+from benchmarks.demo.build import PAD, WORDS, make_model, save
+from edgeprune.demo.questions import KINDS
+from edgeprune.demo.scenes import COLORS, GRID, SHAPES, Scene
 
 STAGES = ("language", "vision", "joint")
 # Share of the steps of `language` after which a grid ends, its patches per side, most things.
-CURRICULUM = ((0.2, 4, 2), (0.32, 4, 4), (0.48, 6, 4), (0.64, 8, 5), (1.0, 12, 6))
+CURRICULUM = ((0.15, 4, 2), (0.24, 4, 4), (0.36, 6, 4), (0.48, 8, 5), (1.0, 12, 6))
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Run:
     rate: float
     seed: int
     model: Any
-    heads: nn.ModuleList  # throwaway classifiers of [CLS], at the last two layers
+    heads: nn.ModuleList  # throwaway: two classifiers of [CLS], and places from decoder states
     table: Tensor
     places: Tensor
 
@@ -62,18 +64,26 @@ def answer_loss(run: Run, tokens: Tensor, talk: data.Dialogues) -> tuple[Tensor,
     """Cross-entropy of answers and ends given visual tokens, and accuracy of each kind."""
     embed = run.model.model.language_model.embed_tokens
     start = embed(data.prefix()).expand(len(tokens), -1, -1)
-    states = forward.decoder(run.model, torch.cat([start, tokens, embed(talk.ids)], 1))
-    states = states[talk.rows, talk.columns + start.shape[1] + tokens.shape[1]]
+    middle, states = forward.decoder(run.model, torch.cat([start, tokens, embed(talk.ids)], 1))
+    first = start.shape[1] + tokens.shape[1]
+    states = states[talk.rows, talk.columns + first]
+    named = middle[talk.named[:, 0], talk.named[:, 1] + first]
+    places = run.heads[2](F.layer_norm(named, named.shape[-1:]))
+    far = (places - talk.where).square().sum() / max(1, talk.where.numel())
     logits = run.model.lm_head(states)
     right = (logits.argmax(-1) == talk.answers).float()
     scores = {
         kind: right[talk.kinds == i].mean().item()
-        for i, kind in enumerate(data.KINDS)
+        for i, kind in enumerate(KINDS)
         if (talk.kinds == i).any()
     }
+    sided = (talk.kinds == KINDS.index("relation")) & (talk.answers >= data.ID["left"])
+    if sided.any():
+        scores["side"] = right[sided].mean().item()
     losses = F.cross_entropy(logits, talk.answers, reduction="none")
-    weights = torch.tensor([*[1.0] * len(data.KINDS), 0.5, 0.1])[talk.kinds]
-    return (losses * weights).sum() / (talk.kinds >= 0).sum(), scores
+    weights = torch.tensor([*[1.0] * len(KINDS), 0.5, 0.1])[talk.kinds]
+    scores["far"] = far.item()
+    return (losses * weights).sum() / (talk.kinds >= 0).sum() + far, scores
 
 
 def spoil(tokens: Tensor, level: float, generator: torch.Generator) -> Tensor:
@@ -92,7 +102,7 @@ def language_loss(run: Run, step: int, rng: np.random.Generator) -> tuple[Tensor
     _, grid, most = next(c for c in CURRICULUM if progress < c[0])
     made = [
         data.drawn_scene(step * run.batch + i)
-        if grid == data.GRID
+        if grid == GRID
         else data.symbolic_scene(rng, grid, most)
         for i in range(run.batch)
     ]
@@ -108,10 +118,10 @@ def patch_losses(run: Run, tokens: Tensor, patches: Tensor) -> tuple[Tensor, dic
     weight = torch.where(patches[..., 3] == data.GROUND, 1.0, 4.0)
     far = (tokens - ideal(run, patches)).square().sum(-1) / data.WORD_NORM**2
     loss, scores = (far * weight).mean() / 2, {"distance": far.mean().item()}
-    groups = (data.COLORS, data.SHAPES, [str(i) for i in range(10)])
+    groups = (COLORS, SHAPES, [str(i) for i in range(10)])
     for i, (name, words) in enumerate(zip(("color", "shape", "digit"), groups, strict=True)):
         rows = torch.tensor([data.ID[w] for w in words])
-        shown = patches[..., i] != data.PAD
+        shown = patches[..., i].ne(PAD)
         if not shown.any():
             continue
         logits = tokens[shown] @ run.table[rows].T
@@ -123,7 +133,7 @@ def patch_losses(run: Run, tokens: Tensor, patches: Tensor) -> tuple[Tensor, dic
 
 def see(
     run: Run, step: int, many_cards: bool
-) -> tuple[list[data.Scene], Tensor, Tensor, dict[str, float]]:
+) -> tuple[list[Scene], Tensor, Tensor, dict[str, float]]:
     """Scenes of a step, their visual tokens, the losses of tower and projector, and scores."""
     first = (1 + STAGES.index(run.stage)) * 10**8 + step * run.batch
     made = [data.drawn_scene(first + i, many_cards) for i in range(run.batch)]
@@ -133,7 +143,7 @@ def see(
     tokens = forward.project(run.model, before[:, 1:])
     loss, scores = patch_losses(run, tokens, truth.patches)
     pooled = run.model.model.vision_tower.post_layernorm(last[:, 0])
-    for head, cls in zip(run.heads, (before[:, 0], pooled), strict=True):
+    for head, cls in zip(run.heads[:2], (before[:, 0], pooled), strict=True):
         logits = head(F.layer_norm(cls, cls.shape[-1:]))
         loss = loss + 4 * F.binary_cross_entropy_with_logits(logits, truth.present)
         found = (logits > 0).float() * truth.present
@@ -169,9 +179,9 @@ def trained_parts(run: Run) -> list[tuple[str, nn.Parameter]]:
     names = {n for n, _ in of_language}
     heads = [("heads." + n, p) for n, p in run.heads.named_parameters()]
     if run.stage == "language":
-        return [(n, p) for n, p in of_language if "embed_tokens" not in n]
+        return [(n, p) for n, p in of_language if "embed_tokens" not in n] + heads[4:]
     if run.stage == "vision":
-        return [(n, p) for n, p in named if n not in names] + heads
+        return [(n, p) for n, p in named if n not in names] + heads[:4]
     return named + heads
 
 
@@ -197,11 +207,12 @@ def start(args: argparse.Namespace) -> Run:
     model = make_model(args.seed)
     width = model.config.text_config.hidden_size
     heads = [nn.Linear(model.config.vision_config.hidden_size, data.PRESENT) for _ in range(2)]
+    heads.append(nn.Linear(width, 2))
     table, places = data.symbol_table(width, args.seed)
     run = Run(args.stage, args.out, args.steps, args.batch, args.rate, args.seed, model,
               nn.ModuleList(heads), table, places)  # fmt: skip
     with torch.no_grad():
-        words = table[: len(data.WORDS)]
+        words = table[: len(WORDS)]
         model.model.language_model.embed_tokens.weight.copy_(words)
         model.lm_head.weight.copy_(words / data.WORD_NORM)
     for stage in ("language", "vision") if args.stage == "joint" else ():
@@ -235,7 +246,7 @@ def train(run: Run, minutes_between_saves: float, folder: Path | None) -> None:
     while step < run.steps:
         rng = np.random.default_rng([run.seed, STAGES.index(run.stage), step])
         loss, scores = LOSSES[run.stage](run, step, rng)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parts, 1.0)
         for maker in makers:
             for group in maker.param_groups:

@@ -1,28 +1,56 @@
-"""The schedule problem in rank space, and what a schedule costs (UTP paper Eq. 3-5)."""
+"""The schedule problem in rank space, and what a schedule costs (UTP paper, Eq. 3-5)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Counts = NDArray[np.intp]
+Ints = NDArray[np.intp]
 Floats = NDArray[np.float64]
-Places = NDArray[np.intp]
+Measured = NDArray[np.floating[Any]]
+Progress = Callable[[str, float, float], None]  # step, best objective so far, proven bound so far
 
-CHUNK = 2_000_000  # places held at once when many schedules are evaluated together
+CHUNK = 2_000_000  # places held at once when many schedules are evaluated together: 16 MB
 
 
-def rank_order(scores: NDArray[np.floating]) -> Places:
+@dataclass(frozen=True)
+class Solution:
+    """Counts r_1 .. r_L, their mean loss in radians, and a proven lower bound on the least loss."""
+
+    counts: Ints
+    objective: float
+    bound: float
+
+
+def silent(step: str, objective: float, bound: float) -> None:
+    """Report progress to nobody."""
+
+
+def rank_order(scores: Measured) -> Ints:
     """Positions by falling score along the last axis; ties go to the lower position."""
     return np.argsort(-scores, axis=-1, kind="stable")
 
 
+def round_to_sum(shares: Floats, total: int) -> Ints:
+    """Integers that sum to `total`, by largest remainder; shares that never rise stay so.
+
+    Of two shares with one floor the larger has the larger remainder and the lower index wins a tie,
+    so rounding cannot turn the order of two layers around.
+    """
+    counts = np.floor(shares + 1e-9).astype(np.intp)  # a mean such as 2.9999999 is 3
+    remainders = shares - counts
+    counts[rank_order(remainders)[: total - int(counts.sum())]] += 1
+    return counts
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Which counts lose least, for `total` tokens summed over the layers.
+    """Which counts lose least when they sum to `total` over the layers.
 
     Decision d = 0 .. L-2 picks the tokens that enter layer d + 2: it ranks them by a^{d+1} and
     charges ell_{d+2} a^{d+2} / sum a^{d+2} for each one dropped. Only the n = r_1 tokens that enter
@@ -31,15 +59,15 @@ class Problem:
     """
 
     prices: Floats  # [L-1, S, n+1] radians lost by dropping the token of that place
-    carry: Places  # [L-1, S, n+1] the place of the same token at the next decision
-    total: int  # the budget: sum of r_1 .. r_L
+    carry: Ints  # [L-1, S, n+1] the place of the same token at the next decision
+    total: int  # the budget: r_1 + ... + r_L
 
     @classmethod
     def pose(
         cls,
-        attention: NDArray[np.floating],
-        loss: NDArray[np.floating],
-        entry: NDArray[np.floating] | None,
+        attention: Measured,
+        loss: Measured,
+        entry: Measured | None,
         first: int,
         total: int,
     ) -> Problem:
@@ -52,20 +80,24 @@ class Problem:
             attention = np.take_along_axis(attention, entered, -1)
             share = np.take_along_axis(share, entered, -1)
         n_samples, n_layers, n_tokens = attention.shape
-        shape = (n_layers - 1, n_samples, n_tokens + 1)
         order = rank_order(attention[:, :-1]).swapaxes(0, 1)
         rank = np.argsort(order, axis=-1)  # the inverse permutation
         base = np.arange(n_samples)[:, None] * (n_tokens + 1)
 
-        prices = np.zeros(shape)
+        prices = np.zeros((n_layers - 1, n_samples, n_tokens + 1))
         price = (loss[:, :, None] * share)[:, 1:].swapaxes(0, 1)
         prices[..., :-1] = np.take_along_axis(price, order, -1)
-        carry = np.empty(shape, np.intp)
+        carry = np.empty(prices.shape, np.intp)
         carry[..., -1:] = base + n_tokens  # the dummy stays the dummy
         carry[:-1, :, :-1] = np.take_along_axis(rank[1:], order[:-1], -1) + base
         carry[-1, :, :-1] = order[-1] + base  # nothing is left to decide: back to token order
-        start = rank[0] + base
         return cls(prices, carry, total)
+
+    def sample(self, index: int) -> Problem:
+        """The same problem for one sample alone."""
+        rows = slice(index, index + 1)
+        carry = self.carry[:, rows] - index * (self.first + 1)
+        return Problem(self.prices[:, rows], carry, self.total)
 
     @property
     def n_decisions(self) -> int:
@@ -80,32 +112,32 @@ class Problem:
         return self.prices.shape[2] - 1
 
     @cached_property
-    def start(self) -> Places:
-        """Places at decision 0 of the tokens that enter layer 1: [S, n]."""
-        return np.arange(self.prices[0].size).reshape(self.prices[0].shape)[:, :-1]
+    def start(self) -> Ints:
+        """Places at decision 0 of the tokens that enter layer 1: [S, n], rising in a row."""
+        places = np.arange(self.n_samples * (self.first + 1))
+        return places.reshape(self.n_samples, -1)[:, :-1]
 
     @cached_property
-    def dummies(self) -> Places:
+    def dummies(self) -> Ints:
         """Each sample's place that stands for no token: [S, 1]."""
         return self.start[:, -1:] + 1
 
-    def evaluate(self, counts: Counts) -> Floats:
+    def evaluate(self, counts: Ints) -> Floats:
         """Mean over samples of sum_l t_l in radians for each schedule: [C, L] -> [C]."""
         step = max(1, CHUNK // self.start.size)
         chunks = [counts[i : i + step] for i in range(0, len(counts), step)]
         return np.concatenate([self._evaluate(chunk) for chunk in chunks])
 
-    def _evaluate(self, counts: Counts) -> Floats:
+    def _evaluate(self, counts: Ints) -> Floats:
         cost = np.zeros(len(counts))
         alive = np.broadcast_to(self.start, (len(counts), *self.start.shape))
-        for price, carry, before, keep in zip(
-            self.prices, self.carry, counts.T[:-1], counts.T[1:], strict=True
-        ):
-            if (keep < before).any():
+        for d in range(self.n_decisions):
+            keep = counts[:, d + 1]
+            if (keep < counts[:, d]).any():
                 alive = np.sort(alive, axis=-1)
                 low, high = int(keep.min()), int(keep.max())
                 gone = np.arange(alive.shape[-1]) >= keep[:, None, None]
-                cost += (price.take(alive[..., low:]) * gone[..., low:]).sum((-2, -1))
+                cost += (self.prices[d].take(alive[..., low:]) * gone[..., low:]).sum((-2, -1))
                 alive = np.where(gone[..., :high], self.dummies, alive[..., :high])
-            alive = carry.take(alive)
+            alive = self.carry[d].take(alive)
         return cost / self.n_samples

@@ -120,10 +120,15 @@ def _pick(
     return matching[rng.integers(len(matching))]
 
 
-def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
-    """`count` random questions about one scene, kinds and answers as even as it allows."""
+def ask(
+    scene: Scene, rng: np.random.Generator, count: int, among: tuple[str, ...] = KINDS
+) -> list[Question]:
+    """`count` random questions about one scene, kinds and answers as even as it allows.
+
+    A kind that is listed twice in `among` is asked twice as often.
+    """
     by_kind = {kind: every_question(scene, kind) for kind in KINDS}
-    kinds = [kind for kind, found in by_kind.items() if found]
+    kinds = [kind for kind in among if by_kind[kind]]
     chosen: list[Question] = []
     while len(chosen) < count:
         question = _pick(rng, by_kind[kinds[rng.integers(len(kinds))]])

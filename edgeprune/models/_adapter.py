@@ -41,6 +41,11 @@ class Adapter:
     def image_token_id(self) -> int:
         raise NotImplementedError
 
+    @property
+    def image_side(self) -> int:
+        """Pixels a side of the picture that the vision tower takes."""
+        raise NotImplementedError
+
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
         raise NotImplementedError

@@ -3,12 +3,13 @@ time, so that memory does not grow with the model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -104,10 +105,21 @@ class Checkpoint:
         with safe_open(self.files[name], framework="pt") as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
-    def dtype(self) -> torch.dtype:
-        """The dtype of the largest part of the checkpoint, read from one tensor."""
-        name = next(iter(self.files))
-        return self.read(name).dtype
+    def elements(self) -> int:
+        """How many numbers all tensors hold."""
+        return sum(math.prod(self.shape(name)) for name in self.files)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and each weights file's name, size, first and last MiB."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in sorted(set(self.files.values())):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(1 << 20))
+                stream.seek(max(0, size - (1 << 20)))
+                digest.update(stream.read())
+        return digest.hexdigest()
 
 
 def _names(file: Path) -> list[str]:

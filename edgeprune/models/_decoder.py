@@ -59,6 +59,16 @@ class Cache:
     length: Tensor
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Queries of the last token and keys of all, before and after rotary embedding."""
+
+    query: Tensor  # [1, heads, 1, head]
+    key: Tensor  # [1, kv_heads, S, head]
+    rotated_query: Tensor
+    rotated_key: Tensor
+
+
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -102,9 +112,8 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
-    ) -> tuple[Tensor, Cache, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Hidden [1, S, width] onwards, the cache written, and (query, key) before and after
-        rotary embedding, the queries of the last token only, for the policy to look at."""
+    ) -> tuple[Tensor, Cache, Seen]:
+        """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
         ops = self.ops
         query, key, value = self.attention.project(
             ops.rms_norm(hidden, self.attention_norm.weight, self.eps)
@@ -116,7 +125,7 @@ class DecoderLayer(nn.Module):
         mixed = ops.attend(rotated_query, keys, values, cache.length)
         hidden = hidden + self.attention.output(join_heads(mixed))
         hidden = hidden + self.mlp(ops.rms_norm(hidden, self.mlp_norm.weight, self.eps))
-        seen = (query[:, :, -1:], key, rotated_query[:, :, -1:], rotated_key)
+        seen = Seen(query[:, :, -1:], key, rotated_query[:, :, -1:], rotated_key)
         return hidden, Cache(keys, values, cache.length), seen
 
 
@@ -197,8 +206,8 @@ class Decoder(nn.Module):
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
             if signals is not None and str(index + 1) in self.prune:
-                site = self.prune[str(index + 1)]
-                live = torch.sym_min(site.stage.keep, entered)
+                site = self._site(index + 1)
+                live = _least(site.stage.keep, entered)
                 hidden, positions, chosen = site(hidden, positions, signals, live)
                 segments = Segments(segments.prefix, live, segments.text)
                 kept.append(chosen)
@@ -207,10 +216,24 @@ class Decoder(nn.Module):
             keys.append(present.key)
             values.append(present.value)
             signals = LayerSignals(
-                segments, hidden, *seen, self.cos, self.sin, start, visual_count=entered
+                segments=segments,
+                hidden=hidden,
+                query=seen.query,
+                key=seen.key,
+                rotated_query=seen.rotated_query,
+                rotated_key=seen.rotated_key,
+                cos=self.cos,
+                sin=self.sin,
+                visual_start=start,
+                visual_count=entered,
             )
             self.observe(index + 1, signals)
         return self.logits(hidden), keys, values, kept
+
+    def _site(self, layer: int) -> Prune:
+        site = self.prune[str(layer)]
+        assert isinstance(site, Prune)  # ModuleDict forgets what it holds
+        return site
 
     def observe(self, layer: int, signals: LayerSignals) -> None:
         """Called after each layer; calibration listens here."""
@@ -220,3 +243,9 @@ class Decoder(nn.Module):
         last = self.ops.rms_norm(self.ops.last(hidden), self.norm.weight, self.config.eps)
         weight = self.embedding.weight if self.config.tied else self.head.weight
         return F.linear(last[0], weight)[None]
+
+
+def _least(keep: int, live: int) -> int:
+    """min(keep, live), which stays symbolic while tracing."""
+    least: int = torch.sym_min(keep, live)  # type: ignore[no-untyped-call]
+    return least

@@ -15,7 +15,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        product = x @ self.weight
+        product: Tensor = x @ self.weight
         return product if self.bias is None else product + self.bias
 
 
@@ -28,10 +28,11 @@ class Scale(nn.Module):
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[1, S, heads * head] -> [1, heads, S, head]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """[batch, S, heads * head] -> [batch, heads, S, head]."""
+    batch, length, width = x.shape
+    return x.view(batch, length, heads, width // heads).transpose(1, 2)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """[1, heads, S, head] -> [1, S, heads * head]."""
+    """[batch, heads, S, head] -> [batch, S, heads * head]."""
     return x.transpose(1, 2).flatten(2)

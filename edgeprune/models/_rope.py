@@ -25,7 +25,9 @@ def inverse_frequencies(config: Any, head_size: int) -> tuple[float, ...]:
         exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
         return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist())
     if kind not in ("linear", "llama3"):
-        raise ModelError(f"this decoder uses rope_type {kind!r}; supported: default, linear, llama3")
+        raise ModelError(
+            f"this decoder uses rope_type {kind!r}; supported: default, linear, llama3"
+        )
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     if scaling != 1.0:
         raise ModelError(f"rope_type {kind!r} with attention scaling {scaling} is not supported")

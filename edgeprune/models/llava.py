@@ -1,5 +1,4 @@
-"""LLaVA 1.5: CLIP vision tower, two-layer projector, LLaMA decoder (`LlavaForConditionalGeneration`).
-"""
+"""LLaVA 1.5: CLIP vision tower, two-layer projector, LLaMA decoder (`LlavaForConditionalGeneration`)."""
 
 from __future__ import annotations
 
@@ -56,6 +55,10 @@ class Adapter(_adapter.Adapter):
     def image_token_id(self) -> int:
         return int(self.config.image_token_id)
 
+    @property
+    def image_side(self) -> int:
+        return self.vision_config.image
+
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
         return Vision(self.vision_config, policy, plan, ops)
 
@@ -79,8 +82,12 @@ class Adapter(_adapter.Adapter):
 
 # transformers has written LLaVA under several stems over the years; all are read.
 _TEXT = ("language_model.model.", "model.language_model.", "language_model.")
-_TOWER = ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.",
-          "model.vision_tower.")
+_TOWER = (
+    "vision_tower.vision_model.",
+    "model.vision_tower.vision_model.",
+    "vision_tower.",
+    "model.vision_tower.",
+)
 
 
 def _vision_config(config: Any) -> VisionConfig:

@@ -38,7 +38,8 @@ class VisionSignals:
         """Attention of [CLS] to each patch, softmax over [CLS] and patches, head mean: [N]."""
         query, key = self.query[:, :, :1].float(), self.key.float()
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return logits.softmax(-1)[0, :, 0, 1:].mean(0)
+        attention: Tensor = logits.softmax(-1)[0, :, 0, 1:]
+        return attention.mean(0)
 
 
 @dataclass(frozen=True)
@@ -87,4 +88,5 @@ def _dot(query: Tensor, key: Tensor) -> Tensor:
     """Scaled dot products in float32: [1, heads, 1, head] x [1, kv, S, head] -> [1, kv, group, S]."""
     _, kv_heads, _, size = key.shape
     grouped = query.float().reshape(1, kv_heads, -1, size) * size**-0.5
-    return grouped @ key.float().transpose(-1, -2)
+    products: Tensor = grouped @ key.float().transpose(-1, -2)
+    return products

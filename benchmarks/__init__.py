@@ -1,0 +1,1 @@
+"""Measurements and the demo model's training; nothing here is installed."""

@@ -1,0 +1,157 @@
+"""`calibrate`: samples to evidence to a schedule, each kept in a cache and made only once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeprune.calib.collect import collect
+from edgeprune.calib.samples import Sample, demo_samples, user_samples
+from edgeprune.calib.schedule import Evidence, Schedule, solve
+from edgeprune.errors import ScheduleError, SpecError
+from edgeprune.models import Adapter
+from edgeprune.models._memory import check_memory
+from edgeprune.models._processor import Processor
+from edgeprune.policies import Policy
+
+Report = Callable[[str, int, int], None]
+CACHE = "EDGEPRUNE_CACHE"
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Which samples, how many, and which solver; no file means generated scenes, for the demo."""
+
+    cr: float
+    samples: int = 100
+    file: Path | None = None
+    images: Path | None = None
+    solver: str = "joint"
+    cache: Path | None = None  # default: EDGEPRUNE_CACHE, or ~/.cache/edgeprune
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise SpecError(f"--samples is at least 1; got {self.samples}")
+
+    @property
+    def folder(self) -> Path:
+        default = os.environ.get(CACHE) or "~/.cache/edgeprune"
+        return (self.cache or Path(default)).expanduser()
+
+
+def calibrate(
+    request: CalibrationRequest,
+    adapter: Adapter,
+    policy: Policy,
+    processor: Processor,
+    report: Report = lambda step, done, total: None,
+) -> Schedule:
+    """The schedule of a policy for a model; read from the cache where it was solved before."""
+    first = policy.first(adapter.shape, request.cr)
+    if first is None:
+        raise SpecError("this method's counts need no calibration; export it as it is")
+    key = _key(request, adapter, policy)
+    stored = request.folder / f"{key}-cr{request.cr:g}-{request.solver}.json"
+    if stored.is_file():
+        try:
+            return Schedule.from_json(stored.read_text(encoding="utf-8"))
+        except ScheduleError:
+            stored.unlink()  # cut short while it was written: solve again
+    evidence = _evidence(request, adapter, policy, processor, key, report)
+    report("solve schedule", 0, 1)
+    schedule = solve(evidence, cr=request.cr, first=first, solver=request.solver)  # type: ignore[arg-type]
+    _write(stored, schedule.to_json().encode())
+    return schedule
+
+
+def _evidence(
+    request: CalibrationRequest,
+    adapter: Adapter,
+    policy: Policy,
+    processor: Processor,
+    key: str,
+    report: Report,
+) -> Evidence:
+    stored = request.folder / f"{key}.npz"
+    if stored.is_file():
+        try:
+            with np.load(stored, allow_pickle=False) as data:
+                ids = tuple(str(name) for name in data["ids"])
+                return Evidence(data["attention"], data["loss"], data["entry"], ids)
+        except (OSError, ValueError, KeyError):
+            stored.unlink()
+    check_memory(adapter, "calibration", "make a schedule on a larger machine: edgeprune calibrate")
+    evidence = collect(
+        adapter,
+        policy,
+        _samples(request, adapter, processor),
+        lambda done: report("calibrate", done, request.samples),
+    )
+    _save(stored, evidence)
+    return evidence
+
+
+def _samples(
+    request: CalibrationRequest, adapter: Adapter, processor: Processor
+) -> Iterator[Sample]:
+    if request.file is not None:
+        images = request.images or request.file.parent
+        return user_samples(processor, request.file, images, request.samples)
+    from edgeprune.demo import MODEL_DIR
+
+    if adapter.checkpoint.folder.resolve() != MODEL_DIR.resolve():
+        raise SpecError(
+            "this method calibrates on pictures with questions: give --samples-file FILE (LLaVA-"
+            "Instruct JSON) and --images FOLDER, or a finished --schedule FILE"
+        )
+    return demo_samples(processor, request.samples)
+
+
+def _key(request: CalibrationRequest, adapter: Adapter, policy: Policy) -> str:
+    """Names evidence by all that it depends on: weights, method with options, samples."""
+    parts = [adapter.checkpoint.fingerprint(), f"{type(policy).__module__}:{policy}"]
+    parts.append(f"{request.samples} of {_samples_fingerprint(request)}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _samples_fingerprint(request: CalibrationRequest) -> str:
+    if request.file is None:
+        return "demo"
+    try:
+        content = hashlib.sha256(request.file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise SpecError(
+            f"--samples-file {request.file} cannot be read: {error.strerror}"
+        ) from error
+    return f"{content} in {(request.images or request.file.parent).resolve()}"
+
+
+def _save(file: Path, evidence: Evidence) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    entry = evidence.entry if evidence.entry is not None else np.zeros(0)
+    np.savez_compressed(
+        buffer,
+        attention=evidence.attention,
+        loss=evidence.loss,
+        entry=entry,
+        ids=np.array(evidence.sample_ids),
+    )
+    _write(file, buffer.getvalue())
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Whole or not at all; a cache that cannot be written is no reason to fail."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(data)
+        draft.replace(file)
+    except OSError:
+        draft.unlink(missing_ok=True)

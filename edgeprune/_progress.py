@@ -1,0 +1,31 @@
+"""Progress on stderr: a bar where somebody watches, nothing where nobody does."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+
+class Bar:
+    """One line, rewritten: `parity [#####.....] 4/8`."""
+
+    def __init__(self, stream: TextIO | None = None, width: int = 24) -> None:
+        self.stream = stream or sys.stderr
+        self.shown, self.width, self.line = self.stream.isatty(), width, ""
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if not self.shown:
+            return
+        filled = self.width * done // max(total, 1)
+        bar = "#" * filled + "." * (self.width - filled)
+        line = f"{step:<26} [{bar}] {done}/{total}"
+        self.stream.write("\r" + line.ljust(len(self.line)))
+        self.stream.flush()
+        self.line = line
+
+    def clear(self) -> None:
+        """Wipe the bar, so that what is printed next starts a clean line."""
+        if self.line:
+            self.stream.write("\r" + " " * len(self.line) + "\r")
+            self.stream.flush()
+            self.line = ""

@@ -1,0 +1,1 @@
+"""One file per command: `add` describes its options, `run` calls one function and prints."""

@@ -1,0 +1,68 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.errors import SpecError
+
+if TYPE_CHECKING:
+    from edgeprune.calib.calibrate import CalibrationRequest
+    from edgeprune.models import Adapter
+    from edgeprune.spec import PruneSpec
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", default="demo", help="checkpoint folder, hub id, or demo (default)"
+    )
+    command.add_argument("--revision", help="hub revision of the checkpoint")
+
+
+def add_method(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", default="utp", help="see: edgeprune methods (default utp)")
+    command.add_argument("--cr", type=float, default=None, help="compression ratio, 1 or more")
+    command.add_argument("--seed", type=int, default=0, help="seed of methods that draw")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="option of the method"
+    )
+
+
+def add_calibration(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--samples", type=int, default=100, metavar="N", help="default 100")
+    command.add_argument(
+        "--samples-file", type=Path, metavar="FILE", help="LLaVA-Instruct JSON or JSONL"
+    )
+    command.add_argument("--images", type=Path, metavar="FOLDER", help="where its pictures are")
+    command.add_argument(
+        "--solver", default="joint", choices=("joint", "exact", "paper"), help="default joint"
+    )
+
+
+def spec(args: argparse.Namespace) -> PruneSpec:
+    """The PruneSpec of parsed options; --cr defaults to 4, and to 1 for the dense model."""
+    from edgeprune.spec import PruneSpec
+
+    options = {}
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SpecError(f"--set takes NAME=VALUE; got {text!r}")
+        options[name] = value
+    default = 1.0 if args.method == "none" else 4.0
+    cr = default if args.cr is None else args.cr
+    return PruneSpec(args.method, cr, args.seed, options)
+
+
+def calibration(args: argparse.Namespace, cr: float) -> CalibrationRequest:
+    from edgeprune.calib.calibrate import CalibrationRequest
+
+    return CalibrationRequest(cr, args.samples, args.samples_file, args.images, args.solver)
+
+
+def model(args: argparse.Namespace) -> Adapter:
+    from edgeprune.models import open_model
+
+    return open_model(args.model, args.revision)

@@ -1,0 +1,51 @@
+"""`edgeprune bench`: time bundles side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="time bundles side by side",
+        description="Time vision, prefill and decode of bundles, their laps in turn. The first is"
+        " the one that the others are compared to: give the dense bundle first.",
+    )
+    command.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="exported folder")
+    command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
+    command.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default 64")
+    command.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default 32")
+    command.add_argument("--laps", type=int, default=10, metavar="N", help="counted (default 10)")
+    command.add_argument(
+        "--warmup", type=int, default=2, metavar="N", help="not counted (default 2)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write every lap as JSON")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune._progress import Bar
+    from edgeprune.runtime.bench import BenchRequest, bench
+
+    request = BenchRequest(
+        bundles=tuple(args.bundles),
+        backend=args.backend,
+        text_tokens=args.text_tokens,
+        new_tokens=args.new_tokens,
+        laps=args.laps,
+        warmup=args.warmup,
+        threads=args.threads,
+    )
+    bar = Bar()
+    result = bench(request, lambda done, total: bar("laps", done, total))
+    bar.clear()
+    print(result.table())
+    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
+    print(f"median (p10-p90) of {args.laps} laps; {args.backend}; {machine}", file=sys.stderr)
+    if args.json:
+        args.json.write_text(result.to_json() + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,45 @@
+"""`edgeprune calibrate`: solve a schedule and write it to a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edgeprune.commands import _common
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "calibrate",
+        help="solve a schedule, for export --schedule",
+        description="Measure a model on samples and solve for the visual tokens of each layer.",
+    )
+    _common.add_model(command)
+    _common.add_method(command)
+    _common.add_calibration(command)
+    command.add_argument("-o", "--output", type=Path, required=True, help="schedule file (JSON)")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune import policies
+    from edgeprune._progress import Bar
+    from edgeprune.calib.calibrate import calibrate
+    from edgeprune.models._processor import Processor
+
+    spec = _common.spec(args)
+    policy = policies.make(spec)
+    adapter, bar = _common.model(args), Bar()
+    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    schedule = calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)
+    bar.clear()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(schedule.to_json(), encoding="utf-8")
+    print(" ".join(str(count) for count in schedule.counts))
+    print(
+        f"CR {schedule.cr_reached:.3f}, objective {schedule.objective:.4g}, proven within"
+        f" {schedule.gap:.1%} of the optimum; written to {args.output}",
+        file=sys.stderr,
+    )
+    return 0

@@ -1,0 +1,131 @@
+"""`edgeprune run`: ask a bundle about a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgeprune.runtime.sampling import Sampling
+    from edgeprune.runtime.session import Answer, Session
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "run",
+        help="ask a bundle about a picture",
+        description="Ask one bundle, or several in turn, about a picture. The answer goes to"
+        " stdout, timings to stderr.",
+    )
+    command.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="exported folder")
+    command.add_argument("--image", required=True, type=Path, help="picture file")
+    command.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        dest="prompts",
+        help="question; given again, a follow-up question about the same picture",
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object per bundle on stdout")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    command.add_argument("--temperature", type=float, help="0 (default) takes the likeliest token")
+    command.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
+    command.add_argument("--top-p", type=float, metavar="P", help="sample within probability P")
+    command.add_argument("--seed", type=int, help="seed of sampling")
+    command.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before TEXT"
+    )
+    command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune.runtime.session import Session
+
+    for bundle in args.bundles:
+        session = Session.open(bundle, backend=args.backend, threads=args.threads)
+        answers = [_ask(session, args, turn) for turn in range(len(args.prompts))]
+        if args.json:
+            print(json.dumps(_record(session, args.prompts, answers)))
+    return 0
+
+
+def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
+    """One turn: streamed to stdout unless JSON is wanted, timings to stderr."""
+    sampling = _sampling(session, args)
+    prompt = args.prompts[turn]
+    if turn == 0:
+        pieces = session.stream(args.image, prompt, sampling)
+    else:
+        pieces = session.stream_follow_up(prompt, sampling)
+    label = f"{session.manifest.name}: " if len(args.bundles) > 1 and not args.json else ""
+    print(label, end="", flush=True)
+    for piece in pieces:
+        if not args.json:
+            print(piece, end="", flush=True)
+    assert session.answer is not None
+    if not args.json:
+        print(flush=True)
+    print(_summary(session, session.answer, turn), file=sys.stderr)
+    return session.answer
+
+
+def _sampling(session: Session, args: argparse.Namespace) -> Sampling | None:
+    """The checkpoint's defaults with what was asked on top; None where nothing was asked."""
+    from edgeprune.runtime.sampling import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not asked:
+        return None
+    if "stop" in asked:
+        asked["stop"] = tuple(asked["stop"])
+    return Sampling(**{**session.manifest.text.generation, **asked})
+
+
+def _summary(session: Session, answer: Answer, turn: int) -> str:
+    times, prune = answer.timings, session.manifest.prune
+    lines = [f"{session.manifest.name} ({session.backend.name})"]
+    if turn == 0:
+        counts = " ".join(str(n) for n in prune.counts)
+        lines.append(
+            f"visual tokens {prune.visual_tokens} -> {counts}  (CR {prune.cr_reached:.2f})"
+        )
+    lines.append(
+        f"first token {times.first_token:.1f} ms (preprocess {times.preprocess:.1f}, vision"
+        f" {times.vision:.1f}, prefill {times.prefill:.1f})"
+    )
+    if times.decode:
+        mean = sum(times.decode) / len(times.decode)
+        lines.append(f"decode {mean:.2f} ms/token, {len(answer.ids)} tokens, {answer.finish}")
+    return "\n    ".join(lines)
+
+
+def _record(session: Session, prompts: list[str], answers: list[Answer]) -> dict[str, object]:
+    prune = session.manifest.prune
+    turns = [
+        {
+            "prompt": prompt,
+            "text": answer.text,
+            "ids": answer.ids,
+            "finish": answer.finish,
+            "prompt_tokens": answer.prompt_tokens,
+            "preprocess_ms": answer.timings.preprocess,
+            "vision_ms": answer.timings.vision,
+            "prefill_ms": answer.timings.prefill,
+            "decode_ms": answer.timings.decode,
+        }
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return {
+        "bundle": session.manifest.name,
+        "backend": session.backend.name,
+        "method": prune.method,
+        "cr": prune.cr_reached,
+        "counts": prune.counts,
+        "turns": turns,
+    }

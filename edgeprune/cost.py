@@ -1,0 +1,52 @@
+"""What a plan saves, by counting: operations of a prefill and a decode step, bytes of KV cache.
+
+One multiply-add is two operations. A layer with n tokens costs 2n(2 D H d + 2 D G d + 3 D M) for its
+projections and MLP and 4 n^2 H d for attention (width D, heads H of size d, KV heads G, MLP M).
+Scoring and gathering are not counted: the share of this limit that a measurement reaches shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Sizes(Protocol):
+    """The fields of a decoder that counting needs; ModelShape and DecoderRecord both have them."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def mlp_width(self) -> int: ...
+    @property
+    def attention_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+
+
+def prefill_operations(sizes: Sizes, counts: Sequence[int], text: int) -> int:
+    """Operations of a prefill with `text` text tokens and counts[l] visual tokens in layer l + 1."""
+    layers = sum(_layer(sizes, count + text, count + text) for count in counts)
+    return layers + 2 * sizes.width * sizes.vocabulary
+
+
+def decode_operations(sizes: Sizes, counts: Sequence[int], text: int) -> int:
+    """Operations of one decode step with `text` text tokens already in every layer's cache."""
+    layers = sum(_layer(sizes, 1, count + text + 1) for count in counts)
+    return layers + 2 * sizes.width * sizes.vocabulary
+
+
+def kv_bytes(sizes: Sizes, counts: Sequence[int], text: int, element: int) -> int:
+    """Bytes of the KV caches for `text` text tokens and elements of `element` bytes."""
+    return sum(2 * sizes.kv_heads * sizes.head_size * (n + text) * element for n in counts)
+
+
+def _layer(sizes: Sizes, new: int, seen: int) -> int:
+    attention = sizes.attention_heads * sizes.head_size
+    projections = 2 * sizes.width * (attention + sizes.kv_heads * sizes.head_size)
+    mlp = 3 * sizes.width * sizes.mlp_width
+    return 2 * new * (projections + mlp) + 4 * new * seen * attention

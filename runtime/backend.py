@@ -1,0 +1,79 @@
+"""The seam between a session and an inference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One call of the decoder: ids [1, P] and [1, T], where it starts, and what is cached."""
+
+    prefix_ids: Ids
+    text_ids: Ids
+    position: int  # of the first token of this call
+    lengths: Ids  # [layers], tokens already in each layer's cache
+    with_picture: bool
+
+
+@dataclass(frozen=True)
+class Output:
+    """Logits of the last token [vocabulary], and kept positions at each pruning site."""
+
+    logits: NDArray[Any]
+    kept: tuple[Ids, ...]
+
+
+class Backend(Protocol):
+    """An engine with one picture and one set of KV caches; batch 1."""
+
+    name: str
+
+    def see(self, pixels: NDArray[np.float32]) -> Ids:
+        """Run the vision graph, hold its visual tokens, return which were kept: int64 [r_1]."""
+        ...
+
+    def reserve(self, capacities: Sequence[int]) -> None:
+        """Make each layer's cache hold at least so many tokens; what is cached stays."""
+        ...
+
+    def run(self, chunk: Chunk) -> Output:
+        """Prefill, a later turn, or one decode step."""
+        ...
+
+    def cache_bytes(self) -> int:
+        """Bytes that the KV caches take now."""
+        ...
+
+
+class FakeBackend:
+    """An engine that answers from a script of token ids, and remembers what it was asked."""
+
+    name = "fake"
+
+    def __init__(self, script: Sequence[int], vocabulary: int, visual_tokens: int) -> None:
+        self.script, self.vocabulary, self.visual = list(script), vocabulary, visual_tokens
+        self.chunks: list[Chunk] = []
+        self.capacities: list[int] = []
+
+    def see(self, pixels: NDArray[np.float32]) -> Ids:
+        return np.arange(self.visual)
+
+    def reserve(self, capacities: Sequence[int]) -> None:
+        self.capacities = list(capacities)
+
+    def run(self, chunk: Chunk) -> Output:
+        logits = np.zeros(self.vocabulary, np.float32)
+        logits[self.script[min(len(self.chunks), len(self.script) - 1)]] = 1
+        self.chunks.append(chunk)
+        return Output(logits, ())
+
+    def cache_bytes(self) -> int:
+        return 0

@@ -1,0 +1,179 @@
+"""ONNX Runtime: caches live in bound buffers, past and present in the same one.
+
+Capacity is a cost here: the CPU provider's Attention works over the whole cache, so caches are
+reserved for what is needed now and grown in steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import BackendError
+from edgeprune.runtime.backend import Chunk, Ids, Output
+
+ELEMENTS = {"fp32": np.float32, "fp16": np.float16}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OrtBackend:
+    """The bundle's two graphs on one execution provider: `cpu` or `cuda`."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        ort = _import()
+        manifest = bundle.manifest
+        if manifest.dtype not in ELEMENTS:
+            raise BackendError(
+                f"ONNX Runtime runs fp32 and fp16 bundles, {bundle.path} is {manifest.dtype};"
+                " export it again with --dtype fp16"
+            )
+        self.name = f"ort-{device}"
+        self.record, self.counts = manifest.decoder, manifest.prune.counts
+        self.element, self.device = ELEMENTS[manifest.dtype], device
+        self._kept = list(manifest.prune.kept_outputs)
+        options = ort.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        providers = _providers(ort, device)
+        self._vision = _session(ort, bundle, "vision.onnx", options, providers)
+        self._decoder = _session(ort, bundle, "decoder.onnx", options, providers)
+        self._value = ort.OrtValue
+        self._caches: dict[str, Any] = {}  # OrtValue by "key.0" ...
+        self._capacities = [0] * self.record.layers
+        self._no_ids = self._host(np.zeros((1, 0), np.int64))
+        self._no_visual = self._host(np.zeros((1, 0, self.record.width), self.element))
+        self._visual = self._no_visual
+        self._logits = self._host(np.zeros((1, 1, self.record.vocabulary), self.element))
+        self._step: _Step | None = None
+
+    def see(self, pixels: NDArray[np.float32]) -> Ids:
+        binding = self._vision.io_binding()
+        binding.bind_ortvalue_input("pixels", self._host(pixels.astype(self.element)))
+        binding.bind_output("visual", self.device)
+        binding.bind_output("kept", "cpu")
+        self._vision.run_with_iobinding(binding)
+        self._visual, kept = binding.get_outputs()
+        found: Ids = kept.numpy()
+        return found
+
+    def reserve(self, capacities: Sequence[int]) -> None:
+        for layer, wanted in enumerate(capacities):
+            if wanted > self._capacities[layer]:
+                self._grow(layer, wanted)
+                self._step = None  # its buffers are gone
+
+    def run(self, chunk: Chunk) -> Output:
+        single = not chunk.with_picture and chunk.text_ids.shape[1] == 1
+        if single and not chunk.prefix_ids.size:
+            if self._step is None:
+                self._step = _Step(self)
+            return Output(self._step.run(chunk), ())
+        binding = self._bind(
+            self._host(chunk.prefix_ids),
+            self._host(chunk.text_ids),
+            self._host(np.array([chunk.position])),
+            self._host(chunk.lengths),
+            self._visual if chunk.with_picture else self._no_visual,
+        )
+        for name in self._kept:
+            binding.bind_output(name, "cpu")
+        self._decoder.run_with_iobinding(binding)
+        kept = binding.get_outputs()[-len(self._kept) :] if self._kept else []
+        return Output(self.logits(), tuple(k.numpy() for k in kept))
+
+    def cache_bytes(self) -> int:
+        row = self.record.kv_heads * self.record.head_size * np.dtype(self.element).itemsize
+        return sum(2 * capacity * row for capacity in self._capacities)
+
+    def logits(self) -> NDArray[Any]:
+        """Those of the last call, [vocabulary]."""
+        found: NDArray[Any] = self._logits.numpy()[0, 0]
+        return found
+
+    def _bind(self, prefix: Any, text: Any, position: Any, lengths: Any, visual: Any) -> Any:
+        binding = self._decoder.io_binding()
+        binding.bind_ortvalue_input("prefix_ids", prefix)
+        binding.bind_ortvalue_input("text_ids", text)
+        binding.bind_ortvalue_input("position", position)
+        binding.bind_ortvalue_input("lengths", lengths)
+        binding.bind_ortvalue_input("visual", visual)
+        binding.bind_ortvalue_output("logits", self._logits)
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(f"past_{name}", cache)
+            binding.bind_ortvalue_output(f"present_{name}", cache)  # written in place
+        return binding
+
+    def _grow(self, layer: int, capacity: int) -> None:
+        shape = (1, self.record.kv_heads, capacity, self.record.head_size)
+        for kind in ("key", "value"):
+            name, grown = f"{kind}.{layer}", np.zeros(shape, self.element)
+            if name in self._caches:
+                grown[:, :, : self._capacities[layer]] = self._caches[name].numpy()
+            self._caches[name] = self._value.ortvalue_from_numpy(grown, self.device)
+        self._capacities[layer] = capacity
+
+    def _host(self, array: NDArray[Any]) -> Any:
+        return self._value.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+class _Step:
+    """A decode step bound once: three small inputs are rewritten in place, the rest stays."""
+
+    def __init__(self, backend: OrtBackend) -> None:
+        host = backend._host
+        self.backend = backend
+        self.text = host(np.zeros((1, 1), np.int64))
+        self.position = host(np.zeros(1, np.int64))
+        self.lengths = host(np.zeros(backend.record.layers, np.int64))
+        self.binding = backend._bind(
+            backend._no_ids, self.text, self.position, self.lengths, backend._no_visual
+        )
+
+    def run(self, chunk: Chunk) -> NDArray[Any]:
+        self.text.update_inplace(chunk.text_ids)
+        self.position.update_inplace(np.array([chunk.position]))
+        self.lengths.update_inplace(chunk.lengths)
+        self.backend._decoder.run_with_iobinding(self.binding)
+        return self.backend.logits()
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            "ONNX Runtime is not installed; run: pip install 'edgeprune[cpu]' (or [gpu])"
+        ) from error
+    return onnxruntime
+
+
+def _providers(ort: Any, device: str) -> list[str]:
+    if device not in PROVIDERS:
+        raise BackendError(f"--device is one of {', '.join(PROVIDERS)}; got {device!r}")
+    wanted = PROVIDERS[device]
+    if wanted not in ort.get_available_providers():
+        raise BackendError(
+            f"this ONNX Runtime has no {wanted} (it has {', '.join(ort.get_available_providers())});"
+            " run: pip uninstall onnxruntime; pip install 'edgeprune[gpu]'"
+        )
+    return [wanted] if device == "cpu" else [wanted, PROVIDERS["cpu"]]
+
+
+def _session(ort: Any, bundle: Bundle, name: str, options: Any, providers: list[str]) -> Any:
+    try:
+        session = ort.InferenceSession(os.fspath(bundle.file(name)), options, providers)
+    except Exception as error:  # onnxruntime raises a kind per status code
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} refuses {bundle.file(name)}: {error}"
+        ) from error
+    if session.get_providers()[0] != providers[0]:
+        raise BackendError(
+            f"{providers[0]} could not start (ONNX Runtime fell back to"
+            f" {session.get_providers()[0]}); check the GPU's driver and CUDA libraries"
+        )
+    return session

@@ -1,0 +1,237 @@
+"""A session: one bundle, one engine, a dialogue about one picture at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import BackendError, CapacityError, InputError
+from edgeprune.runtime.backend import Backend, Chunk, Ids, Output
+from edgeprune.runtime.images import load_image, to_pixels
+from edgeprune.runtime.ort import OrtBackend
+from edgeprune.runtime.sampling import Sampling, StopWatcher
+from edgeprune.runtime.text import Prompter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+STEP = 64
+"""Caches grow by so many tokens at a time."""
+
+BACKENDS = ("ort-cpu", "ort-cuda")
+
+
+@dataclass
+class Timings:
+    """Milliseconds of one answer; `decode` has one entry per token after the first."""
+
+    preprocess: float = 0.0
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: list[float] = field(default_factory=list)
+
+    @property
+    def first_token(self) -> float:
+        """Time to first token: preprocessing, vision and prefill."""
+        return self.preprocess + self.vision + self.prefill
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said, and how: ids, why it ended (`stop`, `length`), times, kept visual tokens."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+    timings: Timings
+    vision_kept: Ids  # of the V tokens, those that entered the decoder
+    layer_kept: tuple[Ids, ...]  # at each site, those that went on, of the ones alive there
+    prompt_tokens: int
+
+
+class Session:
+    """Opens a bundle and answers questions; not for use from several threads at once."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.backend = bundle, backend
+        self.manifest = bundle.manifest
+        self._prompter = Prompter(bundle.file("tokenizer.json"), self.manifest.text)
+        self._counts = np.array(self.manifest.prune.counts)
+        self.reset()
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        backend: str = "ort-cpu",
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> Session:
+        """Open a bundle on one of BACKENDS; `verify` also checks every file's hash."""
+        if backend not in BACKENDS:
+            raise BackendError(f"there is no backend {backend!r}; choose: {', '.join(BACKENDS)}")
+        bundle = Bundle.open(path, verify=verify)
+        return cls(bundle, OrtBackend(bundle, backend.partition("-")[2], threads))
+
+    def reset(self) -> None:
+        """Forget the picture and the dialogue."""
+        self._lengths = np.zeros(self.manifest.decoder.layers, np.int64)
+        self._position = 0
+        self._pending: list[int] = []  # said, but not yet in the cache
+        self._vision_kept: Ids = np.zeros(0, np.int64)
+        self._layer_kept: tuple[Ids, ...] = ()
+        self.answer: Answer | None = None
+
+    def ask(
+        self, image: Path | str | Image, prompt: str, sampling: Sampling | None = None
+    ) -> Answer:
+        """Answer a question about a picture; a new dialogue begins."""
+        return self._last(self.stream(image, prompt, sampling))
+
+    def follow_up(self, prompt: str, sampling: Sampling | None = None) -> Answer:
+        """Answer a further question about the same picture, on the same caches."""
+        return self._last(self.stream_follow_up(prompt, sampling))
+
+    def stream(
+        self, image: Path | str | Image, prompt: str, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """As `ask`, piece by piece; `answer` holds the whole once the last piece is out."""
+        started = time.perf_counter()
+        prefix_ids, text_ids = self._prompter.first_turn(prompt)  # refuse before any work
+        loaded = load_image(image) if isinstance(image, (str, Path)) else image
+        pixels = to_pixels(loaded, self.manifest.image)
+        self.reset()
+        seen = time.perf_counter()
+        timings = Timings(preprocess=1e3 * (seen - started))
+        room = self._room(prefix_ids.shape[1] + text_ids.shape[1] + int(self._counts[0]), sampling)
+        self._vision_kept = self.backend.see(pixels)
+        timings.vision = 1e3 * (time.perf_counter() - seen)
+        return self._answer(prefix_ids, text_ids, True, sampling, room, timings)
+
+    def stream_follow_up(self, prompt: str, sampling: Sampling | None = None) -> Iterator[str]:
+        """As `follow_up`, piece by piece."""
+        if self.answer is None:
+            raise InputError("a follow-up needs a first answer: call ask with a picture before it")
+        started = time.perf_counter()
+        following = self._prompter.next_turn(prompt)
+        text_ids = np.concatenate([np.array([self._pending], np.int64), following], axis=1)
+        room = self._room(text_ids.shape[1], sampling)
+        timings = Timings(preprocess=1e3 * (time.perf_counter() - started))
+        empty = np.zeros((1, 0), np.int64)
+        return self._answer(empty, text_ids, False, sampling, room, timings)
+
+    def _last(self, pieces: Iterator[str]) -> Answer:
+        for _ in pieces:
+            pass
+        assert self.answer is not None  # set when the pieces end
+        return self.answer
+
+    def _room(self, new: int, sampling: Sampling | None) -> int:
+        """How many tokens may be said after `new` more have been read; CapacityError where none."""
+        most = self.manifest.decoder.max_positions
+        room = most - self._position - new
+        if room < 1:
+            raise CapacityError(
+                f"the dialogue needs {self._position + new} tokens (visual ones included) and room"
+                f" for an answer, the model has {most} positions; shorten the prompt"
+            )
+        if sampling is None:
+            asked = self.manifest.text.generation.get("max_new_tokens", 512)
+            return min(room, int(asked))
+        if sampling.max_new_tokens > room:
+            raise CapacityError(
+                f"--max-new-tokens {sampling.max_new_tokens} is more than the {room} positions left"
+                f" of {most}; ask for fewer"
+            )
+        return sampling.max_new_tokens
+
+    def _answer(
+        self,
+        prefix_ids: Ids,
+        text_ids: Ids,
+        with_picture: bool,
+        sampling: Sampling | None,
+        room: int,
+        timings: Timings,
+    ) -> Iterator[str]:
+        sampling = sampling or self._default_sampling(room)
+        watcher, said = StopWatcher(sampling.stop), list[int]()
+        tokens = self._tokens(prefix_ids, text_ids, with_picture, sampling, timings, said, room)
+        text = ""
+        for piece in self._prompter.pieces(tokens):
+            if ready := watcher.feed(piece):
+                text += ready
+                yield ready
+            if watcher.stopped:
+                break
+        if rest := watcher.finish():
+            text += rest
+            yield rest
+        ended = watcher.stopped or len(said) < room or self._is_end(said)
+        self.answer = Answer(
+            text.strip(),
+            tuple(said),
+            "stop" if ended else "length",
+            timings,
+            self._vision_kept,
+            self._layer_kept,
+            prefix_ids.shape[1] + text_ids.shape[1],
+        )
+
+    def _default_sampling(self, room: int) -> Sampling:
+        defaults = {**self.manifest.text.generation, "max_new_tokens": room}
+        return Sampling(**defaults)
+
+    def _is_end(self, said: list[int]) -> bool:
+        return bool(said) and said[-1] in self.manifest.text.eos_token_ids
+
+    def _tokens(
+        self,
+        prefix_ids: Ids,
+        text_ids: Ids,
+        with_picture: bool,
+        sampling: Sampling,
+        timings: Timings,
+        said: list[int],
+        room: int,
+    ) -> Iterator[int]:
+        """Ids of the answer as they are picked, the end token left out; fills `said`."""
+        rng = sampling.rng()
+        started = time.perf_counter()
+        output = self._run(prefix_ids, text_ids, with_picture)
+        if with_picture:
+            self._layer_kept = output.kept
+        timings.prefill = 1e3 * (time.perf_counter() - started)
+        self._pending = []
+        while True:
+            token = sampling.pick(output.logits, rng)
+            said.append(token)
+            if self._is_end(said):
+                return
+            self._pending = [token]
+            yield token
+            if len(said) == room:
+                return
+            started = time.perf_counter()
+            output = self._run(np.zeros((1, 0), np.int64), np.array([[token]]), False)
+            self._pending = []
+            timings.decode.append(1e3 * (time.perf_counter() - started))
+
+    def _run(self, prefix_ids: Ids, text_ids: Ids, with_picture: bool) -> Output:
+        text = prefix_ids.shape[1] + text_ids.shape[1]
+        visual = self._counts if with_picture else np.zeros_like(self._counts)
+        after = self._lengths + text + visual
+        self.backend.reserve([int(n) for n in after + -after % STEP])
+        output = self.backend.run(
+            Chunk(prefix_ids, text_ids, self._position, self._lengths, with_picture)
+        )
+        self._lengths = after
+        self._position += text + int(visual[0])
+        return output
