@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from edgeprune.demo import MODEL_DIR
 
 SHARD = 2 << 30  # bytes
+PATCH = 14  # pixels a side
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder, and a vision tower of 24 x 24 patches in front of it."""
+    """A decoder, and a vision tower in front of it: of 24 x 24 patches unless said otherwise."""
 
     layers: int
     width: int
@@ -37,6 +38,11 @@ class Shape:
     bias: bool = False
     vision_layers: int = 4
     vision_width: int = 256
+    image: int = 336  # pixels a side
+
+    @property
+    def patches(self) -> int:
+        return (self.image // PATCH) ** 2
 
 
 SHAPES = {
@@ -63,19 +69,19 @@ def _write_configs(shape: Shape, folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(MODEL_DIR / name, folder / name)
     processor = json.loads((MODEL_DIR / "processor_config.json").read_text())
-    side = {"height": 336, "width": 336}
-    processor["image_processor"].update(size={"shortest_edge": 336}, crop_size=side)
+    side = {"height": shape.image, "width": shape.image}
+    processor["image_processor"].update(size={"shortest_edge": shape.image}, crop_size=side)
     (folder / "processor_config.json").write_text(json.dumps(processor))
     config = json.loads((MODEL_DIR / "config.json").read_text())
-    config["image_seq_length"] = 576
+    config["image_seq_length"] = shape.patches
     config["text_config"].update(_text_config(shape))
     config["vision_config"].update(
         hidden_size=shape.vision_width,
         intermediate_size=4 * shape.vision_width,
         num_hidden_layers=shape.vision_layers,
         num_attention_heads=shape.vision_width // 64,
-        image_size=336,
-        patch_size=14,
+        image_size=shape.image,
+        patch_size=PATCH,
     )
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
@@ -118,8 +124,8 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _vision_tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, stem = shape.vision_width, "vision_tower.vision_model."
     yield f"{stem}embeddings.class_embedding", (width,)
-    yield f"{stem}embeddings.patch_embedding.weight", (width, 3, 14, 14)
-    yield f"{stem}embeddings.position_embedding.weight", (577, width)
+    yield f"{stem}embeddings.patch_embedding.weight", (width, 3, PATCH, PATCH)
+    yield f"{stem}embeddings.position_embedding.weight", (shape.patches + 1, width)
     for norm in ("pre_layrnorm", "post_layernorm"):
         yield f"{stem}{norm}.weight", (width,)
         yield f"{stem}{norm}.bias", (width,)

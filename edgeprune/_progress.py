@@ -13,6 +13,12 @@ class Bar:
         self.stream = stream or sys.stderr
         self.shown, self.width, self.line = self.stream.isatty(), width, ""
 
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
     def __call__(self, step: str, done: int, total: int) -> None:
         if not self.shown:
             return

@@ -6,26 +6,33 @@
     weights.bin       the tensors of both graphs
     tokenizer.json    and the checkpoint's other text files
 
-A bundle is written to a temporary folder beside its place and renamed, so it is whole or absent.
+A bundle is written in a hidden folder beside its place and renamed, so it is whole or absent.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from edgeprune.errors import BundleError
 
+if sys.platform != "win32":
+    import fcntl
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
+NEEDED = ("vision.onnx", "decoder.onnx", "weights.bin", "tokenizer.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,7 @@ class TextRecord:
     add_special_tokens: bool
     image_token_id: int
     eos_token_ids: tuple[int, ...]
-    generation: dict[str, Any] = field(default_factory=dict)  # the checkpoint's sampling defaults
+    generation: dict[str, int | float] = field(default_factory=dict)  # defaults of Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +141,12 @@ class Bundle:
         path = Path(path)
         manifest = _read_manifest(path)
         for name, record in manifest.files.items():
-            _check_file(path, name, record, hashed=verify)
+            try:
+                _check_file(path, name, record, hashed=verify)
+            except OSError as error:
+                raise BundleError(
+                    f"{path / name} cannot be read ({error.strerror}); copy the bundle again"
+                ) from error
         return cls(path, manifest)
 
     def file(self, name: str) -> Path:
@@ -150,7 +162,9 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         schema = data["schema"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except KeyError as error:
+        raise BundleError(f"{file} names no schema; export the bundle again") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BundleError(f"{file} is damaged ({error}); export the bundle again") from error
     if schema != SCHEMA:
         raise BundleError(
@@ -162,32 +176,47 @@ def _read_manifest(path: Path) -> Manifest:
             )
         )
     try:
-        return _parse(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        manifest: Manifest = _typed(Manifest, data, "manifest")
+        _check_manifest(manifest)
+    except (TypeError, ValueError) as error:
         raise BundleError(f"{file} is damaged ({error}); export the bundle again") from error
+    return manifest
 
 
-def _parse(data: dict[str, Any]) -> Manifest:
-    parts = {
-        "prune": PruneRecord,
-        "decoder": DecoderRecord,
-        "image": ImageRecord,
-        "text": TextRecord,
-    }
-    values: dict[str, Any] = {**data}
-    for name, record in parts.items():
-        values[name] = record(**{k: _frozen(v) for k, v in data[name].items()})
-    values["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
-    return Manifest(**values)
+def _typed(kind: Any, value: Any, place: str) -> Any:
+    """A JSON value as the type that a record declares for it; TypeError names the place."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        for option in inner:
+            with suppress(TypeError):
+                return _typed(option, value, place)
+    elif is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        parts = {k: _typed(hints.get(k, Any), v, f"{place}.{k}") for k, v in value.items()}
+        return kind(**parts)  # type: ignore[operator]  # TypeError where a field lacks
+    elif origin is tuple and isinstance(value, list):
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(kinds) == len(value):
+            return tuple(_typed(k, v, place) for k, v in zip(kinds, value, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {k: _typed(inner[1], v, f"{place}.{k}") for k, v in value.items()}
+    elif kind is Any or type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise TypeError(f"{place} cannot be {json.dumps(value)[:40]}")
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _check_manifest(manifest: Manifest) -> None:
+    """ValueError where the parts of a manifest contradict each other or lack something."""
+    counts, layers = manifest.prune.counts, manifest.decoder.layers
+    if not counts or len(counts) != layers:
+        raise ValueError(f"{len(counts)} token counts for {layers} layers")
+    if absent := [name for name in NEEDED if name not in manifest.files]:
+        raise ValueError(f"files lacks {', '.join(absent)}")
 
 
 def _check_file(folder: Path, name: str, record: FileRecord, *, hashed: bool) -> None:
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise BundleError(f"{folder / MANIFEST} names {name!r}, a path that leaves the bundle")
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
@@ -220,29 +249,80 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     }
 
 
+def check_target(target: Path) -> None:
+    """BundleError, before any work, unless a bundle may be written at `target`."""
+    if target.exists() and not target.is_dir():
+        raise BundleError(f"{target} is a file, a bundle is a folder; choose another --output")
+    if target.is_dir() and any(target.iterdir()) and not _is_bundle(target):
+        raise BundleError(f"{target} exists and is no bundle; choose another --output")
+    place = next(folder for folder in target.absolute().parents if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise BundleError(f"nothing can be written in {place}; choose another --output")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether a folder may be replaced: many programs have a manifest.json, few these as well."""
+    return all((folder / name).is_file() for name in (MANIFEST, "vision.onnx", "decoder.onnx"))
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and vanishes otherwise."""
+    """A new folder that becomes `target` when the block ends well, and vanishes otherwise.
+
+    What an export that was killed left behind is swept by the next one to the same place.
+    """
+    check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _sweep(target)
+    work = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    lock = _lock(work)
     try:
+        draft = work / "new"
+        draft.mkdir()
         yield draft
-        draft.chmod(0o755)
-        _replace(draft, target)
+        _replace(draft, target, work / "old")
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
-def _replace(draft: Path, target: Path) -> None:
-    if not target.exists():
+def _prefix(target: Path) -> str:
+    return f".{target.name}.draft-"
+
+
+def _replace(draft: Path, target: Path, old: Path) -> None:
+    check_target(target)  # again: minutes have passed
+    if target.exists():
+        target.rename(old)
+    try:
         draft.rename(target)
-        return
-    if not (target / MANIFEST).is_file() and any(target.iterdir()):
-        raise BundleError(f"{target} exists and is no bundle; choose another --output")
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.rename(target, old / "bundle")
-    draft.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def _sweep(target: Path) -> None:
+    """Remove drafts for `target` whose export no longer runs: nobody holds their lock."""
+    for work in target.parent.glob(f"{glob.escape(_prefix(target))}????????"):
+        lock = _lock(work)
+        if lock is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until closed or until this process ends; None where that cannot be done."""
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def field_names(record: type) -> tuple[str, ...]:

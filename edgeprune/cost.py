@@ -1,8 +1,9 @@
-"""What a plan saves, by counting: operations of a prefill and a decode step, bytes of KV cache.
+"""What a plan saves, by counting: operations of a prefill or decode step, bytes of KV cache.
 
-One multiply-add is two operations. A layer with n tokens costs 2n(2 D H d + 2 D G d + 3 D M) for its
-projections and MLP and 4 n^2 H d for attention (width D, heads H of size d, KV heads G, MLP M).
-Scoring and gathering are not counted: the share of this limit that a measurement reaches shows them.
+One multiply-add is two operations. A layer with n tokens costs 2n(2 D H d + 2 D G d + 3 D M) for
+its projections and MLP and 4 n^2 H d for attention (width D, heads H of size d, KV heads G, MLP
+width M). Scoring and gathering are not counted: the share of this limit that a measurement reaches
+shows what they cost.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Sizes(Protocol):
 
 
 def prefill_operations(sizes: Sizes, counts: Sequence[int], text: int) -> int:
-    """Operations of a prefill with `text` text tokens and counts[l] visual tokens in layer l + 1."""
+    """Operations of a prefill: `text` text tokens, counts[l] visual ones in layer l + 1."""
     layers = sum(_layer(sizes, count + text, count + text) for count in counts)
     return layers + 2 * sizes.width * sizes.vocabulary
 

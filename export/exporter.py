@@ -17,16 +17,19 @@ import torch
 from edgeprune.bundle import (
     MANIFEST,
     DecoderRecord,
+    ImageRecord,
     Manifest,
     PruneRecord,
+    TextRecord,
     atomic_folder,
+    check_target,
     record_files,
 )
 from edgeprune.errors import ExportError, ModelError, SpecError
 from edgeprune.export import parity
 from edgeprune.export.dialects import Dialect, for_target
 from edgeprune.export.preprocess import image_record
-from edgeprune.export.prompts import save_tokenizer, text_record
+from edgeprune.export.prompts import notes, save_tokenizer, text_record
 from edgeprune.export.trace import decoder_graph, hollow, kept_outputs, vision_graph
 from edgeprune.export.weights import WeightsFile
 from edgeprune.models import Adapter
@@ -57,11 +60,7 @@ class ExportRequest:
 
     @property
     def lowering(self) -> tuple[Dialect, str]:
-        dialect, default = for_target(self.target)
-        chosen = self.dtype or default
-        if chosen not in DTYPES:
-            raise SpecError(f"--dtype is one of {', '.join(DTYPES)}; got {chosen!r}")
-        return dialect, chosen
+        return lowering(self.target, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,29 @@ class Exported:
     path: Path
     manifest: Manifest
     parity: parity.Parity | None = field(default=None)
+    notes: tuple[str, ...] = ()  # what was assumed or left out of the checkpoint
+
+
+def lowering(target: str, dtype: str | None) -> tuple[Dialect, str]:
+    """The dialect of a target and the dtype asked for, or the target's own."""
+    dialect, default = for_target(target)
+    chosen = dtype or default
+    if chosen not in DTYPES:
+        raise SpecError(f"--dtype is one of {', '.join(DTYPES)}; got {chosen!r}")
+    return dialect, chosen
+
+
+def preflight(output: Path, target: str, dtype: str | None, adapter: Adapter) -> None:
+    """Refuse at once what would otherwise fail at the end of a calibration or an export."""
+    _, chosen = lowering(target, dtype)
+    check_target(output)
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    need = adapter.checkpoint.elements() * DTYPES[chosen].itemsize
+    if need > (free := shutil.disk_usage(place).free):
+        raise ExportError(
+            f"{output} needs {need / 1e6:,.1f} MB of disk, {place} has {free / 1e6:,.1f} MB free;"
+            " make room there or choose another --output"
+        )
 
 
 def export(
@@ -82,7 +104,11 @@ def export(
     report: Report = lambda step, done, total: None,
 ) -> Exported:
     """Trace, write weights, check parity, and rename the whole into place."""
+    preflight(request.output, request.target, request.dtype, adapter)
     dialect, dtype = request.lowering
+    generation = _generation(adapter)
+    image = image_record(processor.hf.image_processor)
+    text = text_record(processor.hf, adapter.config, generation)
     try:
         with atomic_folder(request.output) as draft:
             _write_graphs(draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report)
@@ -90,13 +116,14 @@ def export(
             checked = None
             if not request.no_parity:
                 checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
-            manifest = _manifest(request, adapter, processor, draft, checked)
+            manifest = _manifest(request, adapter, image, text, draft, checked)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    return Exported(request.output, manifest, checked)
+    remarks = notes(processor.hf, adapter.config, generation)
+    return Exported(request.output, manifest, checked, remarks)
 
 
 def _write_graphs(
@@ -114,6 +141,8 @@ def _write_graphs(
     hollow(vision, dtype)
     hollow(decoder, dtype)
     decoder.set_tables(dtype)
+    for module in (vision, decoder):
+        adapter.sources(module)  # a tensor that is missing or misshapen is named now
     report("trace vision", 0, 1)
     graphs = {"vision": vision_graph(vision, adapter.image_side, dtype, dialect.opset)}
     report("trace decoder", 0, 1)
@@ -155,7 +184,8 @@ def _check(
 def _manifest(
     request: ExportRequest,
     adapter: Adapter,
-    processor: Processor,
+    image: ImageRecord,
+    text: TextRecord,
     draft: Path,
     checked: parity.Parity | None,
 ) -> Manifest:
@@ -191,8 +221,8 @@ def _manifest(
             max_positions=shape.max_positions,
             cache=dialect.cache,
         ),
-        image=image_record(processor.hf.image_processor),
-        text=text_record(processor.hf, adapter.config, _generation(adapter)),
+        image=image,
+        text=text,
         files=record_files(draft),
         parity=asdict(checked) if checked else {"samples": 0, "why": request.no_parity},
         versions={package: version(package) for package in PACKAGES},

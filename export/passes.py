@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -12,10 +13,17 @@ from onnxscript import optimizer
 _TYPED = re.compile(r"^(?P<name>[\w.]+): (?P<type>[\w.<>' ]+)$")
 
 
-def clean(model: ir.Model) -> None:
-    """Fold constants, merge equal nodes, drop dead ones, give the rest readable names."""
+def clean(model: ir.Model, weights: Collection[str]) -> None:
+    """Fold constants, merge equal nodes, drop dead ones, give the rest readable names.
+
+    What is computed from one of `weights` is no constant yet: a stand-in of zeros is traced.
+    """
+
+    def foldable(node: ir.Node) -> bool | None:
+        return False if any(v is not None and v.name in weights for v in node.inputs) else None
+
     common.InlinePass()(model)
-    optimizer.fold_constants(model, onnx_shape_inference=False)
+    optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=foldable)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     name_nodes(model)

@@ -51,7 +51,8 @@ def text_record(source: Any, config: Any, generation_config: Any = None) -> Text
 
 def save_tokenizer(source: Any, path: Path) -> None:
     """Write tokenizer.json as transformers runs it, which may differ from the checkpoint's file."""
-    _tokenizer(source).backend_tokenizer.save(str(path))
+    text = _tokenizer(source).backend_tokenizer.to_str(pretty=True)
+    path.write_text(text, encoding="utf-8")  # an OSError names a full disk, `save` would not
 
 
 def notes(source: Any, config: Any, generation_config: Any = None) -> tuple[str, ...]:

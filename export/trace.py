@@ -98,7 +98,7 @@ def _trace(
     model = exported.model
     _rename(model.graph.inputs, inputs)
     _rename(model.graph.outputs, outputs)
-    clean(model)
+    clean(model, {name for name, _ in module.named_parameters()})
     return model
 
 

@@ -59,6 +59,8 @@ class WeightsFile:
             elif value.const_value is None or value.const_value.nbytes > INLINE:
                 raise ExportError(f"the traced graph has a large tensor of unknown origin: {name}")
             progress(done + 1, len(values))
+        if lost := sources.keys() - model.graph.initializers.keys():
+            raise ExportError(f"the traced graph lost weights: {', '.join(sorted(lost))}")
 
     def _append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
         self.stream.write(b"\0" * (-self.stream.tell() % ALIGNMENT))

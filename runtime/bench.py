@@ -42,11 +42,14 @@ class BenchRequest:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("text_tokens", PREFIX + 1), ("new_tokens", 1), ("laps", 1)):
-            if getattr(self, name) < least:
-                raise SpecError(f"--{name.replace('_', '-')} is at least {least}")
+        least = {"text_tokens": PREFIX + 1, "new_tokens": 1, "laps": 1, "warmup": 0}
+        for name, number in least.items():
+            if (found := getattr(self, name)) < number:
+                raise SpecError(f"--{name.replace('_', '-')} is at least {number}; got {found}")
         if self.backend not in BACKENDS:
-            raise BackendError(f"there is no backend {self.backend!r}; choose: {BACKENDS}")
+            raise BackendError(
+                f"there is no backend {self.backend!r}; choose: {', '.join(BACKENDS)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
-from edgeprune.errors import BackendError
+from edgeprune.errors import BackendError, SpecError
 from edgeprune.runtime.backend import Chunk, Ids, Output
 
 ELEMENTS = {"fp32": np.float32, "fp16": np.float16}
@@ -25,6 +25,8 @@ class OrtBackend:
     """The bundle's two graphs on one execution provider: `cpu` or `cuda`."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise SpecError(f"--threads is at least 1; got {threads}")
         ort = _import()
         manifest = bundle.manifest
         if manifest.dtype not in ELEMENTS:
@@ -56,7 +58,7 @@ class OrtBackend:
         binding.bind_ortvalue_input("pixels", self._host(pixels.astype(self.element)))
         binding.bind_output("visual", self.device)
         binding.bind_output("kept", "cpu")
-        self._vision.run_with_iobinding(binding)
+        _run(self._vision, binding, "vision.onnx")
         self._visual, kept = binding.get_outputs()
         found: Ids = kept.numpy()
         return found
@@ -82,7 +84,7 @@ class OrtBackend:
         )
         for name in self._kept:
             binding.bind_output(name, "cpu")
-        self._decoder.run_with_iobinding(binding)
+        _run(self._decoder, binding, "decoder.onnx")
         kept = binding.get_outputs()[-len(self._kept) :] if self._kept else []
         return Output(self.logits(), tuple(k.numpy() for k in kept))
 
@@ -138,7 +140,7 @@ class _Step:
         self.text.update_inplace(chunk.text_ids)
         self.position.update_inplace(np.array([chunk.position]))
         self.lengths.update_inplace(chunk.lengths)
-        self.backend._decoder.run_with_iobinding(self.binding)
+        _run(self.backend._decoder, self.binding, "decoder.onnx")
         return self.backend.logits()
 
 
@@ -158,10 +160,20 @@ def _providers(ort: Any, device: str) -> list[str]:
     wanted = PROVIDERS[device]
     if wanted not in ort.get_available_providers():
         raise BackendError(
-            f"this ONNX Runtime has no {wanted} (it has {', '.join(ort.get_available_providers())});"
+            f"this ONNX Runtime has no {wanted}, only {', '.join(ort.get_available_providers())};"
             " run: pip uninstall onnxruntime; pip install 'edgeprune[gpu]'"
         )
     return [wanted] if device == "cpu" else [wanted, PROVIDERS["cpu"]]
+
+
+def _run(session: Any, binding: Any, name: str) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # onnxruntime raises a kind per status code
+        raise BackendError(
+            f"ONNX Runtime failed in {name} ({error}); where memory is short, shorten the prompt"
+            " or export with a larger --cr"
+        ) from error
 
 
 def _session(ort: Any, bundle: Bundle, name: str, options: Any, providers: list[str]) -> Any:

@@ -23,7 +23,7 @@ class Sampling:
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
     seed: int = 0
     stop: tuple[str, ...] = ()  # an answer ends before the first of these strings
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None  # None: the bundle's own number, fewer where fewer fit
 
     def __post_init__(self) -> None:
         _require(
@@ -38,7 +38,8 @@ class Sampling:
             f"stop strings come in a tuple and none is empty; got {self.stop!r}",
         )
         _require(
-            self.max_new_tokens >= 1, f"an answer has at least 1 token; got {self.max_new_tokens}"
+            self.max_new_tokens is None or self.max_new_tokens >= 1,
+            f"an answer has at least 1 token; got {self.max_new_tokens}",
         )
 
     def rng(self) -> np.random.Generator:

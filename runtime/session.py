@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.bundle import Bundle
-from edgeprune.errors import BackendError, CapacityError, InputError
+from edgeprune.errors import BackendError, BundleError, CapacityError, InputError, SpecError
 from edgeprune.runtime.backend import Backend, Chunk, Ids, Output
 from edgeprune.runtime.images import load_image, to_pixels
 from edgeprune.runtime.ort import OrtBackend
@@ -63,6 +63,7 @@ class Session:
         self.manifest = bundle.manifest
         self._prompter = Prompter(bundle.file("tokenizer.json"), self.manifest.text)
         self._counts = np.array(self.manifest.prune.counts)
+        self._defaults = _sampling(bundle)
         self.reset()
 
     @classmethod
@@ -142,15 +143,15 @@ class Session:
                 f"the dialogue needs {self._position + new} tokens (visual ones included) and room"
                 f" for an answer, the model has {most} positions; shorten the prompt"
             )
-        if sampling is None:
-            asked = self.manifest.text.generation.get("max_new_tokens", 512)
-            return min(room, int(asked))
-        if sampling.max_new_tokens > room:
+        asked = sampling.max_new_tokens if sampling else None
+        if asked is None:
+            return min(room, self._defaults.max_new_tokens or 512)
+        if asked > room:
             raise CapacityError(
-                f"--max-new-tokens {sampling.max_new_tokens} is more than the {room} positions left"
-                f" of {most}; ask for fewer"
+                f"--max-new-tokens {asked} is more than the {room} positions left of {most}; ask"
+                " for fewer"
             )
-        return sampling.max_new_tokens
+        return asked
 
     def _answer(
         self,
@@ -161,7 +162,7 @@ class Session:
         room: int,
         timings: Timings,
     ) -> Iterator[str]:
-        sampling = sampling or self._default_sampling(room)
+        sampling = sampling or self._defaults
         watcher, said = StopWatcher(sampling.stop), list[int]()
         tokens = self._tokens(prefix_ids, text_ids, with_picture, sampling, timings, said, room)
         text = ""
@@ -184,10 +185,6 @@ class Session:
             self._layer_kept,
             prefix_ids.shape[1] + text_ids.shape[1],
         )
-
-    def _default_sampling(self, room: int) -> Sampling:
-        defaults = {**self.manifest.text.generation, "max_new_tokens": room}
-        return Sampling(**defaults)
 
     def _is_end(self, said: list[int]) -> bool:
         return bool(said) and said[-1] in self.manifest.text.eos_token_ids
@@ -235,3 +232,13 @@ class Session:
         self._lengths = after
         self._position += text + int(visual[0])
         return output
+
+
+def _sampling(bundle: Bundle) -> Sampling:
+    """The checkpoint's defaults, as the manifest records them."""
+    try:
+        return Sampling(**bundle.manifest.text.generation)  # type: ignore[arg-type]
+    except (TypeError, SpecError) as error:
+        raise BundleError(
+            f"{bundle.path} has no usable generation defaults ({error}); export it again"
+        ) from error

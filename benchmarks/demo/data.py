@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.demo.build import BOS, EOS, PAD, WORDS
-from edgeprune.demo.questions import KINDS, Question, ask
+from edgeprune.demo.questions import KINDS, Question, ask, every_question
 from edgeprune.demo.scenes import (
     COLORS,
     PLURALS,
@@ -77,8 +78,9 @@ class Dialogues:
     `rows`, `columns` (text position that predicts) and `answers` are int64 [n]; `kinds` is the
     index into KINDS, or -1 for the end-of-sequence token, or -2 for the words of a question from
     which on its answer is settled: asking for it there already shortens the way to learn.
-    `named` int64 [m, 2] are row and column of the things named in a relation, and `where` float32
-    [m, 2] their places, -1 to 1 from left to right and from top to bottom.
+    `named` int64 [m, 2] are row and column of words that name one thing (in a relation, or present
+    with its color), and `where` float32 [m, 2] the things' places, -1 to 1 from left to right and
+    from top to bottom.
     """
 
     ids: Tensor
@@ -147,6 +149,15 @@ def either(question: Question) -> Question:
     return replace(question, text=" ".join(words), answer=answer)
 
 
+def hard_presence(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Whether a pair is there, where its color is on two things or more; yes as often as no."""
+    colors = [t.color for t in scene.things]
+    found = [q for q in every_question(scene, "presence") if colors.count(q.text.split()[3]) > 1]
+    sides = [[q for q in found if q.answer == answer] for answer in ("yes", "no")]
+    side = sides[rng.integers(2)]
+    return side[rng.integers(len(side))] if side else None
+
+
 def dialogues(scenes: list[Scene], rng: np.random.Generator) -> Dialogues:
     """Eight questions and answers about each scene, laid out as the chat template does.
 
@@ -158,17 +169,26 @@ def dialogues(scenes: list[Scene], rng: np.random.Generator) -> Dialogues:
     where: list[tuple[float, float]] = []
     for b, scene in enumerate(scenes):
         line: list[int] = []
-        spots = {t.shape: (2 * t.x / SIZE - 1, 2 * t.y / SIZE - 1) for t in scene.things}
-        for turn, question in enumerate(ask(scene, rng, TURNS, (*KINDS, "relation"))):
+        spots: dict[Any, tuple[float, float]] = {}
+        for t in scene.things:
+            spots[t.shape] = spots[t.shape, t.color] = (2 * t.x / SIZE - 1, 2 * t.y / SIZE - 1)
+        for turn, question in enumerate(ask(scene, rng, TURNS, (*KINDS, "relation", "presence"))):
             if question.kind == "relation" and rng.random() < 0.5:
                 question = either(question)
+            if question.kind == "presence" and rng.random() < 0.5:
+                question = hard_presence(scene, rng) or question
             if len(line) + len(question.text.split()) + 4 > TEXT:
                 break
             words = [ID[w] for w in question.text.split()]
             line += ([] if turn == 0 else [ID["user:"]]) + words + [ID["assistant:"]]
+            settled = len(line) - 3  # the last noun
             if question.kind == "relation":
-                named += [(b, len(line) - len(words) + 1), (b, len(line) - 3)]
+                named += [(b, len(line) - len(words) + 1), (b, settled)]
                 where += [spots[WORDS[line[column]]] for _, column in named[-2:]]
+            pair = (WORDS[line[settled]], WORDS[line[settled - 1]])
+            if question.kind == "presence" and pair in spots:
+                named.append((b, settled))
+                where.append(spots[pair])
             answer = ID[question.answer]
             places.append((b, len(line) - 1, answer, KINDS.index(question.kind)))
             places.append((b, len(line), EOS, -1))

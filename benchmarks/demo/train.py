@@ -2,13 +2,14 @@
 
     python -m benchmarks.demo.train language --out RUN   # decoder, on ideal visual tokens
     python -m benchmarks.demo.train vision --out RUN     # tower and projector, towards them
-    python -m benchmarks.demo.train joint --out RUN      # everything, on pixels and answers
+    python -m benchmarks.demo.train tune --out RUN       # decoder, on pixels
 
 The first two stages need nothing of each other and may run side by side.  They meet in a fixed
 table of symbols: an ideal visual token is the sum of the word embeddings of its patch's color,
 shape and digit, of a mark on the patch that holds a thing's centre, and of smooth functions of the
 patch's place.  `language` learns to answer from such tokens, on 4x4 patches first and on 12x12 at
 last, with noise; `vision` learns to make them from pixels, and its [CLS] to know what is there.
+`tune` puts them together and, as LLaVA's second stage does, trains the decoder on the pictures.
 
 Every stage saves `RUN/<stage>.pt` now and then and goes on from there when started again; a batch
 follows from the seed, the stage and the step alone.  `--save FOLDER` writes the checkpoint.
@@ -33,7 +34,7 @@ from benchmarks.demo.build import PAD, WORDS, make_model, save
 from edgeprune.demo.questions import KINDS
 from edgeprune.demo.scenes import COLORS, GRID, SHAPES, Scene
 
-STAGES = ("language", "vision", "joint")
+STAGES = ("language", "vision", "tune")
 # Share of the steps of `language` after which a grid ends, its patches per side, most things.
 CURRICULUM = ((0.15, 4, 2), (0.24, 4, 4), (0.36, 6, 4), (0.48, 8, 5), (1.0, 12, 6))
 
@@ -157,23 +158,23 @@ def vision_loss(run: Run, step: int, rng: np.random.Generator) -> tuple[Tensor, 
     return loss, scores
 
 
-def joint_loss(run: Run, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Answers from pixels; the losses of the tower stay on with a small weight."""
-    scenes, tokens, seen, scores = see(run, step, many_cards=False)
+def tune_loss(run: Run, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    """Answers from pixels; tower and projector stay as they are."""
+    with torch.no_grad():
+        scenes, tokens, _, scores = see(run, step, many_cards=False)
     loss, answers = answer_loss(run, tokens, data.dialogues(scenes, rng))
-    marks = {"patch_" + name: score for name, score in scores.items()}
-    return loss + 0.2 * seen, answers | marks
+    return loss, answers | {"patch_" + name: score for name, score in scores.items()}
 
 
 LOSSES: dict[str, Callable[[Run, int, np.random.Generator], tuple[Tensor, dict[str, float]]]] = {
     "language": language_loss,
     "vision": vision_loss,
-    "joint": joint_loss,
+    "tune": tune_loss,
 }
 
 
 def trained_parts(run: Run) -> list[tuple[str, nn.Parameter]]:
-    """Named parameters that the stage trains; word embeddings stay as the table until `joint`."""
+    """Named parameters that the stage trains; word embeddings stay as the table until `tune`."""
     named = list(run.model.named_parameters())
     of_language = [(n, p) for n, p in named if "language_model" in n or "lm_head" in n]
     names = {n for n, _ in of_language}
@@ -182,7 +183,7 @@ def trained_parts(run: Run) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in of_language if "embed_tokens" not in n] + heads[4:]
     if run.stage == "vision":
         return [(n, p) for n, p in named if n not in names] + heads[:4]
-    return named + heads
+    return of_language + heads[4:]
 
 
 def optimizers(run: Run) -> list[torch.optim.Optimizer]:
@@ -203,7 +204,7 @@ def rate_at(progress: float) -> float:
 
 
 def start(args: argparse.Namespace) -> Run:
-    """A fresh run; `joint` takes the decoder and the tower from the other stages' files."""
+    """A fresh run; `tune` takes the decoder and the tower from the other stages' files."""
     model = make_model(args.seed)
     width = model.config.text_config.hidden_size
     heads = [nn.Linear(model.config.vision_config.hidden_size, data.PRESENT) for _ in range(2)]
@@ -215,7 +216,7 @@ def start(args: argparse.Namespace) -> Run:
         words = table[: len(WORDS)]
         model.model.language_model.embed_tokens.weight.copy_(words)
         model.lm_head.weight.copy_(words / data.WORD_NORM)
-    for stage in ("language", "vision") if args.stage == "joint" else ():
+    for stage in ("language", "vision") if args.stage == "tune" else ():
         part = Run(**{**vars(run), "stage": stage})
         weights = torch.load(args.out / f"{stage}.pt")["weights"]
         load(part, weights)

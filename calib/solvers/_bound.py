@@ -1,10 +1,10 @@
 """A proven lower bound on the least loss, from two relaxations that cost seconds.
 
-Eq. (5) says that a token survives decision d exactly when it was alive and stands above the cut-off
-of its sample: x^d = x^{d-1} AND y^d. Both halves of that are dualised with one free multiplier q per
-token and decision (q > 0 prices x^d <= y^d, q < 0 prices x^d >= x^{d-1} + y^d - 1), the budget with
-a price per token and layer, and the counts that samples share with offsets to it that average to 0.
-What is left falls apart: each token picks the layer where it leaves, each cut-off picks a rank.
+Eq. (5) says that a token survives decision d exactly when it was alive and stands above the
+cut-off of its sample: x^d = x^{d-1} AND y^d. Both halves of that are dualised with one free
+multiplier q per token and decision: q > 0 prices x^d <= y^d, q < 0 prices x^d >= x^{d-1} + y^d - 1.
+The budget gets a price per token and layer, the counts that samples share get offsets to it that
+average to 0. What is left falls apart: each token picks when to leave, each cut-off picks a rank.
 
 Any multipliers give a valid bound. q = 0 is the bound that forgets the ranking; Adam climbs from
 there towards the bound of the linear relaxation of `exact`, without building that program.
@@ -171,4 +171,5 @@ class _Dual:
 
 def _centred(values: Real) -> Real:
     """[L-1, S] with mean 0 over samples: then r_l drops out of the bound but for the budget."""
-    return values - values.mean(1, keepdims=True)
+    centred: Real = values - values.mean(1, keepdims=True)
+    return centred

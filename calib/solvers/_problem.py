@@ -101,15 +101,15 @@ class Problem:
 
     @property
     def n_decisions(self) -> int:
-        return self.prices.shape[0]
+        return len(self.prices)
 
     @property
     def n_samples(self) -> int:
-        return self.prices.shape[1]
+        return len(self.prices[0])
 
     @property
     def first(self) -> int:
-        return self.prices.shape[2] - 1
+        return int(self.prices.shape[2]) - 1
 
     @cached_property
     def start(self) -> Ints:

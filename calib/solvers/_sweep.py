@@ -2,8 +2,8 @@
 
 What a drop costs depends on which tokens are alive, not only on how many, so the usual table of
 counts is not enough. Here each cell (count, budget spent so far) remembers the alive sets of the
-cheapest way into it. That is exact when all layers rank alike and a heuristic otherwise: the lower
-bound says how good.
+cheapest way into it. With every count a level and every spending a cell that is exact when all
+layers rank alike; otherwise it is a heuristic, and the lower bound says how good.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ def sweep(problem: Problem, corridor: Corridor) -> Cells:
     cells = Cells(first[:, None], np.zeros(1), problem.start[None], first, zero)
     for d in range(problem.n_decisions):
         cells = _decide(problem, corridor, d, cells)
-        if not len(cells.cost):
-            break
     return cells
 
 

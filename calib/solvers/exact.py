@@ -8,16 +8,18 @@ same choices with 4 n rows per sample and layer. Only y has to be integer: x and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import highspy
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune.calib.solvers import joint
 from edgeprune.calib.solvers._problem import Floats, Ints, Problem, Progress, Solution, silent
 from edgeprune.errors import ScheduleError
 
 OPTIONS = {
-    "output_flag": False,
+    "log_to_console": False,  # output_flag would silence the progress callback as well
     "presolve": "off",  # with it HiGHS found no schedule in 240 s where this took 90 s
     "threads": 1,
     "mip_rel_gap": 1e-6,
@@ -99,7 +101,7 @@ def _load(problem: Problem, columns: _Columns) -> highspy.Highs:
     return highs
 
 
-def _rows(problem: Problem, columns: _Columns) -> tuple[Ints, Floats, Ints, Floats, Floats]:
+def _rows(problem: Problem, columns: _Columns) -> tuple[NDArray[Any], ...]:
     """Column indices, values and row starts of the matrix, and the limits of its rows."""
     y, x, parent, r = columns.y, columns.x, columns.parent, columns.r
     budget, inf = problem.total - problem.first, highspy.kHighsInf

@@ -26,8 +26,8 @@ MEMORY = 16_000_000  # places in the cells of one sweep: 128 MB
 MOST_CELLS = 4096
 FEW_LEVELS = 37  # of the coarse sweep, when there is no room for all counts
 STARTS = 4  # schedules taken from the coarse sweep; half survive each step of polishing
-REACH = 4  # a corridor is this many steps wide to each side
-STRAY = 8  # and its spending strays this many steps from the current one
+REACH = 6  # a corridor is this many steps wide to each side
+STRAY = 16  # and its spending strays this many steps from the current one
 
 
 def solve(
@@ -68,8 +68,8 @@ def search(
         )
         objective = problem.evaluate(pool)
         step, keep = step // 2, max(1, keep // 2)
-    best = int(objective.argmin())
-    return pool[best], float(objective[best])
+    winner = int(objective.argmin())
+    return pool[winner], float(objective[winner])
 
 
 def _polish(
@@ -79,7 +79,7 @@ def _polish(
     objective = float(problem.evaluate(counts[None])[0])
     while monotonic() < deadline:
         found = sweep(problem, _around(problem, counts, step, price, max_falls))
-        if not len(found.cost) or found.cost.min() > objective * (1 - 1e-9):
+        if not found.cost.min(initial=np.inf) < objective * (1 - 1e-9):  # false at 0, too
             break
         counts, objective = found.paths[found.cost.argmin()], float(found.cost.min())
     return counts
@@ -142,14 +142,17 @@ def _mixed(cells: Cells, total: int) -> Floats:
     over = cells.spent >= total
     below, above = np.flatnonzero(~over)[:, None], np.flatnonzero(over)
     if not (below.size and above.size):
-        return cells.paths[cells.spent == total][:STARTS].astype(np.float64)
+        exact: Floats = cells.paths[cells.spent == total][:STARTS].astype(np.float64)
+        return exact
     gap = cells.spent[above] - cells.spent[below]
     share = (total - cells.spent[below]) / gap  # of the schedule above
     cost = share * cells.cost[above] + (1 - share) * cells.cost[below]
     best = np.argsort(cost, axis=None, kind="stable")[:STARTS]
     row, column = np.unravel_index(best, cost.shape)
     weight = share[row, column][:, None]
-    return weight * cells.paths[above[column]] + (1 - weight) * cells.paths[below[row, 0]]
+    blends: Floats = weight * cells.paths[above[column]]
+    blends += (1 - weight) * cells.paths[below[row, 0]]
+    return blends
 
 
 def _filled(problem: Problem, counts: Ints) -> Ints:

@@ -12,7 +12,7 @@ from edgeprune.calib.solvers import exact, joint
 from edgeprune.calib.solvers._bound import simple_bound, tight_bound
 from edgeprune.calib.solvers._problem import Ints, Problem, Progress, Solution, round_to_sum, silent
 
-SMALL = 600  # tokens times decisions that HiGHS solves in about a second
+SMALL = 450  # tokens times decisions that HiGHS solves in about a second
 
 
 def solve(

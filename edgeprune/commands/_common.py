@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from edgeprune.errors import SpecError
 if TYPE_CHECKING:
     from edgeprune.calib.calibrate import CalibrationRequest
     from edgeprune.models import Adapter
-    from edgeprune.spec import PruneSpec
+    from edgeprune.spec import ModelShape, PruneSpec
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -54,6 +55,41 @@ def spec(args: argparse.Namespace) -> PruneSpec:
     default = 1.0 if args.method == "none" else 4.0
     cr = default if args.cr is None else args.cr
     return PruneSpec(args.method, cr, args.seed, options)
+
+
+def check_reach(spec: PruneSpec, shape: ModelShape) -> None:
+    """SpecError, before anything slow, where a ratio leaves less than a token per layer."""
+    if spec.cr > shape.visual_tokens:
+        raise SpecError(
+            f"--cr {spec.cr:g} leaves less than one visual token per layer; this model has"
+            f" {shape.visual_tokens}, so --cr is at most {shape.visual_tokens}"
+        )
+
+
+def check_output(file: Path) -> None:
+    """Make the folder of a result; SpecError, before anything slow, where it cannot be written."""
+    if file.is_dir():
+        raise SpecError(f"the result goes to a file, {file} is a folder; name a file in it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(file, error.strerror) from error
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise _unwritable(file, "no permission")
+
+
+def write_output(file: Path, text: str) -> None:
+    """Write a result, the whole of it or nothing."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        if file.is_file():
+            file.unlink()
+        raise _unwritable(file, error.strerror) from error
+
+
+def _unwritable(file: Path, why: str | None) -> SpecError:
+    return SpecError(f"{file} cannot be written ({why}); choose another place")
 
 
 def calibration(args: argparse.Namespace, cr: float) -> CalibrationRequest:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from edgeprune.commands import _common
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
@@ -40,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
         warmup=args.warmup,
         threads=args.threads,
     )
-    bar = Bar()
-    result = bench(request, lambda done, total: bar("laps", done, total))
-    bar.clear()
+    if args.json:
+        _common.check_output(args.json)
+    with Bar() as bar:
+        result = bench(request, lambda done, total: bar("laps", done, total))
     print(result.table())
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     print(f"median (p10-p90) of {args.laps} laps; {args.backend}; {machine}", file=sys.stderr)
     if args.json:
-        args.json.write_text(result.to_json() + "\n", encoding="utf-8")
+        _common.write_output(args.json, result.to_json() + "\n")
     return 0

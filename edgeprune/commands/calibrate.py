@@ -30,12 +30,13 @@ def run(args: argparse.Namespace) -> int:
 
     spec = _common.spec(args)
     policy = policies.make(spec)
-    adapter, bar = _common.model(args), Bar()
+    _common.check_output(args.output)
+    adapter = _common.model(args)
+    _common.check_reach(spec, adapter.shape)
     processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
-    schedule = calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)
-    bar.clear()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(schedule.to_json(), encoding="utf-8")
+    with Bar() as bar:
+        schedule = calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)
+    _common.write_output(args.output, schedule.to_json())
     print(" ".join(str(count) for count in schedule.counts))
     print(
         f"CR {schedule.cr_reached:.3f}, objective {schedule.objective:.4g}, proven within"

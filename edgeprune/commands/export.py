@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands import _common
+from edgeprune.errors import SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,32 +45,35 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgeprune import policies
     from edgeprune._progress import Bar
-    from edgeprune.export.exporter import ExportRequest, export
+    from edgeprune.export.exporter import ExportRequest, export, preflight
     from edgeprune.models._processor import Processor
     from edgeprune.spec import check_cr
 
-    started, bar = time.perf_counter(), Bar()
+    started = time.perf_counter()
     spec = _common.spec(args)
     policy = policies.make(spec)
+    output = args.output or Path("out") / _bundle_name(args.model, spec)
     adapter = _common.model(args)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
-    schedule = _schedule(args, spec, adapter, policy, processor, bar)
-    plan = policy.plan(adapter.shape, spec.cr, schedule)
-    check_cr(plan, spec.cr)
+    _common.check_reach(spec, adapter.shape)
+    preflight(output, args.target, args.dtype, adapter)
     samples, why = _parity(args, adapter)
-    request = ExportRequest(
-        model=_model_name(args.model),
-        spec=spec,
-        plan=plan,
-        output=args.output or Path("out") / _bundle_name(args.model, spec),
-        target=args.target,
-        dtype=args.dtype,
-        schedule=schedule.record() if schedule else None,
-        no_parity=why,
-    )
-    prompts = _prompts(samples, args, adapter, processor)
-    exported = export(request, adapter, policy, processor, prompts, bar)
-    bar.clear()
+    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    with Bar() as bar:
+        schedule = _schedule(args, spec, adapter, policy, processor, bar)
+        plan = policy.plan(adapter.shape, spec.cr, schedule)
+        check_cr(plan, spec.cr)
+        request = ExportRequest(
+            model=_model_name(args.model),
+            spec=spec,
+            plan=plan,
+            output=output,
+            target=args.target,
+            dtype=args.dtype,
+            schedule=schedule.record() if schedule else None,
+            no_parity=why,
+        )
+        prompts = _prompts(samples, args, adapter, processor)
+        exported = export(request, adapter, policy, processor, prompts, bar)
     print(_summary(exported, time.perf_counter() - started), file=sys.stderr)
     print(exported.path)
     return 0
@@ -85,6 +89,8 @@ def _schedule(
 ) -> Schedule | None:
     """The schedule of a method that needs one: a file's, or calibrated now."""
     if policy.first(adapter.shape, spec.cr) is None:
+        if args.schedule is not None:
+            raise SpecError(f"method {spec.method} follows no schedule; leave out --schedule")
         return None
     from edgeprune.calib.calibrate import calibrate
     from edgeprune.calib.schedule import read_schedule
@@ -98,6 +104,8 @@ def _parity(args: argparse.Namespace, adapter: Adapter) -> tuple[int, str]:
     """How many samples to check, and why none where none."""
     from edgeprune.models._memory import fits, needed_bytes
 
+    if args.parity is not None and args.parity < 0:
+        raise SpecError(f"--parity is a number of samples, 0 for none; got {args.parity}")
     if args.parity == 0:
         return 0, "left out by --parity 0"
     if args.parity is None and not fits(adapter, element=8):  # the eager model, and the graph's
@@ -147,6 +155,7 @@ def _summary(exported: Exported, seconds: float) -> str:
     lines.append(_parity_line(manifest.parity))
     graphs = ("vision.onnx", "decoder.onnx", "weights.bin")
     lines.append(", ".join(f"{name} {sizes[name]:.2f} MB" for name in graphs))
+    lines += [f"note: {note}" for note in exported.notes]
     lines.append(f"{manifest.dtype}, opset {manifest.opset}, {seconds:.1f} s")
     lines.append(f"next: edgeprune run {exported.path} --image PICTURE --prompt QUESTION")
     return "\n".join(lines)

@@ -44,8 +44,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from edgeprune.runtime.images import load_image
     from edgeprune.runtime.session import Session
 
+    load_image(args.image)  # a bad picture is told now, not after gigabytes have been read
     for bundle in args.bundles:
         session = Session.open(bundle, backend=args.backend, threads=args.threads)
         answers = [_ask(session, args, turn) for turn in range(len(args.prompts))]
@@ -84,7 +86,7 @@ def _sampling(session: Session, args: argparse.Namespace) -> Sampling | None:
         return None
     if "stop" in asked:
         asked["stop"] = tuple(asked["stop"])
-    return Sampling(**{**session.manifest.text.generation, **asked})
+    return Sampling(**{**session.manifest.text.generation, "max_new_tokens": None, **asked})
 
 
 def _summary(session: Session, answer: Answer, turn: int) -> str:

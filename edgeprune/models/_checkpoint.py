@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,22 @@ def locate(model: str, revision: str | None = None) -> Path:
 
 def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    try:
+        with suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+            if _is_whole(folder):
+                return folder
         HfApi().model_info(model, revision=revision, timeout=10)  # at once, before any retry
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise ModelError(f"{model} is neither a folder nor a hub id owner/name") from error
     except HfHubHTTPError as error:
         raise ModelError(f"the hub refuses {model}: {_line(error)}") from error
     except Exception as error:
@@ -50,6 +57,14 @@ def _from_hub(model: str, revision: str | None) -> Path:
             f"{model} is not in the local cache and the hub cannot be reached ({_line(error)});"
             " connect, or give a local folder"
         ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the hub's cache has all weights: another program may have fetched a part only."""
+    files = {SINGLE}
+    if (folder / INDEX).is_file():
+        files = set(read_json(folder / INDEX).get("weight_map", {}).values())
+    return all((folder / file).is_file() for file in {"config.json", *files})
 
 
 def _line(error: BaseException) -> str:
@@ -79,8 +94,10 @@ class Checkpoint:
     def open(cls, folder: Path) -> Checkpoint:
         config = read_json(folder / "config.json")
         if (folder / INDEX).is_file():
-            names: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
-            files = {name: folder / file for name, file in names.items()}
+            names = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise ModelError(f"{folder / INDEX} maps no tensors to files; download it again")
+            files = {name: folder / str(file) for name, file in names.items()}
             for file in sorted(set(files.values())):
                 _names(file)  # a missing or cut shard is named now, not half-way
             return cls(folder, config, files)

@@ -1,4 +1,4 @@
-"""LLaVA 1.5: CLIP vision tower, two-layer projector, LLaMA decoder (`LlavaForConditionalGeneration`)."""
+"""LLaVA 1.5: CLIP vision tower, two-layer projector, LLaMA decoder."""
 
 from __future__ import annotations
 

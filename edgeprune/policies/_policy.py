@@ -32,7 +32,7 @@ class Policy:
         return None
 
     def plan(self, shape: ModelShape, cr: float, schedule: Counts | None = None) -> Plan:
-        """Stages for a model and a compression ratio; SpecError where the method cannot reach it."""
+        """Stages for a model and a compression ratio; SpecError where it cannot be reached."""
         raise NotImplementedError
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
@@ -44,5 +44,5 @@ class Policy:
         raise SpecError(f"{type(self).__module__} does not prune in the decoder")
 
     def record(self, layer: int, signals: LayerSignals) -> Tensor:
-        """What calibration collects in `layer` (1-based): float32 [visual], larger is worth more."""
+        """What calibration collects in `layer` (1-based): float32 [visual], larger stays longer."""
         return signals.last_query_attention()

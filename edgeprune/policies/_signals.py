@@ -85,7 +85,7 @@ class LayerSignals:
 
 
 def _dot(query: Tensor, key: Tensor) -> Tensor:
-    """Scaled dot products in float32: [1, heads, 1, head] x [1, kv, S, head] -> [1, kv, group, S]."""
+    """Scaled dot products, float32: [1, heads, 1, head], [1, kv, S, head] -> [1, kv, group, S]."""
     _, kv_heads, _, size = key.shape
     grouped = query.float().reshape(1, kv_heads, -1, size) * size**-0.5
     products: Tensor = grouped @ key.float().transpose(-1, -2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,5 @@ class Policy(_policy.Policy):
         return plan_from_counts(shape.visual_tokens, (keep,) * shape.layers)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randperm(signals.features.shape[1], generator=generator)[: stage.keep]
-        return drawn.sort().values
+        order = np.random.default_rng(self.seed).permutation(signals.features.shape[1])
+        return torch.tensor(sorted(order[: stage.keep].tolist()))

@@ -1,0 +1,100 @@
+"""What several test files share: a tiny LLaVA checkpoint, its bundle, and how commands refuse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.shapes import Shape, write
+from edgeprune.cli import main
+
+TINY = Shape(
+    layers=3,
+    width=64,
+    mlp=96,
+    heads=4,
+    kv_heads=2,
+    vocabulary=66,
+    vision_layers=2,
+    vision_width=64,
+    image=56,  # 16 visual tokens
+)
+SETTINGS = ("EDGEPRUNE_DEBUG", "HF_HUB_OFFLINE", "HF_ENDPOINT")
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's caches, nor obeys the user's settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SETTINGS:
+            patch.delenv(name, raising=False)
+        patch.setenv("EDGEPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA of random weights with the demo's tokenizer: 3 layers, 16 visual tokens."""
+    return write(TINY, tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense bundle of the tiny checkpoint; a test that changes it takes a copy."""
+    output = tmp_path_factory.mktemp("bundle") / "tiny"
+    options = ["--model", str(tiny_checkpoint), "--method", "none", "--parity", "1"]
+    assert main(["export", *options, "-o", str(output)]) == 0
+    return output
+
+
+@pytest.fixture
+def copy_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Makes a copy of the tiny bundle that a test may damage."""
+    return lambda: Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def copy_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Makes a copy of the tiny checkpoint that a test may damage."""
+    return lambda: Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must be refused: exit code 2 and one line, which is returned."""
+
+    def run(*arguments: object) -> str:
+        capfd.readouterr()
+        try:
+            code: object = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse's way out
+            code = exit.code
+        out, err = capfd.readouterr()
+        assert (code, out) == (2, ""), err
+        assert err.startswith("edgeprune: ") and err.count("\n") == 1, err
+        assert err.endswith("\n")
+        return err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's dense bundle."""
+    output = tmp_path_factory.mktemp("demo") / "demo-none"
+    assert main(["export", "--method", "none", "-o", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def demo_utp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's bundle with UTP at CR 4, calibrated on its 100 scenes."""
+    output = tmp_path_factory.mktemp("demo") / "demo-utp-cr4"
+    assert main(["export", "--method", "utp", "--cr", "4", "-o", str(output)]) == 0
+    return output

@@ -1,0 +1,138 @@
+"""Exported graphs: static, checked, named, equal to their eager reference; or not there at all."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.external_data_helper import load_external_data_for_model
+
+from edgeprune.bundle import Bundle
+from edgeprune.calib.samples import demo_samples
+from edgeprune.cli import main
+from edgeprune.errors import ParityError
+from edgeprune.export import parity
+from edgeprune.models import open_model
+from edgeprune.models._processor import Processor
+from edgeprune.models._reference import Reference
+from edgeprune.policies import make
+from edgeprune.spec import PruneSpec, plan_from_counts
+
+DATA_DEPENDENT = {"NonZero", "Compress", "Unique", "Loop", "If", "Scan", "SequenceAt"}
+
+
+def graphs(bundle: Path) -> list[onnx.ModelProto]:
+    return [
+        onnx.load(bundle / f"{name}.onnx", load_external_data=False)
+        for name in ("vision", "decoder")
+    ]
+
+
+def test_graphs_pass_the_checker_and_hold_no_data_dependent_shape(demo_utp: Path) -> None:
+    for model in graphs(demo_utp):
+        assert not {node.op_type for node in model.graph.node} & DATA_DEPENDENT
+        assert all(node.domain == "" for node in model.graph.node), "standard operators only"
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)]
+    for name in ("vision", "decoder"):
+        onnx.checker.check_model(str(demo_utp / f"{name}.onnx"), full_check=True)
+
+
+def test_every_k_is_constant_or_a_minimum_with_the_live_tokens(demo_utp: Path) -> None:
+    model = graphs(demo_utp)[1]
+    makers = {output: node for node in model.graph.node for output in node.output}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    selections = [node for node in model.graph.node if node.op_type == "TopK"]
+    assert len(selections) == 2 * len(Bundle.open(demo_utp).manifest.prune.kept_outputs) - _drops(
+        demo_utp
+    )
+    for node in selections:
+        source = makers[node.input[1]]
+        while source.op_type in ("Reshape", "Unsqueeze", "Cast", "Concat", "Squeeze"):
+            source = makers[source.input[0]]
+        assert source.op_type == "Min", f"{node.name}: K comes from {source.op_type}"
+        assert any(name in constants or makers[name].op_type == "Constant" for name in source.input)
+
+
+def _drops(bundle: Path) -> int:
+    """TopK nodes that sites keeping nothing do without: two each."""
+    counts = Bundle.open(bundle).manifest.prune.counts
+    return 2 * sum(1 for a, b in itertools.pairwise(counts) if a > b == 0)
+
+
+def test_nodes_carry_the_names_of_their_modules(demo_utp: Path) -> None:
+    vision, decoder = graphs(demo_utp)
+    names = [node.name for node in decoder.graph.node]
+    assert len(set(names)) == len(names)
+    sites = [int(n.partition(".")[2]) for n in Bundle.open(demo_utp).manifest.prune.kept_outputs]
+    kept = [f"layers.{n - 1}/prune/topk" for n in sites]
+    assert set(kept[:-1]) <= set(names)
+    assert "layers.3/mlp.gate/matmul" in names
+    assert "blocks.0/query/matmul" in {node.name for node in vision.graph.node}
+
+
+def test_weights_are_stored_once_and_as_the_graph_says(demo_utp: Path) -> None:
+    adapter = open_model("demo")
+    model = graphs(demo_utp)[1]
+    load_external_data_for_model(model, str(demo_utp))
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    stored = adapter.checkpoint.read("language_model.model.layers.5.mlp.up_proj.weight")
+    np.testing.assert_array_equal(found["layers.5.mlp.up.weight"], stored.float().numpy().T)
+
+
+def test_the_pruned_bundle_equals_its_eager_reference_on_200_samples(demo_utp: Path) -> None:
+    adapter = open_model("demo")
+    counts = Bundle.open(demo_utp).manifest.prune.counts
+    policy, plan = make(PruneSpec("utp", 4)), plan_from_counts(144, counts)
+    reference = Reference.build(adapter, policy, plan, decoder=parity.Watching)
+    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    prompts = (sample.prompt for sample in demo_samples(processor, 200))
+    checked = parity.check(demo_utp, reference, prompts)
+    assert checked.samples == 200
+    assert checked.logits <= 1e-4
+    assert checked.ties <= 4, "ties are rare; many would hide a fault"
+
+
+@pytest.mark.parametrize("cr", [1.5, 2, 8, 16])
+def test_utp_reaches_the_ratio_asked_for(cr: float, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    assert main(["export", "--cr", f"{cr}", "--parity", "0", "-o", str(bundle)]) == 0
+    prune = Bundle.open(bundle).manifest.prune
+    assert prune.cr_reached == pytest.approx(cr, rel=0.01)
+    assert prune.counts[0] == min(144, round(4 * 144 / cr))
+    assert prune.schedule is not None
+    assert 0 < prune.schedule["bound"] <= prune.schedule["objective"]
+
+
+@pytest.mark.parametrize("method", ["random", "uniform"])
+def test_controls_pass_parity(method: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--model", str(tiny_checkpoint), "--method", method, "--cr", "4"]
+    bundle = tmp_path / "bundle"
+    assert main(["export", *options, "-o", str(bundle), "--parity", "2"]) == 0
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.parity["samples"] == 2
+    assert manifest.prune.counts == (4, 4, 4)
+
+
+def test_half_precision_passes_parity(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--model", str(tiny_checkpoint), "--method", "none", "--dtype", "fp16"]
+    bundle = tmp_path / "bundle"
+    assert main(["export", *options, "-o", str(bundle), "--parity", "2"]) == 0
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.dtype == "fp16"
+    assert manifest.parity["logits"] < 2e-2
+
+
+def test_a_graph_that_disagrees_is_found_out(demo_utp: Path) -> None:
+    """The reference prunes by another rule here, so kept sets or logits must differ."""
+    adapter = open_model("demo")
+    plan = plan_from_counts(144, Bundle.open(demo_utp).manifest.prune.counts)
+    policy = make(PruneSpec("utp", 4, options={"agnostic_layers": "0"}))
+    reference = Reference.build(adapter, policy, plan, torch.float32, decoder=parity.Watching)
+    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    prompts = [sample.prompt for sample in demo_samples(processor, 4)]
+    with pytest.raises(ParityError):
+        parity.check(demo_utp, reference, prompts)

@@ -1,0 +1,159 @@
+"""Policies and what they are made of, against formulas written out in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune import policies
+from edgeprune.errors import SpecError
+from edgeprune.policies._select import lattice, top
+from edgeprune.policies._signals import LayerSignals, Segments, VisionSignals
+from edgeprune.spec import ModelShape, PruneSpec, Stage
+
+SHAPE = ModelShape("llava", 144, (12, 12), 12, 192, 352, 6, 6, 32, 66, 1024, True)
+
+
+class Counts:
+    def __init__(self, *counts: int) -> None:
+        self.counts = counts
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.data())
+def test_top_keeps_the_largest_and_of_equals_the_first(values: list[int], data) -> None:
+    keep = data.draw(st.integers(0, len(values)))
+    kept = top(torch.tensor(values, dtype=torch.float32), keep).tolist()
+    oracle = sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:keep])
+    assert kept == oracle
+
+
+@given(st.integers(1, 24), st.integers(1, 24), st.data())
+def test_a_lattice_is_spread_and_rises(rows: int, columns: int, data) -> None:
+    keep = data.draw(st.integers(1, rows * columns))
+    places = lattice((rows, columns), keep)
+    assert len(places) == keep
+    assert places == sorted(set(places))
+    assert places[0] >= 0 and places[-1] < rows * columns
+
+
+def test_a_lattice_has_cells_of_the_picture() -> None:
+    assert lattice((12, 12), 36) == [y * 12 + x for y in range(1, 12, 2) for x in range(1, 12, 2)]
+
+
+def _signals(prefix: int, visual: int, text: int, heads: int, kv_heads: int, seed: int):
+    """Signals of random vectors with true rotary embedding, and the unrotated parts."""
+    rng = np.random.default_rng(seed)
+    size, start, total = 8, 3, prefix + visual + text
+    angles = np.arange(64)[:, None] * (100.0 ** -(np.arange(size // 2) / (size // 2)))
+    query = rng.standard_normal((heads, size))
+    key = rng.standard_normal((kv_heads, total, size))
+    positions = np.arange(start, start + total)
+    tables = np.cos(angles), np.sin(angles)
+    signals = LayerSignals(
+        segments=Segments(prefix, visual, text),
+        hidden=torch.zeros(1, total, 4),
+        query=torch.tensor(query)[None, :, None],
+        key=torch.tensor(key)[None],
+        rotated_query=torch.tensor(_rotate(query, tables, positions[-1]))[None, :, None],
+        rotated_key=torch.tensor(
+            np.stack([_rotate(key[:, i], tables, p) for i, p in enumerate(positions)], axis=1)
+        )[None],
+        cos=torch.tensor(tables[0]),
+        sin=torch.tensor(tables[1]),
+        visual_start=torch.tensor([start + prefix]),
+        visual_count=visual,
+    )
+    return signals, query, key, positions, tables
+
+
+def _rotate(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], position: int) -> np.ndarray:
+    cos, sin = (table[position] for table in tables)
+    low, high = np.split(x, 2, axis=-1)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 4),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.sampled_from([(2, 2), (4, 2), (6, 1)]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads, agnostic, seed):
+    """UTP Eq. (2): every visual token at p', text tokens where they are, one softmax, head mean."""
+    signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
+    places = positions.copy()
+    if agnostic:
+        first, last = positions[prefix], positions[prefix + visual - 1]
+        places[prefix : prefix + visual] = (first + last + 1) // 2
+    group = heads[0] // heads[1]
+    rows = []
+    for head in range(heads[0]):
+        turned = _rotate(query[head], tables, positions[-1])
+        keys = [_rotate(key[head // group, i], tables, p) for i, p in enumerate(places)]
+        logits = np.array([turned @ k for k in keys]) / np.sqrt(query.shape[-1])
+        weights = np.exp(logits - logits.max())
+        rows.append(weights / weights.sum())
+    oracle = np.mean(rows, axis=0)[prefix : prefix + visual]
+    found = signals.last_query_attention(signals.middle() if agnostic else None)
+    np.testing.assert_allclose(found.numpy(), oracle, atol=1e-5)
+
+
+def test_cls_attention_is_a_softmax_over_cls_and_patches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 3, 10, 4, generator=generator)
+    signals = VisionSignals(torch.zeros(1, 9, 12), query, key, (3, 3))
+    logits = np.einsum("hd,hnd->hn", query[0, :, 0].numpy(), key[0].numpy()) / 2
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(signals.cls_attention().numpy(), weights.mean(0)[1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("cr", [1.5, 2, 4, 8, 16])
+@pytest.mark.parametrize("method", ["random", "uniform"])
+def test_controls_reach_the_ratio(method: str, cr: float) -> None:
+    plan = policies.make(PruneSpec(method, cr)).plan(SHAPE, cr)
+    assert plan.cr == pytest.approx(cr, rel=0.01)
+
+
+def test_random_is_drawn_by_its_seed() -> None:
+    signals = VisionSignals(torch.zeros(1, 144, 4), torch.empty(0), torch.empty(0), (12, 12))
+    draws = [
+        tuple(policies.make(PruneSpec("random", 4, seed)).vision(signals, Stage("vision", 36)))
+        for seed in (0, 0, 1)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_utp_enters_with_all_tokens_up_to_a_ratio_of_four() -> None:
+    first = {cr: policies.make(PruneSpec("utp")).first(SHAPE, cr) for cr in (1.5, 4, 8, 16)}
+    assert first == {1.5: 144, 4: 144, 8: 72, 16: 36}
+
+
+def test_utp_scores_the_first_layers_without_positions() -> None:
+    signals, *_ = _signals(2, 6, 3, 2, 2, seed=1)
+    policy = policies.make(PruneSpec("utp", options={"agnostic_layers": "3"}))
+    plain, agnostic = (signals.last_query_attention(p) for p in (None, signals.middle()))
+    assert not torch.allclose(plain, agnostic)
+    assert torch.equal(policy.record(3, signals), agnostic)
+    assert torch.equal(policy.record(4, signals), plain)
+
+
+def test_utp_wants_a_schedule() -> None:
+    policy = policies.make(PruneSpec("utp"))
+    with pytest.raises(SpecError, match="schedule"):
+        policy.plan(SHAPE, 4)
+    assert policy.plan(SHAPE, 4, Counts(*[36] * 12)).counts == (36,) * 12
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(SpecError, match="no option 'k'"):
+        policies.make(PruneSpec("utp", options={"k": "1"}))
+    with pytest.raises(SpecError, match="takes a int"):
+        policies.make(PruneSpec("utp", options={"agnostic_layers": "many"}))
+    with pytest.raises(SpecError, match="choose one of: none, random, uniform, utp"):
+        policies.make(PruneSpec("fastest"))

@@ -1,0 +1,217 @@
+"""The runtime session: equal to transformers when dense, dialogues, streaming, capacity."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgeprune.bundle import Bundle
+from edgeprune.demo import MODEL_DIR
+from edgeprune.demo.questions import held_out
+from edgeprune.errors import CapacityError, InputError
+from edgeprune.runtime import Sampling, Session
+from edgeprune.runtime.backend import FakeBackend
+from edgeprune.runtime.session import STEP
+
+QUESTION = "what color is the star ?"
+
+
+@pytest.fixture(scope="module")
+def dense(demo_dense: Path) -> Session:
+    return Session.open(demo_dense)
+
+
+@pytest.fixture(scope="module")
+def pruned(demo_utp: Path) -> Session:
+    return Session.open(demo_utp)
+
+
+@pytest.fixture(scope="module")
+def transformers_model() -> tuple[Any, Any]:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(MODEL_DIR)
+
+
+def generate(transformers_model: tuple[Any, Any], image: Any, text: str, **options: Any) -> Any:
+    """transformers' own greedy answer: new ids and the first logits."""
+    model, processor = transformers_model
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    out = model.generate(
+        **inputs, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+    )
+    return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), out.logits[0][0].numpy()
+
+
+def test_dense_equals_transformers_on_200_held_out_questions(
+    dense: Session, transformers_model: tuple[Any, Any]
+) -> None:
+    right = 0
+    for image, question in held_out(200):
+        wanted, _ = generate(transformers_model, image, question.text, max_new_tokens=8)
+        answer = dense.ask(image, question.text)
+        assert list(answer.ids) == wanted, question
+        right += answer.text == question.answer
+    assert right >= 170, "the demo model answers at least 85% of held-out questions"
+
+
+def test_dense_equals_transformers_over_64_free_tokens(
+    dense: Session, transformers_model: tuple[Any, Any]
+) -> None:
+    """No end token stops them: the dialogue runs on over what the model makes up."""
+    endless = Bundle(dense.bundle.path, _without_end(dense))
+    session = Session(endless, dense.backend)
+    for image, question in held_out(6):
+        wanted, _ = generate(
+            transformers_model, image, question.text, max_new_tokens=64, eos_token_id=None
+        )
+        answer = session.ask(image, question.text, Sampling(max_new_tokens=64))
+        assert list(answer.ids) == wanted
+        assert (answer.finish, len(answer.ids)) == ("length", 64)
+
+
+def _without_end(session: Session) -> Any:
+    from dataclasses import replace
+
+    manifest = session.manifest
+    return replace(manifest, text=replace(manifest.text, eos_token_ids=()))
+
+
+def test_dense_logits_are_those_of_transformers(
+    dense: Session, transformers_model: tuple[Any, Any]
+) -> None:
+    for image, question in held_out(12):
+        _, wanted = generate(transformers_model, image, question.text, max_new_tokens=1)
+        found: list[np.ndarray] = []
+        _listen(dense, found, image, question.text)
+        np.testing.assert_allclose(found[0], wanted, atol=1e-4)
+
+
+def _listen(session: Session, found: list[np.ndarray], image: Any, text: str) -> None:
+    run = session.backend.run
+
+    def record(chunk: Any) -> Any:
+        output = run(chunk)
+        found.append(output.logits.copy())
+        return output
+
+    session.backend.run = record  # type: ignore[method-assign]
+    try:
+        session.ask(image, text, Sampling(max_new_tokens=1))
+    finally:
+        session.backend.run = run  # type: ignore[method-assign]
+
+
+def test_two_turns_equal_one_long_dialogue(dense: Session) -> None:
+    """A follow-up on the cache answers as the same tokens read from scratch do."""
+    questions = list(held_out(24))
+    for (image, first), (_, second) in zip(questions[::2], questions[1::2], strict=True):
+        answer = dense.ask(image, first.text)
+        again = dense.follow_up(second.text)
+        prompter = dense._prompter
+        prefix, text = prompter.first_turn(first.text)
+        said = [i for i in answer.ids if i not in dense.manifest.text.eos_token_ids]
+        whole = np.concatenate([text, [said], prompter.next_turn(second.text)], axis=1)
+        dense.ask(image, first.text)  # sees the picture again
+        dense.reset()
+        tokens = dense._tokens(prefix, whole, True, Sampling(), _timings(), said := [], 8)
+        list(tokens)
+        assert tuple(said) == again.ids
+
+
+def _timings() -> Any:
+    from edgeprune.runtime import Timings
+
+    return Timings()
+
+
+def test_caches_grow_without_changing_the_answer(pruned: Session, demo_utp: Path) -> None:
+    """80 tokens cross a growth step; a session that reserved all at once says the same."""
+    image, question = next(held_out(1))
+    sampling = Sampling(max_new_tokens=STEP + 16)
+    small = Session(Bundle(demo_utp, _without_end(pruned)), pruned.backend)
+    answer = small.ask(image, question.text, sampling)
+    roomy = Session.open(demo_utp)
+    roomy.backend.reserve([1000] * 12)
+    large = Session(Bundle(demo_utp, _without_end(pruned)), roomy.backend)
+    assert answer.ids == large.ask(image, question.text, sampling).ids
+    assert len(answer.ids) == STEP + 16
+
+
+def test_streamed_pieces_are_the_answer(pruned: Session) -> None:
+    image, question = next(held_out(1))
+    pieces = list(pruned.stream(image, question.text))
+    assert pruned.answer is not None
+    assert "".join(pieces).strip() == pruned.answer.text == question.answer
+
+
+def test_sampling_is_drawn_by_its_seed(pruned: Session) -> None:
+    image, question = next(held_out(1))
+    hot = [
+        pruned.ask(image, question.text, Sampling(temperature=50.0, seed=seed)).ids
+        for seed in (1, 1, 2)
+    ]
+    assert hot[0] == hot[1] != hot[2]
+
+
+def test_a_stop_string_ends_the_answer(pruned: Session) -> None:
+    image, question = next(held_out(1))
+    endless = Session(Bundle(pruned.bundle.path, _without_end(pruned)), pruned.backend)
+    whole = endless.ask(image, question.text, Sampling(max_new_tokens=12))
+    letter = whole.text[1]
+    cut = endless.ask(image, question.text, Sampling(max_new_tokens=12, stop=(letter,)))
+    assert cut.text == whole.text.partition(letter)[0].strip()
+    assert cut.finish == "stop"
+
+
+def test_what_was_kept_is_told(pruned: Session) -> None:
+    image, question = next(held_out(1))
+    answer = pruned.ask(image, question.text)
+    counts = pruned.manifest.prune.counts
+    assert len(answer.vision_kept) == counts[0]
+    falls = [b for a, b in itertools.pairwise(counts) if b < a]
+    assert [len(kept) for kept in answer.layer_kept] == falls
+
+
+def test_a_follow_up_needs_a_first_answer(demo_dense: Path) -> None:
+    bundle = Bundle.open(demo_dense)
+    session = Session(bundle, FakeBackend([2], bundle.manifest.decoder.vocabulary, 144))
+    with pytest.raises(InputError, match="first answer"):
+        session.follow_up("how many ?")
+
+
+def test_a_dialogue_may_not_outgrow_the_positions(demo_dense: Path) -> None:
+    bundle = Bundle.open(demo_dense)
+    session = Session(bundle, FakeBackend([2], bundle.manifest.decoder.vocabulary, 144))
+    image, question = next(held_out(1))
+    with pytest.raises(CapacityError, match="1024 positions; shorten the prompt"):
+        session.ask(image, "star " * 1000)
+    with pytest.raises(CapacityError, match="ask for fewer"):
+        session.ask(image, question.text, Sampling(max_new_tokens=5000))
+
+
+def test_the_cache_is_written_in_place(demo_utp: Path, tmp_path: Path) -> None:
+    """onnxruntime says on stderr when it copies a cache; with bound buffers it must not."""
+    picture = tmp_path / "scene.png"
+    next(held_out(1))[0].save(picture)
+    command = [sys.executable, "-m", "edgeprune.cli", "run", str(demo_utp)]
+    done = subprocess.run(
+        [*command, "--image", str(picture), "--prompt", QUESTION, "--prompt", QUESTION],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "in-place optimization not activated" not in done.stderr
+    assert "prefill" in done.stderr
