@@ -18,7 +18,7 @@ ENV = ROOT / ".venv"
 BIN = ENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
 SAMPLE = "edgeprune/demo/samples/scene-1.png"
-QUESTION = "what color is the star ?"
+QUESTION = "what digit is on the purple card ?"
 
 
 def run(*command: str | Path, **environment: str) -> None:

@@ -88,10 +88,11 @@ def preflight(output: Path, target: str, dtype: str | None, adapter: Adapter) ->
     check_target(output)
     place = next(folder for folder in output.absolute().parents if folder.exists())
     need = adapter.checkpoint.elements() * DTYPES[chosen].itemsize
-    if need > (free := shutil.disk_usage(place).free):
+    disk = shutil.disk_usage(place)
+    if need > disk.free and disk.total:  # some file systems count nothing
         raise ExportError(
-            f"{output} needs {need / 1e6:,.1f} MB of disk, {place} has {free / 1e6:,.1f} MB free;"
-            " make room there or choose another --output"
+            f"{output} needs {need / 1e6:,.1f} MB of disk, {place} has {disk.free / 1e6:,.1f} MB"
+            " free; make room there or choose another --output"
         )
 
 

@@ -9,6 +9,7 @@ picture are cut off.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def load_image(path: Path | str) -> Image.Image:
             f"{path} is not a picture in a format that Pillow reads; give a PNG or JPEG file"
         ) from error
     except Image.DecompressionBombError as error:
-        raise InputError(_too_large(path, "more than Pillow opens")) from error
+        found = next(iter(re.findall(r"\d+", str(error))), "0")  # Pillow says how many first
+        raise InputError(_too_large(path, f"{int(found):,}")) from error
     except Exception as error:  # a decoder may raise anything on a damaged file
         reason = " ".join(str(error).split())
         raise InputError(

@@ -90,6 +90,14 @@ class Session:
         self._layer_kept: tuple[Ids, ...] = ()
         self.answer: Answer | None = None
 
+    def warm_up(self) -> None:
+        """Run both graphs once on nothing, so that the first answer is as fast as the next."""
+        image, empty = self.manifest.image, np.zeros((1, 0), np.int64)
+        self.backend.see(np.zeros((1, 3, image.height, image.width), np.float32))
+        self._run(empty, np.zeros((1, 2 * STEP), np.int64), True)
+        self._run(empty, np.zeros((1, 1), np.int64), False)
+        self.reset()
+
     def ask(
         self, image: Path | str | Image, prompt: str, sampling: Sampling | None = None
     ) -> Answer:

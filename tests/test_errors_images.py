@@ -47,7 +47,7 @@ def _huge(file: Path) -> None:
         (lambda f: f.mkdir(), "is a folder; name one picture file in it"),
         (lambda f: None, "there is no picture at"),
         (_cut, "it is damaged, cut short or not yours to read; copy it again"),
-        (_huge, "has 20,000 x 20,000 pixels, at most 100,000,000 are read"),
+        (_huge, "has 400,000,000 pixels, at most 100,000,000 are read"),
         (lambda f: Image.new("1", (40_000, 1)).save(f), "too long and narrow"),
     ],
     ids=["text", "empty", "folder", "missing", "truncated", "huge", "narrow"],

@@ -9,7 +9,8 @@ table of symbols: an ideal visual token is the sum of the word embeddings of its
 shape and digit, of a mark on the patch that holds a thing's centre, and of smooth functions of the
 patch's place.  `language` learns to answer from such tokens, on 4x4 patches first and on 12x12 at
 last, with noise; `vision` learns to make them from pixels, and its [CLS] to know what is there.
-`tune` puts them together and, as LLaVA's second stage does, trains the decoder on the pictures.
+`tune` puts them together and trains the decoder on the pictures; the tower stays as it is, as in
+LLaVA's second stage.
 
 Every stage saves `RUN/<stage>.pt` now and then and goes on from there when started again; a batch
 follows from the seed, the stage and the step alone.  `--save FOLDER` writes the checkpoint.
@@ -35,6 +36,8 @@ from edgeprune.demo.questions import KINDS
 from edgeprune.demo.scenes import COLORS, GRID, SHAPES, Scene
 
 STAGES = ("language", "vision", "tune")
+STEPS = {"language": 2000, "vision": 2400, "tune": 400}
+RATES = {"language": 4e-3, "vision": 3e-3, "tune": 2e-3}
 # Share of the steps of `language` after which a grid ends, its patches per side, most things.
 CURRICULUM = ((0.15, 4, 2), (0.24, 4, 4), (0.36, 6, 4), (0.48, 8, 5), (1.0, 12, 6))
 
@@ -288,13 +291,15 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder of the training state")
     parser.add_argument("--save", type=Path, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     parser.add_argument("--batch", type=int, default=32, help="scenes per step")
-    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--rate", type=float, help=f"default: {RATES}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-minutes", type=float, default=3.0)
     args = parser.parse_args()
+    args.steps = args.steps or STEPS[args.stage]
+    args.rate = args.rate or RATES[args.stage]
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     train(start(args), args.save_minutes, args.save)

@@ -102,12 +102,15 @@ def _schedule(
 
 def _parity(args: argparse.Namespace, adapter: Adapter) -> tuple[int, str]:
     """How many samples to check, and why none where none."""
+    from edgeprune.export.exporter import lowering
     from edgeprune.models._memory import fits, needed_bytes
 
     if args.parity is not None and args.parity < 0:
         raise SpecError(f"--parity is a number of samples, 0 for none; got {args.parity}")
     if args.parity == 0:
         return 0, "left out by --parity 0"
+    if lowering(args.target, args.dtype)[1] == "bf16":
+        return 0, "ONNX Runtime runs no bf16 graphs on a CPU"
     if args.parity is None and not fits(adapter, element=8):  # the eager model, and the graph's
         need = needed_bytes(adapter, element=8) / 1e9
         return 0, f"the eager reference needs {need:.0f} GB of memory, more than is free"

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     load_image(args.image)  # a bad picture is told now, not after gigabytes have been read
     for bundle in args.bundles:
         session = Session.open(bundle, backend=args.backend, threads=args.threads)
+        if len(args.bundles) > 1:  # compared with each other, so none pays for starting up
+            session.warm_up()
         answers = [_ask(session, args, turn) for turn in range(len(args.prompts))]
         if args.json:
             print(json.dumps(_record(session, args.prompts, answers)))
