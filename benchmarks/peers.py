@@ -1,75 +1,502 @@
-"""Our dense decoder against the same decoder as other exporters build it, on one ONNX Runtime.
+"""Our dense decoder against the same decoder from other exporters, all on one ONNX Runtime.
 
-    python -m benchmarks.peers prepare                    # here: checkpoints, our bundles
-    PEERS/bin/python -m benchmarks.peers build genai      # where that peer is installed
-    PEERS/bin/python -m benchmarks.peers build mobius
-    python -m benchmarks.peers race                       # here: everything, lap by lap in turn
+    python -m benchmarks.peers prepare                      # here: checkpoints and our bundles
+    PEERS/bin/python -m benchmarks.peers build genai        # where that peer is installed
+    PEERS/bin/python -m benchmarks.peers build mobius mobius-standard mobius-static
+    OPTIMUM/bin/python -m benchmarks.peers build optimum
+    python -m benchmarks.peers race                         # here: what was built, lap by lap
 
-The decoder is Qwen2-0.5B's with a small vocabulary and random weights. Peers get it as a text
-model, `Qwen2ForCausalLM`, we as a LLaVA of the same weights; a race starts only where all agree on
-the next token. Peers are installed apart, for their pins differ:
+The decoder is Qwen2-0.5B's with a vocabulary of 8,192 and random weights, fp32: peers get it as
+`Qwen2ForCausalLM`, we as the decoder of a LLaVA. Everybody is fed the same tokens; embeddings of
+the middle ones stand for visual tokens where a graph of ours wants some. Before anything is timed,
+all must give the same logits. A second heat feeds peers the average number of tokens that our
+pruned bundle has in its layers: the floor that pruning inside the decoder can reach.
 
-    mobius, genai:  pip install mobius-onnx==0.1.0 onnxruntime-genai==0.18.0
-    optimum:        pip install optimum-onnx[onnxruntime]==0.1.0
+Peers' pins differ from ours, so they are installed apart:
+
+    PEERS    pip install mobius-onnx==0.1.0 onnxruntime-genai==0.18.0 onnxruntime==1.31.1
+    OPTIMUM  pip install "optimum-onnx[onnxruntime]==0.1.0" onnxruntime==1.31.1
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Protocol
 
-from safetensors.torch import load_file, save_file
+import numpy as np
+from numpy.typing import NDArray
 
-STEM = "language_model."
+Ids = NDArray[np.int64]
+Array = NDArray[Any]
+
+SHAPE = "0.5b"
+VISUAL, TEXT = 576, 64
+PREFIX = 5  # of the text tokens, those before the picture
+CLOSE = 1e-4  # largest difference of two logits, as a share of the largest logit
+
+PEERS = {
+    "genai": "shared",
+    "mobius": "shared",
+    "mobius-standard": "grown",
+    "mobius-static": "static",
+    "optimum": "grown",
+}
+"""Peers, and what their caches do: past and present in one buffer, copied every step, written at
+an index into a buffer whose size is part of the graph."""
+
+STATIC = 704  # slots of mobius-static's caches: 640 tokens and an answer
 
 
-def text_checkpoint(source: Path, folder: Path) -> None:
-    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
-    weights = {}
-    for file in sorted(set(index.values())):
-        shard = load_file(source / file)
-        zeroed = False
-        for name, tensor in shard.items():
-            if name.endswith("o_proj.bias"):
-                tensor.zero_()
-                zeroed = True
-            elif name.startswith(STEM):
-                weights[name.removeprefix(STEM)] = tensor
-        if zeroed:
-            save_file(shard, source / file, metadata={"format": "pt"})
+# --- prepare: in our environment ------------------------------------------------------------------
+
+
+def prepare(work: Path, cr: float) -> None:
+    """Write the checkpoint twice, as LLaVA and as a text model, and our two bundles."""
+    from benchmarks.shapes import SHAPES, write
+    from benchmarks.speed import declining
+    from edgeprune.spec import Plan, plan_from_counts
+
+    checkpoint, layers = work / SHAPE, SHAPES[SHAPE].layers
+    if not (checkpoint / "config.json").is_file():
+        write(SHAPES[SHAPE], checkpoint)
+    _write_text(checkpoint, work / "text")
+    _export(checkpoint, work / "dense", "none", Plan(VISUAL, layers), 1)
+    pruned = plan_from_counts(VISUAL, declining(VISUAL, layers, cr))
+    _export(checkpoint, work / f"utp-cr{cr:g}", "utp", pruned, cr)
+
+
+def _write_text(source: Path, folder: Path) -> None:
+    """The decoder of the LLaVA checkpoint as `Qwen2ForCausalLM`: it has no output bias."""
+    from safetensors.torch import load_file, save_file
+
+    if (folder / "config.json").is_file():
+        return
+    stem, weights = "language_model.", {}
+    for shard in sorted(source.glob("*.safetensors")):
+        for name, tensor in load_file(shard).items():
+            if name.startswith(stem) and not name.endswith("o_proj.bias"):
+                weights[name.removeprefix(stem)] = tensor.float()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.float() for k, v in weights.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     text = json.loads((source / "config.json").read_text())["text_config"]
     for name in ("attention_bias", "mlp_bias", "pretraining_tp", "head_dim"):
-        text.pop(name)
+        del text[name]
     text |= {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "dtype": "float32",
-        "torch_dtype": "float32",
-        "use_sliding_window": False,
+        "torch_dtype": "float32",  # older readers' names: genai and optimum
         "rope_theta": text["rope_parameters"]["rope_theta"],
+        "use_sliding_window": False,
     }
-    (folder / "config.json").write_text(json.dumps(text, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((source / name).read_bytes())
-    (folder / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+        shutil.copyfile(source / name, folder / name)
+    ids = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "generation_config.json").write_text(json.dumps(ids))
+    (folder / "config.json").write_text(json.dumps(text, indent=1))
+
+
+def _export(checkpoint: Path, output: Path, method: str, plan: Any, cr: float) -> None:
+    from edgeprune.bundle import MANIFEST
+    from edgeprune.export.exporter import ExportRequest, export
+    from edgeprune.models import open_model
+    from edgeprune.models._processor import Processor, random_prompt
+    from edgeprune.policies import make
+    from edgeprune.spec import PruneSpec
+
+    if (output / MANIFEST).is_file():
+        return
+    adapter: Any = open_model(str(checkpoint))
+    adapter.decoder_config = replace(adapter.decoder_config, output_bias=False)
+    spec = PruneSpec(method, cr)
+    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    prompts = [random_prompt(adapter.image_side, adapter.shape.vocabulary, 0)]
+    export(ExportRequest(SHAPE, spec, plan, output), adapter, make(spec), processor, prompts)
+
+
+# --- build: in a peer's environment ---------------------------------------------------------------
+
+
+def build(work: Path, peer: str) -> None:
+    """Have one peer build its graph below `work`, unless it is there."""
+    output = work / peer
+    if (output / "model.onnx").is_file():
+        return
+    draft = work / f".{peer}"
+    shutil.rmtree(draft, ignore_errors=True)
+    command = _command(peer, work / "text", draft)
+    print("$", *command, flush=True)
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    draft.rename(output)
+
+
+def _command(peer: str, text: Path, output: Path) -> list[str]:
+    tools = Path(sys.executable).parent
+    if peer == "genai":
+        module = "onnxruntime_genai.models.builder"
+        places = ["-i", str(text), "-o", str(output), "-c", f"{output}/cache"]
+        # Logits of the last token only, as ours.
+        options = ["-p", "fp32", "-e", "cpu", "--extra_options", "prune_lm_head=true"]
+        return [sys.executable, "-m", module, *places, *options]
+    if peer == "optimum":
+        options = ["--task", "text-generation-with-past", "--dtype", "fp32"]
+        tool = [str(tools / "optimum-cli"), "export", "onnx"]
+        return [*tool, "--model", str(text), *options, str(output)]
+    options = {
+        "mobius": ["--ep", "cpu"],
+        "mobius-standard": ["--ep", "default"],
+        "mobius-static": ["--ep", "cpu", "--static-cache", "--max-seq-len", str(STATIC)],
+    }[peer]
+    tool = [str(tools / "mobius"), "build", "--config", str(text), "--dtype", "f32"]
+    return [*tool, *options, str(output)]
+
+
+# --- race: in our environment ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt [1, N] and the tokens that follow it, the same for everybody."""
+
+    prompt: Ids
+    following: Ids
+
+    @property
+    def tokens(self) -> int:
+        return int(self.prompt.shape[1])
+
+
+class Runner(Protocol):
+    """One graph; `begin` may take its time, `prefill` and `decode` are on the clock."""
+
+    def begin(self, job: Job) -> None: ...
+    def prefill(self) -> None: ...
+    def decode(self, token: int) -> None: ...
+    def logits(self) -> Array:
+        """Those of the last token."""
+        ...
+
+
+class Ours:
+    """A bundle, run by the backend that `edgeprune run` uses."""
+
+    def __init__(self, bundle: Path, embedding: Array, threads: int | None) -> None:
+        from edgeprune.bundle import Bundle
+        from edgeprune.runtime.ort import OrtBackend
+
+        opened = Bundle.open(bundle, verify=False)
+        self.counts = np.array(opened.manifest.prune.counts)
+        self.backend = OrtBackend(opened, "cpu", threads)
+        self.embedding = embedding
+
+    def begin(self, job: Job) -> None:
+        self.job, text = job, PREFIX - TEXT
+        # Stands for what the vision graph leaves behind.
+        self.backend._visual = self.backend._host(self.embedding[job.prompt[:, PREFIX:text]])
+        self.lengths, self.position = np.zeros_like(self.counts), 0
+
+    def prefill(self) -> None:
+        prompt, text = self.job.prompt, PREFIX - TEXT
+        visual = self.job.tokens - TEXT
+        self._run(prompt[:, :PREFIX], prompt[:, text:], np.minimum(self.counts, visual), visual)
+
+    def decode(self, token: int) -> None:
+        self._run(np.zeros((1, 0), np.int64), np.array([[token]]), np.zeros_like(self.counts), 0)
+
+    def _run(self, prefix: Ids, text: Ids, kept: Ids, visual: int) -> None:
+        from edgeprune.runtime.backend import Chunk
+        from edgeprune.runtime.session import STEP
+
+        words = prefix.shape[1] + text.shape[1]
+        after = self.lengths + words + kept
+        self.backend.reserve([int(n) for n in after + -after % STEP])
+        self.backend.run(Chunk(prefix, text, self.position, self.lengths, visual > 0))
+        self.lengths, self.position = after, self.position + words + visual
+
+    def logits(self) -> Array:
+        found: Array = self.backend.logits().copy()
+        return found
+
+
+class Peer:
+    """A peer's graph, each fed as suits it best; what stays the same is bound once."""
+
+    def __init__(self, folder: Path, cache: str, threads: int | None) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        providers = ["CPUExecutionProvider"]
+        self.session = ort.InferenceSession(folder / "model.onnx", options, providers)
+        self.value, self.cache = ort.OrtValue, cache
+        self.inputs = [put.name for put in self.session.get_inputs()]
+        self.pairs = {
+            name: _present(name) for name in self.inputs if "key" in name or "value" in name
+        }
+        rows, vocabulary = self.session.get_outputs()[0].shape[1:]
+        self.last_only, self.vocabulary = rows == 1, int(vocabulary)
+        config = json.loads((folder.parent / "text" / "config.json").read_text())
+        heads = config["num_key_value_heads"]
+        size = config["hidden_size"] // config["num_attention_heads"]
+        self.cells = (heads * size,) if cache == "static" else (heads, size)
+
+    def begin(self, job: Job) -> None:
+        self.job, self.position, self.bound = job, 0, 0
+        room = {"shared": job.tokens + len(job.following), "grown": 0, "static": STATIC}[self.cache]
+        shape = (1, *self.cells[:-1], room, self.cells[-1])
+        self.caches = {name: self._host(np.zeros(shape, np.float32)) for name in self.pairs}
+
+    def prefill(self) -> None:
+        self._run(self.job.prompt)
+
+    def decode(self, token: int) -> None:
+        self._run(np.array([[token]]))
+
+    def logits(self) -> Array:
+        found: Array = self.out.numpy()[0, -1].copy()
+        return found
+
+    def _run(self, ids: Ids) -> None:
+        total = self.position + ids.shape[1]
+        if self.bound != ids.shape[1] or self.cache == "grown":
+            self._bind(ids.shape[1])
+        self._put("input_ids", ids)
+        self._put("attention_mask", np.ones((1, total), np.int64))
+        self._put("position_ids", np.arange(self.position, total)[None])
+        self._put("write_indices", np.array([self.position]))
+        self._put("nonpad_kv_seqlen", np.array([total]))
+        self.session.run_with_iobinding(self.binding)
+        self.position = total
+        if self.cache == "grown":
+            self.caches = dict(zip(self.pairs, self.binding.get_outputs()[1:], strict=True))
+
+    def _bind(self, count: int) -> None:
+        """Bind logits and caches for calls of `count` tokens."""
+        self.bound, self.binding = count, self.session.io_binding()
+        rows = 1 if self.last_only else count
+        self.out = self._host(np.zeros((1, rows, self.vocabulary), np.float32))
+        self.binding.bind_ortvalue_output("logits", self.out)
+        for name, present in self.pairs.items():
+            self.binding.bind_ortvalue_input(name, self.caches[name])
+            if self.cache == "grown":
+                self.binding.bind_output(present, "cpu")
+            else:
+                self.binding.bind_ortvalue_output(present, self.caches[name])
+
+    def _put(self, name: str, array: Array) -> None:
+        if name in self.inputs:
+            self.binding.bind_ortvalue_input(name, self._host(array))
+
+    def _host(self, array: Array) -> Any:
+        return self.value.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _present(past: str) -> str:
+    """past_key_values.3.key -> present.3.key; key_cache.3 -> updated_key_cache.3."""
+    if past.startswith("past_key_values"):
+        return past.replace("past_key_values", "present")
+    return f"updated_{past}"
+
+
+@dataclass
+class Entry:
+    """One runner with one job, and its laps: seconds of prefill, and per decoded token."""
+
+    name: str
+    ours: bool
+    runner: Runner
+    job: Job
+    exact: bool = True  # the whole decoder on the whole job: logits are everybody's
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    difference: float = 0.0
+
+    def lap(self) -> list[Array]:
+        """Prefill and decode once; the logits of every call."""
+        clock, runner = time.perf_counter, self.runner
+        runner.begin(self.job)
+        begun = clock()
+        runner.prefill()
+        self.prefill.append(clock() - begun)
+        found, spent = [runner.logits()], 0.0
+        for token in self.job.following:
+            begun = clock()
+            runner.decode(int(token))
+            spent += clock() - begun
+            found.append(runner.logits())
+        self.decode.append(spent / len(self.job.following))
+        return found
+
+
+def check(entries: Sequence[Entry]) -> None:
+    """One lap of each, not kept; all that run the same must answer the same."""
+    wanted: list[Array] | None = None
+    for entry in entries:
+        found = entry.lap()
+        entry.prefill.clear()
+        entry.decode.clear()
+        if not entry.exact:
+            continue
+        wanted = wanted or found
+        pairs = list(zip(wanted, found, strict=True))
+        entry.difference = max(float(abs(a - b).max() / abs(a).max()) for a, b in pairs)
+        if entry.difference > CLOSE:
+            sys.exit(f"{entry.name} differs by {entry.difference:.1e}: that is no race")
+
+
+def heats(work: Path, names: Sequence[str], request: argparse.Namespace) -> list[list[Entry]]:
+    """Everybody on the full prompt; ours pruned against everybody on the average one."""
+    from safetensors import safe_open
+
+    with safe_open(work / "text" / "model.safetensors", "np") as stored:
+        embedding = stored.get_tensor("model.embed_tokens.weight")
+    average = TEXT + round(VISUAL / request.cr)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, len(embedding), (1, TEXT + VISUAL))
+    following = rng.integers(3, len(embedding), request.new_tokens)
+    full, short = Job(ids, following), Job(ids[:, :average], following)
+    dense = Ours(work / "dense", embedding, request.threads)
+    peers = {name: Peer(work / name, PEERS[name], request.threads) for name in names}
+    found = []
+    for job in (full, short):
+        entries = [Entry("edgeprune none", True, dense, job)]
+        entries += [Entry(name, False, peer, job) for name, peer in peers.items()]
+        found.append(entries)
+    pruned = Ours(work / f"utp-cr{request.cr:g}", embedding, request.threads)
+    found[1].insert(0, Entry(f"edgeprune utp CR {request.cr:g}", True, pruned, full, exact=False))
+    return found if request.pruned else found[:1]
+
+
+def race(work: Path, request: argparse.Namespace) -> None:
+    """Time everything that was built, in turn; tables, and one line of JSON last."""
+    import onnxruntime as ort
+
+    names = [n for n in request.peers or PEERS if (work / n / "model.onnx").is_file()]
+    if not names:
+        sys.exit(f"there is no peer's model below {work}: build one first")
+    lines = heats(work, names, request)
+    entries = [entry for heat in lines for entry in heat]
+    for heat in lines:
+        check(heat)
+    for lap in range(request.laps):
+        turn = lap % len(entries)  # nobody always runs after the same one
+        for entry in entries[turn:] + entries[:turn]:
+            entry.lap()
+        print(f"lap {lap + 1} of {request.laps}", file=sys.stderr, flush=True)
+    for heat in lines:
+        print(_table(heat), end="\n\n")
+    print(
+        json.dumps(
+            {
+                "shape": SHAPE,
+                "laps": request.laps,
+                "new_tokens": request.new_tokens,
+                "threads": request.threads,
+                "onnxruntime": ort.__version__,
+                "processor": f"{_processor()}, {os.cpu_count()} threads",
+                "heats": [[_row(entry, heat[0]) for entry in heat] for heat in lines],
+            }
+        )
     )
 
 
+def _row(entry: Entry, first: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "tokens": entry.job.tokens,
+        "prefill_ms": [round(1e3 * s, 2) for s in entry.prefill],
+        "decode_ms": [round(1e3 * s, 3) for s in entry.decode],
+        "ours_over_it_prefill": round(_quantile(_ratios(first.prefill, entry.prefill), 0.5), 4),
+        "ours_over_it_decode": round(_quantile(_ratios(first.decode, entry.decode), 0.5), 4),
+        "logit_difference": entry.difference if entry.exact else None,
+    }
+
+
+def _table(heat: Sequence[Entry]) -> str:
+    """Medians and p10-p90; ratios of the first row to the others, taken lap by lap."""
+    first = heat[0]
+    lines = [["", "tokens", "prefill ms", "first / it", "decode ms", "first / it", "logits"]]
+    for entry in heat:
+        lines.append(
+            [
+                entry.name,
+                str(entry.job.tokens),
+                _spread([1e3 * s for s in entry.prefill], "{:.1f}"),
+                _spread(_ratios(first.prefill, entry.prefill), "{:.3f}"),
+                _spread([1e3 * s for s in entry.decode], "{:.2f}"),
+                _spread(_ratios(first.decode, entry.decode), "{:.3f}"),
+                f"{entry.difference:.0e}" if entry.exact else "pruned",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    table = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*table, _verdict(heat, "prefill"), _verdict(heat, "decode")])
+
+
+def _verdict(heat: Sequence[Entry], phase: str) -> str:
+    seconds: dict[str, list[float]] = {entry.name: getattr(entry, phase) for entry in heat}
+    peers = [entry.name for entry in heat if not entry.ours]
+    best = min(peers, key=lambda name: _quantile(seconds[name], 0.5))
+    ratio = _quantile(_ratios(seconds[heat[0].name], seconds[best]), 0.5)
+    return f"{phase}: {heat[0].name} takes {ratio:.3f} of the best peer's time ({best})"
+
+
+def _ratios(first: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(first, other, strict=True)]
+
+
+def _quantile(numbers: Sequence[float], at: float) -> float:
+    return float(np.quantile(numbers, at))
+
+
+def _spread(numbers: Sequence[float], form: str) -> str:
+    low, middle, high = (form.format(_quantile(numbers, at)) for at in (0.1, 0.5, 0.9))
+    return f"{middle} ({low}-{high})"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Race our dense decoder against other exporters'.")
+    steps = parser.add_subparsers(dest="step", required=True)
+    for name in ("prepare", "build", "race"):
+        step = steps.add_parser(name)
+        step.add_argument("--work", type=Path, default=Path("out/peers"))
+        if name != "build":
+            step.add_argument("--cr", type=float, default=4)
+        if name == "build":
+            step.add_argument("peers", nargs="+", choices=PEERS)
+        if name == "race":
+            step.add_argument("--peers", nargs="+", choices=PEERS, help="all that were built")
+            step.add_argument("--laps", type=int, default=10)
+            step.add_argument("--new-tokens", type=int, default=16)
+            step.add_argument("--threads", type=int)
+            step.add_argument("--no-pruned", dest="pruned", action="store_false")
+    args = parser.parse_args()
+    if args.step == "prepare":
+        prepare(args.work, args.cr)
+    elif args.step == "build":
+        for peer in args.peers:
+            build(args.work, peer)
+    else:
+        race(args.work, args)
+
+
 if __name__ == "__main__":
-    from benchmarks.shapes import SHAPES, write
-
-    work = Path("out/peers")
-    src = work / "0.5b"
-    if not (src / "config.json").is_file():
-        write(SHAPES["0.5b"], src)
-    text_checkpoint(src, work / "text")
-    from benchmarks.speed import bundles
-
-    print(bundles("0.5b", 4, work, "fp32"))
+    main()

@@ -59,13 +59,21 @@ class ModelShape:
 class Stage:
     """At one site, `keep` visual tokens stay and `merged` new ones are added.
 
-    `layer` is the 1-based decoder layer that the survivors enter; 1 before the decoder.
+    `layer` is the 1-based decoder layer that the survivors enter; 1 before the decoder. A stage at
+    the decoder's input that looks at the `text` too runs in the decoder's graph, as layers do; all
+    other stages before the decoder run in the vision graph.
     """
 
     site: Site
     keep: int
     merged: int = 0
     layer: int = 1
+    text: bool = False
+
+    @property
+    def in_decoder(self) -> bool:
+        """Whether the decoder's graph holds it."""
+        return self.site == "layer" or self.text
 
     @property
     def survivors(self) -> int:
@@ -115,11 +123,22 @@ class Plan:
 
     @property
     def entering(self) -> int:
-        """r_1: visual tokens that leave the encoder and enter the decoder's first layer."""
+        """r_1: visual tokens that enter the decoder's first layer."""
         return self.counts[0]
 
+    @property
+    def encoded(self) -> int:
+        """Visual tokens that leave the vision graph: r_1, or more where the text prunes too."""
+        before = self.before_decoder()
+        return before[-1].survivors if before else self.visual_tokens
+
     def before_decoder(self) -> tuple[Stage, ...]:
-        return tuple(stage for stage in self.stages if stage.layer == 1)
+        """The stages in the vision graph."""
+        return tuple(s for s in self.stages if s.layer == 1 and not s.in_decoder)
+
+    def with_text(self) -> Stage | None:
+        """The stage before layer 1 that looks at the text, if there is one."""
+        return next((s for s in self.stages if s.layer == 1 and s.text), None)
 
     def entering_layer(self, layer: int) -> Stage | None:
         """The stage between layers `layer` - 1 and `layer`, if there is one (`layer` >= 2)."""
@@ -131,6 +150,11 @@ def budget(visual_tokens: int, layers: int, cr: float) -> int:
     return round(visual_tokens * layers / cr)
 
 
+def floor_cr(visual_tokens: int, layers: int, total: int) -> float:
+    """The CR of so many tokens over all layers, rounded so that asking for it is not too much."""
+    return math.floor(100 * visual_tokens * layers / total) / 100
+
+
 def plan_from_counts(visual_tokens: int, counts: tuple[int, ...], first: Site = "vision") -> Plan:
     """A plan whose layer l is entered by counts[l-1] tokens; a stage only where the count falls."""
     stages, live = [], visual_tokens
@@ -139,6 +163,15 @@ def plan_from_counts(visual_tokens: int, counts: tuple[int, ...], first: Site = 
             stages.append(Stage(first if layer == 1 else "layer", count, layer=layer))
         live = count
     return Plan(visual_tokens, len(counts), tuple(stages))
+
+
+def flat_plan(
+    visual_tokens: int, layers: int, cr: float, site: Site = "vision", text: bool = False
+) -> Plan:
+    """A plan that prunes once, before the decoder: every layer is entered by V / CR tokens."""
+    keep = max(1, round(visual_tokens / cr))
+    stages = (Stage(site, keep, text=text),) if keep != visual_tokens else ()
+    return Plan(visual_tokens, layers, stages)
 
 
 def check_cr(plan: Plan, asked: float) -> None:

@@ -60,13 +60,13 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
 
 def kept_outputs(plan: Plan) -> list[str]:
     """Outputs that say which of the live visual tokens each pruning site kept."""
-    return [f"kept.{s.layer}" for s in plan.stages if s.site == "layer"]
+    return [f"kept.{s.layer}" for s in plan.stages if s.in_decoder]
 
 
 def _example(config: DecoderConfig, plan: Plan, dtype: torch.dtype) -> tuple[Any, ...]:
     """Inputs whose sizes are all different and above 1, so that none is taken for a constant."""
     prefix, text = 5, 7
-    visual = max(2, plan.entering)
+    visual = max(2, plan.encoded)
     capacities = [visual + 37 + layer for layer in range(config.layers)]
     caches = [torch.zeros(1, config.kv_heads, c, config.head_size, dtype=dtype) for c in capacities]
     return (

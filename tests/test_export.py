@@ -16,8 +16,9 @@ from edgeprune.calib.samples import demo_samples
 from edgeprune.cli import main
 from edgeprune.errors import ParityError
 from edgeprune.export import parity
+from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import open_model
-from edgeprune.models._processor import Processor
+from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
@@ -51,7 +52,7 @@ def test_every_k_is_constant_or_a_minimum_with_the_live_tokens(demo_utp: Path) -
     )
     for node in selections:
         source = makers[node.input[1]]
-        while source.op_type in ("Reshape", "Unsqueeze", "Cast", "Concat", "Squeeze"):
+        while source.op_type in ("Reshape", "Unsqueeze", "Cast", "Concat", "Squeeze", "Gather"):
             source = makers[source.input[0]]
         assert source.op_type == "Min", f"{node.name}: K comes from {source.op_type}"
         assert any(name in constants or makers[name].op_type == "Constant" for name in source.input)
@@ -105,6 +106,22 @@ def test_utp_reaches_the_ratio_asked_for(cr: float, tmp_path: Path) -> None:
     assert prune.counts[0] == min(144, round(4 * 144 / cr))
     assert prune.schedule is not None
     assert 0 < prune.schedule["bound"] <= prune.schedule["objective"]
+
+
+@pytest.mark.parametrize("counts", [(16, 8, 1), (16, 1, 0), (2, 1, 1), (1, 1, 1)])
+def test_layers_may_keep_one_token_or_none(
+    counts: tuple[int, ...], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A decode step has no visual token, whatever a layer keeps of a picture's."""
+    adapter = open_model(str(tiny_checkpoint))
+    cr = 48 / sum(counts)
+    spec, plan = PruneSpec("utp", cr), plan_from_counts(16, counts)
+    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    request = ExportRequest("tiny", spec, plan, tmp_path / "bundle")
+    prompts = [random_prompt(56, adapter.shape.vocabulary, seed) for seed in range(2)]
+    exported = export(request, adapter, make(spec), processor, prompts)
+    assert exported.parity is not None
+    assert exported.parity.samples == 2
 
 
 @pytest.mark.parametrize("method", ["random", "uniform"])

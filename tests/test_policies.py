@@ -155,5 +155,5 @@ def test_options_are_checked() -> None:
         policies.make(PruneSpec("utp", options={"k": "1"}))
     with pytest.raises(SpecError, match="takes a int"):
         policies.make(PruneSpec("utp", options={"agnostic_layers": "many"}))
-    with pytest.raises(SpecError, match="choose one of: none, random, uniform, utp"):
+    with pytest.raises(SpecError, match="choose one of: divprune, fastervlm"):
         policies.make(PruneSpec("fastest"))

@@ -17,14 +17,15 @@ def run_methods(args: argparse.Namespace) -> int:
 
     from edgeprune import policies
 
+    width = max(map(len, policies.names()))
     for name in policies.names():
         policy = policies.load(name)
         sites = ", ".join(policy.sites) or "none"
-        print(f"{name:<10} {policy.summary}")
-        print(f"{'':<10} site: {sites}" + (f"; paper: {policy.paper}" if policy.paper else ""))
+        print(f"{name:<{width}} {policy.summary}")
+        print(f"{'':<{width}} site: {sites}" + (f"; paper: {policy.paper}" if policy.paper else ""))
         options = [f"{f.name}={f.default}" for f in fields(policy)]
         if options:
-            print(f"{'':<10} options (--set): {', '.join(options)}")
+            print(f"{'':<{width}} options (--set): {', '.join(options)}")
     return 0
 
 

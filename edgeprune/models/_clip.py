@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from edgeprune.models._layers import Linear, join_heads, split_heads
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
-from edgeprune.policies._signals import VisionSignals
+from edgeprune.policies._signals import InputSignals, VisionSignals
 from edgeprune.spec import Plan
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,11 +91,16 @@ class Vision(nn.Module):
         """Pixels [1, 3, H, W] -> visual tokens [1, r_1, output], their positions int64 [r_1]."""
         features, query, key = self.encode(pixels)
         kept = torch.arange(features.shape[1], device=features.device)
-        for stage in self.plan.before_decoder():
+        stages = self.plan.before_decoder()
+        for stage in (s for s in stages if s.site == "vision"):
             signals = VisionSignals(features, query, key, self.config.grid)
             kept = self.policy.vision(signals, stage)
             features = features.index_select(1, kept)
-        return self.project(features), kept
+        visual = self.project(features)
+        for stage in (s for s in stages if s.site == "input"):
+            chosen = self.policy.input(InputSignals(visual, visual.shape[1]), stage, stage.keep)
+            visual, kept = visual.index_select(1, chosen), kept.index_select(0, chosen)
+        return visual, kept
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patch features [1, N, width], [CLS] dropped, and the last block's query and key."""

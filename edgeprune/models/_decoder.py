@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from edgeprune.models._layers import Linear, Scale, join_heads, split_heads
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
-from edgeprune.policies._signals import LayerSignals, Segments
+from edgeprune.policies._signals import InputSignals, LayerSignals, Segments
 from edgeprune.spec import Plan, Stage
 
 
@@ -159,6 +159,20 @@ class Prune(nn.Module):
         return self.policy.layer(signals, self.stage, live)
 
 
+class PruneInput(nn.Module):
+    """Keeps the visual tokens that a policy chooses by the text, before the first layer."""
+
+    def __init__(self, policy: Policy, stage: Stage, encoded: int) -> None:
+        super().__init__()
+        self.policy, self.stage, self.encoded = policy, stage, encoded
+
+    def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, V, width], [1, T, width] -> the survivors, and which of the V they are."""
+        signals = InputSignals(visual, self.encoded, text)
+        kept = self.policy.input(signals, self.stage, _least(self.stage.keep, visual.shape[1]))
+        return visual.index_select(1, kept), kept
+
+
 class Decoder(nn.Module):
     """A LLaMA-like decoder with a pruning policy built in."""
 
@@ -173,6 +187,8 @@ class Decoder(nn.Module):
         self.norm = Scale(config.width)
         if not config.tied:
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        stage = plan.with_text()
+        self.prune_input = PruneInput(policy, stage, plan.encoded) if stage else None
         sites = range(2, config.layers + 1)
         stages = {layer: plan.entering_layer(layer) for layer in sites}
         self.prune = nn.ModuleDict({str(n): Prune(policy, s) for n, s in stages.items() if s})
@@ -198,11 +214,15 @@ class Decoder(nn.Module):
         past_values: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions."""
-        hidden = torch.cat([self.embedding(prefix_ids), visual, self.embedding(text_ids)], dim=1)
+        text, kept = self.embedding(text_ids), list[Tensor]()
+        if self.prune_input is not None:
+            visual, chosen = self.prune_input(visual, text)
+            kept.append(chosen)
+        hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
         positions = (position + torch.arange(segments.total, device=position.device))[None]
         start, entered = position + segments.prefix, segments.visual
-        rotary, keys, values, kept = Rotary(self.cos, self.sin), [], [], []
+        rotary, keys, values = Rotary(self.cos, self.sin), [], []
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
             if signals is not None and str(index + 1) in self.prune:
@@ -246,6 +266,16 @@ class Decoder(nn.Module):
 
 
 def _least(keep: int, live: int) -> int:
-    """min(keep, live), which stays symbolic while tracing."""
-    least: int = torch.sym_min(keep, live)  # type: ignore[no-untyped-call]
-    return least
+    """min(keep, live), which stays symbolic while tracing.
+
+    The tracer takes every size for 2 or more, so it would fold min(1, live) into 1 although a
+    decode step has no visual token; through a tensor's value it cannot.
+    """
+    if keep > 1 or not torch.compiler.is_exporting():
+        least: int = torch.sym_min(keep, live)  # type: ignore[no-untyped-call]
+        return least
+    sizes = torch.scalar_tensor(live, dtype=torch.int64), torch.tensor(keep)
+    value: int = torch.minimum(*sizes).item()  # type: ignore[assignment]
+    torch._check(value >= 0)  # type: ignore[no-untyped-call]
+    torch._check(value <= live)  # type: ignore[no-untyped-call]
+    return value

@@ -82,10 +82,10 @@ class Reference:
             self.keys,
             self.values,
         )
-        counts = torch.tensor(self.decoder.plan.counts)
+        counts = torch.tensor(self.decoder.plan.counts).clamp(max=visual.shape[1])
         text = prefix_ids.shape[1] + text_ids.shape[1]
-        self.lengths = self.lengths + text + counts.clamp(max=visual.shape[1])
-        self.position += text + visual.shape[1]
+        self.lengths = self.lengths + text + counts
+        self.position += text + int(counts[0])
         return Step(logits[0, 0].float(), tuple(kept))
 
     def generate(self, prompt: Prompt, tokens: int, stop: Callable[[int], bool]) -> list[int]:

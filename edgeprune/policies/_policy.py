@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from edgeprune.errors import SpecError
-from edgeprune.policies._signals import LayerSignals, VisionSignals
+from edgeprune.policies._signals import InputSignals, LayerSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage
 
 
@@ -38,6 +38,10 @@ class Policy:
     def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
         """Positions of the stage.keep visual tokens that stay, rising: int64 [keep]."""
         raise SpecError(f"{type(self).__module__} does not prune in the vision encoder")
+
+    def input(self, signals: InputSignals, stage: Stage, keep: int) -> Tensor:
+        """Positions of the `keep` = min(stage.keep, live) visual tokens that stay: int64 [keep]."""
+        raise SpecError(f"{type(self).__module__} does not prune at the decoder's input")
 
     def layer(self, signals: LayerSignals, stage: Stage, keep: int) -> Tensor:
         """Positions of the `keep` = min(stage.keep, live) visual tokens that stay: int64 [keep]."""

@@ -1,4 +1,7 @@
-"""Selectors: from scores to the positions that stay. Ties go to the lower position."""
+"""Selectors: from scores or tokens to the positions that stay. Ties go to the lower position.
+
+A greedy selector is unrolled: three small nodes for each token that it keeps.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,51 @@ def top(scores: Tensor, keep: int) -> Tensor:
 def ascending(positions: Tensor) -> Tensor:
     """Positions sorted, so that causal order survives: int64 [k] -> int64 [k]."""
     return torch.topk(positions, positions.shape[0], largest=False).values
+
+
+TAKEN = 1e6
+"""Far outside what cosines and their sums can reach: marks the tokens that were chosen."""
+
+
+def max_min(tokens: Tensor, keep: int) -> Tensor:
+    """Greedy max-min diversity with distance 1 - cosine: [n, width] -> int64 [keep], rising.
+
+    First the token whose nearest other is furthest, then those whose nearest chosen is.
+    """
+    distances = 1 - cosines(tokens)
+    places = torch.arange(tokens.shape[0], device=tokens.device)
+    itself = (places[:, None] == places[None, :]).float()
+    nearest, distances = (distances + TAKEN * itself).amin(1), distances - TAKEN * itself
+    for step in range(keep):
+        row = distances.index_select(0, nearest.argmax(0, keepdim=True))[0]
+        nearest = torch.minimum(nearest, row) if step else row
+    return top((nearest < -TAKEN / 2).float(), keep)
+
+
+def min_sum(tokens: Tensor, steps: int, keep: int) -> Tensor:
+    """Greedy choice of `keep` = min(steps, n) tokens, rising: [n, width] -> int64 [keep].
+
+    First the token of least total cosine to all, then those of least total to the chosen ones.
+    `steps` is fixed while n may be 0, so a row is added that is chosen only where nothing is left.
+    """
+    tokens = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
+    similar = cosines(tokens)
+    places = torch.arange(similar.shape[0], device=tokens.device)
+    last = (places == tokens.shape[0] - 1).float()
+    itself = (places[:, None] == places[None, :]).float()
+    total, similar = similar.sum(1) + TAKEN * last, similar + TAKEN * itself
+    for step in range(steps):
+        row = similar.index_select(0, total.argmin(0, keepdim=True))[0]
+        total = total + row if step else row + TAKEN * last
+    return top((total[:-1] > TAKEN / 2).float(), keep)
+
+
+def cosines(tokens: Tensor) -> Tensor:
+    """Cosine of each pair, float32, 0 with a token of zeros: [n, width] -> [n, n]."""
+    wide = tokens.float()
+    unit = wide / wide.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    product: Tensor = unit @ unit.T
+    return product
 
 
 def lattice(grid: tuple[int, int], keep: int) -> list[int]:

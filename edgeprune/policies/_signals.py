@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgeprune.errors import SpecError
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -40,6 +42,24 @@ class VisionSignals:
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         attention: Tensor = logits.softmax(-1)[0, :, 0, 1:]
         return attention.mean(0)
+
+
+@dataclass(frozen=True)
+class InputSignals:
+    """At the decoder's input, where projected visual tokens and text embeddings share a space."""
+
+    visual: Tensor  # [1, n, D]; n = 0 in decode steps and later turns
+    visual_tokens: int  # n of a picture, known before tracing
+    text: Tensor | None = None  # [1, T, D], after the picture; only at stages with `text`
+
+    def alignment(self) -> Tensor:
+        """Negative mean Euclidean distance of each visual token to the text tokens: [n]."""
+        if self.text is None:
+            raise SpecError("the text is known in the decoder only: give the stage text=True")
+        visual, text = self.visual[0].float(), self.text[0].float()
+        visual = torch.cat([visual, text[:1]])  # ONNX Runtime reduces nothing where n = 0
+        squares = visual.pow(2).sum(-1, keepdim=True) + text.pow(2).sum(-1) - 2 * visual @ text.T
+        return -squares.clamp(min=0).sqrt().mean(-1)[:-1]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from edgeprune.policies import _policy
 from edgeprune.policies._select import lattice
 from edgeprune.policies._signals import VisionSignals
-from edgeprune.spec import ModelShape, Plan, Stage, plan_from_counts
+from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("vision",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        keep = max(1, round(shape.visual_tokens / cr))
-        return plan_from_counts(shape.visual_tokens, (keep,) * shape.layers)
+        return flat_plan(shape.visual_tokens, shape.layers, cr)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
         return torch.tensor(lattice(signals.grid, stage.keep))

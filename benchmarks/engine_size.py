@@ -1,0 +1,84 @@
+"""Size of TensorRT engines against the weights they hold, on random weights of a real shape.
+
+    python -m benchmarks.engine_size 0.5b --cr 4
+
+Both profiles of the decoder should share one copy of the weights: well below twice their size.
+Writes a checkpoint and a bundle below --work (kept), builds its engines, prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import onnx
+
+from benchmarks.shapes import SHAPES, write
+from benchmarks.speed import declining
+from edgeprune.bundle import MANIFEST
+from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.models import open_model
+from edgeprune.models._processor import Processor
+from edgeprune.policies import make
+from edgeprune.runtime import trt
+from edgeprune.runtime.build import BuildRequest, build
+from edgeprune.spec import Plan, PruneSpec, plan_from_counts
+
+
+def bundle(shape: str, cr: float, work: Path, dtype: str) -> Path:
+    """Export the shape with UTP at `cr`, dense at 1, unless it is there; nothing runs it."""
+    checkpoint, method = work / shape, "utp" if cr > 1 else "none"
+    output = work / f"{shape}-{method}-cr{cr:g}-{dtype}-engines"
+    if (output / MANIFEST).is_file():
+        return output
+    if not (checkpoint / "config.json").is_file():
+        write(SHAPES[shape], checkpoint)
+    layers, visual = SHAPES[shape].layers, SHAPES[shape].patches
+    dense = Plan(visual, layers)
+    plan = dense if cr == 1 else plan_from_counts(visual, declining(visual, layers, cr))
+    adapter, spec = open_model(str(checkpoint)), PruneSpec(method, cr)
+    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    why = "only compiled, never run"
+    request = ExportRequest(checkpoint.name, spec, plan, output, dtype=dtype, no_parity=why)
+    export(request, adapter, make(spec), processor, [])
+    return output
+
+
+def weights(graph: Path) -> int:
+    """Bytes of a graph's own tensors, those in weights.bin and those inside the file."""
+    model = onnx.load(graph, load_external_data=False)
+    total = 0
+    for tensor in model.graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        total += int(place["length"]) if place else len(tensor.raw_data)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare engine sizes with weights.")
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--cr", type=float, default=4)
+    parser.add_argument("--dtype", default="fp16")
+    parser.add_argument("--backend", choices=trt.MODULES, default="trt-rtx")
+    parser.add_argument("--work", type=Path, default=Path("out/speed"))
+    args = parser.parse_args()
+    path = bundle(args.shape, args.cr, args.work, args.dtype)
+    built = build(BuildRequest(path, args.backend))
+    result = {
+        "case": f"{args.shape}-cr{args.cr:g}-{args.dtype}",
+        "version": built.record["version"],
+    }
+    for name, engine in built.record["engines"].items():
+        held = weights(path / f"{name}.onnx")
+        result[name] = {
+            "engine_bytes": engine["bytes"],
+            "weight_bytes": held,
+            "ratio": round(engine["bytes"] / held, 4),
+            "seconds": engine["seconds"],
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

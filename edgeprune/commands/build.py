@@ -1,0 +1,73 @@
+"""`edgeprune build`: compile a bundle into TensorRT engines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgeprune.runtime.build import Built
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "build",
+        help="compile a bundle into TensorRT engines",
+        description="Compile a bundle's graphs with TensorRT, on the device that will run them, or"
+        " with TensorRT-RTX, for which no GPU is needed. The engines' folder goes to stdout.",
+    )
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="exported folder")
+    command.add_argument(
+        "--backend", choices=("trt", "trt-rtx"), help="default: the one that is installed"
+    )
+    command.add_argument(
+        "--text-capacity",
+        type=int,
+        default=512,
+        metavar="N",
+        help="text tokens that the caches hold, prompts and answers together (default 512)",
+    )
+    command.add_argument(
+        "--compute",
+        action="append",
+        default=[],
+        metavar="SMxx",
+        help="GPU generation to build for, such as SM89; may be given again (trt-rtx only;"
+        " default: TensorRT-RTX chooses)",
+    )
+    command.add_argument("--force", action="store_true", help="build even what is there")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune._progress import Bar
+    from edgeprune.runtime import trt
+    from edgeprune.runtime.build import BuildRequest, build
+
+    request = BuildRequest(
+        bundle=args.bundle,
+        backend=args.backend or trt.installed(),
+        text_capacity=args.text_capacity,
+        compute=tuple(dict.fromkeys(name.upper() for name in args.compute)),
+        force=args.force,
+    )
+    with Bar() as bar:
+        built = build(request, bar)
+    print(_summary(built), file=sys.stderr)
+    print(built.path)
+    return 0
+
+
+def _summary(built: Built) -> str:
+    record = built.record
+    lines = [
+        f"{engine['file']} {engine['bytes'] / 1e6:.2f} MB, {engine['seconds']:.1f} s"
+        for engine in record["engines"].values()
+    ]
+    head = f"{record['backend']} {record['version']}, {record['dtype']}"
+    if built.found:
+        head += "; built before and unaltered (--force builds again)"
+    capacity = f"caches hold the picture and {record['text_capacity']} tokens of text"
+    return "\n".join([head, *lines, capacity])

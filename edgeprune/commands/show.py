@@ -1,0 +1,73 @@
+"""`edgeprune show`: draw what pruning leaves of a picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.commands import _common
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from edgeprune.bundle import Manifest
+    from edgeprune.runtime.session import Answer
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "show",
+        help="draw what pruning leaves of a picture",
+        description="Ask a bundle about a picture and draw the answer, the visual tokens alive"
+        " after each pruning site, and the token count of each layer.",
+    )
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="exported folder")
+    command.add_argument("--image", required=True, type=Path, help="picture file")
+    command.add_argument("--prompt", required=True, help="question")
+    command.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="FILE", help="a .png, .jpg or .webp"
+    )
+    command.add_argument(
+        "--dense", type=Path, metavar="BUNDLE", help="bundle whose answer stands beside"
+    )
+    command.add_argument(
+        "--scale", type=int, default=1, choices=(1, 2, 3, 4), help="times 1200 pixels (default 1)"
+    )
+    command.add_argument(
+        "--font", type=Path, metavar="FILE", help="for other letters than English (.ttf, .otf)"
+    )
+    command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune.runtime import show
+    from edgeprune.runtime.figure import check_font, figure
+    from edgeprune.runtime.images import load_image
+
+    show.check_target(args.output)
+    check_font(args.font)
+    image = load_image(args.image)
+    _common.check_output(args.output)
+
+    manifest, answer = _ask(args.bundle, image, args)
+    said = [show.Said.by(manifest, answer)]
+    if args.dense:
+        said.append(show.Said.by(*_ask(args.dense, image, args)))
+    levels, sites = show.seen(image, manifest.image), show.survivors(answer, manifest)
+    picture = figure(
+        levels, sites, manifest.prune, args.prompt, said, scale=args.scale, font=args.font
+    )
+    show.save(picture, args.output)
+    print(args.output)
+    return 0
+
+
+def _ask(bundle: Path, image: Image, args: argparse.Namespace) -> tuple[Manifest, Answer]:
+    """What a bundle is and what it answers; it is closed again, the next may need the memory."""
+    from edgeprune.runtime.session import Session
+
+    session = Session.open(bundle, backend=args.backend, threads=args.threads)
+    return session.manifest, session.ask(image, args.prompt)

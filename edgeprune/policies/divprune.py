@@ -1,0 +1,36 @@
+"""DivPrune: the tokens that lie furthest apart, whatever the question is.
+
+Max-min diversity of the projected tokens with distance 1 - cosine: the first
+token is the one whose nearest neighbour is furthest, each next one that whose nearest chosen token
+is furthest. Survivors keep reading order; positions are renumbered, since tokens leave before the
+decoder. It runs in the vision graph, after the projector.
+Deviation: a chosen token is never chosen again; the released code repeats tokens once no direction
+is new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from edgeprune.policies import _policy
+from edgeprune.policies._select import max_min
+from edgeprune.policies._signals import InputSignals
+from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
+
+
+@dataclass(frozen=True)
+class Policy(_policy.Policy):
+    paper: ClassVar[str] = (
+        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models"
+    )
+    summary: ClassVar[str] = "tokens furthest apart in the decoder's space"
+    sites: ClassVar[tuple[str, ...]] = ("input",)
+
+    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        return flat_plan(shape.visual_tokens, shape.layers, cr, "input")
+
+    def input(self, signals: InputSignals, stage: Stage, keep: int) -> Tensor:
+        return max_min(signals.visual[0], keep)

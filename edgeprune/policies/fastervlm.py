@@ -1,0 +1,41 @@
+"""FasterVLM: the tokens that the encoder's own [CLS] looks at most.
+
+The score is the attention of [CLS] to each patch, head mean, in the block whose output the
+projector reads (the released code's attentions[-2]). The survivors keep reading order, [CLS] itself
+does not go on, and positions are renumbered, since tokens leave before the decoder.
+No deviation from the released code is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from edgeprune.errors import SpecError
+from edgeprune.policies import _policy
+from edgeprune.policies._select import top
+from edgeprune.policies._signals import VisionSignals
+from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
+
+
+@dataclass(frozen=True)
+class Policy(_policy.Policy):
+    paper: ClassVar[str] = (
+        "[CLS] Attention is All You Need for Training-Free Visual Token Pruning:"
+        " Make VLM Inference Faster"
+    )
+    summary: ClassVar[str] = "tokens with the most [CLS] attention, before the decoder"
+    sites: ClassVar[tuple[str, ...]] = ("vision",)
+
+    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        if not shape.has_cls:
+            raise SpecError(
+                "method fastervlm reads the attention of [CLS], which this model's encoder does not"
+                " have; choose divprune or fastv"
+            )
+        return flat_plan(shape.visual_tokens, shape.layers, cr)
+
+    def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
+        return top(signals.cls_attention(), stage.keep)

@@ -1,0 +1,53 @@
+"""FastV: after layer K, the tokens that the last prompt token attends to most in layer K.
+
+The score is the last prompt token's attention after the softmax, head mean, in layer K. Layers 1..K
+see every visual token, all others see the R that stay, and R follows from the CR:
+(V L / CR - K V) / (L - K). Positions are kept.
+Deviations: the paper gives K and R, here K is given and R solved for; the set is chosen once, at
+prefill, as in the released code with a KV cache, where the paper chooses again at each step; the
+released code's second run of layer K is left out, since it only repeats keys in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from edgeprune.errors import SpecError
+from edgeprune.policies import _policy
+from edgeprune.policies._select import top
+from edgeprune.policies._signals import LayerSignals
+from edgeprune.spec import ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
+
+
+@dataclass(frozen=True)
+class Policy(_policy.Policy):
+    K: int = 2  # layers that see every visual token
+
+    paper: ClassVar[str] = (
+        "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large"
+        " Vision-Language Models"
+    )
+    summary: ClassVar[str] = "after layer K, the tokens that the last prompt token attends to most"
+    sites: ClassVar[tuple[str, ...]] = ("layer",)
+
+    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        tokens, layers = shape.visual_tokens, shape.layers
+        if not 1 <= self.K < layers:
+            raise SpecError(f"--set K= is a layer from 1 to {layers - 1} of {layers}; got {self.K}")
+        pruned = layers - self.K
+        keep = round((budget(tokens, layers, cr) - self.K * tokens) / pruned)
+        if keep < 1:
+            most = floor_cr(tokens, layers, self.K * tokens + pruned)
+            advice = "set K=1 or " if self.K > 1 else ""
+            raise SpecError(
+                f"method fastv keeps all visual tokens in its first K={self.K} of {layers} layers,"
+                f" so --cr is at most {most:g}, not {cr:g}; {advice}choose a smaller --cr or a"
+                " method that prunes before the decoder, such as fastervlm"
+            )
+        return plan_from_counts(tokens, (tokens,) * self.K + (keep,) * pruned)
+
+    def layer(self, signals: LayerSignals, stage: Stage, keep: int) -> Tensor:
+        return top(signals.last_query_attention(), keep)

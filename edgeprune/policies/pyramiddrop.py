@@ -1,0 +1,101 @@
+"""PyramidDrop: at three depths, a share q of the tokens with the last token's attention stays.
+
+The score is the last prompt token's attention, head mean, in the layer before the drop.
+The counts are V, qV, q^2 V, q^3 V and q is solved for the CR. Up to the CR of the paper's q = 1/2
+(32/15) the drops follow layers L/4, L/2, 3L/4 as in the paper; above it they follow L/16, L/4, L/2,
+the author's choice for smaller budgets (issue 29 of the released code). Positions are kept.
+Deviations: the released code scores with the next layer's queries and keys, the paper with the
+layer's own, as here; the released code renumbers positions after each drop, here they stay, since
+one `position` serves all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from edgeprune.errors import SpecError
+from edgeprune.policies import _policy
+from edgeprune.policies._select import top
+from edgeprune.policies._signals import LayerSignals
+from edgeprune.spec import ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
+
+PAPER = (1 / 4, 1 / 2, 3 / 4)
+LATER = (1 / 16, 1 / 4, 1 / 2)
+
+
+@dataclass(frozen=True)
+class Policy(_policy.Policy):
+    stages: str = "auto"  # or layers after which tokens are dropped, such as 8,16,24
+
+    paper: ClassVar[str] = (
+        "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy"
+        " Reduction"
+    )
+    summary: ClassVar[str] = (
+        "at three depths, a share of the tokens by the last prompt token's attention"
+    )
+    sites: ClassVar[tuple[str, ...]] = ("layer",)
+
+    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        tokens, layers = shape.visual_tokens, shape.layers
+        wanted = budget(tokens, layers, cr)
+        drops = self._drops(tokens, layers, wanted)
+        least = sum(geometric(tokens, layers, drops, 0))
+        if least > wanted:
+            most = floor_cr(tokens, layers, least)
+            raise SpecError(
+                f"method pyramiddrop keeps all visual tokens up to layer {drops[0]} of {layers}, so"
+                f" --cr is at most {most:g}, not {cr:g}; choose a smaller --cr or a"
+                " method that prunes before the decoder, such as fastervlm"
+            )
+        return plan_from_counts(tokens, _closest(tokens, layers, drops, wanted))
+
+    def layer(self, signals: LayerSignals, stage: Stage, keep: int) -> Tensor:
+        return top(signals.last_query_attention(), keep)
+
+    def _drops(self, tokens: int, layers: int, wanted: int) -> tuple[int, ...]:
+        """Layers after which tokens are dropped, rising, of 1 .. L - 1."""
+        if self.stages != "auto":
+            return _parse(self.stages, layers)
+        drops = _scaled(PAPER, layers)
+        half = sum(geometric(tokens, layers, drops, 0.5))
+        return drops if half <= wanted else _scaled(LATER, layers)
+
+
+def geometric(tokens: int, layers: int, drops: tuple[int, ...], q: float) -> tuple[int, ...]:
+    """r_1 ... r_L where q of the tokens, at least one, goes on after each of `drops`."""
+    passed = (sum(1 for drop in drops if drop < layer) for layer in range(1, layers + 1))
+    return tuple(max(1, round(tokens * q**n)) for n in passed)
+
+
+def _closest(tokens: int, layers: int, drops: tuple[int, ...], wanted: int) -> tuple[int, ...]:
+    """The counts whose sum is nearest to `wanted`, by bisection over q."""
+
+    def total(q: float) -> int:
+        return sum(geometric(tokens, layers, drops, q))
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) <= wanted else (low, middle)
+    best = min(low, high, key=lambda q: abs(total(q) - wanted))
+    return geometric(tokens, layers, drops, best)
+
+
+def _scaled(depths: tuple[float, ...], layers: int) -> tuple[int, ...]:
+    return tuple(sorted({max(1, round(layers * depth)) for depth in depths}))
+
+
+def _parse(text: str, layers: int) -> tuple[int, ...]:
+    try:
+        drops = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        drops = ()
+    if not drops or drops[0] < 1 or drops[-1] >= layers:
+        raise SpecError(
+            f"--set stages= lists layers from 1 to {layers - 1}, such as 1,3; got {text!r}"
+        )
+    return drops

@@ -1,0 +1,49 @@
+"""TrimTokenator: first the tokens nearest to the question, of those the most unlike each other.
+
+Alignment (Sec. 4.2, Eq. 3-4): the N1 = floor(0.8 V) tokens with the largest alpha_i, the negative
+mean Euclidean distance to the text's embeddings. Diversity (Sec. 4.3, Eq. 8-16): Greedy RepMax, the
+token of least mean cosine to all, then again and again that of least mean cosine to those chosen.
+Both in the decoder's input space, so it runs in the decoder graph, before layer 1; a decode step
+passes its greedy steps with nothing to choose from.
+Open in the paper, chosen here: the text is what follows the picture, the template's end included;
+survivors keep reading order and positions are renumbered. There is no released code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import SpecError
+from edgeprune.policies import _policy
+from edgeprune.policies._select import min_sum, top
+from edgeprune.policies._signals import InputSignals
+from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
+
+
+@dataclass(frozen=True)
+class Policy(_policy.Policy):
+    aligned: float = 0.8  # share of the tokens that alignment leaves
+
+    paper: ClassVar[str] = (
+        "TrimTokenator: Towards Adaptive Visual Token Pruning for Large Multimodal Models"
+    )
+    summary: ClassVar[str] = "tokens near the question's embeddings, then the most unlike ones"
+    sites: ClassVar[tuple[str, ...]] = ("input",)
+
+    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        if not 0 < self.aligned <= 1:
+            raise SpecError(f"--set aligned= is a share above 0, at most 1; got {self.aligned:g}")
+        return flat_plan(shape.visual_tokens, shape.layers, cr, "input", text=True)
+
+    def input(self, signals: InputSignals, stage: Stage, keep: int) -> Tensor:
+        alignment = signals.alignment()
+        if stage.keep >= (shortlist := int(self.aligned * signals.visual_tokens)):
+            return top(alignment, keep)
+        live = torch.sym_min(shortlist, alignment.shape[0])  # type: ignore[no-untyped-call]
+        near = top(alignment, live)
+        chosen = min_sum(signals.visual[0].index_select(0, near), stage.keep, keep)
+        return near.index_select(0, chosen)

@@ -1,0 +1,299 @@
+"""`build`: a bundle's two graphs become TensorRT engines in `BUNDLE/engines/<key>/`.
+
+    vision.engine     one set of sizes
+    decoder.engine    two profiles over the same weights: prefill (and later turns), decode
+    engine.json       who built it, for what, and the hash of each engine
+
+A folder of engines is written under a hidden name and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.bundle import Bundle, Manifest, sha256
+from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
+from edgeprune.runtime import trt as seam
+from edgeprune.runtime._static import with_sizes
+from edgeprune.runtime.text import Prompter
+
+ENGINES, RECORD = "engines", "engine.json"
+DTYPES = ("fp16", "bf16")  # TensorRT has no fp32 kernel for attention with a cache
+TEXT_CAPACITY = 512  # tokens of text, prompts and answers together, that the caches hold
+PREFIX = 64  # tokens before the picture, at least
+STEP = 128  # tokens that the decode profile takes at most: one token exactly stores weights twice
+
+Range = tuple[int, int, int]  # least, usual, most
+Profile = Mapping[str, Range]  # prefix, visual and text tokens of one call
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to compile, with what, and for which GPUs (none named: the backend's own choice)."""
+
+    bundle: Path
+    backend: str
+    text_capacity: int = TEXT_CAPACITY
+    compute: tuple[str, ...] = ()
+    force: bool = False  # build again what is there
+
+    def __post_init__(self) -> None:
+        if self.text_capacity < 1:
+            raise SpecError(f"--text-capacity is at least 1 token; got {self.text_capacity}")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of an engine; -1 is a size that a profile bounds."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One compiled graph."""
+
+    file: str
+    bytes: int
+    sha256: str
+    seconds: float
+    profiles: dict[str, dict[str, Range]]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """Where the engines are, what engine.json says, and whether they were there before."""
+
+    path: Path
+    record: dict[str, Any]
+    found: bool = False
+
+
+def build(request: BuildRequest, report: seam.Report = lambda step, done, total: None) -> Built:
+    """Compile a bundle, unless the same engines are there and whole."""
+    trt = seam.load(request.backend)
+    bundle = Bundle.open(request.bundle)
+    _check(bundle.manifest, request)
+    target = bundle.path / ENGINES / _key(bundle.manifest, request, trt.__version__)
+    if not request.force and (record := _whole(target)):
+        return Built(target, record, found=True)
+    capacities = [count + request.text_capacity for count in bundle.manifest.prune.counts]
+    sizes = {f"capacity.{layer}": size for layer, size in enumerate(capacities)}
+    builder = _Builder(trt, request, bundle, report)
+    with _draft(target) as draft:
+        engines = {
+            "vision": builder.compile("vision", {}, {}, draft),
+            "decoder": builder.compile("decoder", sizes, _profiles(bundle, request), draft),
+        }
+        record = {
+            "bundle": bundle.manifest.name,
+            "backend": request.backend,
+            "version": trt.__version__,
+            "dtype": bundle.manifest.dtype,
+            "compute": list(request.compute),
+            "gpu": seam.gpu(),
+            "text_capacity": request.text_capacity,
+            "capacities": capacities,
+            "engines": {name: asdict(engine) for name, engine in engines.items()},
+        }
+        (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return Built(target, record)
+
+
+def _check(manifest: Manifest, request: BuildRequest) -> None:
+    """Refuse at once what TensorRT would refuse after minutes."""
+    if manifest.dtype not in DTYPES:
+        raise BackendError(
+            f"{request.bundle} is {manifest.dtype}, TensorRT's attention is fp16 or bf16;"
+            " export it again with --dtype fp16 (or --target rtx)"
+        )
+    if manifest.decoder.cache != "in-place":
+        raise BackendError(
+            f"{request.bundle} is in dialect {manifest.dialect}, whose caches grow; engines are"
+            " built with caches written in place: export it again with --target rtx"
+        )
+    most = manifest.decoder.max_positions - manifest.prune.counts[0]
+    if request.text_capacity > most:
+        raise CapacityError(
+            f"--text-capacity {request.text_capacity} is more than the {most} text tokens that"
+            f" the model's {manifest.decoder.max_positions} positions leave beside the picture"
+        )
+
+
+def _profiles(bundle: Bundle, request: BuildRequest) -> dict[str, Profile]:
+    """Prefill takes later turns too, so it may have no picture; both ranges end at one token."""
+    visual, most = bundle.manifest.prune.counts[0], request.text_capacity
+    prompter = Prompter(bundle.file("tokenizer.json"), bundle.manifest.text)
+    prefix = prompter.first_turn("?")[0].size
+    if prefix >= most:
+        raise CapacityError(
+            f"--text-capacity {most} leaves no room: {prefix} tokens stand before the picture"
+        )
+    longest = min(max(PREFIX, prefix), most)
+    return {
+        "prefill": {
+            "prefix": (0, prefix, longest),
+            "visual": (0, visual, visual),
+            "text": (1, min(64, most), most),
+        },
+        "decode": {
+            "prefix": (0, 0, longest),
+            "visual": (0, 0, visual),
+            "text": (1, 1, min(STEP, most)),
+        },
+    }
+
+
+def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
+    """Folder name: backend, version, GPUs, dtype, and a hash of all that the engines depend on."""
+    gpus = "+".join(request.compute) or seam.gpu() or "any"
+    graphs = [manifest.files[f].sha256 for f in ("vision.onnx", "decoder.onnx", "weights.bin")]
+    parts = [request.backend, version, gpus, manifest.dtype]
+    everything = "\n".join([*parts, *graphs, str(request.text_capacity)])
+    return "-".join([*parts, hashlib.sha256(everything.encode()).hexdigest()[:12]])
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """The record of engines that are there and unaltered, or None."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        sound = all(
+            sha256(folder / f"{name}.engine") == engine["sha256"]
+            for name, engine in record["engines"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record if sound else None
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """A new folder that replaces `target` when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
+    try:
+        draft = work / "new"
+        draft.mkdir()
+        yield draft
+        if target.exists():
+            target.rename(work / "old")
+        draft.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+class _Builder:
+    """One TensorRT builder for both graphs of a bundle."""
+
+    def __init__(
+        self, trt: Any, request: BuildRequest, bundle: Bundle, report: seam.Report
+    ) -> None:
+        self.trt, self.request, self.bundle, self.report = trt, request, bundle, report
+        self.title = f"{seam.TITLES[request.backend]} {trt.__version__}"
+        self.logger = seam.quiet_logger(trt)
+        self.builder = trt.Builder(self.logger)
+
+    def compile(
+        self, name: str, sizes: Mapping[str, int], profiles: dict[str, Profile], folder: Path
+    ) -> Engine:
+        """Parse one graph, build it, write it."""
+        self.report(f"build {name}", 0, 1)
+        start = time.perf_counter()
+        network = self._parse(f"{name}.onnx", sizes)
+        config = self._config(name)
+        shapes = {label: self._profile(config, network, p) for label, p in profiles.items()}
+        self.logger.errors.clear()
+        plan = self.builder.build_serialized_network(network, config)
+        if plan is None:
+            why = self.logger.errors[-1] if self.logger.errors else "no reason given"
+            raise BackendError(f"{self.title} cannot build {name}.onnx: {why}")
+        self._keep_timings(config)
+        file = folder / f"{name}.engine"
+        file.write_bytes(memoryview(plan))
+        inputs = tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs))
+        outputs = tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs))
+        seconds = round(time.perf_counter() - start, 2)
+        size = file.stat().st_size
+        return Engine(file.name, size, sha256(file), seconds, shapes, inputs, outputs)
+
+    def _parse(self, name: str, sizes: Mapping[str, int]) -> Any:
+        trt, file = self.trt, self.bundle.file(name)
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self.builder.create_network(flags)
+        self._parser = trt.OnnxParser(network, self.logger)  # owns the weights until built
+        try:
+            model = with_sizes(file.read_bytes(), sizes)
+        except ValueError as error:
+            raise BundleError(f"{file} is damaged ({error}); export the bundle again") from error
+        if not self._parser.parse(model, str(file)):  # the path says where weights.bin is
+            raise BackendError(f"{self.title} refuses {file}: {seam.refusals(self._parser)}")
+        seam.narrow_indices(trt, network)
+        return network
+
+    def _config(self, name: str) -> Any:
+        trt, config = self.trt, self.builder.create_builder_config()
+        self._monitor = seam.monitor(trt, f"build {name}", self.report)  # TensorRT keeps no hold
+        config.progress_monitor = self._monitor
+        if self.request.compute:
+            config.num_compute_capabilities = len(self.request.compute)
+            for place, target in enumerate(self._targets()):
+                if not config.set_compute_capability(target, place):
+                    raise BackendError(f"{self.title} takes no --compute {target.name} here")
+        if self.request.backend == "trt":  # TensorRT-RTX measures on the device, at load
+            known = self._timings.read_bytes() if self._timings.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        return config
+
+    def _targets(self) -> list[Any]:
+        kind = getattr(self.trt, "ComputeCapability", None)
+        if kind is None:
+            raise BackendError(f"{self.title} builds for this machine's GPU only; omit --compute")
+        known = {n: t for n, t in kind.__members__.items() if n not in ("NONE", "CURRENT")}
+        wrong = [name for name in self.request.compute if name not in known]
+        if wrong:
+            raise BackendError(
+                f"--compute is of {', '.join(sorted(known))} for {self.title}; got {wrong[0]!r}"
+            )
+        return [known[name] for name in self.request.compute]
+
+    def _profile(self, config: Any, network: Any, profile: Profile) -> dict[str, Range]:
+        """Add one profile; what it bounds, by input, in tokens."""
+        width = self.bundle.manifest.decoder.width
+        made = self.builder.create_optimization_profile()
+        for kind, name, rest in (
+            ("prefix", "prefix_ids", ()),
+            ("visual", "visual", (width,)),
+            ("text", "text_ids", ()),
+        ):
+            made.set_shape(name, *((1, tokens, *rest) for tokens in profile[kind]))
+        if config.add_optimization_profile(made) < 0:
+            raise BackendError(f"{self.title} refuses the profile {dict(profile)}")
+        return dict(profile)
+
+    @property
+    def _timings(self) -> Path:
+        return self.bundle.path / ENGINES / "timing.cache"
+
+    def _keep_timings(self, config: Any) -> None:
+        """Kernel times, so that the next build on this device takes them as measured."""
+        if self.request.backend == "trt":
+            draft = self._timings.with_suffix(".draft")
+            draft.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            draft.replace(self._timings)
+
+
+def _tensor(tensor: Any) -> Tensor:
+    return Tensor(tensor.name, tuple(tensor.shape), tensor.dtype.name)

@@ -1,0 +1,133 @@
+"""The seam to TensorRT and TensorRT-RTX: one Python API under two module names."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from edgeprune.errors import BackendError
+
+MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+TITLES = {"trt": "TensorRT", "trt-rtx": "TensorRT-RTX"}
+
+_INSTALL = {
+    "trt": "JetPack brings it; elsewhere run: pip install 'edgeprune[trt]'",
+    "trt-rtx": "run: pip install 'edgeprune[trt-rtx]'",
+}
+_NO_DRIVER = "CUDA driver version is insufficient"  # said in passing where there is no GPU
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
+
+Report = Callable[[str, int, int], None]  # step, done, total
+
+
+def installed() -> str:
+    """The backend whose module is there, TensorRT before TensorRT-RTX; BackendError if none."""
+    for backend, module in MODULES.items():
+        if importlib.util.find_spec(module) is not None:
+            return backend
+    ways = "; ".join(f"{TITLES[b]}: {way}" for b, way in _INSTALL.items())
+    raise BackendError(f"neither TensorRT nor TensorRT-RTX is installed. {ways}")
+
+
+def load(backend: str) -> Any:
+    """Import a backend's module."""
+    if backend not in MODULES:
+        raise BackendError(f"engines are built by {' or '.join(MODULES)}; got {backend!r}")
+    try:
+        return importlib.import_module(MODULES[backend])
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == MODULES[backend]
+        found = "is not installed" if missing else f"cannot be loaded ({error})"
+        raise BackendError(f"{TITLES[backend]} {found}; {_INSTALL[backend]}") from error
+
+
+def gpu() -> str | None:
+    """Compute capability of the first GPU, such as `sm_87`; None where there is no driver."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            cuda = ctypes.CDLL(library)
+        except OSError:
+            continue
+        parts, device = (ctypes.c_int(), ctypes.c_int()), ctypes.c_int()
+        calls = [cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0)]
+        for part, attribute in zip(parts, (_MAJOR, _MINOR), strict=True):
+            calls.append(cuda.cuDeviceGetAttribute(ctypes.byref(part), attribute, device))
+        if not any(calls):
+            return f"sm_{parts[0].value}{parts[1].value}"
+    return None
+
+
+def quiet_logger(trt: Any) -> Any:
+    """A logger that prints nothing and keeps the errors in `errors`."""
+
+    class Quiet(trt.ILogger):  # type: ignore[misc]  # the base is known at run time only
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR and _NO_DRIVER not in message:
+                self.errors.append(message)
+
+    return Quiet()
+
+
+def monitor(trt: Any, step: str, report: Report) -> Any:
+    """Reports the outermost phases of a build as they go."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, total: int) -> None:
+            if not parent:
+                self.totals[phase] = total
+                report(step, 0, total)
+
+        def step_complete(self, phase: str, done: int) -> bool:
+            if phase in self.totals:
+                report(step, done + 1, self.totals[phase])
+            return True  # False would cancel the build
+
+        def phase_finish(self, phase: str) -> None:
+            self.totals.pop(phase, None)
+
+    return Monitor()
+
+
+def refusals(parser: Any) -> str:
+    """What a parser did not take, in one line: the node, its operator and the reason."""
+    found = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        reason = error.desc().strip().splitlines() or ["no reason given"]
+        text = " ".join(line for line in reason if _NO_DRIVER not in line)
+        operator = error.node_operator()
+        place = f"node {error.node_name()} ({operator}): " if operator else ""
+        found.append(f"{place}{text}")
+    return "; ".join(found) or "no reason given"
+
+
+def narrow_indices(trt: Any, network: Any) -> None:
+    """Give the cache updates int32 indices, all cut from one int32 vector of lengths.
+
+    ONNX wants int64 there. With that, TensorRT-RTX 1.7 converts one index per layer and fails in
+    its compiler where a narrow decoder has three or more layers ("there are uses before defs").
+    """
+    lengths, indices = None, {}
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type != getattr(trt.LayerType, "KV_CACHE_UPDATE", None):
+            continue
+        if lengths is None:
+            inputs = map(network.get_input, range(network.num_inputs))
+            (wide,) = (tensor for tensor in inputs if tensor.name == "lengths")
+            lengths = network.add_cast(wide, trt.int32).get_output(0)
+        number = int(layer.get_input(0).name.partition(".")[2])  # past_key.7
+        if number not in indices:
+            cut = network.add_slice(lengths, (number,), (1,), (1,))
+            indices[number] = cut.get_output(0)
+        layer.set_input(2, indices[number])

@@ -1,0 +1,61 @@
+"""The README against the program: what it shows is what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeprune import cli, policies
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(first: str) -> str:
+    """The indented block whose first line begins with `first`, unindented."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"    {first}"))
+    end = next(i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith("    "))
+    return "\n".join(line[4:] for line in lines[start:end]).strip()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse lays out help anew from 3.13 on")
+def test_the_help_shown_is_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = block("usage: edgeprune [-h]")
+    real = "\n".join(line.rstrip() for line in cli.parser().format_help().splitlines())
+    assert shown == real.strip()
+
+
+def test_every_method_is_in_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    assert sorted(rows) == policies.names()
+
+
+def test_every_command_shown_parses() -> None:
+    text = README.replace("\\\n", " ")
+    commands = re.findall(r"^ *edgeprune (\w+ .*?)(?: *#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        arguments = [a.strip('"') for a in re.findall(r'"[^"]*"|\S+', command)]
+        cli.parser().parse_args(arguments)
+
+
+def test_every_file_named_exists() -> None:
+    for name in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for module in re.findall(r"python -m (benchmarks\.[\w.]+)", README):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_the_accuracy_table_is_the_measured_one() -> None:
+    from benchmarks.accuracy import Cell, table
+
+    stored = json.loads((ROOT / "benchmarks/results/accuracy.json").read_text())
+    cells = [Cell(**{**record, "counts": tuple(record["counts"])}) for record in stored["cells"]]
+    assert all(sum(cell.asked.values()) >= 2000 for cell in cells)
+    assert table(cells) in README

@@ -1,0 +1,211 @@
+"""`edgeprune show`: what survives where, what is dimmed, and the picture that shows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Refused
+from PIL import Image
+
+from edgeprune.bundle import Bundle, Manifest
+from edgeprune.cli import main
+from edgeprune.errors import BundleError, InputError
+from edgeprune.runtime.figure import Pen, figure, representative
+from edgeprune.runtime.images import load_image
+from edgeprune.runtime.session import Answer, Session, Timings
+from edgeprune.runtime.show import Said, dim, save, seen, survivors
+
+SCENES = sorted((Path(__file__).parents[1] / "edgeprune/demo/samples").glob("*.png"))
+QUESTION = "what color is the star ?"
+
+
+def answered(vision: list[int], *layers: list[int]) -> Answer:
+    """An answer with nothing but its kept positions."""
+    kept = tuple(np.array(k, np.int64) for k in layers)
+    return Answer("red", (1,), "stop", Timings(), np.array(vision, np.int64), kept, 9)
+
+
+def manifest_with(bundle: Path, **prune: object) -> Manifest:
+    """A manifest of 2 x 3 visual tokens, and whatever else of `prune` is asked."""
+    manifest = Bundle.open(bundle, verify=False).manifest
+    changes = {"visual_tokens": 6, "grid": (2, 3), **prune}
+    return replace(manifest, prune=replace(manifest.prune, **changes))  # type: ignore[arg-type]
+
+
+def test_positions_among_the_alive_become_places_on_the_grid(tiny_bundle: Path) -> None:
+    manifest = manifest_with(tiny_bundle, kept_outputs=("kept.2", "kept.3", "kept.9"))
+    sites = survivors(answered([0, 2, 3, 5], [1, 2, 3], [0, 2], []), manifest)
+    assert sites == [
+        ("vision", {(0, 0), (0, 2), (1, 0), (1, 2)}),
+        ("layer 2", {(0, 2), (1, 0), (1, 2)}),
+        ("layer 3", {(0, 2), (1, 2)}),
+        ("layer 9", set()),
+    ]
+
+
+def test_without_pruning_there_are_no_sites(tiny_bundle: Path) -> None:
+    assert survivors(answered(list(range(6))), manifest_with(tiny_bundle)) == []
+
+
+def test_positions_that_do_not_fit_the_grid_are_refused(tiny_bundle: Path) -> None:
+    manifest = manifest_with(tiny_bundle, kept_outputs=("kept.2",))
+    for answer in (answered([0, 6], [0]), answered([0, 1], [2]), answered([0, 1])):
+        with pytest.raises(BundleError, match="do not fit its grid of 2 x 3"):
+            survivors(answer, manifest)
+    with pytest.raises(BundleError, match="do not fit its grid of 2 x 2"):
+        survivors(answered([0]), manifest_with(tiny_bundle, grid=(2, 2)))
+
+
+def test_kept_patches_are_untouched_and_pruned_ones_grey_dark_and_ruled() -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 256, (8, 15, 3), np.uint8)  # patches of 4 x 5 on a grid of 2 x 3
+    before = levels.copy()
+    shown = dim(levels, {(0, 1), (1, 2)}, (2, 3))
+    assert (levels == before).all(), "the picture itself must not change"
+    for row, column in np.ndindex(2, 3):
+        place = np.s_[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
+        patch, was = shown[place].astype(int), levels[place]
+        if (row, column) in {(0, 1), (1, 2)}:
+            assert (patch == was).all()
+            continue
+        grey = 36 + 0.33 * (was @ np.array([0.299, 0.587, 0.114]))
+        assert (patch == patch[..., :1]).all(), "no colour is left"
+        assert np.abs(patch[1:, 1:, 0] - grey[1:, 1:]).max() <= 1
+        assert np.abs(patch[0, :, 0] - grey[0] - 14).max() <= 1
+        assert np.abs(patch[1:, 0, 0] - grey[1:, 0] - 14).max() <= 1
+
+
+def test_the_picture_is_shown_as_the_model_sees_it(demo_dense: Path) -> None:
+    record = Bundle.open(demo_dense, verify=False).manifest.image
+    half = Image.fromarray(
+        np.arange(168 * 168 * 3, dtype=np.uint32).astype(np.uint8).reshape(168, 168, 3)
+    )
+    assert (seen(half, record) == np.asarray(half)).all(), "nothing to resize: not a level changes"
+    assert seen(load_image(SCENES[0]).resize((400, 250)), record).shape == (168, 168, 3)
+
+
+def test_of_many_sites_the_first_the_last_and_some_between_are_drawn() -> None:
+    sites = [(f"layer {i}", {(0, i)}) for i in range(31)]
+    assert [title for title, _ in representative(sites)] == [
+        f"layer {i}" for i in (0, 5, 10, 15, 20, 25, 30)
+    ]
+    assert representative(sites[:7]) == sites[:7]
+    assert representative([]) == []
+
+
+def test_long_lines_are_wrapped_cut_and_never_too_wide() -> None:
+    pen = Pen(2)
+    text = "a few short words, then averyveryverylongone" + "x" * 80 + " and more " * 9
+    lines = pen.wrap(text, 20, 200, 99)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(pen.length(line, 20) <= 200 for line in lines)
+    assert pen.wrap(text, 20, 200, 3)[:2] == lines[:2]
+    assert len(cut := pen.wrap(text, 20, 200, 3)) == 3
+    assert cut[2].endswith("...") and pen.length(cut[2], 20) <= 200
+    assert pen.wrap("x", 20, 1, 1) == ["x"], "a letter is not cut"
+
+
+@pytest.mark.parametrize("layers", [1, 12, 32, 80])
+@pytest.mark.parametrize("sites", [0, 1, 2, 6, 40])
+def test_any_number_of_sites_and_layers_fits(sites: int, layers: int, tiny_bundle: Path) -> None:
+    prune = manifest_with(tiny_bundle, counts=(6,) * (layers // 2) + (2,) * -(-layers // 2)).prune
+    drawn = [(f"layer {i + 1}", {(0, 0)}) for i in range(sites)]
+    levels = np.full((40, 60, 3), 200, np.uint8)
+    picture = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)])
+    assert picture.width == 1200
+    border = np.asarray(picture).copy()
+    border[40:-40, 40:-40] = 255
+    assert (border == 255).all(), "nothing is drawn on the margin"
+    larger = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)], scale=2)
+    assert larger.width == 2400
+    assert abs(larger.height - 2 * picture.height) <= 4
+
+
+def test_the_picture_of_a_pruned_answer(
+    demo_utp: Path, demo_dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "out.png"
+    question = ["--image", SCENES[0], "--prompt", QUESTION]
+    arguments = ["show", demo_utp, "--dense", demo_dense, *question, "-o", file]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert capsys.readouterr().out == f"{file}\n"
+    assert [f.name for f in file.parent.iterdir()] == ["out.png"], "no draft is left"
+    with Image.open(file) as picture:
+        assert picture.format == "PNG"
+        assert picture.width == 1200
+        assert 500 < picture.height < 1000
+    assert file.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=[scene.stem for scene in SCENES])
+def test_survivors_of_a_real_answer_are_nested_and_as_many_as_scheduled(
+    scene: Path, demo_utp: Path
+) -> None:
+    session = Session.open(demo_utp, verify=False, threads=1)
+    answer, prune = session.ask(scene, QUESTION), session.manifest.prune
+    sites = survivors(answer, session.manifest)
+    assert len(sites) == len(prune.kept_outputs) > 0
+    alive = {(row, column) for row, column in np.ndindex(prune.grid)}
+    for title, kept in sites:
+        assert kept < alive, title
+        assert len(kept) == prune.counts[int(title.removeprefix("layer ")) - 1], title
+        alive = kept
+
+
+def test_in_the_picture_kept_patches_have_the_picture_s_colours(demo_utp: Path) -> None:
+    manifest = Bundle.open(demo_utp, verify=False).manifest
+    levels = np.full((168, 168, 3), (200, 40, 40), np.uint8)
+    sites = [("layer 3", {(0, 0), (5, 7)})]
+    picture = np.asarray(figure(levels, sites, manifest.prune, "?", [Said("utp", "red")]))
+    red = (picture == (200, 40, 40)).all(axis=2)
+    assert red.any(axis=0)[40:340].all(), "the input stands at the left, 300 wide"
+    assert red[:, 356:656].sum() == 2 * 25 * 25, "of the next panel two patches of 25 x 25 are red"
+
+
+@pytest.mark.parametrize("name", ["out.jpg", "OUT.WEBP", "out.jpeg"])
+def test_a_dense_bundle_and_other_formats(name: str, demo_dense: Path, tmp_path: Path) -> None:
+    arguments = ["--image", SCENES[0], "--prompt", QUESTION, "-o", tmp_path / name, "--scale", 2]
+    assert main(["show", str(demo_dense), *map(str, arguments)]) == 0
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == {".jpg": "JPEG", ".jpeg": "JPEG"}.get(Path(name).suffix, "WEBP")
+        assert picture.width == 2400
+
+
+def test_requests_that_cannot_be_met(demo_dense: Path, tmp_path: Path, refused: Refused) -> None:
+    plain = tmp_path / "plain.txt"
+    plain.write_text("no folder, no font")
+    good = {"--image": SCENES[0], "--prompt": QUESTION, "-o": tmp_path / "out.png"}
+    wrong = [
+        ({"-o": "out.gif"}, "must end in one of .png, .jpg, .jpeg, .webp; got 'out.gif'"),
+        ({"-o": tmp_path / "out"}, "must end in one of .png"),
+        ({"-o": plain / "out.png"}, "cannot be written"),
+        ({"--image": "nosuch.png"}, "there is no picture at nosuch.png"),
+        ({"--font": plain}, "plain.txt cannot be used"),
+        ({"--font": "nosuch.ttf"}, "nosuch.ttf cannot be used"),
+        ({"--dense": tmp_path}, "is no bundle"),
+        ({"--scale": 9}, "argument --scale: invalid choice"),
+    ]
+    for changed, says in wrong:
+        options = [part for pair in {**good, **changed}.items() for part in pair]
+        assert says in refused("show", demo_dense, *options)
+        assert [f.name for f in tmp_path.iterdir()] == ["plain.txt"], "nothing half-written"
+
+
+def test_a_picture_that_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "out.png"
+    save(Image.new("RGB", (4, 4)), file)
+    before = file.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match=r"out\.png cannot be written \(No space left on device\)"):
+        save(Image.new("RGB", (8, 8)), file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
