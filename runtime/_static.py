@@ -39,7 +39,7 @@ def with_sizes(model: bytes, sizes: Mapping[str, int]) -> bytes:
 def _size(message: bytes, sizes: Mapping[str, int], used: set[str]) -> bytes:
     """One Dimension: a name that is in `sizes` becomes its number, all else stays."""
     for number, _, value in _fields(message):
-        name = value.decode() if number == _SIZE_NAME else None
+        name = value.decode() if number == _SIZE_NAME else ""
         if name in sizes:
             used.add(name)
             return _varint(_SIZE << 3 | _VARINT) + _varint(sizes[name])

@@ -147,7 +147,7 @@ def _profiles(bundle: Bundle, request: BuildRequest) -> dict[str, Profile]:
         "prefill": {
             "prefix": (0, prefix, longest),
             "visual": (0, visual, visual),
-            "text": (1, min(64, most), most),
+            "text": (1, min(64, most - prefix), most),
         },
         "decode": {
             "prefix": (0, 0, longest),
@@ -216,7 +216,7 @@ class _Builder:
         config = self._config(name)
         shapes = {label: self._profile(config, network, p) for label, p in profiles.items()}
         self.logger.errors.clear()
-        plan = self.builder.build_serialized_network(network, config)
+        plan = seam.compiled(self.builder, network, config, self._monitor)
         if plan is None:
             why = self.logger.errors[-1] if self.logger.errors else "no reason given"
             raise BackendError(f"{self.title} cannot build {name}.onnx: {why}")

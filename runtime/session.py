@@ -73,9 +73,9 @@ class Session:
         *,
         backend: str = "ort-cpu",
         threads: int | None = None,
-        verify: bool = True,
+        verify: bool | None = None,
     ) -> Session:
-        """Open a bundle on one of BACKENDS; `verify` also checks every file's hash."""
+        """Open a bundle on one of BACKENDS; `verify` as in Bundle.open."""
         if backend not in BACKENDS:
             raise BackendError(f"there is no backend {backend!r}; choose: {', '.join(BACKENDS)}")
         bundle = Bundle.open(path, verify=verify)

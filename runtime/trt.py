@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from edgeprune.errors import BackendError
@@ -82,6 +85,7 @@ def monitor(trt: Any, step: str, report: Report) -> Any:
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}
+            self.stop: Sequence[int] = ()  # anything in it cancels the build
 
         def phase_start(self, phase: str, parent: str | None, total: int) -> None:
             if not parent:
@@ -91,12 +95,50 @@ def monitor(trt: Any, step: str, report: Report) -> Any:
         def step_complete(self, phase: str, done: int) -> bool:
             if phase in self.totals:
                 report(step, done + 1, self.totals[phase])
-            return True  # False would cancel the build
+            return not self.stop
 
         def phase_finish(self, phase: str) -> None:
             self.totals.pop(phase, None)
 
     return Monitor()
+
+
+def compiled(builder: Any, network: Any, config: Any, watch: Any) -> Any:
+    """The serialized engine, or None where the builder fails; Ctrl-C ends it at its next step."""
+    with _interrupts_noted() as noted, _muted():
+        watch.stop = noted
+        plan = builder.build_serialized_network(network, config)
+    if noted:
+        raise KeyboardInterrupt
+    return plan
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Collect signals: an exception inside a callback of the builder would be lost in C++."""
+    noted: list[int] = []
+    kept: dict[int, Any] = {}
+    with suppress(ValueError):  # not the main thread, which alone is told of signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            kept[number] = signal.signal(number, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for watched, handler in kept.items():
+            signal.signal(watched, handler)
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Drop what is written to file descriptor 2: the compiler prints its errors there itself."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def refusals(parser: Any) -> str:

@@ -1,0 +1,277 @@
+"""TensorRT-RTX compiles bundles for real, without a GPU; what cannot be built is told in a line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from edgeprune.bundle import MANIFEST, Bundle, record_files, sha256
+from edgeprune.cli import main
+from edgeprune.runtime._static import with_sizes
+from edgeprune.runtime.build import BuildRequest, build
+from tests.conftest import Refused
+
+if sys.platform == "linux":  # the dev extra brings it there, so its absence is a fault
+    import tensorrt_rtx
+else:
+    tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
+
+Copy = Callable[[], Path]
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint's dense bundle in fp16."""
+    output = tmp_path_factory.mktemp("half") / "tiny-fp16"
+    options = ["--model", str(tiny_checkpoint), "--method", "none", "--dtype", "fp16"]
+    assert main(["export", *options, "--parity", "0", "-o", str(output)]) == 0
+    return output
+
+
+@pytest.fixture
+def copy_half(half_bundle: Path, tmp_path: Path) -> Copy:
+    return lambda: Path(shutil.copytree(half_bundle, tmp_path / "half"))
+
+
+@pytest.fixture(scope="module", params=["none", "utp"])
+def demo_built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's fp16 bundle with its engines, dense and pruned."""
+    output = tmp_path_factory.mktemp("built") / f"demo-{request.param}"
+    ratio = ["--cr", "4"] if request.param == "utp" else []
+    options = ["--method", request.param, *ratio, "--dtype", "fp16", "--parity", "0"]
+    assert main(["export", *options, "-o", str(output)]) == 0
+    assert main(["build", str(output), "--backend", "trt-rtx"]) == 0
+    return output
+
+
+def engines(bundle: Path) -> Path:
+    """The one folder of engines; no draft may stand beside it."""
+    (folder,) = (bundle / "engines").iterdir()
+    return folder
+
+
+def record(bundle: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((engines(bundle) / "engine.json").read_text())
+    return found
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest, hashes brought up to date."""
+    file = bundle / MANIFEST
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    files = record_files(bundle).items()
+    manifest["files"] = {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in files}
+    file.write_text(json.dumps(manifest))
+
+
+def test_the_demo_becomes_engines_with_a_record_that_is_true(demo_built: Path) -> None:
+    found, manifest = record(demo_built), Bundle.open(demo_built).manifest
+    assert found["backend"] == "trt-rtx"
+    assert found["version"] == tensorrt_rtx.__version__
+    assert found["dtype"] == "fp16"
+    assert found["capacities"] == [count + 512 for count in manifest.prune.counts]
+    names = {"vision.engine", "decoder.engine", "engine.json"}
+    assert {file.name for file in engines(demo_built).iterdir()} == names
+    for name, engine in found["engines"].items():
+        file = engines(demo_built) / f"{name}.engine"
+        assert file.stat().st_size == engine["bytes"]
+        assert sha256(file) == engine["sha256"]
+
+
+def test_the_decoder_takes_prefill_and_decode_as_ranges(demo_built: Path) -> None:
+    decoder = record(demo_built)["engines"]["decoder"]
+    visual = Bundle.open(demo_built).manifest.prune.counts[0]
+    assert list(decoder["profiles"]) == ["prefill", "decode"]
+    for profile in decoder["profiles"].values():
+        assert [profile[kind][0] for kind in ("prefix", "visual", "text")] == [0, 0, 1]
+        assert profile["visual"][2] == visual
+        assert all(least < most for least, _, most in profile.values())
+    assert decoder["profiles"]["decode"]["text"][1] == 1
+
+
+def test_the_engines_ends_are_the_graphs_ends_with_fixed_caches(demo_built: Path) -> None:
+    found, manifest = record(demo_built), Bundle.open(demo_built).manifest
+    for name, engine in found["engines"].items():
+        graph = onnx.load(demo_built / f"{name}.onnx", load_external_data=False).graph
+        assert [t["name"] for t in engine["inputs"]] == [i.name for i in graph.input]
+        assert [t["name"] for t in engine["outputs"]] == [o.name for o in graph.output]
+    shapes = {t["name"]: (t["shape"], t["dtype"]) for t in found["engines"]["decoder"]["inputs"]}
+    kv_heads, size = manifest.decoder.kv_heads, manifest.decoder.head_size
+    for layer, capacity in enumerate(found["capacities"]):
+        for kind in ("key", "value"):
+            cache = shapes[f"past_{kind}.{layer}"]
+            assert cache == ([1, kv_heads, capacity, size], "HALF")
+
+
+def test_both_profiles_share_one_copy_of_the_weights(demo_built: Path) -> None:
+    """A row of a weight stands in the engine's bytes once; never, where it was repacked."""
+    plan = (engines(demo_built) / "decoder.engine").read_bytes()
+    graph = onnx.load(demo_built / "decoder.onnx").graph
+    tensors = [onnx.numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) == 2]
+    rows = [tensor[len(tensor) // 2].tobytes() for tensor in tensors if len(tensor) > 1]
+    copies = [plan.count(row) for row in rows]
+    assert set(copies) <= {0, 1}
+    assert copies.count(1) > len(copies) / 2
+
+
+def test_what_is_built_is_not_built_again(
+    copy_half: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = copy_half()
+    command = ["build", str(bundle), "--backend", "trt-rtx", "--text-capacity", "64"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert Path(out.strip()) == engines(bundle)
+    assert "decoder.engine" in err
+    Bundle.open(bundle)  # a bundle is none the worse for its engines
+    first = (engines(bundle) / "decoder.engine").stat().st_mtime_ns
+    assert main(command) == 0
+    assert "built before" in capsys.readouterr().err
+    assert (engines(bundle) / "decoder.engine").stat().st_mtime_ns == first
+
+
+def test_an_altered_engine_is_built_again(copy_half: Copy) -> None:
+    bundle = copy_half()
+    command = ["build", str(bundle), "--backend", "trt-rtx"]
+    assert main(command) == 0
+    file = engines(bundle) / "vision.engine"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert main(command) == 0
+    assert sha256(file) == record(bundle)["engines"]["vision"]["sha256"]
+
+
+def test_gpu_generations_can_be_named(copy_half: Copy) -> None:
+    bundle = copy_half()
+    options = ["--compute", "sm89", "--compute", "SM120", "--compute", "SM89"]
+    assert main(["build", str(bundle), "--backend", "trt-rtx", *options]) == 0
+    assert record(bundle)["compute"] == ["SM89", "SM120"]
+    assert "SM89+SM120" in engines(bundle).name
+
+
+@pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX:DeprecationWarning")
+def test_tensorrt_is_driven_alike_and_keeps_its_timings(
+    copy_half: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT has the same Python API, so TensorRT-RTX stands in for it."""
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_rtx)
+    bundle = copy_half()
+    assert main(["build", str(bundle), "--backend", "trt"]) == 0
+    timings = bundle / "engines" / "timing.cache"
+    assert timings.stat().st_size > 0
+    timings.unlink()
+    assert record(bundle)["backend"] == "trt"
+
+
+def test_a_missing_engine_builder_is_named(
+    half_bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    assert "JetPack" in refused("build", half_bundle, "--backend", "trt")
+    line = refused("build", half_bundle, "--backend", "trt-rtx")
+    assert "pip install 'edgeprune[trt-rtx]'" in line
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "neither" in refused("build", half_bundle)
+
+
+def test_fp32_is_refused_before_any_work(tiny_bundle: Path, refused: Refused) -> None:
+    line = refused("build", tiny_bundle, "--backend", "trt-rtx")
+    assert "fp32" in line and "--dtype fp16" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--text-capacity", 0, "at least 1"),
+        ("--text-capacity", 2, "before the picture"),
+        ("--text-capacity", 100_000, "positions"),
+        ("--compute", "SM10", "SM120"),
+    ],
+)
+def test_options_that_cannot_be_met(
+    option: str, value: object, wanted: str, half_bundle: Path, refused: Refused
+) -> None:
+    line = refused("build", half_bundle, "--backend", "trt-rtx", option, value)
+    assert wanted in line and str(value) in line
+    assert not list((half_bundle / "engines").glob("*"))
+
+
+def test_a_node_that_the_parser_refuses_is_named(copy_half: Copy, refused: Refused) -> None:
+    bundle = copy_half()
+    model = onnx.load(bundle / "decoder.onnx", load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "Sigmoid")
+    node.op_type = "NoSuchOperator"
+    (bundle / "decoder.onnx").write_bytes(model.SerializeToString())
+    edit(bundle, lambda manifest: None)
+    line = refused("build", bundle, "--backend", "trt-rtx")
+    assert node.name in line and "NoSuchOperator" in line
+    assert not list((bundle / "engines").glob("*")), "nothing half-made stays"
+
+
+def test_a_graph_that_cannot_be_compiled(copy_bundle: Copy, refused: Refused) -> None:
+    """An fp32 graph that passes for fp16: there is no kernel for its attention."""
+    bundle = copy_bundle()
+    edit(bundle, lambda manifest: manifest.update(dtype="fp16"))
+    line = refused("build", bundle, "--backend", "trt-rtx")
+    assert "cannot build decoder.onnx" in line
+    assert not list((bundle / "engines").glob("*"))
+
+
+def test_an_interrupt_ends_the_build_and_leaves_nothing(copy_half: Copy) -> None:
+    bundle, steps = copy_half(), []
+
+    def interrupt(step: str, done: int, total: int) -> None:
+        steps.append(step)
+        if step == "build decoder" and done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(BuildRequest(bundle, "trt-rtx"), interrupt)
+    assert steps[-1] == "build decoder"
+    assert not list((bundle / "engines").glob("*"))
+    assert main(["build", str(bundle), "--backend", "trt-rtx"]) == 0
+
+
+def test_caches_that_grow_are_refused(copy_half: Copy, refused: Refused) -> None:
+    bundle = copy_half()
+    edit(bundle, lambda manifest: manifest["decoder"].update(cache="grow"))
+    assert "in place" in refused("build", bundle, "--backend", "trt-rtx")
+
+
+def test_sizes_are_written_as_onnx_would_write_them(half_bundle: Path) -> None:
+    data = (half_bundle / "decoder.onnx").read_bytes()
+    written = onnx.ModelProto.FromString(with_sizes(data, {"capacity.1": 300, "text": 7}))
+    wanted = onnx.ModelProto.FromString(data)
+    for value in (*wanted.graph.input, *wanted.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            numbers = {"capacity.1": 300, "text": 7}
+            if size.dim_param in numbers:
+                size.dim_value = numbers[size.dim_param]
+    assert written == wanted
+    assert with_sizes(data, {}) == data
+
+
+def test_sizes_that_occur_nowhere_and_bytes_that_are_no_model(half_bundle: Path) -> None:
+    data = (half_bundle / "decoder.onnx").read_bytes()
+    with pytest.raises(ValueError, match=r"capacity\.99"):
+        with_sizes(data, {"capacity.99": 4})
+    rng = np.random.default_rng(0)
+    for end in rng.integers(1, len(data) - 1, 20):
+        with pytest.raises(ValueError):
+            with_sizes(data[:end], {"capacity.0": 4})
+    with pytest.raises(ValueError, match="no protobuf field"):
+        with_sizes(b"\x0f" * 8, {})

@@ -38,7 +38,7 @@ def test_every_method_is_in_the_table() -> None:
 
 def test_every_command_shown_parses() -> None:
     text = README.replace("\\\n", " ")
-    commands = re.findall(r"^ *edgeprune (\w+ .*?)(?: *#.*)?$", text, re.MULTILINE)
+    commands = re.findall(r"^    edgeprune (\w+ .*?)(?: *#.*)?$", text, re.MULTILINE)
     assert len(commands) >= 4
     for command in commands:
         arguments = [a.strip('"') for a in re.findall(r'"[^"]*"|\S+', command)]

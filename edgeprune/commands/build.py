@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         compute=tuple(dict.fromkeys(name.upper() for name in args.compute)),
         force=args.force,
     )
-    with Bar() as bar:
+    # A stream of its own, because stderr is muted while the compiler works.
+    with os.fdopen(os.dup(2), "w") as terminal, Bar(terminal) as bar:
         built = build(request, bar)
     print(_summary(built), file=sys.stderr)
     print(built.path)

@@ -29,6 +29,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         dest="prompts",
         help="question; given again, a follow-up question about the same picture",
     )
+    command.add_argument("--verify", action="store_true", help="hash large files too")
     command.add_argument("--json", action="store_true", help="one JSON object per bundle on stdout")
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
     command.add_argument("--temperature", type=float, help="0 (default) takes the likeliest token")
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
     load_image(args.image)  # a bad picture is told now, not after gigabytes have been read
     for bundle in args.bundles:
-        session = Session.open(bundle, backend=args.backend, threads=args.threads)
+        session = Session.open(
+            bundle, backend=args.backend, threads=args.threads, verify=args.verify or None
+        )
         if len(args.bundles) > 1:  # compared with each other, so none pays for starting up
             session.warm_up()
         answers = [_ask(session, args, turn) for turn in range(len(args.prompts))]
