@@ -59,6 +59,14 @@ class PruneRecord:
     options: dict[str, str] = field(default_factory=dict)
     schedule: dict[str, Any] | None = None
 
+    @property
+    def encoded(self) -> int:
+        """Visual tokens between the two graphs: r_1, or V where the decoder prunes before layer 1.
+
+        What the text decides is decided in decoder.onnx, which then has an output `kept.1`.
+        """
+        return self.visual_tokens if "kept.1" in self.kept_outputs else self.counts[0]
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderRecord:

@@ -85,7 +85,7 @@ class Built:
 def build(request: BuildRequest, report: seam.Report = lambda step, done, total: None) -> Built:
     """Compile a bundle, unless the same engines are there and whole."""
     trt = seam.load(request.backend)
-    bundle = Bundle.open(request.bundle)
+    bundle = Bundle.open(request.bundle, verify=True)
     _check(bundle.manifest, request)
     target = bundle.path / ENGINES / _key(bundle.manifest, request, trt.__version__)
     if not request.force and (record := _whole(target)):
@@ -135,7 +135,7 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
 
 def _profiles(bundle: Bundle, request: BuildRequest) -> dict[str, Profile]:
     """Prefill takes later turns too, so it may have no picture; both ranges end at one token."""
-    visual, most = bundle.manifest.prune.counts[0], request.text_capacity
+    visual, most = bundle.manifest.prune.encoded, request.text_capacity
     prompter = Prompter(bundle.file("tokenizer.json"), bundle.manifest.text)
     prefix = prompter.first_turn("?")[0].size
     if prefix >= most:

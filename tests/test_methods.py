@@ -203,4 +203,5 @@ def test_what_each_site_kept_is_told(bundle: Path) -> None:
     assert [len(kept) for kept in answer.layer_kept] == [counts[site - 1] for site in sites]
     for kept in (answer.vision_kept, *answer.layer_kept):
         assert (np.diff(kept) > 0).all()
-    assert len(answer.vision_kept) == (16 if 1 in sites else counts[0])
+    assert len(answer.vision_kept) == session.manifest.prune.encoded
+    assert session.manifest.prune.encoded == (16 if 1 in sites else counts[0])
