@@ -51,7 +51,9 @@ def test() -> None:
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "tests/typecheck.py")
-    run(PYTHON, "-m", "pytest", "-q", *sys.argv[2:])
+    # A process per core, one thread in each: several would only wait for each other.
+    run(PYTHON, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", *sys.argv[2:],
+        OMP_NUM_THREADS="1")  # fmt: skip
 
 
 if __name__ == "__main__":
