@@ -198,7 +198,7 @@ class Decoder(nn.Module):
         self.sin: Tensor
 
     def set_tables(self, dtype: torch.dtype) -> None:
-        """Compute the rotary tables in float32, as transformers does, then round: the only buffers."""
+        """Compute the rotary tables in float32, as transformers does, then round them."""
         frequencies = torch.tensor(self.config.inverse_frequencies, dtype=torch.float32)
         angles = torch.arange(self.config.max_positions).float()[:, None] * frequencies
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
