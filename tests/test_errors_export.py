@@ -135,6 +135,8 @@ def _start(command: list[str], output: Path, seen: str) -> subprocess.Popen[str]
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background inherits an ignored Ctrl-C, and would hand it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not any(output.parent.glob(seen)):
         assert process.poll() is None, process.communicate()[1]
