@@ -364,7 +364,11 @@ def _serve(pipe: Connection, folder: Path, cache: str | None, threads: int | Non
     runner: Runner = Peer(folder, cache, threads) if cache else Ours(folder, threads)
     pipe.send(None)
     while True:
-        pipe.send(lap(runner, pipe.recv()))
+        try:
+            asked = pipe.recv()
+        except EOFError:  # the race is over
+            return
+        pipe.send(lap(runner, asked))
 
 
 @dataclass
