@@ -12,9 +12,9 @@ the middle ones stand for visual tokens where a graph of ours wants some. Before
 all must give the same logits. A second heat feeds peers the average number of tokens that our
 pruned bundle has in its layers: the floor that pruning inside the decoder can reach.
 
-Every graph has a process of its own, and processes take turns: within one process, the session that
-was opened first was seen to decode 10% slower than the others, whichever graph it held (its weights
-lie elsewhere in memory). `again` is our dense bundle a second time: what it differs by is noise.
+Every graph has a process of its own, and processes take turns: within one process, equal graphs
+were seen to decode at speeds 10% apart, by the order in which they were opened. `again` is our
+dense bundle a second time: what it differs by is noise. All together hold some 13 GB.
 
 Peers' pins differ from ours, so they are installed apart:
 
@@ -208,28 +208,38 @@ class Ours:
             self.embedding = stored.get_tensor("model.embed_tokens.weight")
 
     def begin(self, job: Job) -> None:
-        self.job, text = job, PREFIX - TEXT
+        """As a session is that has answered such a prompt before: its caches are large enough."""
+        self.job, backend = job, self.backend
         # Stands for what the vision graph leaves behind.
-        self.backend._visual = self.backend._host(self.embedding[job.prompt[:, PREFIX:text]])
+        backend._visual = backend._host(self.embedding[job.prompt[:, PREFIX : PREFIX - TEXT]])
+        backend._caches, backend._capacities, backend._step = {}, [0] * len(self.counts), None
         self.lengths, self.position = np.zeros_like(self.counts), 0
+        self._reserve(self._kept() + TEXT + len(job.following))
 
     def prefill(self) -> None:
-        prompt, text = self.job.prompt, PREFIX - TEXT
-        visual = self.job.tokens - TEXT
-        self._run(prompt[:, :PREFIX], prompt[:, text:], np.minimum(self.counts, visual), visual)
+        prompt, visual = self.job.prompt, self.job.tokens - TEXT
+        self._run(prompt[:, :PREFIX], prompt[:, PREFIX - TEXT :], self._kept(), visual)
 
     def decode(self, token: int) -> None:
         self._run(np.zeros((1, 0), np.int64), np.array([[token]]), np.zeros_like(self.counts), 0)
 
+    def _kept(self) -> Ids:
+        """Visual tokens in each layer."""
+        return np.minimum(self.counts, self.job.tokens - TEXT)
+
     def _run(self, prefix: Ids, text: Ids, kept: Ids, visual: int) -> None:
         from edgeprune.runtime.backend import Chunk
-        from edgeprune.runtime.session import STEP
 
         words = prefix.shape[1] + text.shape[1]
         after = self.lengths + words + kept
-        self.backend.reserve([int(n) for n in after + -after % STEP])
+        self._reserve(after)
         self.backend.run(Chunk(prefix, text, self.position, self.lengths, visual > 0))
         self.lengths, self.position = after, self.position + words + visual
+
+    def _reserve(self, tokens: Ids) -> None:
+        from edgeprune.runtime.session import STEP
+
+        self.backend.reserve([int(n) for n in tokens + -tokens % STEP])
 
     def logits(self) -> Array:
         found: Array = self.backend.logits().copy()
