@@ -225,7 +225,8 @@ class Ours:
 
     def _kept(self) -> Ids:
         """Visual tokens in each layer."""
-        return np.minimum(self.counts, self.job.tokens - TEXT)
+        kept: Ids = np.minimum(self.counts, self.job.tokens - TEXT)
+        return kept
 
     def _run(self, prefix: Ids, text: Ids, kept: Ids, visual: int) -> None:
         from edgeprune.runtime.backend import Chunk
