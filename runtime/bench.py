@@ -112,7 +112,7 @@ def bench(
         for racer in racers:
             racer.lap(keep=lap >= request.warmup)
         progress(lap + 1, total)
-    plain = {k: [str(p) for p in v] if k == "bundles" else v for k, v in asdict(request).items()}
+    plain = asdict(request) | {"bundles": [path.name for path in request.bundles]}
     return BenchResult(tuple(r.row() for r in racers), plain, _machine())
 
 
