@@ -10,8 +10,6 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-_TYPED = re.compile(r"^(?P<name>[\w.]+): (?P<type>[\w.<>' ]+)$")
-
 
 def clean(model: ir.Model, weights: Collection[str]) -> None:
     """Fold constants, merge equal nodes, drop dead ones, give the rest readable names.
