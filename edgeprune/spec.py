@@ -174,6 +174,15 @@ def flat_plan(
     return Plan(visual_tokens, layers, stages)
 
 
+def check_reach(spec: PruneSpec, shape: ModelShape) -> None:
+    """SpecError, before anything slow, where a ratio leaves less than a token per layer."""
+    if spec.cr > shape.visual_tokens:
+        raise SpecError(
+            f"--cr {spec.cr:g} leaves less than one visual token per layer; this model has"
+            f" {shape.visual_tokens}, so --cr is at most {shape.visual_tokens}"
+        )
+
+
 def check_cr(plan: Plan, asked: float) -> None:
     """Raise SpecError unless the plan's token total is within one token per layer of V * L / CR."""
     total, wanted = sum(plan.counts), budget(plan.visual_tokens, plan.layers, asked)

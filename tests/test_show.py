@@ -13,8 +13,9 @@ from PIL import Image
 from edgeprune.bundle import Bundle, Manifest
 from edgeprune.cli import main
 from edgeprune.errors import BundleError, InputError
-from edgeprune.runtime.figure import Pen, figure, representative
+from edgeprune.runtime.figure import figure, representative
 from edgeprune.runtime.images import load_image
+from edgeprune.runtime.pen import Pen
 from edgeprune.runtime.session import Answer, Session, Timings
 from edgeprune.runtime.show import Said, dim, save, seen, survivors
 

@@ -12,7 +12,7 @@ from edgeprune.errors import SpecError
 if TYPE_CHECKING:
     from edgeprune.calib.calibrate import CalibrationRequest
     from edgeprune.models import Adapter
-    from edgeprune.spec import ModelShape, PruneSpec
+    from edgeprune.spec import PruneSpec
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -55,15 +55,6 @@ def spec(args: argparse.Namespace) -> PruneSpec:
     default = 1.0 if args.method == "none" else 4.0
     cr = default if args.cr is None else args.cr
     return PruneSpec(args.method, cr, args.seed, options)
-
-
-def check_reach(spec: PruneSpec, shape: ModelShape) -> None:
-    """SpecError, before anything slow, where a ratio leaves less than a token per layer."""
-    if spec.cr > shape.visual_tokens:
-        raise SpecError(
-            f"--cr {spec.cr:g} leaves less than one visual token per layer; this model has"
-            f" {shape.visual_tokens}, so --cr is at most {shape.visual_tokens}"
-        )
 
 
 def check_output(file: Path) -> None:

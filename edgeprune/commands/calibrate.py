@@ -27,12 +27,13 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune._progress import Bar
     from edgeprune.calib.calibrate import calibrate
     from edgeprune.models._processor import Processor
+    from edgeprune.spec import check_reach
 
     spec = _common.spec(args)
     policy = policies.make(spec)
     _common.check_output(args.output)
     adapter = _common.model(args)
-    _common.check_reach(spec, adapter.shape)
+    check_reach(spec, adapter.shape)
     processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
     with Bar() as bar:
         schedule = calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)

@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands import _common
-from edgeprune.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from edgeprune._progress import Bar
-    from edgeprune.calib.schedule import Schedule
     from edgeprune.export.exporter import Exported
-    from edgeprune.models import Adapter
-    from edgeprune.models._processor import Processor, Prompt
-    from edgeprune.policies import Policy
-    from edgeprune.spec import PruneSpec
+    from edgeprune.recipe import Recipe
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,104 +35,35 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune import policies
     from edgeprune._progress import Bar
-    from edgeprune.export.exporter import ExportRequest, export, preflight
-    from edgeprune.models._processor import Processor
-    from edgeprune.spec import check_cr
+    from edgeprune.recipe import make
 
     started = time.perf_counter()
-    spec = _common.spec(args)
-    policy = policies.make(spec)
-    output = args.output or Path("out") / _bundle_name(args.model, spec)
-    adapter = _common.model(args)
-    _common.check_reach(spec, adapter.shape)
-    preflight(output, args.target, args.dtype, adapter)
-    samples, why = _parity(args, adapter)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    recipe = _recipe(args)
     with Bar() as bar:
-        schedule = _schedule(args, spec, adapter, policy, processor, bar)
-        plan = policy.plan(adapter.shape, spec.cr, schedule)
-        check_cr(plan, spec.cr)
-        request = ExportRequest(
-            model=_model_name(args.model),
-            spec=spec,
-            plan=plan,
-            output=output,
-            target=args.target,
-            dtype=args.dtype,
-            schedule=schedule.record() if schedule else None,
-            no_parity=why,
-        )
-        prompts = _prompts(samples, args, adapter, processor)
-        exported = export(request, adapter, policy, processor, prompts, bar)
+        exported = make(recipe, bar)
     print(_summary(exported, time.perf_counter() - started), file=sys.stderr)
     print(exported.path)
     return 0
 
 
-def _schedule(
-    args: argparse.Namespace,
-    spec: PruneSpec,
-    adapter: Adapter,
-    policy: Policy,
-    processor: Processor,
-    bar: Bar,
-) -> Schedule | None:
-    """The schedule of a method that needs one: a file's, or calibrated now."""
-    if policy.first(adapter.shape, spec.cr) is None:
-        if args.schedule is not None:
-            raise SpecError(f"method {spec.method} follows no schedule; leave out --schedule")
-        return None
-    from edgeprune.calib.calibrate import calibrate
-    from edgeprune.calib.schedule import read_schedule
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from edgeprune.recipe import Recipe
 
-    if args.schedule is not None:
-        return read_schedule(args.schedule, adapter.shape, spec.cr)
-    return calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)
-
-
-def _parity(args: argparse.Namespace, adapter: Adapter) -> tuple[int, str]:
-    """How many samples to check, and why none where none."""
-    from edgeprune.export.exporter import lowering
-    from edgeprune.models._memory import fits, needed_bytes
-
-    if args.parity is not None and args.parity < 0:
-        raise SpecError(f"--parity is a number of samples, 0 for none; got {args.parity}")
-    if args.parity == 0:
-        return 0, "left out by --parity 0"
-    if lowering(args.target, args.dtype)[1] == "bf16":
-        return 0, "ONNX Runtime runs no bf16 graphs on a CPU"
-    if args.parity is None and not fits(adapter, element=8):  # the eager model, and the graph's
-        need = needed_bytes(adapter, element=8) / 1e9
-        return 0, f"the eager reference needs {need:.0f} GB of memory, more than is free"
-    return args.parity or 8, ""
-
-
-def _prompts(
-    count: int, args: argparse.Namespace, adapter: Adapter, processor: Processor
-) -> Iterable[Prompt]:
-    """The demo's own scenes, the user's calibration samples, or noise."""
-    from edgeprune.calib.samples import demo_samples, user_samples
-    from edgeprune.models._processor import random_prompt
-
-    if args.samples_file is not None:
-        images = args.images or args.samples_file.parent
-        return [s.prompt for s in user_samples(processor, args.samples_file, images, count)]
-    if args.model == "demo":
-        return [sample.prompt for sample in demo_samples(processor, count)]
-    shape = adapter.shape
-    return [random_prompt(adapter.image_side, shape.vocabulary, seed) for seed in range(count)]
-
-
-def _model_name(model: str) -> str:
-    """A hub id, or the folder's name: a bundle holds no path of the machine that made it."""
-    return Path(model).resolve().name if Path(model).exists() else model
-
-
-def _bundle_name(model: str, spec: PruneSpec) -> str:
-    stem = _model_name(model).rpartition("/")[2]
-    return f"{stem}-{spec.method}" + (f"-cr{spec.cr:g}" if spec.cr != 1 else "")
+    return Recipe(
+        spec=_common.spec(args),
+        output=args.output,
+        model=args.model,
+        revision=args.revision,
+        target=args.target,
+        dtype=args.dtype,
+        parity=args.parity,
+        schedule=args.schedule,
+        samples=args.samples,
+        samples_file=args.samples_file,
+        images=args.images,
+        solver=args.solver,
+    )
 
 
 def _summary(exported: Exported, seconds: float) -> str:

@@ -44,8 +44,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from edgeprune.runtime import show
-    from edgeprune.runtime.figure import check_font, figure
+    from edgeprune.runtime.figure import figure
     from edgeprune.runtime.images import load_image
+    from edgeprune.runtime.pen import check_font
 
     show.check_target(args.output)
     check_font(args.font)

@@ -1,0 +1,129 @@
+"""A recipe is all that decides a bundle; making it calibrates where the method needs that, and
+exports. Calibration and export know nothing of each other: they meet here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeprune import policies
+from edgeprune.calib.calibrate import CalibrationRequest, calibrate
+from edgeprune.calib.samples import demo_samples, user_samples
+from edgeprune.calib.schedule import Schedule, read_schedule
+from edgeprune.errors import SpecError
+from edgeprune.export.exporter import Exported, ExportRequest, export, lowering, preflight
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._memory import fits, needed_bytes
+from edgeprune.models._processor import Processor, Prompt, random_prompt
+from edgeprune.policies import Policy
+from edgeprune.spec import PruneSpec, check_cr, check_reach
+
+Report = Callable[[str, int, int], None]  # step, done, total
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, a method and its ratio, what to calibrate on, and how to lower the graphs."""
+
+    spec: PruneSpec
+    output: Path | None = None  # None: out/MODEL-METHOD-crCR
+    model: str = "demo"
+    revision: str | None = None
+    target: str = "cpu"
+    dtype: str | None = None  # None: the target's own
+    parity: int | None = None  # samples of the check; None: 8, where there is memory for it
+    schedule: Path | None = None  # a file in place of a calibration
+    samples: int = 100
+    samples_file: Path | None = None  # LLaVA-Instruct; None: the demo's own scenes
+    images: Path | None = None
+    solver: str = "joint"
+
+    @property
+    def pictures(self) -> Path | None:
+        """Where the pictures of `samples_file` are."""
+        return self.images or (self.samples_file.parent if self.samples_file else None)
+
+    @property
+    def model_name(self) -> str:
+        """A hub id, or the folder's name: a bundle holds no path of the machine that made it."""
+        return Path(self.model).resolve().name if Path(self.model).exists() else self.model
+
+    @property
+    def folder(self) -> Path:
+        """Where the bundle goes."""
+        if self.output is not None:
+            return self.output
+        stem, spec = self.model_name.rpartition("/")[2], self.spec
+        return Path("out") / (f"{stem}-{spec.method}" + (f"-cr{spec.cr:g}" if spec.cr != 1 else ""))
+
+
+def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exported:
+    """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be."""
+    spec, policy = recipe.spec, policies.make(recipe.spec)
+    adapter = open_model(recipe.model, recipe.revision)
+    check_reach(spec, adapter.shape)
+    preflight(recipe.folder, recipe.target, recipe.dtype, adapter)
+    samples, why = _parity(recipe, adapter)
+    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    schedule = _schedule(recipe, adapter, policy, processor, report)
+    plan = policy.plan(adapter.shape, spec.cr, schedule)
+    check_cr(plan, spec.cr)
+    request = ExportRequest(
+        model=recipe.model_name,
+        spec=spec,
+        plan=plan,
+        output=recipe.folder,
+        target=recipe.target,
+        dtype=recipe.dtype,
+        schedule=schedule.record() if schedule else None,
+        no_parity=why,
+    )
+    prompts = _prompts(samples, recipe, adapter, processor)
+    return export(request, adapter, policy, processor, prompts, report)
+
+
+def _schedule(
+    recipe: Recipe, adapter: Adapter, policy: Policy, processor: Processor, report: Report
+) -> Schedule | None:
+    """The schedule of a method that needs one: a file's, or calibrated now."""
+    spec = recipe.spec
+    if policy.first(adapter.shape, spec.cr) is None:
+        if recipe.schedule is not None:
+            raise SpecError(f"method {spec.method} follows no schedule; leave out --schedule")
+        return None
+    if recipe.schedule is not None:
+        return read_schedule(recipe.schedule, adapter.shape, spec.cr)
+    request = CalibrationRequest(
+        spec.cr, recipe.samples, recipe.samples_file, recipe.images, recipe.solver
+    )
+    return calibrate(request, adapter, policy, processor, report)
+
+
+def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:
+    """How many samples to check, and why none where none."""
+    asked = recipe.parity
+    if asked is not None and asked < 0:
+        raise SpecError(f"--parity is a number of samples, 0 for none; got {asked}")
+    if asked == 0:
+        return 0, "left out by --parity 0"
+    if lowering(recipe.target, recipe.dtype)[1] == "bf16":
+        return 0, "ONNX Runtime runs no bf16 graphs on a CPU"
+    if asked is None and not fits(adapter, element=8):  # the eager model, and the graph's
+        need = needed_bytes(adapter, element=8) / 1e9
+        return 0, f"the eager reference needs {need:.0f} GB of memory, more than is free"
+    return asked or 8, ""
+
+
+def _prompts(
+    count: int, recipe: Recipe, adapter: Adapter, processor: Processor
+) -> Iterable[Prompt]:
+    """The demo's own scenes, the user's calibration samples, or noise."""
+    if recipe.samples_file is not None and recipe.pictures is not None:
+        found = user_samples(processor, recipe.samples_file, recipe.pictures, count)
+        return [sample.prompt for sample in found]
+    if recipe.model == "demo":
+        return [sample.prompt for sample in demo_samples(processor, count)]
+    shape = adapter.shape
+    return [random_prompt(adapter.image_side, shape.vocabulary, seed) for seed in range(count)]
