@@ -82,7 +82,7 @@ def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, 
     decoder: Recorder = reference.decoder  # type: ignore[assignment]
     decoder.begin()
     reference.prefill(prompt)
-    text, positions = _text_only(decoder.states, prompt, decoder.plan.visual_tokens)
+    text, positions = _text_only(decoder, prompt)
     full = decoder.feature(decoder.states[-1])
     cosine = torch.cosine_similarity(decoder.without_vision(text, positions), full)
     loss = torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()])  # ell_1 is not used
@@ -90,11 +90,12 @@ def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, 
     return torch.stack(decoder.attention).numpy(), loss.numpy(), entry.numpy()
 
 
-def _text_only(states: list[Tensor], prompt: Prompt, visual: int) -> tuple[Tensor, Tensor]:
+def _text_only(decoder: Recorder, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """Hidden states entering layers 2 .. L without the picture's, and their true positions."""
-    prefix, total = prompt.prefix_ids.shape[1], states[0].shape[1]
-    places = torch.cat([torch.arange(prefix), torch.arange(prefix + visual, total)])
-    return torch.cat(states[:-1])[:, places], places[None]
+    prefix, visual = prompt.prefix_ids.shape[1], decoder.plan.visual_tokens
+    before, after = torch.arange(prefix), torch.arange(prefix, prefix + prompt.text_ids.shape[1])
+    states = torch.cat(decoder.states[:-1])[:, torch.cat([before, after + visual])]
+    return states, torch.cat([before, after + decoder.span])[None]
 
 
 def _entry_scores(vision: Vision, pixels: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ class DecoderRecord:
     vocabulary: int
     max_positions: int
     cache: str  # "in-place": present is past, written at lengths; "grow": present is longer
+    span: int | None = None  # positions that a picture takes under M-RoPE, and then the decoder
+    # has an input `places`: int64 [visual], which of the V tokens it is given; None: one each
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,11 @@ class Manifest:
     parity: dict[str, Any]
     versions: dict[str, str]
     schema: int = SCHEMA
+
+    @property
+    def span(self) -> int:
+        """Positions that a picture takes: as many as tokens enter layer 1, fewer under M-RoPE."""
+        return self.prune.counts[0] if self.decoder.span is None else self.decoder.span
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

@@ -192,6 +192,7 @@ def _manifest(
 ) -> Manifest:
     dialect, dtype = request.lowering
     shape, plan, spec = adapter.shape, request.plan, request.spec
+    mrope = adapter.mrope
     return Manifest(
         name=request.output.name,
         model=request.model,
@@ -221,6 +222,7 @@ def _manifest(
             vocabulary=shape.vocabulary,
             max_positions=shape.max_positions,
             cache=dialect.cache,
+            span=mrope.span if mrope else None,
         ),
         image=image,
         text=text,

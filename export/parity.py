@@ -63,6 +63,7 @@ class Graphs:
         self.vision = ort.InferenceSession(folder / "vision.onnx", options, providers)
         self.decoder = ort.InferenceSession(folder / "decoder.onnx", options, providers)
         self.plan, self.config, self.room = decoder.plan, decoder.config, room
+        self.span = decoder.span
         self.dtype = decoder.embedding.weight.dtype
         self.kept = kept_outputs(self.plan)
 
@@ -76,14 +77,15 @@ class Graphs:
                 self.caches[f"{kind}.{layer}"] = torch.zeros(shape, dtype=self.dtype).numpy()
         self.lengths, self.position = np.zeros(config.layers, np.int64), 0
         visual, kept = self.vision.run(None, {"pixels": prompt.pixels.to(self.dtype).numpy()})
-        step = self._run(prompt.prefix_ids.numpy(), visual, prompt.text_ids.numpy())
+        step = self._run(prompt.prefix_ids.numpy(), visual, prompt.text_ids.numpy(), kept)
         return step, torch.from_numpy(kept)
 
     def step(self, ids: Tensor) -> Step:
         empty = torch.zeros(1, 0, self.config.width, dtype=self.dtype).numpy()
-        return self._run(np.zeros((1, 0), np.int64), empty, ids.numpy())
+        nothing = np.zeros((1, 0), np.int64)
+        return self._run(nothing, empty, ids.numpy(), nothing[0])
 
-    def _run(self, prefix_ids: Array, visual: Array, text_ids: Array) -> Step:
+    def _run(self, prefix_ids: Array, visual: Array, text_ids: Array, places: Array) -> Step:
         feeds = {
             "prefix_ids": prefix_ids,
             "visual": visual,
@@ -92,6 +94,8 @@ class Graphs:
             "lengths": self.lengths,
             **{f"past_{name}": cache for name, cache in self.caches.items()},
         }
+        if self.config.mrope is not None:
+            feeds["places"] = places
         names = ["logits", *self.kept, *(f"present_{name}" for name in self.caches)]
         logits, *rest = self.decoder.run(names, feeds)
         kept, present = rest[: len(self.kept)], rest[len(self.kept) :]
@@ -99,7 +103,7 @@ class Graphs:
         counts = np.minimum(self.plan.counts, visual.shape[1])
         text = prefix_ids.shape[1] + text_ids.shape[1]
         self.lengths = self.lengths + text + counts
-        self.position += text + int(counts[0])
+        self.position += text + (self.span if visual.shape[1] else 0)
         return Step(
             torch.from_numpy(logits[0, 0].astype(np.float32)),
             tuple(torch.from_numpy(k) for k in kept),

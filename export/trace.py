@@ -46,14 +46,18 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
     layers = range(config.layers)
     dynamic = {1: Dim.DYNAMIC}
     cache = [{2: Dim.DYNAMIC}] * config.layers
-    shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
+    shapes: Shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
     inputs = ["prefix_ids", "visual", "text_ids", "position", "lengths"]
     outputs = ["logits"]
     for kind in ("key", "value"):
         inputs += [f"past_{kind}.{layer}" for layer in layers]
         outputs += [f"present_{kind}.{layer}" for layer in layers]
     outputs += kept_outputs(plan)
-    model = _trace(decoder, _example(config, plan, dtype), shapes, inputs, outputs, opset)
+    args = _example(config, plan, dtype)
+    if config.mrope is not None:
+        shapes, inputs = (*shapes, {0: Dim.DYNAMIC}), [*inputs, "places"]
+        args = (*args, torch.arange(max(2, plan.encoded)))
+    model = _trace(decoder, args, shapes, inputs, outputs, opset)
     _name_dimensions(model.graph)
     return model
 
@@ -125,7 +129,7 @@ def _rename(values: Sequence[ir.Value], names: Sequence[str]) -> None:
 
 def _name_dimensions(graph: ir.Graph) -> None:
     """Readable names for the dynamic sizes, in place of the tracer's symbols."""
-    names = {"prefix_ids": "prefix", "visual": "visual", "text_ids": "text"}
+    names = {"prefix_ids": "prefix", "visual": "visual", "places": "visual", "text_ids": "text"}
     for value in (*graph.inputs, *graph.outputs):
         stem, _, layer = (value.name or "").partition(".")
         label = names.get(stem) or (f"capacity.{layer}" if "_" in stem and layer else None)

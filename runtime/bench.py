@@ -132,7 +132,7 @@ class _Racer:
         self.prefix_ids, self.text_ids = ids[:, :PREFIX], ids[:, PREFIX:]
         self.counts = np.array(self.manifest.prune.counts)
         self.laps: list[tuple[float, float, float]] = []
-        needed = int(self.counts[0]) + request.text_tokens + request.new_tokens
+        needed = self.manifest.span + request.text_tokens + request.new_tokens
         if needed > self.manifest.decoder.max_positions:
             raise CapacityError(
                 f"{path} has {self.manifest.decoder.max_positions} positions, this bench needs"
@@ -148,7 +148,7 @@ class _Racer:
         after = lengths + self.request.text_tokens + self.counts
         self._run(Chunk(self.prefix_ids, self.text_ids, position, lengths, True), after)
         filled = clock()
-        lengths, position = after, int(after[0])
+        lengths, position = after, self.request.text_tokens + self.manifest.span
         empty, token = np.zeros((1, 0), np.int64), self.text_ids[:, :1]
         for step in range(self.request.new_tokens):
             self._run(Chunk(empty, token, position + step, lengths, False), lengths + 1)

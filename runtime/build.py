@@ -125,7 +125,7 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
             f"{request.bundle} is in dialect {manifest.dialect}, whose caches grow; engines are"
             " built with caches written in place: export it again with --target rtx"
         )
-    most = manifest.decoder.max_positions - manifest.prune.counts[0]
+    most = manifest.decoder.max_positions - manifest.span
     if request.text_capacity > most:
         raise CapacityError(
             f"--text-capacity {request.text_capacity} is more than the {most} text tokens that"
@@ -279,6 +279,8 @@ class _Builder:
             ("text", "text_ids", ()),
         ):
             made.set_shape(name, *((1, tokens, *rest) for tokens in profile[kind]))
+        if self.bundle.manifest.decoder.span is not None:
+            made.set_shape("places", *((tokens,) for tokens in profile["visual"]))
         if config.add_optimization_profile(made) < 0:
             raise BackendError(f"{self.title} refuses the profile {dict(profile)}")
         return dict(profile)

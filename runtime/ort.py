@@ -49,7 +49,8 @@ class OrtBackend:
         self._capacities = [0] * self.record.layers
         self._no_ids = self._host(np.zeros((1, 0), np.int64))
         self._no_visual = self._host(np.zeros((1, 0, self.record.width), self.element))
-        self._visual = self._no_visual
+        self._visual, self._places = self._no_visual, self._host(np.zeros(0, np.int64))
+        self._no_places = self._places
         self._logits = self._host(np.zeros((1, 1, self.record.vocabulary), self.element))
         self._step: _Step | None = None
 
@@ -59,8 +60,8 @@ class OrtBackend:
         binding.bind_output("visual", self.device)
         binding.bind_output("kept", "cpu")
         _run(self._vision, binding, "vision.onnx")
-        self._visual, kept = binding.get_outputs()
-        found: Ids = kept.numpy()
+        self._visual, self._places = binding.get_outputs()
+        found: Ids = self._places.numpy()
         return found
 
     def reserve(self, capacities: Sequence[int]) -> None:
@@ -80,7 +81,7 @@ class OrtBackend:
             self._host(chunk.text_ids),
             self._host(np.array([chunk.position])),
             self._host(chunk.lengths),
-            self._visual if chunk.with_picture else self._no_visual,
+            with_picture=chunk.with_picture,
         )
         for name in self._kept:
             binding.bind_output(name, "cpu")
@@ -97,13 +98,18 @@ class OrtBackend:
         found: NDArray[Any] = self._logits.numpy()[0, 0]
         return found
 
-    def _bind(self, prefix: Any, text: Any, position: Any, lengths: Any, visual: Any) -> Any:
+    def _bind(
+        self, prefix: Any, text: Any, position: Any, lengths: Any, *, with_picture: bool
+    ) -> Any:
         binding = self._decoder.io_binding()
         binding.bind_ortvalue_input("prefix_ids", prefix)
         binding.bind_ortvalue_input("text_ids", text)
         binding.bind_ortvalue_input("position", position)
         binding.bind_ortvalue_input("lengths", lengths)
-        binding.bind_ortvalue_input("visual", visual)
+        binding.bind_ortvalue_input("visual", self._visual if with_picture else self._no_visual)
+        if self.record.span is not None:
+            places = self._places if with_picture else self._no_places
+            binding.bind_ortvalue_input("places", places)
         binding.bind_ortvalue_output("logits", self._logits)
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(f"past_{name}", cache)
@@ -133,7 +139,7 @@ class _Step:
         self.position = host(np.zeros(1, np.int64))
         self.lengths = host(np.zeros(backend.record.layers, np.int64))
         self.binding = backend._bind(
-            backend._no_ids, self.text, self.position, self.lengths, backend._no_visual
+            backend._no_ids, self.text, self.position, self.lengths, with_picture=False
         )
 
     def run(self, chunk: Chunk) -> NDArray[Any]:

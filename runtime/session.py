@@ -119,7 +119,7 @@ class Session:
         self.reset()
         seen = time.perf_counter()
         timings = Timings(preprocess=1e3 * (seen - started))
-        room = self._room(prefix_ids.shape[1] + text_ids.shape[1] + int(self._counts[0]), sampling)
+        room = self._room(prefix_ids.shape[1] + text_ids.shape[1] + self.manifest.span, sampling)
         self._vision_kept = self.backend.see(pixels)
         timings.vision = 1e3 * (time.perf_counter() - seen)
         return self._answer(prefix_ids, text_ids, True, sampling, room, timings)
@@ -148,8 +148,8 @@ class Session:
         room = most - self._position - new
         if room < 1:
             raise CapacityError(
-                f"the dialogue needs {self._position + new} tokens (visual ones included) and room"
-                f" for an answer, the model has {most} positions; shorten the prompt"
+                f"the dialogue takes {self._position + new} positions (the picture's included) and"
+                f" needs room for an answer, the model has {most} positions; shorten the prompt"
             )
         asked = sampling.max_new_tokens if sampling else None
         if asked is None:
@@ -238,7 +238,7 @@ class Session:
             Chunk(prefix_ids, text_ids, self._position, self._lengths, with_picture)
         )
         self._lengths = after
-        self._position += text + int(visual[0])
+        self._position += text + (self.manifest.span if with_picture else 0)
         return output
 
 

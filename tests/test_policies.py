@@ -63,8 +63,7 @@ def _signals(prefix: int, visual: int, text: int, heads: int, kv_heads: int, see
         )[None],
         cos=torch.tensor(tables[0]),
         sin=torch.tensor(tables[1]),
-        visual_start=torch.tensor([start + prefix]),
-        visual_count=visual,
+        middle=torch.tensor([(2 * (start + prefix) + visual) // 2]),
     )
     return signals, query, key, positions, tables
 
@@ -100,7 +99,7 @@ def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads,
         weights = np.exp(logits - logits.max())
         rows.append(weights / weights.sum())
     oracle = np.mean(rows, axis=0)[prefix : prefix + visual]
-    found = signals.last_query_attention(signals.middle() if agnostic else None)
+    found = signals.last_query_attention(signals.middle if agnostic else None)
     np.testing.assert_allclose(found.numpy(), oracle, atol=1e-5)
 
 
@@ -137,7 +136,7 @@ def test_utp_enters_with_all_tokens_up_to_a_ratio_of_four() -> None:
 def test_utp_scores_the_first_layers_without_positions() -> None:
     signals, *_ = _signals(2, 6, 3, 2, 2, seed=1)
     policy = policies.make(PruneSpec("utp", options={"agnostic_layers": "3"}))
-    plain, agnostic = (signals.last_query_attention(p) for p in (None, signals.middle()))
+    plain, agnostic = (signals.last_query_attention(p) for p in (None, signals.middle))
     assert not torch.allclose(plain, agnostic)
     assert torch.equal(policy.record(3, signals), agnostic)
     assert torch.equal(policy.record(4, signals), plain)

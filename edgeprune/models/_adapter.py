@@ -13,6 +13,7 @@ from edgeprune.errors import ModelError
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._layers import Linear
+from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
 from edgeprune.spec import ModelShape, Plan
@@ -36,6 +37,11 @@ class Adapter:
     @property
     def shape(self) -> ModelShape:
         raise NotImplementedError
+
+    @property
+    def mrope(self) -> MRope | None:
+        """Three positions a token, where the decoder has them."""
+        return None
 
     @property
     def image_token_id(self) -> int:

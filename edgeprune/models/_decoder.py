@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.models._layers import Linear, Scale, join_heads, split_heads
+from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import InputSignals, LayerSignals, Segments
@@ -40,11 +41,12 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    mrope: MRope | None = None  # None: one position a token
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Tables [positions, head / 2] in the graph's dtype."""
+    """Tables [n, head / 2] in the graph's dtype; a token's position names its row."""
 
     cos: Tensor
     sin: Tensor
@@ -155,7 +157,7 @@ class Prune(nn.Module):
 
     def _choose(self, signals: LayerSignals, live: int) -> Tensor:
         if self.stage.keep == 0:
-            return signals.visual_start.new_empty(0)
+            return signals.middle.new_empty(0)
         return self.policy.layer(signals, self.stage, live)
 
 
@@ -212,17 +214,18 @@ class Decoder(nn.Module):
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
         past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
         past_values: Sequence[Tensor],
+        places: Tensor | None = None,  # M-RoPE: int64 [V], which of the picture's tokens they are
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions."""
         text, kept = self.embedding(text_ids), list[Tensor]()
         if self.prune_input is not None:
             visual, chosen = self.prune_input(visual, text)
+            places = None if places is None else places.index_select(0, chosen)
             kept.append(chosen)
         hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
-        positions = (position + torch.arange(segments.total, device=position.device))[None]
-        start, entered = position + segments.prefix, segments.visual
-        rotary, keys, values = Rotary(self.cos, self.sin), [], []
+        rotary, positions, middle = self._place(position, segments, places)
+        entered, keys, values = segments.visual, list[Tensor](), list[Tensor]()
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
             if signals is not None and str(index + 1) in self.prune:
@@ -242,13 +245,33 @@ class Decoder(nn.Module):
                 key=seen.key,
                 rotated_query=seen.rotated_query,
                 rotated_key=seen.rotated_key,
-                cos=self.cos,
-                sin=self.sin,
-                visual_start=start,
-                visual_count=entered,
+                cos=rotary.cos,
+                sin=rotary.sin,
+                middle=middle,
             )
             self.observe(index + 1, signals)
         return self.logits(hidden), keys, values, kept
+
+    @property
+    def span(self) -> int:
+        """Positions that a picture takes."""
+        mrope = self.config.mrope
+        return self.plan.entering if mrope is None else mrope.span
+
+    def _place(
+        self, first: Tensor, segments: Segments, places: Tensor | None
+    ) -> tuple[Rotary, Tensor, Tensor]:
+        """Rotary tables, the row of each token in them [1, S], that of the picture's middle [1]."""
+        mrope = self.config.mrope
+        if mrope is None:
+            rows = first + torch.arange(segments.total, device=first.device)
+            middle = (2 * (first + segments.prefix) + segments.visual) // 2
+            return Rotary(self.cos, self.sin), rows[None], middle
+        assert places is not None  # M-RoPE places each visual token
+        positions = mrope.positions(first, segments, places)
+        rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
+        rows = torch.arange(segments.total + 1, device=first.device)  # of this call alone
+        return rotary, rows[None, :-1], rows[-1:]
 
     def _site(self, layer: int) -> Prune:
         site = self.prune[str(layer)]

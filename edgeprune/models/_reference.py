@@ -64,15 +64,16 @@ class Reference:
         """A picture and a first question."""
         self.restart()
         visual, self.vision_kept = self.vision(prompt.pixels.to(self.dtype))
-        return self._run(prompt.prefix_ids, visual, prompt.text_ids)
+        return self._run(prompt.prefix_ids, visual, prompt.text_ids, self.vision_kept)
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Step:
         """More text, int64 [1, T]: one token to decode, or the next turn's."""
         empty = torch.zeros(1, 0, self.decoder.config.width, dtype=self.dtype)
-        return self._run(torch.zeros(1, 0, dtype=torch.int64), empty, ids)
+        nothing = torch.zeros(1, 0, dtype=torch.int64)
+        return self._run(nothing, empty, ids, nothing[0])
 
-    def _run(self, prefix_ids: Tensor, visual: Tensor, text_ids: Tensor) -> Step:
+    def _run(self, prefix_ids: Tensor, visual: Tensor, text_ids: Tensor, places: Tensor) -> Step:
         logits, self.keys, self.values, kept = self.decoder(
             prefix_ids,
             visual,
@@ -81,11 +82,12 @@ class Reference:
             self.lengths,
             self.keys,
             self.values,
+            places,
         )
         counts = torch.tensor(self.decoder.plan.counts).clamp(max=visual.shape[1])
         text = prefix_ids.shape[1] + text_ids.shape[1]
         self.lengths = self.lengths + text + counts
-        self.position += text + int(counts[0])
+        self.position += text + (self.decoder.span if visual.shape[1] else 0)
         return Step(logits[0, 0].float(), tuple(kept))
 
     def generate(self, prompt: Prompt, tokens: int, stop: Callable[[int], bool]) -> list[int]:

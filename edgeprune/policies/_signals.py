@@ -72,16 +72,16 @@ class LayerSignals:
     key: Tensor  # [1, kv_heads, S, head], before rotary embedding
     rotated_query: Tensor  # as query, with its position
     rotated_key: Tensor  # as key, with their positions
-    cos: Tensor  # [positions, head / 2], the rotary table
+    cos: Tensor  # [n, head / 2], rotary tables
     sin: Tensor
-    visual_start: Tensor  # int64 [1], position of the picture's first token
-    visual_count: int  # tokens of the picture that entered layer 1
+    middle: Tensor  # int64 [1], row of the tables for p' = floor((p1 + p2) / 2 + 1/2), the middle
+    # of the picture's positions p1 .. p2; under M-RoPE of each of the three by itself
 
     def last_query_attention(self, agnostic: Tensor | None = None) -> Tensor:
         """Attention of the last token to each visual token, head mean: float32 [visual].
 
-        With `agnostic` (int64 [1]) every visual token is scored as if it stood at that position
-        (UTP, Eq. 2); text tokens keep theirs, so they still share the softmax.
+        With `agnostic` (int64 [1]) every visual token is scored as if it stood at that row of the
+        rotary tables (UTP, Eq. 2); text tokens keep theirs, so they still share the softmax.
         """
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
         logits = _dot(self.rotated_query, self.rotated_key)  # [1, kv_heads, group, S]
@@ -89,10 +89,6 @@ class LayerSignals:
             moved = _dot(self._query_against(agnostic), self.key[:, :, start:end])
             logits = torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
-
-    def middle(self) -> Tensor:
-        """p' = floor((p1 + p2) / 2 + 1/2) over the picture's positions p1..p2: int64 [1]."""
-        return (2 * self.visual_start + self.visual_count) // 2
 
     def _query_against(self, position: Tensor) -> Tensor:
         """The last query turned so that its dot product with an unrotated key is that of a key

@@ -45,5 +45,5 @@ class Policy(_policy.Policy):
         return top(self.record(stage.layer - 1, signals), keep)
 
     def record(self, layer: int, signals: LayerSignals) -> Tensor:
-        agnostic = signals.middle() if layer <= self.agnostic_layers else None
+        agnostic = signals.middle if layer <= self.agnostic_layers else None
         return signals.last_query_attention(agnostic)
