@@ -26,6 +26,7 @@ class Policy:
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     sites: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()  # beside the picture: text, [CLS], calibration
 
     def first(self, shape: ModelShape, cr: float) -> int | None:
         """r_1 for a method whose other counts come from a calibrated schedule, else None."""

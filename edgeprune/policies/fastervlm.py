@@ -28,6 +28,7 @@ class Policy(_policy.Policy):
     )
     summary: ClassVar[str] = "tokens with the most [CLS] attention, before the decoder"
     sites: ClassVar[tuple[str, ...]] = ("vision",)
+    needs: ClassVar[tuple[str, ...]] = ("[CLS]",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not shape.has_cls:

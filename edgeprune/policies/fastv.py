@@ -32,6 +32,7 @@ class Policy(_policy.Policy):
     )
     summary: ClassVar[str] = "after layer K, the tokens that the last prompt token attends to most"
     sites: ClassVar[tuple[str, ...]] = ("layer",)
+    needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         tokens, layers = shape.visual_tokens, shape.layers

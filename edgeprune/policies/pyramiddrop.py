@@ -38,6 +38,7 @@ class Policy(_policy.Policy):
         "at three depths, a share of the tokens by the last prompt token's attention"
     )
     sites: ClassVar[tuple[str, ...]] = ("layer",)
+    needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         tokens, layers = shape.visual_tokens, shape.layers

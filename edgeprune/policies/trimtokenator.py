@@ -33,6 +33,7 @@ class Policy(_policy.Policy):
     )
     summary: ClassVar[str] = "tokens near the question's embeddings, then the most unlike ones"
     sites: ClassVar[tuple[str, ...]] = ("input",)
+    needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not 0 < self.aligned <= 1:

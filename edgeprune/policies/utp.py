@@ -29,6 +29,7 @@ class Policy(_policy.Policy):
     paper: ClassVar[str] = "Unbiased Token Pruning for Efficient Large Multimodal Models"
     summary: ClassVar[str] = "position-agnostic attention, per-layer counts from an integer program"
     sites: ClassVar[tuple[str, ...]] = ("vision", "layer")
+    needs: ClassVar[tuple[str, ...]] = ("text", "calibration", "[CLS] above CR 4")
 
     def first(self, shape: ModelShape, cr: float) -> int | None:
         return min(shape.visual_tokens, round(4 * shape.visual_tokens / cr))

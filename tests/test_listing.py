@@ -1,0 +1,62 @@
+"""`edgeprune methods` and `edgeprune models` tell what the files say of themselves."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import Refused
+
+from edgeprune import models, policies
+from edgeprune.cli import main
+from edgeprune.policies import Policy
+
+CONTROLS = {"none", "random", "uniform"}
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_the_list_has_a_line_for_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    head, *lines = told(capsys, "methods").splitlines()
+    assert head.split() == ["method", "prunes", "at", "needs", "what", "stays"]
+    assert [line.split()[0] for line in lines] == policies.names()
+    for name, line in zip(policies.names(), lines, strict=True):
+        policy = policies.load(name)
+        assert line.endswith(policy.summary)
+        assert all(word in line for word in (*policy.sites, *policy.needs))
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_a_method_tells_its_paper_options_and_deviations(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, text = policies.load(name), told(capsys, "methods", name)
+    assert bool(policy.paper) != (name in CONTROLS)
+    assert policy.paper in text
+    assert (sys.modules[policy.__module__].__doc__ or "!").strip() in text
+    for option in fields(policy):
+        assert f"--set {option.name}=" in text
+
+
+def test_options_are_told_with_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(capsys, "methods", "fastv")
+    assert "options    --set K=2  layers that see every visual token" in text.splitlines()
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_what_calibrates_says_so(name: str) -> None:
+    policy = policies.load(name)
+    assert ("calibration" in policy.needs) == (policy.first is not Policy.first)
+
+
+def test_every_family_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = told(capsys, "models").splitlines()
+    assert [line.split()[0] for line in lines] == [*models.names(), "demo"]
+
+
+def test_no_such_method(refused: Refused) -> None:
+    assert "there is no method 'nosuch'; choose one of: " in refused("methods", "nosuch")
