@@ -82,6 +82,7 @@ class Schedule:
     evidence_hash: str
     versions: dict[str, str]
     seconds: float
+    loss: tuple[float, ...] = ()  # ell_l, mean over samples, radians; empty: not stored at the time
 
     def __post_init__(self) -> None:
         counts = self.counts
@@ -94,6 +95,9 @@ class Schedule:
                 f"counts sum to {sum(counts)}, which is not CR {self.cr:g} of"
                 f" {self.visual_tokens} tokens in {len(counts)} layers"
             )
+        angles = all(0 <= angle < math.inf for angle in self.loss)
+        if self.loss and not (angles and len(self.loss) == len(counts)):
+            raise ScheduleError(f"loss is an angle for each layer; got {list(self.loss)}")
         if not (0 <= self.bound <= self.objective < math.inf):
             raise ScheduleError(f"no bound {self.bound} can prove an objective {self.objective}")
 
@@ -132,6 +136,7 @@ class Schedule:
                 " make it again with edgeprune calibrate"
             )
         try:
+            content = {"loss": [], **content}  # which older files lack
             return cls(**{f.name: _READ[f.name](content[f.name]) for f in fields(cls)})
         except KeyError as error:
             raise ScheduleError(f"this schedule lacks {error}") from error
@@ -192,6 +197,7 @@ def solve(
             **{name: version(name) for name in ("edgeprune", "numpy", "highspy")},
         },
         seconds=round(perf_counter() - began, 3),
+        loss=tuple(round(float(angle), 6) for angle in evidence.loss.mean(0)),
     )
 
 
@@ -263,4 +269,5 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "evidence_hash": lambda value: _a(str, value),
     "versions": lambda value: {_a(str, k): _a(str, v) for k, v in _a(dict, value).items()},
     "seconds": _number,
+    "loss": lambda value: tuple(_number(angle) for angle in _a(list, value)),
 }

@@ -132,6 +132,7 @@ def test_every_schedule_keeps_the_budget_and_never_rises(data):
     assert all(np.diff(schedule.counts) <= 0) and schedule.counts[-1] >= 0
     assert 0 <= schedule.bound <= schedule.objective
     assert schedule.objective == pytest.approx(naive_loss(measured, schedule.counts), abs=1e-9)
+    assert schedule.loss == pytest.approx(measured.loss.mean(0), abs=1e-6)
 
 
 @pytest.mark.parametrize(

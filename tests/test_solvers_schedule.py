@@ -23,6 +23,7 @@ SCHEDULE = Schedule(
     evidence_hash="ab" * 32,
     versions={"numpy": "2.0"},
     seconds=1.5,
+    loss=(0.0, 0.5, 0.25, 0.125),
 )
 SHAPE = ModelShape("llava", 8, (2, 4), 4, 16, 32, 2, 2, 8, 100, 64, True)
 
@@ -83,6 +84,9 @@ def test_foreign_text_is_refused(text):
         ("versions", {"numpy": 2}),
         ("sample_ids", [1]),
         ("seconds", None),
+        ("loss", [0.5]),
+        ("loss", [0.0, 0.5, 0.25, -1.0]),
+        ("loss", ["0", 0.5, 0.25, 0.125]),
     ],
 )
 def test_a_damaged_field_is_refused_in_one_line(field, value):
@@ -90,6 +94,12 @@ def test_a_damaged_field_is_refused_in_one_line(field, value):
     with pytest.raises(ScheduleError) as caught:
         Schedule.from_json(json.dumps(content))
     assert "\n" not in str(caught.value)
+
+
+def test_files_from_before_losses_were_stored_are_read():
+    content = json.loads(SCHEDULE.to_json())
+    del content["loss"]
+    assert Schedule.from_json(json.dumps(content)) == replace(SCHEDULE, loss=())
 
 
 def test_a_missing_field_is_named():
