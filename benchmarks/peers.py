@@ -125,7 +125,7 @@ def _export(checkpoint: Path, output: Path, method: str, plan: Any, cr: float) -
     adapter.decoder_config = replace(adapter.decoder_config, output_bias=False)
     spec = PruneSpec(method, cr)
     processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
-    prompts = [random_prompt(adapter.image_side, adapter.shape.vocabulary, 0)]
+    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
     export(ExportRequest(SHAPE, spec, plan, output), adapter, make(spec), processor, prompts)
 
 

@@ -57,7 +57,7 @@ def bundle(name: str, method: str, plan: Plan, cr: float, checkpoint: Path, dtyp
     spec = PruneSpec(method, cr)
     processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
     request = ExportRequest(checkpoint.name, spec, plan, output, dtype=dtype)
-    prompts = [random_prompt(adapter.image_side, adapter.shape.vocabulary, 0)]
+    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
     export(request, adapter, make(spec), processor, prompts)
     return output
 

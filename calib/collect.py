@@ -9,7 +9,6 @@ that have begun run as one batch, so the whole costs about 1.6 prefills and not 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,11 +21,8 @@ from edgeprune.models._decoder import Cache, Decoder, Rotary
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
-from edgeprune.policies._signals import LayerSignals, VisionSignals
+from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import Plan
-
-if TYPE_CHECKING:
-    from edgeprune.models._clip import Vision
 
 
 class Recorder(Decoder):
@@ -86,7 +82,8 @@ def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, 
     full = decoder.feature(decoder.states[-1])
     cosine = torch.cosine_similarity(decoder.without_vision(text, positions), full)
     loss = torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()])  # ell_1 is not used
-    entry = _entry_scores(reference.vision, prompt.pixels)  # type: ignore[arg-type]
+    # [CLS] attention decides the tokens that enter layer 1 above CR 4
+    entry = reference.vision.encode(prompt.pixels).cls_attention()  # type: ignore[operator]
     return torch.stack(decoder.attention).numpy(), loss.numpy(), entry.numpy()
 
 
@@ -96,9 +93,3 @@ def _text_only(decoder: Recorder, prompt: Prompt) -> tuple[Tensor, Tensor]:
     before, after = torch.arange(prefix), torch.arange(prefix, prefix + prompt.text_ids.shape[1])
     states = torch.cat(decoder.states[:-1])[:, torch.cat([before, after + visual])]
     return states, torch.cat([before, after + decoder.span])[None]
-
-
-def _entry_scores(vision: Vision, pixels: Tensor) -> Tensor:
-    """[CLS] attention, which decides the tokens that enter layer 1 above CR 4: [V]."""
-    features, query, key = vision.encode(pixels)
-    return VisionSignals(features, query, key, vision.config.grid).cls_attention()

@@ -126,4 +126,4 @@ def _prompts(
     if recipe.model == "demo":
         return [sample.prompt for sample in demo_samples(processor, count)]
     shape = adapter.shape
-    return [random_prompt(adapter.image_side, shape.vocabulary, seed) for seed in range(count)]
+    return [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(count)]

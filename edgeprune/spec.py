@@ -53,6 +53,7 @@ class ModelShape:
     vocabulary: int
     max_positions: int
     has_cls: bool
+    separators: int = 0  # of the V tokens, those that the model puts between tiles' own
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ def _write_graphs(
     for module in (vision, decoder):
         adapter.sources(module)  # a tensor that is missing or misshapen is named now
     report("trace vision", 0, 1)
-    graphs = {"vision": vision_graph(vision, adapter.image_side, dtype, dialect.opset)}
+    graphs = {"vision": vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
     report("trace decoder", 0, 1)
     graphs["decoder"] = decoder_graph(decoder, dtype, dialect.opset)
     with WeightsFile(draft) as weights:

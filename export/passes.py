@@ -46,7 +46,9 @@ def _module_path(namespace: str) -> list[str]:
     if not names:
         return []
     path = re.sub(r"^prune\.(\d+)", lambda m: f"layers.{int(m[1]) - 1}.prune", names[-1])
-    return re.sub(r"^((?:layers|blocks)\.\d+)\.", r"\1/", path).replace("/", "\0").split("\0")
+    return (
+        re.sub(r"^((?:layers|encoder\.blocks)\.\d+)\.", r"\1/", path).replace("/", "\0").split("\0")
+    )
 
 
 def _is_module(kind: str) -> bool:

@@ -34,9 +34,11 @@ def hollow(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.eval()
 
 
-def vision_graph(module: nn.Module, side: int, dtype: torch.dtype, opset: int) -> ir.Model:
-    """pixels [1, 3, side, side] -> visual [1, r_1, D], kept [r_1]; every size fixed."""
-    pixels = torch.zeros(1, 3, side, side, dtype=dtype)
+def vision_graph(
+    module: nn.Module, shape: Sequence[int], dtype: torch.dtype, opset: int
+) -> ir.Model:
+    """pixels [tiles, 3, H, W] -> visual [1, r_1, D], kept [r_1]; every size fixed."""
+    pixels = torch.zeros(*shape, dtype=dtype)
     return _trace(module, (pixels,), None, ["pixels"], ["visual", "kept"], opset)
 
 

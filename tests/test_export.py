@@ -72,7 +72,7 @@ def test_nodes_carry_the_names_of_their_modules(demo_utp: Path) -> None:
     kept = [f"layers.{n - 1}/prune/topk" for n in sites]
     assert set(kept[:-1]) <= set(names)
     assert "layers.3/mlp.gate/matmul" in names
-    assert "blocks.0/query/matmul" in {node.name for node in vision.graph.node}
+    assert "encoder.blocks.0/query/matmul" in {node.name for node in vision.graph.node}
 
 
 def test_weights_are_stored_once_and_as_the_graph_says(demo_utp: Path) -> None:
@@ -118,7 +118,7 @@ def test_layers_may_keep_one_token_or_none(
     spec, plan = PruneSpec("utp", cr), plan_from_counts(16, counts)
     processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
     request = ExportRequest("tiny", spec, plan, tmp_path / "bundle")
-    prompts = [random_prompt(56, adapter.shape.vocabulary, seed) for seed in range(2)]
+    prompts = [random_prompt((1, 3, 56, 56), adapter.shape.vocabulary, seed) for seed in range(2)]
     exported = export(request, adapter, make(spec), processor, prompts)
     assert exported.parity is not None
     assert exported.parity.samples == 2

@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {"num_key_value_heads": 2},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "llama3": {
         "rope_parameters": {
@@ -94,7 +95,7 @@ def theirs(model: LlavaForConditionalGeneration, prompt: Any, more: Tensor | Non
 def test_dense_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     model = saved(tmp_path, **VARIANTS[variant])
     ours = reference(tmp_path, make(PruneSpec("none")))
-    prompt = random_prompt(56, 4, seed=1)
+    prompt = random_prompt((1, 3, 56, 56), 4, seed=1)
     more = torch.tensor([[7, 8, 9]])
     wanted = theirs(model, prompt, more)
     torch.testing.assert_close(ours.prefill(prompt).logits, wanted[-4], atol=1e-5, rtol=1e-5)
@@ -105,7 +106,7 @@ def test_dense_logits_are_those_of_transformers(variant: str, tmp_path: Path) ->
 def test_greedy_generation_is_that_of_transformers(tmp_path: Path) -> None:
     model = saved(tmp_path)
     ours = reference(tmp_path, make(PruneSpec("none")))
-    prompt = random_prompt(56, 4, seed=2)
+    prompt = random_prompt((1, 3, 56, 56), 4, seed=2)
     ids = torch.cat([prompt.prefix_ids, torch.full((1, 16), 4), prompt.text_ids], 1)
     wanted = model.generate(
         input_ids=ids,
@@ -136,7 +137,7 @@ def test_a_second_turn_equals_one_long_prompt_with_the_same_kept_tokens(
 ) -> None:
     saved(tmp_path)
     ours = reference(tmp_path, Fixed(), plan_from_counts(16, counts))
-    prompt = random_prompt(56, 4, seed=3)
+    prompt = random_prompt((1, 3, 56, 56), 4, seed=3)
     turns = torch.tensor([[11], [12]]), torch.tensor([[13, 14, 15]])
     ours.prefill(prompt)
     for token in turns[0]:
@@ -154,7 +155,7 @@ def test_pruned_tokens_are_as_if_masked(tmp_path: Path) -> None:
     """Dropping tokens before layer 3 equals hiding them from every query of layers 3 and 4."""
     model = saved(tmp_path)
     ours = reference(tmp_path, Fixed(), plan_from_counts(16, (16, 16, 4, 4)))
-    prompt = random_prompt(56, 4, seed=4)
+    prompt = random_prompt((1, 3, 56, 56), 4, seed=4)
     pruned = ours.prefill(prompt)
     first = prompt.prefix_ids.shape[1]
     dropped = [first + i for i in range(16) if i not in pruned.kept[0].tolist()]
@@ -176,8 +177,8 @@ def test_pruned_tokens_are_as_if_masked(tmp_path: Path) -> None:
     [
         ({"hidden_act": "gelu"}, "activation 'gelu' in the decoder"),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "dynamic",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "yarn",
         ),
     ],
 )

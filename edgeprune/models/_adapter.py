@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
 from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._decoder import Decoder
+from edgeprune.models._decoder import Decoder, DecoderConfig
 from edgeprune.models._layers import Linear
 from edgeprune.models._mrope import MRope
+from edgeprune.models._names import CLIP, stored_names
 from edgeprune.models._ops import TorchOps
+from edgeprune.models._vision import Vision, VisionConfig
 from edgeprune.policies import Policy
 from edgeprune.spec import ModelShape, Plan
 
@@ -24,44 +26,67 @@ class Source:
     """Where a parameter comes from: a tensor's name, and whether it is stored the other way."""
 
     name: str
+    shape: tuple[int, ...]  # as stored, but for axes of length 1
     transposed: bool
 
 
 class Adapter:
     """Base of all families; never built itself."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    tower: ClassVar[Mapping[str, str]] = CLIP
+    """How the checkpoint names the parameters of the vision tower."""
+
+    vision_config: VisionConfig
+    decoder_config: DecoderConfig
+
+    def __init__(self, checkpoint: Checkpoint, config: Any) -> None:
         self.checkpoint = checkpoint
-        self.config: Any = None  # transformers' config of the family
+        self.config = config  # transformers', of the family
 
     @property
     def shape(self) -> ModelShape:
-        raise NotImplementedError
+        decoder, layout = self.decoder_config, self.vision_config.layout
+        return ModelShape(
+            family=self.config.model_type,
+            visual_tokens=layout.visual_tokens,
+            grid=layout.grid,
+            layers=decoder.layers,
+            width=decoder.width,
+            mlp_width=decoder.mlp_width,
+            attention_heads=decoder.heads,
+            kv_heads=decoder.kv_heads,
+            head_size=decoder.head_size,
+            vocabulary=decoder.vocabulary,
+            max_positions=decoder.max_positions,
+            has_cls=self.vision_config.encoder.cls,
+            separators=len(layout.separators),
+        )
 
     @property
     def mrope(self) -> MRope | None:
         """Three positions a token, where the decoder has them."""
-        return None
+        return self.decoder_config.mrope
 
     @property
     def image_token_id(self) -> int:
-        raise NotImplementedError
+        return int(self.config.image_token_id)
 
     @property
-    def image_side(self) -> int:
-        """Pixels a side of the picture that the vision tower takes."""
-        raise NotImplementedError
+    def pixels(self) -> tuple[int, ...]:
+        """Shape of what the vision graph takes: [tiles, 3, height, width]."""
+        side = self.vision_config.encoder.image
+        return self.vision_config.layout.tiles, 3, side, side
 
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
-        raise NotImplementedError
+        return Vision(self.vision_config, policy, plan, ops)
 
     def decoder(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Decoder:
-        raise NotImplementedError
+        return Decoder(self.decoder_config, policy, plan, ops)
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """Names under which checkpoints of this family store a parameter, likeliest first."""
-        raise NotImplementedError
+        return stored_names(parameter, self.tower)
 
     def sources(self, module: nn.Module) -> dict[str, Source]:
         """For each parameter of a module of ours, its tensor in the checkpoint."""
@@ -76,12 +101,12 @@ class Adapter:
             if stored in self.checkpoint.files:
                 shape = self.checkpoint.shape(stored)
                 wanted = tuple(parameter.shape)[::-1] if transposed else tuple(parameter.shape)
-                if shape != wanted:
+                if _bare(shape) != _bare(wanted):
                     raise ModelError(
                         f"{self.checkpoint.files[stored].name}: {stored} is {list(shape)},"
                         f" config.json says {list(wanted)}; the two are not of one checkpoint"
                     )
-                return Source(stored, transposed)
+                return Source(stored, wanted, transposed)
         raise ModelError(
             f"{self.checkpoint.folder} has no tensor {self.names(name)[0]}; its weights are"
             " incomplete or of another family"
@@ -89,7 +114,7 @@ class Adapter:
 
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
         """One parameter, laid out and rounded as a module of ours wants it."""
-        tensor = self.checkpoint.read(source.name).to(dtype)
+        tensor = self.checkpoint.read(source.name).to(dtype).reshape(source.shape)
         return tensor.t().contiguous() if source.transposed else tensor.contiguous()
 
     def load(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -106,6 +131,10 @@ class Adapter:
 def _is_linear(module: nn.Module, parameter: str) -> bool:
     owner, _, leaf = parameter.rpartition(".")
     return leaf == "weight" and isinstance(module.get_submodule(owner), Linear)
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def parameters(module: nn.Module) -> Iterator[str]:

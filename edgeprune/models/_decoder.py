@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._layers import Linear, Scale, join_heads, split_heads
+from edgeprune.models._layers import HeadNorm, Linear, Scale, join_heads, split_heads
 from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
@@ -41,6 +41,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head_norms: bool = False  # RMS norms of queries and keys, head by head
     mrope: MRope | None = None  # None: one position a token
 
 
@@ -80,13 +81,16 @@ class Attention(nn.Module):
         self.key = Linear(config.width, kv_inner, config.qkv_bias)
         self.value = Linear(config.width, kv_inner, config.qkv_bias)
         self.output = Linear(inner, config.width, config.output_bias)
+        norm = (config.head_size, config.eps)
+        self.query_norm = HeadNorm(*norm) if config.head_norms else nn.Identity()
+        self.key_norm = HeadNorm(*norm) if config.head_norms else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [1, heads, S, head], key and value [1, kv_heads, S, head], no positions yet."""
         kv_heads = self.config.kv_heads
         return (
-            split_heads(self.query(x), self.config.heads),
-            split_heads(self.key(x), kv_heads),
+            split_heads(self.query_norm(self.query(x)), self.config.heads),
+            split_heads(self.key_norm(self.key(x)), kv_heads),
             split_heads(self.value(x), kv_heads),
         )
 

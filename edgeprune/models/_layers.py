@@ -36,3 +36,36 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """[batch, heads, S, head] -> [batch, S, heads * head]."""
     return x.transpose(1, 2).flatten(2)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in float32, from plain operators."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+class HeadNorm(RMSNorm):
+    """The same over each head's part of the last axis, with one weight for all heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        size = self.weight.shape[0]
+        return super().forward(x.view(batch, length, width // size, size)).flatten(2)
+
+
+class Gain(nn.Module):
+    """A learned factor for each channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Prompt:
     """One picture with one question, as tensors."""
 
-    pixels: Tensor  # float32 [1, 3, H, W]
+    pixels: Tensor  # float32 [tiles, 3, H, W]
     prefix_ids: Tensor  # int64 [1, P], before the picture
     text_ids: Tensor  # int64 [1, T], after it
 
@@ -58,9 +58,9 @@ class Processor:
         return decoded
 
 
-def random_prompt(side: int, vocabulary: int, seed: int) -> Prompt:
-    """A prompt of noise, for checkpoints whose own samples are not at hand."""
+def random_prompt(pixels: tuple[int, ...], vocabulary: int, seed: int) -> Prompt:
+    """A prompt of noise, `pixels` its shape, for checkpoints whose own samples are not at hand."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, vocabulary, (1, 24), generator=generator)
-    pixels = torch.randn(1, 3, side, side, generator=generator)
-    return Prompt(pixels, ids[:, :8], ids[:, 8:])
+    noise = torch.randn(pixels, generator=generator)
+    return Prompt(noise, ids[:, :8], ids[:, 8:])

@@ -13,7 +13,8 @@ def inverse_frequencies(config: Any, head_size: int) -> tuple[float, ...]:
     """Radians per position for each pair of a head: [head / 2].
 
     transformers 5 keeps the settings in `rope_parameters` and fills it from older configs, so only
-    that is read. Kinds whose frequencies depend on the sequence's length are refused by name.
+    that is read. `dynamic` changes nothing up to the decoder's number of positions, and no
+    dialogue is longer; other kinds whose frequencies depend on the length are refused by name.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -21,12 +22,12 @@ def inverse_frequencies(config: Any, head_size: int) -> tuple[float, ...]:
     kind = parameters.get("rope_type", "default")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("this decoder rotates only a part of each head, which is not supported")
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
         return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist())
     if kind not in ("linear", "llama3"):
         raise ModelError(
-            f"this decoder uses rope_type {kind!r}; supported: default, linear, llama3"
+            f"this decoder uses rope_type {kind!r}; supported: default, dynamic, linear, llama3"
         )
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     if scaling != 1.0:

@@ -6,6 +6,7 @@ Batch is 1 throughout. Scores are float32 whatever the graph's dtype: attention 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,19 +30,29 @@ class Segments:
 
 @dataclass(frozen=True)
 class VisionSignals:
-    """Inside the encoder block whose output the projector reads (CLIP: the last but one)."""
+    """Inside the encoder block whose output the projector reads (CLIP: the last but one).
 
-    features: Tensor  # [1, N, width], the block's output for the N patches, [CLS] dropped
-    query: Tensor  # [1, heads, 1 + N, head]
-    key: Tensor  # [1, heads, 1 + N, head]
-    grid: tuple[int, int]  # rows, columns of the patches
+    A picture is one tile or several, each encoded by itself; a visual token is one patch or several
+    merged, and tokens stand in the decoder's reading order.
+    """
+
+    features: Tensor  # [1, N, width], the block's output for the N tokens, [CLS] dropped
+    query: Tensor  # [tiles, heads, (1 +) patches, head], [CLS] first where there is one
+    key: Tensor  # [tiles, heads, (1 +) patches, head]
+    grid: tuple[int, int]  # rows, columns of the tokens; (1, V) where they are no rectangle
+    cls: Tensor | None = None  # [tiles, 1, width], the block's output for [CLS]; None without one
+    pool: Callable[[Tensor], Tensor] | None = None  # mean over each token's patches:
+    # [tiles, patches, ...] -> [N, ...]; None where tokens are the patches of one tile
 
     def cls_attention(self) -> Tensor:
-        """Attention of [CLS] to each patch, softmax over [CLS] and patches, head mean: [N]."""
+        """Attention of [CLS] to each token, softmax over its tile's patches, head mean: [N]."""
         query, key = self.query[:, :, :1].float(), self.key.float()
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        attention: Tensor = logits.softmax(-1)[0, :, 0, 1:]
-        return attention.mean(0)
+        return self._per_token(logits.softmax(-1)[:, :, 0, 1:].mean(1))
+
+    def _per_token(self, values: Tensor) -> Tensor:
+        """[tiles, patches, ...] -> [N, ...]."""
+        return values[0] if self.pool is None else self.pool(values)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""A vision transformer over square tiles: CLIP, SigLIP and InternViT are settings of it.
+
+They differ in what stands around the same blocks: a [CLS] token, a norm before the first block or
+after the last, norms of queries and keys, a gain on each branch. What a tower lacks is an identity
+here, so the forward passes have no branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeprune.models._layers import Gain, Linear, RMSNorm, join_heads, split_heads
+from edgeprune.models._ops import TorchOps
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """Sizes of a vision transformer, cut after the block whose output is read."""
+
+    blocks: int  # that are run: the tower's, less those after the chosen hidden state
+    width: int
+    mlp_width: int
+    heads: int
+    image: int  # pixels a side of a tile
+    patch: int
+    eps: float
+    activation: str
+    cls: bool = True
+    patch_bias: bool = False
+    qkv_bias: bool = True
+    pre_norm: bool = False  # before the first block
+    post_norm: bool = False  # after the last
+    qk_norm: bool = False  # RMS norms of queries and keys over all heads
+    gain: bool = False  # learned factors on the two branches of a block
+    rms_norm: bool = False  # the blocks' norms are RMS norms
+
+    @property
+    def side(self) -> int:
+        """Patches a side of a tile."""
+        return self.image // self.patch
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the last block says of a batch of tiles; S = 1 + N with [CLS] first, N without."""
+
+    features: Tensor  # [tiles, N, width], its output for the patches
+    cls: Tensor | None  # [tiles, 1, width], and for [CLS]
+    query: Tensor  # [tiles, heads, S, head]
+    key: Tensor  # [tiles, heads, S, head]
+
+
+class Block(nn.Module):
+    def __init__(self, config: EncoderConfig, ops: TorchOps) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        width, normed = config.width, RMSNorm if config.rms_norm else nn.LayerNorm
+        self.attention_norm = normed(width, config.eps)
+        self.query = Linear(width, width, config.qkv_bias)
+        self.key = Linear(width, width, config.qkv_bias)
+        self.value = Linear(width, width, config.qkv_bias)
+        self.query_norm = RMSNorm(width, 1e-6) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(width, 1e-6) if config.qk_norm else nn.Identity()
+        self.output = Linear(width, width, bias=True)
+        self.attention_gain = Gain(width) if config.gain else nn.Identity()
+        self.mlp_norm = normed(width, config.eps)
+        self.up = Linear(width, config.mlp_width, bias=True)
+        self.down = Linear(config.mlp_width, width, bias=True)
+        self.mlp_gain = Gain(width) if config.gain else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [tiles, S, width], query and key [tiles, heads, S, head]."""
+        normed, heads = self.attention_norm(x), self.config.heads
+        query = split_heads(self.query_norm(self.query(normed)), heads)
+        key = split_heads(self.key_norm(self.key(normed)), heads)
+        value = split_heads(self.value(normed), heads)
+        mixed = self.output(join_heads(self.ops.attend_all(query, key, value)))
+        x = x + self.attention_gain(mixed)
+        activation = ACTIVATIONS[self.config.activation]
+        x = x + self.mlp_gain(self.down(activation(self.up(self.mlp_norm(x)))))
+        return x, query, key
+
+
+class Encoder(nn.Module):
+    """Pixels [tiles, 3, H, W] to features, queries and keys."""
+
+    def __init__(self, config: EncoderConfig, ops: TorchOps) -> None:
+        super().__init__()
+        self.config = config
+        positions = config.side**2 + config.cls
+        self.cls = nn.Parameter(torch.empty(config.width)) if config.cls else None
+        self.patch = nn.Conv2d(3, config.width, config.patch, config.patch, bias=config.patch_bias)
+        self.position = nn.Parameter(torch.empty(positions, config.width))
+        norm = (config.width, config.eps)
+        self.pre_norm = nn.LayerNorm(*norm) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.blocks))
+        self.post_norm = nn.LayerNorm(*norm) if config.post_norm else nn.Identity()
+
+    def forward(self, pixels: Tensor) -> Encoded:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
+        x = self.pre_norm(x + self.position)
+        for block in self.blocks:
+            x, query, key = block(x)
+        x = self.post_norm(x)
+        if self.cls is None:
+            return Encoded(x, None, query, key)
+        return Encoded(x[:, 1:], x[:, :1], query, key)

@@ -1,0 +1,76 @@
+"""How what a vision encoder says of a picture's tiles becomes the visual tokens of the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SEPARATOR = -1
+"""In a layout's order: no tile's token, but one that the model puts between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The reading order of a picture's V visual tokens, for one frozen input size.
+
+    A tile of `side` x `side` patches has (side / merge)^2 tokens. `order` names for each visual
+    token the tile token that it is, counted over all tiles, or SEPARATOR.
+    """
+
+    tiles: int
+    side: int  # patches a side of a tile
+    merge: int  # patches a side that become one token
+    order: tuple[int, ...]
+    grid: tuple[int, int]  # rows, columns of the V tokens; (1, V) where they are no rectangle
+
+    @classmethod
+    def plain(cls, side: int, merge: int = 1, tiles: int = 1) -> Layout:
+        """Tile after tile, row after row."""
+        rows = side // merge
+        return cls(tiles, side, merge, tuple(range(tiles * rows**2)), (tiles * rows, rows))
+
+    @property
+    def visual_tokens(self) -> int:
+        return len(self.order)
+
+    @property
+    def separators(self) -> tuple[int, ...]:
+        """Their positions among the V visual tokens."""
+        return tuple(i for i, source in enumerate(self.order) if source == SEPARATOR)
+
+    @property
+    def from_tiles(self) -> tuple[int, ...]:
+        """Positions of all others among the V visual tokens."""
+        return tuple(i for i, source in enumerate(self.order) if source != SEPARATOR)
+
+    def join(self, features: Tensor) -> Tensor:
+        """A token's patches side by side, tokens in reading order: [tiles, patches, width] ->
+        [1, C, merge^2 * width], C = V less the separators."""
+        joined = self._grouped(features).flatten(2)
+        return self._in_order(joined)[None]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over each token's patches, in reading order: [tiles, patches, ...] ->
+        [C, ...]."""
+        grouped = self._grouped(values.flatten(2) if values.dim() > 2 else values[..., None])
+        means = self._in_order(grouped.mean(2))
+        return means.reshape(-1, *values.shape[2:])
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """[tiles, patches, width] -> [tiles, tokens, merge^2, width], each group row by row."""
+        tiles, _, width = x.shape
+        rows = self.side // self.merge
+        if self.merge == 1:
+            return x[:, :, None]
+        split = x.view(tiles, rows, self.merge, rows, self.merge, width)
+        return split.transpose(2, 3).reshape(tiles, rows**2, self.merge**2, width)
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        """[tiles, tokens, width] -> [C, width]."""
+        x = x.flatten(0, 1)
+        wanted = [source for source in self.order if source != SEPARATOR]
+        if wanted == list(range(x.shape[0])):
+            return x
+        return x.index_select(0, torch.tensor(wanted, device=x.device))

@@ -1,0 +1,74 @@
+"""Reading vision towers and projectors from transformers' configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeprune.errors import ModelError
+from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._vision import ProjectorConfig
+
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+
+
+def read_config(checkpoint: Checkpoint, kind: Any) -> Any:
+    """A checkpoint's config.json as transformers' class of the family."""
+    try:
+        return kind.from_pretrained(checkpoint.folder)
+    except Exception as error:  # transformers raises many kinds for a wrong config.json
+        raise ModelError(f"{checkpoint.folder / 'config.json'} is damaged: {error}") from error
+
+
+def is_tied(checkpoint: Checkpoint, config: Any) -> bool:
+    """Whether the output head is the embedding: the config says so and no head is stored."""
+    stored = any(name.endswith("lm_head.weight") for name in checkpoint.files)
+    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    return bool(tied and not stored)
+
+
+def refuse(config: Any, demands: dict[str, bool]) -> None:
+    """ModelError that names each of a config's demands which is not supported."""
+    missing = [what for what, supported in demands.items() if not supported]
+    if missing:
+        kind = config.model_type
+        raise ModelError(f"this {kind} checkpoint has {', '.join(missing)}: not supported")
+
+
+def clip_or_siglip(config: Any) -> EncoderConfig:
+    """The vision tower of a LLaVA-like config, cut after the block that its projector reads."""
+    vision, layer = config.vision_config, config.vision_feature_layer
+    clip = vision.model_type == CLIP
+    strategy = "default" if clip else "full"  # what drops [CLS], and what has none to drop
+    refuse(
+        config,
+        {
+            f"a {vision.model_type} vision tower": vision.model_type in (CLIP, SIGLIP),
+            f"vision_feature_layer {layer}": isinstance(layer, int) and layer != 0,
+            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}": (
+                config.vision_feature_select_strategy == strategy
+            ),
+            f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
+        },
+    )
+    return EncoderConfig(
+        blocks=layer if layer >= 0 else vision.num_hidden_layers + 1 + layer,
+        width=vision.hidden_size,
+        mlp_width=vision.intermediate_size,
+        heads=vision.num_attention_heads,
+        image=vision.image_size,
+        patch=vision.patch_size,
+        eps=vision.layer_norm_eps,
+        activation=vision.hidden_act,
+        cls=clip,
+        patch_bias=not clip,
+        pre_norm=clip,
+    )
+
+
+def projector(config: Any, inputs: int) -> ProjectorConfig:
+    """The two linear layers of a LLaVA-like config, from `inputs` to the decoder's width."""
+    activation = config.projector_hidden_act
+    refuse(config, {f"activation {activation!r}": activation in ACTIVATIONS})
+    bias = getattr(config, "multimodal_projector_bias", True)
+    return ProjectorConfig(inputs, config.text_config.hidden_size, activation, bias)

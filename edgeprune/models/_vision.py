@@ -1,0 +1,106 @@
+"""Pixels to visual tokens: encoder, pruning before the decoder, projector, separators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.models._encoder import ACTIVATIONS, Encoder, EncoderConfig
+from edgeprune.models._layers import Linear
+from edgeprune.models._layout import Layout
+from edgeprune.models._ops import TorchOps
+from edgeprune.policies import Policy
+from edgeprune.policies._signals import InputSignals, VisionSignals
+from edgeprune.spec import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorConfig:
+    """Two linear layers from the encoder's width to the decoder's."""
+
+    inputs: int
+    output: int
+    activation: str
+    bias: bool = True
+    norm: bool = False  # a layer norm before the first
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    encoder: EncoderConfig
+    projector: ProjectorConfig
+    layout: Layout
+
+
+class Projector(nn.Module):
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.inputs) if config.norm else nn.Identity()
+        self.first = Linear(config.inputs, config.output, config.bias)
+        self.second = Linear(config.output, config.output, config.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        activation = ACTIVATIONS[self.config.activation]
+        projected: Tensor = self.second(activation(self.first(self.norm(features))))
+        return projected
+
+
+class Separators(nn.Module):
+    """Puts the model's own tokens back between those of the tiles; none of them is dropped."""
+
+    def __init__(self, layout: Layout, width: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.newline = nn.Parameter(torch.empty(width))
+
+    def forward(self, visual: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Survivors [1, n, width] of the C tile tokens -> with separators, positions among V."""
+        own, theirs = self.layout.from_tiles, self.layout.separators
+        places = kept.new_tensor(own).index_select(0, kept)
+        places = torch.cat([places, kept.new_tensor(theirs)])
+        places, order = places.topk(places.shape[0], largest=False)
+        newlines = self.newline.expand(1, len(theirs), -1)
+        return torch.cat([visual, newlines], dim=1).index_select(1, order), places
+
+
+class Vision(nn.Module):
+    """The vision graph: what a policy drops before the decoder is dropped here."""
+
+    def __init__(
+        self, config: VisionConfig, policy: Policy, plan: Plan, ops: TorchOps | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.policy, self.plan = config, policy, plan
+        self.encoder = Encoder(config.encoder, ops or TorchOps())
+        self.projector = Projector(config.projector)
+        separated = config.layout.separators
+        width = config.projector.output
+        self.separators = Separators(config.layout, width) if separated else None
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [tiles, 3, H, W] -> visual tokens [1, r_1, output], their positions int64 [r_1].
+
+        A stage's count includes the separators, which have no features to score and stay.
+        """
+        signals, stages = self.encode(pixels), self.plan.before_decoder()
+        features, fixed = signals.features, len(self.config.layout.separators)
+        kept = torch.arange(features.shape[1], device=features.device)
+        for stage in (s for s in stages if s.site == "vision"):
+            kept = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
+            features = features.index_select(1, kept)
+        visual = self.projector(features)
+        if self.separators is not None:
+            visual, kept = self.separators(visual, kept)
+        for stage in (s for s in stages if s.site == "input"):
+            chosen = self.policy.input(InputSignals(visual, visual.shape[1]), stage, stage.keep)
+            visual, kept = visual.index_select(1, chosen), kept.index_select(0, chosen)
+        return visual, kept
+
+    def encode(self, pixels: Tensor) -> VisionSignals:
+        """The output of the last block that is run, and what a policy may look at in it."""
+        seen, layout = self.encoder(pixels), self.config.layout
+        features = layout.join(seen.features)
+        return VisionSignals(features, seen.query, seen.key, layout.grid, seen.cls, layout.mean)
