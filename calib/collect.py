@@ -82,8 +82,8 @@ def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, 
     full = decoder.feature(decoder.states[-1])
     cosine = torch.cosine_similarity(decoder.without_vision(text, positions), full)
     loss = torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()])  # ell_1 is not used
-    # [CLS] attention decides the tokens that enter layer 1 above CR 4
-    entry = reference.vision.encode(prompt.pixels).cls_attention()  # type: ignore[operator]
+    # its salience decides the tokens that enter layer 1 above CR 4
+    entry = reference.vision.encode(prompt.pixels).salience()  # type: ignore[operator]
     return torch.stack(decoder.attention).numpy(), loss.numpy(), entry.numpy()
 
 

@@ -23,14 +23,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path, PurePosixPath
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from edgeprune.errors import BundleError
+from edgeprune.errors import BundleError, SpecError
+from edgeprune.spec import Plan, Stage
 
 if sys.platform != "win32":
     import fcntl
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 QUICK = 256 << 20
 """Files up to so many bytes are hashed whenever a bundle is opened."""
@@ -55,17 +56,24 @@ class PruneRecord:
     visual_tokens: int  # V, before any pruning
     grid: tuple[int, int]  # rows, columns of the V tokens
     counts: tuple[int, ...]  # r_1 ... r_L
-    kept_outputs: tuple[str, ...]  # decoder outputs that name the kept tokens, in layer order
+    stages: tuple[Stage, ...]  # where tokens leave, in the order in which they meet them
     options: dict[str, str] = field(default_factory=dict)
     schedule: dict[str, Any] | None = None
 
     @property
-    def encoded(self) -> int:
-        """Visual tokens between the two graphs: r_1, or V where the decoder prunes before layer 1.
+    def kept_outputs(self) -> tuple[str, ...]:
+        """Outputs of decoder.onnx that say whose places the survivors take, in layer order."""
+        return self.plan.kept_outputs
 
-        What the text decides is decided in decoder.onnx, which then has an output `kept.1`.
-        """
-        return self.visual_tokens if "kept.1" in self.kept_outputs else self.counts[0]
+    @property
+    def encoded(self) -> int:
+        """Visual tokens between the two graphs: r_1, or more where the text prunes too."""
+        return self.plan.encoded
+
+    @property
+    def plan(self) -> Plan:
+        """The sizes that were frozen in."""
+        return Plan(self.visual_tokens, len(self.counts), self.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +208,7 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         manifest: Manifest = _typed(Manifest, data, "manifest")
         _check_manifest(manifest)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, SpecError) as error:
         raise BundleError(f"{file} is damaged ({error}); export the bundle again") from error
     return manifest
 
@@ -220,6 +228,8 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
         kinds = inner[:1] * len(value) if inner[-1] is ... else inner
         if len(kinds) == len(value):
             return tuple(_typed(k, v, place) for k, v in zip(kinds, value, strict=True))
+    elif origin is Literal and value in inner:
+        return value
     elif origin is dict and isinstance(value, dict):
         return {k: _typed(inner[1], v, f"{place}.{k}") for k, v in value.items()}
     elif kind is Any or type(value) is kind or (kind is float and type(value) is int):
@@ -229,9 +239,11 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
 
 def _check_manifest(manifest: Manifest) -> None:
     """ValueError where the parts of a manifest contradict each other or lack something."""
-    counts, layers = manifest.prune.counts, manifest.decoder.layers
-    if not counts or len(counts) != layers:
-        raise ValueError(f"{len(counts)} token counts for {layers} layers")
+    prune, layers = manifest.prune, manifest.decoder.layers
+    if not prune.counts or len(prune.counts) != layers:
+        raise ValueError(f"{len(prune.counts)} token counts for {layers} layers")
+    if prune.plan.counts != prune.counts:
+        raise ValueError("the stages give other token counts")
     if absent := [name for name in NEEDED if name not in manifest.files]:
         raise ValueError(f"files lacks {', '.join(absent)}")
 

@@ -94,14 +94,14 @@ class Plan:
         for stage in self.stages:
             if stage.layer < layer or not 1 <= stage.layer <= self.layers:
                 raise SpecError(f"stages must rise from layer 1 to {self.layers}; got {stage}")
-            if stage.survivors > live or stage.keep < 0:
+            if stage.survivors > live or min(stage.keep, stage.merged) < 0:
                 raise SpecError(
                     f"a stage cannot leave {stage.survivors} visual tokens where {live} are alive"
                 )
-            if stage.keep > TOPK_LIMIT:
+            if stage.survivors > TOPK_LIMIT:
                 raise SpecError(
                     f"TensorRT selects at most {TOPK_LIMIT} tokens at once, the plan keeps"
-                    f" {stage.keep}; use a smaller input or a larger --cr"
+                    f" {stage.survivors}; use a smaller input or a larger --cr"
                 )
             live, layer = stage.survivors, stage.layer
 
@@ -132,6 +132,11 @@ class Plan:
         """Visual tokens that leave the vision graph: r_1, or more where the text prunes too."""
         before = self.before_decoder()
         return before[-1].survivors if before else self.visual_tokens
+
+    @property
+    def kept_outputs(self) -> tuple[str, ...]:
+        """Outputs of the decoder's graph that say whose places the survivors of a stage take."""
+        return tuple(f"kept.{stage.layer}" for stage in self.stages if stage.in_decoder)
 
     def before_decoder(self) -> tuple[Stage, ...]:
         """The stages in the vision graph."""

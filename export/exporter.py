@@ -30,7 +30,7 @@ from edgeprune.export import parity
 from edgeprune.export.dialects import Dialect, for_target
 from edgeprune.export.preprocess import image_record
 from edgeprune.export.prompts import notes, save_tokenizer, text_record
-from edgeprune.export.trace import decoder_graph, hollow, kept_outputs, vision_graph
+from edgeprune.export.trace import decoder_graph, hollow, vision_graph
 from edgeprune.export.weights import WeightsFile
 from edgeprune.models import Adapter
 from edgeprune.models._processor import Processor, Prompt
@@ -208,7 +208,7 @@ def _manifest(
             visual_tokens=plan.visual_tokens,
             grid=shape.grid,
             counts=plan.counts,
-            kept_outputs=tuple(kept_outputs(plan)),
+            stages=plan.stages,
             options=dict(spec.options),
             schedule=request.schedule,
         ),

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeprune.errors import ParityError
-from edgeprune.export.trace import kept_outputs
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference, Step
@@ -65,7 +64,7 @@ class Graphs:
         self.plan, self.config, self.room = decoder.plan, decoder.config, room
         self.span = decoder.span
         self.dtype = decoder.embedding.weight.dtype
-        self.kept = kept_outputs(self.plan)
+        self.kept = self.plan.kept_outputs
 
     def prefill(self, prompt: Prompt) -> tuple[Step, Tensor]:
         """Logits and kept positions, and what the vision graph kept."""

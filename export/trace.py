@@ -54,7 +54,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
     for kind in ("key", "value"):
         inputs += [f"past_{kind}.{layer}" for layer in layers]
         outputs += [f"present_{kind}.{layer}" for layer in layers]
-    outputs += kept_outputs(plan)
+    outputs += plan.kept_outputs
     args = _example(config, plan, dtype)
     if config.mrope is not None:
         shapes, inputs = (*shapes, {0: Dim.DYNAMIC}), [*inputs, "places"]
@@ -62,11 +62,6 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
     model = _trace(decoder, args, shapes, inputs, outputs, opset)
     _name_dimensions(model.graph)
     return model
-
-
-def kept_outputs(plan: Plan) -> list[str]:
-    """Outputs that say which of the live visual tokens each pruning site kept."""
-    return [f"kept.{s.layer}" for s in plan.stages if s.in_decoder]
 
 
 def _example(config: DecoderConfig, plan: Plan, dtype: torch.dtype) -> tuple[Any, ...]:

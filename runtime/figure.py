@@ -19,7 +19,7 @@ from edgeprune.runtime.pen import (
     Pen,
     Sheet,
 )
-from edgeprune.runtime.show import Levels, Said, Sites, dim
+from edgeprune.runtime.show import MERGED, Levels, Said, Sites, dim
 
 MOST_SITES = 7
 """Of more pruning sites so many are drawn: the first, the last, evenly between."""
@@ -105,20 +105,30 @@ def _panels(
     space = (width - columns * side) / (columns - 1) if columns > 2 else GAP
     tall = side * levels.shape[0] / levels.shape[1]
     across, down = side + space, tall + 30 + GAP
-    sheet = Sheet(columns * across - space, rows * down - GAP, pen)
+    legend = 30 if any(site.merged for site in sites) else 0
+    sheet = Sheet(columns * across - space, rows * down - GAP + legend, pen)
     size = (round(side * fine), round(tall * fine))
     large = np.asarray(Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC))
     shown = [(f"input: {total} tokens", large)]
-    for title, kept in sites:
-        dimmed = dim(large, kept, prune.grid, fine // 2)
-        shown.append((f"{title}: {len(kept)} of {total}", dimmed))
+    for site in sites:
+        dimmed = dim(large, site, prune.grid, fine // 2)
+        shown.append((f"{site.caption} of {total}", dimmed))
     for i, (caption, panel) in enumerate(shown):
         x, y = round(i % columns * across), round(i // columns * down)
         sheet.image.paste(Image.fromarray(panel), (x * fine, y * fine))
         size_of_text = min(17.0, 17 * side / pen.length(caption, 17))
         indent = (side - pen.length(caption, size_of_text)) / 2
         sheet.text(x + indent, y + tall + 24, caption, size_of_text)
+    if legend:
+        _legend(sheet, rows * down - GAP)
     return sheet.image
+
+
+def _legend(sheet: Sheet, y: float) -> None:
+    """What an outlined patch means, in 30 pixels below `y`."""
+    sheet.box(0, y + 10, 15, 15, MERGED)
+    sheet.box(2, y + 12, 11, 11, PAPER)
+    sheet.text(23, y + 23, "merged token, drawn at its centre", 15, QUIET)
 
 
 def _chart(prune: PruneRecord, width: float, height: float, pen: Pen) -> Image.Image:

@@ -50,8 +50,8 @@ class Answer:
     ids: tuple[int, ...]
     finish: str
     timings: Timings
-    vision_kept: Ids  # of the V tokens, those that entered the decoder
-    layer_kept: tuple[Ids, ...]  # at each site, those that went on, of the ones alive there
+    vision_kept: Ids  # of the V tokens, those whose places the encoder's survivors took; V: [CLS]
+    layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
     prompt_tokens: int
 
 

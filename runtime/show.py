@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,38 @@ from PIL import Image
 
 from edgeprune.bundle import ImageRecord, Manifest
 from edgeprune.errors import BundleError, InputError
+from edgeprune.runtime.backend import Ids
 from edgeprune.runtime.images import to_pixels
 from edgeprune.runtime.session import Answer
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
+MERGED = (255, 120, 0)
+"""Colour of the outline of a merged token's centre."""
+
 Levels = NDArray[np.uint8]  # [height, width, 3]
 Positions = set[tuple[int, int]]  # (row, column) on the grid of visual tokens
-Sites = list[tuple[str, Positions]]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What is alive after a site: patches that were kept, and merged tokens at their centres."""
+
+    title: str
+    kept: Positions
+    merged: Positions = field(default_factory=set)
+    extra: int = 0  # tokens without a place: the encoder's [CLS]
+
+    @property
+    def caption(self) -> str:
+        """As `vision: 54 + 9 merged + [CLS]`."""
+        parts = [str(len(self.kept))] if self.kept or not self.merged else []
+        parts += [f"{len(self.merged)} merged"] if self.merged else []
+        parts += ["[CLS]"] * self.extra
+        return f"{self.title}: {' + '.join(parts)}"
+
+
+Sites = list[Site]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +67,50 @@ class Said:
 
 
 def survivors(answer: Answer, manifest: Manifest) -> Sites:
-    """What is alive after each site that drops tokens: its title and (row, column) of the tokens.
+    """What is alive after each site that drops or merges tokens.
 
-    An answer's positions, [r] at each site, are among the tokens alive there; these are on the
-    whole grid.
+    An answer's positions, [r] at each site, are places among the tokens alive there, merged ones
+    last; these are on the whole grid. What was merged at one site is merged at all later ones.
     """
     prune = manifest.prune
     rows, columns = prune.grid
+    before = [stage for stage in prune.stages if not stage.in_decoder]
+    within = [stage for stage in prune.stages if stage.in_decoder]
     try:
         if rows * columns != prune.visual_tokens or prune.visual_tokens < 1:
             raise IndexError
-        alive = np.arange(prune.visual_tokens)[np.ravel(answer.vision_kept)]
-        found = [("vision", alive)] if alive.size < prune.visual_tokens else []
-        for name, kept in zip(prune.kept_outputs, answer.layer_kept, strict=True):
-            alive = alive[np.ravel(kept)]
-            found.append((name.replace("kept.", "layer "), alive))
+        alive = _Alive(np.arange(prune.visual_tokens + 1), frozenset())  # the last place: [CLS]
+        alive = alive.after(answer.vision_kept, sum(stage.merged for stage in before))
+        found = [alive.site("vision", prune.grid)] if before else []
+        for stage, kept in zip(within, answer.layer_kept, strict=True):
+            alive = alive.after(kept, stage.merged)
+            found.append(alive.site(f"layer {stage.layer}", prune.grid))
     except (IndexError, ValueError) as error:
         raise BundleError(
             f"the kept tokens of {manifest.name} do not fit its grid of {rows} x {columns};"
             " export it again"
         ) from error
-    return [(title, {divmod(int(i), columns) for i in left}) for title, left in found]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Alive:
+    """Places [r] on the whole grid, row by row, and which of them hold merged tokens."""
+
+    places: NDArray[np.int64]
+    merged: frozenset[int]
+
+    def after(self, kept: Ids, merged: int) -> _Alive:
+        """What is left when `kept` [r'] go on, the last `merged` of them as merged tokens."""
+        places = self.places[np.ravel(kept)]
+        new = places[places.size - merged :].tolist()
+        return _Alive(places, self.merged | frozenset(new))
+
+    def site(self, title: str, grid: tuple[int, int]) -> Site:
+        total = grid[0] * grid[1]
+        here = {divmod(int(i), grid[1]): int(i) in self.merged for i in self.places if i < total}
+        merged = {place for place, is_merged in here.items() if is_merged}
+        return Site(title, set(here) - merged, merged, int((self.places == total).sum()))
 
 
 def seen(image: Image.Image, record: ImageRecord) -> Levels:
@@ -74,24 +121,36 @@ def seen(image: Image.Image, record: ImageRecord) -> Levels:
     return whole
 
 
-def dim(levels: Levels, kept: Positions, grid: tuple[int, int], line: int = 1) -> Levels:
+def dim(levels: Levels, site: Site, grid: tuple[int, int], line: int = 1) -> Levels:
     """Kept patches as they are, pruned ones grey, dark and ruled: [h, w, 3] -> [h, w, 3].
 
-    Levels 0 to 255 become 36 to 120, 14 more on the `line` pixels at a patch's top and left.
+    Levels 0 to 255 become 36 to 120, 14 more on the `line` pixels at a patch's top and left. The
+    centre of a merged token is as it is, within an outline in MERGED of twice that width.
     """
     height, width, _ = levels.shape
     grey = levels @ np.array([0.299, 0.587, 0.114])
     shown = levels.copy()
     for row, column in np.ndindex(grid):
-        if (row, column) in kept:
+        if (row, column) in site.kept:
             continue
         top, bottom = (round(height * i / grid[0]) for i in (row, row + 1))
         left, right = (round(width * i / grid[1]) for i in (column, column + 1))
-        patch = 36 + 0.33 * grey[top:bottom, left:right]  # [h, w] of the patch
+        place = np.s_[top:bottom, left:right]
+        if (row, column) in site.merged:
+            shown[place] = _outlined(shown[place], 2 * line)
+            continue
+        patch = 36 + 0.33 * grey[place]  # [h, w] of the patch
         patch[:line] += 14
         patch[line:, :line] += 14
-        shown[top:bottom, left:right] = patch[..., None]
+        shown[place] = patch[..., None]
     return shown
+
+
+def _outlined(patch: Levels, line: int) -> Levels:
+    """A patch within a frame of `line` pixels."""
+    framed = np.full_like(patch, MERGED)
+    framed[line:-line, line:-line] = patch[line:-line, line:-line]
+    return framed
 
 
 def check_target(file: Path) -> None:

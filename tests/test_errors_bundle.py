@@ -61,9 +61,9 @@ def _name_file(name: str) -> Callable[[dict[str, Any]], object]:
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "newer": (
         lambda d: d.update(schema=99),
-        "has schema 99, this edgeprune reads schema 1; update",
+        "has schema 99, this edgeprune reads schema 2; update",
     ),
-    "older": (lambda d: d.update(schema=0), "this edgeprune reads schema 1; export again"),
+    "older": (lambda d: d.update(schema=0), "this edgeprune reads schema 2; export again"),
     "no schema": (lambda d: d.pop("schema"), "names no schema; export the bundle again"),
     "no part": (lambda d: d.pop("decoder"), "'decoder'"),
     "no field": (lambda d: d["image"].pop("mean"), "'mean'"),
@@ -75,6 +75,11 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "wrong list": (lambda d: d["prune"].update(grid=[4]), "manifest.prune.grid cannot be [4]"),
     "wrong part": (lambda d: d.update(text=[]), "manifest.text cannot be []"),
     "contradiction": (lambda d: d["prune"].update(counts=[16]), "1 token counts for 3 layers"),
+    "other sizes": (lambda d: d["prune"].update(counts=[9] * 3), "the stages give other"),
+    "wrong stage": (
+        lambda d: d["prune"]["stages"].append({"site": "moon", "keep": 1}),
+        'site cannot be "moon"',
+    ),
     "no graph": (lambda d: d["files"].pop("decoder.onnx"), "files lacks decoder.onnx"),
     "wrong defaults": (
         lambda d: d["text"]["generation"].update(temperature=-1),

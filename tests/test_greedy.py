@@ -101,7 +101,8 @@ def test_trimtokenator_filters_before_it_spreads() -> None:
     near = sorted(np.argsort(-alignment)[:16])
     oracle = [int(near[i]) for i in _min_sum_oracle(visual[near], 5)]
     policy = policies.make(PruneSpec("trimtokenator", 4))
-    assert policy.input(signals, Stage("input", 5, text=True), 5).tolist() == oracle
-    assert policy.input(signals, Stage("input", 18, text=True), 18).tolist() == sorted(
+    few, many = Stage("input", 5, text=True), Stage("input", 18, text=True)
+    assert policy.input(signals, few, few).at.tolist() == oracle
+    assert policy.input(signals, many, many).at.tolist() == sorted(
         np.argsort(-alignment)[:18].tolist()
     )

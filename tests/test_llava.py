@@ -17,6 +17,7 @@ from edgeprune.models import open_model
 from edgeprune.models._processor import random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy, make
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import Plan, PruneSpec, Stage, plan_from_counts
 
@@ -124,11 +125,11 @@ def test_greedy_generation_is_that_of_transformers(tmp_path: Path) -> None:
 class Fixed(Policy):
     """Keeps every second of the live tokens: a choice that does not look at the text."""
 
-    def layer(self, signals: LayerSignals, stage: Stage, keep: int) -> Tensor:
-        return torch.arange(keep) * signals.segments.visual // max(keep, 1)
+    def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
+        return Selection(torch.arange(live.keep) * signals.segments.visual // max(live.keep, 1))
 
-    def vision(self, signals: Any, stage: Stage) -> Tensor:
-        return torch.arange(stage.keep)
+    def vision(self, signals: Any, stage: Stage) -> Selection:
+        return Selection(torch.arange(stage.keep))
 
 
 @pytest.mark.parametrize("counts", [(16, 8, 8, 3), (16, 16, 4, 0), (12, 12, 5, 5)])

@@ -21,6 +21,7 @@ from edgeprune.export import parity
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
+from edgeprune.policies._policy import Selection
 from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import ModelShape, Plan, PruneSpec, budget
 
@@ -179,10 +180,10 @@ def test_a_graph_that_chooses_otherwise_is_found_out(bundle: Path, tiny_checkpoi
 
     class First(method):
         def vision(self, signals, stage):
-            return torch.arange(stage.keep)
+            return Selection(torch.arange(stage.keep))
 
-        def input(self, signals, stage, keep):
-            return torch.arange(keep)
+        def input(self, signals, stage, live):
+            return Selection(torch.arange(live.keep))
 
         layer = input
 

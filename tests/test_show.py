@@ -17,7 +17,8 @@ from edgeprune.runtime.figure import figure, representative
 from edgeprune.runtime.images import load_image
 from edgeprune.runtime.pen import Pen
 from edgeprune.runtime.session import Answer, Session, Timings
-from edgeprune.runtime.show import Said, dim, save, seen, survivors
+from edgeprune.runtime.show import MERGED, Said, Site, dim, save, seen, survivors
+from edgeprune.spec import Stage
 
 SCENES = sorted((Path(__file__).parents[1] / "edgeprune/demo/samples").glob("*.png"))
 QUESTION = "what color is the star ?"
@@ -37,14 +38,30 @@ def manifest_with(bundle: Path, **prune: object) -> Manifest:
 
 
 def test_positions_among_the_alive_become_places_on_the_grid(tiny_bundle: Path) -> None:
-    manifest = manifest_with(tiny_bundle, kept_outputs=("kept.2", "kept.3", "kept.9"))
+    counts = ((1, 4), (2, 3), (3, 2), (9, 0))
+    stages = tuple(Stage("layer" if at > 1 else "vision", n, layer=at) for at, n in counts)
+    manifest = manifest_with(tiny_bundle, stages=stages)
     sites = survivors(answered([0, 2, 3, 5], [1, 2, 3], [0, 2], []), manifest)
     assert sites == [
-        ("vision", {(0, 0), (0, 2), (1, 0), (1, 2)}),
-        ("layer 2", {(0, 2), (1, 0), (1, 2)}),
-        ("layer 3", {(0, 2), (1, 2)}),
-        ("layer 9", set()),
+        Site("vision", {(0, 0), (0, 2), (1, 0), (1, 2)}),
+        Site("layer 2", {(0, 2), (1, 0), (1, 2)}),
+        Site("layer 3", {(0, 2), (1, 2)}),
+        Site("layer 9", set()),
     ]
+    assert [site.caption for site in sites[2:]] == ["layer 3: 2", "layer 9: 0"]
+
+
+def test_merged_tokens_have_their_centres_places_and_cls_has_none(tiny_bundle: Path) -> None:
+    stages = (Stage("vision", 3, 2), Stage("layer", 2, 1, layer=2), Stage("layer", 1, layer=3))
+    manifest = manifest_with(tiny_bundle, stages=stages)
+    sites = survivors(answered([6, 0, 5, 2, 3], [0, 3, 1], [1]), manifest)
+    assert sites == [
+        Site("vision", {(0, 0), (1, 2)}, {(0, 2), (1, 0)}, 1),
+        Site("layer 2", set(), {(0, 0), (0, 2)}, 1),
+        Site("layer 3", set(), {(0, 2)}),
+    ]
+    captions = ["vision: 2 + 2 merged + [CLS]", "layer 2: 2 merged + [CLS]", "layer 3: 1 merged"]
+    assert [site.caption for site in sites] == captions
 
 
 def test_without_pruning_there_are_no_sites(tiny_bundle: Path) -> None:
@@ -52,8 +69,8 @@ def test_without_pruning_there_are_no_sites(tiny_bundle: Path) -> None:
 
 
 def test_positions_that_do_not_fit_the_grid_are_refused(tiny_bundle: Path) -> None:
-    manifest = manifest_with(tiny_bundle, kept_outputs=("kept.2",))
-    for answer in (answered([0, 6], [0]), answered([0, 1], [2]), answered([0, 1])):
+    manifest = manifest_with(tiny_bundle, stages=(Stage("layer", 1, layer=2),))
+    for answer in (answered([0, 7], [0]), answered([0, 1], [2]), answered([0, 1])):
         with pytest.raises(BundleError, match="do not fit its grid of 2 x 3"):
             survivors(answer, manifest)
     with pytest.raises(BundleError, match="do not fit its grid of 2 x 2"):
@@ -64,7 +81,7 @@ def test_kept_patches_are_untouched_and_pruned_ones_grey_dark_and_ruled() -> Non
     rng = np.random.default_rng(0)
     levels = rng.integers(0, 256, (8, 15, 3), np.uint8)  # patches of 4 x 5 on a grid of 2 x 3
     before = levels.copy()
-    shown = dim(levels, {(0, 1), (1, 2)}, (2, 3))
+    shown = dim(levels, Site("", {(0, 1), (1, 2)}), (2, 3))
     assert (levels == before).all(), "the picture itself must not change"
     for row, column in np.ndindex(2, 3):
         place = np.s_[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
@@ -79,6 +96,16 @@ def test_kept_patches_are_untouched_and_pruned_ones_grey_dark_and_ruled() -> Non
         assert np.abs(patch[1:, 0, 0] - grey[1:, 0] - 14).max() <= 1
 
 
+def test_the_centre_of_a_merged_token_is_outlined() -> None:
+    levels = np.full((12, 18, 3), 200, np.uint8)  # patches of 6 x 6 on a grid of 2 x 3
+    shown = dim(levels, Site("", set(), {(1, 1)}), (2, 3))
+    patch = shown[6:, 6:12].astype(int)
+    assert (patch[2:4, 2:4] == 200).all()
+    patch[2:4, 2:4] = MERGED
+    assert (patch == MERGED).all()
+    assert shown[:6].max() < 150, "elsewhere it is dark"
+
+
 def test_the_picture_is_shown_as_the_model_sees_it(demo_dense: Path) -> None:
     record = Bundle.open(demo_dense, verify=False).manifest.image
     half = Image.fromarray(
@@ -89,8 +116,8 @@ def test_the_picture_is_shown_as_the_model_sees_it(demo_dense: Path) -> None:
 
 
 def test_of_many_sites_the_first_the_last_and_some_between_are_drawn() -> None:
-    sites = [(f"layer {i}", {(0, i)}) for i in range(31)]
-    assert [title for title, _ in representative(sites)] == [
+    sites = [Site(f"layer {i}", {(0, i)}) for i in range(31)]
+    assert [site.title for site in representative(sites)] == [
         f"layer {i}" for i in (0, 5, 10, 15, 20, 25, 30)
     ]
     assert representative(sites[:7]) == sites[:7]
@@ -113,7 +140,7 @@ def test_long_lines_are_wrapped_cut_and_never_too_wide() -> None:
 @pytest.mark.parametrize("sites", [0, 1, 2, 6, 40])
 def test_any_number_of_sites_and_layers_fits(sites: int, layers: int, tiny_bundle: Path) -> None:
     prune = manifest_with(tiny_bundle, counts=(6,) * (layers // 2) + (2,) * -(-layers // 2)).prune
-    drawn = [(f"layer {i + 1}", {(0, 0)}) for i in range(sites)]
+    drawn = [Site(f"layer {i + 1}", {(0, 0)}, {(0, 1)}) for i in range(sites)]
     levels = np.full((40, 60, 3), 200, np.uint8)
     picture = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)])
     assert picture.width == 1200
@@ -150,16 +177,17 @@ def test_survivors_of_a_real_answer_are_nested_and_as_many_as_scheduled(
     sites = survivors(answer, session.manifest)
     assert len(sites) == len(prune.kept_outputs) > 0
     alive = {(row, column) for row, column in np.ndindex(prune.grid)}
-    for title, kept in sites:
-        assert kept < alive, title
-        assert len(kept) == prune.counts[int(title.removeprefix("layer ")) - 1], title
-        alive = kept
+    for site in sites:
+        assert site.kept < alive, site.title
+        layer = int(site.title.removeprefix("layer "))
+        assert len(site.kept) == prune.counts[layer - 1], site.title
+        alive = site.kept
 
 
 def test_in_the_picture_kept_patches_have_the_picture_s_colours(demo_utp: Path) -> None:
     manifest = Bundle.open(demo_utp, verify=False).manifest
     levels = np.full((168, 168, 3), (200, 40, 40), np.uint8)
-    sites = [("layer 3", {(0, 0), (5, 7)})]
+    sites = [Site("layer 3", {(0, 0), (5, 7)})]
     picture = np.asarray(figure(levels, sites, manifest.prune, "?", [Said("utp", "red")]))
     red = (picture == (200, 40, 40)).all(axis=2)
     assert red.any(axis=0)[40:340].all(), "the input stands at the left, 300 wide"

@@ -9,7 +9,7 @@ positions go with them. Every layer has its own cache and its own length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from edgeprune.models._layers import HeadNorm, Linear, Scale, join_heads, split_
 from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import InputSignals, LayerSignals, Segments
 from edgeprune.spec import Plan, Stage
 
@@ -143,25 +144,23 @@ class Prune(nn.Module):
         self.policy, self.stage = policy, stage
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, signals: LayerSignals, live: int
+        self, hidden: Tensor, positions: Tensor, signals: LayerSignals, live: Stage
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states and positions of the survivors, and which of the live tokens they are."""
+        """Hidden states and positions of the survivors, and whose of the live places they take."""
         segments = signals.segments
-        kept = self._choose(signals, live)
+        start, end = segments.prefix, segments.prefix + segments.visual
+        chosen = self._choose(signals, live)
         slots = torch.arange(segments.total, device=hidden.device)
-        survivors = torch.cat(
-            [
-                slots[: segments.prefix],
-                kept + segments.prefix,
-                slots[segments.prefix + segments.visual :],
-            ]
-        )
-        hidden, positions = hidden.index_select(1, survivors), positions.index_select(1, survivors)
-        return hidden, positions, kept
+        survivors = torch.cat([slots[:start], chosen.at + start, slots[end:]])
+        positions = positions.index_select(1, survivors)
+        if chosen.tokens is None:
+            return hidden.index_select(1, survivors), positions, chosen.at
+        visual = chosen.of(hidden)
+        return torch.cat([hidden[:, :start], visual, hidden[:, end:]], 1), positions, chosen.at
 
-    def _choose(self, signals: LayerSignals, live: int) -> Tensor:
-        if self.stage.keep == 0:
-            return signals.middle.new_empty(0)
+    def _choose(self, signals: LayerSignals, live: Stage) -> Selection:
+        if self.stage.survivors == 0:
+            return Selection(signals.middle.new_empty(0))
         return self.policy.layer(signals, self.stage, live)
 
 
@@ -173,10 +172,10 @@ class PruneInput(nn.Module):
         self.policy, self.stage, self.encoded = policy, stage, encoded
 
     def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, V, width], [1, T, width] -> the survivors, and which of the V they are."""
+        """[1, V, width], [1, T, width] -> the survivors, and whose of the V places they take."""
         signals = InputSignals(visual, self.encoded, text)
-        kept = self.policy.input(signals, self.stage, _least(self.stage.keep, visual.shape[1]))
-        return visual.index_select(1, kept), kept
+        chosen = self.policy.input(signals, self.stage, _live(self.stage, visual.shape[1]))
+        return chosen.of(visual), chosen.at
 
 
 class Decoder(nn.Module):
@@ -234,9 +233,9 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             if signals is not None and str(index + 1) in self.prune:
                 site = self._site(index + 1)
-                live = _least(site.stage.keep, entered)
+                live = _live(site.stage, entered)
                 hidden, positions, chosen = site(hidden, positions, signals, live)
-                segments = Segments(segments.prefix, live, segments.text)
+                segments = Segments(segments.prefix, live.survivors, segments.text)
                 kept.append(chosen)
             cache = Cache(past_keys[index], past_values[index], lengths[index : index + 1])
             hidden, present, seen = layer(hidden, positions, rotary, cache)
@@ -292,12 +291,20 @@ class Decoder(nn.Module):
         return F.linear(last[0], weight)[None]
 
 
+def _live(stage: Stage, entered: int) -> Stage:
+    """A stage with the sizes of a call that `entered` visual tokens entered: all, or none."""
+    keep, merged = (_least(count, entered) for count in (stage.keep, stage.merged))
+    return replace(stage, keep=keep, merged=merged)
+
+
 def _least(keep: int, live: int) -> int:
     """min(keep, live), which stays symbolic while tracing.
 
     The tracer takes every size for 2 or more, so it would fold min(1, live) into 1 although a
     decode step has no visual token; through a tensor's value it cannot.
     """
+    if keep == 0:
+        return 0
     if keep > 1 or not torch.compiler.is_exporting():
         least: int = torch.sym_min(keep, live)  # type: ignore[no-untyped-call]
         return least

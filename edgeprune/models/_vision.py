@@ -56,14 +56,19 @@ class Separators(nn.Module):
         self.layout = layout
         self.newline = nn.Parameter(torch.empty(width))
 
-    def forward(self, visual: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Survivors [1, n, width] of the C tile tokens -> with separators, positions among V."""
-        own, theirs = self.layout.from_tiles, self.layout.separators
-        places = kept.new_tensor(own).index_select(0, kept)
-        places = torch.cat([places, kept.new_tensor(theirs)])
+    def forward(self, visual: Tensor, at: Tensor, merged: int) -> tuple[Tensor, Tensor]:
+        """Survivors [1, n, width] of the C tile tokens -> with separators, positions among V.
+
+        Kept tokens and separators in reading order, [CLS] (C among C, V among V) after them, then
+        the `merged` tokens.
+        """
+        layout, kept = self.layout, at.shape[0] - merged
+        own = at.new_tensor([*layout.from_tiles, layout.visual_tokens]).index_select(0, at)
+        places = torch.cat([own[:kept], at.new_tensor(layout.separators)])
         places, order = places.topk(places.shape[0], largest=False)
-        newlines = self.newline.expand(1, len(theirs), -1)
-        return torch.cat([visual, newlines], dim=1).index_select(1, order), places
+        newlines = self.newline.expand(1, len(layout.separators), -1)
+        ordered = torch.cat([visual[:, :kept], newlines], dim=1).index_select(1, order)
+        return torch.cat([ordered, visual[:, kept:]], dim=1), torch.cat([places, own[kept:]])
 
 
 class Vision(nn.Module):
@@ -87,16 +92,16 @@ class Vision(nn.Module):
         """
         signals, stages = self.encode(pixels), self.plan.before_decoder()
         features, fixed = signals.features, len(self.config.layout.separators)
-        kept = torch.arange(features.shape[1], device=features.device)
+        kept, merged = torch.arange(features.shape[1], device=features.device), 0
         for stage in (s for s in stages if s.site == "vision"):
-            kept = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
-            features = features.index_select(1, kept)
+            chosen = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
+            features, kept, merged = chosen.of(features), chosen.at, stage.merged
         visual = self.projector(features)
         if self.separators is not None:
-            visual, kept = self.separators(visual, kept)
+            visual, kept = self.separators(visual, kept, merged)
         for stage in (s for s in stages if s.site == "input"):
-            chosen = self.policy.input(InputSignals(visual, visual.shape[1]), stage, stage.keep)
-            visual, kept = visual.index_select(1, chosen), kept.index_select(0, chosen)
+            chosen = self.policy.input(InputSignals(visual, visual.shape[1]), stage, stage)
+            visual, kept = chosen.of(visual), kept.index_select(0, chosen.at)
         return visual, kept
 
     def encode(self, pixels: Tensor) -> VisionSignals:

@@ -20,6 +20,27 @@ class Counts(Protocol):
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What goes on at a site, in the order in which the decoder will read it.
+
+    `at` int64 [survivors] names for each token the live token whose place it takes: its own, or for
+    a merged token its centre's. The stage.merged ones come last. In the vision graph N, the number
+    of patches, stands for the encoder's own [CLS]: a kept token without a place.
+    `tokens` [1, survivors, width] are their features where merging changed them, None where they
+    are those at `at`. There are stage.keep + stage.merged of them.
+    """
+
+    at: Tensor
+    tokens: Tensor | None = None
+
+    def of(self, live: Tensor) -> Tensor:
+        """The features that go on, in the live tokens' dtype: [1, n, width] -> [1, survivors, .."""
+        if self.tokens is None:
+            return live.index_select(1, self.at)
+        return self.tokens.to(live.dtype)
+
+
+@dataclass(frozen=True)
 class Policy:
     """Base of all methods; never built itself. Sizes are ints, so traced shapes stay static."""
 
@@ -36,16 +57,20 @@ class Policy:
         """Stages for a model and a compression ratio; SpecError where it cannot be reached."""
         raise NotImplementedError
 
-    def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
-        """Positions of the stage.keep visual tokens that stay, rising: int64 [keep]."""
+    def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
+        """What leaves the vision encoder: stage.keep + stage.merged tokens, before projection."""
         raise SpecError(f"{type(self).__module__} does not prune in the vision encoder")
 
-    def input(self, signals: InputSignals, stage: Stage, keep: int) -> Tensor:
-        """Positions of the `keep` = min(stage.keep, live) visual tokens that stay: int64 [keep]."""
+    def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
+        """What enters layer 1: live.keep + live.merged tokens.
+
+        `live` is the stage with the sizes of this call, at most the live tokens: in the decoder's
+        graph they are symbolic, and all 0 where a call has no picture.
+        """
         raise SpecError(f"{type(self).__module__} does not prune at the decoder's input")
 
-    def layer(self, signals: LayerSignals, stage: Stage, keep: int) -> Tensor:
-        """Positions of the `keep` = min(stage.keep, live) visual tokens that stay: int64 [keep]."""
+    def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
+        """What enters stage.layer, seen from the layer before: live.keep + live.merged tokens."""
         raise SpecError(f"{type(self).__module__} does not prune in the decoder")
 
     def record(self, layer: int, signals: LayerSignals) -> Tensor:

@@ -44,15 +44,64 @@ class VisionSignals:
     pool: Callable[[Tensor], Tensor] | None = None  # mean over each token's patches:
     # [tiles, patches, ...] -> [N, ...]; None where tokens are the patches of one tile
 
+    def cls_features(self) -> Tensor:
+        """The block's output for the [CLS] of each tile: [1, tiles, width]."""
+        return self._needed_cls().transpose(0, 1)
+
     def cls_attention(self) -> Tensor:
         """Attention of [CLS] to each token, softmax over its tile's patches, head mean: [N]."""
-        query, key = self.query[:, :, :1].float(), self.key.float()
-        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        return self._per_token(logits.softmax(-1)[:, :, 0, 1:].mean(1))
+        self._needed_cls()
+        return self._per_token(self._attention(self.query[:, :, :1])[:, 0])
+
+    def received_attention(self, *, from_others: bool = False) -> Tensor:
+        """Attention that each token receives, mean over heads and its tile's patches: [N].
+
+        With `from_others` what a patch gives to itself is left out, and the mean is over the rest.
+        """
+        attention = self._attention(self.query[:, :, self._first :])  # [tiles, patches, patches]
+        if not from_others:
+            return self._per_token(attention.mean(1))
+        own = attention.diagonal(dim1=1, dim2=2)
+        return self._per_token((attention.sum(1) - own) / max(1, attention.shape[1] - 1))
+
+    def salience(self) -> Tensor:
+        """[CLS] attention, or received attention where the encoder has no [CLS]: [N]."""
+        return self.received_attention() if self.cls is None else self.cls_attention()
+
+    def mean_keys(self) -> Tensor:
+        """Keys of the tokens, mean over heads, float32: [N, head]."""
+        return self._per_token(self._patch_keys().mean(1))
+
+    def joined_keys(self) -> Tensor:
+        """Keys of the tokens, heads side by side, float32: [N, heads * head]."""
+        return self._per_token(self._patch_keys().transpose(1, 2).flatten(2))
+
+    @property
+    def _first(self) -> int:
+        """Where a tile's patches begin."""
+        return 0 if self.cls is None else 1
+
+    def _patch_keys(self) -> Tensor:
+        """Float32 [tiles, heads, patches, head]."""
+        return self.key[:, :, self._first :].float()
+
+    def _attention(self, query: Tensor) -> Tensor:
+        """Attention of R queries to the patches, softmax over [CLS] too, head mean:
+        [tiles, heads, R, head] -> [tiles, R, patches]."""
+        logits = query.float() @ self.key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+        return logits.softmax(-1)[..., self._first :].mean(1)
 
     def _per_token(self, values: Tensor) -> Tensor:
         """[tiles, patches, ...] -> [N, ...]."""
         return values[0] if self.pool is None else self.pool(values)
+
+    def _needed_cls(self) -> Tensor:
+        if self.cls is None:
+            raise SpecError(
+                "this model's vision encoder has no [CLS], which the method reads; choose a method"
+                " that needs none, such as divprune or fastv"
+            )
+        return self.cls
 
 
 @dataclass(frozen=True)
@@ -87,6 +136,17 @@ class LayerSignals:
     sin: Tensor
     middle: Tensor  # int64 [1], row of the tables for p' = floor((p1 + p2) / 2 + 1/2), the middle
     # of the picture's positions p1 .. p2; under M-RoPE of each of the three by itself
+
+    @property
+    def visual(self) -> Tensor:
+        """Hidden states of the live visual tokens, [1, n, width]."""
+        start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
+        return self.hidden[:, start:end]
+
+    @property
+    def text(self) -> Tensor:
+        """Hidden states of the text after the picture, [1, T, width]."""
+        return self.hidden[:, self.segments.prefix + self.segments.visual :]
 
     def last_query_attention(self, agnostic: Tensor | None = None) -> Tensor:
         """Attention of the last token to each visual token, head mean: float32 [visual].

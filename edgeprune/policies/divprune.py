@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from edgeprune.policies import _policy
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import max_min
 from edgeprune.policies._signals import InputSignals
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
@@ -32,5 +31,5 @@ class Policy(_policy.Policy):
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input")
 
-    def input(self, signals: InputSignals, stage: Stage, keep: int) -> Tensor:
-        return max_min(signals.visual[0], keep)
+    def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
+        return Selection(max_min(signals.visual[0], live.keep))

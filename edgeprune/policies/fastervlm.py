@@ -3,7 +3,8 @@
 The score is the attention of [CLS] to each patch, head mean, in the block whose output the
 projector reads (the released code's attentions[-2]). The survivors keep reading order, [CLS] itself
 does not go on, and positions are renumbered, since tokens leave before the decoder.
-No deviation from the released code is known.
+Where an encoder has no [CLS], the attention that a patch receives from the others takes its place.
+No other deviation from the released code is known.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
@@ -31,12 +30,7 @@ class Policy(_policy.Policy):
     needs: ClassVar[tuple[str, ...]] = ("[CLS]",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        if not shape.has_cls:
-            raise SpecError(
-                "method fastervlm reads the attention of [CLS], which this model's encoder does not"
-                " have; choose divprune or fastv"
-            )
         return flat_plan(shape.visual_tokens, shape.layers, cr)
 
-    def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
-        return top(signals.cls_attention(), stage.keep)
+    def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
+        return Selection(top(signals.salience(), stage.keep))

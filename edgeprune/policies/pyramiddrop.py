@@ -14,10 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
@@ -54,8 +53,8 @@ class Policy(_policy.Policy):
             )
         return plan_from_counts(tokens, _closest(tokens, layers, drops, wanted))
 
-    def layer(self, signals: LayerSignals, stage: Stage, keep: int) -> Tensor:
-        return top(signals.last_query_attention(), keep)
+    def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
+        return Selection(top(signals.last_query_attention(), live.keep))
 
     def _drops(self, tokens: int, layers: int, wanted: int) -> tuple[int, ...]:
         """Layers after which tokens are dropped, rising, of 1 .. L - 1."""

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from edgeprune.policies import _policy
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 
@@ -24,6 +24,6 @@ class Policy(_policy.Policy):
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return flat_plan(shape.visual_tokens, shape.layers, cr)
 
-    def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
+    def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         order = np.random.default_rng(self.seed).permutation(signals.features.shape[1])
-        return torch.tensor(sorted(order[: stage.keep].tolist()))
+        return Selection(torch.tensor(sorted(order[: stage.keep].tolist())))

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import min_sum, top
 from edgeprune.policies._signals import InputSignals
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
@@ -40,11 +40,11 @@ class Policy(_policy.Policy):
             raise SpecError(f"--set aligned= is a share above 0, at most 1; got {self.aligned:g}")
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input", text=True)
 
-    def input(self, signals: InputSignals, stage: Stage, keep: int) -> Tensor:
+    def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
         alignment = signals.alignment()
         if stage.keep >= (shortlist := int(self.aligned * signals.visual_tokens)):
-            return top(alignment, keep)
-        live = torch.sym_min(shortlist, alignment.shape[0])  # type: ignore[no-untyped-call]
-        near = top(alignment, live)
-        chosen = min_sum(signals.visual[0].index_select(0, near), stage.keep, keep)
-        return near.index_select(0, chosen)
+            return Selection(top(alignment, live.keep))
+        nearest = torch.sym_min(shortlist, alignment.shape[0])  # type: ignore[no-untyped-call]
+        near = top(alignment, nearest)
+        chosen = min_sum(signals.visual[0].index_select(0, near), stage.keep, live.keep)
+        return Selection(near.index_select(0, chosen))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from edgeprune.policies import _policy
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import lattice
 from edgeprune.policies._signals import VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
@@ -22,5 +22,5 @@ class Policy(_policy.Policy):
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return flat_plan(shape.visual_tokens, shape.layers, cr)
 
-    def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
-        return torch.tensor(lattice(signals.grid, stage.keep))
+    def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
+        return Selection(torch.tensor(lattice(signals.grid, stage.keep)))

@@ -3,7 +3,8 @@
 URE (Sec. 3.2, Eq. 2): in the first layers the last prompt token's attention is scored with every
 visual token at one position, the middle of the picture, so that nearness earns nothing.
 UTR (Sec. 3.3, Eq. 3-5): r_2 ... r_L from an integer program over calibration samples.
-Above CR 4 the picture enters the decoder with r_1 = 4V / CR tokens, chosen by [CLS] attention.
+Above CR 4 the picture enters the decoder with r_1 = 4V / CR tokens, chosen by [CLS] attention
+(by received attention where the encoder has no [CLS]).
 Positions inside the decoder are kept. The paper's budget V*L/CR - V presumes r_1 = V; here r_1
 is what really enters, so that the CR asked for is the CR reached.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage, plan_from_counts
@@ -39,11 +41,11 @@ class Policy(_policy.Policy):
             raise SpecError("method utp needs a schedule: calibrate first, or give --schedule FILE")
         return plan_from_counts(shape.visual_tokens, tuple(schedule.counts))
 
-    def vision(self, signals: VisionSignals, stage: Stage) -> Tensor:
-        return top(signals.cls_attention(), stage.keep)
+    def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
+        return Selection(top(signals.salience(), stage.keep))
 
-    def layer(self, signals: LayerSignals, stage: Stage, keep: int) -> Tensor:
-        return top(self.record(stage.layer - 1, signals), keep)
+    def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
+        return Selection(top(self.record(stage.layer - 1, signals), live.keep))
 
     def record(self, layer: int, signals: LayerSignals) -> Tensor:
         agnostic = signals.middle if layer <= self.agnostic_layers else None
