@@ -89,7 +89,8 @@ class VisionSignals:
         """Attention of R queries to the patches, softmax over [CLS] too, head mean:
         [tiles, heads, R, head] -> [tiles, R, patches]."""
         logits = query.float() @ self.key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
-        return logits.softmax(-1)[..., self._first :].mean(1)
+        attention: Tensor = logits.softmax(-1)[..., self._first :]
+        return attention.mean(1)
 
     def _per_token(self, values: Tensor) -> Tensor:
         """[tiles, patches, ...] -> [N, ...]."""
