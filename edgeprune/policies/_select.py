@@ -11,11 +11,14 @@ from torch import Tensor
 
 def top(scores: Tensor, keep: int) -> Tensor:
     """Positions of the `keep` largest scores, rising: float32 [n] -> int64 [keep]."""
+    return ascending(ranked(scores, keep))
+
+
+def ranked(scores: Tensor, keep: int) -> Tensor:
+    """Positions of the `keep` largest scores, the largest first: float32 [n] -> int64 [keep]."""
     if torch.compiler.is_exporting():  # ONNX TopK gives ties to the lower index; torch may not
-        best = torch.topk(scores, keep).indices
-    else:
-        best = torch.argsort(scores, descending=True, stable=True)[:keep]
-    return ascending(best)
+        return torch.topk(scores, keep).indices
+    return torch.argsort(scores, descending=True, stable=True)[:keep]
 
 
 def ascending(positions: Tensor) -> Tensor:
@@ -62,10 +65,16 @@ def min_sum(tokens: Tensor, steps: int, keep: int) -> Tensor:
 
 def cosines(tokens: Tensor) -> Tensor:
     """Cosine of each pair, float32, 0 with a token of zeros: [n, width] -> [n, n]."""
-    wide = tokens.float()
-    unit = wide / wide.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    product: Tensor = unit @ unit.T
+    directions = unit(tokens)
+    product: Tensor = directions @ directions.T
     return product
+
+
+def unit(tokens: Tensor) -> Tensor:
+    """Tokens of length 1, float32, zeros where a token is: [n, width] -> [n, width]."""
+    wide = tokens.float()
+    lengths: Tensor = wide.norm(dim=-1, keepdim=True)
+    return wide / lengths.clamp(min=1e-12)
 
 
 def lattice(grid: tuple[int, int], keep: int) -> list[int]:
