@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edgeprune import policies
 from edgeprune.errors import SpecError
 from edgeprune.policies._select import lattice, top
-from edgeprune.policies._signals import LayerSignals, Segments, VisionSignals
+from edgeprune.policies._signals import InputSignals, LayerSignals, Segments, VisionSignals
 from edgeprune.spec import ModelShape, PruneSpec, Stage
 
 SHAPE = ModelShape("llava", 144, (12, 12), 12, 192, 352, 6, 6, 32, 66, 1024, True)
@@ -48,24 +48,28 @@ def _signals(prefix: int, visual: int, text: int, heads: int, kv_heads: int, see
     rng = np.random.default_rng(seed)
     size, start, total = 8, 3, prefix + visual + text
     angles = np.arange(64)[:, None] * (100.0 ** -(np.arange(size // 2) / (size // 2)))
-    query = rng.standard_normal((heads, size))
+    query = rng.standard_normal((heads, total, size))
     key = rng.standard_normal((kv_heads, total, size))
     positions = np.arange(start, start + total)
     tables = np.cos(angles), np.sin(angles)
     signals = LayerSignals(
         segments=Segments(prefix, visual, text),
         hidden=torch.zeros(1, total, 4),
-        query=torch.tensor(query)[None, :, None],
+        query=torch.tensor(query)[None],
         key=torch.tensor(key)[None],
-        rotated_query=torch.tensor(_rotate(query, tables, positions[-1]))[None, :, None],
-        rotated_key=torch.tensor(
-            np.stack([_rotate(key[:, i], tables, p) for i, p in enumerate(positions)], axis=1)
-        )[None],
+        rotated_query=torch.tensor(_rotated(query, tables, positions))[None],
+        rotated_key=torch.tensor(_rotated(key, tables, positions))[None],
         cos=torch.tensor(tables[0]),
         sin=torch.tensor(tables[1]),
+        rows=torch.tensor(positions),
         middle=torch.tensor([(2 * (start + prefix) + visual) // 2]),
+        inputs=InputSignals(torch.zeros(1, visual, 4), visual, torch.zeros(1, text, 4)),
     )
     return signals, query, key, positions, tables
+
+
+def _rotated(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], positions) -> np.ndarray:
+    return np.stack([_rotate(x[:, i], tables, p) for i, p in enumerate(positions)], axis=1)
 
 
 def _rotate(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], position: int) -> np.ndarray:
@@ -93,7 +97,7 @@ def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads,
     group = heads[0] // heads[1]
     rows = []
     for head in range(heads[0]):
-        turned = _rotate(query[head], tables, positions[-1])
+        turned = _rotate(query[head, -1], tables, positions[-1])
         keys = [_rotate(key[head // group, i], tables, p) for i, p in enumerate(places)]
         logits = np.array([turned @ k for k in keys]) / np.sqrt(query.shape[-1])
         weights = np.exp(logits - logits.max())
@@ -101,6 +105,40 @@ def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads,
     oracle = np.mean(rows, axis=0)[prefix : prefix + visual]
     found = signals.last_query_attention(signals.middle if agnostic else None)
     np.testing.assert_allclose(found.numpy(), oracle, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 4),
+    st.integers(0, 9),
+    st.integers(1, 5),
+    st.sampled_from([(2, 2), (4, 2), (6, 1)]),
+    st.integers(0, 99),
+)
+def test_text_attention_is_causal_attention(prefix, visual, text, heads, seed) -> None:
+    """Row by row: a text token sees what stands before it and itself, each at its position."""
+    signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
+    group, end = heads[0] // heads[1], prefix + visual
+    found = signals.text_attention().numpy()
+    assert found.shape == (heads[0], text, visual)
+    for head in range(heads[0]):
+        for row in range(text):
+            turned = _rotate(query[head, end + row], tables, positions[end + row])
+            seen = positions[: end + row + 1]
+            keys = [_rotate(key[head // group, i], tables, p) for i, p in enumerate(seen)]
+            weights = np.exp([turned @ k / np.sqrt(query.shape[-1]) for k in keys])
+            oracle = (weights / weights.sum())[prefix:end]
+            np.testing.assert_allclose(found[head, row], oracle, atol=1e-5)
+
+
+def test_text_nearness_is_what_rotation_makes_of_ones() -> None:
+    """The dot product of two vectors of ones, rotated to the two positions, over that of none."""
+    signals, _, _, positions, tables = _signals(2, 5, 3, 2, 2, seed=1)
+    ones, found = np.ones(8), signals.text_nearness().numpy()
+    for row, far in enumerate(positions[7:]):
+        for column, near in enumerate(positions[2:7]):
+            product = _rotate(ones, tables, far) @ _rotate(ones, tables, near)
+            assert found[row, column] == pytest.approx(product / 8, abs=1e-6)
 
 
 def test_cls_attention_is_a_softmax_over_cls_and_patches() -> None:

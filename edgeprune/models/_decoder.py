@@ -65,9 +65,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class Seen:
-    """Queries of the last token and keys of all, before and after rotary embedding."""
+    """Queries and keys of one layer, before and after rotary embedding."""
 
-    query: Tensor  # [1, heads, 1, head]
+    query: Tensor  # [1, heads, S, head]
     key: Tensor  # [1, kv_heads, S, head]
     rotated_query: Tensor
     rotated_key: Tensor
@@ -132,7 +132,7 @@ class DecoderLayer(nn.Module):
         mixed = ops.attend(rotated_query, keys, values, cache.length)
         hidden = hidden + self.attention.output(join_heads(mixed))
         hidden = hidden + self.mlp(ops.rms_norm(hidden, self.mlp_norm.weight, self.eps))
-        seen = Seen(query[:, :, -1:], key, rotated_query[:, :, -1:], rotated_key)
+        seen = Seen(query, key, rotated_query, rotated_key)
         return hidden, Cache(keys, values, cache.length), seen
 
 
@@ -225,6 +225,7 @@ class Decoder(nn.Module):
             visual, chosen = self.prune_input(visual, text)
             places = None if places is None else places.index_select(0, chosen)
             kept.append(chosen)
+        inputs = InputSignals(visual, self.plan.entering, text)
         hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
         rotary, positions, middle = self._place(position, segments, places)
@@ -250,7 +251,9 @@ class Decoder(nn.Module):
                 rotated_key=seen.rotated_key,
                 cos=rotary.cos,
                 sin=rotary.sin,
+                rows=positions[0],
                 middle=middle,
+                inputs=inputs,
             )
             self.observe(index + 1, signals)
         return self.logits(hidden), keys, values, kept

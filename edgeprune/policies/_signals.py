@@ -14,6 +14,8 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 
+LEAST = torch.finfo(torch.float32).min
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -129,14 +131,16 @@ class LayerSignals:
 
     segments: Segments
     hidden: Tensor  # [1, S, width], the layer's output
-    query: Tensor  # [1, heads, 1, head], of the last token, before rotary embedding
+    query: Tensor  # [1, heads, S, head], before rotary embedding
     key: Tensor  # [1, kv_heads, S, head], before rotary embedding
-    rotated_query: Tensor  # as query, with its position
+    rotated_query: Tensor  # as query, with their positions
     rotated_key: Tensor  # as key, with their positions
     cos: Tensor  # [n, head / 2], rotary tables
     sin: Tensor
+    rows: Tensor  # int64 [S], each token's row of the tables
     middle: Tensor  # int64 [1], row of the tables for p' = floor((p1 + p2) / 2 + 1/2), the middle
     # of the picture's positions p1 .. p2; under M-RoPE of each of the three by itself
+    inputs: InputSignals  # what entered layer 1
 
     @property
     def visual(self) -> Tensor:
@@ -156,24 +160,42 @@ class LayerSignals:
         rotary tables (UTP, Eq. 2); text tokens keep theirs, so they still share the softmax.
         """
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        logits = _dot(self.rotated_query, self.rotated_key)  # [1, kv_heads, group, S]
+        logits = _dot(self.rotated_query[:, :, -1:], self.rotated_key)  # [1, kv_heads, group, S]
         if agnostic is not None:
             moved = _dot(self._query_against(agnostic), self.key[:, :, start:end])
             logits = torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
+
+    def text_attention(self) -> Tensor:
+        """Attention of each text token after the picture to each visual token, the softmax over all
+        tokens up to itself: float32 [heads, T, n]."""
+        start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
+        queries = self.rotated_query[:, :, end:]
+        logits = _dot(queries, self.rotated_key).reshape(*queries.shape[1:3], self.segments.total)
+        places = torch.arange(self.segments.total, device=logits.device)
+        later = places[None, :] > places[end:, None]
+        attention: Tensor = torch.where(later, LEAST, logits).softmax(-1)
+        return attention[:, :, start:end]
+
+    def text_nearness(self) -> Tensor:
+        """What rotary embedding alone makes of the distance between each text token after the
+        picture and each visual token, the mean of cos(distance * frequency): float32 [T, n]."""
+        start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
+        cos, sin = (table.index_select(0, self.rows).float() for table in (self.cos, self.sin))
+        near: Tensor = cos[end:] @ cos[start:end].T + sin[end:] @ sin[start:end].T
+        return near / cos.shape[1]
 
     def _query_against(self, position: Tensor) -> Tensor:
         """The last query turned so that its dot product with an unrotated key is that of a key
         rotated to `position`: R_p'^T R_n q, [1, heads, 1, head]."""
         cos = self.cos.index_select(0, position).float()  # [1, head / 2]
         sin = self.sin.index_select(0, position).float()
-        half = cos.shape[-1]
-        low, high = self.rotated_query[..., :half].float(), self.rotated_query[..., half:].float()
+        low, high = self.rotated_query[:, :, -1:].float().chunk(2, dim=-1)
         return torch.cat([low * cos + high * sin, high * cos - low * sin], dim=-1)
 
 
 def _dot(query: Tensor, key: Tensor) -> Tensor:
-    """Scaled dot products, float32: [1, heads, 1, head], [1, kv, S, head] -> [1, kv, group, S]."""
+    """Scaled dot products: [1, heads, R, head], [1, kv, S, head] -> float32 [1, kv, group R, S]."""
     _, kv_heads, _, size = key.shape
     grouped = query.float().reshape(1, kv_heads, -1, size) * size**-0.5
     products: Tensor = grouped @ key.float().transpose(-1, -2)
