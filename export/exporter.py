@@ -176,7 +176,7 @@ def _check(
     report: Report,
 ) -> parity.Parity:
     report("load the eager reference", 0, 1)
-    reference = Reference.build(adapter, policy, request.plan, dtype, decoder=parity.Watching)
+    reference = Reference.build(adapter, policy, request.plan, dtype)
     chosen = list(prompts)
     report("parity", 0, len(chosen))
     return parity.check(draft, reference, chosen, lambda done: report("parity", done, len(chosen)))

@@ -88,7 +88,7 @@ def test_the_pruned_bundle_equals_its_eager_reference_on_200_samples(demo_utp: P
     adapter = open_model("demo")
     counts = Bundle.open(demo_utp).manifest.prune.counts
     policy, plan = make(PruneSpec("utp", 4)), plan_from_counts(144, counts)
-    reference = Reference.build(adapter, policy, plan, decoder=parity.Watching)
+    reference = Reference.build(adapter, policy, plan)
     processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
     prompts = (sample.prompt for sample in demo_samples(processor, 200))
     checked = parity.check(demo_utp, reference, prompts)
@@ -148,7 +148,7 @@ def test_a_graph_that_disagrees_is_found_out(demo_utp: Path) -> None:
     adapter = open_model("demo")
     plan = plan_from_counts(144, Bundle.open(demo_utp).manifest.prune.counts)
     policy = make(PruneSpec("utp", 4, options={"agnostic_layers": "0"}))
-    reference = Reference.build(adapter, policy, plan, torch.float32, decoder=parity.Watching)
+    reference = Reference.build(adapter, policy, plan, torch.float32)
     processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
     prompts = [sample.prompt for sample in demo_samples(processor, 4)]
     with pytest.raises(ParityError):

@@ -189,7 +189,7 @@ def test_a_graph_that_chooses_otherwise_is_found_out(bundle: Path, tiny_checkpoi
 
     adapter = open_model(str(tiny_checkpoint))
     plan = method().plan(adapter.shape, prune.cr)
-    reference = Reference.build(adapter, First(), plan, decoder=parity.Watching)
+    reference = Reference.build(adapter, First(), plan)
     prompts = [random_prompt((1, 3, 56, 56), 66, seed) for seed in range(2)]
     with pytest.raises(ParityError, match="other tokens than the eager reference"):
         parity.check(bundle, reference, prompts)

@@ -57,14 +57,15 @@ class Reference:
         self.values = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
         self.lengths = torch.zeros(config.layers, dtype=torch.int64)
         self.position = 0
+        self.visual = torch.empty(1, 0, config.width, dtype=self.dtype)
         self.vision_kept = torch.empty(0, dtype=torch.int64)
 
     @torch.no_grad()
     def prefill(self, prompt: Prompt) -> Step:
-        """A picture and a first question."""
+        """A picture and a first question; `visual` and `vision_kept` are the vision module's."""
         self.restart()
-        visual, self.vision_kept = self.vision(prompt.pixels.to(self.dtype))
-        return self._run(prompt.prefix_ids, visual, prompt.text_ids, self.vision_kept)
+        self.visual, self.vision_kept = self.vision(prompt.pixels.to(self.dtype))
+        return self._run(prompt.prefix_ids, self.visual, prompt.text_ids, self.vision_kept)
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Step:
