@@ -38,7 +38,7 @@ def bundle(shape: str, cr: float, work: Path, dtype: str) -> Path:
     dense = Plan(visual, layers)
     plan = dense if cr == 1 else plan_from_counts(visual, declining(visual, layers, cr))
     adapter, spec = open_model(str(checkpoint)), PruneSpec(method, cr)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     why = "only compiled, never run"
     request = ExportRequest(checkpoint.name, spec, plan, output, dtype=dtype, no_parity=why)
     export(request, adapter, make(spec), processor, [])

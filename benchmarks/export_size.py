@@ -39,7 +39,7 @@ def main() -> None:
         steps.setdefault(step, time.perf_counter() - started)
 
     adapter = open_model(str(checkpoint))
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     counts = declining(adapter.shape.visual_tokens, adapter.shape.layers, args.cr)
     plan, spec = plan_from_counts(adapter.shape.visual_tokens, counts), PruneSpec("utp", args.cr)
     request = ExportRequest(

@@ -124,7 +124,7 @@ def _export(checkpoint: Path, output: Path, method: str, plan: Any, cr: float) -
     adapter: Any = open_model(str(checkpoint))
     adapter.decoder_config = replace(adapter.decoder_config, output_bias=False)
     spec = PruneSpec(method, cr)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
     export(ExportRequest(SHAPE, spec, plan, output), adapter, make(spec), processor, prompts)
 

@@ -55,7 +55,7 @@ def bundle(name: str, method: str, plan: Plan, cr: float, checkpoint: Path, dtyp
         return output
     adapter = open_model(str(checkpoint))
     spec = PruneSpec(method, cr)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     request = ExportRequest(checkpoint.name, spec, plan, output, dtype=dtype)
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
     export(request, adapter, make(spec), processor, prompts)

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.spec import Plan, Stage
+from edgeprune.tiling import Tiling
 
 if sys.platform != "win32":
     import fcntl
@@ -95,7 +96,7 @@ class DecoderRecord:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """How a picture becomes pixels [1, 3, height, width]; the checkpoint's own image processor."""
+    """How a picture becomes pixels [tiles, 3, height, width]; the checkpoint's own processor."""
 
     height: int
     width: int
@@ -106,6 +107,12 @@ class ImageRecord:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     pad_to_square: tuple[int, int, int] | None = None  # colour of the padding, before resizing
+    tiling: Tiling | None = None  # cut into tiles of height x width, which are pixels [tiles, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the pixels."""
+        return self.tiling.tiles if self.tiling else 1, 3, self.height, self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,7 @@ class TextRecord:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     generation: dict[str, int | float] = field(default_factory=dict)  # defaults of Sampling
+    around_image: tuple[str, str] = ("", "")  # text before and after the picture's tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.policies import Policy
 from edgeprune.spec import PruneSpec, check_cr, check_reach
+from edgeprune.tiling import Size
 
 Report = Callable[[str, int, int], None]  # step, done, total
 
@@ -31,6 +32,7 @@ class Recipe:
     output: Path | None = None  # None: out/MODEL-METHOD-crCR
     model: str = "demo"
     revision: str | None = None
+    image_size: Size | None = None  # of the pictures to freeze for; None: the family's default
     target: str = "cpu"
     dtype: str | None = None  # None: the target's own
     parity: int | None = None  # samples of the check; None: 8, where there is memory for it
@@ -62,11 +64,11 @@ class Recipe:
 def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exported:
     """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be."""
     spec, policy = recipe.spec, policies.make(recipe.spec)
-    adapter = open_model(recipe.model, recipe.revision)
+    adapter = open_model(recipe.model, recipe.revision, recipe.image_size)
     check_reach(spec, adapter.shape)
     preflight(recipe.folder, recipe.target, recipe.dtype, adapter)
     samples, why = _parity(recipe, adapter)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     schedule = _schedule(recipe, adapter, policy, processor, report)
     plan = policy.plan(adapter.shape, spec.cr, schedule)
     check_cr(plan, spec.cr)

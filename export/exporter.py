@@ -108,8 +108,8 @@ def export(
     preflight(request.output, request.target, request.dtype, adapter)
     dialect, dtype = request.lowering
     generation = _generation(adapter)
-    image = image_record(processor.hf.image_processor)
-    text = text_record(processor.hf, adapter.config, generation)
+    image = image_record(processor, adapter.tiling)
+    text = text_record(processor, adapter.config, generation, adapter.around_picture)
     try:
         with atomic_folder(request.output) as draft:
             _write_graphs(draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report)
@@ -123,7 +123,7 @@ def export(
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    remarks = notes(processor.hf, adapter.config, generation)
+    remarks = notes(processor, adapter.config, generation)
     return Exported(request.output, manifest, checked, remarks)
 
 
@@ -163,7 +163,7 @@ def _copy_text(folder: Path, draft: Path, processor: Processor) -> None:
     for name in TEXT_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, draft / name)
-    save_tokenizer(processor.hf, draft / "tokenizer.json")
+    save_tokenizer(processor, draft / "tokenizer.json")
 
 
 def _check(

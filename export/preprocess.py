@@ -12,34 +12,56 @@ from typing import Any
 
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import ModelError
+from edgeprune.tiling import Tiling
 
 PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
 """Classes with the pipeline above, each also with the suffix that names its implementation."""
+TILERS = ("GotOcr2ImageProcessor", "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
+"""Classes that cut a picture into tiles; edgeprune.tiling says how."""
+
+Triple = tuple[float, float, float]
 
 
-def image_record(processor: Any) -> ImageRecord:
+def image_record(processor: Any, tiling: Tiling | None = None) -> ImageRecord:
     """What the image processor of a checkpoint (or of its processor) does to a picture."""
     processor = getattr(processor, "image_processor", processor)
-    _check_class(processor)
+    _check_class(processor, PROCESSORS if tiling is None else TILERS)
+    resample, levels = _resample(processor.resample), _levels(processor)
+    if tiling is not None:
+        _check_tile(processor, tiling.tile)
+        return ImageRecord(tiling.tile, tiling.tile, None, resample, None, *levels, tiling=tiling)
     pad = _padding(processor)
     resize = _resize(processor.size) if processor.do_resize else None
     crop = _pair("crop_size", processor.crop_size) if processor.do_center_crop else None
     height, width = _fixed_size(resize, crop, square=pad is not None)
+    return ImageRecord(height, width, resize, resample, crop, *levels, pad_to_square=pad)
+
+
+def _levels(processor: Any) -> tuple[float, Triple, Triple]:
+    """Factor, mean and deviation that levels of 0 to 255 are normalised with."""
     rescale, mean, std = 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if processor.do_rescale:
         rescale = _number("rescale_factor", processor.rescale_factor)
     if processor.do_normalize:
         mean = _triple("image_mean", processor.image_mean)
         std = _triple("image_std", processor.image_std)
-    resample = _resample(processor.resample)
-    return ImageRecord(height, width, resize, resample, crop, rescale, mean, std, pad)
+    return rescale, mean, std
 
 
-def _check_class(processor: Any) -> None:
+def _check_tile(processor: Any, side: int) -> None:
+    """ModelError unless tiles come out of the processor as large as the encoder takes them."""
+    size = _resize(processor.size)
+    crop = _pair("crop_size", processor.crop_size) if processor.do_center_crop else None
+    square = (side, side)
+    if not processor.do_resize or size not in (side, square) or crop not in (None, square):
+        raise _unsupported("size", _given(processor.size), f"the encoder's {side} pixels a side")
+
+
+def _check_class(processor: Any, known: Sequence[str]) -> None:
     name = type(processor).__name__
-    if name.removesuffix("Pil").removesuffix("Fast") not in PROCESSORS:
+    if name.removesuffix("Pil").removesuffix("Fast") not in known:
         raise ModelError(
-            f"the checkpoint's image processor is a {name}, supported are: {', '.join(PROCESSORS)}"
+            f"the checkpoint's image processor is a {name}, supported are: {', '.join(known)}"
         )
 
 
@@ -104,7 +126,7 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _triple(name: str, value: Any) -> tuple[float, float, float]:
+def _triple(name: str, value: Any) -> Triple:
     values = list(value) if isinstance(value, Sequence) else [value] * 3
     numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
     if len(values) != 3 or not numbers or (name == "image_std" and not all(values)):

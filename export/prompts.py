@@ -29,8 +29,12 @@ UNUSED = {  # generation settings that the runtime does not follow, and their ne
 }
 
 
-def text_record(source: Any, config: Any, generation_config: Any = None) -> TextRecord:
+def text_record(
+    source: Any, config: Any, generation_config: Any = None, around: tuple[str, str] = ("", "")
+) -> TextRecord:
     """Freeze the prompt format of a processor (or a tokenizer) and the defaults of generation.
+
+    `around` is text that the family's processor puts around a picture's tokens.
 
     A LLaVA checkpoint without a chat template gets that of LLaVA-1.5; `notes` says so.
     """
@@ -46,6 +50,7 @@ def text_record(source: Any, config: Any, generation_config: Any = None) -> Text
         image_token_id=config.image_token_id,
         eos_token_ids=_eos(tokenizer, config, generation_config),
         generation=_generation(generation_config),
+        around_image=around,
     )
 
 

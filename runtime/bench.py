@@ -127,7 +127,7 @@ class _Racer:
         self.load_seconds = time.perf_counter() - started
         self.request, self.manifest = request, self.bundle.manifest
         image, rng = self.manifest.image, np.random.default_rng(0)
-        self.pixels = rng.standard_normal((1, 3, image.height, image.width), np.float32)
+        self.pixels = rng.standard_normal(image.shape, np.float32)
         ids = rng.integers(3, self.manifest.decoder.vocabulary, (1, request.text_tokens))
         self.prefix_ids, self.text_ids = ids[:, :PREFIX], ids[:, PREFIX:]
         self.counts = np.array(self.manifest.prune.counts)

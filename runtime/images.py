@@ -1,4 +1,4 @@
-"""A picture file -> pixels [1, 3, height, width], equal to the checkpoint's own image processor.
+"""A picture file -> pixels [tiles, 3, height, width], equal to the checkpoint's own processor.
 
 Equal means bit for bit what transformers computes with Pillow (its CLIPImageProcessorPil): the same
 order of operations, the same filter, the same rounding. That includes its treatment of odd files:
@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
+from edgeprune.runtime.tiles import cut, remark
 
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: at 3 bytes a pixel it would fill the device."""
@@ -73,8 +74,11 @@ def _too_large(path: Path, found: str) -> str:
 
 
 def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
-    """Pad, resize, crop, normalise as the record says: picture -> pixels [1, 3, height, width]."""
+    """A picture padded, resized, cropped or cut as the record says: [tiles, 3, height, width]."""
     image = _to_rgb(image)
+    if record.tiling is not None:
+        views = cut(image, record.tiling, record.resample)
+        return np.concatenate([_normalise(np.asarray(view), record) for view in views])
     if record.pad_to_square is not None:
         image = _pad_to_square(image, record.pad_to_square)
     if record.resize is not None:
@@ -87,6 +91,12 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
             f" one gives {image.width} x {image.height}; resize or crop it first"
         )
     return _normalise(np.asarray(image), record)
+
+
+def remarks(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
+    """What a user should know of how a picture is taken; InputError where it cannot be."""
+    found = remark(image.size, record.tiling) if record.tiling else ""
+    return (found,) if found else ()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ import numpy as np
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, BundleError, CapacityError, InputError, SpecError
 from edgeprune.runtime.backend import Backend, Chunk, Ids, Output
-from edgeprune.runtime.images import load_image, to_pixels
+from edgeprune.runtime.images import load_image, remarks, to_pixels
 from edgeprune.runtime.ort import OrtBackend
 from edgeprune.runtime.sampling import Sampling, StopWatcher
 from edgeprune.runtime.text import Prompter
@@ -53,6 +53,7 @@ class Answer:
     vision_kept: Ids  # of the V tokens, those whose places the encoder's survivors took; V: [CLS]
     layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
     prompt_tokens: int
+    remarks: tuple[str, ...] = ()  # of the picture, such as that its shape is not the bundle's
 
 
 class Session:
@@ -88,12 +89,13 @@ class Session:
         self._pending: list[int] = []  # said, but not yet in the cache
         self._vision_kept: Ids = np.zeros(0, np.int64)
         self._layer_kept: tuple[Ids, ...] = ()
+        self._remarks: tuple[str, ...] = ()
         self.answer: Answer | None = None
 
     def warm_up(self) -> None:
         """Run both graphs once on nothing, so that the first answer is as fast as the next."""
-        image, empty = self.manifest.image, np.zeros((1, 0), np.int64)
-        self.backend.see(np.zeros((1, 3, image.height, image.width), np.float32))
+        empty = np.zeros((1, 0), np.int64)
+        self.backend.see(np.zeros(self.manifest.image.shape, np.float32))
         self._run(empty, np.zeros((1, 2 * STEP), np.int64), True)
         self._run(empty, np.zeros((1, 1), np.int64), False)
         self.reset()
@@ -115,8 +117,10 @@ class Session:
         started = time.perf_counter()
         prefix_ids, text_ids = self._prompter.first_turn(prompt)  # refuse before any work
         loaded = load_image(image) if isinstance(image, (str, Path)) else image
+        remarked = remarks(loaded, self.manifest.image)
         pixels = to_pixels(loaded, self.manifest.image)
         self.reset()
+        self._remarks = remarked
         seen = time.perf_counter()
         timings = Timings(preprocess=1e3 * (seen - started))
         room = self._room(prefix_ids.shape[1] + text_ids.shape[1] + self.manifest.span, sampling)
@@ -192,6 +196,7 @@ class Session:
             self._vision_kept,
             self._layer_kept,
             prefix_ids.shape[1] + text_ids.shape[1],
+            self._remarks,
         )
 
     def _is_end(self, said: list[int]) -> bool:

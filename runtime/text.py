@@ -39,7 +39,8 @@ class Prompter:
         self._record = record
         added = self._tokenizer.get_added_tokens_decoder()
         _check_record(record, added.keys(), tokenizer_file)
-        self._image = added[record.image_token_id].content
+        before, after = record.around_image
+        self._image = before + added[record.image_token_id].content + after
         unknown = {token.id for token in self._tokenizer.model.tokenize(_NO_CHARACTER)}
         self._control = added.keys() - (unknown - set(record.eos_token_ids))
         # tokens after which the text so far may still change, or has not changed

@@ -34,7 +34,7 @@ class Demo:
 @pytest.fixture(scope="module")
 def demo() -> Demo:
     adapter = open_model("demo")
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     return Demo(adapter, list(demo_samples(processor, 3)), make(PruneSpec("utp", 4)))
 
 

@@ -89,7 +89,7 @@ def test_the_pruned_bundle_equals_its_eager_reference_on_200_samples(demo_utp: P
     counts = Bundle.open(demo_utp).manifest.prune.counts
     policy, plan = make(PruneSpec("utp", 4)), plan_from_counts(144, counts)
     reference = Reference.build(adapter, policy, plan)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     prompts = (sample.prompt for sample in demo_samples(processor, 200))
     checked = parity.check(demo_utp, reference, prompts)
     assert checked.samples == 200
@@ -116,7 +116,7 @@ def test_layers_may_keep_one_token_or_none(
     adapter = open_model(str(tiny_checkpoint))
     cr = 48 / sum(counts)
     spec, plan = PruneSpec("utp", cr), plan_from_counts(16, counts)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     request = ExportRequest("tiny", spec, plan, tmp_path / "bundle")
     prompts = [random_prompt((1, 3, 56, 56), adapter.shape.vocabulary, seed) for seed in range(2)]
     exported = export(request, adapter, make(spec), processor, prompts)
@@ -149,7 +149,7 @@ def test_a_graph_that_disagrees_is_found_out(demo_utp: Path) -> None:
     plan = plan_from_counts(144, Bundle.open(demo_utp).manifest.prune.counts)
     policy = make(PruneSpec("utp", 4, options={"agnostic_layers": "0"}))
     reference = Reference.build(adapter, policy, plan, torch.float32)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     prompts = [sample.prompt for sample in demo_samples(processor, 4)]
     with pytest.raises(ParityError):
         parity.check(demo_utp, reference, prompts)

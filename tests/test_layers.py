@@ -35,7 +35,7 @@ BANNED = {
     "edgeprune.policies": {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "edgeprune.models"},
     "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values()},
 }
-CORE = {"bundle", "spec", "errors", "cost"}
+CORE = {"bundle", "spec", "errors", "cost", "tiling"}
 """Modules at the package's root that use the standard library alone, so that runtime may too."""
 
 

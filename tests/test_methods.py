@@ -153,7 +153,7 @@ def test_the_bundle_agrees_with_its_reference_over_two_turns(
     policy = policies.make(spec)
     reference = Reference.build(adapter, policy, policy.plan(adapter.shape, prune.cr))
     assert reference.decoder.plan.counts == prune.counts
-    session, processor = Session.open(bundle), Processor(tiny_checkpoint, adapter.image_token_id)
+    session, processor = Session.open(bundle), Processor(adapter)
     image, question = next(held_out(1))
     answer = session.ask(image, question.text, Sampling(max_new_tokens=5))
     ends = manifest.text.eos_token_ids

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import SpecError
+from edgeprune.tiling import Size
 
 if TYPE_CHECKING:
     from edgeprune.calib.calibrate import CalibrationRequest
@@ -20,6 +21,20 @@ def add_model(command: argparse.ArgumentParser) -> None:
         "--model", default="demo", help="checkpoint folder, hub id, or demo (default)"
     )
     command.add_argument("--revision", help="hub revision of the checkpoint")
+    command.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="WxH",
+        help="pixels of the pictures to freeze for, where the family takes several sizes",
+    )
+
+
+def image_size(text: str) -> Size:
+    """`1344x672`, width before height."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"WIDTHxHEIGHT in pixels, such as 672x336; got {text!r}")
+    return Size(int(height), int(width))
 
 
 def add_method(command: argparse.ArgumentParser) -> None:
@@ -92,4 +107,4 @@ def calibration(args: argparse.Namespace, cr: float) -> CalibrationRequest:
 def model(args: argparse.Namespace) -> Adapter:
     from edgeprune.models import open_model
 
-    return open_model(args.model, args.revision)
+    return open_model(args.model, args.revision, args.image_size)

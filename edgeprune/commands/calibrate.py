@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     _common.check_output(args.output)
     adapter = _common.model(args)
     check_reach(spec, adapter.shape)
-    processor = Processor(adapter.checkpoint.folder, adapter.image_token_id)
+    processor = Processor(adapter)
     with Bar() as bar:
         schedule = calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)
     _common.write_output(args.output, schedule.to_json())

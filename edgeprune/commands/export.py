@@ -55,6 +55,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         output=args.output,
         model=args.model,
         revision=args.revision,
+        image_size=args.image_size,
         target=args.target,
         dtype=args.dtype,
         parity=args.parity,

@@ -98,6 +98,7 @@ def _summary(session: Session, answer: Answer, turn: int) -> str:
     times, prune = answer.timings, session.manifest.prune
     lines = [f"{session.manifest.name} ({session.backend.name})"]
     if turn == 0:
+        lines += [f"note: {remark}" for remark in answer.remarks]
         counts = " ".join(str(n) for n in prune.counts)
         lines.append(
             f"visual tokens {prune.visual_tokens} -> {counts}  (CR {prune.cr_reached:.2f})"

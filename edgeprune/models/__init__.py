@@ -11,6 +11,7 @@ from pkgutil import iter_modules
 from edgeprune.errors import ModelError
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._checkpoint import Checkpoint, locate
+from edgeprune.tiling import Size
 
 __all__ = ["Adapter", "Checkpoint", "names", "open_model"]
 
@@ -20,8 +21,11 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if module.name[0] != "_")
 
 
-def open_model(model: str, revision: str | None = None) -> Adapter:
-    """The adapter of a checkpoint: a local folder, a hub id, or `demo` for the embedded model."""
+def open_model(model: str, revision: str | None = None, size: Size | None = None) -> Adapter:
+    """The adapter of a checkpoint: a local folder, a hub id, or `demo` for the embedded model.
+
+    `size` is that of the pictures to freeze for, None the family's default.
+    """
     if model == "demo":
         from edgeprune.demo import MODEL_DIR
 
@@ -33,5 +37,5 @@ def open_model(model: str, revision: str | None = None) -> Adapter:
             f"{model} is a {family or 'checkpoint without model_type'}; edgeprune knows:"
             f" {', '.join(names())}"
         )
-    adapter: Adapter = import_module(f"{__name__}.{family}").Adapter(checkpoint)
+    adapter: Adapter = import_module(f"{__name__}.{family}").Adapter(checkpoint, size)
     return adapter

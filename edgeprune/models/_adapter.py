@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
@@ -19,6 +20,7 @@ from edgeprune.models._ops import TorchOps
 from edgeprune.models._vision import Vision, VisionConfig
 from edgeprune.policies import Policy
 from edgeprune.spec import ModelShape, Plan
+from edgeprune.tiling import Size, Tiling, fitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,10 @@ class Adapter:
     tower: ClassVar[Mapping[str, str]] = CLIP
     """How the checkpoint names the parameters of the vision tower."""
 
+    around_picture: ClassVar[tuple[str, str]] = "", ""
+    """Text that the checkpoint's processor puts around a picture's tokens."""
+
+    tiling: Tiling | None = None  # the tiles that a picture is cut into, where it is
     vision_config: VisionConfig
     decoder_config: DecoderConfig
 
@@ -76,6 +82,13 @@ class Adapter:
         """Shape of what the vision graph takes: [tiles, 3, height, width]."""
         side = self.vision_config.encoder.image
         return self.vision_config.layout.tiles, 3, side, side
+
+    def look(self, image_processor: Any, image: Image.Image) -> Tensor:
+        """A picture through the checkpoint's own image processor: float32, of shape `pixels`."""
+        if self.tiling is not None:
+            image = on_canvas(image, Size(self.tiling.height, self.tiling.width))
+        found: Tensor = image_processor(image, return_tensors="pt")["pixel_values"]
+        return found.float().flatten(0, -4)
 
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
@@ -131,6 +144,15 @@ class Adapter:
 def _is_linear(module: nn.Module, parameter: str) -> bool:
     owner, _, leaf = parameter.rpartition(".")
     return leaf == "weight" and isinstance(module.get_submodule(owner), Linear)
+
+
+def on_canvas(image: Image.Image, size: Size) -> Image.Image:
+    """A picture fitted into another size, its aspect ratio kept, the rest black."""
+    height, width = fitted(Size(image.height, image.width), size)
+    canvas = Image.new("RGB", (size.width, size.height))
+    at = (size.width - width) // 2, (size.height - height) // 2
+    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), at)
+    return canvas
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:

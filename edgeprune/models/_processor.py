@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError
+from edgeprune.models._adapter import Adapter
+from edgeprune.models._checkpoint import read_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,37 +27,70 @@ class Prompt:
 
 
 class Processor:
-    """Wraps transformers' AutoProcessor of a local folder; no code of the checkpoint is run."""
+    """A checkpoint's tokenizer, chat template and image processor; none of its code is run.
 
-    def __init__(self, folder: Path, image_token_id: int) -> None:
-        from transformers import AutoProcessor
+    The three are read by themselves: a processor of transformers asks for torchvision where the
+    family knows video too. Pictures are always resized by Pillow, as at run time.
+    """
 
+    def __init__(self, adapter: Adapter) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        folder, local = adapter.checkpoint.folder, {"local_files_only": True}
         try:
-            self.hf: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **local)
+            self.image_processor: Any = AutoImageProcessor.from_pretrained(
+                folder, backend="pil", **local
+            )
         except Exception as error:  # transformers raises many kinds for a broken folder
             raise ModelError(f"{folder} has no usable processor or tokenizer: {error}") from error
-        self.image_token_id = image_token_id
+        if template := _processors_template(folder):
+            self.tokenizer.chat_template = template
+        self.adapter = adapter
 
     def __call__(self, image: Image, question: str) -> Prompt:
         """Tensors for one question, wrapped in the checkpoint's chat template."""
+        prefix_ids, text_ids = self.split(self.ids(question))
+        pixels = self.adapter.look(self.image_processor, image.convert("RGB"))
+        if tuple(pixels.shape) != self.adapter.pixels:
+            raise ModelError(
+                f"the image processor makes pixels {list(pixels.shape)}, config.json says"
+                f" {list(self.adapter.pixels)}; the two are not of one checkpoint"
+            )
+        return Prompt(pixels, prefix_ids, text_ids)
+
+    def ids(self, question: str) -> Tensor:
+        """The whole prompt, one token for the picture: int64 [n]."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = self.hf.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        encoded = self.hf(images=image.convert("RGB"), text=text, return_tensors="pt")
-        prefix_ids, text_ids = self.split(encoded["input_ids"][0])
-        return Prompt(encoded["pixel_values"].float(), prefix_ids, text_ids)
+        image = self.tokenizer.convert_ids_to_tokens(self.adapter.image_token_id)
+        before, after = self.adapter.around_picture
+        text = text.replace(image, before + image + after)
+        bos = self.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        return torch.tensor(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def split(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [n] around the run of image tokens: [1, P] and [1, T]."""
-        places = (ids == self.image_token_id).nonzero()[:, 0]
+        places = (ids == self.adapter.image_token_id).nonzero()[:, 0]
         if not len(places):
             raise ModelError("the chat template left no place for the picture")
         return ids[: int(places[0])][None], ids[int(places[-1]) + 1 :][None]
 
     def text(self, ids: Tensor) -> str:
-        decoded: str = self.hf.tokenizer.decode(ids, skip_special_tokens=True)
+        decoded: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return decoded
+
+
+def _processors_template(folder: Path) -> str | None:
+    """The chat template of a processor, which goes before its tokenizer's."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "chat_template.json").is_file():
+        return str(read_json(folder / "chat_template.json").get("chat_template", "")) or None
+    return None
 
 
 def random_prompt(pixels: tuple[int, ...], vocabulary: int, seed: int) -> Prompt:

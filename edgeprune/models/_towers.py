@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeprune.errors import ModelError
+from edgeprune.errors import ModelError, SpecError
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._vision import ProjectorConfig
+from edgeprune.tiling import Size
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 
@@ -33,6 +34,15 @@ def refuse(config: Any, demands: dict[str, bool]) -> None:
     if missing:
         kind = config.model_type
         raise ModelError(f"this {kind} checkpoint has {', '.join(missing)}: not supported")
+
+
+def one_size(asked: Size | None, side: int) -> None:
+    """SpecError where a family that takes every picture in one size is asked for another."""
+    if asked not in (None, (side, side)):
+        raise SpecError(
+            f"this model takes every picture as {side} x {side} pixels, --image-size asks for"
+            f" {asked}; leave it out"
+        )
 
 
 def clip_or_siglip(config: Any) -> EncoderConfig:
@@ -66,9 +76,9 @@ def clip_or_siglip(config: Any) -> EncoderConfig:
     )
 
 
-def projector(config: Any, inputs: int) -> ProjectorConfig:
+def projector(config: Any, inputs: int, norm: bool = False) -> ProjectorConfig:
     """The two linear layers of a LLaVA-like config, from `inputs` to the decoder's width."""
     activation = config.projector_hidden_act
     refuse(config, {f"activation {activation!r}": activation in ACTIVATIONS})
     bias = getattr(config, "multimodal_projector_bias", True)
-    return ProjectorConfig(inputs, config.text_config.hidden_size, activation, bias)
+    return ProjectorConfig(inputs, config.text_config.hidden_size, activation, bias, norm)

@@ -1,0 +1,120 @@
+"""How a picture is cut into tiles: the arithmetic that an export freezes and a runtime repeats.
+
+Two ways are known. `stretch` (InternVL): the picture is made exactly as large as a grid of tiles,
+the grid of the nearest aspect ratio. `fit` (LLaVA-NeXT, LLaVA-OneVision): it is made as large as it
+can be inside the grid and padded; whole rows or columns of tokens that show padding are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+    """Pixels, or tiles, or tokens."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.width} x {self.height} (width x height)"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The tiles of a bundle: rows x columns of them, and the whole picture as one more."""
+
+    kind: str  # stretch or fit
+    rows: int
+    columns: int
+    height: int  # of the pictures that the bundle is frozen for, pixels
+    width: int
+    tile: int  # pixels a side
+    tokens: int  # visual tokens a side of a tile
+    overview: str  # where the whole picture stands among the tiles: first, last or none
+    ratios: tuple[float, ...] = ()  # stretch: columns / rows of every grid to choose from
+
+    @property
+    def tiles(self) -> int:
+        """How many the encoder sees."""
+        return self.rows * self.columns + (self.overview != "none")
+
+    @property
+    def canvas(self) -> Size:
+        """Pixels of the grid."""
+        return Size(self.rows * self.tile, self.columns * self.tile)
+
+    def suits(self, height: int, width: int) -> bool:
+        """Whether a picture of such a shape gives the tokens that the bundle has."""
+        if self.kind == "stretch":
+            ratio = self.columns / self.rows
+            return self.tiles == 1 or ratio in nearest(width / height, self.ratios)
+        grid = Size(self.rows * self.tokens, self.columns * self.tokens)
+        frozen = Size(self.height, self.width)
+        return shown(grid, Size(height, width)) == shown(grid, frozen)
+
+
+def nearest(ratio: float, ratios: Iterable[float]) -> list[float]:
+    """Those of `ratios` that come closest, differences alone counted as InternVL does."""
+    least = min(abs(ratio - other) for other in ratios)
+    return [other for other in ratios if abs(ratio - other) == least]
+
+
+def stretch_grid(picture: Size, tile: int, least: int, most: int) -> Size:
+    """Rows and columns of the grid that InternVL's processor chooses, of `least` to `most` tiles.
+
+    Of grids with the same ratio the larger, unless the picture has less than half of its pixels.
+    """
+    ratio, area = picture.width / picture.height, picture.width * picture.height
+    best, difference = Size(1, 1), math.inf
+    for grid in grids(least, most):
+        found = abs(ratio - grid.width / grid.height)
+        large = area > 0.5 * tile * tile * grid.height * grid.width
+        if found < difference or (found == difference and large):
+            best, difference = grid, found
+    return best
+
+
+def grids(least: int, most: int) -> list[Size]:
+    """All grids of `least` to `most` tiles, fewest tiles first, then fewest columns."""
+    sides = range(1, most + 1)
+    every = [Size(rows, columns) for columns in sides for rows in sides]
+    fitting = [grid for grid in every if least <= grid.height * grid.width <= most]
+    return sorted(fitting, key=lambda grid: grid.height * grid.width)
+
+
+def fit_canvas(picture: Size, choices: Iterable[Size]) -> Size:
+    """The canvas that LLaVA-NeXT's processor chooses: the most of the picture's pixels, then the
+    least waste."""
+    best, most, wasted = None, 0, math.inf
+    for choice in choices:
+        scale = min(choice.width / picture.width, choice.height / picture.height)
+        inside = int(picture.width * scale) * int(picture.height * scale)
+        useful = min(inside, picture.width * picture.height)
+        waste = choice.width * choice.height - useful
+        if useful > most or (useful == most and waste < wasted):
+            best, most, wasted = choice, useful, waste
+    assert best is not None  # a picture has pixels
+    return best
+
+
+def fitted(picture: Size, canvas: Size) -> Size:
+    """A picture's size when it is as large as it can be inside a canvas."""
+    across, down = canvas.width / picture.width, canvas.height / picture.height
+    if across < down:
+        return Size(min(math.ceil(picture.height * across), canvas.height), canvas.width)
+    return Size(canvas.height, min(math.ceil(picture.width * down), canvas.width))
+
+
+def shown(grid: Size, picture: Size) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the tokens of a grid that show a picture fitted into it."""
+    if picture.width / picture.height > grid.width / grid.height:
+        height = int(round(picture.height * (grid.width / picture.width), 7))
+        margin = (grid.height - height) // 2
+        return margin, 0, grid.height - 2 * margin, grid.width
+    width = int(round(picture.width * (grid.height / picture.height), 7))
+    margin = (grid.width - width) // 2
+    return 0, margin, grid.height, grid.width - 2 * margin

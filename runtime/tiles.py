@@ -1,0 +1,62 @@
+"""A picture -> the tiles of a bundle, as the checkpoint's own processor would cut it.
+
+A bundle's grid is frozen. A picture whose shape asks for another grid is fitted into the picture
+size that the bundle is frozen for, its aspect ratio kept, on black; `remark` says so.
+"""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from edgeprune.errors import InputError
+from edgeprune.tiling import Size, Tiling, fitted
+
+EXTREME = 8
+"""A picture so many times longer than the frozen shape is refused: next to nothing is left."""
+
+
+def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
+    """Tiles row by row, the whole picture first or last where the family has it: RGB."""
+    if not tiling.suits(image.height, image.width):
+        image = _on_black(image, Size(tiling.height, tiling.width), resample)
+    canvas, side = tiling.canvas, tiling.tile
+    if tiling.kind == "stretch":
+        whole = image.resize((canvas.width, canvas.height), Image.Resampling(resample))
+    else:
+        whole = _on_black(image, canvas, resample)
+    corners = [
+        (column * side, row * side)
+        for row in range(tiling.rows)
+        for column in range(tiling.columns)
+    ]
+    tiles = [whole.crop((x, y, x + side, y + side)) for x, y in corners]
+    if tiling.overview == "none":
+        return tiles
+    overview = image.resize((side, side), Image.Resampling(resample))
+    return [overview, *tiles] if tiling.overview == "first" else [*tiles, overview]
+
+
+def remark(size: tuple[int, int], tiling: Tiling) -> str:
+    """What is done with a picture (width, height) that does not suit the grid; else nothing."""
+    width, height = size
+    frozen = tiling.width / tiling.height
+    off = max(width / height / frozen, frozen * height / width)
+    if off > EXTREME:
+        raise InputError(
+            f"a picture of {width:,} x {height:,} pixels is too long and narrow for this bundle,"
+            f" made for {tiling.width} x {tiling.height}; cut it, or export with --image-size"
+        )
+    if tiling.suits(height, width):
+        return ""
+    return (
+        f"the picture's shape, {width} x {height}, is not the bundle's, {tiling.width} x"
+        f" {tiling.height}: {1 - 1 / off:.0%} of the tokens show black borders"
+    )
+
+
+def _on_black(image: Image.Image, size: Size, resample: int) -> Image.Image:
+    height, width = fitted(Size(image.height, image.width), size)
+    resized = image.resize((width, height), Image.Resampling(resample))
+    canvas = Image.new("RGB", (size.width, size.height))
+    canvas.paste(resized, ((size.width - width) // 2, (size.height - height) // 2))
+    return canvas

@@ -1,0 +1,97 @@
+"""Tiny random checkpoints of every model family, in the layout that transformers saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    Qwen2Config,
+)
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from edgeprune.demo import MODEL_DIR
+from edgeprune.tiling import Size
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 72,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+QUESTION = "what color is the star ?"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's tiny model, and picture sizes whose tiles differ."""
+
+    name: str
+    model: Any
+    image_processor: Any
+    image_token: str
+    tokens: dict[str, str]  # special tokens that its tokenizer knows by name
+    sizes: tuple[Size, ...]
+
+    def save(self, folder: Path) -> Path:
+        """The checkpoint, with the demo's tokenizer and template."""
+        self.model.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, extra_special_tokens=self.tokens)
+        template = (MODEL_DIR / "chat_template.jinja").read_text()
+        tokenizer.chat_template = template.replace("<image>", self.image_token)
+        tokenizer.save_pretrained(folder)
+        assert tokenizer.convert_tokens_to_ids(self.image_token) == self.model.config.image_token_id
+        return folder
+
+
+def _settled(model: Any) -> Any:
+    """Weights that make every token count, and an end token that greedy decoding never takes."""
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "norm" not in name and "lambda" not in name:
+            spread = 0.3 if weight.dim() < 2 else weight.shape[-1] ** -0.5
+            torch.nn.init.normal_(weight, std=spread)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[2] = 0
+    return model.eval()
+
+
+def internvl(**text: Any) -> Family:
+    """Tiles of 56 pixels, 4 tokens each; the decoder is Qwen2."""
+    vision = InternVLVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        attention_bias=True,
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text.pop("config", None) or Qwen2Config(**{**TEXT, **text}),
+        image_token_id=68,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    return Family(
+        "internvl",
+        _settled(InternVLForConditionalGeneration(config)),
+        GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True),
+        "<IMG_CONTEXT>",
+        dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True)),
+        (Size(56, 56), Size(70, 150), Size(181, 60)),
+    )

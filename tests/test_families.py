@@ -1,0 +1,131 @@
+"""Every model family: pixels and answers are those of transformers, pruned ones of the reference.
+
+The checkpoints are tiny and random, in the layout that transformers saves. Where a picture is cut
+into tiles, three shapes of it are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgeprune.errors import InputError
+from edgeprune.export.preprocess import image_record
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._processor import Processor, Prompt
+from edgeprune.models._reference import Reference
+from edgeprune.policies import make
+from edgeprune.recipe import Recipe
+from edgeprune.recipe import make as make_bundle
+from edgeprune.runtime.images import remarks, to_pixels
+from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.session import Session
+from edgeprune.spec import Plan, PruneSpec
+from edgeprune.tiling import Size
+from tests import families
+from tests.families import QUESTION, Family
+
+FAMILIES: dict[str, Callable[[], Family]] = {"internvl": families.internvl}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family.save(tmp_path_factory.mktemp(family.name) / "tiny")
+
+
+def picture(size: Size, seed: int = 0) -> Image.Image:
+    """Smooth noise: the tiles differ, and resizing leaves something of it."""
+    levels = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    return Image.fromarray(levels).resize((size.width, size.height), Image.Resampling.BICUBIC)
+
+
+def theirs(family: Family, image: Image.Image) -> Any:
+    """What transformers' own image processor makes of a picture."""
+    return family.image_processor(image, return_tensors="pt")
+
+
+def ours(family: Family, checkpoint: Path, image: Image.Image) -> tuple[Adapter, np.ndarray]:
+    """The adapter frozen for a picture's size, and the pixels that the runtime makes of it."""
+    adapter = open_model(str(checkpoint), size=Size(image.height, image.width))
+    record = image_record(family.image_processor, adapter.tiling)
+    assert record.shape == adapter.pixels
+    return adapter, to_pixels(image, record)
+
+
+def generated(family: Family, image: Image.Image, prompt: Prompt, visual: int) -> list[int]:
+    """32 greedy tokens of transformers' model."""
+    token = torch.full((1, visual), family.model.config.image_token_id)
+    ids = torch.cat([prompt.prefix_ids, token, prompt.text_ids], dim=1)
+    seen = {k: v for k, v in theirs(family, image).items() if k in ("pixel_values", "image_sizes")}
+    found = family.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        **seen,
+        max_new_tokens=32,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    said: list[int] = found[0, ids.shape[1] :].tolist()
+    assert len(said) == 32
+    return said
+
+
+def test_pixels_are_those_of_the_checkpoints_processor(family: Family, checkpoint: Path) -> None:
+    for size in family.sizes:
+        image = picture(size)
+        wanted = theirs(family, image)["pixel_values"].flatten(0, -4).numpy()
+        np.testing.assert_array_equal(ours(family, checkpoint, image)[1], wanted)
+
+
+def test_dense_answers_are_those_of_transformers(family: Family, checkpoint: Path) -> None:
+    for size in family.sizes:
+        image = picture(size)
+        adapter, pixels = ours(family, checkpoint, image)
+        shape = adapter.shape
+        plan = Plan(shape.visual_tokens, shape.layers)
+        reference = Reference.build(adapter, make(PruneSpec("none")), plan)
+        prefix_ids, text_ids = (p := Processor(adapter)).split(p.ids(QUESTION))
+        prompt = Prompt(torch.from_numpy(pixels), prefix_ids, text_ids)
+        wanted = generated(family, image, prompt, shape.visual_tokens)
+        assert reference.generate(prompt, 32, stop=lambda token: False) == wanted
+
+
+def test_a_dense_bundle_answers_as_transformers_does(
+    family: Family, checkpoint: Path, tmp_path: Path
+) -> None:
+    size = family.sizes[1]
+    spec = PruneSpec("none")
+    recipe = Recipe(spec, tmp_path / "dense", str(checkpoint), image_size=size, parity=1)
+    exported = make_bundle(recipe)
+    image, session = picture(size), Session.open(exported.path)
+    adapter = open_model(str(checkpoint), size=size)
+    prefix_ids, text_ids = (p := Processor(adapter)).split(p.ids(QUESTION))
+    prompt = Prompt(torch.empty(0), prefix_ids, text_ids)
+    wanted = generated(family, image, prompt, adapter.shape.visual_tokens)
+    answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
+    assert list(answer.ids) == wanted
+    assert answer.remarks == ()
+
+
+def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
+    family: Family, checkpoint: Path
+) -> None:
+    wide, tall = family.sizes[1], family.sizes[2]
+    adapter = open_model(str(checkpoint), size=wide)
+    record = image_record(family.image_processor, adapter.tiling)
+    assert to_pixels(picture(tall), record).shape == adapter.pixels
+    assert "black borders" in remarks(picture(tall), record)[0]
+    assert remarks(picture(Size(2 * wide.height, 2 * wide.width)), record) == ()
+    with pytest.raises(InputError, match="too long and narrow"):
+        remarks(picture(Size(600, 10)), record)
