@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edgeprune import policies
 from edgeprune.errors import SpecError
 from edgeprune.policies._select import lattice, top
-from edgeprune.policies._signals import InputSignals, LayerSignals, Segments, VisionSignals
+from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments, VisionSignals
 from edgeprune.spec import ModelShape, PruneSpec, Stage
 
 SHAPE = ModelShape("llava", 144, (12, 12), 12, 192, 352, 6, 6, 32, 66, 1024, True)
@@ -62,7 +62,11 @@ def _signals(prefix: int, visual: int, text: int, heads: int, kv_heads: int, see
         cos=torch.tensor(tables[0]),
         sin=torch.tensor(tables[1]),
         rows=torch.tensor(positions),
-        middle=torch.tensor([(2 * (start + prefix) + visual) // 2]),
+        anchors=Anchors(
+            torch.tensor([start + prefix]),
+            torch.tensor([(2 * (start + prefix) + visual) // 2]),
+            torch.tensor([start + prefix + visual - 1]),
+        ),
         inputs=InputSignals(torch.zeros(1, visual, 4), visual, torch.zeros(1, text, 4)),
     )
     return signals, query, key, positions, tables
@@ -84,26 +88,33 @@ def _rotate(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], position: int)
     st.integers(1, 9),
     st.integers(1, 5),
     st.sampled_from([(2, 2), (4, 2), (6, 1)]),
-    st.booleans(),
+    st.sampled_from(["own", "start", "middle", "end", "none"]),
     st.integers(0, 99),
 )
-def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads, agnostic, seed):
-    """UTP Eq. (2): every visual token at p', text tokens where they are, one softmax, head mean."""
+def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads, position, seed):
+    """UTP Eq. (2): every visual token at p', text tokens where they are, one softmax, head mean.
+
+    And its ablations (Tables 3, 4): p' at either end of the picture, or no positions at all.
+    """
     signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
-    places = positions.copy()
-    if agnostic:
-        first, last = positions[prefix], positions[prefix + visual - 1]
-        places[prefix : prefix + visual] = (first + last + 1) // 2
+    places, last = positions.copy(), positions[-1]
+    ends = positions[prefix], positions[prefix + visual - 1]
+    at = {"start": ends[0], "middle": (ends[0] + ends[1] + 1) // 2, "end": ends[1]}
+    if position in at:
+        places[prefix : prefix + visual] = at[position]
+    if position == "none":
+        places, last = 0 * places, 0
     group = heads[0] // heads[1]
     rows = []
     for head in range(heads[0]):
-        turned = _rotate(query[head, -1], tables, positions[-1])
+        turned = _rotate(query[head, -1], tables, last)
         keys = [_rotate(key[head // group, i], tables, p) for i, p in enumerate(places)]
         logits = np.array([turned @ k for k in keys]) / np.sqrt(query.shape[-1])
         weights = np.exp(logits - logits.max())
         rows.append(weights / weights.sum())
     oracle = np.mean(rows, axis=0)[prefix : prefix + visual]
-    found = signals.last_query_attention(signals.middle if agnostic else None)
+    options = {"ure": "off"} if position == "own" else {"position": position}
+    found = policies.make(PruneSpec("utp", options=options)).record(1, signals)
     np.testing.assert_allclose(found.numpy(), oracle, atol=1e-5)
 
 
@@ -174,10 +185,24 @@ def test_utp_enters_with_all_tokens_up_to_a_ratio_of_four() -> None:
 def test_utp_scores_the_first_layers_without_positions() -> None:
     signals, *_ = _signals(2, 6, 3, 2, 2, seed=1)
     policy = policies.make(PruneSpec("utp", options={"agnostic_layers": "3"}))
-    plain, agnostic = (signals.last_query_attention(p) for p in (None, signals.middle))
+    plain, agnostic = (signals.last_query_attention(p) for p in (None, signals.anchors.middle))
     assert not torch.allclose(plain, agnostic)
     assert torch.equal(policy.record(3, signals), agnostic)
     assert torch.equal(policy.record(4, signals), plain)
+
+
+def test_utp_without_its_schedule_prunes_once() -> None:
+    """Table 2 without UTR: what FastV's plan is up to CR 4, and nothing to calibrate."""
+    policy = policies.make(PruneSpec("utp", options={"utr": "off"}))
+    fastv = policies.make(PruneSpec("fastv"))
+    for cr in (1.0, 2.0, 4.0):
+        assert policy.first(SHAPE, cr) is None
+        assert policy.plan(SHAPE, cr).counts == fastv.plan(SHAPE, cr).counts
+    assert policy.plan(SHAPE, 16).counts == (36,) * 2 + (4,) * 10
+    with pytest.raises(SpecError, match=r"--cr is at most 96, not 144; choose a smaller --cr"):
+        policy.plan(SHAPE, 144)
+    with pytest.raises(SpecError, match="a layer from 1 to 11 of 12; got 12"):
+        policies.make(PruneSpec("utp", options={"utr": "off", "K": "12"})).plan(SHAPE, 2)
 
 
 def test_utp_wants_a_schedule() -> None:
@@ -190,6 +215,8 @@ def test_utp_wants_a_schedule() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(SpecError, match="no option 'k'"):
         policies.make(PruneSpec("utp", options={"k": "1"}))
+    with pytest.raises(SpecError, match="one of middle, start, end, none; got 'left'"):
+        policies.make(PruneSpec("utp", options={"position": "left"}))
     with pytest.raises(SpecError, match="takes a int"):
         policies.make(PruneSpec("utp", options={"agnostic_layers": "many"}))
     with pytest.raises(SpecError, match="choose one of: divprune, fastervlm"):

@@ -20,7 +20,7 @@ from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._signals import InputSignals, LayerSignals, Segments
+from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
 from edgeprune.spec import Plan, Stage
 
 
@@ -160,7 +160,7 @@ class Prune(nn.Module):
 
     def _choose(self, signals: LayerSignals, live: Stage) -> Selection:
         if self.stage.survivors == 0:
-            return Selection(signals.middle.new_empty(0))
+            return Selection(signals.anchors.middle.new_empty(0))
         return self.policy.layer(signals, self.stage, live)
 
 
@@ -228,7 +228,7 @@ class Decoder(nn.Module):
         inputs = InputSignals(visual, self.plan.entering, text)
         hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
-        rotary, positions, middle = self._place(position, segments, places)
+        rotary, positions, anchors = self._place(position, segments, places)
         entered, keys, values = segments.visual, list[Tensor](), list[Tensor]()
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
@@ -252,7 +252,7 @@ class Decoder(nn.Module):
                 cos=rotary.cos,
                 sin=rotary.sin,
                 rows=positions[0],
-                middle=middle,
+                anchors=anchors,
                 inputs=inputs,
             )
             self.observe(index + 1, signals)
@@ -266,18 +266,19 @@ class Decoder(nn.Module):
 
     def _place(
         self, first: Tensor, segments: Segments, places: Tensor | None
-    ) -> tuple[Rotary, Tensor, Tensor]:
-        """Rotary tables, the row of each token in them [1, S], that of the picture's middle [1]."""
+    ) -> tuple[Rotary, Tensor, Anchors]:
+        """Rotary tables, the row of each token in them [1, S], those of the picture's anchors."""
         mrope = self.config.mrope
         if mrope is None:
             rows = first + torch.arange(segments.total, device=first.device)
-            middle = (2 * (first + segments.prefix) + segments.visual) // 2
-            return Rotary(self.cos, self.sin), rows[None], middle
+            start, count = first + segments.prefix, segments.visual
+            anchors = Anchors(start, (2 * start + count) // 2, start + count - 1)
+            return Rotary(self.cos, self.sin), rows[None], anchors
         assert places is not None  # M-RoPE places each visual token
         positions = mrope.positions(first, segments, places)
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
-        rows = torch.arange(segments.total + 1, device=first.device)  # of this call alone
-        return rotary, rows[None, :-1], rows[-1:]
+        rows = torch.arange(segments.total + 3, device=first.device)  # of this call alone
+        return rotary, rows[None, :-3], Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
 
     def _site(self, layer: int) -> Prune:
         site = self.prune[str(layer)]

@@ -30,18 +30,20 @@ class MRope:
         return max(self.rows, self.columns)
 
     def positions(self, first: Tensor, segments: Segments, places: Tensor) -> Tensor:
-        """Time, row and column of each token of a call, and last of the picture's middle.
+        """Time, row and column of each token of a call, then of the picture's three anchors.
 
         `first` int64 [1] is the position of the call's first token; `places` int64 [visual] says
-        which of the picture's places, in reading order, the visual tokens have: int64 [3, S + 1].
+        which of the picture's places, in reading order, the visual tokens have: int64 [3, S + 3].
         """
         start = first + segments.prefix
         before = first + torch.arange(segments.prefix, device=first.device)
         seen = torch.scalar_tensor(segments.visual, dtype=torch.int64).clamp(max=1)  # not in decode
         after = start + self.span * seen + torch.arange(segments.text, device=first.device)
         visual = start + self._offsets().index_select(1, places)
-        middle = start + torch.tensor([[0], [self.rows // 2], [self.columns // 2]])
-        return torch.cat([before.expand(3, -1), visual, after.expand(3, -1), middle], dim=1)
+        rows, columns = self.rows, self.columns
+        anchors = [[0, 0, 0], [0, rows // 2, rows - 1], [0, columns // 2, columns - 1]]
+        parts = [before.expand(3, -1), visual, after.expand(3, -1), start + torch.tensor(anchors)]
+        return torch.cat(parts, dim=1)
 
     def read(self, table: Tensor, positions: Tensor) -> Tensor:
         """A rotary table at three positions a token: [n, head / 2], [3, S] -> [S, head / 2]."""

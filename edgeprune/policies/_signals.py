@@ -126,6 +126,17 @@ class InputSignals:
 
 
 @dataclass(frozen=True)
+class Anchors:
+    """Rows of the rotary tables, each int64 [1], for three of the positions p1 .. p2 that a picture
+    takes: p1, p' = floor((p1 + p2) / 2 + 1/2) and p2; under M-RoPE of each of the three by itself.
+    """
+
+    first: Tensor
+    middle: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True)
 class LayerSignals:
     """Inside decoder layer l, for the tokens of this call (the cache's older tokens left out)."""
 
@@ -138,8 +149,7 @@ class LayerSignals:
     cos: Tensor  # [n, head / 2], rotary tables
     sin: Tensor
     rows: Tensor  # int64 [S], each token's row of the tables
-    middle: Tensor  # int64 [1], row of the tables for p' = floor((p1 + p2) / 2 + 1/2), the middle
-    # of the picture's positions p1 .. p2; under M-RoPE of each of the three by itself
+    anchors: Anchors  # the whole picture's, whatever is left of it
     inputs: InputSignals  # what entered layer 1
 
     @property
@@ -165,6 +175,11 @@ class LayerSignals:
             moved = _dot(self._query_against(agnostic), self.key[:, :, start:end])
             logits = torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
+
+    def last_query_likeness(self) -> Tensor:
+        """As the last token's attention, were there no rotary embedding at all: [visual]."""
+        start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
+        return _dot(self.query[:, :, -1:], self.key).softmax(-1).mean((0, 1, 2))[start:end]
 
     def text_attention(self) -> Tensor:
         """Attention of each text token after the picture to each visual token, the softmax over all

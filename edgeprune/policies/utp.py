@@ -7,6 +7,11 @@ Above CR 4 the picture enters the decoder with r_1 = 4V / CR tokens, chosen by [
 (by received attention where the encoder has no [CLS]).
 Positions inside the decoder are kept. The paper's budget V*L/CR - V presumes r_1 = V; here r_1
 is what really enters, so that the CR asked for is the CR reached.
+
+Ablations of the paper: `ure=off` scores with plain attention everywhere; `utr=off` calibrates
+nothing and prunes once, after layer K, as the paper's baseline FastV does (Table 2); `position` is
+where URE puts all visual tokens, `none` leaves rotary embedding out of its attention (Tables 3, 4).
+Above CR 4 `utr=off` too enters with 4V / CR tokens, which the paper does not do.
 """
 
 from __future__ import annotations
@@ -21,22 +26,35 @@ from edgeprune.policies import _policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals, VisionSignals
-from edgeprune.spec import ModelShape, Plan, Stage, plan_from_counts
+from edgeprune.spec import ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
+
+POSITIONS = ("middle", "start", "end", "none")
 
 
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     agnostic_layers: int = 3  # layers 1..3 score without positions
+    ure: bool = True  # off: no layer does
+    utr: bool = True  # off: no schedule, all pruning after layer K
+    K: int = 2  # with utr=off, layers that see every token that enters
+    position: str = "middle"  # of all visual tokens in URE: middle, start, end or none
 
     paper: ClassVar[str] = "Unbiased Token Pruning for Efficient Large Multimodal Models"
     summary: ClassVar[str] = "position-agnostic attention, per-layer counts from an integer program"
     sites: ClassVar[tuple[str, ...]] = ("vision", "layer")
     needs: ClassVar[tuple[str, ...]] = ("text", "calibration", "[CLS] above CR 4")
 
+    def __post_init__(self) -> None:
+        if self.position not in POSITIONS:
+            known = ", ".join(POSITIONS)
+            raise SpecError(f"--set position= is one of {known}; got {self.position!r}")
+
     def first(self, shape: ModelShape, cr: float) -> int | None:
-        return min(shape.visual_tokens, round(4 * shape.visual_tokens / cr))
+        return _entering(shape, cr) if self.utr else None
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        if not self.utr:
+            return plan_from_counts(shape.visual_tokens, self._two_steps(shape, cr))
         if schedule is None:
             raise SpecError("method utp needs a schedule: calibrate first, or give --schedule FILE")
         return plan_from_counts(shape.visual_tokens, tuple(schedule.counts))
@@ -48,5 +66,31 @@ class Policy(_policy.Policy):
         return Selection(top(self.record(stage.layer - 1, signals), live.keep))
 
     def record(self, layer: int, signals: LayerSignals) -> Tensor:
-        agnostic = signals.middle if layer <= self.agnostic_layers else None
-        return signals.last_query_attention(agnostic)
+        if not self.ure or layer > self.agnostic_layers:
+            return signals.last_query_attention()
+        if self.position == "none":
+            return signals.last_query_likeness()
+        anchors = signals.anchors
+        at = {"start": anchors.first, "middle": anchors.middle, "end": anchors.last}
+        return signals.last_query_attention(at[self.position])
+
+    def _two_steps(self, shape: ModelShape, cr: float) -> tuple[int, ...]:
+        """r_1 in layers 1..K, what the budget leaves in all others."""
+        tokens, layers, first = shape.visual_tokens, shape.layers, _entering(shape, cr)
+        if not 1 <= self.K < layers:
+            raise SpecError(f"--set K= is a layer from 1 to {layers - 1} of {layers}; got {self.K}")
+        pruned = layers - self.K
+        keep = round((budget(tokens, layers, cr) - self.K * first) / pruned)
+        if keep < 1:
+            most = floor_cr(tokens, layers, self.K * first + pruned)
+            raise SpecError(
+                f"method utp with utr=off keeps {first} visual tokens in its first K={self.K} of"
+                f" {layers} layers, so --cr is at most {most:g}, not {cr:g}; choose a smaller --cr,"
+                " a smaller K, or utr=on"
+            )
+        return (first,) * self.K + (min(keep, first),) * pruned
+
+
+def _entering(shape: ModelShape, cr: float) -> int:
+    """r_1: all visual tokens up to CR 4, 4V / CR above."""
+    return min(shape.visual_tokens, round(4 * shape.visual_tokens / cr))
