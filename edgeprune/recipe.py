@@ -18,7 +18,7 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.policies import Policy
-from edgeprune.spec import PruneSpec, check_cr, check_reach
+from edgeprune.spec import PruneSpec, check_cr, check_reach, check_separators
 from edgeprune.tiling import Size
 
 Report = Callable[[str, int, int], None]  # step, done, total
@@ -72,6 +72,7 @@ def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exp
     schedule = _schedule(recipe, adapter, policy, processor, report)
     plan = policy.plan(adapter.shape, spec.cr, schedule)
     check_cr(plan, spec.cr)
+    check_separators(plan, adapter.shape)
     request = ExportRequest(
         model=recipe.model_name,
         spec=spec,

@@ -189,6 +189,16 @@ def check_reach(spec: PruneSpec, shape: ModelShape) -> None:
         )
 
 
+def check_separators(plan: Plan, shape: ModelShape) -> None:
+    """SpecError where the vision graph would have to drop tokens that are no tile's."""
+    for stage in (s for s in plan.stages if s.site == "vision"):
+        if stage.keep <= shape.separators:
+            raise SpecError(
+                f"this model puts {shape.separators} tokens of its own between those of the"
+                f" picture, so {stage.survivors} are too few; choose a smaller --cr"
+            )
+
+
 def check_cr(plan: Plan, asked: float) -> None:
     """Raise SpecError unless the plan's token total is within one token per layer of V * L / CR."""
     total, wanted = sum(plan.counts), budget(plan.visual_tokens, plan.layers, asked)

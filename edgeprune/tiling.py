@@ -47,14 +47,18 @@ class Tiling:
         """Pixels of the grid."""
         return Size(self.rows * self.tile, self.columns * self.tile)
 
+    @property
+    def grid(self) -> Size:
+        """Tokens of the grid."""
+        return Size(self.rows * self.tokens, self.columns * self.tokens)
+
     def suits(self, height: int, width: int) -> bool:
         """Whether a picture of such a shape gives the tokens that the bundle has."""
         if self.kind == "stretch":
             ratio = self.columns / self.rows
             return self.tiles == 1 or ratio in nearest(width / height, self.ratios)
-        grid = Size(self.rows * self.tokens, self.columns * self.tokens)
         frozen = Size(self.height, self.width)
-        return shown(grid, Size(height, width)) == shown(grid, frozen)
+        return shown(self.grid, Size(height, width)) == shown(self.grid, frozen)
 
 
 def nearest(ratio: float, ratios: Iterable[float]) -> list[float]:

@@ -9,12 +9,25 @@ from typing import Any
 import torch
 from transformers import (
     AutoTokenizer,
+    CLIPVisionConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from edgeprune.demo import MODEL_DIR
 from edgeprune.tiling import Size
@@ -95,3 +108,48 @@ def internvl(**text: Any) -> Family:
         dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True)),
         (Size(56, 56), Size(70, 150), Size(181, 60)),
     )
+
+
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 42,
+    "patch_size": 14,
+}
+GRIDS = [[42, 42], [42, 84], [84, 42], [84, 84], [126, 42], [42, 126]]
+SHAPES = Size(84, 84), Size(60, 100), Size(110, 41)
+
+
+def llava_next(**text: Any) -> Family:
+    """Tiles of 42 pixels, 9 tokens each; the decoder is LLaMA."""
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
+        text_config=text.pop("config", None) or LlamaConfig(**{**TEXT, **text}),
+        image_token_index=4,
+        image_grid_pinpoints=GRIDS,
+    )
+    processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 42},
+        crop_size={"height": 42, "width": 42},
+        image_grid_pinpoints=GRIDS,
+    )
+    model = _settled(LlavaNextForConditionalGeneration(config))
+    return Family("llava_next", model, processor, "<image>", {}, SHAPES)
+
+
+def llava_onevision(**text: Any) -> Family:
+    """Tiles of 42 pixels, 9 tokens each; the encoder has no [CLS], the decoder is Qwen2."""
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=Qwen2Config(**{**TEXT, "tie_word_embeddings": True, **text}),
+        image_token_index=4,
+        video_token_index=69,
+        image_grid_pinpoints=GRIDS,
+    )
+    processor = LlavaOnevisionImageProcessorPil(
+        size={"height": 42, "width": 42}, image_grid_pinpoints=GRIDS
+    )
+    model = _settled(LlavaOnevisionForConditionalGeneration(config))
+    return Family("llava_onevision", model, processor, "<image>", {}, SHAPES)

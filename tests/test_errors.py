@@ -136,7 +136,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ["want a folder with config.json"]),
     "config cut": (lambda f: _cut(f / "config.json"), ["config.json cannot be read"]),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), ["is not a JSON object"]),
-    "other family": (lambda f: _config(f, model_type="bert"), ["is a bert", "knows: llava"]),
+    "other family": (lambda f: _config(f, model_type="bert"), ["is a bert", "knows: ", "llava"]),
     "no family": (lambda f: _config(f, model_type=None), ["without model_type"]),
     "wrong type": (lambda f: _config(f, text_config={"hidden_size": "big"}), ["config.json"]),
     "other strategy": (

@@ -6,6 +6,7 @@ into tiles, three shapes of it are tried.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
-from edgeprune.errors import InputError
+from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.preprocess import image_record
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, Prompt
@@ -29,9 +31,13 @@ from edgeprune.runtime.session import Session
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.tiling import Size
 from tests import families
-from tests.families import QUESTION, Family
+from tests.families import QUESTION, TEXT, Family
 
-FAMILIES: dict[str, Callable[[], Family]] = {"internvl": families.internvl}
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "internvl": families.internvl,
+    "llava_next": families.llava_next,
+    "llava_onevision": families.llava_onevision,
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -129,3 +135,69 @@ def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
     assert remarks(picture(Size(2 * wide.height, 2 * wide.width)), record) == ()
     with pytest.raises(InputError, match="too long and narrow"):
         remarks(picture(Size(600, 10)), record)
+
+
+DECODERS = {
+    "llama": LlamaConfig(**TEXT, attention_bias=True),
+    "mistral": MistralConfig(**TEXT, sliding_window=400),
+    "qwen3": Qwen3Config(**TEXT, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_of_other_kinds_answer_as_transformers_does(name: str, tmp_path: Path) -> None:
+    family = families.internvl(config=DECODERS[name])
+    test_dense_answers_are_those_of_transformers(family, family.save(tmp_path))
+
+
+def test_a_sliding_window_shorter_than_a_picture_is_refused(tmp_path: Path) -> None:
+    family = families.internvl(config=MistralConfig(**TEXT, sliding_window=12))
+    folder = str(family.save(tmp_path))
+    assert open_model(folder).shape.max_positions == 12
+    with pytest.raises(ModelError, match="12 visual tokens, the decoder takes 12"):
+        open_model(folder, size=Size(56, 112))
+
+
+def test_sizes_that_cannot_be_frozen_are_refused(tmp_path: Path) -> None:
+    folder = str(families.llava_onevision().save(tmp_path))
+    with pytest.raises(SpecError, match="too long and narrow"):
+        open_model(folder, size=Size(2000, 10))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "vision_aspect_ratio": "anyres_max_1"})
+    )
+    with pytest.raises(SpecError, match="36 tokens of tiles, which this model shrinks"):
+        open_model(folder, size=Size(84, 84))
+    with pytest.raises(SpecError, match="takes every picture as 168 x 168 pixels"):
+        open_model("demo", size=Size(336, 336))
+
+
+def test_a_family_that_transformers_lacks_is_told_with_the_nearest(tmp_path: Path) -> None:
+    config = {"model_type": "internvl_chat", "architectures": ["InternVLChatModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="the nearest family that edgeprune knows is internvl"):
+        open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_config": {"use_absolute_position_embeddings": False}}, "no position embeddings"),
+        ({"text_config": {"model_type": "gpt2"}}, "gpt2 decoder; supported: llama"),
+        ({"vision_config": {"hidden_size": 64}}, "the two are not of one checkpoint"),
+    ],
+)
+def test_what_a_config_asks_beyond_is_refused_by_name(
+    change: dict[str, dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    families.internvl().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part, values in change.items():
+        config[part] |= values
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        adapter = open_model(str(tmp_path))
+        policy, plan = make(PruneSpec("none")), Plan(4, 3)
+        with torch.device("meta"):
+            vision = adapter.vision(policy, plan)
+        adapter.sources(vision)

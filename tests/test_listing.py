@@ -55,7 +55,24 @@ def test_what_calibrates_says_so(name: str) -> None:
 
 def test_every_family_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = told(capsys, "models").splitlines()
-    assert [line.split()[0] for line in lines] == [*models.names(), "demo"]
+    others = ["-"] * len(models.ELSEWHERE)
+    assert [line.split()[0] for line in lines] == [*models.names(), "demo", *others]
+
+
+def test_a_models_sizes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = told(capsys, "models", "--model", "demo").splitlines()
+    assert lines[0].split() == ["family", "llava"]
+    assert lines[-1].split() == ["visual", "tokens", "144"]
+
+
+def test_each_method_is_told_with_its_tokens_or_why_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, *lines = told(capsys, "methods", "--model", "demo", "--cr", "20").splitlines()
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
+    assert list(rows) == policies.names()
+    assert rows["fastervlm"] == ["yes", "7 x 12"]
+    assert rows["fastv"][0] == "no" and "--cr is at most" in rows["fastv"][1]
 
 
 def test_no_such_method(refused: Refused) -> None:

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from edgeprune.spec import PruneSpec
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
+def add_model(command: argparse.ArgumentParser, default: str | None = "demo") -> None:
+    said = " (default)" if default == "demo" else ""
     command.add_argument(
-        "--model", default="demo", help="checkpoint folder, hub id, or demo (default)"
+        "--model", default=default, help=f"checkpoint folder, hub id, or demo{said}"
     )
     command.add_argument("--revision", help="hub revision of the checkpoint")
     command.add_argument(

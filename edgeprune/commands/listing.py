@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from edgeprune.commands import _common
+from edgeprune.errors import SpecError
+
 if TYPE_CHECKING:
+    from edgeprune.models import Adapter
     from edgeprune.policies import Policy
+    from edgeprune.spec import ModelShape, PruneSpec
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,11 +21,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "methods",
         help="list the pruning methods, or tell all about one",
         description="List the pruning methods: where each prunes and what it needs beside the"
-        " picture. With a name: its paper, options and equations, and where it deviates from them.",
+        " picture. With a name: its paper, options and equations, and where it deviates from them."
+        " With a model: the visual tokens that enter its layers, or why a method cannot prune it.",
     )
     methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
+    _common.add_model(methods, default=None)
+    methods.add_argument("--cr", type=float, default=4.0, help="compression ratio (default 4)")
     methods.set_defaults(run=run_methods)
-    models = commands.add_parser("models", help="list the model families")
+    models = commands.add_parser(
+        "models",
+        help="list the model families, or tell a checkpoint's sizes",
+        description="List the model families. With a model: its decoder, and the visual tokens of"
+        " a picture of the size that a bundle would be frozen for.",
+    )
+    _common.add_model(models, default=None)
     models.set_defaults(run=run_models)
 
 
@@ -28,15 +44,54 @@ def run_methods(args: argparse.Namespace) -> int:
     if args.name:
         print(_described(args.name, policies.load(args.name)))
         return 0
+    if args.model:
+        _print_table(_verdicts(args))
+        return 0
     rows = [("method", "prunes at", "needs", "what stays")]
     for name in policies.names():
         policy = policies.load(name)
         sites, needs = ", ".join(policy.sites), ", ".join(policy.needs)
         rows.append((name, sites or "-", needs or "-", policy.summary))
+    _print_table(rows)
+    return 0
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
-    return 0
+
+
+def _verdicts(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """What each method does to a model at a ratio, or why it cannot."""
+    from edgeprune import policies
+    from edgeprune.spec import PruneSpec
+
+    shape = _common.model(args).shape
+    rows: list[tuple[str, ...]] = [("method", "runs", "visual tokens, or why not")]
+    for name in policies.names():
+        spec = PruneSpec(name, 1 if name == "none" else args.cr)
+        try:
+            rows.append((name, "yes", _entering(policies.make(spec), shape, spec)))
+        except SpecError as error:
+            rows.append((name, "no", str(error)))
+    return rows
+
+
+def _entering(policy: Policy, shape: ModelShape, spec: PruneSpec) -> str:
+    """Tokens that enter layers 1 .. L, equal ones told once, as `576 x 2, 120 x 30`."""
+    from edgeprune.spec import budget, check_cr, check_reach, check_separators
+
+    check_reach(spec, shape)
+    first = policy.first(shape, spec.cr)
+    if first is not None:
+        total = budget(shape.visual_tokens, shape.layers, spec.cr)
+        return f"{first}, and {total} over all layers: the calibration says where"
+    plan = policy.plan(shape, spec.cr)
+    check_cr(plan, spec.cr)
+    check_separators(plan, shape)
+    runs = ((count, len(list(same))) for count, same in itertools.groupby(plan.counts))
+    return ", ".join(f"{count} x {layers}" for count, layers in runs)
 
 
 def _options(policy: type[Policy]) -> list[str]:
@@ -78,8 +133,37 @@ def run_models(args: argparse.Namespace) -> int:
 
     from edgeprune import models
 
+    if args.model:
+        _print_table(_sizes(_common.model(args)))
+        return 0
+    rows = []
     for name in models.names():
         summary = (import_module(f"edgeprune.models.{name}").__doc__ or "").strip()
-        print(f"{name:<10} {summary.splitlines()[0]}")
-    print(f"{'demo':<10} the embedded demo checkpoint, a small trained LLaVA: --model demo")
+        rows.append((name, summary.splitlines()[0]))
+    rows.append(("demo", "the embedded demo checkpoint, a small trained LLaVA: --model demo"))
+    for other in models.ELSEWHERE:
+        why = f"not in transformers; nearest is {other.nearest}"
+        rows.append(("-", f"{other.name}: {why}"))
+    _print_table(rows)
     return 0
+
+
+def _sizes(adapter: Adapter) -> list[tuple[str, str]]:
+    """Family, decoder, picture and visual tokens of a checkpoint."""
+    shape, text = adapter.shape, adapter.config.text_config
+    tiles, _, height, width = adapter.pixels
+    picture = f"{width} x {height} pixels" + (f", {tiles} times" if tiles > 1 else "")
+    if (tiling := adapter.tiling) is not None:
+        grid = f"{tiling.columns} x {tiling.rows} tiles of {tiling.tile}"
+        whole = " and the whole" if tiles > tiling.rows * tiling.columns else ""
+        picture = f"{tiling.width} x {tiling.height} pixels: {grid}{whole}"
+    own = f", {shape.separators} of them the model's own" if shape.separators else ""
+    heads = f"{shape.attention_heads} heads, {shape.kv_heads} of keys and values"
+    return [
+        ("family", shape.family),
+        ("decoder", f"{text.model_type}, {shape.layers} layers, {shape.width} wide, {heads}"),
+        ("positions", f"{shape.max_positions}"),
+        ("[CLS]", "yes" if shape.has_cls else "no"),
+        ("picture", picture),
+        ("visual tokens", f"{shape.visual_tokens}{own}"),
+    ]

@@ -5,15 +5,33 @@ A file holds one class `Adapter`. Adding a family is adding a file.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from edgeprune.errors import ModelError
 from edgeprune.models._adapter import Adapter
-from edgeprune.models._checkpoint import Checkpoint, locate
+from edgeprune.models._checkpoint import Checkpoint, locate, read_json
 from edgeprune.tiling import Size
 
-__all__ = ["Adapter", "Checkpoint", "names", "open_model"]
+__all__ = ["ELSEWHERE", "Adapter", "Checkpoint", "names", "open_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A family that transformers does not implement: no code of a checkpoint is ever run."""
+
+    name: str
+    architecture: str
+    nearest: str
+
+
+ELSEWHERE = (
+    Elsewhere("Qwen-VL (the first)", "QWenLMHeadModel", "qwen2_vl"),
+    Elsewhere("CogVLM", "CogVLMForCausalLM", "llava_next"),
+    Elsewhere("InternVL in its own code", "InternVLChatModel", "internvl, the -hf checkpoints"),
+)
 
 
 def names() -> list[str]:
@@ -30,12 +48,31 @@ def open_model(model: str, revision: str | None = None, size: Size | None = None
         from edgeprune.demo import MODEL_DIR
 
         model = str(MODEL_DIR)
-    checkpoint = Checkpoint.open(locate(model, revision))
-    family = checkpoint.config.get("model_type", "")
-    if family not in names():
-        raise ModelError(
-            f"{model} is a {family or 'checkpoint without model_type'}; edgeprune knows:"
-            f" {', '.join(names())}"
-        )
+    folder = locate(model, revision)
+    family = _family(model, read_json(folder / "config.json"))
+    checkpoint = Checkpoint.open(folder)
     adapter: Adapter = import_module(f"{__name__}.{family}").Adapter(checkpoint, size)
+    if adapter.shape.visual_tokens >= adapter.shape.max_positions:
+        raise ModelError(
+            f"a picture of this size has {adapter.shape.visual_tokens} visual tokens, the decoder"
+            f" takes {adapter.shape.max_positions} (or attends to no more); choose a smaller"
+            " --image-size"
+        )
     return adapter
+
+
+def _family(model: str, config: dict[str, Any]) -> str:
+    """The file here that reads a checkpoint; ModelError names the nearest where there is none."""
+    family = str(config.get("model_type") or "")
+    if family in names():
+        return family
+    for other in ELSEWHERE:
+        if other.architecture in (config.get("architectures") or ()):
+            raise ModelError(
+                f"{model} is {other.name}, whose code is in the checkpoint and not in transformers;"
+                f" the nearest family that edgeprune knows is {other.nearest}"
+            )
+    raise ModelError(
+        f"{model} is a {family or 'checkpoint without model_type'}; edgeprune knows:"
+        f" {', '.join(names())}"
+    )

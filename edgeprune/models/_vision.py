@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgeprune.models._encoder import ACTIVATIONS, Encoder, EncoderConfig
 from edgeprune.models._layers import Linear
-from edgeprune.models._layout import Layout
+from edgeprune.models._layout import SEPARATOR, Layout
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import InputSignals, VisionSignals
@@ -63,12 +63,23 @@ class Separators(nn.Module):
         the `merged` tokens.
         """
         layout, kept = self.layout, at.shape[0] - merged
+        if merged == 0 and kept == len(layout.from_tiles):
+            return self._whole(visual)
         own = at.new_tensor([*layout.from_tiles, layout.visual_tokens]).index_select(0, at)
         places = torch.cat([own[:kept], at.new_tensor(layout.separators)])
         places, order = places.topk(places.shape[0], largest=False)
         newlines = self.newline.expand(1, len(layout.separators), -1)
         ordered = torch.cat([visual[:, :kept], newlines], dim=1).index_select(1, order)
         return torch.cat([ordered, visual[:, kept:]], dim=1), torch.cat([places, own[kept:]])
+
+    def _whole(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where no token was dropped: the order is known."""
+        count, places = visual.shape[1], torch.arange(self.layout.visual_tokens)
+        own, separators = iter(range(count)), iter(range(count, len(places)))
+        order = [next(separators if o == SEPARATOR else own) for o in self.layout.order]
+        newlines = self.newline.expand(1, len(places) - count, -1)
+        whole = torch.cat([visual, newlines], dim=1)
+        return whole.index_select(1, torch.tensor(order, device=visual.device)), places
 
 
 class Vision(nn.Module):
@@ -108,4 +119,5 @@ class Vision(nn.Module):
         """The output of the last block that is run, and what a policy may look at in it."""
         seen, layout = self.encoder(pixels), self.config.layout
         features = layout.join(seen.features)
-        return VisionSignals(features, seen.query, seen.key, layout.grid, seen.cls, layout.mean)
+        grid = (1, features.shape[1]) if layout.separators else layout.grid
+        return VisionSignals(features, seen.query, seen.key, grid, seen.cls, layout.mean)

@@ -1,0 +1,45 @@
+"""LLaVA's way to high resolution: a view of the whole picture, then its tiles as one large raster.
+
+Rows and columns of the raster that show nothing but padding are left out, and each row ends in a
+newline token of the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from edgeprune.errors import SpecError
+from edgeprune.models._encoder import EncoderConfig
+from edgeprune.models._layout import SEPARATOR, Layout
+from edgeprune.tiling import Size, Tiling, fit_canvas, shown
+
+
+def anyres_tiling(choices: Iterable[Iterable[int]], encoder: EncoderConfig, size: Size) -> Tiling:
+    """The tiles of a picture of `size`; `choices` are heights and widths of a canvas in pixels."""
+    canvas = fit_canvas(size, [Size(*choice) for choice in choices])
+    tiling = Tiling(
+        kind="fit",
+        rows=canvas.height // encoder.image,
+        columns=canvas.width // encoder.image,
+        height=size.height,
+        width=size.width,
+        tile=encoder.image,
+        tokens=encoder.side,
+        overview="first",
+    )
+    if not all(shown(tiling.grid, size)[2:]):
+        raise SpecError(f"--image-size {size} is too long and narrow: no token would show it")
+    return tiling
+
+
+def anyres_layout(tiling: Tiling) -> Layout:
+    """The reading order: the whole picture, then row after row of the raster."""
+    side = tiling.tokens
+    top, left, height, width = shown(tiling.grid, Size(tiling.height, tiling.width))
+    order = list(range(side**2))
+    for y in range(top, top + height):
+        for x in range(left, left + width):
+            tile = 1 + y // side * tiling.columns + x // side
+            order.append(tile * side**2 + y % side * side + x % side)
+        order.append(SEPARATOR)
+    return Layout(tiling.tiles, side, 1, tuple(order), (1, len(order)))
