@@ -6,10 +6,11 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edgeprune import cli, policies
+from edgeprune import cli, models, policies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,9 +32,11 @@ def test_the_help_shown_is_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown == real.strip()
 
 
-def test_every_method_is_in_the_table() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
-    assert sorted(rows) == policies.names()
+@pytest.mark.parametrize(("section", "package"), [("Methods", policies), ("Models", models)])
+def test_every_method_and_family_is_in_its_table(section: str, package: Any) -> None:
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert sorted(rows) == package.names()
 
 
 def test_every_command_shown_parses() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from edgeprune.errors import SpecError
 from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._layout import SEPARATOR, Layout
-from edgeprune.tiling import Size, Tiling, fit_canvas, shown
+from edgeprune.tiling import Size, Tiling, fit_canvas, fitted, shown
 
 
 def anyres_tiling(choices: Iterable[Iterable[int]], encoder: EncoderConfig, size: Size) -> Tiling:
@@ -27,8 +27,11 @@ def anyres_tiling(choices: Iterable[Iterable[int]], encoder: EncoderConfig, size
         tokens=encoder.side,
         overview="first",
     )
-    if not all(shown(tiling.grid, size)[2:]):
-        raise SpecError(f"--image-size {size} is too long and narrow: no token would show it")
+    if min(fitted(size, canvas)) < encoder.patch:
+        raise SpecError(
+            f"--image-size {size.width}x{size.height} is too long and narrow: fitted into tiles it"
+            f" is less than a patch of {encoder.patch} pixels wide"
+        )
     return tiling
 
 
