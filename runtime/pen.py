@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from edgeprune.errors import InputError
 
 Colour = tuple[int, int, int]
+Point = tuple[float, float]  # x, y in pixels at scale 1
 
 OVERSAMPLE = 2  # drawn so much larger, then averaged: smooth edges
 PAPER: Colour = (255, 255, 255)
@@ -83,6 +85,18 @@ def _fitting(text: str, fits: Callable[[str], bool]) -> int:
     return max(takewhile(lambda end: fits(text[:end]), range(1, len(text) + 1)), default=1)
 
 
+def _dashes(start: Point, end: Point, dash: float) -> list[tuple[Point, Point]]:
+    """Pieces of `dash` length, as far apart, from `start` to `end`."""
+    whole = math.dist(start, end)
+
+    def at(length: float) -> Point:
+        share = min(1.0, length / whole)
+        return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
+
+    begins = (2 * dash * number for number in range(math.ceil(whole / (2 * dash))))
+    return [(at(begin), at(begin + dash)) for begin in begins]
+
+
 class Sheet:
     """A blank part of the picture; positions and sizes are in pixels at scale 1."""
 
@@ -97,6 +111,26 @@ class Sheet:
         if right > left and bottom > top:
             self._draw.rectangle((left, top, right - 1, bottom - 1), colour)
 
+    def line(self, points: Sequence[Point], colour: Colour, width: float, dash: float = 0) -> None:
+        """A line through points, its corners round; with `dash`, dashes and gaps of that length."""
+        fine = self.pen.fine
+        for start, end in pairwise(points):
+            for a, b in _dashes(start, end, dash) if dash else [(start, end)]:
+                ends = [(x * fine, y * fine) for x, y in (a, b)]
+                self._draw.line(ends, colour, max(1, round(width * fine)))
+        if not dash:
+            for x, y in points[1:-1]:
+                self.disc(x, y, width / 2, colour)
+
+    def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
+        fine = self.pen.fine
+        edges = ((x - radius) * fine, (y - radius) * fine, (x + radius) * fine, (y + radius) * fine)
+        self._draw.ellipse(edges, colour)
+
+    def shape(self, points: Sequence[Point], colour: Colour) -> None:
+        """A filled polygon."""
+        self._draw.polygon([(x * self.pen.fine, y * self.pen.fine) for x, y in points], colour)
+
     def text(
         self,
         x: float,
@@ -106,14 +140,22 @@ class Sheet:
         colour: Colour = INK,
         *,
         bold: bool = False,
+        halo: float = 0,
     ) -> None:
-        """One line; x is its left end, y its base line."""
+        """One line; x is its left end, y its base line; a halo keeps off what is behind it."""
+        if halo:
+            self._text(x, y, text, size, PAPER, round(halo * self.pen.fine))
+        self._text(x, y, text, size, colour, self.pen.fine // 2 if bold else 0)
+
+    def _text(
+        self, x: float, y: float, text: str, size: float, colour: Colour, stroke: int
+    ) -> None:
         self._draw.text(
             (x * self.pen.fine, y * self.pen.fine),
             text,
             colour,
             self.pen.font(size * self.pen.fine),
             anchor="ls",
-            stroke_width=self.pen.fine // 2 if bold else 0,
+            stroke_width=stroke,
             stroke_fill=colour,
         )

@@ -20,10 +20,13 @@ FOLDERS = {"export": "edgeprune.export", "runtime": "edgeprune.runtime", "calib"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "highspy"}
 
 # What a layer may not import. Runtime's allowance of the core is spelled out below.
+ABOVE = {"edgeprune.commands", "edgeprune.compare", "edgeprune.recipe"}
 BANNED = {
-    "edgeprune.export": {"edgeprune.runtime", "edgeprune.calib", "edgeprune.commands"},
-    "edgeprune.runtime": {"edgeprune.export", "edgeprune.calib", "edgeprune.commands", *HEAVY},
-    "edgeprune.calib": {"edgeprune.export", "edgeprune.runtime", "edgeprune.commands"},
+    "edgeprune.compare": {"edgeprune.commands"},
+    "edgeprune.recipe": {"edgeprune.commands", "edgeprune.compare", "edgeprune.runtime"},
+    "edgeprune.export": {"edgeprune.runtime", "edgeprune.calib", *ABOVE},
+    "edgeprune.runtime": {"edgeprune.export", "edgeprune.calib", *ABOVE, *HEAVY},
+    "edgeprune.calib": {"edgeprune.export", "edgeprune.runtime", *ABOVE},
     "edgeprune.models": {
         "onnx",
         "onnx_ir",
@@ -31,9 +34,17 @@ BANNED = {
         "onnxruntime",
         "tensorrt",
         *FOLDERS.values(),
+        *ABOVE,
     },
-    "edgeprune.policies": {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "edgeprune.models"},
-    "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values()},
+    "edgeprune.policies": {
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "onnxruntime",
+        "edgeprune.models",
+        *ABOVE,
+    },
+    "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values(), *ABOVE},
 }
 CORE = {"bundle", "spec", "errors", "cost", "tiling"}
 """Modules at the package's root that use the standard library alone, so that runtime may too."""

@@ -1,0 +1,143 @@
+"""`edgeprune compare`: methods and ratios side by side, right answers and time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.commands import _common
+from edgeprune.errors import SpecError
+
+if TYPE_CHECKING:
+    from edgeprune.compare.comparing import CompareRequest
+    from edgeprune.compare.results import Comparison
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="measure methods and ratios side by side",
+        description="Export every method at every ratio, ask each bundle the same questions, time"
+        " them all in one run, and write tables and a figure. A run that was stopped goes on where"
+        " it was; what is finished is not done again.",
+    )
+    _common.add_model(command)
+    command.add_argument(
+        "--methods",
+        default="all",
+        help="names with commas between, or all (default); options as utp:ure=off:position=start",
+    )
+    command.add_argument("--cr", default="2,4,8,16", metavar="LIST", help="default 2,4,8,16")
+    command.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="draws of methods that draw (default 5)"
+    )
+    command.add_argument(
+        "--questions", type=int, metavar="N", help="of the demo 2400, of --samples all by default"
+    )
+    command.add_argument(
+        "--samples", type=Path, metavar="FILE", help="JSONL: image, question, answer, maybe kind"
+    )
+    command.add_argument("--images", type=Path, metavar="FOLDER", help="where pictures are")
+    command.add_argument(
+        "--samples-file", type=Path, metavar="FILE", help="to calibrate on: LLaVA-Instruct"
+    )
+    command.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default 32")
+    command.add_argument(
+        "--jobs", type=int, metavar="N", help="processes, each with a model (default: one a core)"
+    )
+    command.add_argument(
+        "--laps", type=int, default=20, metavar="N", help="for times; 0: none (default 20)"
+    )
+    command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
+    command.add_argument("--dtype", help="fp32 (default) or fp16")
+    command.add_argument("--keep-bundles", action="store_true", help="leave the bundles there")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="for all that is made"
+    )
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune._progress import Bar
+    from edgeprune.compare.comparing import compare
+
+    request = _request(args)
+    with Bar() as bar:
+        comparison = compare(request, bar)
+    written = _write(comparison, args.output)
+    print(comparison.to_markdown(), end="")
+    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
+    if comparison.failed:
+        raise SpecError(
+            f"{len(comparison.failed)} of {len(request.cells)} cells failed, the others are"
+            " written; run the same command to try these again"
+        )
+    return 0
+
+
+def _request(args: argparse.Namespace) -> CompareRequest:
+    from edgeprune.compare.answers import Asking
+    from edgeprune.compare.cells import grid
+    from edgeprune.compare.comparing import CompareRequest
+    from edgeprune.compare.questions import Questions
+    from edgeprune.compare.race import Race
+    from edgeprune.recipe import Recipe
+    from edgeprune.spec import PruneSpec
+
+    recipe = Recipe(
+        PruneSpec("none"),
+        model=args.model,
+        revision=args.revision,
+        image_size=args.image_size,
+        dtype=args.dtype,
+        parity=2,
+        samples_file=args.samples_file,
+        images=args.images,
+    )
+    questions = Questions(args.questions, args.samples, args.images)
+    return CompareRequest(
+        folder=args.output,
+        cells=tuple(grid(args.methods.split(","), _ratios(args.cr), args.seeds)),
+        recipe=recipe,
+        asking=Asking(questions, args.backend, args.max_new_tokens),
+        race=Race(args.backend, args.laps) if args.laps else None,
+        jobs=_jobs(args.jobs),
+        keep_bundles=args.keep_bundles,
+    )
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SpecError(
+            f"--cr takes numbers with commas between, as 2,4,8; got {text!r}"
+        ) from error
+
+
+def _jobs(asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise SpecError(f"--jobs is at least 1; got {asked}")
+    return asked or os.cpu_count() or 1
+
+
+def _write(comparison: Comparison, folder: Path) -> list[Path]:
+    from edgeprune.compare.figure import figure
+    from edgeprune.compare.store import write_whole
+    from edgeprune.runtime.show import save
+
+    texts = {
+        "compare.json": comparison.to_json(),
+        "compare.csv": comparison.to_csv(),
+        "compare.md": comparison.to_markdown(),
+    }
+    for name, text in texts.items():
+        write_whole(folder / name, text.encode())
+    written = [folder / name for name in texts]
+    if comparison.cells:
+        save(figure(comparison), folder / "compare.png")
+        written.append(folder / "compare.png")
+    return written

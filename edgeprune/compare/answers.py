@@ -1,0 +1,79 @@
+"""Asking one bundle all questions, and how sure a share of right answers is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeprune import cost
+from edgeprune.compare.questions import Questions
+from edgeprune.compare.store import installed, key_of
+from edgeprune.runtime import Sampling, Session
+from edgeprune.runtime.ort import ELEMENTS
+
+PACKAGES = ("edgeprune", "onnxruntime", "numpy", "pillow", "tokenizers")
+EVERY = 20
+"""Questions between two reports of progress."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was right of what was asked, by kind; what was said; sizes at the median prompt."""
+
+    right: dict[str, int]
+    asked: dict[str, int]
+    said: list[str]
+    text_tokens: int  # of the median prompt, beside the picture's
+    kv_bytes: int  # of the caches once that prompt is read
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How bundles are asked: on which engine, for how long an answer at most."""
+
+    questions: Questions
+    backend: str = "ort-cpu"
+    max_new_tokens: int = 32
+
+    def key(self, bundle: str) -> str:
+        """Names the answers of a bundle by all that decides them."""
+        versions = {name: installed(name) for name in PACKAGES}
+        return key_of(
+            bundle, self.questions.fingerprint, self.backend, self.max_new_tokens, versions
+        )
+
+    def ask(self, bundle: Path, tick: Callable[[int], None] = lambda done: None) -> Answered:
+        """Every question, greedily; `tick` is told how many more have been answered."""
+        session = Session.open(bundle, backend=self.backend, threads=1)  # cores have other bundles
+        sampling = Sampling(max_new_tokens=self.max_new_tokens)
+        right, asked, lengths, said = Counter[str](), Counter[str](), list[int](), list[str]()
+        for question in self.questions:
+            answer = session.ask(question.image, question.text, sampling)
+            asked[question.kind] += 1
+            right[question.kind] += answer.text in question.answers
+            lengths.append(answer.prompt_tokens)
+            said.append(answer.text)
+            if not len(said) % EVERY:
+                tick(EVERY)
+        tick(len(said) % EVERY)
+        record, prune = session.manifest.decoder, session.manifest.prune
+        text = statistics.median_low(lengths)
+        element = np.dtype(ELEMENTS[session.manifest.dtype]).itemsize
+        stored = cost.kv_bytes(record, prune.counts, text, element)
+        return Answered({kind: right[kind] for kind in asked}, dict(asked), said, text, stored)
+
+
+def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """Ends of the 95% interval of a share of right answers (Wilson, 1927)."""
+    share, weight = right / asked, z * z / asked
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / asked + weight / asked / 4)
+    low = middle - half if right else 0.0  # which rounding would move
+    high = middle + half if right < asked else 1.0
+    return low, high

@@ -1,0 +1,185 @@
+"""A comparison from its request to its results, each step taken up where the last run left it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune import __version__
+from edgeprune.compare.answers import Answered, Asking
+from edgeprune.compare.bundles import Bundles
+from edgeprune.compare.cells import Cell
+from edgeprune.compare.questions import Questions
+from edgeprune.compare.race import Race
+from edgeprune.compare.results import Comparison, Missing, Result
+from edgeprune.compare.store import Store
+from edgeprune.compare.workers import each
+from edgeprune.errors import ExportError
+from edgeprune.recipe import Recipe
+
+Report = Callable[[str, int, int], None]  # step, done, total
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What to compare, on which questions, and how to time it; `race` None leaves timing out."""
+
+    folder: Path
+    cells: tuple[Cell, ...]
+    recipe: Recipe  # of all bundles, but for method, ratio and seed
+    asking: Asking = field(default_factory=lambda: Asking(Questions()))
+    race: Race | None = field(default_factory=Race)
+    jobs: int = 1  # processes that make bundles and ask them
+    keep_bundles: bool = False
+
+    @property
+    def store(self) -> Store:
+        return Store(self.folder / "cells")
+
+    @property
+    def bundles(self) -> Bundles:
+        return Bundles(self.folder / "bundles", self.recipe, self.store)
+
+
+def compare(request: CompareRequest, report: Report = lambda step, done, total: None) -> Comparison:
+    """Make and ask every bundle, time them all, put the results together.
+
+    A cell that failed is tried again by the next run, and so is the step that a run was stopped in;
+    what was finished is read from disk, even where its bundle has been deleted.
+    """
+    failed = _answer(request, report)
+    answered = {cell: found for cell in request.cells if (found := _stored(request, cell))}
+    times = _times(request, answered, report) if request.race and answered else {}
+    if not request.keep_bundles:
+        request.bundles.delete(request.cells)
+    return Comparison(
+        _setup(request, answered, times),
+        tuple(_result(request, cell, found, times) for cell, found in answered.items()),
+        tuple(
+            Missing(cell.label, cell.cr, why)
+            for cell in request.cells
+            if (why := _why(request, cell))
+        ),
+        tuple(Missing(cell.label, cell.cr, why) for cell, why in failed.items()),
+    )
+
+
+def _answer(request: CompareRequest, report: Report) -> dict[Cell, str]:
+    """Put the answers of every cell on disk; why there are none, for each that failed."""
+    size = len(request.asking.questions)
+    todo = [c for c in request.cells if not (_why(request, c) or _stored(request, c))]
+    progress = _Progress(report, "questions", size * len(request.cells))
+    progress.more(progress.total - size * len(todo))
+    work = partial(_answer_one, request)
+    return {cell: why for cell, why in each(todo, work, request.jobs, progress.more) if why}
+
+
+def _answer_one(request: CompareRequest, cell: Cell, tick: Tick) -> None:
+    _share_cores(request)
+    made = request.bundles.made(cell)
+    if made.why or _stored(request, cell):
+        tick(len(request.asking.questions))
+        return
+    request.bundles.present(cell)  # it may have been deleted since it was made
+    found = request.asking.ask(request.bundles.path(cell), tick)
+    request.store.write(f"{cell.name}.answers", request.asking.key(made.hash), asdict(found))
+
+
+def _why(request: CompareRequest, cell: Cell) -> str:
+    """Why a cell is known to be out of reach; empty where that is not known."""
+    made = request.bundles.known(cell)
+    return made.why if made else ""
+
+
+def _stored(request: CompareRequest, cell: Cell) -> Answered | None:
+    """The answers of a cell, if they are on disk."""
+    made = request.bundles.known(cell)
+    if made is None or made.why:
+        return None
+    found = request.store.read(f"{cell.name}.answers", request.asking.key(made.hash))
+    return Answered(**found) if found else None
+
+
+def _times(
+    request: CompareRequest, answered: dict[Cell, Answered], report: Report
+) -> dict[str, Any]:
+    """Laps of one bundle for each method and ratio, and the machine; read where stored."""
+    assert request.race is not None
+    timed = [cell for cell in answered if not cell.seed]
+    hashes = [request.bundles.made(cell).hash for cell in timed]
+    text_tokens = next(iter(answered.values())).text_tokens
+    key = request.race.key(hashes, text_tokens)
+    found = request.store.read("times", key)
+    if found is None:
+        progress = _Progress(report, "bundles to time", len(timed))
+        for cell, why in each(timed, partial(_present, request), request.jobs, progress.more):
+            if why:
+                raise ExportError(f"{cell.name} was there and cannot be made again: {why}")
+        paths = [request.bundles.path(cell) for cell in timed]
+        found = request.race.run(paths, text_tokens, partial(report, "laps"))
+        request.store.write("times", key, found)
+    return found
+
+
+def _present(request: CompareRequest, cell: Cell, tick: Tick) -> None:
+    _share_cores(request)
+    request.bundles.present(cell)
+    tick(1)
+
+
+def _share_cores(request: CompareRequest) -> None:
+    if request.jobs > 1:
+        torch.set_num_threads(1)  # the other cores have cells of their own
+
+
+def _result(request: CompareRequest, cell: Cell, found: Answered, times: dict[str, Any]) -> Result:
+    made = request.bundles.made(cell)
+    return Result(
+        method=cell.label,
+        cr_asked=cell.cr,
+        cr=made.cr,
+        counts=made.counts,
+        right=found.right,
+        asked=found.asked,
+        seed=cell.seed,
+        bundle=made.hash,
+        kv_bytes=found.kv_bytes,
+        laps=times.get("laps", {}).get(cell.name, {}),
+    )
+
+
+def _setup(
+    request: CompareRequest, answered: dict[Cell, Answered], times: dict[str, Any]
+) -> dict[str, Any]:
+    """What the results were measured with."""
+    questions = request.asking.questions
+    return {
+        "edgeprune": __version__,
+        "model": request.recipe.model_name,
+        "questions": len(questions),
+        "questions_hash": questions.fingerprint,
+        "backend": request.asking.backend,
+        "text_tokens": next((found.text_tokens for found in answered.values()), 0),
+        "race": asdict(request.race) if request.race else None,
+        "machine": times.get("machine"),
+    }
+
+
+@dataclass
+class _Progress:
+    """Counts what several processes tell."""
+
+    report: Report
+    step: str
+    total: int
+    done: int = 0
+
+    def more(self, done: int) -> None:
+        self.done += done
+        self.report(self.step, self.done, self.total)

@@ -1,0 +1,57 @@
+"""All bundles timed in one run, their laps in turn, on one prompt."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.compare.store import installed, key_of
+from edgeprune.runtime.bench import BenchRequest, bench
+
+
+@dataclass(frozen=True)
+class Race:
+    """How bundles are timed: on which engine, with how many laps and decode steps a lap."""
+
+    backend: str = "ort-cpu"
+    laps: int = 20
+    new_tokens: int = 16
+    threads: int | None = None
+
+    def key(self, bundles: Sequence[str], text_tokens: int) -> str:
+        """Names a race by all that decides its times and can be known."""
+        versions = [installed(name) for name in ("edgeprune", "onnxruntime")]
+        return key_of(bundles, text_tokens, versions, platform.uname(), asdict(self))
+
+    def run(
+        self,
+        bundles: Sequence[Path],
+        text_tokens: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, Any]:
+        """Milliseconds of every lap by bundle's name, {vision, prefill, decode}; decode per token.
+
+        In one process the session opened first decodes 7 to 14% slower than later ones, whichever
+        graph it holds. So one more is opened first, and its laps are thrown away.
+        """
+        request = BenchRequest(
+            (bundles[0], *bundles),
+            self.backend,
+            text_tokens=text_tokens,
+            new_tokens=self.new_tokens,
+            laps=self.laps,
+            threads=self.threads,
+        )
+        result = bench(request, progress)
+        laps = {
+            path.name: {part: _milliseconds(seconds) for part, seconds in asdict(row.laps).items()}
+            for path, row in zip(bundles, result.rows[1:], strict=True)
+        }
+        return {"laps": laps, "machine": result.machine}
+
+
+def _milliseconds(seconds: Sequence[float]) -> list[float]:
+    return [round(1e3 * second, 4) for second in seconds]

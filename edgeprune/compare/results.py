@@ -1,0 +1,219 @@
+"""What came out of a comparison, as JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from edgeprune.compare.answers import wilson
+from edgeprune.compare.cells import DENSE
+
+PARTS = ("vision", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One bundle: what it answered right, by kind of question, and how long its laps took."""
+
+    method: str  # with what is not its default
+    cr_asked: float
+    cr: float  # reached
+    counts: tuple[int, ...]  # r_1 ... r_L
+    right: dict[str, int]
+    asked: dict[str, int]
+    seed: int = 0
+    bundle: str = ""  # hash of what it holds
+    kv_bytes: int = 0  # of the caches, once the median prompt is read
+    laps: dict[str, list[float]] = field(default_factory=dict)  # ms by part; decode per token
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Result:
+        """From JSON; what a result does not have is passed over."""
+        known = {f.name: record[f.name] for f in fields(cls) if f.name in record}
+        return cls(**{**known, "counts": tuple(known["counts"])})
+
+    @property
+    def total(self) -> tuple[int, int]:
+        """Right and asked, over all kinds."""
+        return sum(self.right.values()), sum(self.asked.values())
+
+    @property
+    def share(self) -> float:
+        right, asked = self.total
+        return right / asked
+
+    def median(self, part: str) -> float:
+        """Milliseconds of the middle lap."""
+        return statistics.median(self.laps[part])
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A cell without a result, and why."""
+
+    method: str
+    cr_asked: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All cells, those that cannot be, those that failed, and what they were measured with."""
+
+    setup: dict[str, Any]
+    cells: tuple[Result, ...]
+    out_of_reach: tuple[Missing, ...] = ()
+    failed: tuple[Missing, ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        content = json.loads(text)
+        lists = [tuple(Missing(**m) for m in content[k]) for k in ("out_of_reach", "failed")]
+        return cls(content["setup"], tuple(map(Result.read, content["cells"])), *lists)
+
+    def to_json(self) -> str:
+        """One line per cell, shares and intervals beside the numbers that they follow from."""
+        cells = [json.dumps({**asdict(cell), **_shown(cell)}) for cell in self.cells]
+        lists = {"out_of_reach": self.out_of_reach, "failed": self.failed}
+        parts = [f'"setup": {json.dumps(self.setup)}', '"cells": [\n' + ",\n".join(cells) + "\n]"]
+        parts += [f'"{k}": {json.dumps([asdict(m) for m in v])}' for k, v in lists.items()]
+        return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    def to_csv(self) -> str:
+        """One row per bundle, and one for each cell without a bundle."""
+        rows: list[dict[str, object]] = [_row(cell) for cell in self.cells]
+        rows += [
+            {"method": cell.method, "cr_asked": cell.cr_asked, "why_missing": cell.why}
+            for cell in (*self.out_of_reach, *self.failed)
+        ]
+        heads = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, heads, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """Accuracy, time, and what is missing, each as a table with its caption."""
+        parts = [f"{self._caption()}\n\n{accuracy_table(self.cells)}"]
+        if any(cell.laps for cell in self.cells):
+            parts.append(f"{_TIMES}\n\n{time_table(self.cells)}")
+        for title, cells in (("Out of reach:", self.out_of_reach), ("Failed:", self.failed)):
+            if cells:
+                lines = [[c.method, _ratio(c.cr_asked), c.why] for c in cells]
+                parts.append(f"{title}\n\n{_table(['method', 'CR asked', 'why'], lines)}")
+        return "\n\n".join(parts) + "\n"
+
+    def _caption(self) -> str:
+        setup = self.setup
+        return (
+            f"{setup['questions']:,} questions each to {setup['model']}, exact match in percent,"
+            " ± half of the 95% Wilson interval; several draws: their mean and their range."
+        )
+
+
+_TIMES = (
+    "Milliseconds, median (p10-p90) of laps in turn, decode per token; speed-up of prefill over"
+    " the dense model, lap by lap; KV cache once the prompt is read."
+)
+
+
+def accuracy_table(cells: Iterable[Result]) -> str:
+    """A row per method and ratio, the best of each ratio first; kinds where there are several."""
+    groups = grouped(cells)
+    kinds = list(groups[0][0].asked) if groups else []
+    kinds = kinds if len(kinds) > 1 else []
+    lines = []
+    for group in groups:
+        one = group[0]
+        shares = [_interval(one.right[k], one.asked[k]) for k in kinds]
+        overall = _interval(*one.total)
+        if len(group) > 1:
+            found = sorted(100 * cell.share for cell in group)
+            overall = f"{statistics.mean(found):.1f} ({found[0]:.1f} to {found[-1]:.1f})"
+            means = (statistics.mean(c.right[k] / c.asked[k] for c in group) for k in kinds)
+            shares = [f"{100 * mean:.1f}" for mean in means]
+        lines.append([one.method, _ratio(one.cr), overall, *shares])
+    return _table(["method", "CR", "overall", *kinds], lines)
+
+
+def time_table(cells: Iterable[Result]) -> str:
+    """A row per timed bundle, in the order of the accuracy table."""
+    timed = [group[0] for group in grouped(cells) if group[0].laps]
+    dense = next((cell for cell in timed if cell.method == DENSE), timed[0])
+    lines = []
+    for cell in timed:
+        ratios = zip(dense.laps["prefill"], cell.laps["prefill"], strict=True)
+        speedup = statistics.median(base / other for base, other in ratios)
+        spreads = [_spread(cell.laps[part]) for part in PARTS]
+        memory = f"{cell.kv_bytes / 1e3:,.0f}"
+        lines.append([cell.method, _ratio(cell.cr), *spreads, f"{speedup:.2f}", memory])
+    return _table(["method", "CR", *PARTS, "speed-up", "KV kB"], lines)
+
+
+def grouped(cells: Iterable[Result]) -> list[list[Result]]:
+    """Cells that differ by their seed alone; by ratio, the most right first."""
+    found: dict[tuple[float, str], list[Result]] = defaultdict(list)
+    for cell in cells:
+        found[cell.cr_asked, cell.method].append(cell)
+    groups = [sorted(group, key=lambda cell: cell.seed) for group in found.values()]
+    return sorted(groups, key=lambda g: (g[0].cr_asked, -statistics.mean(c.share for c in g)))
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Markdown whose columns stand below each other in a terminal too."""
+    widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]
+    rows = [heads, ["-" * width for width in widths], *lines]
+    cells = ([c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def _ratio(cr: float) -> str:
+    return f"{cr:.2f}".rstrip("0").rstrip(".")
+
+
+def _interval(right: int, asked: int) -> str:
+    low, high = wilson(right, asked)
+    return f"{100 * right / asked:.1f} ± {50 * (high - low):.1f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _shown(cell: Result) -> dict[str, float]:
+    low, high = wilson(*cell.total)
+    return {"accuracy": round(cell.share, 5), "low": round(low, 5), "high": round(high, 5)}
+
+
+def _row(cell: Result) -> dict[str, object]:
+    right, asked = cell.total
+    row: dict[str, object] = {
+        "method": cell.method,
+        "cr_asked": cell.cr_asked,
+        "seed": cell.seed,
+        "cr": round(cell.cr, 4),
+        "counts": " ".join(map(str, cell.counts)),
+        "kv_bytes": cell.kv_bytes,
+        "asked": asked,
+        "right": right,
+        **_shown(cell),
+    }
+    for kind, number in cell.asked.items() if len(cell.asked) > 1 else ():
+        low, high = wilson(cell.right[kind], number)
+        row |= {f"{kind} asked": number, f"{kind} right": cell.right[kind]}
+        row |= {f"{kind} low": round(low, 5), f"{kind} high": round(high, 5)}
+    for part, laps in cell.laps.items():
+        names = (f"{part} ms", f"{part} p10", f"{part} p90")
+        found = np.quantile(laps, [0.5, 0.1, 0.9])
+        row |= {n: round(float(value), 4) for n, value in zip(names, found, strict=True)}
+    return row
