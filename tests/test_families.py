@@ -18,22 +18,23 @@ from PIL import Image
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from edgeprune.errors import InputError, ModelError, SpecError
+from edgeprune.export.exporter import Exported, ExportRequest, export
 from edgeprune.export.preprocess import image_record
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._processor import Processor, Prompt
+from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
-from edgeprune.policies import make
+from edgeprune.policies import make, names
 from edgeprune.recipe import Recipe
 from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime.images import remarks, to_pixels
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.session import Session
-from edgeprune.spec import Plan, PruneSpec
+from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families
 from tests.families import QUESTION, TEXT, Family
 
-FAMILIES: dict[str, Callable[[], Family]] = {
+FAMILIES: dict[str, Callable[..., Family]] = {
     "internvl": families.internvl,
     "llava_next": families.llava_next,
     "llava_onevision": families.llava_onevision,
@@ -122,6 +123,49 @@ def test_a_dense_bundle_answers_as_transformers_does(
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
     assert list(answer.ids) == wanted
     assert answer.remarks == ()
+
+
+def pruned(checkpoint: Path, size: Size, method: str, folder: Path) -> Exported:
+    """A bundle at CR 4 or near, its schedule made up; kept tokens and logits were compared."""
+    spec = PruneSpec(method, 4, options={"K": "1"} if method == "fastv" else {})
+    adapter, policy = open_model(str(checkpoint), size=size), make(spec)
+    shape = adapter.shape
+    if policy.first(shape, spec.cr) is None:
+        plan = policy.plan(shape, spec.cr)
+    else:
+        plan = plan_from_counts(shape.visual_tokens, made_up(shape))
+    check_separators(plan, shape)
+    prompts = [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(2)]
+    request = ExportRequest(method, spec, plan, folder / method)
+    return export(request, adapter, policy, Processor(adapter), prompts)
+
+
+def made_up(shape: ModelShape) -> tuple[int, ...]:
+    """Counts that fall before the decoder and inside it."""
+    start = shape.visual_tokens // 2
+    return tuple(max(1, start >> layer) for layer in range(shape.layers))
+
+
+def test_a_pruned_bundle_equals_the_eager_reference(
+    family: Family, checkpoint: Path, tmp_path: Path
+) -> None:
+    """UTP prunes in the vision graph, here too, and in the decoder's."""
+    exported = pruned(checkpoint, family.sizes[1], "utp", tmp_path)
+    assert exported.parity is not None and exported.parity.ties == 0
+    answer = Session.open(exported.path).ask(picture(family.sizes[1]), QUESTION)
+    counts = exported.manifest.prune.counts
+    assert (len(answer.vision_kept), *map(len, answer.layer_kept)) == counts
+    assert (np.diff(answer.vision_kept) > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in names() if name not in ("none", "vtw")])
+def test_every_method_on_every_family_equals_its_reference(
+    family: Family, method: str, tmp_path: Path
+) -> None:
+    deep = FAMILIES[family.name](num_hidden_layers=8).save(tmp_path / "deep")
+    exported = pruned(deep, family.sizes[1], method, tmp_path)
+    assert exported.parity is not None and exported.parity.ties == 0
 
 
 def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
