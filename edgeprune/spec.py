@@ -192,11 +192,24 @@ def check_reach(spec: PruneSpec, shape: ModelShape) -> None:
 def check_separators(plan: Plan, shape: ModelShape) -> None:
     """SpecError where the vision graph would have to drop tokens that are no tile's."""
     for stage in (s for s in plan.stages if s.site == "vision"):
-        if stage.keep <= shape.separators:
+        if stage.survivors <= shape.separators:
             raise SpecError(
                 f"this model puts {shape.separators} tokens of its own between those of the"
                 f" picture, so {stage.survivors} are too few; choose a smaller --cr"
             )
+
+
+def merging_plan(shape: ModelShape, cr: float, share: float, site: Site = "vision") -> Plan:
+    """As `flat_plan`, `share` of the tokens that a method decides on being merged ones.
+
+    It does not decide on separators, which are kept.
+    """
+    total = max(1, round(shape.visual_tokens / cr))
+    if total == shape.visual_tokens:
+        return Plan(shape.visual_tokens, shape.layers)
+    decided = max(1, total - shape.separators)
+    merged = decided if share == 1 else min(round(share * decided), decided - 1)
+    return Plan(shape.visual_tokens, shape.layers, (Stage(site, total - merged, merged),))
 
 
 def check_cr(plan: Plan, asked: float) -> None:

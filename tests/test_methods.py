@@ -180,10 +180,10 @@ def test_a_graph_that_chooses_otherwise_is_found_out(bundle: Path, tiny_checkpoi
 
     class First(method):
         def vision(self, signals, stage):
-            return Selection(torch.arange(stage.keep))
+            return Selection(torch.arange(stage.survivors))
 
         def input(self, signals, stage, live):
-            return Selection(torch.arange(live.keep))
+            return Selection(torch.arange(live.survivors))
 
         layer = input
 
@@ -202,7 +202,13 @@ def test_what_each_site_kept_is_told(bundle: Path) -> None:
     counts = session.manifest.prune.counts
     sites = [int(name.partition(".")[2]) for name in session.manifest.prune.kept_outputs]
     assert [len(kept) for kept in answer.layer_kept] == [counts[site - 1] for site in sites]
-    for kept in (answer.vision_kept, *answer.layer_kept):
-        assert (np.diff(kept) > 0).all()
+    stages = session.manifest.prune.stages
+    merged = [s.merged for s in stages if s.in_decoder]
+    before = [s.merged for s in stages if not s.in_decoder] or [0]
+    told = zip([answer.vision_kept, *answer.layer_kept], [before[-1], *merged], strict=True)
+    for kept, last in told:  # merged tokens come last, [CLS] has no place
+        places = kept[: len(kept) - last]
+        assert (np.diff(places[places < 16]) > 0).all()
+        assert len(set(kept.tolist())) == len(kept)
     assert len(answer.vision_kept) == session.manifest.prune.encoded
     assert session.manifest.prune.encoded == (16 if 1 in sites else counts[0])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edgeprune import cli, models, policies
+from edgeprune.commands import listing
 from edgeprune.compare.results import Comparison, accuracy_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,14 @@ def test_every_method_and_family_is_in_its_table(section: str, package: Any) -> 
     text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
     assert sorted(rows) == package.names()
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_a_method_s_row_is_what_the_program_says(name: str) -> None:
+    policy = policies.load(name)
+    sites = ", ".join(policy.sites) or "-"
+    options = ", ".join(f"`{option}`" for option in listing._options(policy)) or "-"
+    assert f"| `{name}` | {policy.summary} | {sites} | {options} |" in README.splitlines()
 
 
 def test_every_command_shown_parses() -> None:

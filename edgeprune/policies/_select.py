@@ -15,10 +15,11 @@ def top(scores: Tensor, keep: int) -> Tensor:
 
 
 def ranked(scores: Tensor, keep: int) -> Tensor:
-    """Positions of the `keep` largest scores, the largest first: float32 [n] -> int64 [keep]."""
+    """Positions of the `keep` largest scores, the largest first, along the last axis:
+    float32 [.., n] -> int64 [.., keep]."""
     if torch.compiler.is_exporting():  # ONNX TopK gives ties to the lower index; torch may not
         return torch.topk(scores, keep).indices
-    return torch.argsort(scores, descending=True, stable=True)[:keep]
+    return torch.argsort(scores, descending=True, stable=True)[..., :keep]
 
 
 def ascending(positions: Tensor) -> Tensor:
@@ -87,10 +88,11 @@ def lattice(grid: tuple[int, int], keep: int) -> list[int]:
     for down in sorted(range(1, rows + 1), key=lambda d: abs(d * columns - keep * rows / d)):
         across, rest = divmod(keep, down)
         if not rest and across <= columns and max(down, across) <= 2 * min(down, across):
-            ys, xs = _centres(rows, down), _centres(columns, across)
+            ys, xs = steps(rows, down), steps(columns, across)
             return [y * columns + x for y in ys for x in xs]
-    return _centres(rows * columns, keep)
+    return steps(rows * columns, keep)
 
 
-def _centres(size: int, parts: int) -> list[int]:
+def steps(size: int, parts: int) -> list[int]:
+    """The middles of `parts` equal parts of a range, rising: floor((i + 1/2) * size / parts)."""
     return [(2 * i + 1) * size // (2 * parts) for i in range(parts)]

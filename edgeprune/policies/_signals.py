@@ -7,7 +7,7 @@ Batch is 1 throughout. Scores are float32 whatever the graph's dtype: attention 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,22 +70,19 @@ class VisionSignals:
         """[CLS] attention, or received attention where the encoder has no [CLS]: [N]."""
         return self.received_attention() if self.cls is None else self.cls_attention()
 
-    def mean_keys(self) -> Tensor:
+    def keys(self) -> Tensor:
         """Keys of the tokens, mean over heads, float32: [N, head]."""
-        return self._per_token(self._patch_keys().mean(1))
+        return self._per_token(self.key[:, :, self._first :].float().mean(1))
 
-    def joined_keys(self) -> Tensor:
-        """Keys of the tokens, heads side by side, float32: [N, heads * head]."""
-        return self._per_token(self._patch_keys().transpose(1, 2).flatten(2))
+    def as_one_head(self) -> VisionSignals:
+        """The same with all heads side by side as one: queries and keys [tiles, 1, .., width]."""
+        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.query, self.key))
+        return replace(self, query=query, key=key)
 
     @property
     def _first(self) -> int:
         """Where a tile's patches begin."""
         return 0 if self.cls is None else 1
-
-    def _patch_keys(self) -> Tensor:
-        """Float32 [tiles, heads, patches, head]."""
-        return self.key[:, :, self._first :].float()
 
     def _attention(self, query: Tensor) -> Tensor:
         """Attention of R queries to the patches, softmax over [CLS] too, head mean:

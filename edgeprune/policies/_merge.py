@@ -1,0 +1,34 @@
+"""Mergers: who joins whom, as matrices of fixed size. Ties go to the lower position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgeprune.policies._select import ranked, top
+
+
+def others(chosen: Tensor, count: int) -> Tensor:
+    """The positions of 0 .. count - 1 that are not among k chosen: int64 [k] -> [count - k]."""
+    places = torch.arange(count, device=chosen.device)
+    taken = (chosen[:, None] == places[None, :]).float().sum(0)
+    return top(-taken, count - chosen.shape[0])
+
+
+def join(similar: Tensor) -> Tensor:
+    """Each token joins the target that it is most like: [k, n] -> members [k, n], 1 or 0."""
+    targets = torch.arange(similar.shape[0], device=similar.device)
+    return (targets[:, None] == similar.argmax(0)[None, :]).float()
+
+
+def weighted_neighbours(
+    similar: Tensor, tokens: Tensor, weights: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """For each of k rows, its `count` most similar tokens, added up by their weights.
+
+    [k, n], [n, width], [n] -> sum of w_j x_j, float32 [k, width], and sum of w_j, [k, 1].
+    """
+    nearest = ranked(similar, count)  # [k, count]
+    shares = weights.index_select(0, nearest.flatten()).view(-1, 1, count)
+    taken = tokens.float().index_select(0, nearest.flatten()).view(-1, count, tokens.shape[1])
+    return (shares @ taken)[:, 0], shares.sum(-1)
