@@ -238,9 +238,7 @@ class Ours:
         self.lengths, self.position = after, self.position + words + visual
 
     def _reserve(self, tokens: Ids) -> None:
-        from edgeprune.runtime.session import STEP
-
-        self.backend.reserve([int(n) for n in tokens + -tokens % STEP])
+        self.backend.reserve(tokens.tolist())
 
     def logits(self) -> Array:
         found: Array = self.backend.logits().copy()

@@ -7,11 +7,13 @@ Attention with `is_causal` and `nonpad_kv_seqlen`; for ONNX Runtime, TensorRT-RT
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from edgeprune.errors import SpecError
+from edgeprune.models._layers import split_heads
 from edgeprune.models._ops import TorchOps
 
 
@@ -21,19 +23,65 @@ class ModernOps(TorchOps):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _emit("RMSNormalization", [x, weight], x, epsilon=eps, stash_type=1)
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    def rotate(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int
+    ) -> Tensor:
         return _emit("RotaryEmbedding", [x, cos, sin, positions], x)
 
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
         return _emit("TensorScatter", [past, new, start], past, axis=2, mode="linear")
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, heads: tuple[int, int]
+    ) -> Tensor:
         filled = start + query.shape[2]
         inputs = [query, key, value, None, None, None, filled]
         return _emit("Attention", inputs, query, is_causal=1)
 
-    def attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         return _emit("Attention", [query, key, value], query)
+
+
+class PackedOps(ModernOps):
+    """The same, heads left side by side: [1, S, heads * head], caches [1, capacity, kv * head].
+
+    No transpose is left, and a cache of n tokens is the head of a longer one. TensorRT wants four
+    axes, so this is ONNX Runtime's alone.
+    """
+
+    token_axis: ClassVar[int] = 1
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        return x
+
+    def by_head(self, x: Tensor, heads: int) -> Tensor:
+        return split_heads(x, heads)
+
+    def cache_shape(self, heads: int, capacity: int, head: int) -> tuple[int, ...]:
+        return 1, capacity, heads * head
+
+    def rotate(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int
+    ) -> Tensor:
+        return _emit("RotaryEmbedding", [x, cos, sin, positions], x, num_heads=heads)
+
+    def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
+        return _emit("TensorScatter", [past, new, start], past, axis=1, mode="linear")
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, heads: tuple[int, int]
+    ) -> Tensor:
+        filled = start + query.shape[1]
+        inputs = [query, key, value, None, None, None, filled]
+        sizes = {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
+        return _emit("Attention", inputs, query, is_causal=1, **sizes)
+
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        sizes = {"q_num_heads": heads, "kv_num_heads": heads}
+        return _emit("Attention", [query, key, value], query, **sizes)
 
 
 def _emit(
@@ -58,11 +106,13 @@ class Dialect:
     opset: int
     ops: type[TorchOps]
     cache: str
+    layout: str
 
 
-MODERN = Dialect("modern", 24, ModernOps, "in-place")
+MODERN = Dialect("modern", 24, ModernOps, "in-place", "heads")
+PACKED = Dialect("packed", 24, PackedOps, "in-place", "packed")
 
-_TARGETS = {"cpu": (MODERN, "fp32"), "cuda": (MODERN, "fp16"), "rtx": (MODERN, "fp16")}
+_TARGETS = {"cpu": (PACKED, "fp32"), "cuda": (MODERN, "fp16"), "rtx": (MODERN, "fp16")}
 
 
 def target_names() -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class Outcome:
 class Graphs:
     """The two graphs in ONNX Runtime, fed plainly: no bound buffers, every present a new array."""
 
-    def __init__(self, folder: Path, decoder: Decoder, room: int = 64) -> None:
+    def __init__(self, folder: Path, decoder: Decoder, room: int = 128) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -70,16 +70,17 @@ class Graphs:
         self.span = decoder.span
         self.dtype = decoder.embedding.weight.dtype
         self.kept = self.plan.kept_outputs
+        ends = {end.name: end.shape for end in self.decoder.get_inputs()}
+        self.shapes = {n[5:]: shape for n, shape in ends.items() if n.startswith("past_")}
 
     def prefill(self, prompt: Prompt) -> Step:
         """A picture and a first question; `visual` and `vision_kept` are the vision graph's."""
-        config = self.config
         self.caches: dict[str, Array] = {}
-        for layer, count in enumerate(self.plan.counts):
-            shape = (1, config.kv_heads, count + self.room + 64, config.head_size)
-            for kind in ("key", "value"):
-                self.caches[f"{kind}.{layer}"] = torch.zeros(shape, dtype=self.dtype).numpy()
-        self.lengths, self.position = np.zeros(config.layers, np.int64), 0
+        for name, shape in self.shapes.items():
+            capacity = self.plan.counts[int(name.partition(".")[2])] + self.room
+            sizes = [d if isinstance(d, int) else capacity for d in shape]
+            self.caches[name] = torch.zeros(sizes, dtype=self.dtype).numpy()
+        self.lengths, self.position = np.zeros(self.config.layers, np.int64), 0
         visual, kept = self.vision.run(None, {"pixels": prompt.pixels.to(self.dtype).numpy()})
         self.visual, self.vision_kept = torch.from_numpy(visual), torch.from_numpy(kept)
         return self._run(prompt.prefix_ids.numpy(), visual, prompt.text_ids.numpy(), kept)

@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from edgeprune.errors import ExportError
 from edgeprune.export.passes import clean
-from edgeprune.models._decoder import Decoder, DecoderConfig
+from edgeprune.models._decoder import Decoder
 from edgeprune.spec import Plan
 
 Shapes = Any  # torch.export's nested description of dynamic dimensions
@@ -47,7 +47,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
     config, plan = decoder.config, decoder.plan
     layers = range(config.layers)
     dynamic = {1: Dim.DYNAMIC}
-    cache = [{2: Dim.DYNAMIC}] * config.layers
+    cache = [{decoder.ops.token_axis: Dim.DYNAMIC}] * config.layers
     shapes: Shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
     inputs = ["prefix_ids", "visual", "text_ids", "position", "lengths"]
     outputs = ["logits"]
@@ -55,7 +55,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
         inputs += [f"past_{kind}.{layer}" for layer in layers]
         outputs += [f"present_{kind}.{layer}" for layer in layers]
     outputs += plan.kept_outputs
-    args = _example(config, plan, dtype)
+    args = _example(decoder, dtype)
     if config.mrope is not None:
         shapes, inputs = (*shapes, {0: Dim.DYNAMIC}), [*inputs, "places"]
         args = (*args, torch.arange(max(2, plan.encoded)))
@@ -64,12 +64,13 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
     return model
 
 
-def _example(config: DecoderConfig, plan: Plan, dtype: torch.dtype) -> tuple[Any, ...]:
+def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
     """Inputs whose sizes are all different and above 1, so that none is taken for a constant."""
-    prefix, text = 5, 7
-    visual = max(2, plan.encoded)
+    config, prefix, text = decoder.config, 5, 7
+    visual = max(2, decoder.plan.encoded)
     capacities = [visual + 37 + layer for layer in range(config.layers)]
-    caches = [torch.zeros(1, config.kv_heads, c, config.head_size, dtype=dtype) for c in capacities]
+    shapes = [decoder.ops.cache_shape(config.kv_heads, c, config.head_size) for c in capacities]
+    caches = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     return (
         torch.zeros(1, prefix, dtype=torch.int64),
         torch.zeros(1, visual, config.width, dtype=dtype),

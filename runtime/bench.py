@@ -23,7 +23,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, CapacityError, SpecError
 from edgeprune.runtime.backend import Chunk
 from edgeprune.runtime.ort import ELEMENTS, OrtBackend
-from edgeprune.runtime.session import BACKENDS, STEP
+from edgeprune.runtime.session import BACKENDS
 
 PREFIX = 5
 """Text tokens before the picture; LLaVA-1.5 without a system text has about as many."""
@@ -159,7 +159,7 @@ class _Racer:
             self.laps.append((seen - begin, filled - seen, steps))
 
     def _run(self, chunk: Chunk, after: np.ndarray) -> None:
-        self.backend.reserve([int(n) for n in after + -after % STEP])
+        self.backend.reserve(after.tolist())
         self.backend.run(chunk)
 
     def row(self) -> Row:

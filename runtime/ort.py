@@ -1,8 +1,4 @@
-"""ONNX Runtime: caches live in bound buffers, past and present in the same one.
-
-Capacity is a cost here: the CPU provider's Attention works over the whole cache, so caches are
-reserved for what is needed now and grown in steps.
-"""
+"""ONNX Runtime: caches live in bound buffers, past and present in the same one."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
+from edgeprune.runtime._caches import Caches
 from edgeprune.runtime.backend import Chunk, Ids, Output
 
 ELEMENTS = {"fp32": np.float32, "fp16": np.float16}
@@ -45,8 +42,7 @@ class OrtBackend:
         self._vision = _session(ort, bundle, "vision.onnx", options, providers)
         self._decoder = _session(ort, bundle, "decoder.onnx", options, providers)
         self._value = ort.OrtValue
-        self._caches: dict[str, Any] = {}  # OrtValue by "key.0" ...
-        self._capacities = [0] * self.record.layers
+        self._caches = Caches(ort, manifest.decoder, self.element, device)
         self._no_ids = self._host(np.zeros((1, 0), np.int64))
         self._no_visual = self._host(np.zeros((1, 0, self.record.width), self.element))
         self._visual, self._places = self._no_visual, self._host(np.zeros(0, np.int64))
@@ -65,10 +61,8 @@ class OrtBackend:
         return found
 
     def reserve(self, capacities: Sequence[int]) -> None:
-        for layer, wanted in enumerate(capacities):
-            if wanted > self._capacities[layer]:
-                self._grow(layer, wanted)
-                self._step = None  # its buffers are gone
+        if self._caches.reserve(capacities):
+            self._step = None  # it is bound to other buffers
 
     def run(self, chunk: Chunk) -> Output:
         single = not chunk.with_picture and chunk.text_ids.shape[1] == 1
@@ -90,8 +84,7 @@ class OrtBackend:
         return Output(self.logits(), tuple(k.numpy() for k in kept))
 
     def cache_bytes(self) -> int:
-        row = self.record.kv_heads * self.record.head_size * np.dtype(self.element).itemsize
-        return sum(2 * capacity * row for capacity in self._capacities)
+        return self._caches.bytes()
 
     def logits(self) -> NDArray[Any]:
         """Those of the last call, [vocabulary]."""
@@ -111,19 +104,10 @@ class OrtBackend:
             places = self._places if with_picture else self._no_places
             binding.bind_ortvalue_input("places", places)
         binding.bind_ortvalue_output("logits", self._logits)
-        for name, cache in self._caches.items():
+        for name, cache in self._caches.values.items():
             binding.bind_ortvalue_input(f"past_{name}", cache)
             binding.bind_ortvalue_output(f"present_{name}", cache)  # written in place
         return binding
-
-    def _grow(self, layer: int, capacity: int) -> None:
-        shape = (1, self.record.kv_heads, capacity, self.record.head_size)
-        for kind in ("key", "value"):
-            name, grown = f"{kind}.{layer}", np.zeros(shape, self.element)
-            if name in self._caches:
-                grown[:, :, : self._capacities[layer]] = self._caches[name].numpy()
-            self._caches[name] = self._value.ortvalue_from_numpy(grown, self.device)
-        self._capacities[layer] = capacity
 
     def _host(self, array: NDArray[Any]) -> Any:
         return self._value.ortvalue_from_numpy(np.ascontiguousarray(array))

@@ -21,8 +21,8 @@ from edgeprune.runtime.text import Prompter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-STEP = 64
-"""Caches grow by so many tokens at a time."""
+WARM_UP = 128
+"""Text tokens of a prefill on nothing."""
 
 BACKENDS = ("ort-cpu", "ort-cuda")
 
@@ -96,7 +96,7 @@ class Session:
         """Run both graphs once on nothing, so that the first answer is as fast as the next."""
         empty = np.zeros((1, 0), np.int64)
         self.backend.see(np.zeros(self.manifest.image.shape, np.float32))
-        self._run(empty, np.zeros((1, 2 * STEP), np.int64), True)
+        self._run(empty, np.zeros((1, WARM_UP), np.int64), True)
         self._run(empty, np.zeros((1, 1), np.int64), False)
         self.reset()
 
@@ -238,7 +238,7 @@ class Session:
         text = prefix_ids.shape[1] + text_ids.shape[1]
         visual = self._counts if with_picture else np.zeros_like(self._counts)
         after = self._lengths + text + visual
-        self.backend.reserve([int(n) for n in after + -after % STEP])
+        self.backend.reserve(after.tolist())
         output = self.backend.run(
             Chunk(prefix_ids, text_ids, self._position, self._lengths, with_picture)
         )

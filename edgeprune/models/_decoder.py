@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._layers import HeadNorm, Linear, Scale, join_heads, split_heads
+from edgeprune.models._layers import HeadNorm, Linear, Scale
 from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
@@ -56,7 +56,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer, [1, kv_heads, capacity, head], and its length, int64 [1]."""
+    """Keys and values of one layer, in the layout of attention, and its length, int64 [1]."""
 
     key: Tensor
     value: Tensor
@@ -74,9 +74,9 @@ class Seen:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, ops: TorchOps) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
         inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
         self.query = Linear(config.width, inner, config.qkv_bias)
         self.key = Linear(config.width, kv_inner, config.qkv_bias)
@@ -87,12 +87,12 @@ class Attention(nn.Module):
         self.key_norm = HeadNorm(*norm) if config.head_norms else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [1, heads, S, head], key and value [1, kv_heads, S, head], no positions yet."""
-        kv_heads = self.config.kv_heads
+        """Query, key and value in the layout of attention, no positions yet."""
+        split, kv_heads = self.ops.split, self.config.kv_heads
         return (
-            split_heads(self.query_norm(self.query(x)), self.config.heads),
-            split_heads(self.key_norm(self.key(x)), kv_heads),
-            split_heads(self.value(x), kv_heads),
+            split(self.query_norm(self.query(x)), self.config.heads),
+            split(self.key_norm(self.key(x)), kv_heads),
+            split(self.value(x), kv_heads),
         )
 
 
@@ -111,9 +111,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, ops: TorchOps) -> None:
         super().__init__()
-        self.eps, self.ops = config.eps, ops
+        self.eps, self.ops, self.heads = config.eps, ops, (config.heads, config.kv_heads)
         self.attention_norm = Scale(config.width)
-        self.attention = Attention(config)
+        self.attention = Attention(config, ops)
         self.mlp_norm = Scale(config.width)
         self.mlp = MLP(config)
 
@@ -121,18 +121,23 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
     ) -> tuple[Tensor, Cache, Seen]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
-        ops = self.ops
+        ops, (heads, kv_heads) = self.ops, self.heads
         query, key, value = self.attention.project(
             ops.rms_norm(hidden, self.attention_norm.weight, self.eps)
         )
-        rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
-        rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
+        rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions, heads)
+        rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions, kv_heads)
         keys = ops.write(cache.key, rotated_key, cache.length)
         values = ops.write(cache.value, value, cache.length)
-        mixed = ops.attend(rotated_query, keys, values, cache.length)
-        hidden = hidden + self.attention.output(join_heads(mixed))
+        mixed = ops.attend(rotated_query, keys, values, cache.length, self.heads)
+        hidden = hidden + self.attention.output(ops.join(mixed))
         hidden = hidden + self.mlp(ops.rms_norm(hidden, self.mlp_norm.weight, self.eps))
-        seen = Seen(query, key, rotated_query, rotated_key)
+        seen = Seen(
+            ops.by_head(query, heads),
+            ops.by_head(key, kv_heads),
+            ops.by_head(rotated_query, heads),
+            ops.by_head(rotated_key, kv_heads),
+        )
         return hidden, Cache(keys, values, cache.length), seen
 
 
@@ -215,7 +220,7 @@ class Decoder(nn.Module):
         text_ids: Tensor,  # int64 [1, T]
         position: Tensor,  # int64 [1], of the first token of this call
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
-        past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
+        past_keys: Sequence[Tensor],  # each for capacity_l tokens, in the layout of attention
         past_values: Sequence[Tensor],
         places: Tensor | None = None,  # M-RoPE: int64 [V], which of the picture's tokens they are
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._layers import Gain, Linear, RMSNorm, join_heads, split_heads
+from edgeprune.models._layers import Gain, Linear, RMSNorm
 from edgeprune.models._ops import TorchOps
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -82,15 +82,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output [tiles, S, width], query and key [tiles, heads, S, head]."""
-        normed, heads = self.attention_norm(x), self.config.heads
-        query = split_heads(self.query_norm(self.query(normed)), heads)
-        key = split_heads(self.key_norm(self.key(normed)), heads)
-        value = split_heads(self.value(normed), heads)
-        mixed = self.output(join_heads(self.ops.attend_all(query, key, value)))
+        normed, ops, heads = self.attention_norm(x), self.ops, self.config.heads
+        query = ops.split(self.query_norm(self.query(normed)), heads)
+        key = ops.split(self.key_norm(self.key(normed)), heads)
+        value = ops.split(self.value(normed), heads)
+        mixed = self.output(ops.join(ops.attend_all(query, key, value, heads)))
         x = x + self.attention_gain(mixed)
         activation = ACTIVATIONS[self.config.activation]
         x = x + self.mlp_gain(self.down(activation(self.up(self.mlp_norm(x)))))
-        return x, query, key
+        return x, ops.by_head(query, heads), ops.by_head(key, heads)
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,76 @@
+"""KV caches as ONNX Runtime values, as long as they need to be.
+
+The CPU provider's Attention works over the whole cache, so every slot beyond the tokens costs time.
+A packed cache, [1, capacity, kv_heads * head], is the head of a longer one: one block of memory is
+shown at any length without copying. Other caches are copied to a longer block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.bundle import DecoderRecord
+
+SLACK = 16
+"""Capacities are rounded up to a multiple of so many tokens: binding anew takes time too."""
+SPARE = 64
+"""Tokens that a block of memory grows by at least."""
+
+Array = NDArray[Any]
+
+
+class Caches:
+    """Keys and values of every layer, by name (`key.0`, ...); `values` are bound to the graph."""
+
+    def __init__(self, ort: Any, record: DecoderRecord, element: type, device: str) -> None:
+        self.value, self.record, self.element, self.device = ort.OrtValue, record, element, device
+        self.packed = record.cache_layout == "packed"
+        self.values: dict[str, Any] = {}
+        self.capacities = [0] * record.layers
+        self._blocks: dict[str, Array] = {}
+
+    def reserve(self, needed: Sequence[int]) -> bool:
+        """Hold at least so many tokens in each layer; True where a value is another one now."""
+        changed = False
+        for layer, tokens in enumerate(needed):
+            capacity = tokens + -tokens % SLACK
+            most = capacity + SPARE if self.packed else self.capacities[layer]
+            if not capacity <= self.capacities[layer] <= most:
+                self._resize(layer, capacity)
+                changed = True
+        return changed
+
+    def bytes(self) -> int:
+        """Bytes that all caches take at their present capacities."""
+        row = self.record.kv_heads * self.record.head_size * np.dtype(self.element).itemsize
+        return sum(2 * capacity * row for capacity in self.capacities)
+
+    def _resize(self, layer: int, capacity: int) -> None:
+        for name in (f"key.{layer}", f"value.{layer}"):
+            show = self._shown if self.packed else self._copied
+            self.values[name] = show(name, capacity)
+        self.capacities[layer] = capacity
+
+    def _shown(self, name: str, capacity: int) -> Any:
+        """The first `capacity` tokens of the block of memory, which grows where it is short."""
+        block = self._blocks.get(name, np.zeros(self._shape(0), self.element))
+        if block.shape[1] < capacity:
+            grown = np.zeros(self._shape(capacity + SPARE), self.element)
+            grown[:, : block.shape[1]] = block
+            self._blocks[name] = block = grown
+        return self.value.ortvalue_from_numpy(block[:, :capacity], self.device)
+
+    def _copied(self, name: str, capacity: int) -> Any:
+        grown = np.zeros(self._shape(capacity), self.element)
+        if name in self.values:
+            old = self.values[name].numpy()
+            grown[:, :, : old.shape[2]] = old
+        return self.value.ortvalue_from_numpy(grown, self.device)
+
+    def _shape(self, capacity: int) -> tuple[int, ...]:
+        heads, head = self.record.kv_heads, self.record.head_size
+        return (1, capacity, heads * head) if self.packed else (1, heads, capacity, head)
