@@ -23,9 +23,7 @@ class ModernOps(TorchOps):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _emit("RMSNormalization", [x, weight], x, epsilon=eps, stash_type=1)
 
-    def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int
-    ) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) -> Tensor:
         return _emit("RotaryEmbedding", [x, cos, sin, positions], x)
 
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
@@ -63,9 +61,7 @@ class PackedOps(ModernOps):
     def cache_shape(self, heads: int, capacity: int, head: int) -> tuple[int, ...]:
         return 1, capacity, heads * head
 
-    def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int
-    ) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) -> Tensor:
         return _emit("RotaryEmbedding", [x, cos, sin, positions], x, num_heads=heads)
 
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:

@@ -37,11 +37,11 @@ class Racer:
         self.load_seconds = time.perf_counter() - started
         self.text_tokens, self.new_tokens = text_tokens, new_tokens
         image, rng = self.manifest.image, np.random.default_rng(0)
-        self.pixels = rng.standard_normal((1, 3, image.height, image.width), np.float32)
+        self.pixels = rng.standard_normal(image.shape, np.float32)
         ids = rng.integers(3, self.manifest.decoder.vocabulary, (1, text_tokens))
         self.prefix_ids, self.text_ids = ids[:, :PREFIX], ids[:, PREFIX:]
         self.counts = np.array(self.manifest.prune.counts)
-        needed = int(self.counts[0]) + text_tokens + new_tokens
+        needed = self.manifest.span + text_tokens + new_tokens
         if needed > self.manifest.decoder.max_positions:
             raise CapacityError(
                 f"{path} has {self.manifest.decoder.max_positions} positions, this bench needs"
@@ -58,7 +58,7 @@ class Racer:
         after = lengths + self.text_tokens + self.counts
         self._run(Chunk(self.prefix_ids, self.text_ids, position, lengths, True), after)
         filled = clock()
-        lengths, position = after, int(after[0])
+        lengths, position = after, self.text_tokens + self.manifest.span
         empty, token = np.zeros((1, 0), np.int64), self.text_ids[:, :1]
         for step in range(self.new_tokens):
             self._run(Chunk(empty, token, position + step, lengths, False), lengths + 1)

@@ -1,7 +1,8 @@
 """`bench`: bundles timed side by side in one run, lap by lap in turn, beside what counting allows.
 
 Every lap is vision, prefill and a run of decode steps. Laps of all bundles alternate, so a machine
-whose speed drifts slows them all; ratios are taken lap by lap against the first bundle.
+whose speed drifts slows them all; ratios are taken lap by lap against the first bundle. Each bundle
+runs in a process of its own (`_racer`), all of them loaded throughout.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,15 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import cost
+from edgeprune import cost, errors
 from edgeprune.bundle import Bundle
-from edgeprune.errors import BackendError, CapacityError, SpecError
-from edgeprune.runtime.backend import Chunk
-from edgeprune.runtime.ort import ELEMENTS, OrtBackend
+from edgeprune.errors import BackendError, SpecError
+from edgeprune.runtime import _racer
+from edgeprune.runtime.ort import ELEMENTS
 from edgeprune.runtime.session import BACKENDS
-
-PREFIX = 5
-"""Text tokens before the picture; LLaVA-1.5 without a system text has about as many."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BenchRequest:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"text_tokens": PREFIX + 1, "new_tokens": 1, "laps": 1, "warmup": 0}
+        least = {"text_tokens": _racer.PREFIX + 1, "new_tokens": 1, "laps": 1, "warmup": 0}
         for name, number in least.items():
             if (found := getattr(self, name)) < number:
                 raise SpecError(f"--{name.replace('_', '-')} is at least {number}; got {found}")
@@ -106,61 +106,69 @@ def bench(
     request: BenchRequest, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> BenchResult:
     """Time every bundle, interleaved; the first is the one that ratios are taken to."""
-    racers = [_Racer(path, request) for path in request.bundles]
     total = request.warmup + request.laps
-    for lap in range(total):
-        for racer in racers:
-            racer.lap(keep=lap >= request.warmup)
-        progress(lap + 1, total)
+    with ExitStack() as stack:
+        racers = [stack.enter_context(_Racer(path, request)) for path in request.bundles]
+        for lap in range(total):
+            for racer in racers:
+                racer.lap(keep=lap >= request.warmup)
+            progress(lap + 1, total)
+        rows = tuple(racer.row() for racer in racers)
     plain = asdict(request) | {"bundles": [path.name for path in request.bundles]}
-    return BenchResult(tuple(r.row() for r in racers), plain, _machine())
+    return BenchResult(rows, plain, _machine())
 
 
 class _Racer:
-    """One bundle on its engine, with inputs made of noise."""
+    """A bundle's process, and the laps that it has run."""
 
     def __init__(self, path: Path, request: BenchRequest) -> None:
-        started = time.perf_counter()
-        self.bundle = Bundle.open(path, verify=False)
-        device = request.backend.partition("-")[2]
-        self.backend = OrtBackend(self.bundle, device, request.threads)
-        self.load_seconds = time.perf_counter() - started
-        self.request, self.manifest = request, self.bundle.manifest
-        image, rng = self.manifest.image, np.random.default_rng(0)
-        self.pixels = rng.standard_normal(image.shape, np.float32)
-        ids = rng.integers(3, self.manifest.decoder.vocabulary, (1, request.text_tokens))
-        self.prefix_ids, self.text_ids = ids[:, :PREFIX], ids[:, PREFIX:]
-        self.counts = np.array(self.manifest.prune.counts)
+        self.request = request
+        self.manifest = Bundle.open(path, verify=False).manifest
         self.laps: list[tuple[float, float, float]] = []
-        needed = self.manifest.span + request.text_tokens + request.new_tokens
-        if needed > self.manifest.decoder.max_positions:
-            raise CapacityError(
-                f"{path} has {self.manifest.decoder.max_positions} positions, this bench needs"
-                f" {needed}; lower --text-tokens or --new-tokens"
-            )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", _racer.__name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started = {
+            "path": str(path),
+            "backend": request.backend,
+            "text_tokens": request.text_tokens,
+            "new_tokens": request.new_tokens,
+            "threads": request.threads,
+        }
+        self.load_seconds: float = self._ask(json.dumps(started))["load_seconds"]
+
+    def __enter__(self) -> _Racer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.process.kill()
+        self.process.communicate()
 
     def lap(self, keep: bool) -> None:
-        clock = time.perf_counter
-        begin = clock()
-        self.backend.see(self.pixels)
-        seen = clock()
-        lengths, position = np.zeros(len(self.counts), np.int64), 0
-        after = lengths + self.request.text_tokens + self.counts
-        self._run(Chunk(self.prefix_ids, self.text_ids, position, lengths, True), after)
-        filled = clock()
-        lengths, position = after, self.request.text_tokens + self.manifest.span
-        empty, token = np.zeros((1, 0), np.int64), self.text_ids[:, :1]
-        for step in range(self.request.new_tokens):
-            self._run(Chunk(empty, token, position + step, lengths, False), lengths + 1)
-            lengths = lengths + 1
-        done = clock()
+        vision, prefill, decode = self._ask("lap")["lap"]
         if keep:
-            steps = (done - filled) / self.request.new_tokens
-            self.laps.append((seen - begin, filled - seen, steps))
+            self.laps.append((vision, prefill, decode))
 
-    def _run(self, chunk: Chunk, after: np.ndarray) -> None:
-        self.backend.reserve(after.tolist())
-        self.backend.run(chunk)
+    def _ask(self, line: str) -> dict[str, Any]:
+        """One line to the process, one line back; its errors are raised here."""
+        assert self.process.stdin and self.process.stdout  # both are pipes
+        answer = ""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        if not answer:
+            raise BackendError(
+                f"the process that ran {self.manifest.name} ended with code"
+                f" {self.process.wait()}; where memory is short, bench fewer bundles at once"
+            )
+        found: dict[str, Any] = json.loads(answer)
+        if "error" in found:
+            raise getattr(errors, found["error"])(found["message"])
+        return found
 
     def row(self) -> Row:
         record, prune, text = self.manifest.decoder, self.manifest.prune, self.request.text_tokens

@@ -17,8 +17,8 @@ from edgeprune.demo import MODEL_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError, InputError
 from edgeprune.runtime import Sampling, Session
-from edgeprune.runtime.backend import FakeBackend
 from edgeprune.runtime._caches import SPARE
+from edgeprune.runtime.backend import FakeBackend
 
 QUESTION = "what color is the star ?"
 

@@ -45,9 +45,7 @@ class TorchOps:
         """A cache for `capacity` tokens, in the layout of attention."""
         return 1, heads, capacity, head
 
-    def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int
-    ) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) -> Tensor:
         """Rotary embedding, halves convention; positions int64 [1, S]."""
         at_cos, at_sin = cos[positions][:, None], sin[positions][:, None]  # [1, 1, S, head / 2]
         low, high = x.chunk(2, dim=-1)
