@@ -47,7 +47,7 @@ class PackedOps(ModernOps):
     axes, so this is ONNX Runtime's alone.
     """
 
-    token_axis: ClassVar[int] = 1
+    packed: ClassVar[bool] = True
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         return x

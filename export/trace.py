@@ -20,7 +20,6 @@ from torch.export import Dim
 from edgeprune.errors import ExportError
 from edgeprune.export.passes import clean
 from edgeprune.models._decoder import Decoder
-from edgeprune.spec import Plan
 
 Shapes = Any  # torch.export's nested description of dynamic dimensions
 
@@ -47,7 +46,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
     config, plan = decoder.config, decoder.plan
     layers = range(config.layers)
     dynamic = {1: Dim.DYNAMIC}
-    cache = [{decoder.ops.token_axis: Dim.DYNAMIC}] * config.layers
+    cache = [{1 if decoder.ops.packed else 2: Dim.DYNAMIC}] * config.layers
     shapes: Shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
     inputs = ["prefix_ids", "visual", "text_ids", "position", "lengths"]
     outputs = ["logits"]

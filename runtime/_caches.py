@@ -59,13 +59,13 @@ class Caches:
         """The first `capacity` tokens of the block of memory, which grows where it is short."""
         block = self._blocks.get(name, np.zeros(self._shape(0), self.element))
         if block.shape[1] < capacity:
-            grown = np.zeros(self._shape(capacity + SPARE), self.element)
+            grown: Array = np.zeros(self._shape(capacity + SPARE), self.element)
             grown[:, : block.shape[1]] = block
             self._blocks[name] = block = grown
         return self.value.ortvalue_from_numpy(block[:, :capacity], self.device)
 
     def _copied(self, name: str, capacity: int) -> Any:
-        grown = np.zeros(self._shape(capacity), self.element)
+        grown: Array = np.zeros(self._shape(capacity), self.element)
         if name in self.values:
             old = self.values[name].numpy()
             grown[:, :, : old.shape[2]] = old

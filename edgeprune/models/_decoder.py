@@ -20,7 +20,7 @@ from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
+from edgeprune.policies._signals import Anchors, Heads, InputSignals, LayerSignals, Segments
 from edgeprune.spec import Plan, Stage
 
 
@@ -67,10 +67,10 @@ class Cache:
 class Seen:
     """Queries and keys of one layer, before and after rotary embedding."""
 
-    query: Tensor  # [1, heads, S, head]
-    key: Tensor  # [1, kv_heads, S, head]
-    rotated_query: Tensor
-    rotated_key: Tensor
+    query: Heads
+    key: Heads
+    rotated_query: Heads
+    rotated_key: Heads
 
 
 class Attention(nn.Module):
@@ -133,10 +133,10 @@ class DecoderLayer(nn.Module):
         hidden = hidden + self.attention.output(ops.join(mixed))
         hidden = hidden + self.mlp(ops.rms_norm(hidden, self.mlp_norm.weight, self.eps))
         seen = Seen(
-            ops.by_head(query, heads),
-            ops.by_head(key, kv_heads),
-            ops.by_head(rotated_query, heads),
-            ops.by_head(rotated_key, kv_heads),
+            Heads(query, heads, ops.packed),
+            Heads(key, kv_heads, ops.packed),
+            Heads(rotated_query, heads, ops.packed),
+            Heads(rotated_key, kv_heads, ops.packed),
         )
         return hidden, Cache(keys, values, cache.length), seen
 

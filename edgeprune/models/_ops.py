@@ -21,7 +21,7 @@ from edgeprune.models._layers import join_heads, split_heads
 class TorchOps:
     """Plain torch, any shape, no assumption about tracing."""
 
-    token_axis: ClassVar[int] = 2  # of keys, values and caches
+    packed: ClassVar[bool] = False  # whether heads lie side by side: [1, S, heads * head]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight over the last axis, computed in float32."""
