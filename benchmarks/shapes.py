@@ -59,7 +59,7 @@ def write(shape: Shape, folder: Path, *, sparse: bool = False, seed: int = 0) ->
     _write_configs(shape, folder)
     tensors = dict(_tensors(shape))
     if sparse:
-        _write_sparse(tensors, folder)
+        write_sparse(tensors, folder)
     else:
         _write_random(tensors, folder, seed)
     return folder
@@ -172,7 +172,7 @@ def _write_random(tensors: dict[str, tuple[int, ...]], folder: Path, seed: int) 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
-def _write_sparse(tensors: dict[str, tuple[int, ...]], folder: Path) -> None:
+def write_sparse(tensors: dict[str, tuple[int, ...]], folder: Path) -> None:
     """One safetensors file whose data is a hole: it reads as zeros and takes no disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
