@@ -32,11 +32,17 @@ class CalibrationRequest:
     file: Path | None = None
     images: Path | None = None
     solver: str = "joint"
+    max_sites: int | None = None  # layers at most where the count falls
     cache: Path | None = None  # default: EDGEPRUNE_CACHE, or ~/.cache/edgeprune
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise SpecError(f"--samples is at least 1; got {self.samples}")
+        if self.max_sites is not None and (self.solver != "joint" or self.max_sites < 1):
+            raise SpecError(
+                f"--max-sites is at least 1 and needs --solver joint; got {self.max_sites} with"
+                f" {self.solver}"
+            )
 
     @property
     def folder(self) -> Path:
@@ -56,7 +62,8 @@ def calibrate(
     if first is None:
         raise SpecError("this method's counts need no calibration; export it as it is")
     key = _key(request, adapter, policy)
-    stored = request.folder / f"{key}-cr{request.cr:g}-{request.solver}.json"
+    sites = f"-sites{request.max_sites}" if request.max_sites else ""
+    stored = request.folder / f"{key}-cr{request.cr:g}-{request.solver}{sites}.json"
     if stored.is_file():
         try:
             return Schedule.from_json(stored.read_text(encoding="utf-8"))
@@ -64,7 +71,13 @@ def calibrate(
             stored.unlink()  # cut short while it was written: solve again
     evidence = _evidence(request, adapter, policy, processor, key, report)
     report("solve schedule", 0, 1)
-    schedule = solve(evidence, cr=request.cr, first=first, solver=request.solver)  # type: ignore[arg-type]
+    schedule = solve(
+        evidence,
+        cr=request.cr,
+        first=first,
+        solver=request.solver,  # type: ignore[arg-type]
+        max_sites=request.max_sites,
+    )
     _write(stored, schedule.to_json().encode())
     return schedule
 

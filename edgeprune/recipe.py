@@ -41,6 +41,7 @@ class Recipe:
     samples_file: Path | None = None  # LLaVA-Instruct; None: the demo's own scenes
     images: Path | None = None
     solver: str = "joint"
+    max_sites: int | None = None  # layers at most where a calibrated schedule falls
 
     @property
     def pictures(self) -> Path | None:
@@ -99,7 +100,12 @@ def _schedule(
     if recipe.schedule is not None:
         return read_schedule(recipe.schedule, adapter.shape, spec.cr)
     request = CalibrationRequest(
-        spec.cr, recipe.samples, recipe.samples_file, recipe.images, recipe.solver
+        spec.cr,
+        recipe.samples,
+        recipe.samples_file,
+        recipe.images,
+        recipe.solver,
+        recipe.max_sites,
     )
     return calibrate(request, adapter, policy, processor, report)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,10 @@ def test_what_was_solved_is_not_solved_again(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("measured or solved again")
 
+    few = tmp_path / "few.json"  # the limit is part of what is stored
+    assert main(["calibrate", *options, "--max-sites", "1", "-o", str(few)]) == 0
+    counts = Schedule.from_json(few.read_text()).counts
+    assert sum(after < before for before, after in pairwise(counts)) <= 1
     monkeypatch.setattr(calibrate, "collect", never)
     monkeypatch.setattr(calibrate, "solve", never)
     assert main(["calibrate", *options, "-o", str(second)]) == 0

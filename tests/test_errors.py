@@ -36,6 +36,8 @@ REQUESTS = [
     (["--dtype", "int8"], "--dtype is one of fp32, fp16, bf16; got 'int8'"),
     (["--solver", "guess"], "argument --solver: invalid choice: 'guess'"),
     (["--parity", "-1"], "--parity is a number of samples, 0 for none; got -1"),
+    (["--max-sites", "0"], "--max-sites is at least 1 and needs --solver joint; got 0 with joint"),
+    (["--max-sites", "3", "--solver", "paper"], "needs --solver joint; got 3 with paper"),
     (["--samples", "0"], "--samples is at least 1; got 0"),
     (["--method", "uniform", "--schedule", "s.json"], "follows no schedule; leave out --schedule"),
     (["--schedule", "nosuch.json"], "nosuch.json cannot be read"),

@@ -56,6 +56,9 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--solver", default="joint", choices=("joint", "exact", "paper"), help="default joint"
     )
+    command.add_argument(
+        "--max-sites", type=int, metavar="N", help="layers at most where the count falls"
+    )
 
 
 def spec(args: argparse.Namespace) -> PruneSpec:
@@ -102,7 +105,9 @@ def _unwritable(file: Path, why: str | None) -> SpecError:
 def calibration(args: argparse.Namespace, cr: float) -> CalibrationRequest:
     from edgeprune.calib.calibrate import CalibrationRequest
 
-    return CalibrationRequest(cr, args.samples, args.samples_file, args.images, args.solver)
+    return CalibrationRequest(
+        cr, args.samples, args.samples_file, args.images, args.solver, args.max_sites
+    )
 
 
 def model(args: argparse.Namespace) -> Adapter:

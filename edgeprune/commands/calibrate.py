@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     _common.write_output(args.output, schedule.to_json())
     print(" ".join(str(count) for count in schedule.counts))
     print(
-        f"CR {schedule.cr_reached:.3f}, objective {schedule.objective:.4g}, proven within"
-        f" {schedule.gap:.1%} of the optimum; written to {args.output}",
+        f"CR {schedule.cr_reached:.3f}, objective {schedule.objective:.4g}; no schedule can be"
+        f" below {schedule.bound:.4g}; written to {args.output}",
         file=sys.stderr,
     )
     return 0

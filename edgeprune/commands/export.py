@@ -64,6 +64,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         samples_file=args.samples_file,
         images=args.images,
         solver=args.solver,
+        max_sites=args.max_sites,
     )
 
 
@@ -76,8 +77,8 @@ def _summary(exported: Exported, seconds: float) -> str:
     ]
     if prune.schedule:
         lines.append(
-            f"schedule: objective {prune.schedule['objective']:.4g}, proven within"
-            f" {prune.schedule['gap']:.1%} of the optimum"
+            f"schedule: objective {prune.schedule['objective']:.4g}; no schedule can be below"
+            f" {prune.schedule['bound']:.4g}"
         )
     lines.append(_parity_line(manifest.parity))
     graphs = ("vision.onnx", "decoder.onnx", "weights.bin")
