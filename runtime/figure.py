@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def _panels(
     levels: Levels, sites: Sites, prune: PruneRecord, width: float, pen: Pen
 ) -> Image.Image:
     """The picture, then what each site left of it, each with its caption below."""
-    total, fine = prune.visual_tokens, pen.fine
+    total, fine = math.prod(prune.grid), pen.fine
     rows = -(-(len(sites) + 1) // ROW)
     columns = -(-(len(sites) + 1) // rows)
     side = min((width - GAP * (columns - 1)) / columns, 362 if columns > 2 else 300)

@@ -72,7 +72,7 @@ def survivors(answer: Answer, manifest: Manifest) -> Sites:
     An answer's positions, [r] at each site, are places among the tokens alive there, merged ones
     last; these are on the whole grid. What was merged at one site is merged at all later ones.
     """
-    prune = manifest.prune
+    prune, grid = manifest.prune, drawn(manifest)
     rows, columns = prune.grid
     before = [stage for stage in prune.stages if not stage.in_decoder]
     within = [stage for stage in prune.stages if stage.in_decoder]
@@ -81,10 +81,10 @@ def survivors(answer: Answer, manifest: Manifest) -> Sites:
             raise IndexError
         alive = _Alive(np.arange(prune.visual_tokens + 1), frozenset())  # the last place: [CLS]
         alive = alive.after(answer.vision_kept, sum(stage.merged for stage in before))
-        found = [alive.site("vision", prune.grid)] if before else []
+        found = [alive.site("vision", grid, prune.visual_tokens)] if before else []
         for stage, kept in zip(within, answer.layer_kept, strict=True):
             alive = alive.after(kept, stage.merged)
-            found.append(alive.site(f"layer {stage.layer}", prune.grid))
+            found.append(alive.site(f"layer {stage.layer}", grid, prune.visual_tokens))
     except (IndexError, ValueError) as error:
         raise BundleError(
             f"the kept tokens of {manifest.name} do not fit its grid of {rows} x {columns};"
@@ -106,16 +106,31 @@ class _Alive:
         new = places[places.size - merged :].tolist()
         return _Alive(places, self.merged | frozenset(new))
 
-    def site(self, title: str, grid: tuple[int, int]) -> Site:
-        total = grid[0] * grid[1]
-        here = {divmod(int(i), grid[1]): int(i) in self.merged for i in self.places if i < total}
+    def site(self, title: str, grid: tuple[int, int], tokens: int) -> Site:
+        drawn = grid[0] * grid[1]
+        here = {divmod(int(i), grid[1]): int(i) in self.merged for i in self.places if i < drawn}
         merged = {place for place, is_merged in here.items() if is_merged}
-        return Site(title, set(here) - merged, merged, int((self.places == total).sum()))
+        return Site(title, set(here) - merged, merged, int((self.places == tokens).sum()))
+
+
+def drawn(manifest: Manifest) -> tuple[int, int]:
+    """Rows and columns of the tokens that are drawn: all, or those of a view of the whole picture.
+
+    A raster of tiles has rows of its own length, so of such a picture only that view is drawn.
+    """
+    tiling = manifest.image.tiling
+    if tiling is not None and tiling.overview == "first":
+        return tiling.tokens, tiling.tokens
+    return manifest.prune.grid
 
 
 def seen(image: Image.Image, record: ImageRecord) -> Levels:
-    """The picture as the model sees it, padded, resized and cropped: uint8 [height, width, 3]."""
-    pixels = to_pixels(image, record)[0].transpose(1, 2, 0)
+    """The picture as the model sees it, padded, resized and cropped: uint8 [height, width, 3].
+
+    Tiles stand one below the other; where a view of the whole picture comes first, it is alone.
+    """
+    tiles, first = to_pixels(image, record), record.tiling and record.tiling.overview == "first"
+    pixels = np.concatenate(list(tiles[:1] if first else tiles), axis=1).transpose(1, 2, 0)
     levels = (pixels * np.array(record.std) + np.array(record.mean)) / record.rescale
     whole: Levels = np.rint(levels).clip(0, 255).astype(np.uint8)
     return whole

@@ -29,6 +29,7 @@ from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime.images import remarks, to_pixels
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.session import Session
+from edgeprune.runtime.show import drawn, seen, survivors
 from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families
@@ -156,6 +157,11 @@ def test_a_pruned_bundle_equals_the_eager_reference(
     counts = exported.manifest.prune.counts
     assert (len(answer.vision_kept), *map(len, answer.layer_kept)) == counts
     assert (np.diff(answer.vision_kept) > 0).all()
+    rows, columns = drawn(exported.manifest)
+    levels = seen(picture(family.sizes[1]), exported.manifest.image)
+    assert levels.shape[0] * columns == levels.shape[1] * rows
+    for site in survivors(answer, exported.manifest):
+        assert site.kept <= set(np.ndindex(rows, columns)) and not site.extra
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dense:
         said.append(show.Said.by(*_ask(args.dense, image, args)))
     levels, sites = show.seen(image, manifest.image), show.survivors(answer, manifest)
-    picture = figure(
-        levels, sites, manifest.prune, args.prompt, said, scale=args.scale, font=args.font
-    )
+    prune = replace(manifest.prune, grid=show.drawn(manifest))
+    picture = figure(levels, sites, prune, args.prompt, said, scale=args.scale, font=args.font)
     show.save(picture, args.output)
     print(args.output)
     return 0
