@@ -61,7 +61,7 @@ def write(shape: Shape, folder: Path, *, sparse: bool = False, seed: int = 0) ->
     if sparse:
         write_sparse(tensors, folder)
     else:
-        _write_random(tensors, folder, seed)
+        write_random(tensors, folder, seed)
     return folder
 
 
@@ -148,17 +148,24 @@ def _vision_tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _random(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if "norm" in name and name.endswith("weight"):
-        return torch.ones(size, dtype=torch.float16)
+        return torch.ones(size)
     scale = 0.02 if len(size) < 2 else 1 / math.sqrt(math.prod(size[1:]))
-    return (torch.randn(size, generator=generator) * scale).half()
+    return torch.randn(size, generator=generator) * scale
 
 
-def _write_random(tensors: dict[str, tuple[int, ...]], folder: Path, seed: int) -> None:
+def write_random(
+    tensors: dict[str, tuple[int, ...]],
+    folder: Path,
+    seed: int,
+    dtype: torch.dtype = torch.float16,
+    shard_bytes: int = SHARD,
+) -> None:
+    """Weights of about unit gain in numbered shards of at most so many bytes, with their index."""
     generator = torch.Generator().manual_seed(seed)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, size in tensors.items():
-        if filled and filled + 2 * math.prod(size) > SHARD:
+        if filled and filled + 2 * math.prod(size) > shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = size
@@ -166,10 +173,11 @@ def _write_random(tensors: dict[str, tuple[int, ...]], folder: Path, seed: int) 
     index = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weights = {name: _random(name, size, generator) for name, size in shard.items()}
+        weights = {n: _random(n, size, generator).to(dtype) for n, size in shard.items()}
         save_file(weights, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    table = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
 
 
 def write_sparse(tensors: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -109,6 +109,7 @@ class ImageRecord:
     std: tuple[float, float, float]
     pad_to_square: tuple[int, int, int] | None = None  # colour of the padding, before resizing
     tiling: Tiling | None = None  # cut into tiles of height x width, which are pixels [tiles, ...]
+    step: int | None = None  # the model takes any multiple of so many pixels, the bundle one size
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -61,6 +61,28 @@ class Tiling:
         return shown(self.grid, Size(height, width)) == shown(self.grid, frozen)
 
 
+def rounds_to(picture: Size, frozen: Size, step: int) -> bool:
+    """Whether Qwen-VL's processor would make a picture `frozen` at some scale.
+
+    It scales a picture and rounds both sides to multiples of `step`: to the nearest, or both down
+    or both up where the number of pixels is bounded. So each has to come that near its frozen one.
+    """
+    sides = list(zip(frozen, picture, strict=True))
+    for below, above in ((step / 2, step / 2), (0, step), (step, 0)):
+        least = max((side - below) / own for side, own in sides)
+        most = min((side + above) / own for side, own in sides)
+        if least <= most:
+            return True
+    return False
+
+
+def rounded(picture: Size, pixels: int, step: int) -> Size:
+    """A picture's shape in multiples of `step`, with about so many pixels."""
+    scale = math.sqrt(pixels / (picture.height * picture.width))
+    height, width = (max(1, round(side * scale / step)) * step for side in picture)
+    return Size(height, width)
+
+
 def nearest(ratio: float, ratios: Iterable[float]) -> list[float]:
     """Those of `ratios` that come closest, differences alone counted as InternVL does."""
     least = min(abs(ratio - other) for other in ratios)

@@ -33,6 +33,7 @@ from edgeprune.export.prompts import notes, save_tokenizer, text_record
 from edgeprune.export.trace import decoder_graph, hollow, vision_graph
 from edgeprune.export.weights import WeightsFile
 from edgeprune.models import Adapter
+from edgeprune.models._layers import set_tables
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
@@ -108,7 +109,7 @@ def export(
     preflight(request.output, request.target, request.dtype, adapter)
     dialect, dtype = request.lowering
     generation = _generation(adapter)
-    image = image_record(processor, adapter.tiling)
+    image = image_record(processor, adapter.tiling, adapter.frozen)
     text = text_record(processor, adapter.config, generation, adapter.around_picture)
     try:
         with atomic_folder(request.output) as draft:
@@ -141,8 +142,8 @@ def _write_graphs(
         vision, decoder = adapter.vision(policy, plan, ops), adapter.decoder(policy, plan, ops)
     hollow(vision, dtype)
     hollow(decoder, dtype)
-    decoder.set_tables(dtype)
     for module in (vision, decoder):
+        set_tables(module, dtype)
         adapter.sources(module)  # a tensor that is missing or misshapen is named now
     report("trace vision", 0, 1)
     graphs = {"vision": vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
@@ -192,7 +193,7 @@ def _manifest(
 ) -> Manifest:
     dialect, dtype = request.lowering
     shape, plan, spec = adapter.shape, request.plan, request.spec
-    mrope = adapter.mrope
+    mrope = adapter.decoder_config.mrope
     return Manifest(
         name=request.output.name,
         model=request.model,

@@ -12,19 +12,28 @@ from typing import Any
 
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import ModelError
-from edgeprune.tiling import Tiling
+from edgeprune.tiling import Size, Tiling
 
 PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
 """Classes with the pipeline above, each also with the suffix that names its implementation."""
 TILERS = ("GotOcr2ImageProcessor", "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
 """Classes that cut a picture into tiles; edgeprune.tiling says how."""
+ROUNDERS = ("Qwen2VLImageProcessor",)
+"""Classes that keep a picture's size but for rounding; a bundle is frozen for one."""
 
 Triple = tuple[float, float, float]
 
 
-def image_record(processor: Any, tiling: Tiling | None = None) -> ImageRecord:
-    """What the image processor of a checkpoint (or of its processor) does to a picture."""
+def image_record(
+    processor: Any, tiling: Tiling | None = None, frozen: Size | None = None
+) -> ImageRecord:
+    """What the image processor of a checkpoint (or of its processor) does to a picture.
+
+    `frozen` is the size of pictures that a processor leaves open.
+    """
     processor = getattr(processor, "image_processor", processor)
+    if frozen is not None:
+        return _rounding(processor, frozen)
     _check_class(processor, PROCESSORS if tiling is None else TILERS)
     resample, levels = _resample(processor.resample), _levels(processor)
     if tiling is not None:
@@ -35,6 +44,24 @@ def image_record(processor: Any, tiling: Tiling | None = None) -> ImageRecord:
     crop = _pair("crop_size", processor.crop_size) if processor.do_center_crop else None
     height, width = _fixed_size(resize, crop, square=pad is not None)
     return ImageRecord(height, width, resize, resample, crop, *levels, pad_to_square=pad)
+
+
+def _rounding(processor: Any, frozen: Size) -> ImageRecord:
+    """Resizing to the frozen size, which has to be one that the processor makes."""
+    _check_class(processor, ROUNDERS)
+    if not processor.do_resize:
+        raise _unsupported("do_resize", False, "True")
+    least, most = (_count("size", processor.size[e]) for e in ("shortest_edge", "longest_edge"))
+    pixels = frozen.height * frozen.width
+    if not least <= pixels <= most:
+        raise ModelError(
+            f"--image-size {frozen.width}x{frozen.height} is {pixels:,} pixels, the checkpoint's"
+            f" image processor makes {least:,} to {most:,}; choose another size"
+        )
+    resample, (scale, mean, std) = _resample(processor.resample), _levels(processor)
+    (height, width), step = frozen, processor.patch_size * processor.merge_size
+    resize = height, width
+    return ImageRecord(height, width, resize, resample, None, scale, mean, std, step=step)
 
 
 def _levels(processor: Any) -> tuple[float, Triple, Triple]:

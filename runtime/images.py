@@ -19,7 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
-from edgeprune.runtime.tiles import cut, remark
+from edgeprune.runtime.tiles import cut, on_black, remark
+from edgeprune.tiling import Size, rounded, rounds_to
 
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: at 3 bytes a pixel it would fill the device."""
@@ -81,6 +82,8 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
         return np.concatenate([_normalise(np.asarray(view), record) for view in views])
     if record.pad_to_square is not None:
         image = _pad_to_square(image, record.pad_to_square)
+    if record.step is not None and not _rounds(image, record):
+        image = on_black(image, Size(record.height, record.width), record.resample)
     if record.resize is not None:
         image = image.resize(_resized(image.size, record.resize), Image.Resampling(record.resample))
     if record.crop is not None:
@@ -95,8 +98,23 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
 
 def remarks(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
     """What a user should know of how a picture is taken; InputError where it cannot be."""
-    found = remark(image.size, record.tiling) if record.tiling else ""
+    picture, tiling = Size(image.height, image.width), record.tiling
+    if tiling is not None:
+        frozen, better = Size(tiling.height, tiling.width), picture
+        suits = tiling.suits(*picture)
+    elif record.step is not None:
+        frozen = Size(record.height, record.width)
+        better = rounded(picture, frozen.height * frozen.width, record.step)
+        suits = _rounds(image, record)
+    else:
+        return ()
+    found = remark(picture, frozen, better, suits=suits)
     return (found,) if found else ()
+
+
+def _rounds(image: Image.Image, record: ImageRecord) -> bool:
+    frozen = Size(record.height, record.width)
+    return rounds_to(Size(image.height, image.width), frozen, record.step or 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

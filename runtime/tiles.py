@@ -18,12 +18,12 @@ EXTREME = 8
 def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     """Tiles row by row, the whole picture first or last where the family has it: RGB."""
     if not tiling.suits(image.height, image.width):
-        image = _on_black(image, Size(tiling.height, tiling.width), resample)
+        image = on_black(image, Size(tiling.height, tiling.width), resample)
     canvas, side = tiling.canvas, tiling.tile
     if tiling.kind == "stretch":
         whole = image.resize((canvas.width, canvas.height), Image.Resampling(resample))
     else:
-        whole = _on_black(image, canvas, resample)
+        whole = on_black(image, canvas, resample)
     corners = [
         (column * side, row * side)
         for row in range(tiling.rows)
@@ -36,25 +36,30 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     return [overview, *tiles] if tiling.overview == "first" else [*tiles, overview]
 
 
-def remark(size: tuple[int, int], tiling: Tiling) -> str:
-    """What is done with a picture (width, height) that does not suit the grid; else nothing."""
-    width, height = size
-    frozen = tiling.width / tiling.height
-    off = max(width / height / frozen, frozen * height / width)
+def remark(picture: Size, frozen: Size, better: Size, *, suits: bool) -> str:
+    """What is done with a picture that does not suit the frozen shape; else nothing.
+
+    `better` is the size to export a bundle for, where there are more such pictures.
+    """
+    ratio = frozen.width / frozen.height
+    off = max(picture.width / picture.height / ratio, ratio * picture.height / picture.width)
+    asked = f"--image-size {better.width}x{better.height}"
     if off > EXTREME:
         raise InputError(
-            f"a picture of {width:,} x {height:,} pixels is too long and narrow for this bundle,"
-            f" made for {tiling.width} x {tiling.height}; cut it, or export with --image-size"
+            f"a picture of {picture.width:,} x {picture.height:,} pixels is too long and narrow for"
+            f" this bundle, made for {frozen.width} x {frozen.height}; cut it, or export with"
+            f" {asked}"
         )
-    if tiling.suits(height, width):
+    if suits:
         return ""
     return (
-        f"the picture's shape, {width} x {height}, is not the bundle's, {tiling.width} x"
-        f" {tiling.height}: {1 - 1 / off:.0%} of the tokens show black borders"
+        f"the picture's shape, {picture.width} x {picture.height}, is not the bundle's,"
+        f" {frozen.width} x {frozen.height}: {1 - 1 / off:.0%} of the tokens show black borders;"
+        f" for such pictures export with {asked}"
     )
 
 
-def _on_black(image: Image.Image, size: Size, resample: int) -> Image.Image:
+def on_black(image: Image.Image, size: Size, resample: int) -> Image.Image:
     height, width = fitted(Size(image.height, image.width), size)
     resized = image.resize((width, height), Image.Resampling(resample))
     canvas = Image.new("RGB", (size.width, size.height))

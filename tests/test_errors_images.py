@@ -132,7 +132,7 @@ def test_a_dialogue_ends_where_the_positions_do(
     command = ["run", str(tiny_bundle), "--image", str(SCENE), *prompts]
     assert main([*command, "--max-new-tokens", "1"]) == 2
     last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("edgeprune: the dialogue needs 41") and "4096 positions" in last
+    assert last.startswith("edgeprune: the dialogue takes 41") and "4096 positions" in last
 
 
 def test_an_answer_stops_where_the_positions_do(

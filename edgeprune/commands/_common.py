@@ -26,7 +26,8 @@ def add_model(command: argparse.ArgumentParser, default: str | None = "demo") ->
         "--image-size",
         type=image_size,
         metavar="WxH",
-        help="pixels of the pictures to freeze for, where the family takes several sizes",
+        help="pixels of the pictures to freeze for, where the family takes several sizes"
+        " (Qwen-VL: multiples of 28, default 448x448)",
     )
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from edgeprune.errors import ModelError
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._decoder import Decoder, DecoderConfig
-from edgeprune.models._layers import Linear
-from edgeprune.models._mrope import MRope
+from edgeprune.models._layers import Linear, set_tables
 from edgeprune.models._names import CLIP, stored_names
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._vision import Vision, VisionConfig
@@ -42,6 +41,7 @@ class Adapter:
     """Text that the checkpoint's processor puts around a picture's tokens."""
 
     tiling: Tiling | None = None  # the tiles that a picture is cut into, where it is
+    frozen: Size | None = None  # the size of pictures, where the processor leaves it open
     vision_config: VisionConfig
     decoder_config: DecoderConfig
 
@@ -69,19 +69,13 @@ class Adapter:
         )
 
     @property
-    def mrope(self) -> MRope | None:
-        """Three positions a token, where the decoder has them."""
-        return self.decoder_config.mrope
-
-    @property
     def image_token_id(self) -> int:
         return int(self.config.image_token_id)
 
     @property
     def pixels(self) -> tuple[int, ...]:
         """Shape of what the vision graph takes: [tiles, 3, height, width]."""
-        side = self.vision_config.encoder.image
-        return self.vision_config.layout.tiles, 3, side, side
+        return self.vision_config.layout.tiles, 3, *self.vision_config.encoder.size
 
     def look(self, image_processor: Any, image: Image.Image) -> Tensor:
         """A picture through the checkpoint's own image processor: float32, of shape `pixels`."""
@@ -114,7 +108,7 @@ class Adapter:
             if stored in self.checkpoint.files:
                 shape = self.checkpoint.shape(stored)
                 wanted = tuple(parameter.shape)[::-1] if transposed else tuple(parameter.shape)
-                if _bare(shape) != _bare(wanted):
+                if not _alike(shape, wanted):
                     raise ModelError(
                         f"{self.checkpoint.files[stored].name}: {stored} is {list(shape)},"
                         f" config.json says {list(wanted)}; the two are not of one checkpoint"
@@ -133,8 +127,7 @@ class Adapter:
     def load(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Fill a module built on the meta device with weights; returns it ready to run."""
         module.to_empty(device="cpu").to(dtype)
-        if isinstance(module, Decoder):
-            module.set_tables(dtype)
+        set_tables(module, dtype)
         parameters = dict(module.named_parameters())
         for name, source in self.sources(module).items():
             parameters[name].data.copy_(self.read(source, dtype))
@@ -155,8 +148,13 @@ def on_canvas(image: Image.Image, size: Size) -> Image.Image:
     return canvas
 
 
-def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
+def _alike(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether shapes hold the same elements in the same order, as far as they can tell: axes of
+    length 1 aside, and a kernel over frames taken for one over as many more channels."""
+    if len(stored) == 5:
+        stored = stored[0], stored[1] * stored[2], *stored[3:]
+    bare = ([size for size in shape if size != 1] for shape in (stored, wanted))
+    return next(bare) == next(bare)
 
 
 def parameters(module: nn.Module) -> Iterator[str]:

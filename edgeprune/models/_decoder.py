@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._layers import HeadNorm, Linear, Scale
+from edgeprune.models._layers import HeadNorm, Linear, Scale, Tabled
 from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
@@ -183,7 +183,7 @@ class PruneInput(nn.Module):
         return chosen.of(visual), chosen.at
 
 
-class Decoder(nn.Module):
+class Decoder(Tabled):
     """A LLaMA-like decoder with a pruning policy built in."""
 
     def __init__(

@@ -51,6 +51,14 @@ class EncoderConfig:
         """Patches a side of a tile."""
         return self.image // self.patch
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a tile in pixels."""
+        return self.image, self.image
+
+    def build(self, ops: TorchOps) -> Encoder:
+        return Encoder(self, ops)
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -27,6 +27,20 @@ class Scale(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
 
+class Tabled(nn.Module):
+    """A module with buffers that are computed, not stored: [] until `set_tables` fills them."""
+
+    def set_tables(self, dtype: torch.dtype) -> None:
+        raise NotImplementedError
+
+
+def set_tables(module: nn.Module, dtype: torch.dtype) -> None:
+    """Fill the tables of a module and of all in it; a module built on the meta device has none."""
+    for part in module.modules():
+        if isinstance(part, Tabled):
+            part.set_tables(dtype)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[batch, S, heads * head] -> [batch, heads, S, head]."""
     batch, length, width = x.shape

@@ -24,12 +24,14 @@ class Layout:
     merge: int  # patches a side that become one token
     order: tuple[int, ...]
     grid: tuple[int, int]  # rows, columns of the V tokens; (1, V) where they are no rectangle
+    across: int | None = None  # patches a row of a tile that is no square
 
     @classmethod
-    def plain(cls, side: int, merge: int = 1, tiles: int = 1) -> Layout:
+    def plain(cls, side: int, merge: int = 1, tiles: int = 1, across: int | None = None) -> Layout:
         """Tile after tile, row after row."""
-        rows = side // merge
-        return cls(tiles, side, merge, tuple(range(tiles * rows**2)), (tiles * rows, rows))
+        rows, columns = side // merge, (across or side) // merge
+        order = tuple(range(tiles * rows * columns))
+        return cls(tiles, side, merge, order, (tiles * rows, columns), across)
 
     @property
     def visual_tokens(self) -> int:
@@ -61,11 +63,11 @@ class Layout:
     def _grouped(self, x: Tensor) -> Tensor:
         """[tiles, patches, width] -> [tiles, tokens, merge^2, width], each group row by row."""
         tiles, _, width = x.shape
-        rows = self.side // self.merge
+        rows, columns = self.side // self.merge, (self.across or self.side) // self.merge
         if self.merge == 1:
             return x[:, :, None]
-        split = x.view(tiles, rows, self.merge, rows, self.merge, width)
-        return split.transpose(2, 3).reshape(tiles, rows**2, self.merge**2, width)
+        split = x.view(tiles, rows, self.merge, columns, self.merge, width)
+        return split.transpose(2, 3).reshape(tiles, rows * columns, self.merge**2, width)
 
     def _in_order(self, x: Tensor) -> Tensor:
         """[tiles, tokens, width] -> [C, width]."""

@@ -8,7 +8,7 @@ from edgeprune.errors import ModelError
 from edgeprune.models._decoder import DecoderConfig
 from edgeprune.models._rope import inverse_frequencies
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3")
 """Values of `model_type` whose layers DecoderConfig describes in full."""
 
 
@@ -33,7 +33,7 @@ def decoder_config(text: Any, tied: bool) -> DecoderConfig:
         max_positions=_positions(text),
         inverse_frequencies=inverse_frequencies(text, head_size),
         tied=tied,
-        qkv_bias=biased or kind == "qwen2",
+        qkv_bias=biased or kind.startswith("qwen2"),
         output_bias=biased,
         mlp_bias=getattr(text, "mlp_bias", False),
         head_norms=kind == "qwen3",

@@ -24,7 +24,8 @@ def read_config(checkpoint: Checkpoint, kind: Any) -> Any:
 def is_tied(checkpoint: Checkpoint, config: Any) -> bool:
     """Whether the output head is the embedding: the config says so and no head is stored."""
     stored = any(name.endswith("lm_head.weight") for name in checkpoint.files)
-    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    text = getattr(config.text_config, "tie_word_embeddings", False)
+    tied = config.tie_word_embeddings or text
     return bool(tied and not stored)
 
 

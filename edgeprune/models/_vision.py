@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models._encoder import ACTIVATIONS, Encoder, EncoderConfig
+from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._layers import Linear
 from edgeprune.models._layout import SEPARATOR, Layout
 from edgeprune.models._ops import TorchOps
+from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import InputSignals, VisionSignals
 from edgeprune.spec import Plan
@@ -25,11 +26,12 @@ class ProjectorConfig:
     activation: str
     bias: bool = True
     norm: bool = False  # a layer norm before the first
+    hidden: int | None = None  # between the two; None: as output
 
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    encoder: EncoderConfig
+    encoder: EncoderConfig | TowerConfig
     projector: ProjectorConfig
     layout: Layout
 
@@ -39,8 +41,9 @@ class Projector(nn.Module):
         super().__init__()
         self.config = config
         self.norm = nn.LayerNorm(config.inputs) if config.norm else nn.Identity()
-        self.first = Linear(config.inputs, config.output, config.bias)
-        self.second = Linear(config.output, config.output, config.bias)
+        hidden = config.hidden or config.output
+        self.first = Linear(config.inputs, hidden, config.bias)
+        self.second = Linear(hidden, config.output, config.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         activation = ACTIVATIONS[self.config.activation]
@@ -90,7 +93,7 @@ class Vision(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.policy, self.plan = config, policy, plan
-        self.encoder = Encoder(config.encoder, ops or TorchOps())
+        self.encoder = config.encoder.build(ops or TorchOps())
         self.projector = Projector(config.projector)
         separated = config.layout.separators
         width = config.projector.output

@@ -1,0 +1,229 @@
+"""The vision transformer of Qwen2-VL and Qwen2.5-VL: any size, positions by rotation only.
+
+A patch spans two frames, a still picture being both. Queries and keys turn by the patch's row and
+column. Qwen2-VL has LayerNorms, a plain MLP and full attention in all blocks; Qwen2.5-VL has RMS
+norms, a gated MLP, and attention within windows in most blocks. For a frozen size the windows are
+known, so patches are put in their order once, by one gather, and back at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.models._encoder import ACTIVATIONS, Encoded
+from edgeprune.models._layers import Linear, Scale, Tabled
+from edgeprune.models._ops import TorchOps
+
+EPS = 1e-6
+"""Of every norm; no config says otherwise."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Patches sorted by window: `runs` of (windows, patches of each), all of a run of one shape.
+
+    A picture whose sides are multiples of the window's has one run; else the windows cut off at the
+    right, at the bottom and in the corner are runs of their own.
+    """
+
+    order: tuple[int, ...]  # patch at each place
+    runs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, grid: tuple[int, int], side: int) -> Windows:
+        """Squares of `side` patches over a grid of (rows, columns) patches."""
+        shapes: dict[tuple[int, int], list[list[int]]] = {}
+        for top in range(0, grid[0], side):
+            for left in range(0, grid[1], side):
+                rows = range(top, min(top + side, grid[0]))
+                columns = range(left, min(left + side, grid[1]))
+                window = [row * grid[1] + column for row in rows for column in columns]
+                shapes.setdefault((len(rows), len(columns)), []).append(window)
+        groups = list(shapes.values())
+        order = tuple(patch for group in groups for window in group for patch in window)
+        return cls(order, tuple((len(group), len(group[0])) for group in groups))
+
+    def inverse(self) -> list[int]:
+        """The place of each patch."""
+        return sorted(range(len(self.order)), key=self.order.__getitem__)
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """Sizes of the transformer, and the frozen size of a picture."""
+
+    blocks: int
+    width: int
+    mlp_width: int
+    heads: int
+    patch: int  # pixels a side
+    frames: int  # that a patch spans
+    rows: int  # of patches
+    columns: int
+    activation: str
+    theta: float = 10000.0
+    gated: bool = False  # RMS norms and gated MLPs
+    window: int = 0  # patches a side of a window; 0: full attention in every block
+    full: tuple[int, ...] = ()  # blocks with full attention all the same
+    cls: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        return self.rows * self.patch, self.columns * self.patch
+
+    @property
+    def patches(self) -> int:
+        return self.rows * self.columns
+
+    @cached_property
+    def windows(self) -> Windows:
+        return Windows.of((self.rows, self.columns), self.window or max(self.rows, self.columns))
+
+    def runs(self, block: int) -> tuple[tuple[int, int], ...]:
+        """What attends to itself alone in a block, as (windows, patches of each)."""
+        whole = not self.window or block in self.full
+        return ((1, self.patches),) if whole else self.windows.runs
+
+    @property
+    def looks_everywhere(self) -> int:
+        """The last block with full attention: what policies look at."""
+        return max(b for b in range(self.blocks) if self.runs(b) == ((1, self.patches),))
+
+    def build(self, ops: TorchOps) -> QwenTower:
+        return QwenTower(self, ops)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = Linear(config.width, config.mlp_width, bias=True)
+        self.down = Linear(config.mlp_width, config.width, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(self.activation(self.up(x)))
+        return down
+
+
+class GatedMLP(MLP):
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        self.gate = Linear(config.width, config.mlp_width, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
+        return down
+
+
+class Block(nn.Module):
+    def __init__(self, config: TowerConfig, runs: tuple[tuple[int, int], ...], ops: TorchOps):
+        super().__init__()
+        self.config, self.runs, self.ops = config, runs, ops
+        self.attention_norm = _norm(config, ops)
+        self.qkv = Linear(config.width, 3 * config.width, bias=True)
+        self.output = Linear(config.width, config.width, bias=True)
+        self.mlp_norm = _norm(config, ops)
+        self.mlp = GatedMLP(config) if config.gated else MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [tiles, N, width], query and key of the last run [windows, heads, n, head]."""
+        qkv, mixed, start = self.qkv(self.attention_norm(x)), list[Tensor](), 0
+        for windows, patches in self.runs:
+            end = start + windows * patches
+            rows = torch.arange(start, end, device=x.device).view(windows, patches)
+            part = qkv if len(self.runs) == 1 else qkv[:, start:end]
+            attended, query, key = self._attend(part, rows, cos, sin)
+            mixed.append(attended)
+            start = end
+        joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+        x = x + self.output(joined)
+        return x + self.mlp(self.mlp_norm(x)), query, key
+
+    def _attend(
+        self, qkv: Tensor, rows: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention within equal windows: [tiles, windows * n, 3 width] -> [tiles, .., width].
+
+        `rows` int64 [windows, n] are those of the rotary tables.
+        """
+        tiles, width, heads, ops = len(qkv), self.config.width, self.config.heads, self.ops
+        windows, patches = rows.shape
+        shape = (tiles * windows, patches, width)
+        query, key, value = (ops.split(p.reshape(shape), heads) for p in qkv.chunk(3, dim=-1))
+        rows = rows.repeat(tiles, 1)
+        query = ops.rotate(query, cos, sin, rows, heads)
+        key = ops.rotate(key, cos, sin, rows, heads)
+        mixed = ops.join(ops.attend_all(query, key, value, heads))
+        seen = ops.by_head(query, heads), ops.by_head(key, heads)
+        return mixed.reshape(tiles, windows * patches, width), *seen
+
+
+class QwenTower(Tabled):
+    """Pixels [frames, 3, H, W] to normed features, and queries and keys, in reading order."""
+
+    def __init__(self, config: TowerConfig, ops: TorchOps) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = nn.Conv2d(
+            3 * config.frames, config.width, config.patch, config.patch, bias=False
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, config.runs(block), ops) for block in range(config.blocks)
+        )
+        self.post_norm = _norm(config, ops)  # the merger's, over each patch
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+
+    def set_tables(self, dtype: torch.dtype) -> None:
+        """Angles of each patch, half by its row, half by its column, as `order` has them."""
+        config = self.config
+        pairs = config.width // config.heads // 4  # of a head, that turn by the row
+        exponents = torch.arange(0, 2 * pairs, 2, dtype=torch.int64).float() / (2 * pairs)
+        places = torch.tensor(config.windows.order)
+        axes = torch.stack([places // config.columns, places % config.columns], dim=1).float()
+        angles = (axes[..., None] * (1.0 / config.theta**exponents)).flatten(1)  # [N, head / 2]
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(self, pixels: Tensor) -> Encoded:
+        config, sorted_ = self.config, self.config.windows
+        x = self.patch(self._spans(pixels)).flatten(2).transpose(1, 2)
+        reorder = list(sorted_.order) != list(range(config.patches))
+        if reorder:
+            x = x.index_select(1, torch.tensor(sorted_.order))
+        for number, block in enumerate(self.blocks):
+            x, *seen = block(x, self.cos, self.sin)
+            if number == config.looks_everywhere:
+                query, key = seen
+        x = self.post_norm(x)
+        if reorder:
+            back = torch.tensor(sorted_.inverse())
+            x, query, key = (t.index_select(-2, back) for t in (x, query, key))
+        return Encoded(x, None, query, key)
+
+    def _spans(self, pixels: Tensor) -> Tensor:
+        """Frames beside each other within each colour: [n, 3, H, W] -> [spans, 3 frames, H, W]."""
+        frames = self.config.frames
+        if pixels.shape[0] == 1:  # a still picture
+            return pixels[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1, 2)
+        spans = pixels.view(-1, frames, *pixels.shape[1:])
+        return spans.transpose(1, 2).flatten(1, 2)
+
+
+class RMSNorm(Scale):
+    def __init__(self, width: int, ops: TorchOps) -> None:
+        super().__init__(width)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, EPS)
+
+
+def _norm(config: TowerConfig, ops: TorchOps) -> nn.Module:
+    return RMSNorm(config.width, ops) if config.gated else nn.LayerNorm(config.width, EPS)

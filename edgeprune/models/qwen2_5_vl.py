@@ -1,0 +1,41 @@
+"""Qwen2.5-VL: as Qwen2-VL, with window attention in the vision tower; one picture."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from edgeprune.models import _qwen
+from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._qwen_tower import TowerConfig
+from edgeprune.models._towers import refuse
+from edgeprune.tiling import Size
+
+
+class Adapter(_qwen.Adapter):
+    gated: ClassVar[bool] = True
+
+    def __init__(self, checkpoint: Checkpoint, size: Size | None = None) -> None:
+        from transformers import Qwen2_5_VLConfig
+
+        super().__init__(checkpoint, Qwen2_5_VLConfig, size)
+
+    def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
+        full = tuple(sorted(vision.fullatt_block_indexes))
+        somewhere = bool(full) and full[0] >= 0 and full[-1] < vision.depth
+        refuse(self.config, {f"full attention in blocks {list(full)} of {vision.depth}": somewhere})
+        merge = vision.spatial_merge_size
+        return TowerConfig(
+            blocks=vision.depth,
+            width=vision.hidden_size,
+            mlp_width=vision.intermediate_size,
+            heads=vision.num_heads,
+            patch=vision.patch_size,
+            frames=vision.temporal_patch_size,
+            rows=rows,
+            columns=columns,
+            activation=vision.hidden_act,
+            theta=vision.rope_parameters["rope_theta"],
+            gated=True,
+            window=vision.window_size // merge // vision.patch_size * merge,
+            full=full,
+        )

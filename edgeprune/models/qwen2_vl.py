@@ -1,0 +1,33 @@
+"""Qwen2-VL: a vision tower for pictures of any size, frozen to one; M-RoPE decoder; one picture."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from edgeprune.models import _qwen
+from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._qwen_tower import TowerConfig
+from edgeprune.tiling import Size
+
+
+class Adapter(_qwen.Adapter):
+    gated: ClassVar[bool] = False
+
+    def __init__(self, checkpoint: Checkpoint, size: Size | None = None) -> None:
+        from transformers import Qwen2VLConfig
+
+        super().__init__(checkpoint, Qwen2VLConfig, size)
+
+    def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
+        return TowerConfig(
+            blocks=vision.depth,
+            width=vision.embed_dim,
+            mlp_width=int(vision.embed_dim * vision.mlp_ratio),
+            heads=vision.num_heads,
+            patch=vision.patch_size,
+            frames=vision.temporal_patch_size,
+            rows=rows,
+            columns=columns,
+            activation=vision.hidden_act,
+            theta=vision.rope_parameters["rope_theta"],
+        )

@@ -1,0 +1,287 @@
+"""Qwen2-VL and Qwen2.5-VL against transformers' own models: pixels, positions, answers, methods."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Refused
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+
+from benchmarks.qwen_shapes import QwenShape, write
+from edgeprune.commands._common import image_size
+from edgeprune.errors import InputError, ModelError
+from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.export.preprocess import image_record
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._mrope import MRope
+from edgeprune.models._processor import Processor, Prompt, random_prompt
+from edgeprune.models._reference import Reference
+from edgeprune.policies import make
+from edgeprune.policies._signals import Segments
+from edgeprune.runtime import Sampling, Session
+from edgeprune.runtime.images import remarks, to_pixels
+from edgeprune.spec import Plan, PruneSpec, plan_from_counts
+from edgeprune.tiling import Size, rounds_to
+
+TINY = QwenShape(
+    layers=2,
+    width=64,
+    mlp=96,
+    heads=4,
+    kv_heads=2,
+    vocabulary=270,
+    positions=512,
+    blocks=2,
+    vision_width=32,
+    vision_mlp=64,
+    vision_heads=2,
+    full=(1,),
+)
+# pictures (width, height) that the processor makes these sizes of; windows are 112 pixels a side
+PICTURES = {"224x112": (220, 118), "84x168": (90, 160), "196x140": (190, 150)}
+QUESTION = "what is it ?"
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2-VL in shards, fp16, tied embeddings."""
+    folder = tmp_path_factory.mktemp("qwen2_vl")
+    return write(replace(TINY, tied=True), folder, dtype=torch.float16, shard_bytes=200_000)
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2.5-VL in one shard, bf16, an output head of its own."""
+    folder = tmp_path_factory.mktemp("qwen2_5_vl")
+    return write(replace(TINY, windowed=True), folder, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with as many layers as methods need that enter the first with every token."""
+    folder = tmp_path_factory.mktemp("deeper")
+    return write(replace(TINY, windowed=True, layers=5), folder, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module", params=["plain", "windowed"])
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def inputs(adapter: Adapter, prompt: Prompt, image: Image.Image) -> dict[str, Any]:
+    """What transformers' processor would make of a picture and a prompt."""
+    encoded = Processor(adapter).image_processor(images=image, return_tensors="pt")
+    token = adapter.image_token_id
+    seen = torch.full((1, int(encoded["image_grid_thw"].prod()) // 4), token)
+    ids = torch.cat([prompt.prefix_ids, seen, prompt.text_ids], 1)
+    kinds = (ids == token).int()
+    return {**encoded, "input_ids": ids, "mm_token_type_ids": kinds}
+
+
+def their_answer(model: Any, adapter: Adapter, prompt: Prompt, image: Image.Image) -> list[int]:
+    """32 greedy tokens."""
+    given = inputs(adapter, prompt, image)
+    ids = model.generate(
+        **given,
+        attention_mask=torch.ones_like(given["input_ids"]),
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return ids[0, given["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("size", PICTURES)
+def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, theirs: Any) -> None:
+    """Greedy answers and logits over two turns; three shapes, with whole windows and cut ones."""
+    adapter = open_model(str(checkpoint), size=image_size(size))
+    image = picture(*PICTURES[size])
+    prompt = Processor(adapter)(image, QUESTION)
+    ours = Reference.build(adapter, make(PruneSpec("none")), Plan(adapter.shape.visual_tokens, 2))
+    wanted = their_answer(theirs, adapter, prompt, image)
+    assert ours.generate(prompt, 32, lambda token: False) == wanted
+    more = torch.tensor([[7, 8, 9]])
+    longer = replace(prompt, text_ids=torch.cat([prompt.text_ids, more], 1))
+    with torch.no_grad():
+        logits = theirs(**inputs(adapter, longer, image)).logits[0]
+    torch.testing.assert_close(ours.prefill(prompt).logits, logits[-4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.step(more[:, :1]).logits, logits[-3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.step(more[:, 1:]).logits, logits[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", PICTURES)
+def test_pixels_are_those_of_the_processor(size: str, plain: Path) -> None:
+    adapter, image = open_model(str(plain), size=image_size(size)), picture(*PICTURES[size])
+    processor = Processor(adapter)
+    record = image_record(processor, frozen=adapter.frozen)
+    wanted = adapter._raster(processor.image_processor(image, return_tensors="pt")["pixel_values"])
+    assert wanted.shape == adapter.pixels == record.shape
+    np.testing.assert_array_equal(to_pixels(image, record), wanted)
+    assert torch.equal(processor(image, QUESTION).pixels, wanted)
+    assert remarks(image, record) == ()
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(4, 4096))
+def test_what_the_processor_makes_of_a_picture_fits(width: int, height: int, tokens: int) -> None:
+    assume(max(width, height) <= 199 * min(width, height))
+    budget = {"min_pixels": 3136, "max_pixels": 28 * 28 * tokens}
+    made = Size(*smart_resize(height, width, **budget))
+    assert rounds_to(Size(height, width), made, 28) or min(made) == 28  # never less than 28
+    assert rounds_to(Size(2 * made.height, 2 * made.width), made, 28)
+
+
+def test_another_shape_is_fitted_with_black_bars_and_said(plain: Path) -> None:
+    adapter = open_model(str(plain), size=Size(112, 224))
+    processor = Processor(adapter)
+    record = image_record(processor, frozen=adapter.frozen)
+    image = picture(224, 224)
+    pixels = to_pixels(image, record)
+    assert torch.equal(processor(image, QUESTION).pixels, torch.from_numpy(pixels))
+    black = (0 - np.array(record.mean, np.float32)) / np.array(record.std, np.float32)
+    for bar in (pixels[0, :, :, :56], pixels[0, :, :, 168:]):
+        np.testing.assert_allclose(bar, np.broadcast_to(black[:, None, None], bar.shape), rtol=1e-6)
+    (said,) = remarks(image, record)
+    assert "50% of the tokens show black borders" in said
+    assert said.endswith("export with --image-size 168x168")
+    with pytest.raises(InputError, match=r"too long and narrow.*--image-size 28x868"):
+        remarks(picture(10, 300), record)
+
+
+@pytest.mark.parametrize("text", ["448x450", "20x448", "448", "0x28", "28x28"])
+def test_sizes_that_cannot_be_frozen_are_refused(text: str, plain: Path, refused: Refused) -> None:
+    said = refused("export", "--model", plain, "--method", "none", "--image-size", text)
+    wanted = {
+        "448x450": "sides of a qwen2_vl are multiples of 28; the nearest such size is 448x448",
+        "20x448": "the nearest such size is 28x448",
+        "28x28": "--image-size 28x28 is 784 pixels, the checkpoint's image processor makes 3,136",
+    }
+    assert wanted.get(text, "WIDTHxHEIGHT in pixels") in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}, r"section \[2, 2, 2\]"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "sliding windows in the decoder"),
+        ({"vision_config": {"hidden_act": "relu"}}, "activation 'relu'"),
+        ({"vision_config": {"fullatt_block_indexes": [2]}}, r"attention in blocks \[2\] of 2"),
+    ],
+)
+def test_what_is_not_supported_is_named(
+    change: dict[str, Any], message: str, windowed: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(windowed, tmp_path / "changed"))
+    config = json.loads((folder / "config.json").read_text())
+    change["vision_config"] = {**config["vision_config"], **change.get("vision_config", {})}
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=message):
+        open_model(str(folder))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 5), st.integers(1, 5), st.data())
+def test_positions_are_those_of_transformers(
+    rows: int, columns: int, before: int, after: int, data: st.DataObject
+) -> None:
+    """Three a token, from a first token of 0; tokens that were pruned leave gaps."""
+    places = range(rows * columns)
+    kept = sorted(data.draw(st.sets(st.sampled_from(places), min_size=1)))
+    kinds = torch.tensor([[0] * before + [1] * len(places) + [0] * after])
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    model = SimpleNamespace(config=config)
+    model.get_vision_position_ids = partial(Qwen2VLModel.get_vision_position_ids, model)
+    wanted, delta = Qwen2VLModel.get_rope_index(
+        model, kinds, kinds, torch.tensor([[1, 2 * rows, 2 * columns]])
+    )
+    mrope, segments = MRope((2, 3, 3), rows, columns), Segments(before, len(kept), after)
+    found = mrope.positions(torch.tensor([0]), segments, torch.tensor(kept))
+    alive = [*range(before), *(before + k for k in kept)]
+    alive += range(before + len(places), kinds.shape[1])
+    assert found[:, : segments.total].tolist() == wanted[:, 0, alive].tolist()
+    assert before + mrope.span + after == kinds.shape[1] + int(delta)
+    later = mrope.positions(torch.tensor([40]), Segments(0, 0, 2), torch.tensor([], dtype=int))
+    assert later[:, :2].tolist() == [[40, 41]] * 3
+
+
+METHODS = {
+    "none": PruneSpec("none"),
+    "utp": PruneSpec("utp", 4),
+    "utp, fewer enter": PruneSpec("utp", 8),
+    "fastv": PruneSpec("fastv", 4, options={"K": "1"}),
+    "divprune": PruneSpec("divprune", 4),
+    "trimtokenator": PruneSpec("trimtokenator", 4),
+}
+SCHEDULES = {"utp": (35, 4, 2, 2, 1), "utp, fewer enter": (17, 2, 1, 1, 1)}  # made up
+
+
+def exported(checkpoint: Path, method: str, folder: Path) -> tuple[Path, Reference, Adapter]:
+    """A bundle for pictures of 196 x 140, and its eager reference."""
+    adapter, spec = open_model(str(checkpoint), size=Size(140, 196)), METHODS[method]
+    policy = make(spec)
+    schedule = SCHEDULES.get(method)
+    plan = plan_from_counts(35, schedule) if schedule else policy.plan(adapter.shape, spec.cr)
+    prompts = [random_prompt(adapter.pixels, 256, seed) for seed in range(2)]
+    request = ExportRequest(checkpoint.name, spec, plan, folder / method)
+    made = export(request, adapter, policy, Processor(adapter), prompts)
+    assert made.parity is not None and (made.parity.samples, made.parity.ties) == (2, 0)
+    return made.path, Reference.build(adapter, policy, plan), adapter
+
+
+def agree(bundle: Path, reference: Reference, adapter: Adapter) -> Session:
+    """The runtime's greedy answer and follow-up are the eager reference's; the session."""
+    session, image = Session.open(bundle), picture(*PICTURES["196x140"])
+    answer = session.ask(image, QUESTION, Sampling(max_new_tokens=5))
+    ends = session.manifest.text.eos_token_ids
+    prompt = Processor(adapter)(image, QUESTION)
+    assert list(answer.ids) == reference.generate(prompt, 5, lambda token: token in ends)
+    step = reference.step(torch.from_numpy(session._prompter.next_turn("how many ?")))
+    again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
+    assert again.ids == (int(step.logits.argmax()),)
+    return session
+
+
+def test_a_bundle_answers_as_transformers(checkpoint: Path, theirs: Any, tmp_path: Path) -> None:
+    """From a picture to 32 tokens: pixels, prompt, positions, graphs."""
+    bundle, reference, adapter = exported(checkpoint, "none", tmp_path)
+    session, image = agree(bundle, reference, adapter), picture(*PICTURES["196x140"])
+    prompt = Processor(adapter)(image, QUESTION)
+    answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
+    wanted = their_answer(theirs, adapter, prompt, image)
+    assert session.manifest.text.eos_token_ids[0] not in wanted
+    assert list(answer.ids) == wanted
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+def test_a_method_agrees_with_its_reference(
+    method: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    name = "deeper" if METHODS[method].method in ("utp", "fastv") else "windowed"
+    bundle, reference, adapter = exported(request.getfixturevalue(name), method, tmp_path)
+    manifest = agree(bundle, reference, adapter).manifest
+    assert manifest.prune.grid == (5, 7)
+    assert manifest.span == 7
+    assert manifest.prune.cr_reached == pytest.approx(METHODS[method].cr, rel=0.1)
