@@ -84,6 +84,7 @@ def _signals(
             torch.tensor([(2 * (start + prefix) + visual) // 2]),
             torch.tensor([start + prefix + visual - 1]),
         ),
+        visual_tokens=visual,
         inputs=InputSignals(torch.zeros(1, visual, 4), visual, torch.zeros(1, text, 4)),
     )
     return signals, query, key, positions, tables

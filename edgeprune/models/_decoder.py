@@ -258,6 +258,7 @@ class Decoder(Tabled):
                 sin=rotary.sin,
                 rows=positions[0],
                 anchors=anchors,
+                visual_tokens=self.plan.counts[index],
                 inputs=inputs,
             )
             self.observe(index + 1, signals)

@@ -157,11 +157,15 @@ class InputSignals:
     visual_tokens: int  # n of a picture, known before tracing
     text: Tensor | None = None  # [1, T, D], after the picture; only at stages with `text`
 
-    def alignment(self) -> Tensor:
-        """Negative mean Euclidean distance of each visual token to the text tokens: [n]."""
+    def question(self) -> Tensor:
+        """Embeddings of the text after the picture: [T, D]."""
         if self.text is None:
             raise SpecError("the text is known in the decoder only: give the stage text=True")
-        visual, text = self.visual[0].float(), self.text[0].float()
+        return self.text[0]
+
+    def alignment(self) -> Tensor:
+        """Negative mean Euclidean distance of each visual token to the text tokens: [n]."""
+        visual, text = self.visual[0].float(), self.question().float()
         visual = torch.cat([visual, text[:1]])  # ONNX Runtime reduces nothing where n = 0
         squares = visual.pow(2).sum(-1, keepdim=True) + text.pow(2).sum(-1) - 2 * visual @ text.T
         return -squares.clamp(min=0).sqrt().mean(-1)[:-1]
@@ -192,6 +196,7 @@ class LayerSignals:
     sin: Tensor
     rows: Tensor  # int64 [S], each token's row of the tables
     anchors: Anchors  # the whole picture's, whatever is left of it
+    visual_tokens: int  # of a picture, that entered this layer, known before tracing
     inputs: InputSignals  # what entered layer 1
 
     @property

@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
-from edgeprune.spec import ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
+from edgeprune.policies._steps import after_layer
+from edgeprune.spec import ModelShape, Plan, Stage
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,7 @@ class Policy(_policy.Policy):
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        tokens, layers = shape.visual_tokens, shape.layers
-        if not 1 <= self.K < layers:
-            raise SpecError(f"--set K= is a layer from 1 to {layers - 1} of {layers}; got {self.K}")
-        pruned = layers - self.K
-        keep = round((budget(tokens, layers, cr) - self.K * tokens) / pruned)
-        if keep < 1:
-            most = floor_cr(tokens, layers, self.K * tokens + pruned)
-            advice = "set K=1 or " if self.K > 1 else ""
-            raise SpecError(
-                f"method fastv keeps all visual tokens in its first K={self.K} of {layers} layers,"
-                f" so --cr is at most {most:g}, not {cr:g}; {advice}choose a smaller --cr or a"
-                " method that prunes before the decoder, such as fastervlm"
-            )
-        return plan_from_counts(tokens, (tokens,) * self.K + (keep,) * pruned)
+        return after_layer("fastv", self.K, shape, cr)
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))

@@ -14,12 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
-from edgeprune.spec import ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
+from edgeprune.policies._steps import falling, geometric, parse, scaled, too_late
+from edgeprune.spec import ModelShape, Plan, Stage, budget, plan_from_counts
 
 PAPER = (1 / 4, 1 / 2, 3 / 4)
 LATER = (1 / 16, 1 / 4, 1 / 2)
@@ -45,13 +45,8 @@ class Policy(_policy.Policy):
         drops = self._drops(tokens, layers, wanted)
         least = sum(geometric(tokens, layers, drops, 0))
         if least > wanted:
-            most = floor_cr(tokens, layers, least)
-            raise SpecError(
-                f"method pyramiddrop keeps all visual tokens up to layer {drops[0]} of {layers}, so"
-                f" --cr is at most {most:g}, not {cr:g}; choose a smaller --cr or a"
-                " method that prunes before the decoder, such as fastervlm"
-            )
-        return plan_from_counts(tokens, _closest(tokens, layers, drops, wanted))
+            raise too_late("pyramiddrop", drops[0], shape, least, cr)
+        return plan_from_counts(tokens, falling(tokens, layers, drops, wanted))
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))
@@ -59,43 +54,7 @@ class Policy(_policy.Policy):
     def _drops(self, tokens: int, layers: int, wanted: int) -> tuple[int, ...]:
         """Layers after which tokens are dropped, rising, of 1 .. L - 1."""
         if self.stages != "auto":
-            return _parse(self.stages, layers)
-        drops = _scaled(PAPER, layers)
+            return parse(self.stages, layers)
+        drops = scaled(PAPER, layers)
         half = sum(geometric(tokens, layers, drops, 0.5))
-        return drops if half <= wanted else _scaled(LATER, layers)
-
-
-def geometric(tokens: int, layers: int, drops: tuple[int, ...], q: float) -> tuple[int, ...]:
-    """r_1 ... r_L where q of the tokens, at least one, goes on after each of `drops`."""
-    passed = (sum(1 for drop in drops if drop < layer) for layer in range(1, layers + 1))
-    return tuple(max(1, round(tokens * q**n)) for n in passed)
-
-
-def _closest(tokens: int, layers: int, drops: tuple[int, ...], wanted: int) -> tuple[int, ...]:
-    """The counts whose sum is nearest to `wanted`, by bisection over q."""
-
-    def total(q: float) -> int:
-        return sum(geometric(tokens, layers, drops, q))
-
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if total(middle) <= wanted else (low, middle)
-    best = min(low, high, key=lambda q: abs(total(q) - wanted))
-    return geometric(tokens, layers, drops, best)
-
-
-def _scaled(depths: tuple[float, ...], layers: int) -> tuple[int, ...]:
-    return tuple(sorted({max(1, round(layers * depth)) for depth in depths}))
-
-
-def _parse(text: str, layers: int) -> tuple[int, ...]:
-    try:
-        drops = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        drops = ()
-    if not drops or drops[0] < 1 or drops[-1] >= layers:
-        raise SpecError(
-            f"--set stages= lists layers from 1 to {layers - 1}, such as 1,3; got {text!r}"
-        )
-    return drops
+        return drops if half <= wanted else scaled(LATER, layers)

@@ -1,0 +1,59 @@
+"""CDPruner: tokens that matter to the question and are unlike each other, by a determinant.
+
+The kernel is L_ij = r_i cos(x_i, x_j) r_j over the projected tokens, where r_i is how relevant
+token i is, scaled to 0 .. 1 over the picture; greedy MAP inference of the determinantal point
+process takes, token by token, what enlarges the determinant of the chosen rows by most. Survivors
+keep reading order and positions are renumbered. It runs in the decoder's graph, before layer 1; a
+decode step passes its greedy steps with nothing to choose from.
+Deviations: the released code takes r_i from CLIP's text tower, negated, since patches that CLIP's
+cosine puts near a text show it least. No checkpoint supported here holds that tower, so r_i is the
+mean cosine to the embeddings of the text after the picture, in the decoder's input space, and not
+negated. A chosen token is never chosen again, and where the chosen ones span all others, those
+follow by r_i; the released code repeats tokens there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from edgeprune.policies import _policy
+from edgeprune.policies._diverse import determinant
+from edgeprune.policies._policy import Selection
+from edgeprune.policies._select import unit
+from edgeprune.policies._signals import InputSignals
+from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
+
+SMALL = 1e-6
+"""Added to the least relevance, so that no token is out of the question altogether."""
+
+
+@dataclass(frozen=True)
+class Policy(_policy.Policy):
+    paper: ClassVar[str] = (
+        "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in"
+        " MLLMs"
+    )
+    summary: ClassVar[str] = "tokens near the question and unlike each other, by a determinant"
+    sites: ClassVar[tuple[str, ...]] = ("input",)
+    needs: ClassVar[tuple[str, ...]] = ("text",)
+
+    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        return flat_plan(shape.visual_tokens, shape.layers, cr, "input", text=True)
+
+    def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
+        directions = unit(signals.visual[0])
+        quality = relevance(directions, unit(signals.question()))
+        return Selection(determinant(directions * quality[:, None], stage.keep, live.keep))
+
+
+def relevance(visual: Tensor, text: Tensor) -> Tensor:
+    """Mean cosine to the text, scaled to 0 .. 1 over the picture: unit [n, D], [T, D] -> [n]."""
+    cosine = (visual @ text.T).mean(1)
+    least = torch.cat([cosine, cosine.new_full((1,), 2)]).amin()  # n may be 0
+    most = torch.cat([cosine, cosine.new_full((1,), -2)]).amax()
+    scaled: Tensor = (cosine - least + SMALL) / (most - least).clamp(min=SMALL)
+    return scaled
