@@ -96,7 +96,7 @@ def test_pyramiddrop_drops_earlier_where_the_budget_is_small() -> None:
 
 
 @pytest.mark.parametrize("shape", [DEMO, SEVEN], ids=["demo", "7b"])
-@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+@pytest.mark.parametrize("method", ["dart", "fastv", "pyramiddrop", "sparsevlm"])
 def test_the_largest_ratio_named_is_reached(method: str, shape: ModelShape) -> None:
     with pytest.raises(SpecError, match="is at most") as refused:
         plan_of(method, shape, 30)

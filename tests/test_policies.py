@@ -241,5 +241,5 @@ def test_options_are_checked() -> None:
         policies.make(PruneSpec("utp", options={"position": "left"}))
     with pytest.raises(SpecError, match="takes a int"):
         policies.make(PruneSpec("utp", options={"agnostic_layers": "many"}))
-    with pytest.raises(SpecError, match="choose one of: divprune, fastervlm"):
+    with pytest.raises(SpecError, match="choose one of: cdpruner, dart, divprune"):
         policies.make(PruneSpec("fastest"))

@@ -53,7 +53,7 @@ class Policy(_policy.Policy):
 def relevance(visual: Tensor, text: Tensor) -> Tensor:
     """Mean cosine to the text, scaled to 0 .. 1 over the picture: unit [n, D], [T, D] -> [n]."""
     cosine = (visual @ text.T).mean(1)
-    least = torch.cat([cosine, cosine.new_full((1,), 2)]).amin()  # n may be 0
-    most = torch.cat([cosine, cosine.new_full((1,), -2)]).amax()
+    least = torch.cat([cosine, cosine.new_full((1,), 2)]).amin(0)  # n may be 0
+    most = torch.cat([cosine, cosine.new_full((1,), -2)]).amax(0)
     scaled: Tensor = (cosine - least + SMALL) / (most - least).clamp(min=SMALL)
     return scaled
