@@ -1,7 +1,11 @@
 """Graph dialects: which operators the few lowered operations become.
 
 `modern` (opset 24): RMSNormalization, RotaryEmbedding, TensorScatter for the in-place cache and
-Attention with `is_causal` and `nonpad_kv_seqlen`; for ONNX Runtime, TensorRT-RTX and TensorRT 11.
+Attention with `is_causal` and `nonpad_kv_seqlen`; for ONNX Runtime's CUDA and for TensorRT-RTX.
+`packed` (opset 24): the same with heads side by side, for ONNX Runtime's CPU.
+`jetpack7` (opset 24): as `modern`, but Attention is given a boolean mask, since TensorRT 10.15 and
+10.16 take neither `nonpad_kv_seqlen` nor a causal mask that is aligned to the bottom right.
+`jetpack6` (opset 18): operators that TensorRT 10.3 has. Its caches grow by Concat.
 """
 
 from __future__ import annotations
@@ -80,6 +84,48 @@ class PackedOps(ModernOps):
         return _emit("Attention", [query, key, value], query, **sizes)
 
 
+class Jetpack7Ops(ModernOps):
+    """As ModernOps, but what a token may see is written out: bool [1, 1, S, capacity]."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, heads: tuple[int, int]
+    ) -> Tensor:
+        mask = visible(query.shape[2], key.shape[2], start)[None, None]
+        return _emit("Attention", [query, key, value, mask], query)
+
+
+class Jetpack6Ops(TorchOps):
+    """Products, sums and softmax; a cache is [1, kv_heads, length, head] and gets longer."""
+
+    def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
+        return torch.cat([past, new], dim=2)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, heads: tuple[int, int]
+    ) -> Tensor:
+        """Query heads that share a key stand below each other, so no key is repeated."""
+        _, _, new, size = query.shape
+        group = heads[0] // heads[1]
+        seen = visible(new, key.shape[2], start)
+        hidden = torch.where(seen, 0.0, torch.finfo(query.dtype).min).to(query.dtype)  # [S, length]
+        if group > 1:
+            query, hidden = query.reshape(1, heads[1], group * new, size), hidden.repeat(group, 1)
+        scores = (query * size**-0.5) @ key.transpose(-1, -2) + hidden
+        mixed: Tensor = scores.softmax(-1) @ value
+        return mixed.reshape(1, heads[0], new, size)
+
+    def attend_all(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        mixed: Tensor = scores.softmax(-1) @ value
+        return mixed
+
+
+def visible(new: int, slots: int, start: Tensor) -> Tensor:
+    """Which cache slots each of `new` tokens sees, the first at slot `start`: bool [new, slots]."""
+    rows = start + torch.arange(new, device=start.device)
+    return torch.arange(slots, device=start.device)[None, :] <= rows[:, None]
+
+
 def _emit(
     operator: str, inputs: list[Tensor | None], like: Tensor, **attributes: int | float | str
 ) -> Tensor:
@@ -107,8 +153,16 @@ class Dialect:
 
 MODERN = Dialect("modern", 24, ModernOps, "in-place", "heads")
 PACKED = Dialect("packed", 24, PackedOps, "in-place", "packed")
+JETPACK7 = Dialect("jetpack7", 24, Jetpack7Ops, "in-place", "heads")
+JETPACK6 = Dialect("jetpack6", 18, Jetpack6Ops, "grow", "heads")
 
-_TARGETS = {"cpu": (PACKED, "fp32"), "cuda": (MODERN, "fp16"), "rtx": (MODERN, "fp16")}
+_TARGETS = {
+    "cpu": (PACKED, "fp32"),
+    "cuda": (MODERN, "fp16"),
+    "rtx": (MODERN, "fp16"),
+    "jetpack7": (JETPACK7, "fp16"),  # TensorRT 10.15 and 10.16
+    "jetpack6": (JETPACK6, "fp16"),  # TensorRT 10.3
+}
 
 
 def target_names() -> tuple[str, ...]:

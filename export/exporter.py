@@ -148,7 +148,7 @@ def _write_graphs(
     report("trace vision", 0, 1)
     graphs = {"vision": vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
     report("trace decoder", 0, 1)
-    graphs["decoder"] = decoder_graph(decoder, dtype, dialect.opset)
+    graphs["decoder"] = decoder_graph(decoder, dtype, dialect)
     with WeightsFile(draft) as weights:
         for name, module in (("vision", vision), ("decoder", decoder)):
             step = partial(report, f"{name} weights")

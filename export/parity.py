@@ -77,8 +77,9 @@ class Graphs:
         """A picture and a first question; `visual` and `vision_kept` are the vision graph's."""
         self.caches: dict[str, Array] = {}
         for name, shape in self.shapes.items():
-            capacity = self.plan.counts[int(name.partition(".")[2])] + self.room
-            sizes = [d if isinstance(d, int) else capacity for d in shape]
+            layer = name.partition(".")[2]
+            room = {f"capacity.{layer}": self.plan.counts[int(layer)] + self.room}
+            sizes = [d if isinstance(d, int) else room.get(d, 0) for d in shape]  # 0: it grows
             self.caches[name] = torch.zeros(sizes, dtype=self.dtype).numpy()
         self.lengths, self.position = np.zeros(self.config.layers, np.int64), 0
         visual, kept = self.vision.run(None, {"pixels": prompt.pixels.to(self.dtype).numpy()})

@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim
 
 from edgeprune.errors import ExportError
+from edgeprune.export.dialects import Dialect
 from edgeprune.export.passes import clean
 from edgeprune.models._decoder import Decoder
 
@@ -41,7 +42,7 @@ def vision_graph(
     return _trace(module, (pixels,), None, ["pixels"], ["visual", "kept"], opset)
 
 
-def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
+def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> ir.Model:
     """One graph for prefill, decode and later turns; see Decoder.forward for the shapes."""
     config, plan = decoder.config, decoder.plan
     layers = range(config.layers)
@@ -58,8 +59,8 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, opset: int) -> ir.Model:
     if config.mrope is not None:
         shapes, inputs = (*shapes, {0: Dim.DYNAMIC}), [*inputs, "places"]
         args = (*args, torch.arange(max(2, plan.encoded)))
-    model = _trace(decoder, args, shapes, inputs, outputs, opset)
-    _name_dimensions(model.graph)
+    model = _trace(decoder, args, shapes, inputs, outputs, dialect.opset)
+    _name_dimensions(model.graph, dialect.cache)
     return model
 
 
@@ -124,12 +125,18 @@ def _rename(values: Sequence[ir.Value], names: Sequence[str]) -> None:
         value.name = name
 
 
-def _name_dimensions(graph: ir.Graph) -> None:
-    """Readable names for the dynamic sizes, in place of the tracer's symbols."""
+def _name_dimensions(graph: ir.Graph, cache: str) -> None:
+    """Readable names for the dynamic sizes, in place of the tracer's symbols.
+
+    A cache that is written in place has `capacity.0` slots, one that grows has `past.0` before and
+    `present.0` after.
+    """
     names = {"prefix_ids": "prefix", "visual": "visual", "places": "visual", "text_ids": "text"}
     for value in (*graph.inputs, *graph.outputs):
         stem, _, layer = (value.name or "").partition(".")
-        label = names.get(stem) or (f"capacity.{layer}" if "_" in stem and layer else None)
+        label = names.get(stem)
+        if "_" in stem and layer:
+            label = f"{stem.partition('_')[0] if cache == 'grow' else 'capacity'}.{layer}"
         if label and value.shape is not None:
             sizes = [label if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
             value.shape = ir.Shape(sizes)

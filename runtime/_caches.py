@@ -2,7 +2,8 @@
 
 The CPU provider's Attention works over the whole cache, so every slot beyond the tokens costs time.
 A packed cache, [1, capacity, kv_heads * head], is the head of a longer one: one block of memory is
-shown at any length without copying. Other caches are copied to a longer block.
+shown at any length without copying. Other caches are copied to a longer block. A cache that the
+graph makes longer at every call goes back and forth between two blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.bundle import DecoderRecord
+from edgeprune.runtime.backend import Ids
 
 SLACK = 16
 """Capacities are rounded up to a multiple of so many tokens: binding anew takes time too."""
@@ -24,7 +26,9 @@ Array = NDArray[Any]
 
 
 class Caches:
-    """Keys and values of every layer, by name (`key.0`, ...); `values` are bound to the graph."""
+    """Keys and values of every layer, by name (`key.0`, ...), past and present in one block."""
+
+    moving = False  # whether every call binds other blocks
 
     def __init__(self, ort: Any, record: DecoderRecord, element: type, device: str) -> None:
         self.value, self.record, self.element, self.device = ort.OrtValue, record, element, device
@@ -43,6 +47,12 @@ class Caches:
                 self._resize(layer, capacity)
                 changed = True
         return changed
+
+    def bind(self, binding: Any, lengths: Ids, after: Ids) -> None:
+        """Bind past and present of a call: `lengths` tokens of each layer become `after`."""
+        for name, cache in self.values.items():
+            binding.bind_ortvalue_input(f"past_{name}", cache)
+            binding.bind_ortvalue_output(f"present_{name}", cache)  # written in place
 
     def bytes(self) -> int:
         """Bytes that all caches take at their present capacities."""
@@ -74,3 +84,37 @@ class Caches:
     def _shape(self, capacity: int) -> tuple[int, ...]:
         heads, head = self.record.kv_heads, self.record.head_size
         return (1, capacity, heads * head) if self.packed else (1, heads, capacity, head)
+
+
+class GrowingCaches(Caches):
+    """Past [1, kv_heads, length, head] lies in one block, present in the other; they swap."""
+
+    moving = True
+
+    def __init__(self, ort: Any, record: DecoderRecord, element: type, device: str) -> None:
+        super().__init__(ort, record, element, device)
+        self.others: dict[str, Any] = {}  # where the next present goes
+
+    def bind(self, binding: Any, lengths: Ids, after: Ids) -> None:
+        for name, past in self.values.items():
+            layer, present = int(name.partition(".")[2]), self.others[name]
+            before, behind = self._shape(int(lengths[layer])), self._shape(int(after[layer]))
+            place = self.device, 0, self.element
+            binding.bind_input(f"past_{name}", *place, before, past.data_ptr())
+            binding.bind_output(f"present_{name}", *place, behind, present.data_ptr())
+            self.values[name], self.others[name] = present, past
+
+    def _copied(self, name: str, capacity: int) -> Any:
+        """A longer block, and another; what is cached lies at the start of its block."""
+        block: Array = np.zeros(self._shape(capacity), self.element)
+        if name in self.values:
+            old = self.values[name].numpy()
+            block.reshape(-1)[: old.size] = old.reshape(-1)
+        self.others[name] = self.value.ortvalue_from_numpy(np.zeros_like(block), self.device)
+        return self.value.ortvalue_from_numpy(block, self.device)
+
+
+def make(ort: Any, record: DecoderRecord, element: type, device: str) -> Caches:
+    """The caches of a decoder, as its manifest says that they are kept."""
+    kind = GrowingCaches if record.cache == "grow" else Caches
+    return kind(ort, record, element, device)

@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +27,13 @@ from edgeprune.runtime._static import with_sizes
 from edgeprune.runtime.text import Prompter
 
 ENGINES, RECORD = "engines", "engine.json"
-DTYPES = ("fp16", "bf16")  # TensorRT has no fp32 kernel for attention with a cache
+DTYPES = ("fp16", "bf16")  # TensorRT has no fp32 kernel for its attention operator
 TEXT_CAPACITY = 512  # tokens of text, prompts and answers together, that the caches hold
 PREFIX = 64  # tokens before the picture, at least
 STEP = 128  # tokens that the decode profile takes at most: one token exactly stores weights twice
 
 Range = tuple[int, int, int]  # least, usual, most
-Profile = Mapping[str, Range]  # prefix, visual and text tokens of one call
+Profile = Mapping[str, Range]  # prefix, visual and text tokens of one call, and past.0 ...
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,13 @@ def build(request: BuildRequest, report: seam.Report = lambda step, done, total:
         return Built(target, record, found=True)
     capacities = [count + request.text_capacity for count in bundle.manifest.prune.counts]
     sizes = {f"capacity.{layer}": size for layer, size in enumerate(capacities)}
+    grows = bundle.manifest.decoder.cache == "grow"
+    profiles = _profiles(bundle, request, capacities if grows else ())
     builder = _Builder(trt, request, bundle, report)
     with _draft(target) as draft:
         engines = {
             "vision": builder.compile("vision", {}, {}, draft),
-            "decoder": builder.compile("decoder", sizes, _profiles(bundle, request), draft),
+            "decoder": builder.compile("decoder", {} if grows else sizes, profiles, draft),
         }
         record = {
             "bundle": bundle.manifest.name,
@@ -115,15 +117,15 @@ def build(request: BuildRequest, report: seam.Report = lambda step, done, total:
 
 def _check(manifest: Manifest, request: BuildRequest) -> None:
     """Refuse at once what TensorRT would refuse after minutes."""
-    if manifest.dtype not in DTYPES:
+    if manifest.decoder.cache_layout != "heads":
+        raise BackendError(
+            f"{request.bundle} is for ONNX Runtime on a CPU, whose attention has three axes and"
+            " TensorRT's four; export it again with --target rtx, jetpack7 or jetpack6"
+        )
+    if manifest.dtype not in DTYPES and manifest.decoder.cache == "in-place":
         raise BackendError(
             f"{request.bundle} is {manifest.dtype}, TensorRT's attention is fp16 or bf16;"
             " export it again with --dtype fp16 (or --target rtx)"
-        )
-    if manifest.decoder.cache != "in-place":
-        raise BackendError(
-            f"{request.bundle} is in dialect {manifest.dialect}, whose caches grow; engines are"
-            " built with caches written in place: export it again with --target rtx"
         )
     most = manifest.decoder.max_positions - manifest.span
     if request.text_capacity > most:
@@ -133,8 +135,11 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
         )
 
 
-def _profiles(bundle: Bundle, request: BuildRequest) -> dict[str, Profile]:
-    """Prefill takes later turns too, so it may have no picture; both ranges end at one token."""
+def _profiles(bundle: Bundle, request: BuildRequest, growing: Sequence[int]) -> dict[str, Profile]:
+    """Prefill takes later turns too, so it may have no picture; both ranges end at one token.
+
+    `growing` has the most tokens of each layer's cache where that is longer from call to call.
+    """
     visual, most = bundle.manifest.prune.encoded, request.text_capacity
     prompter = Prompter(bundle.file("tokenizer.json"), bundle.manifest.text)
     prefix = prompter.first_turn("?")[0].size
@@ -148,11 +153,16 @@ def _profiles(bundle: Bundle, request: BuildRequest) -> dict[str, Profile]:
             "prefix": (0, prefix, longest),
             "visual": (0, visual, visual),
             "text": (1, min(64, most - prefix), most),
+            **{f"past.{layer}": (0, 0, full) for layer, full in enumerate(growing)},
         },
         "decode": {
             "prefix": (0, 0, longest),
             "visual": (0, 0, visual),
             "text": (1, 1, min(STEP, most)),
+            **{
+                f"past.{layer}": (1, max(1, full - most // 2), full)
+                for layer, full in enumerate(growing)
+            },
         },
     }
 
@@ -271,16 +281,21 @@ class _Builder:
 
     def _profile(self, config: Any, network: Any, profile: Profile) -> dict[str, Range]:
         """Add one profile; what it bounds, by input, in tokens."""
-        width = self.bundle.manifest.decoder.width
+        record = self.bundle.manifest.decoder
         made = self.builder.create_optimization_profile()
-        for kind, name, rest in (
-            ("prefix", "prefix_ids", ()),
-            ("visual", "visual", (width,)),
-            ("text", "text_ids", ()),
-        ):
-            made.set_shape(name, *((1, tokens, *rest) for tokens in profile[kind]))
-        if self.bundle.manifest.decoder.span is not None:
-            made.set_shape("places", *((tokens,) for tokens in profile["visual"]))
+        caches = (1, record.kv_heads), (record.head_size,)
+        inputs: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+            "prefix_ids": ("prefix", (1,), ()),
+            "visual": ("visual", (1,), (record.width,)),
+            "text_ids": ("text", (1,), ()),
+        }
+        if record.span is not None:
+            inputs["places"] = ("visual", (), ())
+        for size in (name for name in profile if name.startswith("past.")):
+            layer = size.partition(".")[2]
+            inputs |= {f"past_{kind}.{layer}": (size, *caches) for kind in ("key", "value")}
+        for name, (size, before, after) in inputs.items():
+            made.set_shape(name, *((*before, tokens, *after) for tokens in profile[size]))
         if config.add_optimization_profile(made) < 0:
             raise BackendError(f"{self.title} refuses the profile {dict(profile)}")
         return dict(profile)

@@ -1,4 +1,4 @@
-"""ONNX Runtime: caches live in bound buffers, past and present in the same one."""
+"""ONNX Runtime: caches live in bound buffers, past and present in the same one where they can."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
-from edgeprune.runtime._caches import Caches
+from edgeprune.runtime import _caches
 from edgeprune.runtime.backend import Chunk, Ids, Output
 
 ELEMENTS = {"fp32": np.float32, "fp16": np.float16}
@@ -42,7 +42,7 @@ class OrtBackend:
         self._vision = _session(ort, bundle, "vision.onnx", options, providers)
         self._decoder = _session(ort, bundle, "decoder.onnx", options, providers)
         self._value = ort.OrtValue
-        self._caches = Caches(ort, manifest.decoder, self.element, device)
+        self._caches = _caches.make(ort, manifest.decoder, self.element, device)
         self._no_ids = self._host(np.zeros((1, 0), np.int64))
         self._no_visual = self._host(np.zeros((1, 0, self.record.width), self.element))
         self._visual, self._places = self._no_visual, self._host(np.zeros(0, np.int64))
@@ -77,6 +77,7 @@ class OrtBackend:
             self._host(chunk.lengths),
             with_picture=chunk.with_picture,
         )
+        self._caches.bind(binding, chunk.lengths, self._after(chunk))
         for name in self._kept:
             binding.bind_output(name, "cpu")
         _run(self._decoder, binding, "decoder.onnx")
@@ -85,6 +86,13 @@ class OrtBackend:
 
     def cache_bytes(self) -> int:
         return self._caches.bytes()
+
+    def _after(self, chunk: Chunk) -> Ids:
+        """Tokens in each layer's cache once a chunk has been read."""
+        text = chunk.prefix_ids.size + chunk.text_ids.size
+        visual = np.array(self.counts) if chunk.with_picture else 0
+        after: Ids = chunk.lengths + text + visual
+        return after
 
     def logits(self) -> NDArray[Any]:
         """Those of the last call, [vocabulary]."""
@@ -104,9 +112,6 @@ class OrtBackend:
             places = self._places if with_picture else self._no_places
             binding.bind_ortvalue_input("places", places)
         binding.bind_ortvalue_output("logits", self._logits)
-        for name, cache in self._caches.values.items():
-            binding.bind_ortvalue_input(f"past_{name}", cache)
-            binding.bind_ortvalue_output(f"present_{name}", cache)  # written in place
         return binding
 
     def _host(self, array: NDArray[Any]) -> Any:
@@ -125,11 +130,16 @@ class _Step:
         self.binding = backend._bind(
             backend._no_ids, self.text, self.position, self.lengths, with_picture=False
         )
+        self.bound = False
 
     def run(self, chunk: Chunk) -> NDArray[Any]:
         self.text.update_inplace(chunk.text_ids)
         self.position.update_inplace(np.array([chunk.position]))
         self.lengths.update_inplace(chunk.lengths)
+        caches = self.backend._caches
+        if caches.moving or not self.bound:
+            caches.bind(self.binding, chunk.lengths, chunk.lengths + 1)
+            self.bound = True
         _run(self.backend._decoder, self.binding, "decoder.onnx")
         return self.backend.logits()
 

@@ -21,6 +21,7 @@ from edgeprune.cli import main
 from edgeprune.runtime._static import with_sizes
 from edgeprune.runtime.build import BuildRequest, build
 from tests.conftest import Refused
+from tests.frozen import frozen
 
 if sys.platform == "linux":  # the dev extra brings it there, so its absence is a fault
     import tensorrt_rtx
@@ -33,10 +34,15 @@ Copy = Callable[[], Path]
 @pytest.fixture(scope="module")
 def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint's dense bundle in fp16."""
-    output = tmp_path_factory.mktemp("half") / "tiny-fp16"
-    options = ["--model", str(tiny_checkpoint), "--method", "none", "--dtype", "fp16"]
-    assert main(["export", *options, "--parity", "0", "-o", str(output)]) == 0
-    return output
+    folder = tmp_path_factory.mktemp("half") / "tiny-fp16"
+    return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp16")
+
+
+@pytest.fixture(scope="module")
+def full_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in fp32."""
+    folder = tmp_path_factory.mktemp("full") / "tiny-fp32"
+    return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp32")
 
 
 @pytest.fixture
@@ -47,10 +53,8 @@ def copy_half(half_bundle: Path, tmp_path: Path) -> Copy:
 @pytest.fixture(scope="module", params=["none", "utp"])
 def demo_built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's fp16 bundle with its engines, dense and pruned."""
-    output = tmp_path_factory.mktemp("built") / f"demo-{request.param}"
-    ratio = ["--cr", "4"] if request.param == "utp" else []
-    options = ["--method", request.param, *ratio, "--dtype", "fp16", "--parity", "0"]
-    assert main(["export", *options, "-o", str(output)]) == 0
+    output, cr = tmp_path_factory.mktemp("built") / "demo", 4 if request.param == "utp" else 1
+    frozen(output, request.param, cr, target="rtx", dtype="fp16")
     assert main(["build", str(output), "--backend", "trt-rtx"]) == 0
     return output
 
@@ -188,9 +192,14 @@ def test_a_missing_engine_builder_is_named(
     assert "neither" in refused("build", half_bundle)
 
 
-def test_fp32_is_refused_before_any_work(tiny_bundle: Path, refused: Refused) -> None:
-    line = refused("build", tiny_bundle, "--backend", "trt-rtx")
+def test_fp32_is_refused_before_any_work(full_bundle: Path, refused: Refused) -> None:
+    line = refused("build", full_bundle, "--backend", "trt-rtx")
     assert "fp32" in line and "--dtype fp16" in line
+
+
+def test_the_cpu_targets_graphs_are_refused(tiny_bundle: Path, refused: Refused) -> None:
+    line = refused("build", tiny_bundle, "--backend", "trt-rtx")
+    assert "three axes" in line and "--target rtx, jetpack7 or jetpack6" in line
 
 
 @pytest.mark.parametrize(
@@ -222,9 +231,11 @@ def test_a_node_that_the_parser_refuses_is_named(copy_half: Copy, refused: Refus
     assert not list((bundle / "engines").glob("*")), "nothing half-made stays"
 
 
-def test_a_graph_that_cannot_be_compiled(copy_bundle: Copy, refused: Refused) -> None:
+def test_a_graph_that_cannot_be_compiled(
+    full_bundle: Path, tmp_path: Path, refused: Refused
+) -> None:
     """An fp32 graph that passes for fp16: there is no kernel for its attention."""
-    bundle = copy_bundle()
+    bundle = Path(shutil.copytree(full_bundle, tmp_path / "full"))
     edit(bundle, lambda manifest: manifest.update(dtype="fp16"))
     line = refused("build", bundle, "--backend", "trt-rtx")
     assert "cannot build decoder.onnx" in line
@@ -246,10 +257,20 @@ def test_an_interrupt_ends_the_build_and_leaves_nothing(copy_half: Copy) -> None
     assert main(["build", str(bundle), "--backend", "trt-rtx"]) == 0
 
 
-def test_caches_that_grow_are_refused(copy_half: Copy, refused: Refused) -> None:
-    bundle = copy_half()
-    edit(bundle, lambda manifest: manifest["decoder"].update(cache="grow"))
-    assert "in place" in refused("build", bundle, "--backend", "trt-rtx")
+@pytest.mark.parametrize("target", ["jetpack6", "jetpack7"])
+def test_jetpacks_graphs_are_compiled_too(
+    target: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = frozen(tmp_path / "b", "utp", 2, model=tiny_checkpoint, target=target, dtype="fp16")
+    assert main(["build", str(bundle), "--backend", "trt-rtx", "--text-capacity", "100"]) == 0
+    found, counts = record(bundle), Bundle.open(bundle).manifest.prune.counts
+    for label, profile in found["engines"]["decoder"]["profiles"].items():
+        past = [profile.get(f"past.{layer}") for layer in range(3)]
+        if target == "jetpack7":
+            assert past == [None] * 3, "written in place: the size of a cache is fixed"
+        else:
+            assert [p[0] for p in past] == [int(label == "decode")] * 3
+            assert [p[2] for p in past] == [count + 100 for count in counts]
 
 
 def test_sizes_are_written_as_onnx_would_write_them(half_bundle: Path) -> None:

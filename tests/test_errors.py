@@ -32,7 +32,7 @@ REQUESTS = [
     (["--set", "color=red"], "method utp has no option 'color'; it has: agnostic_layers"),
     (["--set", "agnostic_layers=many"], "option agnostic_layers takes a int; got 'many'"),
     (["--set", "agnostic_layers"], "--set takes NAME=VALUE; got 'agnostic_layers'"),
-    (["--target", "tpu"], "no target 'tpu'; choose one of: cpu, cuda, rtx"),
+    (["--target", "tpu"], "no target 'tpu'; choose one of: cpu, cuda, rtx, jetpack7, jetpack6"),
     (["--dtype", "int8"], "--dtype is one of fp32, fp16, bf16; got 'int8'"),
     (["--solver", "guess"], "argument --solver: invalid choice: 'guess'"),
     (["--parity", "-1"], "--parity is a number of samples, 0 for none; got -1"),

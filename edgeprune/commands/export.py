@@ -26,7 +26,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _common.add_calibration(command)
     command.add_argument("--schedule", type=Path, metavar="FILE", help="solved before: calibrate")
     command.add_argument("-o", "--output", type=Path, help="default out/MODEL-METHOD-crCR")
-    command.add_argument("--target", default="cpu", help="cpu (default), cuda or rtx")
+    command.add_argument(
+        "--target", default="cpu", help="cpu (default), cuda, rtx, jetpack7 or jetpack6"
+    )
     command.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the target's)")
     command.add_argument(
         "--parity", type=int, metavar="N", help="samples of the parity check; 0 leaves it out"

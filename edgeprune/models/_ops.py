@@ -47,8 +47,9 @@ class TorchOps:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) -> Tensor:
         """Rotary embedding, halves convention; positions int64 [1, S]."""
-        at_cos, at_sin = cos[positions][:, None], sin[positions][:, None]  # [1, 1, S, head / 2]
-        low, high = x.chunk(2, dim=-1)
+        at_cos, at_sin = (t.index_select(0, positions[0])[None, None] for t in (cos, sin))
+        half = x.shape[-1] // 2
+        low, high = x[..., :half], x[..., half:]
         return torch.cat([low * at_cos - high * at_sin, high * at_cos + low * at_sin], dim=-1)
 
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:

@@ -1,0 +1,36 @@
+"""Bundles for tests, made the short way: no calibration, no parity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.speed import declining
+from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.models import open_model
+from edgeprune.models._processor import Processor
+from edgeprune.policies import make
+from edgeprune.spec import PruneSpec, plan_from_counts
+
+
+def frozen(
+    folder: Path,
+    method: str,
+    cr: float = 1,
+    *,
+    model: str | Path = "demo",
+    target: str = "cpu",
+    dtype: str = "fp32",
+    counts: tuple[int, ...] = (),
+) -> Path:
+    """Export a method; where it needs a schedule that is `counts`, or made up for the ratio."""
+    adapter, spec = open_model(str(model)), PruneSpec(method, cr)
+    policy, shape = make(spec), adapter.shape
+    if policy.first(shape, cr) is None:
+        plan = policy.plan(shape, cr)
+    else:
+        counts = counts or declining(shape.visual_tokens, shape.layers, cr)
+        plan = plan_from_counts(shape.visual_tokens, counts)
+    processor = Processor(adapter)
+    why = "left out by a test"
+    request = ExportRequest("tiny", spec, plan, folder, target=target, dtype=dtype, no_parity=why)
+    return export(request, adapter, policy, processor, []).path

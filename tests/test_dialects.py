@@ -1,0 +1,108 @@
+"""Dialects: other operators, the same numbers; and only operators that their targets have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edgeprune.bundle import Bundle
+from edgeprune.runtime.backend import Chunk, Ids, Output
+from edgeprune.runtime.ort import OrtBackend
+from tests.frozen import frozen
+
+NEVER = {"If", "Loop", "Scan", "NonZero", "Compress", "Unique", "ScatterND", "ScatterElements"}
+NEWER = {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}
+CALLS = [(3, 9, True), *[(0, 1, False)] * 66, (0, 7, False), *[(0, 1, False)] * 3]
+"""Prefix and text tokens, with a picture or not: steps enough for a cache to grow often."""
+
+
+@pytest.fixture(scope="module", params=["none", "utp"])
+def demo_pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """The demo's bundles of one method: `packed`, and the same frozen for `jetpack6` in fp32."""
+    ours = request.getfixturevalue({"none": "demo_dense", "utp": "demo_utp"}[request.param])
+    prune, folder = Bundle.open(ours).manifest.prune, tmp_path_factory.mktemp("pair")
+    theirs = frozen(folder / "b", prune.method, prune.cr, target="jetpack6", counts=prune.counts)
+    return [ours, theirs]
+
+
+@pytest.fixture(scope="module", params=["jetpack7", "jetpack6"])
+def tiny_pair(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """UTP on the tiny checkpoint, whose query heads share keys: `modern` and another dialect."""
+    folder = tmp_path_factory.mktemp("pair")
+    targets = ("cuda", request.param)
+    return [frozen(folder / t, "utp", 2, model=tiny_checkpoint, target=t) for t in targets]
+
+
+def dialogue(bundle: Path) -> list[Output]:
+    """A prefill, decode steps, a second turn and decode steps again, of tokens drawn by a seed."""
+    opened, rng = Bundle.open(bundle), np.random.default_rng(0)
+    manifest, backend = opened.manifest, OrtBackend(opened)
+    counts, image = np.array(manifest.prune.counts), manifest.image
+    backend.see(rng.standard_normal((1, 3, image.height, image.width), np.float32))
+    lengths, position, found = np.zeros_like(counts), 0, []
+    for prefix, text, seen in CALLS:
+        ids: Ids = rng.integers(3, manifest.decoder.vocabulary, (1, prefix + text))
+        after = lengths + prefix + text + seen * counts
+        backend.reserve(after.tolist())
+        output = backend.run(Chunk(ids[:, :prefix], ids[:, prefix:], position, lengths, seen))
+        found.append(Output(output.logits.copy(), output.kept))
+        position, lengths = position + int((after - lengths)[0]), after
+    return found
+
+
+def assert_same(pair: list[Path]) -> None:
+    ours, theirs = map(dialogue, pair)
+    for wanted, found in zip(ours, theirs, strict=True):
+        scale = max(1.0, float(np.abs(wanted.logits).max()))
+        assert np.abs(wanted.logits - found.logits).max() / scale < 1e-4
+        assert [kept.tolist() for kept in wanted.kept] == [kept.tolist() for kept in found.kept]
+    assert len({float(output.logits[5]) for output in ours}) == len(CALLS), "no call is idle"
+
+
+def test_the_demo_says_the_same_in_plain_operators(demo_pair: list[Path]) -> None:
+    assert_same(demo_pair)
+
+
+def test_grouped_queries_say_the_same_in_every_dialect(tiny_pair: list[Path]) -> None:
+    assert_same(tiny_pair)
+
+
+def test_a_dialect_has_only_operators_of_its_target(tiny_pair: list[Path]) -> None:
+    manifest = Bundle.open(tiny_pair[1]).manifest
+    models = [
+        onnx.load(tiny_pair[1] / f"{n}.onnx", load_external_data=False)
+        for n in ("vision", "decoder")
+    ]
+    used = {node.op_type for model in models for node in model.graph.node}
+    attention = [node for node in models[1].graph.node if node.op_type == "Attention"]
+    assert not used & NEVER
+    if manifest.dialect == "jetpack6":
+        assert (manifest.decoder.cache, manifest.opset) == ("grow", 18)
+        assert not used & NEWER
+    else:
+        assert (manifest.decoder.cache, manifest.opset) == ("in-place", 24)
+        assert used >= NEWER
+        assert all(len(node.input) == 4 and not node.attribute for node in attention)
+
+
+def test_sizes_say_how_a_cache_is_kept(tiny_pair: list[Path]) -> None:
+    for bundle in tiny_pair:
+        graph = onnx.load(bundle / "decoder.onnx", load_external_data=False).graph
+        ends = {
+            v.name: v.type.tensor_type.shape.dim[2].dim_param
+            for v in (*graph.input, *graph.output)
+            if "_key" in v.name
+        }
+        for layer in range(3):
+            before, after = ends[f"past_key.{layer}"], ends[f"present_key.{layer}"]
+            if Bundle.open(bundle).manifest.decoder.cache == "grow":
+                assert (before, after) == (f"past.{layer}", f"present.{layer}")
+            else:
+                assert before == after == f"capacity.{layer}"
