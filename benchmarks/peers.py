@@ -208,13 +208,11 @@ class Ours:
             self.embedding = stored.get_tensor("model.embed_tokens.weight")
 
     def begin(self, job: Job) -> None:
-        """As a session is that has answered such a prompt before: its caches are large enough."""
+        """As a session is that has answered such a prompt before."""
         self.job, backend = job, self.backend
         # Stands for what the vision graph leaves behind.
         backend._visual = backend._host(self.embedding[job.prompt[:, PREFIX : PREFIX - TEXT]])
-        backend._caches, backend._capacities, backend._step = {}, [0] * len(self.counts), None
         self.lengths, self.position = np.zeros_like(self.counts), 0
-        self._reserve(self._kept() + TEXT + len(job.following))
 
     def prefill(self) -> None:
         prompt, visual = self.job.prompt, self.job.tokens - TEXT
@@ -233,12 +231,9 @@ class Ours:
 
         words = prefix.shape[1] + text.shape[1]
         after = self.lengths + words + kept
-        self._reserve(after)
+        self.backend.reserve(after.tolist())
         self.backend.run(Chunk(prefix, text, self.position, self.lengths, visual > 0))
         self.lengths, self.position = after, self.position + words + visual
-
-    def _reserve(self, tokens: Ids) -> None:
-        self.backend.reserve(tokens.tolist())
 
     def logits(self) -> Array:
         found: Array = self.backend.logits().copy()
