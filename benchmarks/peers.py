@@ -12,9 +12,10 @@ the middle ones stand for visual tokens where a graph of ours wants some. Before
 all must give the same logits. A second heat feeds peers the average number of tokens that our
 pruned bundle has in its layers: the floor that pruning inside the decoder can reach.
 
-Every graph has a process of its own, and processes take turns: within one process, equal graphs
-were seen to decode at speeds 10% apart, by the order in which they were opened. `again` is our
-dense bundle a second time: what it differs by is noise. All together hold some 13 GB.
+Every graph has a process of its own, and processes take turns. Equal graphs were seen to decode at
+speeds 10% apart for as long as they were open, within one process and across several, so all are
+opened anew a few times, in another order each time. `again` is our dense bundle a second time: what
+it differs by is noise. All together hold some 13 GB.
 
 Peers' pins differ from ours, so they are installed apart:
 
@@ -347,16 +348,23 @@ def lap(runner: Runner, job: Job) -> Lap:
 
 
 class Lane:
-    """A process that holds one graph and runs a lap when told to."""
+    """A process that holds one graph and runs a lap when told to; opened as often as one likes."""
 
     def __init__(self, folder: Path, cache: str | None, threads: int | None) -> None:
+        self.arguments = (folder, cache, threads)
+
+    def open(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, folder, cache, threads)
+        arguments = (theirs, *self.arguments)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         self.pipe.recv()  # loaded
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
 
     def lap(self, job: Job) -> Lap:
         self.pipe.send(job)
@@ -436,19 +444,23 @@ def race(work: Path, request: argparse.Namespace) -> None:
         sys.exit(f"there is no peer's model below {work}: build one first")
     lines = heats(work, names, request)
     entries = [entry for heat in lines for entry in heat]
-    for heat in lines:
-        check(heat)
-    order = np.random.default_rng(0)  # nobody always runs after the same one
-    for number in range(request.laps):
-        for turn in order.permutation(len(entries)):
-            entries[turn].run()
-        print(f"lap {number + 1} of {request.laps}", file=sys.stderr, flush=True)
+    order = np.random.default_rng(0)  # nobody is always opened first or runs after the same one
+    for opening in range(request.opens):
+        _open(list({entry.lane for entry in entries}), lines, order)
+        for number in range(request.laps):
+            for turn in order.permutation(len(entries)):
+                entries[turn].run()
+            done = opening * request.laps + number + 1
+            print(f"lap {done} of {request.opens * request.laps}", file=sys.stderr, flush=True)
+        for lane in {entry.lane for entry in entries}:
+            lane.close()
     for heat in lines:
         print(_table(heat), end="\n\n")
     print(
         json.dumps(
             {
                 "shape": SHAPE,
+                "opens": request.opens,
                 "laps": request.laps,
                 "new_tokens": request.new_tokens,
                 "threads": request.threads,
@@ -458,6 +470,15 @@ def race(work: Path, request: argparse.Namespace) -> None:
             }
         )
     )
+
+
+def _open(lanes: list[Lane], lines: list[list[Entry]], order: np.random.Generator) -> None:
+    """A process for each lane, and its first lap."""
+    lanes.sort(key=lambda lane: str(lane.arguments))  # sets have no order, `again` is its equal
+    for turn in order.permutation(len(lanes)):
+        lanes[turn].open()
+    for heat in lines:
+        check(heat)
 
 
 def _row(entry: Entry, first: Entry) -> dict[str, Any]:
@@ -533,7 +554,8 @@ def main() -> None:
             step.add_argument("peers", nargs="+", choices=PEERS)
         if name == "race":
             step.add_argument("--peers", nargs="+", choices=PEERS, help="all that were built")
-            step.add_argument("--laps", type=int, default=10)
+            step.add_argument("--opens", type=int, default=4, help="times that all are opened anew")
+            step.add_argument("--laps", type=int, default=3, help="each time")
             step.add_argument("--new-tokens", type=int, default=16)
             step.add_argument("--threads", type=int)
             step.add_argument("--no-pruned", dest="pruned", action="store_false")
