@@ -13,7 +13,7 @@ from typing import Literal
 
 from edgeprune.errors import SpecError
 
-Site = Literal["vision", "input", "layer"]
+Site = Literal["block", "vision", "input", "layer"]
 Positions = Literal["keep", "renumber"]
 
 TOPK_LIMIT = 3840
@@ -54,6 +54,7 @@ class ModelShape:
     max_positions: int
     has_cls: bool
     separators: int = 0  # of the V tokens, those that the model puts between tiles' own
+    blocks: int = 0  # encoder blocks that may merge tokens: 0 where V are not one tile's patches
 
 
 @dataclass(frozen=True, slots=True)

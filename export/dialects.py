@@ -40,8 +40,10 @@ class ModernOps(TorchOps):
         inputs = [query, key, value, None, None, None, filled]
         return _emit("Attention", inputs, query, is_causal=1)
 
-    def attend_all(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-        return _emit("Attention", [query, key, value], query)
+    def attend_all(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+    ) -> Tensor:
+        return _emit("Attention", _with(bias, query, key, value), query)
 
 
 class PackedOps(ModernOps):
@@ -79,9 +81,16 @@ class PackedOps(ModernOps):
         sizes = {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
         return _emit("Attention", inputs, query, is_causal=1, **sizes)
 
-    def attend_all(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    def attend_all(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+    ) -> Tensor:
         sizes = {"q_num_heads": heads, "kv_num_heads": heads}
-        return _emit("Attention", [query, key, value], query, **sizes)
+        return _emit("Attention", _with(bias, query, key, value), query, **sizes)
+
+
+def _with(bias: Tensor | None, *inputs: Tensor) -> list[Tensor | None]:
+    """Inputs of Attention, and what is added to its logits if anything is."""
+    return [*inputs] if bias is None else [*inputs, bias]
 
 
 class Jetpack7Ops(ModernOps):
@@ -114,8 +123,12 @@ class Jetpack6Ops(TorchOps):
         mixed: Tensor = scores.softmax(-1) @ value
         return mixed.reshape(1, heads[0], new, size)
 
-    def attend_all(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    def attend_all(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+    ) -> Tensor:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias
         mixed: Tensor = scores.softmax(-1) @ value
         return mixed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,11 @@ from edgeprune.policies._policy import Selection
 from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import ModelShape, Plan, PruneSpec, budget
 
-DEMO = ModelShape("llava", 144, (12, 12), 12, 192, 352, 6, 6, 32, 66, 1024, True)
-SEVEN = ModelShape("llava", 576, (24, 24), 32, 4096, 11008, 32, 32, 128, 32064, 4096, True)
-TINY = ModelShape("llava", 16, (4, 4), 3, 64, 96, 4, 2, 16, 66, 1024, True)
+DEMO = ModelShape("llava", 144, (12, 12), 12, 192, 352, 6, 6, 32, 66, 1024, True, blocks=5)
+SEVEN = ModelShape(
+    "llava", 576, (24, 24), 32, 4096, 11008, 32, 32, 128, 32064, 4096, True, blocks=23
+)
+TINY = ModelShape("llava", 16, (4, 4), 3, 64, 96, 4, 2, 16, 66, 1024, True, blocks=1)
 CONTROLS = {"none", "random", "uniform", "utp"}  # tests/test_export.py exports these
 OURS = [name for name in policies.names() if name not in CONTROLS]
 
@@ -179,6 +182,10 @@ def test_a_graph_that_chooses_otherwise_is_found_out(bundle: Path, tiny_checkpoi
     method = policies.load(prune.method)
 
     class First(method):
+        def fold(self, signals, stage):
+            fold = super().fold(signals, stage)
+            return replace(fold, stay=torch.cat([fold.stay[:1], fold.stay[1:].flip(0)]))
+
         def vision(self, signals, stage):
             return Selection(torch.arange(stage.survivors))
 

@@ -66,6 +66,7 @@ class Adapter:
             max_positions=decoder.max_positions,
             has_cls=self.vision_config.encoder.cls,
             separators=len(layout.separators),
+            blocks=self.vision_config.encoder.blocks if layout.is_plain else 0,
         )
 
     @property

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from edgeprune.models._layers import Gain, Linear, RMSNorm
 from edgeprune.models._ops import TorchOps
+from edgeprune.policies._policy import Fold
+from edgeprune.policies._signals import BlockSignals
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -68,6 +70,35 @@ class Encoded:
     cls: Tensor | None  # [tiles, 1, width], and for [CLS]
     query: Tensor  # [tiles, heads, S, head]
     key: Tensor  # [tiles, heads, S, head]
+    at: Tensor | None = None  # int64 [N'], the patch whose place each has, where some were merged
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which patches the tokens of a tile stand for, once some were merged."""
+
+    sizes: Tensor  # float32 [S, 1], how many
+    places: Tensor  # int64 [S], the token of the first block whose place each has
+
+    @classmethod
+    def of(cls, x: Tensor) -> Groups:
+        """Every token by itself: [1, S, width]."""
+        ones = torch.ones(x.shape[1], 1, device=x.device)
+        return cls(ones, torch.arange(x.shape[1], device=x.device))
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """What a group's size adds to its logits, log(size): [S, S] (proportional attention)."""
+        return self.sizes.log().T.to(dtype).expand(self.sizes.shape[0], -1)
+
+    def folded(self, x: Tensor, fold: Fold) -> tuple[Tensor, Groups]:
+        """The mean over each new group's patches: [1, S, width] -> [1, S', width]."""
+        sums = fold.apply(x[0].float() * self.sizes)
+        groups = Groups(fold.apply(self.sizes), self.places.index_select(0, fold.stay))
+        return (sums / groups.sizes)[None].to(x.dtype), groups
+
+
+Folding = Callable[[Tensor], Fold | None]
+"""From the keys [tiles, heads, S, head] of a block to the tokens that it merges, if any."""
 
 
 class Block(nn.Module):
@@ -88,17 +119,26 @@ class Block(nn.Module):
         self.down = Linear(config.mlp_width, width, bias=True)
         self.mlp_gain = Gain(width) if config.gain else nn.Identity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [tiles, S, width], query and key [tiles, heads, S, head]."""
+    def forward(
+        self, x: Tensor, groups: Groups | None, fold: Folding
+    ) -> tuple[Tensor, Tensor, Tensor, Groups | None]:
+        """Output [tiles, S', width], query and key [tiles, heads, S, head], S' groups of tokens.
+
+        S' < S where `fold` merges tokens, which it does between attention and MLP.
+        """
         normed, ops, heads = self.attention_norm(x), self.ops, self.config.heads
         query = ops.split(self.query_norm(self.query(normed)), heads)
         key = ops.split(self.key_norm(self.key(normed)), heads)
         value = ops.split(self.value(normed), heads)
-        mixed = self.output(ops.join(ops.attend_all(query, key, value, heads)))
+        bias = None if groups is None else groups.bias(x.dtype)
+        mixed = self.output(ops.join(ops.attend_all(query, key, value, heads, bias)))
         x = x + self.attention_gain(mixed)
+        if (folded := fold(ops.by_head(key, heads))) is not None:
+            groups = groups or Groups.of(x)
+            x, groups = groups.folded(x, folded)
         activation = ACTIVATIONS[self.config.activation]
         x = x + self.mlp_gain(self.down(activation(self.up(self.mlp_norm(x)))))
-        return x, ops.by_head(query, heads), ops.by_head(key, heads)
+        return x, ops.by_head(query, heads), ops.by_head(key, heads), groups
 
 
 class Encoder(nn.Module):
@@ -116,14 +156,25 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.blocks))
         self.post_norm = nn.LayerNorm(*norm) if config.post_norm else nn.Identity()
 
-    def forward(self, pixels: Tensor) -> Encoded:
+    def forward(
+        self, pixels: Tensor, fold: Callable[[BlockSignals], Fold | None] | None = None
+    ) -> Encoded:
+        """Encode tiles; with `fold` one tile, whose tokens each block may merge (Policy.fold)."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         x = self.pre_norm(x + self.position)
-        for block in self.blocks:
-            x, query, key = block(x)
-        x = self.post_norm(x)
-        if self.cls is None:
-            return Encoded(x, None, query, key)
-        return Encoded(x[:, 1:], x[:, :1], query, key)
+        groups: Groups | None = None
+        for number, block in enumerate(self.blocks):
+            x, query, key, groups = block(x, groups, self._folding(fold, number))
+        x, first = self.post_norm(x), int(self.cls is not None)
+        cls = x[:, :1] if first else None
+        at = None if groups is None else groups.places[first:] - first
+        return Encoded(x[:, first:], cls, query, key, at)
+
+    def _folding(self, fold: Callable[[BlockSignals], Fold | None] | None, block: int) -> Folding:
+        """What a policy merges in one block, by its keys."""
+        if fold is None:
+            return lambda key: None
+        blocks, patches = len(self.blocks), self.config.side**2
+        return lambda key: fold(BlockSignals(key, block, blocks, patches, self.config.cls))

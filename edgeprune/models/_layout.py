@@ -38,6 +38,11 @@ class Layout:
         return len(self.order)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the visual tokens are the patches of one tile, row by row."""
+        return self.order == tuple(range(self.side**2))
+
+    @property
     def separators(self) -> tuple[int, ...]:
         """Their positions among the V visual tokens."""
         return tuple(i for i, source in enumerate(self.order) if source == SEPARATOR)

@@ -67,9 +67,11 @@ class TorchOps:
         grouped = heads[0] != heads[1]
         return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
 
-    def attend_all(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-        """Full attention, no mask and no cache: the vision encoder's."""
-        return F.scaled_dot_product_attention(query, key, value)
+    def attend_all(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+    ) -> Tensor:
+        """Full attention, no cache: the vision encoder's; `bias` [S, S] is added to the logits."""
+        return F.scaled_dot_product_attention(query, key, value, bias)
 
     def last(self, x: Tensor) -> Tensor:
         """The last token: [1, S, width] -> [1, 1, width]."""

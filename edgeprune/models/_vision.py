@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from edgeprune.models._ops import TorchOps
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import InputSignals, VisionSignals
-from edgeprune.spec import Plan
+from edgeprune.spec import Plan, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +105,13 @@ class Vision(nn.Module):
 
         A stage's count includes the separators, which have no features to score and stay.
         """
-        signals, stages = self.encode(pixels), self.plan.before_decoder()
-        features, fixed = signals.features, len(self.config.layout.separators)
-        kept, merged = torch.arange(features.shape[1], device=features.device), 0
+        stages, fixed = self.plan.before_decoder(), len(self.config.layout.separators)
+        if stages and stages[0].site == "block":
+            features, kept, merged = self._folded(pixels, stages[0])
+        else:
+            signals = self.encode(pixels)
+            features, merged = signals.features, 0
+            kept = torch.arange(features.shape[1], device=features.device)
         for stage in (s for s in stages if s.site == "vision"):
             chosen = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
             features, kept, merged = chosen.of(features), chosen.at, stage.merged
@@ -117,6 +122,11 @@ class Vision(nn.Module):
             chosen = self.policy.input(InputSignals(visual, visual.shape[1]), stage, stage)
             visual, kept = chosen.of(visual), kept.index_select(0, chosen.at)
         return visual, kept
+
+    def _folded(self, pixels: Tensor, stage: Stage) -> tuple[Tensor, Tensor, int]:
+        """What is left by an encoder that merges: [1, merged, width], places, how many merged."""
+        seen = self.encoder(pixels, partial(self.policy.fold, stage=stage))
+        return seen.features, seen.at, stage.merged
 
     def encode(self, pixels: Tensor) -> VisionSignals:
         """The output of the last block that is run, and what a policy may look at in it."""

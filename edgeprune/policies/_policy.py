@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from edgeprune.errors import SpecError
-from edgeprune.policies._signals import InputSignals, LayerSignals, VisionSignals
+from edgeprune.policies._signals import BlockSignals, InputSignals, LayerSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage
 
 
@@ -41,6 +41,23 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Tokens that become one with others inside the encoder: of S tokens S' go on, r are folded in.
+
+    The encoder averages, weighted by how many patches each token stands for.
+    """
+
+    stay: Tensor  # int64 [S'], those that go on, in the order in which they do
+    source: Tensor  # int64 [r], those that do not
+    into: Tensor  # float32 [S', r], 1 where a source becomes part of one that stays
+
+    def apply(self, tokens: Tensor) -> Tensor:
+        """Sums of what becomes one: float32 [S, width] -> [S', width]."""
+        sums: Tensor = self.into @ tokens.index_select(0, self.source)
+        return tokens.index_select(0, self.stay) + sums
+
+
+@dataclass(frozen=True)
 class Policy:
     """Base of all methods; never built itself. Sizes are ints, so traced shapes stay static."""
 
@@ -56,6 +73,11 @@ class Policy:
     def plan(self, shape: ModelShape, cr: float, schedule: Counts | None = None) -> Plan:
         """Stages for a model and a compression ratio; SpecError where it cannot be reached."""
         raise NotImplementedError
+
+    def fold(self, signals: BlockSignals, stage: Stage) -> Fold | None:
+        """What an encoder block merges between attention and MLP, at a stage with site `block`;
+        stage.merged patches leave the last block."""
+        raise SpecError(f"{type(self).__module__} does not merge inside the encoder")
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         """What leaves the vision encoder: stage.keep + stage.merged tokens, before projection."""

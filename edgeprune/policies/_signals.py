@@ -31,6 +31,21 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class BlockSignals:
+    """Inside an encoder block, between attention and MLP; a picture of one tile."""
+
+    key: Tensor  # [1, heads, S, head], of the block's tokens, [CLS] first where there is one
+    block: int  # which it is, from 0
+    blocks: int  # that are run
+    patches: int  # that entered the first
+    cls: bool  # whether there is a [CLS]
+
+    def keys(self) -> Tensor:
+        """Keys of the tokens, mean over heads, float32: [S, head]."""
+        return self.key[0].float().mean(0)
+
+
+@dataclass(frozen=True)
 class VisionSignals:
     """Inside the encoder block whose output the projector reads (CLIP: the last but one).
 
