@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Refused
 from hypothesis import given
@@ -20,9 +21,9 @@ from edgeprune import recipe as recipes
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.cli import main
 from edgeprune.compare import bundles
-from edgeprune.compare.answers import Answered, Asking, wilson
+from edgeprune.compare.answers import Answered, Asking, difference, wilson
 from edgeprune.compare.cells import Cell, grid
-from edgeprune.compare.comparing import CompareRequest, compare
+from edgeprune.compare.comparing import CompareRequest, answers, compare
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.race import Race
 from edgeprune.compare.results import Comparison, Missing, Result, accuracy_table
@@ -46,6 +47,15 @@ def test_the_ends_of_an_interval_are_1_96_deviations_from_the_share(count: tuple
         if 0 < end < 1:
             deviation = math.sqrt(end * (1 - end) / asked)
             assert abs(right / asked - end) == pytest.approx(1.96 * deviation, rel=1e-6)
+
+
+def test_a_difference_counts_what_one_alone_got_right() -> None:
+    base, other = "1111" * 25, "1110" * 20 + "0111" * 5
+    found, half = difference(other, base)
+    pairs = np.array([int(a) - int(b) for a, b in zip(other, base, strict=True)])
+    assert found == pytest.approx(pairs.mean())
+    assert half == pytest.approx(1.96 * pairs.std() / 10)
+    assert difference(base, base) == (0, 0)
 
 
 def test_the_grid_has_the_dense_model_once_and_draws_several_times() -> None:
@@ -210,6 +220,10 @@ def test_a_comparison_counts_what_bundles_answer(
             "decode": 2,
         }
         assert all(lap > 0 for laps in cell.laps.values() for lap in laps)
+    stored = answers(request)
+    assert [marks.marks.count("1") for marks in stored.values()] == [
+        c.total[0] for c in found.cells
+    ]
     assert ("questions", 2 * ASKED, 2 * ASKED) in steps
     assert not (request.folder / "bundles").exists()
 
@@ -229,7 +243,7 @@ def test_a_second_run_does_what_is_missing_alone(
 
     def ask(self: Asking, path: Path, tick: object) -> Answered:
         asked.append(path.name)
-        return Answered({"color": 1}, {"color": 1}, ["red"], 9, 9)
+        return Answered({"color": 1}, {"color": 1}, ["red"], "1", 9, 9)
 
     with monkeypatch.context() as patch:
         patch.setattr(Asking, "ask", ask)
@@ -260,7 +274,7 @@ def test_what_cannot_be_and_what_fails_are_told_apart(
     def ask(self: Asking, path: Path, tick: object) -> Answered:
         if path.name == "utp-cr4":
             raise EdgepruneError("the disk\nis full")
-        return Answered({"color": 1}, {"color": 1}, ["red"], 9, 9)
+        return Answered({"color": 1}, {"color": 1}, ["red"], "1", 9, 9)
 
     with monkeypatch.context() as patch:
         patch.setattr(Asking, "ask", ask)

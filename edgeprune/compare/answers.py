@@ -24,11 +24,12 @@ EVERY = 20
 
 @dataclass(frozen=True)
 class Answered:
-    """What was right of what was asked, by kind; what was said; sizes at the median prompt."""
+    """What was right of what was asked, by kind; each answer; sizes at the median prompt."""
 
     right: dict[str, int]
     asked: dict[str, int]
     said: list[str]
+    marks: str  # 1 where an answer is right, else 0
     text_tokens: int  # of the median prompt, beside the picture's
     kv_bytes: int  # of the caches once that prompt is read
 
@@ -52,11 +53,14 @@ class Asking:
         """Every question, greedily; `tick` is told how many more have been answered."""
         session = Session.open(bundle, backend=self.backend, threads=1)  # cores have other bundles
         sampling = Sampling(max_new_tokens=self.max_new_tokens)
-        right, asked, lengths, said = Counter[str](), Counter[str](), list[int](), list[str]()
+        right, asked = Counter[str](), Counter[str]()
+        lengths, said, marks = list[int](), list[str](), ""
         for question in self.questions:
             answer = session.ask(question.image, question.text, sampling)
             asked[question.kind] += 1
-            right[question.kind] += answer.text in question.answers
+            is_right = answer.text in question.answers
+            right[question.kind] += is_right
+            marks += str(int(is_right))
             lengths.append(answer.prompt_tokens)
             said.append(answer.text)
             if not len(said) % EVERY:
@@ -66,7 +70,20 @@ class Asking:
         text = statistics.median_low(lengths)
         element = np.dtype(ELEMENTS[session.manifest.dtype]).itemsize
         stored = cost.kv_bytes(record, prune.counts, text, element)
-        return Answered({kind: right[kind] for kind in asked}, dict(asked), said, text, stored)
+        shares = {kind: right[kind] for kind in asked}
+        return Answered(shares, dict(asked), said, marks, text, stored)
+
+
+def difference(marks: str, base: str, z: float = 1.96) -> tuple[float, float]:
+    """How much larger a share of right answers is than that of another bundle to the same
+    questions, and half of its 95% interval: only questions that one of them alone got right count.
+    """
+    number = len(base)
+    gained = sum(a > b for a, b in zip(marks, base, strict=True))
+    lost = sum(a < b for a, b in zip(marks, base, strict=True))
+    found = (gained - lost) / number
+    deviation = math.sqrt(max(0.0, (gained + lost) / number - found**2) / number)
+    return found, z * deviation
 
 
 def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:

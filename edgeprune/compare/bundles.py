@@ -93,7 +93,7 @@ class Bundles:
         settings = asdict(replace(recipe, spec=cell.spec, output=None, samples_file=None))
         calibrated = hashlib.sha256(data.read_bytes()).hexdigest() if data else None
         model = _checkpoint(recipe.model, recipe.revision)
-        return key_of(model, settings, calibrated, str(recipe.pictures), _code())
+        return key_of(model, settings, calibrated, str(recipe.pictures), code())
 
     def _holds(self, cell: Cell, made: Made) -> bool:
         """Whether the bundle is there, and is the one that was made."""
@@ -130,7 +130,7 @@ def _checkpoint(model: str, revision: str | None) -> str:
 
 
 @cache
-def _code() -> str:
+def code() -> str:
     """Of the source that decides what a bundle holds, and the versions of what it stands on."""
     root = Path(edgeprune.__file__).parent
     files = [file for package in (calib, export, models, policies) for file in _sources(package)]

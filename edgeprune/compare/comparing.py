@@ -54,20 +54,25 @@ def compare(request: CompareRequest, report: Report = lambda step, done, total: 
     what was finished is read from disk, even where its bundle has been deleted.
     """
     failed = _answer(request, report)
-    answered = {cell: found for cell in request.cells if (found := _stored(request, cell))}
+    answered = answers(request)
+    reasons = {cell: why for cell in request.cells if (why := _why(request, cell))}
+    for cell in request.cells:
+        if not (cell in answered or cell in reasons or cell in failed):
+            failed[cell] = "edgeprune's own source was changed meanwhile"
     times = _times(request, answered, report) if request.race and answered else {}
     if not request.keep_bundles:
         request.bundles.delete(request.cells)
     return Comparison(
         _setup(request, answered, times),
         tuple(_result(request, cell, found, times) for cell, found in answered.items()),
-        tuple(
-            Missing(cell.label, cell.cr, why)
-            for cell in request.cells
-            if (why := _why(request, cell))
-        ),
+        tuple(Missing(cell.label, cell.cr, why) for cell, why in reasons.items()),
         tuple(Missing(cell.label, cell.cr, why) for cell, why in failed.items()),
     )
+
+
+def answers(request: CompareRequest) -> dict[Cell, Answered]:
+    """What is on disk of the cells' answers."""
+    return {cell: found for cell in request.cells if (found := _stored(request, cell))}
 
 
 def _answer(request: CompareRequest, report: Report) -> dict[Cell, str]:
