@@ -10,13 +10,12 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.bundle import PruneRecord
+from edgeprune.runtime.chart import chart
 from edgeprune.runtime.pen import (
     ACCENT,
-    GHOST,
     OVERSAMPLE,
     PAPER,
     QUIET,
-    SOFT,
     Pen,
     Sheet,
 )
@@ -52,9 +51,9 @@ def figure(
     rows = [[_heading(prompt, said, inner, pen)], [panels]]
     room = inner - -(-panels.width // fine) - 2 * GAP
     if room > 0.35 * inner:  # on the right, for the schedule
-        rows[1].append(_chart(prune, room, panels.height / fine, pen))
+        rows[1].append(chart(prune, room, panels.height / fine, pen))
     else:
-        rows.append([_chart(prune, inner, 190, pen)])
+        rows.append([chart(prune, inner, 220, pen)])
     return _stack(rows, fine).reduce(OVERSAMPLE)
 
 
@@ -117,7 +116,7 @@ def _panels(
     for i, (caption, panel) in enumerate(shown):
         x, y = round(i % columns * across), round(i // columns * down)
         sheet.image.paste(Image.fromarray(panel), (x * fine, y * fine))
-        size_of_text = min(17.0, 17 * side / pen.length(caption, 17))
+        size_of_text = min(17.0, 16.5 * side / pen.length(caption, 17))
         indent = (side - pen.length(caption, size_of_text)) / 2
         sheet.text(x + indent, y + tall + 24, caption, size_of_text)
     if legend:
@@ -130,51 +129,3 @@ def _legend(sheet: Sheet, y: float) -> None:
     sheet.box(0, y + 10, 15, 15, MERGED)
     sheet.box(2, y + 12, 11, 11, PAPER)
     sheet.text(23, y + 23, "merged token, drawn at its centre", 15, QUIET)
-
-
-def _chart(prune: PruneRecord, width: float, height: float, pen: Pen) -> Image.Image:
-    """r_l as bars, the dense model's V behind them, dark where tokens are dropped."""
-    counts, total = prune.counts, prune.visual_tokens
-    falls = [now < before for before, now in zip((total, *counts), counts, strict=False)]
-    text = (
-        f"visual tokens in each decoder layer: {sum(counts):,} of {total * len(counts):,} in all,"
-        f" compression ratio {prune.cr_reached:.2f}"
-    ) + ("; dark where tokens are dropped" if any(falls) else "")
-    sheet, y = Sheet(width, height, pen), 0.0
-    for line in pen.wrap(text, 17, width, 3):
-        sheet.text(0, y + 16, line, 17)
-        y += 24
-    top, base = y + 24, height - 26
-    gap = min(8, 0.25 * width / len(counts))
-    slot = (width + gap) / len(counts)
-    tall = [(base - top) * count / total for count in counts]
-    for i, fall in enumerate(falls):
-        sheet.box(i * slot, top, slot - gap, base - top, GHOST)
-        sheet.box(i * slot, base - tall[i], slot - gap, tall[i], ACCENT if fall else SOFT)
-    _number_bars(sheet, falls, counts, [base - t - 5 for t in tall], (slot, gap, width))
-    step = next(n for n in (1, 4, 5, 10, 20, 50, 1000) if n * slot > pen.length("888", 14))
-    for i in range(len(counts)):
-        if i == 0 or (i + 1) % step == 0:
-            name = str(i + 1)
-            left = i * slot + (slot - gap - pen.length(name, 14)) / 2
-            sheet.text(min(left, width - pen.length(name, 14)), base + 18, name, 14)
-    return sheet.image
-
-
-def _number_bars(
-    sheet: Sheet,
-    falls: Sequence[bool],
-    counts: Sequence[int],
-    lines: Sequence[float],
-    places: tuple[float, float, float],
-) -> None:
-    """Each bar's number above its middle; where bars are narrow, only where they change."""
-    slot, gap, width = places
-    longs = [sheet.pen.length(str(count), 14) for count in counts]
-    room = max(longs) + 2 < slot
-    end, last = 0.0, -99.0  # of the number before: its right end and its base line
-    for i, (fall, count, long, y) in enumerate(zip(falls, counts, longs, lines, strict=True)):
-        left = i * slot + (slot - gap - long) / 2 if room else min(i * slot, width - long)
-        if room or ((fall or i == 0) and (left >= end + 4 or abs(y - last) >= 15)):
-            sheet.text(max(0, left), y, str(count), 14)
-            end, last = left + long, y

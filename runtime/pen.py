@@ -101,7 +101,7 @@ class Sheet:
     """A blank part of the picture; positions and sizes are in pixels at scale 1."""
 
     def __init__(self, width: float, height: float, pen: Pen) -> None:
-        self.pen = pen
+        self.pen, self.width = pen, width
         self.image = Image.new("RGB", (round(width * pen.fine), round(height * pen.fine)), PAPER)
         self._draw = ImageDraw.Draw(self.image)
 

@@ -60,7 +60,7 @@ def test_all_right_and_all_wrong_can_be_drawn() -> None:
 POINTS = st.tuples(st.floats(100, 900), st.floats(100, 500))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(POINTS, min_size=1, max_size=12))
 def test_names_do_not_cover_each_other(ends: list[tuple[float, float]]) -> None:
     room = Box(0, 0, 1000, 600)

@@ -13,9 +13,10 @@ from PIL import Image
 from edgeprune.bundle import Bundle, Manifest
 from edgeprune.cli import main
 from edgeprune.errors import BundleError, InputError
+from edgeprune.runtime.chart import LOSS, chart
 from edgeprune.runtime.figure import figure, representative
 from edgeprune.runtime.images import load_image
-from edgeprune.runtime.pen import Pen
+from edgeprune.runtime.pen import ACCENT, Pen
 from edgeprune.runtime.session import Answer, Session, Timings
 from edgeprune.runtime.show import MERGED, Said, Site, dim, save, seen, survivors
 from edgeprune.spec import Stage
@@ -150,6 +151,22 @@ def test_any_number_of_sites_and_layers_fits(sites: int, layers: int, tiny_bundl
     larger = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)], scale=2)
     assert larger.width == 2400
     assert abs(larger.height - 2 * picture.height) <= 4
+
+
+def test_behind_the_bars_stands_what_each_layer_would_lose(tiny_bundle: Path) -> None:
+    prune = manifest_with(tiny_bundle, counts=(6, 3, 0)).prune
+    plain = np.asarray(chart(prune, 300, 200, Pen(1)))
+    assert not (plain == LOSS).all(axis=2).any()
+    shown = np.asarray(chart(replace(prune, schedule={"loss": [0.0, 0.8, 0.4]}), 300, 200, Pen(1)))
+    loss, kept = ((shown == colour).all(axis=2) for colour in (LOSS, ACCENT))
+    edges = [loss[100:, round(layer * 308 / 3) + 5].sum() for layer in range(3)]  # left of the bar
+    assert edges[0] == 0
+    assert edges[1] == pytest.approx(2 * edges[2], abs=1)
+    middle = kept[:, 150].sum()
+    assert middle == pytest.approx(edges[1] / 2, abs=1), "3 of 6 tokens are half as high as all"
+    assert not kept[:, 205:].any(), "no token, no bar"
+    for other in ({"loss": [0.5]}, {"loss": [0.0] * 3}, {"loss": []}, {}):
+        assert (np.asarray(chart(replace(prune, schedule=other), 300, 200, Pen(1))) == plain).all()
 
 
 def test_the_picture_of_a_pruned_answer(

@@ -60,7 +60,7 @@ def compare(request: CompareRequest, report: Report = lambda step, done, total: 
         if not (cell in answered or cell in reasons or cell in failed):
             failed[cell] = "edgeprune's own source was changed meanwhile"
     times = _times(request, answered, report) if request.race and answered else {}
-    if not request.keep_bundles:
+    if not (request.keep_bundles or failed):  # the next run times them all again
         request.bundles.delete(request.cells)
     return Comparison(
         _setup(request, answered, times),
