@@ -37,6 +37,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
+from benchmarks.qwen_shapes import SHAPES, QwenShape
 from benchmarks.shapes import write_sparse
 from edgeprune.demo import MODEL_DIR
 from edgeprune.tiling import Size
@@ -159,7 +160,7 @@ def _internvl_processor() -> Any:
     return GotOcr2ImageProcessorPil(size=_square(448), crop_to_patches=True)
 
 
-PUBLISHED = {
+PUBLISHED: dict[str, Published | QwenShape] = {
     "llava-1.5-7b": Published(lambda: _llava(_vicuna(32, 4096, 11008, 32)), _clip_processor),
     "llava-1.5-13b": Published(lambda: _llava(_vicuna(40, 5120, 13824, 40)), _clip_processor),
     "llava-next-7b": Published(_llava_next, _next_processor, Size(672, 672)),
@@ -170,6 +171,7 @@ PUBLISHED = {
         lambda: _onevision(28, 3584, 18944, (28, 4), False), LlavaOnevisionImageProcessorPil
     ),
     "internvl3-8b": Published(_internvl3_8b, _internvl_processor),
+    **SHAPES,
 }
 
 

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from benchmarks.shapes import SHARD, write_random, write_sparse
+from edgeprune.tiling import Size
 
 Sizes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -69,6 +70,11 @@ class QwenShape:
     vision_mlp: int = 5120
     vision_heads: int = 16
     full: tuple[int, ...] = (7, 15, 23, 31)  # Qwen2.5-VL: blocks with full attention
+    size: Size | None = None  # of pictures; None: the family's default
+
+    def write(self, folder: Path) -> Path:
+        """A checkpoint in the published layout, its weights a hole in a file."""
+        return write(self, folder, sparse=True)
 
 
 SHAPES = {

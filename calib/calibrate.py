@@ -126,8 +126,9 @@ def _samples(
 
 
 def _key(request: CalibrationRequest, adapter: Adapter, policy: Policy) -> str:
-    """Names evidence by all that it depends on: weights, method with options, samples."""
+    """Names evidence by all that it depends on: weights, picture, method with options, samples."""
     parts = [adapter.checkpoint.fingerprint(), f"{type(policy).__module__}:{policy}"]
+    parts.append(f"{adapter.pixels} {adapter.tiling}")
     parts.append(f"{request.samples} of {_samples_fingerprint(request)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 

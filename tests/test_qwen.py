@@ -21,7 +21,6 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from benchmarks.qwen_shapes import QwenShape, write
 from edgeprune.commands._common import image_size
 from edgeprune.errors import InputError, ModelError
 from edgeprune.export.exporter import ExportRequest, export
@@ -30,56 +29,23 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._mrope import MRope
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
-from edgeprune.policies import make
+from edgeprune.policies import make, names
 from edgeprune.policies._signals import Segments
 from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.images import remarks, to_pixels
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size, rounds_to
-
-TINY = QwenShape(
-    layers=2,
-    width=64,
-    mlp=96,
-    heads=4,
-    kv_heads=2,
-    vocabulary=270,
-    positions=512,
-    blocks=2,
-    vision_width=32,
-    vision_mlp=64,
-    vision_heads=2,
-    full=(1,),
-)
-# pictures (width, height) that the processor makes these sizes of; windows are 112 pixels a side
-PICTURES = {"224x112": (220, 118), "84x168": (90, 160), "196x140": (190, 150)}
-QUESTION = "what is it ?"
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+from tests.qwen import PICTURES, QUESTION, picture, plain_checkpoint, windowed_checkpoint
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2-VL in shards, fp16, tied embeddings."""
-    folder = tmp_path_factory.mktemp("qwen2_vl")
-    return write(replace(TINY, tied=True), folder, dtype=torch.float16, shard_bytes=200_000)
+    return plain_checkpoint(tmp_path_factory.mktemp("qwen2_vl"))
 
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2.5-VL in one shard, bf16, an output head of its own."""
-    folder = tmp_path_factory.mktemp("qwen2_5_vl")
-    return write(replace(TINY, windowed=True), folder, dtype=torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with as many layers as methods need that enter the first with every token."""
-    folder = tmp_path_factory.mktemp("deeper")
-    return write(replace(TINY, windowed=True, layers=5), folder, dtype=torch.bfloat16)
+    return windowed_checkpoint(tmp_path_factory.mktemp("qwen2_5_vl"))
 
 
 @pytest.fixture(scope="module", params=["plain", "windowed"])
@@ -227,25 +193,14 @@ def test_positions_are_those_of_transformers(
     assert later[:, :2].tolist() == [[40, 41]] * 3
 
 
-METHODS = {
-    "none": PruneSpec("none"),
-    "utp": PruneSpec("utp", 4),
-    "utp, fewer enter": PruneSpec("utp", 8),
-    "fastv": PruneSpec("fastv", 4, options={"K": "1"}),
-    "divprune": PruneSpec("divprune", 4),
-    "trimtokenator": PruneSpec("trimtokenator", 4),
-}
-SCHEDULES = {"utp": (35, 4, 2, 2, 1), "utp, fewer enter": (17, 2, 1, 1, 1)}  # made up
-
-
-def exported(checkpoint: Path, method: str, folder: Path) -> tuple[Path, Reference, Adapter]:
-    """A bundle for pictures of 196 x 140, and its eager reference."""
-    adapter, spec = open_model(str(checkpoint), size=Size(140, 196)), METHODS[method]
-    policy = make(spec)
-    schedule = SCHEDULES.get(method)
-    plan = plan_from_counts(35, schedule) if schedule else policy.plan(adapter.shape, spec.cr)
+def exported(
+    checkpoint: Path, spec: PruneSpec, folder: Path, counts: tuple[int, ...] | None = None
+) -> tuple[Path, Reference, Adapter]:
+    """A bundle for pictures of 196 x 140, by a made-up schedule if any, and its reference."""
+    adapter, policy = open_model(str(checkpoint), size=Size(140, 196)), make(spec)
+    plan = plan_from_counts(35, counts) if counts else policy.plan(adapter.shape, spec.cr)
     prompts = [random_prompt(adapter.pixels, 256, seed) for seed in range(2)]
-    request = ExportRequest(checkpoint.name, spec, plan, folder / method)
+    request = ExportRequest(checkpoint.name, spec, plan, folder / spec.method)
     made = export(request, adapter, policy, Processor(adapter), prompts)
     assert made.parity is not None and (made.parity.samples, made.parity.ties) == (2, 0)
     return made.path, Reference.build(adapter, policy, plan), adapter
@@ -266,7 +221,7 @@ def agree(bundle: Path, reference: Reference, adapter: Adapter) -> Session:
 
 def test_a_bundle_answers_as_transformers(checkpoint: Path, theirs: Any, tmp_path: Path) -> None:
     """From a picture to 32 tokens: pixels, prompt, positions, graphs."""
-    bundle, reference, adapter = exported(checkpoint, "none", tmp_path)
+    bundle, reference, adapter = exported(checkpoint, PruneSpec("none"), tmp_path)
     session, image = agree(bundle, reference, adapter), picture(*PICTURES["196x140"])
     prompt = Processor(adapter)(image, QUESTION)
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
@@ -275,13 +230,27 @@ def test_a_bundle_answers_as_transformers(checkpoint: Path, theirs: Any, tmp_pat
     assert list(answer.ids) == wanted
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
-def test_a_method_agrees_with_its_reference(
-    method: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    name = "deeper" if METHODS[method].method in ("utp", "fastv") else "windowed"
-    bundle, reference, adapter = exported(request.getfixturevalue(name), method, tmp_path)
-    manifest = agree(bundle, reference, adapter).manifest
-    assert manifest.prune.grid == (5, 7)
-    assert manifest.span == 7
-    assert manifest.prune.cr_reached == pytest.approx(METHODS[method].cr, rel=0.1)
+def test_pruning_in_both_graphs_agrees_with_the_reference(tmp_path: Path) -> None:
+    """UTP drops tokens before the decoder by received attention, and between its layers."""
+    checkpoint, counts = windowed_checkpoint(tmp_path / "deeper", layers=4), (17, 5, 2, 1)
+    session = agree(*exported(checkpoint, PruneSpec("utp", 5.6), tmp_path, counts))
+    answer, manifest = session.answer, session.manifest
+    assert answer is not None and manifest.prune.counts == counts
+    assert (len(answer.vision_kept), *map(len, answer.layer_kept)) == counts
+    assert (manifest.prune.grid, manifest.span) == ((5, 7), 7)
+
+
+def test_pruning_by_the_text_agrees_with_the_reference(windowed: Path, tmp_path: Path) -> None:
+    """TrimTokenator drops tokens in the decoder's graph, before its first layer."""
+    agree(*exported(windowed, PruneSpec("trimtokenator", 4), tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in names() if name not in ("none", "vtw")])
+@pytest.mark.parametrize("family", [plain_checkpoint, windowed_checkpoint])
+def test_every_method_agrees_with_its_reference(family: Any, method: str, tmp_path: Path) -> None:
+    checkpoint = family(tmp_path / "checkpoint", layers=8)
+    counts = {"utp": (35, 15, 8, 5, 3, 2, 1, 1)}.get(method)
+    options = {"K": "1"} if method == "fastv" else {}
+    session = agree(*exported(checkpoint, PruneSpec(method, 4, 0, options), tmp_path, counts))
+    assert session.manifest.prune.cr_reached == pytest.approx(4, rel=0.1)
