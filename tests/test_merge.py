@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgeprune import policies
 from edgeprune.errors import SpecError
+from edgeprune.policies import _signals
 from edgeprune.policies._merge import join, others, weighted_neighbours
 from edgeprune.policies._signals import VisionSignals
 from edgeprune.spec import ModelShape, PruneSpec, Stage
@@ -208,7 +209,12 @@ def test_prumerge_does_not_care_for_the_order_of_patches(order: list[int], seed:
     torch.testing.assert_close(moved.of(one), plain.of(one), atol=1e-5, rtol=1e-5)
 
 
-def test_an_encoder_without_cls_judges_by_received_attention() -> None:
+@pytest.mark.parametrize("at_once", [_signals.WEIGHTS, 130])
+def test_an_encoder_without_cls_judges_by_received_attention(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all queries are looked at together, or a few after the other."""
+    monkeypatch.setattr(_signals, "WEIGHTS", at_once)
     encoder = Encoder(12, 0)
     signals = encoder.signals()
     bare = VisionSignals(signals.features, signals.query[:, :, 1:], signals.key[:, :, 1:], (3, 4))

@@ -17,6 +17,10 @@ from edgeprune.errors import SpecError
 LEAST = torch.finfo(torch.float32).min
 
 
+WEIGHTS = 1 << 24
+"""Attention weights of an encoder block that are held at once: 64 MB."""
+
+
 @dataclass(frozen=True)
 class Segments:
     """Lengths of the three runs of a sequence: text before the picture, the picture, text after."""
@@ -75,11 +79,17 @@ class VisionSignals:
 
         With `from_others` what a patch gives to itself is left out, and the mean is over the rest.
         """
-        attention = self._attention(self.query[:, :, self._first :])  # [tiles, patches, patches]
+        queries, given, own = self.query[:, :, self._first :], list[Tensor](), list[Tensor]()
+        tiles, heads, patches, _ = queries.shape
+        rows = max(1, WEIGHTS // (tiles * heads * patches))
+        for start in range(0, patches, rows):
+            part = self._attention(queries[:, :, start : start + rows])  # [tiles, rows, patches]
+            given.append(part.sum(1))
+            own.append(part.diagonal(start, 1, 2))
+        received = given[0] if len(given) == 1 else torch.stack(given).sum(0)
         if not from_others:
-            return self._per_token(attention.mean(1))
-        own = attention.diagonal(dim1=1, dim2=2)
-        return self._per_token((attention.sum(1) - own) / max(1, attention.shape[1] - 1))
+            return self._per_token(received / patches)
+        return self._per_token((received - torch.cat(own, 1)) / max(1, patches - 1))
 
     def salience(self) -> Tensor:
         """[CLS] attention, or received attention where the encoder has no [CLS]: [N]."""
