@@ -1,14 +1,16 @@
 """M-RoPE: every token has three positions, and each pair of a head turns by one of them.
 
 Time, row and column (Qwen2-VL, Sec. 2.1). A text token's three are equal. A visual token's are
-those of its place in the picture, added to the position where the picture starts. Text goes on
-where the picture's longer side ends, so a picture takes fewer positions than it has tokens. Pruned
-tokens leave gaps: nobody moves up.
+those of its place in the picture or video, added to the position where that starts. Text goes on
+after the largest of them, so a picture takes fewer positions than it has tokens. Pruned tokens
+leave gaps: nobody moves up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,41 +18,61 @@ from torch import Tensor
 from edgeprune.policies._signals import Segments
 
 
-@dataclass(frozen=True, slots=True)
-class MRope:
-    """How a head's pairs are shared out, and the grid of the picture that is frozen in."""
+class Grid(NamedTuple):
+    """The tokens of a picture, or of a video whose spans of frames stand at some times."""
 
-    sections: tuple[int, ...]  # pairs of a head that turn by time, by row, by column
     rows: int
     columns: int
+    times: tuple[int, ...] = (0,)
 
     @property
     def span(self) -> int:
-        """Positions that a picture takes."""
-        return max(self.rows, self.columns)
+        """Positions that it takes."""
+        return max(self.rows, self.columns, self.times[-1] + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class MRope:
+    """How a head's pairs are shared out, and where the V visual tokens of a prompt stand."""
+
+    sections: tuple[int, ...]  # pairs of a head that turn by time, by row, by column
+    places: tuple[tuple[int, int, int], ...]  # of each, from the position of the first picture
+    span: int  # positions that they take together
+
+    @classmethod
+    def of(cls, sections: tuple[int, ...], *parts: Grid | int) -> MRope:
+        """Pictures one after the other, with so many text tokens between them."""
+        places, start = list[tuple[int, int, int]](), 0
+        for part in parts:
+            if isinstance(part, int):
+                places += [(start + i,) * 3 for i in range(part)]
+                start += part
+            else:
+                axes = (part.times, range(part.rows), range(part.columns))
+                places += [(start + t, start + r, start + c) for t, r, c in product(*axes)]
+                start += part.span
+        return cls(sections, tuple(places), start)
 
     def positions(self, first: Tensor, segments: Segments, places: Tensor) -> Tensor:
-        """Time, row and column of each token of a call, then of the picture's three anchors.
+        """Time, row and column of each token of a call, then of the three anchors.
 
         `first` int64 [1] is the position of the call's first token; `places` int64 [visual] says
-        which of the picture's places, in reading order, the visual tokens have: int64 [3, S + 3].
+        which of the V tokens, in reading order, the visual ones are: int64 [3, S + 3].
         """
         start = first + segments.prefix
         before = first + torch.arange(segments.prefix, device=first.device)
         seen = torch.scalar_tensor(segments.visual, dtype=torch.int64).clamp(max=1)  # not in decode
         after = start + self.span * seen + torch.arange(segments.text, device=first.device)
-        visual = start + self._offsets().index_select(1, places)
-        rows, columns = self.rows, self.columns
-        anchors = [[0, 0, 0], [0, rows // 2, rows - 1], [0, columns // 2, columns - 1]]
-        parts = [before.expand(3, -1), visual, after.expand(3, -1), start + torch.tensor(anchors)]
-        return torch.cat(parts, dim=1)
+        visual = start + torch.tensor(self.places).T.index_select(1, places)
+        anchors = start + torch.tensor(self._anchors())
+        return torch.cat([before.expand(3, -1), visual, after.expand(3, -1), anchors], dim=1)
 
     def read(self, table: Tensor, positions: Tensor) -> Tensor:
         """A rotary table at three positions a token: [n, head / 2], [3, S] -> [S, head / 2]."""
         axes = [axis % 3 for axis, pairs in enumerate(self.sections) for _ in range(pairs)]
         return table.gather(0, positions.index_select(0, torch.tensor(axes)).T)
 
-    def _offsets(self) -> Tensor:
-        """The three positions of each place of a picture that starts at 0: int64 [3, V]."""
-        places = torch.arange(self.rows * self.columns)
-        return torch.stack([places * 0, places // self.columns, places % self.columns])
+    def _anchors(self) -> list[list[int]]:
+        """The first, the middle and the last position of each axis."""
+        axes = list(zip(*self.places, strict=True))
+        return [[min(axis), (min(axis) + max(axis) + 1) // 2, max(axis)] for axis in axes]

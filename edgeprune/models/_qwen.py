@@ -18,7 +18,7 @@ from edgeprune.models._adapter import on_canvas
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._layout import Layout
-from edgeprune.models._mrope import MRope
+from edgeprune.models._mrope import Grid, MRope
 from edgeprune.models._names import LLAMA, translate
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._text import decoder_config
@@ -66,7 +66,7 @@ class Adapter(_adapter.Adapter):
         sections = tuple(text.rope_parameters.get("mrope_section", (16, 24, 24)))
         self.decoder_config = replace(
             decoder_config(text, is_tied(checkpoint, config)),
-            mrope=MRope(sections, encoder.rows // merge, encoder.columns // merge),
+            mrope=MRope.of(sections, Grid(encoder.rows // merge, encoder.columns // merge)),
         )
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
