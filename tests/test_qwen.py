@@ -191,6 +191,7 @@ def test_positions_are_those_of_transformers(
     assert before + mrope.span + after == kinds.shape[1] + int(delta)
     later = mrope.positions(torch.tensor([40]), Segments(0, 0, 2), torch.tensor([], dtype=int))
     assert later[:, :2].tolist() == [[40, 41]] * 3
+    assert later.max() == 41, "a step at the last position reads no row beyond the tables"
 
 
 def exported(

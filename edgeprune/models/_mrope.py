@@ -64,7 +64,7 @@ class MRope:
         seen = torch.scalar_tensor(segments.visual, dtype=torch.int64).clamp(max=1)  # not in decode
         after = start + self.span * seen + torch.arange(segments.text, device=first.device)
         visual = start + torch.tensor(self.places).T.index_select(1, places)
-        anchors = start + torch.tensor(self._anchors())
+        anchors = start + seen * torch.tensor(self._anchors())  # never past the rotary tables
         return torch.cat([before.expand(3, -1), visual, after.expand(3, -1), anchors], dim=1)
 
     def read(self, table: Tensor, positions: Tensor) -> Tensor:
