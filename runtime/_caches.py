@@ -18,9 +18,9 @@ from edgeprune.bundle import DecoderRecord
 from edgeprune.runtime.backend import Ids
 
 SLACK = 16
-"""Capacities are rounded up to a multiple of so many tokens: binding anew takes time too."""
+"""Packed caches hold a multiple of so many tokens: binding anew takes time too."""
 SPARE = 64
-"""Tokens that a block of memory grows by at least."""
+"""Blocks of memory, and caches that are copied, grow by so many tokens at a time."""
 
 Array = NDArray[Any]
 
@@ -39,9 +39,9 @@ class Caches:
 
     def reserve(self, needed: Sequence[int]) -> bool:
         """Hold at least so many tokens in each layer; True where a value is another one now."""
-        changed = False
+        changed, step = False, SLACK if self.packed else SPARE
         for layer, tokens in enumerate(needed):
-            capacity = tokens + -tokens % SLACK
+            capacity = tokens + -tokens % step
             most = capacity + SPARE if self.packed else self.capacities[layer]
             if not capacity <= self.capacities[layer] <= most:
                 self._resize(layer, capacity)
