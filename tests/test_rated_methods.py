@@ -95,6 +95,15 @@ def test_polymorphic_merges_all_that_goes(seed: int, keep: int, text: int) -> No
     _check_recycled(found, tokens, _best(scores), stage, VISUAL)
 
 
+@pytest.mark.parametrize("keep", [0, VISUAL])
+@pytest.mark.parametrize("method", ["sparsevlm", "polymorphic", "dart"])
+def test_a_layer_may_keep_all_or_nothing(method: str, keep: int) -> None:
+    signals, *_ = _layer(2)
+    stage = Stage("layer", keep, layer=2)
+    found = _make(method).layer(signals, stage, stage)
+    assert found.at.tolist() == list(range(keep)) and found.tokens is None
+
+
 def test_polymorphic_can_score_by_attention() -> None:
     signals, hidden, *_ = _layer(1)
     shares = _likeness(hidden[3 : 3 + VISUAL], hidden[3 + VISUAL :], WIDTH**-0.5)

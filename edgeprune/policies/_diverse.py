@@ -27,25 +27,25 @@ def determinant(vectors: Tensor, steps: int, keep: int) -> Tensor:
     chosen ones span follow by L_ii. `steps` is fixed and keep = min(steps, n), as in `min_sum`.
     """
     wide = torch.cat([vectors.float(), vectors.new_zeros(1, vectors.shape[1]).float()])
-    kernel, left = wide @ wide.T, wide.pow(2).sum(1)
-    places = torch.arange(wide.shape[0], device=wide.device)
+    kernel, left = wide @ wide.T, wide.pow(2).sum(1)[None]
+    places = torch.arange(wide.shape[0], device=wide.device)[None]
     last = (places == vectors.shape[0]).float()  # the row of zeros: chosen where nothing is left
     least = NOISE * left + 1e-12 * (1 - last) + 1e-18
     rows: Tensor | None = None
     for _ in range(steps):
         gain = torch.maximum(left, least)
-        best = gain.argmax(0, keepdim=True)
+        best = gain.argmax(1)
         row = kernel.index_select(0, best)
         if rows is not None:
             row = row - rows.index_select(1, best).T @ rows
-        row = row / gain.index_select(0, best).sqrt()
+        row = row / gain.index_select(1, best).sqrt()
         chosen = places == best
-        left = torch.where(chosen, -1, left - row[0] * row[0])
+        left = torch.where(chosen, -1, left - row * row)
         least = torch.where(chosen, -1, least)
         rows = row if rows is None else torch.cat([rows, row])
         if rows.shape[0] == BLOCK:
             kernel, rows = kernel - rows.T @ rows, None
-    return top((least[:-1] < 0).float(), keep)
+    return top((least[0, :-1] < 0).float(), keep)
 
 
 def without_pairs(tokens: Tensor, order: Tensor, keep: int, batch: int = 8) -> Tensor:

@@ -39,11 +39,11 @@ def max_min(tokens: Tensor, keep: int) -> Tensor:
     distances = 1 - cosines(tokens)
     places = torch.arange(tokens.shape[0], device=tokens.device)
     itself = (places[:, None] == places[None, :]).float()
-    nearest, distances = (distances + TAKEN * itself).amin(1), distances - TAKEN * itself
+    nearest, distances = (distances + TAKEN * itself).amin(1)[None], distances - TAKEN * itself
     for step in range(keep):
-        row = distances.index_select(0, nearest.argmax(0, keepdim=True))[0]
+        row = distances.index_select(0, nearest.argmax(1))  # [1, n]: TensorRT wants two axes
         nearest = torch.minimum(nearest, row) if step else row
-    return top((nearest < -TAKEN / 2).float(), keep)
+    return top((nearest[0] < -TAKEN / 2).float(), keep)
 
 
 def min_sum(tokens: Tensor, steps: int, keep: int) -> Tensor:
@@ -57,11 +57,11 @@ def min_sum(tokens: Tensor, steps: int, keep: int) -> Tensor:
     places = torch.arange(similar.shape[0], device=tokens.device)
     last = (places == tokens.shape[0] - 1).float()
     itself = (places[:, None] == places[None, :]).float()
-    total, similar = similar.sum(1) + TAKEN * last, similar + TAKEN * itself
+    total, similar = (similar.sum(1) + TAKEN * last)[None], similar + TAKEN * itself
     for step in range(steps):
-        row = similar.index_select(0, total.argmin(0, keepdim=True))[0]
+        row = similar.index_select(0, total.argmin(1))  # [1, n + 1]: TensorRT wants two axes
         total = total + row if step else row + TAKEN * last
-    return top((total[:-1] > TAKEN / 2).float(), keep)
+    return top((total[0, :-1] > TAKEN / 2).float(), keep)
 
 
 def cosines(tokens: Tensor) -> Tensor:

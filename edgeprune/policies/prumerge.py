@@ -59,7 +59,7 @@ class Policy(_policy.Policy):
         if extra:
             places = torch.arange(tokens.shape[0], device=tokens.device)
             taken = (chosen[:, None] == places[None, :]).float().sum(0)
-            at.append((attention - TAKEN * taken).argmax(0, keepdim=True))
+            at.append((attention - TAKEN * taken)[None].argmax(1))
             merged.append((attention * (1 - taken))[None] @ tokens)
         return Selection(torch.cat(at), torch.cat(merged)[None])
 
