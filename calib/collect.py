@@ -83,7 +83,7 @@ def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, 
     cosine = torch.cosine_similarity(decoder.without_vision(text, positions), full)
     loss = torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()])  # ell_1 is not used
     # its salience decides the tokens that enter layer 1 above CR 4
-    entry = reference.vision.encode(prompt.pixels).salience()  # type: ignore[operator]
+    entry = reference.vision.entry_scores(prompt.pixels)  # type: ignore[operator]
     return torch.stack(decoder.attention).numpy(), loss.numpy(), entry.numpy()
 
 

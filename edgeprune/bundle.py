@@ -110,11 +110,14 @@ class ImageRecord:
     pad_to_square: tuple[int, int, int] | None = None  # colour of the padding, before resizing
     tiling: Tiling | None = None  # cut into tiles of height x width, which are pixels [tiles, ...]
     step: int | None = None  # the model takes any multiple of so many pixels, the bundle one size
+    pictures: int = 1  # in a prompt
+    frames: int | None = None  # of a video, in place of pictures
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the pixels."""
-        return self.tiling.tiles if self.tiling else 1, 3, self.height, self.width
+        tiles = self.tiling.tiles if self.tiling else 1
+        return tiles * (self.frames or self.pictures), 3, self.height, self.width
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ class Recipe:
     model: str = "demo"
     revision: str | None = None
     image_size: Size | None = None  # of the pictures to freeze for; None: the family's default
+    shown: int = 1  # pictures in a prompt
+    frames: int | None = None  # of a video, in place of pictures
     target: str = "cpu"
     dtype: str | None = None  # None: the target's own
     parity: int | None = None  # samples of the check; None: 8, where there is memory for it
@@ -65,7 +67,13 @@ class Recipe:
 def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exported:
     """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be."""
     spec, policy = recipe.spec, policies.make(recipe.spec)
-    adapter = open_model(recipe.model, recipe.revision, recipe.image_size)
+    adapter = open_model(
+        recipe.model,
+        recipe.revision,
+        size=recipe.image_size,
+        pictures=recipe.shown,
+        frames=recipe.frames,
+    )
     check_reach(spec, adapter.shape)
     preflight(recipe.folder, recipe.target, recipe.dtype, adapter)
     samples, why = _parity(recipe, adapter)

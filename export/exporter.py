@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -109,8 +109,12 @@ def export(
     preflight(request.output, request.target, request.dtype, adapter)
     dialect, dtype = request.lowering
     generation = _generation(adapter)
-    image = image_record(processor, adapter.tiling, adapter.frozen)
-    text = text_record(processor, adapter.config, generation, adapter.around_picture)
+    image = replace(
+        image_record(processor, adapter.tiling, adapter.frozen),
+        pictures=adapter.asked.pictures,
+        frames=adapter.asked.frames,
+    )
+    text = text_record(processor, adapter.config, generation, adapter.media)
     try:
         with atomic_folder(request.output) as draft:
             _write_graphs(draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report)
@@ -124,7 +128,7 @@ def export(
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    remarks = notes(processor, adapter.config, generation)
+    remarks = notes(processor, adapter.config, generation, adapter.media)
     return Exported(request.output, manifest, checked, remarks)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import TextRecord
 from edgeprune.errors import ModelError
+from edgeprune.models._media import Media
 
 Turn = tuple[str, list[str]]  # role, and texts of which one may be the image token
 
@@ -30,16 +32,17 @@ UNUSED = {  # generation settings that the runtime does not follow, and their ne
 
 
 def text_record(
-    source: Any, config: Any, generation_config: Any = None, around: tuple[str, str] = ("", "")
+    source: Any, config: Any, generation_config: Any = None, media: Media | None = None
 ) -> TextRecord:
     """Freeze the prompt format of a processor (or a tokenizer) and the defaults of generation.
 
-    `around` is text that the family's processor puts around a picture's tokens.
-
-    A LLaVA checkpoint without a chat template gets that of LLaVA-1.5; `notes` says so.
+    `media` says what prompts show, None for one picture. A LLaVA checkpoint without a chat template
+    gets that of LLaVA-1.5; `notes` says so.
     """
     tokenizer = _tokenizer(source)
-    image = _image_token(tokenizer, config)
+    image = _Image.of(tokenizer, config, media)
+    if media is not None:
+        _token(tokenizer, media.token)
     first, following = _templates(source, config, image)
     bos = tokenizer.bos_token
     return TextRecord(
@@ -47,10 +50,10 @@ def text_record(
         next=following,
         system="",  # a template's own system text is part of `first`
         add_special_tokens=not (bos and first.startswith(bos)),
-        image_token_id=config.image_token_id,
+        image_token_id=config.image_token_id if media is None else media.token,
         eos_token_ids=_eos(tokenizer, config, generation_config),
         generation=_generation(generation_config),
-        around_image=around,
+        around_image=media.around if media else ("", ""),
     )
 
 
@@ -60,14 +63,16 @@ def save_tokenizer(source: Any, path: Path) -> None:
     path.write_text(text, encoding="utf-8")  # an OSError names a full disk, `save` would not
 
 
-def notes(source: Any, config: Any, generation_config: Any = None) -> tuple[str, ...]:
+def notes(
+    source: Any, config: Any, generation_config: Any = None, media: Media | None = None
+) -> tuple[str, ...]:
     """What `text_record` had to assume or leave out, one sentence each; often nothing."""
     tokenizer = _tokenizer(source)
     found = []
     if _owner(source) is None:
         found.append("the checkpoint has no chat template; LLaVA-1.5's is used")
     else:
-        found += _template_notes(source, _image_token(tokenizer, config))
+        found += _template_notes(source, _Image.of(tokenizer, config, media))
     if tokenizer.clean_up_tokenization_spaces and not _is_bpe(tokenizer):
         found.append(
             "transformers tidies spaces before punctuation in answers, the runtime does not"
@@ -79,7 +84,7 @@ def notes(source: Any, config: Any, generation_config: Any = None) -> tuple[str,
     return tuple(found)
 
 
-def _template_notes(source: Any, image: str) -> list[str]:
+def _template_notes(source: Any, image: _Image) -> list[str]:
     found = []
     if " {prompt} " not in _render_first(source, image, " {prompt} "):
         found.append("the chat template trims prompts, the runtime takes them as they are")
@@ -103,8 +108,22 @@ def _is_bpe(tokenizer: Any) -> bool:
     return type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
 
 
-def _image_token(tokenizer: Any, config: Any) -> str:
-    wanted = getattr(config, "image_token_id", None)
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """What a template writes for a picture or a video, and how many stand in a prompt."""
+
+    token: str
+    part: str = "image"
+    count: int = 1
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: Any, media: Media | None) -> _Image:
+        if media is None:
+            return cls(_token(tokenizer, getattr(config, "image_token_id", None)))
+        return cls(_token(tokenizer, media.placeholder), media.part, media.count)
+
+
+def _token(tokenizer: Any, wanted: int | None) -> str:
     token = None if wanted is None else tokenizer.convert_ids_to_tokens(wanted)
     if token is None or tokenizer.encode(token, add_special_tokens=False) != [wanted]:
         raise ModelError(
@@ -120,10 +139,10 @@ def _owner(source: Any) -> Any:
     return next((o for o in owners if getattr(o, "chat_template", None)), None)
 
 
-def _templates(source: Any, config: Any, image: str) -> tuple[str, str]:
+def _templates(source: Any, config: Any, image: _Image) -> tuple[str, str]:
     """`first` with {image} and {prompt}, `next` with {prompt}."""
     if _owner(source) is None:
-        if config.model_type != "llava":
+        if config.model_type != "llava" or image.count > 1:
             raise ModelError("the checkpoint has no chat template; add chat_template.jinja to it")
         eos = _tokenizer(source).eos_token or ""
         return "USER: {image}\n{prompt} ASSISTANT:", eos + "USER: {prompt} ASSISTANT:"
@@ -131,26 +150,31 @@ def _templates(source: Any, config: Any, image: str) -> tuple[str, str]:
     return first, _render_next(source, image, first)
 
 
-def _render_first(source: Any, image: str, prompt: str) -> str:
-    for text in _renderings(source, [("user", [image, prompt])], image):
-        if text.count(image) == text.count(prompt.strip()) == 1:
-            return text.replace(image, "{image}")
+def _render_first(source: Any, image: _Image, prompt: str) -> str:
+    """A first turn, with {image} for all that stands from the first picture to the last."""
+    token, count = image.token, image.count
+    for text in _renderings(source, [("user", [token] * count + [prompt])], image):
+        if text.count(token) == count and text.count(prompt.strip()) == 1:
+            end = text.rindex(token) + len(token)
+            return text[: text.index(token)] + "{image}" + text[end:]
+    many = "one" if count == 1 else count
     raise ModelError(
-        f"the chat template does not show one {image} and the prompt, be the content a list of"
+        f"the chat template does not show {many} {token} and the prompt, be the content a list of"
         " parts or a string; repair chat_template.jinja"
     )
 
 
-def _render_next(source: Any, image: str, first: str) -> str:
+def _render_next(source: Any, image: _Image, first: str) -> str:
     turns: list[Turn] = [
-        ("user", [image, "{first}"]),
+        ("user", [image.token] * image.count + ["{first}"]),
         ("assistant", ["{answer}"]),
         ("user", ["{prompt}"]),
     ]
-    begun = first.replace("{image}", image).replace("{prompt}", "{first}").rstrip()
+    head, tail = first.replace("{prompt}", "{first}").rstrip().split("{image}")
     for text in _renderings(source, turns, image):
         before, _, after = text.partition("{answer}")
-        if before.rstrip() == begun and after.count("{prompt}") == 1:
+        begun = before.startswith(head) and before.rstrip().endswith(tail)
+        if begun and after.count("{prompt}") == 1:
             return after
     raise ModelError(
         "the chat template rewrites earlier turns as a conversation goes on, so their cache cannot"
@@ -158,7 +182,7 @@ def _render_next(source: Any, image: str, first: str) -> str:
     )
 
 
-def _renderings(source: Any, turns: list[Turn], image: str = "") -> Iterator[str]:
+def _renderings(source: Any, turns: list[Turn], image: _Image | None = None) -> Iterator[str]:
     """The turns as the template shows them, with contents as lists of parts, then as strings."""
     for content in (_parts, _string):
         messages = [{"role": role, "content": content(texts, image)} for role, texts in turns]
@@ -171,11 +195,13 @@ def _renderings(source: Any, turns: list[Turn], image: str = "") -> Iterator[str
         yield str(text)
 
 
-def _parts(texts: list[str], image: str) -> list[dict[str, str]]:
-    return [{"type": "image"} if t == image else {"type": "text", "text": t} for t in texts]
+def _parts(texts: list[str], image: _Image | None) -> list[dict[str, str]]:
+    shown = image and image.token
+    part = {"type": image.part} if image else {}
+    return [part if t == shown else {"type": "text", "text": t} for t in texts]
 
 
-def _string(texts: list[str], image: str) -> str:
+def _string(texts: list[str], image: _Image | None) -> str:
     return "\n".join(texts)
 
 

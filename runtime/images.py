@@ -30,7 +30,7 @@ def load_image(path: Path | str) -> Image.Image:
     """Read a picture file as RGB, upright; an InputError says what is wrong with any other file."""
     path = Path(path)
     try:
-        _check_file(path)
+        check_file(path, "picture")
         # Pillow warns of large and of slightly damaged files: we refuse the ones, read the others
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -52,15 +52,16 @@ def load_image(path: Path | str) -> Image.Image:
         ) from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path, kind: str) -> None:
+    """InputError unless there is a file with something in it; `kind` is picture or video."""
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name one picture file in it")
+        raise InputError(f"{path} is a folder; name one {kind} file in it")
     if not path.exists():
-        raise InputError(f"there is no picture at {path}; check the path")
+        raise InputError(f"there is no {kind} at {path}; check the path")
     if not path.is_file():
-        raise InputError(f"{path} is a device or a pipe; give a picture file")
+        raise InputError(f"{path} is a device or a pipe; give a {kind} file")
     if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); give a picture file")
+        raise InputError(f"{path} is empty (0 bytes); give a {kind} file")
 
 
 def _decode(path: Path) -> Image.Image:

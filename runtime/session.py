@@ -6,20 +6,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, BundleError, CapacityError, InputError, SpecError
 from edgeprune.runtime.backend import Backend, Chunk, Ids, Output
-from edgeprune.runtime.images import load_image, remarks, to_pixels
+from edgeprune.runtime.media import Shown, all_remarks, load, pixels
 from edgeprune.runtime.ort import OrtBackend
 from edgeprune.runtime.sampling import Sampling, StopWatcher
 from edgeprune.runtime.text import Prompter
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 WARM_UP = 128
 """Text tokens of a prefill on nothing."""
@@ -100,31 +96,27 @@ class Session:
         self._run(empty, np.zeros((1, 1), np.int64), False)
         self.reset()
 
-    def ask(
-        self, image: Path | str | Image, prompt: str, sampling: Sampling | None = None
-    ) -> Answer:
-        """Answer a question about a picture; a new dialogue begins."""
-        return self._last(self.stream(image, prompt, sampling))
+    def ask(self, shown: Shown, prompt: str, sampling: Sampling | None = None) -> Answer:
+        """Answer a question about a picture, or what else the bundle takes; a new dialogue."""
+        return self._last(self.stream(shown, prompt, sampling))
 
     def follow_up(self, prompt: str, sampling: Sampling | None = None) -> Answer:
         """Answer a further question about the same picture, on the same caches."""
         return self._last(self.stream_follow_up(prompt, sampling))
 
-    def stream(
-        self, image: Path | str | Image, prompt: str, sampling: Sampling | None = None
-    ) -> Iterator[str]:
+    def stream(self, shown: Shown, prompt: str, sampling: Sampling | None = None) -> Iterator[str]:
         """As `ask`, piece by piece; `answer` holds the whole once the last piece is out."""
         started = time.perf_counter()
         prefix_ids, text_ids = self._prompter.first_turn(prompt)  # refuse before any work
-        loaded = load_image(image) if isinstance(image, (str, Path)) else image
-        remarked = remarks(loaded, self.manifest.image)
-        pixels = to_pixels(loaded, self.manifest.image)
+        record = self.manifest.image
+        images = load(shown, record)
+        remarked, levels = all_remarks(images, record), pixels(images, record)
         self.reset()
         self._remarks = remarked
         seen = time.perf_counter()
         timings = Timings(preprocess=1e3 * (seen - started))
         room = self._room(prefix_ids.shape[1] + text_ids.shape[1] + self.manifest.span, sampling)
-        self._vision_kept = self.backend.see(pixels)
+        self._vision_kept = self.backend.see(levels)
         timings.vision = 1e3 * (time.perf_counter() - seen)
         return self._answer(prefix_ids, text_ids, True, sampling, room, timings)
 

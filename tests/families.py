@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,20 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Qwen2Config,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -44,6 +51,11 @@ TEXT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+IMAGES = (
+    "{%- for item in message['content'] if item['type'] == 'image' %}"
+    "<image>{{ '\\n' }}{% endfor -%}"
+)
+VIDEOS = IMAGES.replace("image", "video")
 QUESTION = "what color is the star ?"
 
 
@@ -55,8 +67,8 @@ class Family:
     model: Any
     image_processor: Any
     image_token: str
-    tokens: dict[str, str]  # special tokens that its tokenizer knows by name
-    sizes: tuple[Size, ...]
+    tokens: dict[str, str] = field(default_factory=dict)  # special ones known by name
+    sizes: tuple[Size, ...] = (Size(84, 84),)
 
     def save(self, folder: Path) -> Path:
         """The checkpoint, with the demo's tokenizer and template."""
@@ -64,7 +76,9 @@ class Family:
         self.image_processor.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, extra_special_tokens=self.tokens)
         template = (MODEL_DIR / "chat_template.jinja").read_text()
-        tokenizer.chat_template = template.replace("<image>", self.image_token)
+        tokenizer.chat_template = template.replace(IMAGES, IMAGES + VIDEOS).replace(
+            "<image>", self.image_token
+        )
         tokenizer.save_pretrained(folder)
         assert tokenizer.convert_tokens_to_ids(self.image_token) == self.model.config.image_token_id
         return folder
@@ -122,6 +136,19 @@ GRIDS = [[42, 42], [42, 84], [84, 42], [84, 84], [126, 42], [42, 126]]
 SHAPES = Size(84, 84), Size(60, 100), Size(110, 41)
 
 
+def llava(**text: Any) -> Family:
+    """Pictures of 42 pixels, 9 tokens each."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
+        text_config=LlamaConfig(**{**TEXT, **text}),
+        image_token_id=4,
+    )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
+    )
+    return Family("llava", _settled(LlavaForConditionalGeneration(config)), processor, "<image>")
+
+
 def llava_next(**text: Any) -> Family:
     """Tiles of 42 pixels, 9 tokens each; the decoder is LLaMA."""
     config = LlavaNextConfig(
@@ -145,11 +172,49 @@ def llava_onevision(**text: Any) -> Family:
         vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
         text_config=Qwen2Config(**{**TEXT, "tie_word_embeddings": True, **text}),
         image_token_index=4,
-        video_token_index=69,
+        video_token_index=66,
         image_grid_pinpoints=GRIDS,
     )
     processor = LlavaOnevisionImageProcessorPil(
         size={"height": 42, "width": 42}, image_grid_pinpoints=GRIDS
     )
     model = _settled(LlavaOnevisionForConditionalGeneration(config))
-    return Family("llava_onevision", model, processor, "<image>", {}, SHAPES)
+    tokens = {"video_token": "<video>"}
+    return Family("llava_onevision", model, processor, "<image>", tokens, SHAPES)
+
+
+def llava_next_video(**text: Any) -> Family:
+    """Videos of 56-pixel frames, 4 tokens each; pictures as llava_next."""
+    tower = {**TOWER, "image_size": 56}
+    grids = [[h * 56 // 42, w * 56 // 42] for h, w in GRIDS]
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**tower, projection_dim=32),
+        text_config=LlamaConfig(**{**TEXT, **text}),
+        image_token_index=4,
+        video_token_index=66,
+        image_grid_pinpoints=grids,
+    )
+    processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=grids,
+    )
+    model = _settled(LlavaNextVideoForConditionalGeneration(config))
+    tokens = {"video_token": "<video>"}
+    return Family("llava_next_video", model, processor, "<image>", tokens, SHAPES)
+
+
+def video_llava(**text: Any) -> Family:
+    """Videos of 42-pixel frames, 9 patches and [CLS] each."""
+    config = VideoLlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
+        text_config=LlamaConfig(**{**TEXT, **text}),
+        image_token_index=4,
+        video_token_index=66,
+    )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
+    )
+    model = _settled(VideoLlavaForConditionalGeneration(config))
+    tokens = {"video_token": "<video>"}
+    return Family("video_llava", model, processor, "<image>", tokens, SHAPES)

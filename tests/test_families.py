@@ -71,15 +71,31 @@ def ours(family: Family, checkpoint: Path, image: Image.Image) -> tuple[Adapter,
     return adapter, to_pixels(image, record)
 
 
-def generated(family: Family, image: Image.Image, prompt: Prompt, visual: int) -> list[int]:
+def prompted(adapter: Adapter, pixels: np.ndarray) -> Prompt:
+    prefix_ids, _, text_ids = Processor(adapter).chat.split(adapter.media, QUESTION)
+    return Prompt(torch.from_numpy(pixels), prefix_ids, text_ids)
+
+
+def block(adapter: Adapter) -> list[int]:
+    """Ids of all that stands between the text before and the text after, as transformers sees it:
+    visual tokens, and text between pictures."""
+    layout = adapter.vision_config.layout
+    first = int(layout.newline) + layout.tiles * layout.cls
+    numbers = [-1 - source - first for source in layout.order]
+    return [
+        adapter.media.token if n < 0 or s >= 0 else layout.text[n]
+        for n, s in zip(numbers, layout.order, strict=True)
+    ]
+
+
+def generated(family: Family, adapter: Adapter, prompt: Prompt, **seen: Any) -> list[int]:
     """32 greedy tokens of transformers' model."""
-    token = torch.full((1, visual), family.model.config.image_token_id)
-    ids = torch.cat([prompt.prefix_ids, token, prompt.text_ids], dim=1)
-    seen = {k: v for k, v in theirs(family, image).items() if k in ("pixel_values", "image_sizes")}
+    ids = torch.cat([prompt.prefix_ids, torch.tensor([block(adapter)]), prompt.text_ids], dim=1)
+    known = ("pixel_values", "pixel_values_videos", "image_sizes", "batch_num_images")
     found = family.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        **seen,
+        **{name: value for name, value in seen.items() if name in known},
         max_new_tokens=32,
         do_sample=False,
         pad_token_id=0,
@@ -87,6 +103,13 @@ def generated(family: Family, image: Image.Image, prompt: Prompt, visual: int) -
     said: list[int] = found[0, ids.shape[1] :].tolist()
     assert len(said) == 32
     return said
+
+
+def answered(adapter: Adapter, prompt: Prompt) -> list[int]:
+    """32 greedy tokens of the eager reference without pruning."""
+    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+    reference = Reference.build(adapter, make(PruneSpec("none")), plan)
+    return reference.generate(prompt, 32, stop=lambda token: False)
 
 
 def test_pixels_are_those_of_the_checkpoints_processor(family: Family, checkpoint: Path) -> None:
@@ -100,13 +123,9 @@ def test_dense_answers_are_those_of_transformers(family: Family, checkpoint: Pat
     for size in family.sizes:
         image = picture(size)
         adapter, pixels = ours(family, checkpoint, image)
-        shape = adapter.shape
-        plan = Plan(shape.visual_tokens, shape.layers)
-        reference = Reference.build(adapter, make(PruneSpec("none")), plan)
-        prefix_ids, text_ids = (p := Processor(adapter)).split(p.ids(QUESTION))
-        prompt = Prompt(torch.from_numpy(pixels), prefix_ids, text_ids)
-        wanted = generated(family, image, prompt, shape.visual_tokens)
-        assert reference.generate(prompt, 32, stop=lambda token: False) == wanted
+        prompt = prompted(adapter, pixels)
+        wanted = generated(family, adapter, prompt, **theirs(family, image))
+        assert answered(adapter, prompt) == wanted
 
 
 def test_a_dense_bundle_answers_as_transformers_does(
@@ -117,10 +136,8 @@ def test_a_dense_bundle_answers_as_transformers_does(
     recipe = Recipe(spec, tmp_path / "dense", str(checkpoint), image_size=size, parity=1)
     exported = make_bundle(recipe)
     image, session = picture(size), Session.open(exported.path)
-    adapter = open_model(str(checkpoint), size=size)
-    prefix_ids, text_ids = (p := Processor(adapter)).split(p.ids(QUESTION))
-    prompt = Prompt(torch.empty(0), prefix_ids, text_ids)
-    wanted = generated(family, image, prompt, adapter.shape.visual_tokens)
+    adapter, pixels = ours(family, checkpoint, image)
+    wanted = generated(family, adapter, prompted(adapter, pixels), **theirs(family, image))
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
     assert list(answer.ids) == wanted
     assert answer.remarks == ()

@@ -31,6 +31,15 @@ def add_model(command: argparse.ArgumentParser, default: str | None = "demo") ->
     )
 
 
+def add_media(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--pictures", type=int, default=1, metavar="N", help="pictures in a prompt (default 1)"
+    )
+    command.add_argument(
+        "--frames", type=int, metavar="N", help="freeze for a video of N frames, not for pictures"
+    )
+
+
 def image_size(text: str) -> Size:
     """`1344x672`, width before height."""
     width, _, height = text.lower().partition("x")
@@ -114,4 +123,10 @@ def calibration(args: argparse.Namespace, cr: float) -> CalibrationRequest:
 def model(args: argparse.Namespace) -> Adapter:
     from edgeprune.models import open_model
 
-    return open_model(args.model, args.revision, args.image_size)
+    return open_model(
+        args.model,
+        args.revision,
+        size=args.image_size,
+        pictures=args.pictures,
+        frames=args.frames,
+    )

@@ -16,6 +16,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Measure a model on samples and solve for the visual tokens of each layer.",
     )
     _common.add_model(command)
+    _common.add_media(command)
     _common.add_method(command)
     _common.add_calibration(command)
     command.add_argument("-o", "--output", type=Path, required=True, help="schedule file (JSON)")

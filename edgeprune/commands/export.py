@@ -22,6 +22,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Freeze a vision-language model and a pruning method into static ONNX graphs.",
     )
     _common.add_model(command)
+    _common.add_media(command)
     _common.add_method(command)
     _common.add_calibration(command)
     command.add_argument("--schedule", type=Path, metavar="FILE", help="solved before: calibrate")
@@ -58,6 +59,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         model=args.model,
         revision=args.revision,
         image_size=args.image_size,
+        shown=args.pictures,
+        frames=args.frames,
         target=args.target,
         dtype=args.dtype,
         parity=args.parity,

@@ -26,6 +26,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
     _common.add_model(methods, default=None)
+    _common.add_media(methods)
     methods.add_argument("--cr", type=float, default=4.0, help="compression ratio (default 4)")
     methods.set_defaults(run=run_methods)
     models = commands.add_parser(
@@ -35,6 +36,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " a picture of the size that a bundle would be frozen for.",
     )
     _common.add_model(models, default=None)
+    _common.add_media(models)
     models.set_defaults(run=run_models)
 
 
@@ -153,10 +155,14 @@ def _sizes(adapter: Adapter) -> list[tuple[str, str]]:
     shape, text = adapter.shape, adapter.config.text_config
     tiles, _, height, width = adapter.pixels
     picture = f"{width} x {height} pixels" + (f", {tiles} times" if tiles > 1 else "")
+    if adapter.asked.frames is not None:
+        picture = f"video of {adapter.asked.frames} frames, {width} x {height} pixels"
     if (tiling := adapter.tiling) is not None:
         grid = f"{tiling.columns} x {tiling.rows} tiles of {tiling.tile}"
         whole = " and the whole" if tiles > tiling.rows * tiling.columns else ""
         picture = f"{tiling.width} x {tiling.height} pixels: {grid}{whole}"
+    if adapter.asked.pictures > 1:
+        picture = f"{adapter.asked.pictures} of {picture}"
     own = f", {shape.separators} of them the model's own" if shape.separators else ""
     heads = f"{shape.attention_heads} heads, {shape.kv_heads} of keys and values"
     return [

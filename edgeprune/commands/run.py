@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune.errors import InputError
+
 if TYPE_CHECKING:
     from edgeprune.runtime.sampling import Sampling
     from edgeprune.runtime.session import Answer, Session
@@ -21,7 +23,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " stdout, timings to stderr.",
     )
     command.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="exported folder")
-    command.add_argument("--image", required=True, type=Path, help="picture file")
+    shown = command.add_mutually_exclusive_group(required=True)
+    shown.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        dest="images",
+        help="picture file; given again, one more of a bundle for several",
+    )
+    shown.add_argument("--video", type=Path, help="clip, for a bundle of --frames")
     command.add_argument(
         "--prompt",
         required=True,
@@ -45,10 +55,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune.runtime.images import load_image
+    from edgeprune.runtime.images import check_file, load_image
     from edgeprune.runtime.session import Session
 
-    load_image(args.image)  # a bad picture is told now, not after gigabytes have been read
+    for image in args.images or ():
+        load_image(image)  # a bad picture is told now, not after gigabytes have been read
+    if args.video:
+        check_file(args.video, "video")
+    for bundle in args.bundles:
+        _check_kind(bundle, args.video)
     for bundle in args.bundles:
         session = Session.open(
             bundle, backend=args.backend, threads=args.threads, verify=args.verify or None
@@ -61,12 +76,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_kind(bundle: Path, video: Path | None) -> None:
+    """InputError where a bundle takes pictures and a video was given, or the other way round."""
+    from edgeprune.bundle import Bundle
+
+    frames = Bundle.open(bundle, verify=False).manifest.image.frames
+    if (frames is None) != (video is None):
+        takes = "pictures (--image)" if frames is None else "a video (--video)"
+        raise InputError(f"{bundle} takes {takes}; give that, or export another bundle")
+
+
 def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
     """One turn: streamed to stdout unless JSON is wanted, timings to stderr."""
     sampling = _sampling(session, args)
     prompt = args.prompts[turn]
     if turn == 0:
-        pieces = session.stream(args.image, prompt, sampling)
+        pieces = session.stream(args.video or args.images, prompt, sampling)
     else:
         pieces = session.stream_follow_up(prompt, sampling)
     label = f"{session.manifest.name}: " if len(args.bundles) > 1 and not args.json else ""

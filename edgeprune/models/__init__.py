@@ -13,6 +13,7 @@ from typing import Any
 from edgeprune.errors import ModelError
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._checkpoint import Checkpoint, locate, read_json
+from edgeprune.models._media import Asked
 from edgeprune.tiling import Size
 
 __all__ = ["ELSEWHERE", "Adapter", "Checkpoint", "names", "open_model"]
@@ -39,11 +40,20 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if module.name[0] != "_")
 
 
-def open_model(model: str, revision: str | None = None, size: Size | None = None) -> Adapter:
+def open_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    size: Size | None = None,
+    pictures: int = 1,
+    frames: int | None = None,
+) -> Adapter:
     """The adapter of a checkpoint: a local folder, a hub id, or `demo` for the embedded model.
 
-    `size` is that of the pictures to freeze for, None the family's default.
+    `size` is that of the pictures to freeze for, `pictures` their number in a prompt, `frames` that
+    of a video in their place; None is the family's default.
     """
+    asked = Asked(size, pictures, frames)
     if model == "demo":
         from edgeprune.demo import MODEL_DIR
 
@@ -51,7 +61,7 @@ def open_model(model: str, revision: str | None = None, size: Size | None = None
     folder = locate(model, revision)
     family = _family(model, read_json(folder / "config.json"))
     checkpoint = Checkpoint.open(folder)
-    adapter: Adapter = import_module(f"{__name__}.{family}").Adapter(checkpoint, size)
+    adapter: Adapter = import_module(f"{__name__}.{family}").Adapter(checkpoint, asked)
     if adapter.shape.visual_tokens >= adapter.shape.max_positions:
         raise ModelError(
             f"a picture of this size has {adapter.shape.visual_tokens} visual tokens, the decoder"

@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
+from edgeprune.models._chat import Chat
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._decoder import Decoder, DecoderConfig
 from edgeprune.models._layers import Linear, set_tables
+from edgeprune.models._media import Asked, Media
 from edgeprune.models._names import CLIP, stored_names
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._vision import Vision, VisionConfig
@@ -29,6 +31,7 @@ class Source:
     name: str
     shape: tuple[int, ...]  # as stored, but for axes of length 1
     transposed: bool
+    rows: tuple[int, ...] = ()  # only these
 
 
 class Adapter:
@@ -37,17 +40,20 @@ class Adapter:
     tower: ClassVar[Mapping[str, str]] = CLIP
     """How the checkpoint names the parameters of the vision tower."""
 
-    around_picture: ClassVar[tuple[str, str]] = "", ""
-    """Text that the checkpoint's processor puts around a picture's tokens."""
+    stem: ClassVar[str] = "vision_tower"
+    """How it names the tower itself."""
 
+    media: Media
     tiling: Tiling | None = None  # the tiles that a picture is cut into, where it is
     frozen: Size | None = None  # the size of pictures, where the processor leaves it open
     vision_config: VisionConfig
     decoder_config: DecoderConfig
 
-    def __init__(self, checkpoint: Checkpoint, config: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: Any, asked: Asked) -> None:
         self.checkpoint = checkpoint
         self.config = config  # transformers', of the family
+        self.asked = asked
+        self.media = Media.pictures(config, asked.pictures)
 
     @property
     def shape(self) -> ModelShape:
@@ -65,18 +71,35 @@ class Adapter:
             vocabulary=decoder.vocabulary,
             max_positions=decoder.max_positions,
             has_cls=self.vision_config.encoder.cls,
-            separators=len(layout.separators),
+            separators=len(layout.fixed),
             blocks=self.vision_config.encoder.blocks if layout.is_plain else 0,
         )
 
     @property
     def image_token_id(self) -> int:
-        return int(self.config.image_token_id)
+        return self.media.token
+
+    @property
+    def shown(self) -> int:
+        """Pictures or frames of a prompt."""
+        return self.asked.frames or self.asked.pictures
+
+    def between(self) -> list[list[int]]:
+        """Ids of the text between the runs of visual tokens of a prompt; none where there is one
+        run alone."""
+        if self.media.runs == 1:
+            return []
+        return Chat(self.checkpoint.folder).split(self.media, "?")[1]
 
     @property
     def pixels(self) -> tuple[int, ...]:
         """Shape of what the vision graph takes: [tiles, 3, height, width]."""
         return self.vision_config.layout.tiles, 3, *self.vision_config.encoder.size
+
+    def picture_processor(self, own: Any) -> Any:
+        """What treats each picture or frame: the checkpoint's own image processor, unless it does
+        otherwise with one picture alone."""
+        return own
 
     def look(self, image_processor: Any, image: Image.Image) -> Tensor:
         """A picture through the checkpoint's own image processor: float32, of shape `pixels`."""
@@ -94,7 +117,7 @@ class Adapter:
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """Names under which checkpoints of this family store a parameter, likeliest first."""
-        return stored_names(parameter, self.tower)
+        return stored_names(parameter, self.tower, self.stem)
 
     def sources(self, module: nn.Module) -> dict[str, Source]:
         """For each parameter of a module of ours, its tensor in the checkpoint."""
@@ -107,22 +130,31 @@ class Adapter:
     def _source(self, name: str, parameter: Tensor, transposed: bool) -> Source:
         for stored in self.names(name):
             if stored in self.checkpoint.files:
-                shape = self.checkpoint.shape(stored)
+                shape, rows = self.checkpoint.shape(stored), self._rows(name)
+                if rows:
+                    shape = len(rows), *shape[1:]
                 wanted = tuple(parameter.shape)[::-1] if transposed else tuple(parameter.shape)
                 if not _alike(shape, wanted):
                     raise ModelError(
                         f"{self.checkpoint.files[stored].name}: {stored} is {list(shape)},"
                         f" config.json says {list(wanted)}; the two are not of one checkpoint"
                     )
-                return Source(stored, wanted, transposed)
+                return Source(stored, wanted, transposed, rows)
         raise ModelError(
             f"{self.checkpoint.folder} has no tensor {self.names(name)[0]}; its weights are"
             " incomplete or of another family"
         )
 
+    def _rows(self, parameter: str) -> tuple[int, ...]:
+        """Which rows of a stored tensor a parameter is; none where it is the whole."""
+        return self.vision_config.layout.text if parameter == "fixed.text" else ()
+
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
         """One parameter, laid out and rounded as a module of ours wants it."""
-        tensor = self.checkpoint.read(source.name).to(dtype).reshape(source.shape)
+        tensor = self.checkpoint.read(source.name)
+        if source.rows:
+            tensor = tensor[list(source.rows)]
+        tensor = tensor.to(dtype).reshape(source.shape)
         return tensor.t().contiguous() if source.transposed else tensor.contiguous()
 
     def load(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

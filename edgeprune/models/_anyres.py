@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from edgeprune.errors import SpecError
 from edgeprune.models._encoder import EncoderConfig
-from edgeprune.models._layout import SEPARATOR, Layout
+from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.tiling import Size, Tiling, fit_canvas, fitted, shown
 
 
@@ -44,5 +44,5 @@ def anyres_layout(tiling: Tiling) -> Layout:
         for x in range(left, left + width):
             tile = 1 + y // side * tiling.columns + x // side
             order.append(tile * side**2 + y % side * side + x % side)
-        order.append(SEPARATOR)
-    return Layout(tiling.tiles, side, 1, tuple(order), (1, len(order)))
+        order.append(NEWLINE)
+    return Layout(tiling.tiles, side, 1, tuple(order), (1, len(order)), newline=True)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-SEPARATOR = -1
-"""In a layout's order: no tile's token, but one that the model puts between them."""
+NEWLINE = -1
+"""In a layout's order, the model's newline token; lower numbers are its other fixed tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The reading order of a picture's V visual tokens, for one frozen input size.
+    """The reading order of the V visual tokens of a prompt, for one frozen input size.
 
-    A tile of `side` x `side` patches has (side / merge)^2 tokens. `order` names for each visual
-    token the tile token that it is, counted over all tiles, or SEPARATOR.
+    A tile, or a whole picture or frame, of `side` x `side` patches has (side / merge)^2 tokens.
+    `order` names for each visual token the tile token that it is, counted over all tiles, or as
+    -1 - n the fixed token n: the newline, then [CLS] of each tile if `cls`, then those of `text`.
     """
 
     tiles: int
@@ -25,13 +28,32 @@ class Layout:
     order: tuple[int, ...]
     grid: tuple[int, int]  # rows, columns of the V tokens; (1, V) where they are no rectangle
     across: int | None = None  # patches a row of a tile that is no square
+    pool: str = "join"  # merged patches stand side by side; "mean": their mean; "resize": the
+    # projected ones resized to half a side (rounded up) by bilinear interpolation
+    newline: bool = False  # whether there is one
+    cls: bool = False  # whether [CLS] tokens are read too
+    text: tuple[int, ...] = ()  # ids of text between pictures
 
     @classmethod
-    def plain(cls, side: int, merge: int = 1, tiles: int = 1, across: int | None = None) -> Layout:
+    def plain(
+        cls,
+        side: int,
+        merge: int = 1,
+        tiles: int = 1,
+        across: int | None = None,
+        pool: str = "join",
+    ) -> Layout:
         """Tile after tile, row after row."""
-        rows, columns = side // merge, (across or side) // merge
+        layout = cls(tiles, side, merge, (), (0, 0), across, pool)
+        rows, columns = layout.tile_grid
         order = tuple(range(tiles * rows * columns))
-        return cls(tiles, side, merge, order, (tiles * rows, columns), across)
+        return replace(layout, order=order, grid=(tiles * rows, columns))
+
+    @property
+    def tile_grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of one tile."""
+        up = self.merge - 1 if self.pool == "resize" else 0
+        return (self.side + up) // self.merge, ((self.across or self.side) + up) // self.merge
 
     @property
     def visual_tokens(self) -> int:
@@ -43,41 +65,74 @@ class Layout:
         return self.order == tuple(range(self.side**2))
 
     @property
-    def separators(self) -> tuple[int, ...]:
-        """Their positions among the V visual tokens."""
-        return tuple(i for i, source in enumerate(self.order) if source == SEPARATOR)
+    def fixed(self) -> tuple[int, ...]:
+        """Positions of the fixed tokens among the V visual tokens."""
+        return tuple(i for i, source in enumerate(self.order) if source < 0)
 
     @property
     def from_tiles(self) -> tuple[int, ...]:
         """Positions of all others among the V visual tokens."""
-        return tuple(i for i, source in enumerate(self.order) if source != SEPARATOR)
+        return tuple(i for i, source in enumerate(self.order) if source >= 0)
 
-    def join(self, features: Tensor) -> Tensor:
-        """A token's patches side by side, tokens in reading order: [tiles, patches, width] ->
-        [1, C, merge^2 * width], C = V less the separators."""
-        joined = self._grouped(features).flatten(2)
-        return self._in_order(joined)[None]
+    @property
+    def late(self) -> bool:
+        """Whether patches are projected before they are merged."""
+        return self.pool == "resize"
+
+    def chained(self, between: Sequence[Sequence[int]]) -> Layout:
+        """The same once more after each run of text, given as ids; for pictures in one prompt."""
+        order, size = list(self.order), self.tiles * self.tile_grid[0] * self.tile_grid[1]
+        text, first = list[int](), int(self.newline) + (self.tiles if self.cls else 0)
+        assert not self.cls  # of several tiles each: not needed so far
+        for number, ids in enumerate(between, start=1):
+            order += [-1 - first - len(text) - i for i in range(len(ids))]
+            order += [o + number * size if o >= 0 else o for o in self.order]
+            text += ids
+        times, (rows, columns) = len(between) + 1, self.grid
+        grid = (1, len(order)) if text or self.fixed else (times * rows, columns)
+        tiles = times * self.tiles
+        return replace(self, tiles=tiles, order=tuple(order), grid=grid, text=tuple(text))
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Tokens of the tiles in reading order: [tiles, patches, width] -> [1, C, ...], C = V less
+        the fixed tokens; merged patches side by side, averaged or resized."""
+        if self.pool == "join":
+            return self._in_order(self._grouped(features).flatten(2))[None]
+        return self.mean(features)[None]
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over each token's patches, in reading order: [tiles, patches, ...] ->
         [C, ...]."""
-        grouped = self._grouped(values.flatten(2) if values.dim() > 2 else values[..., None])
-        means = self._in_order(grouped.mean(2))
-        return means.reshape(-1, *values.shape[2:])
+        wide = values.flatten(2) if values.dim() > 2 else values[..., None]
+        means = self._resized(wide) if self.late else self._grouped(wide).mean(2)
+        return self._in_order(means).reshape(-1, *values.shape[2:])
+
+    def among_all(self, values: Tensor, other: float) -> Tensor:
+        """Values of the tile tokens with `other` at the fixed ones: [C] -> [V]."""
+        whole = values.new_full((self.visual_tokens,), other)
+        whole[list(self.from_tiles)] = values
+        return whole
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[tiles, patches, width] -> [tiles, tokens, merge^2, width], each group row by row."""
         tiles, _, width = x.shape
-        rows, columns = self.side // self.merge, (self.across or self.side) // self.merge
+        rows, columns = self.tile_grid
         if self.merge == 1:
             return x[:, :, None]
         split = x.view(tiles, rows, self.merge, columns, self.merge, width)
         return split.transpose(2, 3).reshape(tiles, rows * columns, self.merge**2, width)
 
+    def _resized(self, x: Tensor) -> Tensor:
+        """[tiles, patches, width] -> [tiles, tokens, width], bilinear."""
+        tiles, _, width = x.shape
+        image = x.transpose(1, 2).reshape(tiles, width, self.side, self.across or self.side)
+        small = F.interpolate(image, size=self.tile_grid, mode="bilinear")
+        return small.flatten(2).transpose(1, 2)
+
     def _in_order(self, x: Tensor) -> Tensor:
         """[tiles, tokens, width] -> [C, width]."""
         x = x.flatten(0, 1)
-        wanted = [source for source in self.order if source != SEPARATOR]
+        wanted = [source for source in self.order if source >= 0]
         if wanted == list(range(x.shape[0])):
             return x
         return x.index_select(0, torch.tensor(wanted, device=x.device))

@@ -71,24 +71,23 @@ PROJECTOR = {
 
 # transformers has written these families under several stems over the years; all are read.
 _TEXT = ("language_model.model.", "model.language_model.", "language_model.")
-_TOWER = (
-    "vision_tower.vision_model.",
-    "model.vision_tower.vision_model.",
-    "vision_tower.",
-    "model.vision_tower.",
-)
+_TOWER = ("{}.vision_model.", "model.{}.vision_model.", "{}.", "model.{}.")
 _PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
-def stored_names(parameter: str, tower: Mapping[str, str]) -> tuple[str, ...]:
+def stored_names(
+    parameter: str, tower: Mapping[str, str], stem: str = "vision_tower"
+) -> tuple[str, ...]:
     """A parameter's names in checkpoints of a vision tower, a projector and a decoder."""
     owner, _, rest = parameter.partition(".")
     if owner == "encoder":
-        return tuple(stem + translate(rest, tower) for stem in _TOWER)
+        return tuple(place.format(stem) + translate(rest, tower) for place in _TOWER)
     if owner == "projector":
         return tuple(stem + translate(rest, PROJECTOR) for stem in _PROJECTOR)
-    if owner == "separators":
+    if parameter == "fixed.newline":
         return "image_newline", "model.image_newline"
+    if parameter == "fixed.text":
+        parameter = "embedding.weight"
     if owner == "head":
         return "lm_head.weight", "language_model.lm_head.weight"
     return tuple(stem + translate(parameter, LLAMA) for stem in _TEXT)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgeprune.errors import ModelError
 from edgeprune.models._adapter import Adapter
-from edgeprune.models._checkpoint import read_json
+from edgeprune.models._chat import Chat
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,29 +29,34 @@ class Prompt:
 class Processor:
     """A checkpoint's tokenizer, chat template and image processor; none of its code is run.
 
-    The three are read by themselves: a processor of transformers asks for torchvision where the
-    family knows video too. Pictures are always resized by Pillow, as at run time.
+    They are read by themselves: a processor of transformers asks for torchvision where the family
+    knows video too. Pictures are always resized by Pillow, as at run time.
     """
 
     def __init__(self, adapter: Adapter) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoImageProcessor
 
-        folder, local = adapter.checkpoint.folder, {"local_files_only": True}
+        folder = adapter.checkpoint.folder
+        self.chat, self.adapter = Chat(folder), adapter
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **local)
-            self.image_processor: Any = AutoImageProcessor.from_pretrained(
-                folder, backend="pil", **local
-            )
+            own = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a broken folder
             raise ModelError(f"{folder} has no usable processor or tokenizer: {error}") from error
-        if template := _processors_template(folder):
-            self.tokenizer.chat_template = template
-        self.adapter = adapter
+        self.image_processor: Any = adapter.picture_processor(own)
 
-    def __call__(self, image: Image, question: str) -> Prompt:
-        """Tensors for one question, wrapped in the checkpoint's chat template."""
-        prefix_ids, text_ids = self.split(self.ids(question))
-        pixels = self.adapter.look(self.image_processor, image.convert("RGB"))
+    @property
+    def tokenizer(self) -> Any:
+        return self.chat.tokenizer
+
+    def __call__(self, image: Image | Sequence[Image], question: str) -> Prompt:
+        """Tensors for one question, wrapped in the checkpoint's chat template.
+
+        One picture alone fills every place of a bundle for several, or every frame of a video.
+        """
+        prefix_ids, _, text_ids = self.chat.split(self.adapter.media, question)
+        shown = list(image) if isinstance(image, Sequence) else [image]
+        seen = [self.adapter.look(self.image_processor, i.convert("RGB")) for i in shown]
+        pixels = torch.cat(seen * (self.adapter.shown // len(seen)))
         if tuple(pixels.shape) != self.adapter.pixels:
             raise ModelError(
                 f"the image processor makes pixels {list(pixels.shape)}, config.json says"
@@ -59,38 +64,9 @@ class Processor:
             )
         return Prompt(pixels, prefix_ids, text_ids)
 
-    def ids(self, question: str) -> Tensor:
-        """The whole prompt, one token for the picture: int64 [n]."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        image = self.tokenizer.convert_ids_to_tokens(self.adapter.image_token_id)
-        before, after = self.adapter.around_picture
-        text = text.replace(image, before + image + after)
-        bos = self.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))
-        return torch.tensor(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def split(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids [n] around the run of image tokens: [1, P] and [1, T]."""
-        places = (ids == self.adapter.image_token_id).nonzero()[:, 0]
-        if not len(places):
-            raise ModelError("the chat template left no place for the picture")
-        return ids[: int(places[0])][None], ids[int(places[-1]) + 1 :][None]
-
     def text(self, ids: Tensor) -> str:
         decoded: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return decoded
-
-
-def _processors_template(folder: Path) -> str | None:
-    """The chat template of a processor, which goes before its tokenizer's."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if (folder / "chat_template.json").is_file():
-        return str(read_json(folder / "chat_template.json").get("chat_template", "")) or None
-    return None
 
 
 def random_prompt(pixels: tuple[int, ...], vocabulary: int, seed: int) -> Prompt:

@@ -18,6 +18,7 @@ from edgeprune.models._adapter import on_canvas
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._layout import Layout
+from edgeprune.models._media import Asked
 from edgeprune.models._mrope import Grid, MRope
 from edgeprune.models._names import LLAMA, translate
 from edgeprune.models._qwen_tower import TowerConfig
@@ -49,12 +50,13 @@ class Adapter(_adapter.Adapter):
 
     gated: ClassVar[bool]
 
-    def __init__(self, checkpoint: Checkpoint, kind: Any, size: Size | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, kind: Any, asked: Asked) -> None:
         config = read_config(checkpoint, kind)
-        super().__init__(checkpoint, config)
+        super().__init__(checkpoint, config, asked)
         _refuse(config)
+        asked.allow(config.model_type)
         merge = config.vision_config.spatial_merge_size
-        self.frozen, self.step = size or DEFAULT, config.vision_config.patch_size * merge
+        self.frozen, self.step = asked.size or DEFAULT, config.vision_config.patch_size * merge
         encoder = self.tower_config(config.vision_config, *_grid(config, self.frozen, self.step))
         inputs, output = merge**2 * encoder.width, config.text_config.hidden_size
         self.vision_config = VisionConfig(

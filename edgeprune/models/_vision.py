@@ -1,4 +1,4 @@
-"""Pixels to visual tokens: encoder, pruning before the decoder, projector, separators."""
+"""Pixels to visual tokens: encoder, pruning before the decoder, projector, fixed tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._layers import Linear
-from edgeprune.models._layout import SEPARATOR, Layout
+from edgeprune.models._layout import Layout
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.policies import Policy
@@ -52,37 +52,51 @@ class Projector(nn.Module):
         return projected
 
 
-class Separators(nn.Module):
-    """Puts the model's own tokens back between those of the tiles; none of them is dropped."""
+class Fixed(nn.Module):
+    """Puts tokens that are no tile's between those of the tiles; none of them is dropped here.
+
+    They are the model's newline, [CLS] where it is read too, and text between pictures.
+    """
 
     def __init__(self, layout: Layout, width: int) -> None:
         super().__init__()
         self.layout = layout
-        self.newline = nn.Parameter(torch.empty(width))
+        self.newline = nn.Parameter(torch.empty(width)) if layout.newline else None
+        text = len(layout.text)
+        self.text = nn.Parameter(torch.empty(text, width)) if text else None
 
-    def forward(self, visual: Tensor, at: Tensor, merged: int) -> tuple[Tensor, Tensor]:
-        """Survivors [1, n, width] of the C tile tokens -> with separators, positions among V.
+    def forward(
+        self, visual: Tensor, at: Tensor, merged: int, cls: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Survivors [1, n, width] of the C tile tokens -> with fixed ones, positions among V.
 
-        Kept tokens and separators in reading order, [CLS] (C among C, V among V) after them, then
-        the `merged` tokens.
+        Kept and fixed tokens in reading order, a kept [CLS] (C among C, V among V) after them, then
+        the `merged` tokens. `cls` [1, tiles, width] is projected.
         """
-        layout, kept = self.layout, at.shape[0] - merged
+        layout, kept, fixed = self.layout, at.shape[0] - merged, self._fixed(cls)
         if merged == 0 and kept == len(layout.from_tiles):
-            return self._whole(visual)
+            return self._whole(visual, fixed)
         own = at.new_tensor([*layout.from_tiles, layout.visual_tokens]).index_select(0, at)
-        places = torch.cat([own[:kept], at.new_tensor(layout.separators)])
+        places = torch.cat([own[:kept], at.new_tensor(layout.fixed)])
         places, order = places.topk(places.shape[0], largest=False)
-        newlines = self.newline.expand(1, len(layout.separators), -1)
-        ordered = torch.cat([visual[:, :kept], newlines], dim=1).index_select(1, order)
+        ordered = torch.cat([visual[:, :kept], fixed], dim=1).index_select(1, order)
         return torch.cat([ordered, visual[:, kept:]], dim=1), torch.cat([places, own[kept:]])
 
-    def _whole(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+    def _fixed(self, cls: Tensor | None) -> Tensor:
+        """The fixed tokens in reading order: [1, V - C, width]."""
+        parts = [] if self.newline is None else [self.newline[None, None]]
+        parts += [] if cls is None else [cls]
+        parts += [] if self.text is None else [self.text[None]]
+        which = [-1 - source for source in self.layout.order if source < 0]
+        bank = torch.cat(parts, dim=1)
+        return bank.index_select(1, torch.tensor(which, device=bank.device))
+
+    def _whole(self, visual: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """The same where no token was dropped: the order is known."""
         count, places = visual.shape[1], torch.arange(self.layout.visual_tokens)
-        own, separators = iter(range(count)), iter(range(count, len(places)))
-        order = [next(separators if o == SEPARATOR else own) for o in self.layout.order]
-        newlines = self.newline.expand(1, len(places) - count, -1)
-        whole = torch.cat([visual, newlines], dim=1)
+        own, others = iter(range(count)), iter(range(count, len(places)))
+        order = [next(own if source >= 0 else others) for source in self.layout.order]
+        whole = torch.cat([visual, fixed], dim=1)
         return whole.index_select(1, torch.tensor(order, device=visual.device)), places
 
 
@@ -96,16 +110,16 @@ class Vision(nn.Module):
         self.config, self.policy, self.plan = config, policy, plan
         self.encoder = config.encoder.build(ops or TorchOps())
         self.projector = Projector(config.projector)
-        separated = config.layout.separators
-        width = config.projector.output
-        self.separators = Separators(config.layout, width) if separated else None
+        layout = config.layout
+        self.fixed = Fixed(layout, config.projector.output) if layout.fixed else None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [tiles, 3, H, W] -> visual tokens [1, r_1, output], their positions int64 [r_1].
 
-        A stage's count includes the separators, which have no features to score and stay.
+        A stage's count includes the fixed tokens, which cannot be scored here and stay.
         """
-        stages, fixed = self.plan.before_decoder(), len(self.config.layout.separators)
+        stages, layout = self.plan.before_decoder(), self.config.layout
+        fixed = len(layout.fixed)
         if stages and stages[0].site == "block":
             features, kept, merged = self._folded(pixels, stages[0])
         else:
@@ -115,9 +129,10 @@ class Vision(nn.Module):
         for stage in (s for s in stages if s.site == "vision"):
             chosen = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
             features, kept, merged = chosen.of(features), chosen.at, stage.merged
-        visual = self.projector(features)
-        if self.separators is not None:
-            visual, kept = self.separators(visual, kept, merged)
+        visual = features if layout.late else self.projector(features)
+        if self.fixed is not None:
+            cls = self.projector(signals.cls_features()) if layout.cls else None
+            visual, kept = self.fixed(visual, kept, merged, cls)
         for stage in (s for s in stages if s.site == "input"):
             chosen = self.policy.input(InputSignals(visual, visual.shape[1]), stage, stage)
             visual, kept = chosen.of(visual), kept.index_select(0, chosen.at)
@@ -129,8 +144,15 @@ class Vision(nn.Module):
         return seen.features, seen.at, stage.merged
 
     def encode(self, pixels: Tensor) -> VisionSignals:
-        """The output of the last block that is run, and what a policy may look at in it."""
+        """The output of the last block that is run, and what a policy may look at in it.
+
+        Where patches are resized after the projector, the features are projected.
+        """
         seen, layout = self.encoder(pixels), self.config.layout
-        features = layout.join(seen.features)
-        grid = (1, features.shape[1]) if layout.separators else layout.grid
+        features = layout.tokens(self.projector(seen.features) if layout.late else seen.features)
+        grid = (1, features.shape[1]) if layout.fixed else layout.grid
         return VisionSignals(features, seen.query, seen.key, grid, seen.cls, layout.mean)
+
+    def entry_scores(self, pixels: Tensor) -> Tensor:
+        """The salience of each visual token, above all others at the fixed tokens: [V]."""
+        return self.config.layout.among_all(self.encode(pixels).salience(), other=2.0)

@@ -5,35 +5,56 @@ from __future__ import annotations
 from typing import Any
 
 from edgeprune.models import _adapter
+from edgeprune.models._chat import Chat
 from edgeprune.models._checkpoint import Checkpoint, read_json
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._layout import Layout
+from edgeprune.models._media import RUN, Asked, Media
 from edgeprune.models._names import INTERNVIT
 from edgeprune.models._text import decoder_config
 from edgeprune.models._towers import is_tied, projector, read_config, refuse
+from edgeprune.models._video import frame_processor
 from edgeprune.models._vision import VisionConfig
 from edgeprune.tiling import Size, Tiling, grids, stretch_grid
+
+PICTURE = f"<img>{RUN}</img>"
 
 
 class Adapter(_adapter.Adapter):
     tower = INTERNVIT
-    around_picture = "<img>", "</img>"
 
-    def __init__(self, checkpoint: Checkpoint, size: Size | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
         from transformers import InternVLConfig
 
+        asked.allow("internvl", pictures=True, frames=True)
         config = read_config(checkpoint, InternVLConfig)
-        super().__init__(checkpoint, config)
+        super().__init__(checkpoint, config, asked)
         _refuse(config)
         encoder, merge = _encoder(config), round(1 / config.downsample_ratio)
-        self.tiling = _tiling(checkpoint, encoder, merge, size)
+        self.media, layout = self._shown(encoder, merge)
         width = merge**2 * encoder.width
-        self.vision_config = VisionConfig(
-            encoder,
-            projector(config, width, norm=True),
-            Layout.plain(encoder.side, merge, self.tiling.tiles),
-        )
+        self.vision_config = VisionConfig(encoder, projector(config, width, norm=True), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
+
+    def _shown(self, encoder: EncoderConfig, merge: int) -> tuple[Media, Layout]:
+        """Tiles of each picture, or the frames of a video, a tile each with text before it."""
+        if self.asked.frames is None:
+            self.tiling = _tiling(self.checkpoint, encoder, merge, self.asked.size)
+            self.media = Media.pictures(self.config, self.asked.pictures, PICTURE)
+            one = Layout.plain(encoder.side, merge, self.tiling.tiles)
+        else:
+            self.media = self._video(self.asked.frames)
+            one = Layout.plain(encoder.side, merge)
+        return self.media, one.chained(self.between())
+
+    def _video(self, frames: int) -> Media:
+        tokenizer = Chat(self.checkpoint.folder).tokenizer
+        placeholder = tokenizer.convert_tokens_to_ids(tokenizer.video_token)
+        spelled = "\n".join(f"Frame{i}: {PICTURE}" for i in range(1, frames + 1))
+        return Media(placeholder, int(self.config.image_token_id), "video", spelled=spelled)
+
+    def picture_processor(self, own: Any) -> Any:
+        return own if self.asked.frames is None else frame_processor(self.checkpoint)
 
 
 def _encoder(config: Any) -> EncoderConfig:

@@ -6,18 +6,18 @@ from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
 from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._media import Asked
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._towers import refuse
-from edgeprune.tiling import Size
 
 
 class Adapter(_qwen.Adapter):
     gated: ClassVar[bool] = True
 
-    def __init__(self, checkpoint: Checkpoint, size: Size | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
         from transformers import Qwen2_5_VLConfig
 
-        super().__init__(checkpoint, Qwen2_5_VLConfig, size)
+        super().__init__(checkpoint, Qwen2_5_VLConfig, asked)
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
         full = tuple(sorted(vision.fullatt_block_indexes))

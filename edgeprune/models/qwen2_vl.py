@@ -6,17 +6,17 @@ from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
 from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._media import Asked
 from edgeprune.models._qwen_tower import TowerConfig
-from edgeprune.tiling import Size
 
 
 class Adapter(_qwen.Adapter):
     gated: ClassVar[bool] = False
 
-    def __init__(self, checkpoint: Checkpoint, size: Size | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
         from transformers import Qwen2VLConfig
 
-        super().__init__(checkpoint, Qwen2VLConfig, size)
+        super().__init__(checkpoint, Qwen2VLConfig, asked)
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
         return TowerConfig(

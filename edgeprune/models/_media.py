@@ -1,0 +1,63 @@
+"""What a bundle's prompts show, and how a checkpoint's template and processor spell it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.errors import SpecError
+from edgeprune.tiling import Size
+
+RUN = "{}"
+"""In a spelling, a run of visual tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a user wants a bundle frozen for; None is the family's default."""
+
+    size: Size | None = None  # of the pictures
+    pictures: int = 1  # in one prompt
+    frames: int | None = None  # of a video in place of pictures
+
+    def __post_init__(self) -> None:
+        if self.pictures < 1 or (self.frames is not None and self.frames < 1):
+            raise SpecError("--pictures and --frames are at least 1")
+        if self.pictures > 1 and self.frames is not None:
+            raise SpecError("a bundle takes pictures or a video: leave out --pictures or --frames")
+
+    def allow(self, family: str, *, pictures: bool = False, frames: bool = False) -> None:
+        """SpecError where a family cannot have what is asked."""
+        if self.pictures > 1 and not pictures:
+            raise SpecError(f"{family} bundles take one picture, --pictures asks for more")
+        if self.frames is not None and not frames:
+            raise SpecError(f"{family} bundles take pictures, not videos; leave out --frames")
+        if self.frames is not None and self.size is not None:
+            raise SpecError("frames have the model's own size; leave out --image-size")
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """The pictures or the video of a prompt."""
+
+    placeholder: int  # id of the token that a chat template writes for one
+    token: int  # id of a visual token
+    part: str = "image"  # their type among the contents of a message: image or video
+    count: int = 1
+    spelled: str = RUN  # what the checkpoint's processor puts in a placeholder's place
+
+    @classmethod
+    def pictures(cls, config: Any, count: int, spelled: str = RUN) -> Media:
+        token = int(config.image_token_id)
+        return cls(token, token, count=count, spelled=spelled)
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """Text before the first run of visual tokens and after the last, inside the placeholder."""
+        pieces = self.spelled.split(RUN)
+        return pieces[0], pieces[-1]
+
+    @property
+    def runs(self) -> int:
+        """Runs of visual tokens in a prompt."""
+        return self.count * self.spelled.count(RUN)

@@ -1,0 +1,56 @@
+"""What families that take a video share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgeprune.models._checkpoint import Checkpoint, read_json
+from edgeprune.models._media import Media
+
+SETTINGS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+
+
+def video(config: Any) -> Media:
+    """One video in a prompt, its frames one run of visual tokens."""
+    token = int(config.video_token_id)
+    return Media(token, token, "video")
+
+
+def frame_processor(checkpoint: Checkpoint) -> Any:
+    """Pillow doing to a frame what the settings of the checkpoint's video processor say.
+
+    transformers' video processors resize with torchvision, which rounds otherwise in places.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    found = _settings(checkpoint)
+    given = {name: found[name] for name in SETTINGS if found.get(name) is not None}
+    return CLIPImageProcessorPil(**{"do_center_crop": False, **given})
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of the video processor, or where a checkpoint has none of the image processor."""
+    folder = checkpoint.folder
+    for name, key in (
+        ("video_preprocessor_config.json", ""),
+        ("processor_config.json", "video_processor"),
+        ("preprocessor_config.json", ""),
+        ("processor_config.json", "image_processor"),
+    ):
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            inner = found.get(key, {}) if key else found
+            if inner:
+                return dict(inner)
+    return {}

@@ -1,0 +1,185 @@
+"""Several pictures in a prompt, and videos: answers are those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Refused
+from PIL import Image
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import InputError, SpecError
+from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.export.preprocess import image_record
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._media import Asked
+from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.policies import make
+from edgeprune.runtime import media
+from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.session import Session
+from edgeprune.runtime.video import read_frames
+from edgeprune.spec import PruneSpec, plan_from_counts
+from edgeprune.tiling import Size
+from tests import families
+from tests.families import QUESTION, Family
+from tests.test_families import answered, generated, made_up, picture, prompted
+
+SIZES = (Size(60, 100), Size(84, 70), Size(42, 90), Size(50, 50))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a bundle is frozen for, and how transformers takes the same."""
+
+    family: Callable[[], Family]
+    asked: dict[str, Any]
+    nested: bool = False  # its image processor wants several pictures of one prompt as one list
+
+
+CASES = {
+    "llava, 2 pictures": Case(families.llava, {"pictures": 2}),
+    "llava_next, 2 pictures": Case(families.llava_next, {"pictures": 2, "size": SIZES[0]}),
+    "llava_onevision, 3 pictures": Case(families.llava_onevision, {"pictures": 3}, nested=True),
+    "internvl, 2 pictures": Case(families.internvl, {"pictures": 2, "size": Size(60, 120)}),
+    "internvl, video": Case(families.internvl, {"frames": 3}),
+    "llava_onevision, video": Case(families.llava_onevision, {"frames": 3}),
+    "llava_next_video, video": Case(families.llava_next_video, {"frames": 4}),
+    "video_llava, video": Case(families.video_llava, {"frames": 4}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def opened(case: Case, folder: Path) -> tuple[Family, Adapter]:
+    family = case.family()
+    return family, open_model(str(family.save(folder)), **case.asked)
+
+
+def shown(case: Case, adapter: Adapter) -> list[Image.Image]:
+    """Pictures of the frozen shape, or frames of one video."""
+    if adapter.asked.frames:
+        return [picture(SIZES[0], seed) for seed in range(adapter.asked.frames)]
+    size = case.asked.get("size")
+    return [picture(size or SIZES[n], n) for n in range(adapter.asked.pictures)]
+
+
+def taken(adapter: Adapter, images: list[Image.Image]) -> np.ndarray:
+    """Pixels as the runtime makes them."""
+    return media.pixels(images, image_record(Processor(adapter), adapter.tiling))
+
+
+def theirs(case: Case, family: Family, pixels: np.ndarray, images: list[Image.Image]) -> Any:
+    """What transformers' model is given: its own processor's pictures, or our frames, since its
+    video processors want torchvision."""
+    if "frames" not in case.asked:
+        found = family.image_processor([images] if case.nested else images, return_tensors="pt")
+        theirs = found["pixel_values"].flatten(0, -4).numpy()
+        np.testing.assert_array_equal(pixels, theirs)
+        return found
+    frames = torch.from_numpy(pixels)
+    if family.name == "internvl":
+        return {"pixel_values": frames}
+    return {"pixel_values_videos": frames[None]}
+
+
+def test_answers_are_those_of_transformers(case: Case, tmp_path: Path) -> None:
+    family, adapter = opened(case, tmp_path / "tiny")
+    images = shown(case, adapter)
+    pixels = taken(adapter, images)
+    assert pixels.shape == adapter.pixels
+    prompt = prompted(adapter, pixels)
+    seen = theirs(case, family, pixels, images)
+    assert answered(adapter, prompt) == generated(family, adapter, prompt, **seen)
+
+
+@pytest.mark.parametrize("name", ["internvl, 2 pictures", "llava_onevision, video"])
+def test_a_pruned_bundle_equals_the_eager_reference(name: str, tmp_path: Path) -> None:
+    """Text between pictures, and tokens that are resized after the projector."""
+    case = CASES[name]
+    _, adapter = opened(case, tmp_path / "tiny")
+    spec, shape = PruneSpec("utp", 4), adapter.shape
+    plan = plan_from_counts(shape.visual_tokens, made_up(shape))
+    prompts = [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(2)]
+    request = ExportRequest(name, spec, plan, tmp_path / "bundle")
+    exported = export(request, adapter, make(spec), Processor(adapter), prompts)
+    assert exported.parity is not None and exported.parity.ties == 0
+    session, images = Session.open(exported.path), shown(case, adapter)
+    answer = session.ask(images, QUESTION, Sampling(max_new_tokens=4))
+    assert len(answer.vision_kept) == plan.counts[0]
+    assert set(adapter.vision_config.layout.fixed) <= set(answer.vision_kept.tolist())
+    with pytest.raises(InputError, match=f"this bundle takes {len(images)} "):
+        session.ask([*images, images[0]], QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "message"),
+    [
+        (families.llava, {"frames": 4}, "take pictures, not videos"),
+        (families.video_llava, {"pictures": 2}, "leave out --pictures or --frames"),
+        (families.llava_onevision, {"frames": 4, "size": Size(84, 84)}, "leave out --image-size"),
+    ],
+)
+def test_what_a_family_cannot_be_frozen_for_is_refused(
+    family: Callable[[], Family], asked: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        open_model(str(family().save(tmp_path)), **asked)
+
+
+def test_nothing_to_show_is_refused() -> None:
+    with pytest.raises(SpecError, match="at least 1"):
+        Asked(frames=0)
+
+
+def test_a_bundle_says_which_option_it_takes(tiny_bundle: Path, refused: Refused) -> None:
+    clip = tiny_bundle / "manifest.json"  # read as a file only
+    line = refused("run", tiny_bundle, "--video", clip, "--prompt", "what ?")
+    assert "takes pictures (--image)" in line
+    record = Bundle.open(tiny_bundle).manifest.image
+    with pytest.raises(InputError, match="takes 1 picture, got 2; give as many, or"):
+        media.load([picture(SIZES[0])] * 2, record)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten frames, frame n of grey level 20 n, without loss."""
+    av = pytest.importorskip("av")
+    path = tmp_path_factory.mktemp("clip") / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "gray"
+        for number in range(10):
+            levels = np.full((16, 32), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(levels, format="gray")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_frames_are_spread_evenly_over_a_clip(clip: Path) -> None:
+    frames = read_frames(clip, 4)
+    assert [frame.size for frame in frames] == [(32, 16)] * 4
+    numbers = np.arange(0, 10, 10 / 4).astype(int)  # as model cards sample
+    assert [round(np.asarray(frame).mean() / 20) for frame in frames] == numbers.tolist()
+
+
+def test_a_clip_with_too_few_frames_is_refused(clip: Path) -> None:
+    with pytest.raises(InputError, match="has 10 frames, this bundle takes 11"):
+        read_frames(clip, 11)
+
+
+def test_what_is_no_video_is_refused(tmp_path: Path, clip: Path) -> None:
+    (broken := tmp_path / "clip.mp4").write_bytes(b"not a video at all")
+    with pytest.raises(InputError, match="cannot be read as a video"):
+        read_frames(broken, 2)
+    with pytest.raises(InputError, match="there is no video at"):
+        read_frames(tmp_path / "none.mp4", 2)
