@@ -42,8 +42,9 @@ You are a helpful assistant.<|im_end|>
 <|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else -%}
-{{ part.text }}{% endif -%}
+{%- if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>
+{%- else %}{{ part.text }}{% endif -%}
 {%- endfor -%}
 {%- endif %}<|im_end|>
 {% endfor -%}

@@ -26,13 +26,15 @@ class Asked:
         if self.pictures > 1 and self.frames is not None:
             raise SpecError("a bundle takes pictures or a video: leave out --pictures or --frames")
 
-    def allow(self, family: str, *, pictures: bool = False, frames: bool = False) -> None:
-        """SpecError where a family cannot have what is asked."""
+    def allow(
+        self, family: str, *, pictures: bool = False, frames: bool = False, sized: bool = False
+    ) -> None:
+        """SpecError where a family cannot have what is asked; `sized` frames are of any size."""
         if self.pictures > 1 and not pictures:
             raise SpecError(f"{family} bundles take one picture, --pictures asks for more")
         if self.frames is not None and not frames:
             raise SpecError(f"{family} bundles take pictures, not videos; leave out --frames")
-        if self.frames is not None and self.size is not None:
+        if self.frames is not None and self.size is not None and not sized:
             raise SpecError("frames have the model's own size; leave out --image-size")
 
 

@@ -2,8 +2,9 @@
 
 Time, row and column (Qwen2-VL, Sec. 2.1). A text token's three are equal. A visual token's are
 those of its place in the picture or video, added to the position where that starts. Text goes on
-after the largest of them, so a picture takes fewer positions than it has tokens. Pruned tokens
-leave gaps: nobody moves up.
+after the largest of them, so a picture takes fewer positions than it has tokens. (transformers 5.23
+overlooks times there, which matters where a video is longer than high or wide.) Pruned tokens leave
+gaps: nobody moves up.
 """
 
 from __future__ import annotations

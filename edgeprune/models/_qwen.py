@@ -1,7 +1,7 @@
-"""What Qwen2-VL and Qwen2.5-VL share: a picture of any size, frozen to one; M-RoPE; 2 x 2 merger.
+"""What Qwen2-VL and Qwen2.5-VL share: pictures of any size, frozen to one; M-RoPE; 2 x 2 merger.
 
 The input size is the bundle's: both sides are multiples of patch times merge (28 pixels), and each
-such square is one visual token.
+such square is one visual token. A video has one for each square of each pair of frames.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgeprune.models._names import LLAMA, translate
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._text import decoder_config
 from edgeprune.models._towers import is_tied, read_config, refuse
+from edgeprune.models._video import video
 from edgeprune.models._vision import ProjectorConfig, VisionConfig
 from edgeprune.tiling import Size, rounds_to
 
@@ -54,22 +55,47 @@ class Adapter(_adapter.Adapter):
         config = read_config(checkpoint, kind)
         super().__init__(checkpoint, config, asked)
         _refuse(config)
-        asked.allow(config.model_type)
+        asked.allow(config.model_type, pictures=True, frames=True, sized=True)
         merge = config.vision_config.spatial_merge_size
         self.frozen, self.step = asked.size or DEFAULT, config.vision_config.patch_size * merge
-        encoder = self.tower_config(config.vision_config, *_grid(config, self.frozen, self.step))
+        grid = _grid(config, self.frozen, self.step)
+        encoder = replace(
+            self.tower_config(config.vision_config, *grid), still=asked.frames is None
+        )
         inputs, output = merge**2 * encoder.width, config.text_config.hidden_size
-        self.vision_config = VisionConfig(
-            encoder,
-            ProjectorConfig(inputs, output, "gelu", hidden=inputs),
-            Layout.plain(encoder.rows, merge, across=encoder.columns),
-        )
-        text = config.text_config
-        sections = tuple(text.rope_parameters.get("mrope_section", (16, 24, 24)))
-        self.decoder_config = replace(
-            decoder_config(text, is_tied(checkpoint, config)),
-            mrope=MRope.of(sections, Grid(encoder.rows // merge, encoder.columns // merge)),
-        )
+        projector = ProjectorConfig(inputs, output, "gelu", hidden=inputs)
+        layout, mrope = self._shown(encoder, merge)
+        self.vision_config = VisionConfig(encoder, projector, layout)
+        text = decoder_config(config.text_config, is_tied(checkpoint, config))
+        self.decoder_config = replace(text, mrope=mrope)
+
+    def _shown(self, encoder: TowerConfig, merge: int) -> tuple[Layout, MRope]:
+        """The visual tokens of a prompt, and where they stand."""
+        rope = self.config.text_config.rope_parameters
+        sections = tuple(rope.get("mrope_section", (16, 24, 24)))
+        grid = Grid(encoder.rows // merge, encoder.columns // merge)
+        if self.asked.frames is None:
+            between = self.between()
+            layout = Layout.plain(encoder.rows, merge, across=encoder.columns).chained(between)
+            others = (part for text in between for part in (len(text), grid))
+            return layout, MRope.of(sections, grid, *others)
+        spans, rest = divmod(self.asked.frames, encoder.frames)
+        if rest:
+            raise SpecError(
+                f"--frames of a {self.config.model_type} is a multiple of {encoder.frames}; got"
+                f" {self.asked.frames}"
+            )
+        self.media = video(self.config)
+        layout = Layout.plain(encoder.rows, merge, spans, encoder.columns)
+        return layout, MRope.of(sections, grid._replace(times=self.times(spans)))
+
+    def times(self, spans: int) -> tuple[int, ...]:
+        """The position in time of each span of frames of a video."""
+        return tuple(range(spans))
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        return self.shown, 3, *self.vision_config.encoder.size
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
         """The vision tower for a picture of rows x columns patches."""
@@ -101,7 +127,8 @@ class Adapter(_adapter.Adapter):
             table = _TOWER | (_GATED_MLP if self.gated else _PLAIN_MLP)
             stem = translate(parameter, table)
             return f"visual.{stem}", f"model.visual.{stem}"
-        stem = translate(parameter, LLAMA)
+        embedding = parameter == "fixed.text"  # text between pictures
+        stem = translate("embedding.weight" if embedding else parameter, LLAMA)
         return f"model.{stem}", f"model.language_model.{stem}"
 
 

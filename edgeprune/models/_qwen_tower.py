@@ -70,6 +70,7 @@ class TowerConfig:
     window: int = 0  # patches a side of a window; 0: full attention in every block
     full: tuple[int, ...] = ()  # blocks with full attention all the same
     cls: bool = False
+    still: bool = True  # each picture stands for all frames of a patch; else they come one by one
 
     @property
     def size(self) -> tuple[int, int]:
@@ -210,7 +211,7 @@ class QwenTower(Tabled):
     def _spans(self, pixels: Tensor) -> Tensor:
         """Frames beside each other within each colour: [n, 3, H, W] -> [spans, 3 frames, H, W]."""
         frames = self.config.frames
-        if pixels.shape[0] == 1:  # a still picture
+        if self.config.still:
             return pixels[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1, 2)
         spans = pixels.view(-1, frames, *pixels.shape[1:])
         return spans.transpose(1, 2).flatten(1, 2)

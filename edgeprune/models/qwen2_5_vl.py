@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL, with window attention in the vision tower; one picture."""
+"""Qwen2.5-VL: as Qwen2-VL, with window attention in the vision tower; pictures or a video."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from edgeprune.models._media import Asked
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._towers import refuse
 
+FPS = 2
+"""Frames a second that a video is taken to be sampled at, as the model was trained with."""
+
 
 class Adapter(_qwen.Adapter):
     gated: ClassVar[bool] = True
@@ -18,6 +21,11 @@ class Adapter(_qwen.Adapter):
         from transformers import Qwen2_5_VLConfig
 
         super().__init__(checkpoint, Qwen2_5_VLConfig, asked)
+
+    def times(self, spans: int) -> tuple[int, ...]:
+        vision = self.config.vision_config
+        interval = vision.tokens_per_second * vision.temporal_patch_size / FPS
+        return tuple(int(i * interval) for i in range(spans))
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
         full = tuple(sorted(vision.fullatt_block_indexes))

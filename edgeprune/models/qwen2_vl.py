@@ -1,4 +1,4 @@
-"""Qwen2-VL: a vision tower for pictures of any size, frozen to one; M-RoPE decoder; one picture."""
+"""Qwen2-VL: pictures or a video of any size, frozen to one; its own vision tower, M-RoPE."""
 
 from __future__ import annotations
 
