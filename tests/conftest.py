@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from benchmarks.shapes import Shape, write
@@ -25,6 +26,9 @@ TINY = Shape(
 SETTINGS = ("EDGEPRUNE_DEBUG", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 Refused = Callable[..., str]
+
+hypothesis.settings.register_profile("no clock", deadline=None)
+hypothesis.settings.load_profile("no clock")
 
 
 @pytest.fixture(scope="session", autouse=True)

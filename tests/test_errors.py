@@ -21,7 +21,7 @@ SHARD = "model-00001-of-00001.safetensors"
 INDEX = "model.safetensors.index.json"
 
 REQUESTS = [
-    (["--method", "nosuch"], "no method 'nosuch'; choose one of: divprune, fastervlm"),
+    (["--method", "nosuch"], "no method 'nosuch'; choose one of: cdpruner, dart, divprune"),
     (["--cr", "0.5"], "a number of at least 1; got 0.5"),
     (["--cr", "nan"], "a number of at least 1; got nan"),
     (["--cr", "inf"], "a number of at least 1; got inf"),
