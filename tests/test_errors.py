@@ -59,7 +59,8 @@ def test_commands_and_options_that_do_not_exist(refused: Refused) -> None:
     assert "invalid choice: 'exprot'" in refused("exprot")
     assert "edgeprune --help" in refused()
     assert "unrecognized arguments: --colour" in refused("methods", "--colour")
-    assert "required: --image, --prompt" in refused("run", "bundle")
+    assert "required: --prompt" in refused("run", "bundle")
+    assert "--image" in refused("run", "bundle", "--prompt", "what ?")
 
 
 def test_a_schedule_that_is_damaged_or_of_another_model(
