@@ -63,7 +63,8 @@ class Stage:
 
     `layer` is the 1-based decoder layer that the survivors enter; 1 before the decoder. A stage at
     the decoder's input that looks at the `text` too runs in the decoder's graph, as layers do; all
-    other stages before the decoder run in the vision graph.
+    other stages before the decoder run in the vision graph. Where a later stage has to tell some of
+    the kept tokens from the others, they stand first and `lead` is their number.
     """
 
     site: Site
@@ -71,6 +72,7 @@ class Stage:
     merged: int = 0
     layer: int = 1
     text: bool = False
+    lead: int = 0
 
     @property
     def in_decoder(self) -> bool:

@@ -81,7 +81,8 @@ def survivors(answer: Answer, manifest: Manifest) -> Sites:
             raise IndexError
         alive = _Alive(np.arange(prune.visual_tokens + 1), frozenset())  # the last place: [CLS]
         alive = alive.after(answer.vision_kept, sum(stage.merged for stage in before))
-        found = [alive.site("vision", grid, prune.visual_tokens)] if before else []
+        dropped = any(stage.survivors < prune.visual_tokens for stage in before)
+        found = [alive.site("vision", grid, prune.visual_tokens)] if dropped else []
         for stage, kept in zip(within, answer.layer_kept, strict=True):
             alive = alive.after(kept, stage.merged)
             found.append(alive.site(f"layer {stage.layer}", grid, prune.visual_tokens))

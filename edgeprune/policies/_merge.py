@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.policies._select import ranked, top
+from edgeprune.policies._signals import LEAST
 
 
 def others(chosen: Tensor, count: int) -> Tensor:
@@ -16,9 +17,14 @@ def others(chosen: Tensor, count: int) -> Tensor:
 
 
 def join(similar: Tensor) -> Tensor:
-    """Each token joins the target that it is most like: [k, n] -> members [k, n], 1 or 0."""
+    """Each token joins the target that it is most like: [k, n] -> members [k, n], 1 or 0.
+
+    k and n may be 0, as in a decode step, where ONNX Runtime needs a row to look at.
+    """
     targets = torch.arange(similar.shape[0], device=similar.device)
-    return (targets[:, None] == similar.argmax(0)[None, :]).float()
+    least = similar.new_full((1, similar.shape[1]), LEAST)
+    best = torch.cat([similar, least]).argmax(0)
+    return (targets[:, None] == best[None, :]).float()
 
 
 def weighted_neighbours(

@@ -32,6 +32,17 @@ def scaled(depths: tuple[float, ...], layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(layers * depth)) for depth in depths}))
 
 
+def layer_of(option: str, text: str, depth: float, layers: int) -> int:
+    """The layer of an option that names one of 1 .. L - 1, or `auto`: a share of the depth."""
+    if text == "auto":
+        return scaled((depth,), layers)[0]
+    if not text.isdecimal() or not 1 <= int(text) < layers:
+        raise SpecError(
+            f"--set {option}= is a layer from 1 to {layers - 1} of {layers}; got {text!r}"
+        )
+    return int(text)
+
+
 def parse(text: str, layers: int) -> tuple[int, ...]:
     """The layers that --set stages= lists, rising; SpecError where it lists none that exist."""
     try:

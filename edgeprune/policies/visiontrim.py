@@ -1,0 +1,185 @@
+"""VisionTrim: tokens that the encoder finds important, and the others gathered around the question.
+
+DVTS chooses the dominant tokens in the encoder; they keep their reading order. TGVC merges the rest
+into complement tokens, which follow: its centres are the tokens most alike to the text, every other
+token joins the centre that relates to the text as it does, and each round adds to a centre what
+its members say. A quarter of all tokens are complement tokens, as in the paper's 144 + 48.
+Positions are renumbered, since tokens leave before the decoder.
+
+`variant=released`, what the released code computes: DVTS is the mean of [CLS] attention and of the
+attention received from the other patches, each divided by its length; a token's likeness to the
+text is its mean cosine with it; it joins the centre with the largest product of their cosines with
+the text, and a round adds the plain mean of a centre's members.
+`variant=paper`: DVTS is Eq. 6, the softmax of [CLS] attention and the local measure LTAM, each
+weighted by the other's share of the variance; a token's likeness to the text is its mean share of
+each text token's softmax over all tokens; it joins by the product of softmaxes over the text, and a
+round adds the mean weighted by that product.
+
+Deviations: the paper's text branch reads CLIP's text tower and its projection of visual tokens,
+which no checkpoint of the supported families holds; here the text is the embeddings that the
+decoder reads after the picture and a visual token is what the projector makes of it, so the merge
+is in the decoder's graph and comes after the projector, not before. LTAM as printed is one constant
+but at the borders (a softmax averaged over its own support): it is the released code's, the mean
+over 3 x 3 patches of -(feature distance / variance)^2 - (distance / variance)^2 / 2, 0 outside,
+then a softmax over all patches. The softmax of Eq. 8 is over the visual tokens, since over the text
+it would be one constant. Centres are normalised anew in each round.
+The second stage, in the decoder, is off: the paper names neither its layer nor its count, and the
+released code has it commented out. `llm` names a layer after which the tokens with the most mean
+softmax(h_t h_v / sqrt(D)) go on (Eq. 13, over the visual tokens for the same reason) and none is
+merged; `llm_share` of the tokens that entered. Where an encoder has no [CLS], received attention
+alone counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import SpecError
+from edgeprune.policies import _policy
+from edgeprune.policies._clusters import average
+from edgeprune.policies._locality import locality
+from edgeprune.policies._merge import join, others
+from edgeprune.policies._policy import Selection
+from edgeprune.policies._raters import likeness
+from edgeprune.policies._select import top, unit
+from edgeprune.policies._signals import LEAST, InputSignals, LayerSignals, VisionSignals
+from edgeprune.policies._steps import layer_of
+from edgeprune.spec import ModelShape, Plan, Stage, budget
+
+VARIANTS = ("released", "paper")
+
+
+@dataclass(frozen=True)
+class Policy(_policy.Policy):
+    variant: str = "released"  # what is computed: released or paper
+    complement: float = 0.25  # share of the tokens that are merged around the text: 48 of 192
+    rounds: int = 3  # in which the centres take in their members
+    llm: str = "off"  # or a layer after which the decoder prunes once more
+    llm_share: float = 0.5  # of the tokens, that go on there
+
+    paper: ClassVar[str] = (
+        "VisionTrim: Unified Vision Token Compression for Training-Free MLLM Acceleration"
+    )
+    summary: ClassVar[str] = "important tokens, and the others gathered around the question"
+    sites: ClassVar[tuple[str, ...]] = ("vision", "input", "layer")
+    needs: ClassVar[tuple[str, ...]] = ("text",)
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise SpecError(f"--set variant= is released or paper; got {self.variant!r}")
+        for name, share in (("complement", self.complement), ("llm_share", self.llm_share)):
+            if not 0 < share < 1:
+                raise SpecError(f"--set {name}= is a share between 0 and 1; got {share:g}")
+        if self.rounds < 1:
+            raise SpecError(f"--set rounds= is at least 1; got {self.rounds}")
+
+    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        if shape.separators:
+            raise SpecError(
+                "method visiontrim hands its dominant tokens to the decoder's graph as the first of"
+                " all, which leaves no place for this model's separators; choose another method,"
+                " such as visionzip"
+            )
+        tokens, layers = shape.visual_tokens, shape.layers
+        entering, later, last = self._counts(shape, cr)
+        stages = list[Stage]()
+        if entering < tokens:
+            merged = min(round(self.complement * entering), entering - 1)
+            dominant = entering - merged
+            stages = [Stage("vision", dominant)]
+            if merged:
+                first = Stage("vision", tokens, lead=dominant)
+                stages = [first, Stage("input", dominant, merged, text=True)]
+        if later < entering:
+            stages.append(Stage("layer", later, layer=last + 1))
+        return Plan(tokens, layers, tuple(stages))
+
+    def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
+        scores = self._released(signals) if self.variant == "released" else self._paper(signals)
+        best = top(scores, stage.lead or stage.keep)
+        if not stage.lead:
+            return Selection(best)
+        return Selection(torch.cat([best, others(best, scores.shape[0])]))
+
+    def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
+        visual, text = signals.visual[0].float(), signals.question().float()
+        dominant, rest = visual[: live.keep], visual[live.keep :]
+        centres, tokens = self._gathered(rest, text, live.merged)
+        places = torch.arange(live.keep, device=visual.device)
+        at = torch.cat([places, centres + live.keep])
+        return Selection(at, torch.cat([dominant, tokens])[None])
+
+    def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
+        visual, text = signals.visual[0].float(), signals.text[0].float()
+        return Selection(top(shares(visual, text), live.keep))
+
+    def _counts(self, shape: ModelShape, cr: float) -> tuple[int, int, int]:
+        """r_1, the count after the stage in the decoder, and the layer before it."""
+        tokens, layers = shape.visual_tokens, shape.layers
+        total = budget(tokens, layers, cr)
+        if self.llm == "off":
+            entering = max(1, round(total / layers))
+            return entering, entering, layers
+        last = layer_of("llm", self.llm, 1, layers)
+        entering = round(total / (last + self.llm_share * (layers - last)))
+        entering = min(tokens, max(1, entering))
+        later = round((total - last * entering) / (layers - last))
+        return entering, min(entering, max(1, later)), last
+
+    def _released(self, signals: VisionSignals) -> Tensor:
+        """[CLS] attention and attention from other patches, both of length 1: [N]."""
+        received = _unit(signals.received_attention(from_others=True))
+        if signals.cls is None:
+            return received
+        return (_unit(signals.cls_attention()) + received) / 2
+
+    def _paper(self, signals: VisionSignals) -> Tensor:
+        """Eq. 6: S = a S_g + (1 - a) S_l, a = var(S_l) / (var(S_g) + var(S_l)): [N]."""
+        wide = signals.salience().softmax(0)
+        near = locality(signals.features[0], signals.grid).softmax(0)
+        share = near.var() / (wide.var() + near.var()).clamp(min=1e-30)
+        return share * wide + (1 - share) * near
+
+    def _gathered(self, rest: Tensor, text: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Centres int64 [count], rising, and complement tokens [count, D] of the rest [n, D]."""
+        released = self.variant == "released"
+        alike = (unit(rest) @ unit(text).T).mean(1) if released else shares(rest, text)
+        centres = top(alike, count)
+        tokens = rest.index_select(0, centres)
+        places = torch.arange(rest.shape[0], device=rest.device)
+        free = 1 - (centres[:, None] == places[None, :]).float().sum(0)
+        members, weights = self._related(rest, text), None
+        for _ in range(self.rounds):
+            products = self._related(tokens, text) @ members.T  # [count, n]
+            if not released:
+                weights = products + 1 / text.shape[0]
+            tokens = tokens + average(join(products) * free, rest, weights)
+        return centres, tokens
+
+    def _related(self, tokens: Tensor, text: Tensor) -> Tensor:
+        """How each token relates to each text token: [n, D], [T, D] -> [n, T].
+
+        Shares less their mean 1 / T, since all are near it: a product of shares is 1 / T more than
+        that of what is left, whose digits decide.
+        """
+        if self.variant == "released":
+            cosines: Tensor = unit(tokens) @ unit(text).T
+            return cosines
+        return likeness(tokens, text, tokens.shape[1] ** -0.5) - 1 / text.shape[0]
+
+
+def _unit(scores: Tensor) -> Tensor:
+    """Scores divided by their length: [N]."""
+    length: Tensor = scores.norm()
+    return scores / length.clamp(min=1e-12)
+
+
+def shares(visual: Tensor, text: Tensor) -> Tensor:
+    """Mean over text tokens of their softmax over the visual tokens: [n, D], [T, D] -> [n]."""
+    logits = text @ visual.T * visual.shape[1] ** -0.5
+    spare = logits.new_full((logits.shape[0], 1), LEAST)  # ONNX Runtime reduces nothing where n = 0
+    return torch.cat([logits, spare], dim=1).softmax(1).mean(0)[:-1]
