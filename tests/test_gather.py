@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -258,3 +259,7 @@ def test_options_out_of_range_are_refused() -> None:
             made("visiontrim", **{option: value})
     with pytest.raises(SpecError, match="--set llm= is a layer from 1 to 31 of 32; got '32'"):
         plan_of("visiontrim", 4, llm="32")
+    assert plan_of("visiontrim", 4, llm="auto") == plan_of("visiontrim", 4, llm="16")
+    single = replace(SEVEN, layers=1)
+    with pytest.raises(SpecError, match="--set llm= is a layer from 1 to 0 of 1; got 'auto'"):
+        plan_of("visiontrim", 4, single, llm="auto")

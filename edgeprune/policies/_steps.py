@@ -34,13 +34,13 @@ def scaled(depths: tuple[float, ...], layers: int) -> tuple[int, ...]:
 
 def layer_of(option: str, text: str, depth: float, layers: int) -> int:
     """The layer of an option that names one of 1 .. L - 1, or `auto`: a share of the depth."""
-    if text == "auto":
-        return scaled((depth,), layers)[0]
-    if not text.isdecimal() or not 1 <= int(text) < layers:
+    given = int(text) if text.isdecimal() else 0
+    layer = scaled((depth,), layers)[0] if text == "auto" else given
+    if not 1 <= layer < layers:
         raise SpecError(
             f"--set {option}= is a layer from 1 to {layers - 1} of {layers}; got {text!r}"
         )
-    return int(text)
+    return layer
 
 
 def parse(text: str, layers: int) -> tuple[int, ...]:

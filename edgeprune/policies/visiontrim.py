@@ -58,7 +58,7 @@ class Policy(_policy.Policy):
     variant: str = "released"  # what is computed: released or paper
     complement: float = 0.25  # share of the tokens that are merged around the text: 48 of 192
     rounds: int = 3  # in which the centres take in their members
-    llm: str = "off"  # or a layer after which the decoder prunes once more
+    llm: str = "off"  # or a layer after which the decoder prunes once more; auto: half of all
     llm_share: float = 0.5  # of the tokens, that go on there
 
     paper: ClassVar[str] = (
@@ -124,7 +124,7 @@ class Policy(_policy.Policy):
         if self.llm == "off":
             entering = max(1, round(total / layers))
             return entering, entering, layers
-        last = layer_of("llm", self.llm, 1, layers)
+        last = layer_of("llm", self.llm, 1 / 2, layers)
         entering = round(total / (last + self.llm_share * (layers - last)))
         entering = min(tokens, max(1, entering))
         later = round((total - last * entering) / (layers - last))
