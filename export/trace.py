@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from edgeprune.errors import ExportError
 from edgeprune.export.dialects import Dialect
-from edgeprune.export.passes import clean
+from edgeprune.export.passes import add_token, clean
 from edgeprune.models._decoder import Decoder
 
 Shapes = Any  # torch.export's nested description of dynamic dimensions
@@ -60,6 +60,8 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> ir.
         shapes, inputs = (*shapes, {0: Dim.DYNAMIC}), [*inputs, "places"]
         args = (*args, torch.arange(max(2, plan.encoded)))
     model = _trace(decoder, args, shapes, inputs, outputs, dialect.opset)
+    if dialect.layout != "packed":  # a CPU has the logits at hand
+        add_token(model.graph)
     _name_dimensions(model.graph, dialect.cache)
     return model
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import CapacityError, EdgepruneError
+from edgeprune.runtime import backends
 from edgeprune.runtime.backend import Chunk
-from edgeprune.runtime.ort import OrtBackend
 
 PREFIX = 5
 """Text tokens before the picture; LLaVA-1.5 without a system text has about as many."""
@@ -33,7 +33,7 @@ class Racer:
         started = time.perf_counter()
         bundle = Bundle.open(path, verify=False)
         self.manifest = bundle.manifest
-        self.backend = OrtBackend(bundle, backend.partition("-")[2], threads)
+        self.backend = backends.make(bundle, backend, threads)
         self.load_seconds = time.perf_counter() - started
         self.text_tokens, self.new_tokens = text_tokens, new_tokens
         image, rng = self.manifest.image, np.random.default_rng(0)

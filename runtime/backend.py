@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,18 +23,38 @@ class Chunk:
     with_picture: bool
 
 
-@dataclass(frozen=True)
 class Output:
-    """Logits of the last token [vocabulary], and kept positions at each pruning site."""
+    """What a call gives: the kept positions at each pruning site, logits and likeliest token.
 
-    logits: NDArray[Any]
-    kept: tuple[Ids, ...]
+    Logits may stay on the device until they are asked for, which must be before the next call.
+    """
+
+    def __init__(
+        self,
+        logits: NDArray[Any] | Callable[[], NDArray[Any]],
+        kept: tuple[Ids, ...],
+        token: int | None = None,
+    ) -> None:
+        self.kept, self._logits, self._token = kept, logits, token
+
+    @property
+    def logits(self) -> NDArray[Any]:
+        """Of the last token: [vocabulary]."""
+        if callable(self._logits):
+            self._logits = self._logits()
+        return self._logits
+
+    @property
+    def token(self) -> int:
+        """The likeliest next token; of equal ones the first."""
+        return int(self.logits.argmax()) if self._token is None else self._token
 
 
 class Backend(Protocol):
     """An engine with one picture and one set of KV caches; batch 1."""
 
     name: str
+    text_capacity: int | None  # tokens of text that the caches hold; None: as many as it takes
 
     def see(self, pixels: NDArray[np.float32]) -> Ids:
         """Run the vision graph, hold its visual tokens, return which were kept: int64 [r_1]."""
@@ -57,6 +77,7 @@ class FakeBackend:
     """An engine that answers from a script of token ids, and remembers what it was asked."""
 
     name = "fake"
+    text_capacity: int | None = None
 
     def __init__(self, script: Sequence[int], vocabulary: int, visual_tokens: int) -> None:
         self.script, self.vocabulary, self.visual = list(script), vocabulary, visual_tokens

@@ -24,9 +24,9 @@ from edgeprune.bundle import Bundle, Manifest, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
 from edgeprune.runtime import trt as seam
 from edgeprune.runtime._static import with_sizes
+from edgeprune.runtime.engines import ENGINES, GRAPHS, RECORD, graphs, read, whole
 from edgeprune.runtime.text import Prompter
 
-ENGINES, RECORD = "engines", "engine.json"
 DTYPES = ("fp16", "bf16")  # TensorRT has no fp32 kernel for its attention operator
 TEXT_CAPACITY = 512  # tokens of text, prompts and answers together, that the caches hold
 PREFIX = 64  # tokens before the picture, at least
@@ -88,8 +88,8 @@ def build(request: BuildRequest, report: seam.Report = lambda step, done, total:
     bundle = Bundle.open(request.bundle, verify=True)
     _check(bundle.manifest, request)
     target = bundle.path / ENGINES / _key(bundle.manifest, request, trt.__version__)
-    if not request.force and (record := _whole(target)):
-        return Built(target, record, found=True)
+    if not request.force and (before := read(target)) and whole(before):
+        return Built(target, before.record, found=True)
     capacities = [count + request.text_capacity for count in bundle.manifest.prune.counts]
     sizes = {f"capacity.{layer}": size for layer, size in enumerate(capacities)}
     grows = bundle.manifest.decoder.cache == "grow"
@@ -109,6 +109,7 @@ def build(request: BuildRequest, report: seam.Report = lambda step, done, total:
             "gpu": seam.gpu(),
             "text_capacity": request.text_capacity,
             "capacities": capacities,
+            "graphs": graphs(bundle),
             "engines": {name: asdict(engine) for name, engine in engines.items()},
         }
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -170,23 +171,10 @@ def _profiles(bundle: Bundle, request: BuildRequest, growing: Sequence[int]) -> 
 def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
     """Folder name: backend, version, GPUs, dtype, and a hash of all that the engines depend on."""
     gpus = "+".join(request.compute) or seam.gpu() or "any"
-    graphs = [manifest.files[f].sha256 for f in ("vision.onnx", "decoder.onnx", "weights.bin")]
+    files = [manifest.files[f].sha256 for f in GRAPHS]
     parts = [request.backend, version, gpus, manifest.dtype]
-    everything = "\n".join([*parts, *graphs, str(request.text_capacity)])
+    everything = "\n".join([*parts, *files, str(request.text_capacity)])
     return "-".join([*parts, hashlib.sha256(everything.encode()).hexdigest()[:12]])
-
-
-def _whole(folder: Path) -> dict[str, Any] | None:
-    """The record of engines that are there and unaltered, or None."""
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        sound = all(
-            sha256(folder / f"{name}.engine") == engine["sha256"]
-            for name, engine in record["engines"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return record if sound else None
 
 
 @contextmanager
@@ -251,6 +239,7 @@ class _Builder:
         if not self._parser.parse(model, str(file)):  # the path says where weights.bin is
             raise BackendError(f"{self.title} refuses {file}: {seam.refusals(self._parser)}")
         seam.narrow_indices(trt, network)
+        seam.let_fall_back(trt, network)
         return network
 
     def _config(self, name: str) -> Any:

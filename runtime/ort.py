@@ -21,6 +21,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OrtBackend:
     """The bundle's two graphs on one execution provider: `cpu` or `cuda`."""
 
+    text_capacity: int | None = None
+
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise SpecError(f"--threads is at least 1; got {threads}")

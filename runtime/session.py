@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from edgeprune.bundle import Bundle
-from edgeprune.errors import BackendError, BundleError, CapacityError, InputError, SpecError
+from edgeprune.errors import BundleError, CapacityError, InputError, SpecError
+from edgeprune.runtime import backends
 from edgeprune.runtime.backend import Backend, Chunk, Ids, Output
 from edgeprune.runtime.media import Shown, all_remarks, load, pixels
-from edgeprune.runtime.ort import OrtBackend
 from edgeprune.runtime.sampling import Sampling, StopWatcher
 from edgeprune.runtime.text import Prompter
 
 WARM_UP = 128
 """Text tokens of a prefill on nothing."""
 
-BACKENDS = ("ort-cpu", "ort-cuda")
+BACKENDS = backends.NAMES
 
 
 @dataclass
@@ -73,10 +73,9 @@ class Session:
         verify: bool | None = None,
     ) -> Session:
         """Open a bundle on one of BACKENDS; `verify` as in Bundle.open."""
-        if backend not in BACKENDS:
-            raise BackendError(f"there is no backend {backend!r}; choose: {', '.join(BACKENDS)}")
+        backends.check(backend)
         bundle = Bundle.open(path, verify=verify)
-        return cls(bundle, OrtBackend(bundle, backend.partition("-")[2], threads))
+        return cls(bundle, backends.make(bundle, backend, threads))
 
     def reset(self) -> None:
         """Forget the picture and the dialogue."""
@@ -92,7 +91,8 @@ class Session:
         """Run both graphs once on nothing, so that the first answer is as fast as the next."""
         empty = np.zeros((1, 0), np.int64)
         self.backend.see(np.zeros(self.manifest.image.shape, np.float32))
-        self._run(empty, np.zeros((1, WARM_UP), np.int64), True)
+        text = min(WARM_UP, (self.backend.text_capacity or 2 * WARM_UP) - 1)
+        self._run(empty, np.zeros((1, text), np.int64), True)
         self._run(empty, np.zeros((1, 1), np.int64), False)
         self.reset()
 
@@ -115,7 +115,7 @@ class Session:
         self._remarks = remarked
         seen = time.perf_counter()
         timings = Timings(preprocess=1e3 * (seen - started))
-        room = self._room(prefix_ids.shape[1] + text_ids.shape[1] + self.manifest.span, sampling)
+        room = self._room(prefix_ids.shape[1] + text_ids.shape[1], self.manifest.span, sampling)
         self._vision_kept = self.backend.see(levels)
         timings.vision = 1e3 * (time.perf_counter() - seen)
         return self._answer(prefix_ids, text_ids, True, sampling, room, timings)
@@ -127,7 +127,7 @@ class Session:
         started = time.perf_counter()
         following = self._prompter.next_turn(prompt)
         text_ids = np.concatenate([np.array([self._pending], np.int64), following], axis=1)
-        room = self._room(text_ids.shape[1], sampling)
+        room = self._room(text_ids.shape[1], 0, sampling)
         timings = Timings(preprocess=1e3 * (time.perf_counter() - started))
         empty = np.zeros((1, 0), np.int64)
         return self._answer(empty, text_ids, False, sampling, room, timings)
@@ -138,22 +138,33 @@ class Session:
         assert self.answer is not None  # set when the pieces end
         return self.answer
 
-    def _room(self, new: int, sampling: Sampling | None) -> int:
-        """How many tokens may be said after `new` more have been read; CapacityError where none."""
+    def _room(self, text: int, span: int, sampling: Sampling | None) -> int:
+        """How many tokens may be said after so much text, and a picture of `span` positions."""
         most = self.manifest.decoder.max_positions
-        room = most - self._position - new
-        if room < 1:
+        taken = self._position + text + span
+        if taken >= most:
             raise CapacityError(
-                f"the dialogue takes {self._position + new} positions (the picture's included) and"
-                f" needs room for an answer, the model has {most} positions; shorten the prompt"
+                f"the dialogue takes {taken} positions (the picture's included) and needs room for"
+                f" an answer, the model has {most} positions; shorten the prompt"
             )
+        room, left = most - taken, f"positions left of {most}"
+        capacity = self.backend.text_capacity
+        if capacity is not None:
+            held = max(0, int(self._lengths[0] - self._counts[0])) + text
+            if held >= capacity:
+                raise CapacityError(
+                    f"the dialogue has {held} tokens of text and needs room for an answer, the"
+                    f" engines' caches hold {capacity}; shorten the prompt, or build with a larger"
+                    " --text-capacity"
+                )
+            if capacity - held < room:
+                room, left = capacity - held, f"tokens left of --text-capacity {capacity}"
         asked = sampling.max_new_tokens if sampling else None
         if asked is None:
             return min(room, self._defaults.max_new_tokens or 512)
         if asked > room:
             raise CapacityError(
-                f"--max-new-tokens {asked} is more than the {room} positions left of {most}; ask"
-                " for fewer"
+                f"--max-new-tokens {asked} is more than the {room} {left}; ask for fewer"
             )
         return asked
 
@@ -213,7 +224,9 @@ class Session:
         timings.prefill = 1e3 * (time.perf_counter() - started)
         self._pending = []
         while True:
-            token = sampling.pick(output.logits, rng)
+            # The first logits are looked at, which finds a model that returns no numbers.
+            greedy = sampling.temperature == 0 and bool(said)
+            token = output.token if greedy else sampling.pick(output.logits, rng)
             said.append(token)
             if self._is_end(said):
                 return

@@ -154,6 +154,17 @@ def refusals(parser: Any) -> str:
     return "; ".join(found) or "no reason given"
 
 
+def let_fall_back(trt: Any, network: Any) -> None:
+    """Let attention be computed in several steps where no fused kernel fits it.
+
+    Otherwise a build fails over it: of small encoders, of one whose queries a policy looks at too.
+    """
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type == getattr(trt.LayerType, "ATTENTION_INPUT", None):
+            layer.__class__ = trt.IAttentionInputLayer  # the binding returns the base class
+            layer.attention.decomposable = True
+
+
 def narrow_indices(trt: Any, network: Any) -> None:
     """Give the cache updates int32 indices, all cut from one int32 vector of lengths.
 

@@ -19,7 +19,7 @@ CALLS = [(3, 9, True), *[(0, 1, False)] * 66, (0, 7, False), *[(0, 1, False)] * 
 """Prefix and text tokens, with a picture or not: steps enough for a cache to grow often."""
 
 
-@pytest.fixture(scope="module", params=["none", "utp"])
+@pytest.fixture(scope="module", params=[pytest.param("none", marks=pytest.mark.slow), "utp"])
 def demo_pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:

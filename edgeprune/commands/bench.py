@@ -17,7 +17,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " the one that the others are compared to: give the dense bundle first.",
     )
     command.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="exported folder")
-    command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
+    command.add_argument(
+        "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
+    )
     command.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default 64")
     command.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default 32")
     command.add_argument("--laps", type=int, default=10, metavar="N", help="counted (default 10)")

@@ -49,7 +49,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before TEXT"
     )
-    command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
+    command.add_argument(
+        "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
+    )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     command.set_defaults(run=run)
 

@@ -38,7 +38,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--font", type=Path, metavar="FILE", help="for other letters than English (.ttf, .otf)"
     )
-    command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
+    command.add_argument(
+        "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
+    )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     command.set_defaults(run=run)
 

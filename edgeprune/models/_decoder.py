@@ -278,7 +278,7 @@ class Decoder(Tabled):
         if mrope is None:
             rows = first + torch.arange(segments.total, device=first.device)
             start, count = first + segments.prefix, segments.visual
-            anchors = Anchors(start, (2 * start + count) // 2, start + count - 1)
+            anchors = Anchors(start, start + count // 2, start + count - 1)
             return Rotary(self.cos, self.sin), rows[None], anchors
         assert places is not None  # M-RoPE places each visual token
         positions = mrope.positions(first, segments, places)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from edgeprune.errors import ModelError
+from edgeprune.memory import available_bytes
 from edgeprune.models._adapter import Adapter
 
 OVERHEAD = 1.3
@@ -14,17 +13,6 @@ OVERHEAD = 1.3
 def needed_bytes(adapter: Adapter, element: int = 4) -> int:
     """Bytes that the weights take with elements of `element` bytes, overhead included."""
     return int(OVERHEAD * adapter.checkpoint.elements() * element)
-
-
-def available_bytes() -> int | None:
-    """Bytes that this machine can still give, where it says so (Linux)."""
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    for line in info.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None
 
 
 def fits(adapter: Adapter, element: int = 4) -> bool:

@@ -1,0 +1,29 @@
+"""The inference engines by name; each is imported when it is asked for."""
+
+from __future__ import annotations
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import BackendError, SpecError
+from edgeprune.runtime.backend import Backend
+
+NAMES = ("ort-cpu", "ort-cuda", "trt", "trt-rtx")
+
+
+def check(name: str) -> None:
+    """BackendError, before anything slow, unless there is such a backend."""
+    if name not in NAMES:
+        raise BackendError(f"there is no backend {name!r}; choose: {', '.join(NAMES)}")
+
+
+def make(bundle: Bundle, name: str, threads: int | None = None) -> Backend:
+    """A bundle's graphs, or engines, on a backend; `threads` are the CPU's."""
+    check(name)
+    if name.startswith("ort-"):
+        from edgeprune.runtime.ort import OrtBackend
+
+        return OrtBackend(bundle, name.partition("-")[2], threads)
+    from edgeprune.runtime.trt_backend import TrtBackend
+
+    if threads is not None:
+        raise SpecError(f"--threads is for ort-cpu; {name} runs on a GPU")
+    return TrtBackend(bundle, name)

@@ -1,0 +1,170 @@
+"""A GPU of numpy arrays whose engines run ONNX Runtime: all of the real backend, none of CUDA.
+
+It holds the backend to what a GPU would: every read and write lies inside one allocation, work is
+queued, a recorded graph replays what was queued (and reads pinned memory anew), shapes lie inside
+the profile that the engines were built with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import BackendError
+from edgeprune.runtime.gpu import Execution, Loaded, Shape
+
+Profile = dict[str, list[int]]
+FIRST = 1 << 20  # no address is small enough to be mistaken for a size
+
+
+class FakeGpu:
+    """One device; `memory` is what it can give."""
+
+    def __init__(self, bundle: Bundle, compute: str = "sm_89", memory: int = 1 << 40) -> None:
+        self.bundle, self.compute, self.memory = bundle, compute, memory
+        self.blocks: dict[int, NDArray[np.uint8]] = {}
+        self.queue: list[Callable[[], None]] = []
+        self.recording: list[Callable[[], None]] | None = None
+        self.uploaded = self.downloaded = self.replays = 0
+
+    def free_bytes(self) -> int:
+        return self.memory - sum(block.size for block in self.blocks.values())
+
+    def allocate(self, size: int) -> int:
+        address = FIRST + sum(block.size + 4096 for block in self.blocks.values())
+        address += -address % 256
+        self.blocks[address] = np.full(size, 0xAA, np.uint8)  # nothing is zero by luck
+        return address
+
+    def pinned(self, size: int) -> NDArray[np.uint8]:
+        return np.zeros(size, np.uint8)
+
+    def upload(self, address: int, host: NDArray[Any]) -> None:
+        pinned = host if self.recording is not None else host.copy()
+
+        def work() -> None:
+            self.view(address, host.nbytes)[:] = pinned.reshape(-1).view(np.uint8)
+            self.uploaded += host.nbytes
+
+        self.put(work)
+
+    def download(self, host: NDArray[Any], address: int) -> None:
+        def work() -> None:
+            host.reshape(-1).view(np.uint8)[:] = self.view(address, host.nbytes)
+            self.downloaded += host.nbytes
+
+        self.put(work)
+
+    def wait(self) -> None:
+        assert self.recording is None, "a stream that is being recorded cannot be waited for"
+        work, self.queue = self.queue, []
+        for step in work:
+            step()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recording = []
+        work()
+        recorded, self.recording = self.recording, None
+
+        def replay() -> None:
+            self.replays += 1
+            self.queue += recorded
+
+        return replay
+
+    def load(self, file: Path) -> Loaded:
+        return FakeEngine(self, file)
+
+    def put(self, work: Callable[[], None]) -> None:
+        (self.queue if self.recording is None else self.recording).append(work)
+
+    def view(self, address: int, size: int) -> NDArray[np.uint8]:
+        """So many bytes at an address, all of one allocation."""
+        for start, block in self.blocks.items():
+            if start <= address and address + size <= start + block.size:
+                return block[address - start : address - start + size]
+        raise AssertionError(f"{size} bytes at {address} lie in no allocation")
+
+
+class FakeEngine:
+    """The bundle's graph of the same name, with the profiles that engine.json has."""
+
+    scratch = 512
+
+    def __init__(self, gpu: FakeGpu, file: Path) -> None:
+        import json
+
+        self.gpu = gpu
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # caches are copied: numpy has nothing in place
+        graph = gpu.bundle.file(f"{file.stem}.onnx")
+        self.session = ort.InferenceSession(graph, options, ["CPUExecutionProvider"])
+        record = json.loads((file.parent / "engine.json").read_text())
+        profiles = record["engines"][file.stem]["profiles"]
+        self.profiles: list[Profile] = list(profiles.values()) or [{}]
+        self.capacities = record["capacities"]
+
+    def executions(self, scratch: int) -> list[Execution]:
+        self.gpu.view(scratch, self.scratch)
+        return [FakeExecution(self, profile) for profile in self.profiles]
+
+
+class FakeExecution:
+    """Shapes and addresses as they are when a run is queued."""
+
+    def __init__(self, engine: FakeEngine, profile: Profile) -> None:
+        self.engine, self.profile, self.gpu = engine, profile, engine.gpu
+        self.shapes: dict[str, Shape] = {}
+        self.addresses: dict[str, int] = {}
+        for end in engine.session.get_inputs():
+            sizes = [self._fixed(size) for size in end.shape]
+            if None not in sizes:
+                self.shapes[end.name] = tuple(size for size in sizes if size is not None)
+
+    def _fixed(self, size: int | str) -> int | None:
+        if isinstance(size, int):
+            return size
+        name, _, layer = size.partition(".")
+        return self.engine.capacities[int(layer)] if name == "capacity" else None
+
+    def shape(self, name: str, shape: Shape) -> None:
+        (end,) = (e for e in self.engine.session.get_inputs() if e.name == name)
+        for size, known in zip(shape, end.shape, strict=True):
+            if isinstance(known, int):
+                assert size == known, name
+            elif known in self.profile and not known.startswith("capacity"):
+                least, _, most = self.profile[known]
+                if not least <= size <= most:
+                    raise BackendError(f"{name} {list(shape)} is outside {known} {least}..{most}")
+        self.shapes[name] = shape
+
+    def address(self, name: str, address: int) -> None:
+        assert address % 256 == 0, f"{name} is not aligned"
+        self.addresses[name] = address
+
+    def recordable(self) -> bool:
+        return True
+
+    def run(self) -> None:
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        self.gpu.put(lambda: self._run(shapes, addresses))
+
+    def _run(self, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
+        feeds = {}
+        for end in self.engine.session.get_inputs():
+            kind = {"tensor(int64)": np.int64, "tensor(float16)": np.float16}.get(
+                end.type, np.float32
+            )
+            size = int(np.prod(shapes[end.name])) * np.dtype(kind).itemsize
+            stored = self.gpu.view(addresses[end.name], size).view(kind)
+            feeds[end.name] = stored.reshape(shapes[end.name]).copy()
+        names = [end.name for end in self.engine.session.get_outputs()]
+        for name, found in zip(names, self.engine.session.run(names, feeds), strict=True):
+            data = np.ascontiguousarray(found).reshape(-1).view(np.uint8)
+            self.gpu.view(addresses[name], data.size)[:] = data

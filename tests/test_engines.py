@@ -1,0 +1,70 @@
+"""Every method's graphs are compiled by TensorRT-RTX, prefill and decode in one engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engine_size import weights
+from benchmarks.shapes import SHAPES, write
+from edgeprune import policies
+from edgeprune.errors import SpecError
+from edgeprune.runtime.build import BuildRequest, build
+from tests.frozen import frozen
+
+if sys.platform != "linux":  # the dev extra brings it there, so its absence is a fault
+    pytest.importorskip("tensorrt_rtx")
+
+QUICK = [("trimtokenator", "fp16"), ("visionzip", "bf16"), ("fastv", "bf16")]
+"""A greedy choice by the text, merged tokens, a choice between layers: of the tiny checkpoint."""
+
+
+def compiled(bundle: Path) -> dict[str, Any]:
+    """The engines of a bundle, both profiles in one; the bundle's nodes stay as they were."""
+    built = build(BuildRequest(bundle, "trt-rtx"))
+    found: dict[str, Any] = json.loads((built.path / "engine.json").read_text())["engines"]
+    assert list(found["decoder"]["profiles"]) == ["prefill", "decode"]
+    assert all((built.path / engine["file"]).stat().st_size > 0 for engine in found.values())
+    return found
+
+
+@pytest.mark.parametrize(("method", "dtype"), QUICK, ids=[m for m, _ in QUICK])
+def test_a_method_compiles(method: str, dtype: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = frozen(tmp_path / "b", method, 1.4, model=tiny_checkpoint, target="rtx", dtype=dtype)
+    compiled(bundle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("cr", [4, 16])
+@pytest.mark.parametrize("method", policies.names())
+def test_the_demo_compiles_with_every_method(
+    method: str, cr: float, dtype: str, tmp_path: Path
+) -> None:
+    if method == "none" and cr > 4:
+        pytest.skip("the dense model has one ratio")
+    try:
+        frozen(tmp_path / "b", method, 1 if method == "none" else cr, target="rtx", dtype=dtype)
+    except SpecError as error:
+        pytest.skip(f"not a ratio of this method: {error}")
+    compiled(tmp_path / "b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["rtx", "jetpack7", "jetpack6"])
+@pytest.mark.parametrize("method", ["none", "utp"])
+def test_a_decoder_of_half_a_billion_compiles(
+    method: str, target: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """24 layers, 576 visual tokens. Its weights are in the engine once."""
+    checkpoint = tmp_path_factory.getbasetemp() / "0.5b"
+    if not checkpoint.is_dir():
+        write(SHAPES["0.5b"], checkpoint)
+    cr = 4 if method == "utp" else 1
+    bundle = frozen(tmp_path / "b", method, cr, model=checkpoint, target=target, dtype="fp16")
+    engine = compiled(bundle)["decoder"]
+    assert engine["bytes"] < 1.5 * weights(bundle / "decoder.onnx")

@@ -1,0 +1,343 @@
+"""The TensorRT backend on a GPU of numpy arrays: answers, copies, graphs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeprune.bundle import Bundle, sha256
+from edgeprune.cli import main
+from edgeprune.demo import SAMPLES_DIR
+from edgeprune.demo.questions import held_out
+from edgeprune.errors import CapacityError
+from edgeprune.runtime import Sampling, Session, elements, engines, gpu
+from edgeprune.runtime.build import BuildRequest, Engine, _profiles
+from tests.conftest import Refused
+from tests.fake_gpu import FakeGpu
+from tests.frozen import frozen
+
+VERSION, COMPUTE, TEXT = "10.16.1", "sm_87", 200
+QUESTION = ["--image", SAMPLES_DIR / "scene-1.png", "--prompt", "what color is the star ?"]
+
+
+def pretend(bundle: Path, backend: str = "trt") -> Path:
+    """A folder of engines that were never built; the record is one that `build` would write."""
+    opened, request = Bundle.open(bundle), BuildRequest(bundle, backend, TEXT)
+    capacities = [count + TEXT for count in opened.manifest.prune.counts]
+    grows = opened.manifest.decoder.cache == "grow"
+    profiles = {"decoder": _profiles(opened, request, capacities if grows else ()), "vision": {}}
+    folder = bundle / "engines" / f"{backend}-pretended"
+    folder.mkdir(parents=True)
+    made = {}
+    for name in ("vision", "decoder"):
+        file = folder / f"{name}.engine"
+        file.write_bytes(f"{name}, as if compiled".encode())
+        kept = Engine(file.name, 24, sha256(file), 1.0, dict(profiles[name]), (), ())
+        made[name] = asdict(kept)
+    record = {
+        "bundle": bundle.name,
+        "backend": backend,
+        "version": VERSION,
+        "dtype": opened.manifest.dtype,
+        "compute": [],
+        "gpu": COMPUTE,
+        "text_capacity": TEXT,
+        "capacities": capacities,
+        "graphs": engines.graphs(opened),
+        "engines": made,
+    }
+    (folder / "engine.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[FakeGpu]]:
+    """Puts a GPU of numpy arrays where a real one would be; the list holds those in use."""
+
+    def install(bundle: Path, **options: Any) -> list[FakeGpu]:
+        used: list[FakeGpu] = []
+
+        def connect(backend: str) -> FakeGpu:
+            used.append(FakeGpu(Bundle.open(bundle), **{"compute": COMPUTE, **options}))
+            return used[-1]
+
+        for module in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, module, SimpleNamespace(__version__=VERSION))
+        monkeypatch.setattr(gpu, "connect", connect)
+        return used
+
+    return install
+
+
+@pytest.fixture(scope="module")
+def demo_rtx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo with UTP for GPUs, and engines that were never built."""
+    bundle = frozen(tmp_path_factory.mktemp("rtx") / "demo", "utp", 4, target="rtx", dtype="fp16")
+    pretend(bundle)
+    return bundle
+
+
+@pytest.fixture(scope="module", params=["rtx", "jetpack6", "jetpack7"])
+def tiny(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """UTP on the tiny checkpoint in every dialect that GPUs run, with engines never built."""
+    folder, target = tmp_path_factory.mktemp("tiny"), request.param
+    bundle = frozen(folder / "b", "utp", 2, model=tiny_checkpoint, target=target, dtype="fp16")
+    pretend(bundle)
+    return bundle
+
+
+def dialogue(session: Session, tokens: int = 24) -> list[tuple[int, ...]]:
+    """Two turns about two pictures each, and none ends early."""
+    session._is_end = lambda said: False  # type: ignore[method-assign]
+    sampling, said = Sampling(max_new_tokens=tokens), []
+    for image, question in held_out(2):
+        said.append(session.ask(image, question.text, sampling).ids)
+        said.append(session.follow_up("how many circles are there ?", sampling).ids)
+    return said
+
+
+def test_the_demo_answers_as_on_onnx_runtime(
+    demo_rtx: Path, fake: Callable[..., list[FakeGpu]]
+) -> None:
+    fake(demo_rtx)
+    ours, theirs = Session.open(demo_rtx, backend="trt"), Session.open(demo_rtx)
+    for image, question in held_out(12):
+        answer, wanted = ours.ask(image, question.text), theirs.ask(image, question.text)
+        assert answer.ids == wanted.ids
+        assert answer.vision_kept.tolist() == wanted.vision_kept.tolist()
+        kept, also = answer.layer_kept, wanted.layer_kept
+        assert [k.tolist() for k in kept] == [k.tolist() for k in also]
+        assert ours.follow_up(question.text).ids == theirs.follow_up(question.text).ids
+
+
+def test_every_dialect_answers_as_on_onnx_runtime(
+    tiny: Path, fake: Callable[..., list[FakeGpu]]
+) -> None:
+    fake(tiny)
+    ours = dialogue(Session.open(tiny, backend="trt"))
+    assert ours == dialogue(Session.open(tiny))
+    assert len(set(ours)) > 1
+
+
+def test_sampling_draws_as_on_onnx_runtime(tiny: Path, fake: Callable[..., list[FakeGpu]]) -> None:
+    fake(tiny)
+    image, question = next(held_out(1))
+    sampling = Sampling(temperature=1.0, seed=3, max_new_tokens=12)
+    drawn = [
+        Session.open(tiny, backend=name).ask(image, question.text, sampling).ids
+        for name in ("trt", "ort-cpu")
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_step_copies_one_small_piece_in_and_eight_bytes_out(
+    tiny: Path, fake: Callable[..., list[FakeGpu]]
+) -> None:
+    used = fake(tiny)
+    session = Session.open(tiny, backend="trt")
+    (device,) = used
+    image, question = next(held_out(1))
+    session._is_end = lambda said: False  # type: ignore[method-assign]
+    moved = []
+    for tokens in (8, 20):
+        before = device.uploaded, device.downloaded, device.replays
+        session.ask(image, question.text, Sampling(max_new_tokens=tokens))
+        after = device.uploaded, device.downloaded, device.replays
+        moved.append([b - a for a, b in zip(before, after, strict=True)])
+    uploaded, downloaded, replays = (b - a for a, b in zip(*moved, strict=True))
+    assert uploaded == 12 * (512 + 8 * 3)
+    assert downloaded == 12 * 8
+    if session.manifest.decoder.cache == "grow":
+        assert replays == moved[0][2] == 0, "its shapes change, so each step is queued anew"
+    else:
+        assert replays == 12 + 1, "all steps but the very first are replays"
+
+
+def test_visual_tokens_and_caches_stay_on_the_gpu(
+    tiny: Path, fake: Callable[..., list[FakeGpu]]
+) -> None:
+    used = fake(tiny)
+    session = Session.open(tiny, backend="trt")
+    (device,) = used
+    image, question = next(held_out(1))
+    assert len(device.blocks) == 1, "one allocation, made when the bundle is opened"
+    session.ask(image, question.text, Sampling(max_new_tokens=1))
+    prune, record = session.manifest.prune, session.manifest.decoder
+    kept = sum(8 * prune.counts[int(name.partition(".")[2]) - 1] for name in prune.kept_outputs)
+    assert device.downloaded == 8 * prune.encoded + 8 + kept + 2 * record.vocabulary
+    session.follow_up("how many circles are there ?", Sampling(max_new_tokens=4))
+    assert len(device.blocks) == 1
+
+
+def test_an_answer_ends_where_the_caches_are_full(
+    tiny: Path, fake: Callable[..., list[FakeGpu]]
+) -> None:
+    fake(tiny)
+    session = Session.open(tiny, backend="trt")
+    session._is_end = lambda said: False  # type: ignore[method-assign]
+    image, question = next(held_out(1))
+    answer = session.ask(image, question.text)
+    assert (answer.finish, answer.prompt_tokens + len(answer.ids)) == ("length", TEXT)
+    with pytest.raises(CapacityError, match=f"caches hold {TEXT}; shorten the prompt, or build"):
+        session.follow_up("how many circles are there ?")
+    with pytest.raises(CapacityError, match=rf"left of --text-capacity {TEXT}; ask for fewer"):
+        session.ask(image, question.text, Sampling(max_new_tokens=TEXT))
+    with pytest.raises(CapacityError, match=f"caches hold {TEXT}; shorten the prompt"):
+        session.ask(image, "star " * TEXT)
+    with pytest.raises(CapacityError, match="cache of layer 1 holds"):
+        session.backend.reserve([1000] * 3)
+
+
+def test_warming_up_leaves_no_trace(tiny: Path, fake: Callable[..., list[FakeGpu]]) -> None:
+    fake(tiny)
+    cold, warm = (Session.open(tiny, backend="trt") for _ in range(2))
+    warm.warm_up()
+    assert dialogue(cold, 6) == dialogue(warm, 6)
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(data)
+
+
+def _record(folder: Path, **changes: object) -> None:
+    file = folder / "engine.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped byte": (lambda f: _flip(f / "decoder.engine"), "was altered since it was built"),
+    "cut": (lambda f: (f / "vision.engine").write_bytes(b""), "was altered since it was built"),
+    "gone": (lambda f: (f / "vision.engine").unlink(), "was altered since it was built"),
+    "other version": (
+        lambda f: _record(f, version="10.3.0"),
+        f"was built with TensorRT 10.3.0, this is {VERSION}",
+    ),
+    "other GPU": (lambda f: _record(f, gpu="sm_110"), "was built for sm_110, this GPU is sm_87"),
+    "other GPUs": (
+        lambda f: _record(f, compute=["SM89", "SM120"]),
+        "was built for SM89, SM120, this GPU is sm_87",
+    ),
+    "other graphs": (lambda f: _record(f, graphs={}), "was built from other graphs"),
+    "other dtype": (lambda f: _record(f, dtype="bf16"), "was built from other graphs"),
+    "no record": (lambda f: (f / "engine.json").unlink(), "has no engines for TensorRT"),
+    "damaged record": (lambda f: (f / "engine.json").write_text("{"), "has no engines for"),
+    "other backend": (lambda f: _record(f, backend="trt-rtx"), "has no engines for TensorRT"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_an_engine_that_may_not_run_here(
+    change: Callable[[Path], object],
+    says: str,
+    copy_rtx: Callable[[], Path],
+    fake: Callable[..., list[FakeGpu]],
+    refused: Refused,
+) -> None:
+    bundle = copy_rtx()
+    change(pretend(bundle))
+    used = fake(bundle)
+    line = refused("run", bundle, *QUESTION, "--backend", "trt")
+    assert says in line
+    assert f"edgeprune build {bundle} --backend trt" in line
+    assert not used[0].blocks, "nothing was loaded"
+
+
+@pytest.fixture(scope="module")
+def tiny_rtx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rtx") / "tiny"
+    return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp16")
+
+
+@pytest.fixture
+def copy_rtx(tiny_rtx: Path, tmp_path: Path) -> Callable[[], Path]:
+    import shutil
+
+    return lambda: Path(shutil.copytree(tiny_rtx, tmp_path / "rtx"))
+
+
+def test_an_engine_for_this_gpu_among_others_is_found(
+    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]]
+) -> None:
+    bundle = copy_rtx()
+    other = pretend(bundle)
+    other.rename(other.with_name("trt-a"))
+    _record(other.with_name("trt-a"), gpu="sm_110")
+    _record(pretend(bundle), compute=["SM75", "SM87"])
+    fake(bundle)
+    image, question = next(held_out(1))
+    assert Session.open(bundle, backend="trt").ask(image, question.text).ids
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(
+    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], refused: Refused
+) -> None:
+    bundle = copy_rtx()
+    pretend(bundle)
+    used = fake(bundle, memory=10_000)
+    line = refused("run", bundle, *QUESTION, "--backend", "trt")
+    assert "GB of GPU memory, 0.00 GB are free; end other programs" in line
+    assert not used[0].blocks
+
+
+def test_threads_are_the_cpus(
+    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], refused: Refused
+) -> None:
+    bundle = copy_rtx()
+    fake(bundle)
+    line = refused("run", bundle, *QUESTION, "--backend", "trt", "--threads", "2")
+    assert "--threads is for ort-cpu" in line
+
+
+def test_what_is_missing_is_named(
+    tiny_rtx: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT first, then cuda-python."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "TensorRT" in refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=VERSION))
+    for module in ("cuda", "cuda.bindings", "cuda.bindings.runtime", "cuda.cudart"):
+        monkeypatch.setitem(sys.modules, module, None)
+    line = refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
+    assert "cuda-python is not installed; run: pip install 'edgeprune[trt]'" in line
+
+
+def test_bfloat16_is_rounded_to_the_nearest() -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.standard_normal(1000), [0, -0.0, 1.00390625, 1e-40, 3e38]])
+    values = values.astype(np.float32)
+    wanted = torch.from_numpy(values).to(torch.bfloat16)
+    stored = elements.to_stored(values, "bf16")
+    np.testing.assert_array_equal(stored, wanted.view(torch.uint16).numpy())
+    np.testing.assert_array_equal(elements.from_stored(stored, "bf16"), wanted.float().numpy())
+    half = elements.to_stored(values[:-1], "fp16")
+    np.testing.assert_array_equal(half, values[:-1].astype(np.float16))
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_answers_as_onnx_runtime_does(tmp_path: Path) -> None:
+    """Greedy tokens of 100 questions; on whichever of TensorRT and TensorRT-RTX is installed."""
+    from edgeprune.runtime import trt
+
+    backend = trt.installed()
+    bundle = frozen(tmp_path / "demo", "utp", 4, target="rtx", dtype="fp16")
+    assert main(["build", str(bundle), "--backend", backend]) == 0
+    ours, theirs = Session.open(bundle, backend=backend), Session.open(bundle)
+    same = sum(
+        ours.ask(image, question.text).ids == theirs.ask(image, question.text).ids
+        for image, question in held_out(100)
+    )
+    assert same == 100
