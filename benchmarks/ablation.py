@@ -123,7 +123,7 @@ def main() -> None:
     request = CompareRequest(
         folder=args.output,
         cells=tuple(grid([DENSE, *methods], ratios, 1)),
-        recipe=Recipe(PruneSpec(DENSE), parity=2),
+        recipe=Recipe(PruneSpec(DENSE), parity=4),
         asking=Asking(Questions(args.questions)),
         race=None,
         jobs=args.jobs,

@@ -27,8 +27,9 @@ SETTINGS = ("EDGEPRUNE_DEBUG", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 Refused = Callable[..., str]
 
-hypothesis.settings.register_profile("no clock", deadline=None)
-hypothesis.settings.load_profile("no clock")
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("random", deadline=None)  # --hypothesis-profile random
+hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -279,7 +279,10 @@ def test_what_cannot_be_and_what_fails_are_told_apart(
 
     with monkeypatch.context() as patch:
         patch.setattr(Asking, "ask", ask)
-        found = compare(request)
+        told: list[str] = []
+        found = compare(request, tell=told.append)
+    assert told == ["utp-cr4 failed: the disk is full"]
+    assert (request.folder / "bundles" / "none-cr1").is_dir(), "the next run times it again"
     assert [cell.method for cell in found.cells] == ["none"]
     assert found.failed == (Missing("utp", 4, "the disk is full"),)
     (unreachable,) = found.out_of_reach
@@ -353,8 +356,14 @@ def test_requests_that_cannot_be_met(refused: Refused, tmp_path: Path) -> None:
     assert "--cr takes numbers" in refused(*base, "--cr", "2;4")
     assert "--jobs is at least 1" in refused(*base, "--jobs", "0")
     assert "--questions is at least 1" in refused(*base, "--questions", "0")
+    assert "--laps is at least 1" in refused(*base, "--laps", "-1")
+    assert "--max-new-tokens is at least 1" in refused(*base, "--max-new-tokens", "0")
+    assert "no backend 'abacus'" in refused(*base, "--backend", "abacus")
+    assert "--dtype is one of" in refused(*base, "--dtype", "fp7")
     assert "nosuch.jsonl cannot be read" in refused(*base, "--samples", "nosuch.jsonl")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("a file")
+    assert "out/compare.json cannot be written" in refused(*base, "--methods", "none")
 
 
 def test_keys_tell_apart_what_differs() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.compare.figure import PALETTE, figure
-from edgeprune.compare.labels import Box, placed
+from edgeprune.compare.labels import Box, column, placed, spread
 from edgeprune.compare.results import Comparison, Result
 
 PARTS = ("vision", "prefill", "decode")
@@ -70,6 +70,27 @@ def test_names_do_not_cover_each_other(ends: list[tuple[float, float]]) -> None:
         assert box.overlap(room) == pytest.approx(80 * 20)
     for one, other in combinations(boxes, 2):
         assert one.overlap(other) == pytest.approx(0, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(POINTS, max_size=12))
+def test_names_in_a_column_stand_in_the_order_of_their_ends(
+    ends: list[tuple[float, float]],
+) -> None:
+    room = Box(0, 50, 1000, 500)
+    boxes = column([(60.0, 20.0, end) for end in ends], room)
+    for box in boxes:
+        assert box.overlap(room) == pytest.approx(60 * 20)
+        assert box.right < min(x for x, _ in ends)
+    for (one, first), (other, second) in combinations(zip(boxes, ends, strict=True), 2):
+        assert one.overlap(other) == pytest.approx(0, abs=1e-6)
+        assert (one.top < other.top) == (first[1] < second[1]) or first[1] == second[1]
+
+
+def test_values_are_spread_no_more_than_they_must() -> None:
+    assert spread([10, 50, 90], 20, 0, 100) == [10, 50, 90]
+    assert spread([50, 50], 20, 0, 100) == pytest.approx([40, 60])
+    assert spread([0, 3, 90, 99], 20, 0, 100) == pytest.approx([0, 20, 80, 100])
 
 
 def test_a_name_stands_left_of_its_line_where_nothing_is() -> None:

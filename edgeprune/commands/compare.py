@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from edgeprune.commands import _common
 from edgeprune.errors import SpecError
 
 if TYPE_CHECKING:
+    from edgeprune._progress import Bar
     from edgeprune.compare.comparing import CompareRequest
     from edgeprune.compare.results import Comparison
 
@@ -65,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune.compare.comparing import compare
 
     request = _request(args)
+    len(request.asking.questions)  # a wrong file is told now, and so is a wrong folder
+    _common.check_output(args.output / "compare.json")
     with Bar() as bar:
-        comparison = compare(request, bar)
+        comparison = compare(request, bar, partial(_tell, bar))
     written = _write(comparison, args.output)
     print(comparison.to_markdown(), end="")
     print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
@@ -78,12 +82,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tell(bar: Bar, line: str) -> None:
+    bar.clear()
+    print(f"edgeprune: {line}", file=sys.stderr)
+
+
 def _request(args: argparse.Namespace) -> CompareRequest:
     from edgeprune.compare.answers import Asking
     from edgeprune.compare.cells import grid
     from edgeprune.compare.comparing import CompareRequest
     from edgeprune.compare.questions import Questions
     from edgeprune.compare.race import Race
+    from edgeprune.export.exporter import lowering
     from edgeprune.recipe import Recipe
     from edgeprune.spec import PruneSpec
 
@@ -93,10 +103,11 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         revision=args.revision,
         image_size=args.image_size,
         dtype=args.dtype,
-        parity=2,
+        parity=4,
         samples_file=args.samples_file,
         images=args.images,
     )
+    lowering(recipe.target, recipe.dtype)  # which refuses what it does not know
     questions = Questions(args.questions, args.samples, args.images)
     return CompareRequest(
         folder=args.output,

@@ -14,8 +14,10 @@ import numpy as np
 from edgeprune import cost
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.store import installed, key_of
+from edgeprune.errors import BackendError, SpecError
 from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.ort import ELEMENTS
+from edgeprune.runtime.session import BACKENDS
 
 PACKAGES = ("edgeprune", "onnxruntime", "numpy", "pillow", "tokenizers")
 EVERY = 20
@@ -41,6 +43,13 @@ class Asking:
     questions: Questions
     backend: str = "ort-cpu"
     max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise BackendError(f"there is no backend {self.backend!r}; choose: {known}")
+        if self.max_new_tokens < 1:
+            raise SpecError(f"--max-new-tokens is at least 1; got {self.max_new_tokens}")
 
     def key(self, bundle: str) -> str:
         """Names the answers of a bundle by all that decides them."""

@@ -47,13 +47,17 @@ class CompareRequest:
         return Bundles(self.folder / "bundles", self.recipe, self.store)
 
 
-def compare(request: CompareRequest, report: Report = lambda step, done, total: None) -> Comparison:
-    """Make and ask every bundle, time them all, put the results together.
+def compare(
+    request: CompareRequest,
+    report: Report = lambda step, done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Make and ask every bundle, time them all, put the results together; `tell` of failures.
 
     A cell that failed is tried again by the next run, and so is the step that a run was stopped in;
     what was finished is read from disk, even where its bundle has been deleted.
     """
-    failed = _answer(request, report)
+    failed = _answer(request, report, tell)
     answered = answers(request)
     reasons = {cell: why for cell in request.cells if (why := _why(request, cell))}
     for cell in request.cells:
@@ -75,14 +79,20 @@ def answers(request: CompareRequest) -> dict[Cell, Answered]:
     return {cell: found for cell in request.cells if (found := _stored(request, cell))}
 
 
-def _answer(request: CompareRequest, report: Report) -> dict[Cell, str]:
+def _answer(
+    request: CompareRequest, report: Report, tell: Callable[[str], None]
+) -> dict[Cell, str]:
     """Put the answers of every cell on disk; why there are none, for each that failed."""
     size = len(request.asking.questions)
     todo = [c for c in request.cells if not (_why(request, c) or _stored(request, c))]
     progress = _Progress(report, "questions", size * len(request.cells))
     progress.more(progress.total - size * len(todo))
-    work = partial(_answer_one, request)
-    return {cell: why for cell, why in each(todo, work, request.jobs, progress.more) if why}
+    failed = {}
+    for cell, why in each(todo, partial(_answer_one, request), request.jobs, progress.more):
+        if why:
+            failed[cell] = why
+            tell(f"{cell.name} failed: {why}")
+    return failed
 
 
 def _answer_one(request: CompareRequest, cell: Cell, tick: Tick) -> None:

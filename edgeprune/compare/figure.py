@@ -11,7 +11,7 @@ from PIL import Image
 
 from edgeprune.compare.answers import wilson
 from edgeprune.compare.cells import DENSE
-from edgeprune.compare.labels import Box, placed
+from edgeprune.compare.labels import Box, column, placed
 from edgeprune.compare.results import Comparison, Result, grouped
 from edgeprune.runtime.pen import GHOST, INK, OVERSAMPLE, PAPER, QUIET, Colour, Pen, Point, Sheet
 
@@ -208,18 +208,31 @@ def _sign(sheet: Sheet, x: float, y: float, number: int, colour: Colour, size: f
 
 
 def _names(sheet: Sheet, axes: Axes, curves: Sequence[Curve], dense: Mark | None) -> None:
-    """Each method's name where its line ends, at its largest ratio, in the line's colour."""
+    """Each method's name where its line ends, at its largest ratio, in the line's colour.
+
+    Those that reach the largest ratio of all stand in a column on the left.
+    """
     lines = [[axes.at(mark.x, mark.y) for mark in curve.marks] for curve in curves]
-    order = list(reversed(range(len(curves))))  # the best choose their places first
-    names = [(curves[i].name, lines[i][-1]) for i in order]
+    names = [
+        (c.name, c.marks[-1].cr, c.colour, line) for c, line in zip(curves, lines, strict=True)
+    ]
+    names.reverse()  # the best choose their places first
+    most = max((cr for _, cr, _, _ in names), default=0)
+    reach = [(name, colour, line[-1]) for name, cr, colour, line in names if cr == most]
+    others = [(name, colour, line[-1]) for name, cr, colour, line in names if cr != most]
     if dense:
-        names.insert(0, (f"dense, {dense.y:.1f}", axes.at(dense.x, dense.y)))
-    boxes = [(sheet.pen.length(name, SIZE), SIZE + 3, end) for name, end in names]
-    colours = [INK, *(curves[i].colour for i in order)][0 if dense else 1 :]
-    hidden = [*lines, _across(axes, dense)] if dense else lines
-    chosen = placed(boxes, hidden, axes.box)
-    for (name, end), box, colour in zip(names, chosen, colours, strict=True):
+        others.insert(0, (f"dense, {dense.y:.1f}", INK, axes.at(dense.x, dense.y)))
+        lines.append(_across(axes, dense))
+    left, free = (
+        [(sheet.pen.length(name, SIZE), SIZE + 3, end) for name, _, end in some]
+        for some in (reach, others)
+    )
+    listed = column(left, axes.box)
+    chosen = [*listed, *placed(free, lines, axes.box, listed)]
+    for (name, colour, end), box in zip([*reach, *others], chosen, strict=True):
         near = box.nearest(end)
+        if math.dist(near, end) > 20 and box.right < end[0]:
+            near = box.right + 4, box.top + box.height / 2
         if math.dist(near, end) > 20:
             sheet.line([near, end], colour, 0.75)
         shown = QUIET if colour == FAINT else colour

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 Point = tuple[float, float]
+GAP = 44
+"""Between the names in a column and the first end of a line."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,15 @@ class Box:
 
 
 def placed(
-    names: Sequence[tuple[float, float, Point]], lines: Sequence[Sequence[Point]], room: Box
+    names: Sequence[tuple[float, float, Point]],
+    lines: Sequence[Sequence[Point]],
+    room: Box,
+    taken: Sequence[Box] = (),
 ) -> list[Box]:
     """A box for each name, given as (width, height, the end of its line), inside `room`.
 
-    Names choose in turn among places around their ends: least of other names, then of lines, is
-    hidden, then the first of those places.
+    Names choose in turn among places around their ends: least of other names and of what is
+    `taken`, then of lines, is hidden, then the first of those places.
     """
     pieces = [piece for line in lines for piece in pairwise(line)]
     ends = [point for line in lines for point in line]
@@ -67,7 +72,7 @@ def placed(
 
         def cost(place: tuple[int, Box]) -> float:
             order, box = place
-            names_hit = sum(box.overlap(other) for other in found)
+            names_hit = sum(box.overlap(other) for other in [*taken, *found])
             lines_hit = sum(box.within(*piece) for piece in pieces)
             signs_hit = sum(math.dist(box.nearest(point), point) < 8 for point in ends)
             outside = box.width * box.height - box.overlap(room)
@@ -75,6 +80,44 @@ def placed(
 
         found.append(min(enumerate(_around(width, height, end)), key=cost)[1])
     return found
+
+
+def column(names: Sequence[tuple[float, float, Point]], room: Box) -> list[Box]:
+    """As `placed`, all of one height: one below the other, left of all ends, in their order.
+
+    Each is as near to the height of its end as the others let it.
+    """
+    right = min((x for _, _, (x, _) in names), default=0) - GAP
+    height = max((height for _, height, _ in names), default=0)
+    order = sorted(range(len(names)), key=lambda i: names[i][2][::-1])
+    wanted = [names[i][2][1] - height / 2 for i in order]
+    tops = spread(wanted, height, room.top, room.bottom - height)
+    top_of = dict(zip(order, tops, strict=True))
+    return [
+        Box(max(room.left, right - width), top_of[i], width, height)
+        for i, (width, _, _) in enumerate(names)
+    ]
+
+
+def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
+    """The values nearest to rising ones that are `apart` at least, all from `low` to `high`.
+
+    Least squares: neighbours that are too near become a block around their mean. Where there is no
+    room for all, they go past `high`.
+    """
+    blocks = list[list[float]]()  # of the values less what those before them take
+    for i, value in enumerate(wanted):
+        blocks.append([value - i * apart])
+        while len(blocks) > 1 and _mean(blocks[-2]) > _mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    most = high - (len(wanted) - 1) * apart
+    even = [max(low, min(most, _mean(block))) for block in blocks for _ in block]
+    return [value + i * apart for i, value in enumerate(even)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _around(width: float, height: float, end: Point) -> Iterator[Box]:

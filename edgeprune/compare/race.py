@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.compare.store import installed, key_of
+from edgeprune.errors import SpecError
 from edgeprune.runtime.bench import BenchRequest, bench
 
 
@@ -20,6 +21,10 @@ class Race:
     laps: int = 20
     new_tokens: int = 16
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.laps < 1:
+            raise SpecError(f"--laps is at least 1, or 0 for no times; got {self.laps}")
 
     def key(self, bundles: Sequence[str], text_tokens: int) -> str:
         """Names a race by all that decides its times and can be known."""
