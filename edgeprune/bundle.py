@@ -90,7 +90,6 @@ class DecoderRecord:
     vocabulary: int
     max_positions: int
     cache: str  # "in-place": present is past, written at lengths; "grow": present is longer
-    cache_layout: str = "heads"  # [1, kv_heads, tokens, head]; "packed": [1, tokens, kv_heads*head]
     span: int | None = None  # positions that a picture takes under M-RoPE, and then the decoder
     # has an input `places`: int64 [visual], which of the V tokens it is given; None: one each
 

@@ -1,8 +1,7 @@
 """Graph dialects: which operators the few lowered operations become.
 
 `modern` (opset 24): RMSNormalization, RotaryEmbedding, TensorScatter for the in-place cache and
-Attention with `is_causal` and `nonpad_kv_seqlen`; for ONNX Runtime's CUDA and for TensorRT-RTX.
-`packed` (opset 24): the same with heads side by side, for ONNX Runtime's CPU.
+Attention with `is_causal` and `nonpad_kv_seqlen`; for ONNX Runtime and for TensorRT-RTX.
 `jetpack7` (opset 24): as `modern`, but Attention is given a boolean mask, since TensorRT 10.15 and
 10.16 take neither `nonpad_kv_seqlen` nor a causal mask that is aligned to the bottom right.
 `jetpack6` (opset 18): operators that TensorRT 10.3 has. Its caches grow by Concat.
@@ -11,13 +10,11 @@ Attention with `is_causal` and `nonpad_kv_seqlen`; for ONNX Runtime's CUDA and f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from edgeprune.errors import SpecError
-from edgeprune.models._layers import split_heads
 from edgeprune.models._ops import TorchOps
 
 
@@ -27,65 +24,21 @@ class ModernOps(TorchOps):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _emit("RMSNormalization", [x, weight], x, epsilon=eps, stash_type=1)
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         return _emit("RotaryEmbedding", [x, cos, sin, positions], x)
 
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
         return _emit("TensorScatter", [past, new, start], past, axis=2, mode="linear")
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, heads: tuple[int, int]
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
         filled = start + query.shape[2]
         inputs = [query, key, value, None, None, None, filled]
         return _emit("Attention", inputs, query, is_causal=1)
 
     def attend_all(
-        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         return _emit("Attention", _with(bias, query, key, value), query)
-
-
-class PackedOps(ModernOps):
-    """The same, heads left side by side: [1, S, heads * head], caches [1, capacity, kv * head].
-
-    No transpose is left, and a cache of n tokens is the head of a longer one. TensorRT wants four
-    axes, so this is ONNX Runtime's alone.
-    """
-
-    packed: ClassVar[bool] = True
-
-    def split(self, x: Tensor, heads: int) -> Tensor:
-        return x
-
-    def join(self, x: Tensor) -> Tensor:
-        return x
-
-    def by_head(self, x: Tensor, heads: int) -> Tensor:
-        return split_heads(x, heads)
-
-    def cache_shape(self, heads: int, capacity: int, head: int) -> tuple[int, ...]:
-        return 1, capacity, heads * head
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) -> Tensor:
-        return _emit("RotaryEmbedding", [x, cos, sin, positions], x, num_heads=heads)
-
-    def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
-        return _emit("TensorScatter", [past, new, start], past, axis=1, mode="linear")
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, heads: tuple[int, int]
-    ) -> Tensor:
-        filled = start + query.shape[1]
-        inputs = [query, key, value, None, None, None, filled]
-        sizes = {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
-        return _emit("Attention", inputs, query, is_causal=1, **sizes)
-
-    def attend_all(
-        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
-    ) -> Tensor:
-        sizes = {"q_num_heads": heads, "kv_num_heads": heads}
-        return _emit("Attention", _with(bias, query, key, value), query, **sizes)
 
 
 def _with(bias: Tensor | None, *inputs: Tensor) -> list[Tensor | None]:
@@ -96,9 +49,7 @@ def _with(bias: Tensor | None, *inputs: Tensor) -> list[Tensor | None]:
 class Jetpack7Ops(ModernOps):
     """As ModernOps, but what a token may see is written out: bool [1, 1, S, capacity]."""
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, heads: tuple[int, int]
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
         mask = visible(query.shape[2], key.shape[2], start)[None, None]
         return _emit("Attention", [query, key, value, mask], query)
 
@@ -109,22 +60,21 @@ class Jetpack6Ops(TorchOps):
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
         return torch.cat([past, new], dim=2)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, heads: tuple[int, int]
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
         """Query heads that share a key stand below each other, so no key is repeated."""
-        _, _, new, size = query.shape
-        group = heads[0] // heads[1]
+        _, heads, new, size = query.shape
+        kv_heads = key.shape[1]
+        group = heads // kv_heads
         seen = visible(new, key.shape[2], start)
         hidden = torch.where(seen, 0.0, torch.finfo(query.dtype).min).to(query.dtype)  # [S, length]
         if group > 1:
-            query, hidden = query.reshape(1, heads[1], group * new, size), hidden.repeat(group, 1)
+            query, hidden = query.reshape(1, kv_heads, group * new, size), hidden.repeat(group, 1)
         scores = (query * size**-0.5) @ key.transpose(-1, -2) + hidden
         mixed: Tensor = scores.softmax(-1) @ value
-        return mixed.reshape(1, heads[0], new, size)
+        return mixed.reshape(1, heads, new, size)
 
     def attend_all(
-        self, query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         if bias is not None:
@@ -161,16 +111,14 @@ class Dialect:
     opset: int
     ops: type[TorchOps]
     cache: str
-    layout: str
 
 
-MODERN = Dialect("modern", 24, ModernOps, "in-place", "heads")
-PACKED = Dialect("packed", 24, PackedOps, "in-place", "packed")
-JETPACK7 = Dialect("jetpack7", 24, Jetpack7Ops, "in-place", "heads")
-JETPACK6 = Dialect("jetpack6", 18, Jetpack6Ops, "grow", "heads")
+MODERN = Dialect("modern", 24, ModernOps, "in-place")
+JETPACK7 = Dialect("jetpack7", 24, Jetpack7Ops, "in-place")
+JETPACK6 = Dialect("jetpack6", 18, Jetpack6Ops, "grow")
 
 _TARGETS = {
-    "cpu": (PACKED, "fp32"),
+    "cpu": (MODERN, "fp32"),
     "cuda": (MODERN, "fp16"),
     "rtx": (MODERN, "fp16"),
     "jetpack7": (JETPACK7, "fp16"),  # TensorRT 10.15 and 10.16

@@ -227,7 +227,6 @@ def _manifest(
             vocabulary=shape.vocabulary,
             max_positions=shape.max_positions,
             cache=dialect.cache,
-            cache_layout=dialect.layout,
             span=mrope.span if mrope else None,
         ),
         image=image,

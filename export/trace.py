@@ -47,7 +47,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> ir.
     config, plan = decoder.config, decoder.plan
     layers = range(config.layers)
     dynamic = {1: Dim.DYNAMIC}
-    cache = [{1 if decoder.ops.packed else 2: Dim.DYNAMIC}] * config.layers
+    cache = [{2: Dim.DYNAMIC}] * config.layers
     shapes: Shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
     inputs = ["prefix_ids", "visual", "text_ids", "position", "lengths"]
     outputs = ["logits"]
@@ -71,7 +71,7 @@ def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
     config, prefix, text = decoder.config, 5, 7
     visual = max(2, decoder.plan.encoded)
     capacities = [visual + 37 + layer for layer in range(config.layers)]
-    shapes = [decoder.ops.cache_shape(config.kv_heads, c, config.head_size) for c in capacities]
+    shapes = [(1, config.kv_heads, capacity, config.head_size) for capacity in capacities]
     caches = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     return (
         torch.zeros(1, prefix, dtype=torch.int64),

@@ -1,9 +1,8 @@
 """KV caches as ONNX Runtime values, as long as they need to be.
 
-The CPU provider's Attention works over the whole cache, so every slot beyond the tokens costs time.
-A packed cache, [1, capacity, kv_heads * head], is the head of a longer one: one block of memory is
-shown at any length without copying. Other caches are copied to a longer block. A cache that the
-graph makes longer at every call goes back and forth between two blocks.
+The CPU provider's Attention works over the whole cache, so every slot beyond the tokens costs time:
+a cache is copied to a longer block now and then. A cache that the graph makes longer at every call
+goes back and forth between two blocks.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from numpy.typing import NDArray
 from edgeprune.bundle import DecoderRecord
 from edgeprune.runtime.backend import Ids
 
-SLACK = 16
-"""Packed caches hold a multiple of so many tokens: binding anew takes time too."""
-SPARE = 64
-"""Blocks of memory, and caches that are copied, grow by so many tokens at a time."""
+STEP = 64
+"""Caches hold a multiple of so many tokens."""
 
 Array = NDArray[Any]
 
@@ -32,21 +29,17 @@ class Caches:
 
     def __init__(self, ort: Any, record: DecoderRecord, element: type, device: str) -> None:
         self.value, self.record, self.element, self.device = ort.OrtValue, record, element, device
-        self.packed = record.cache_layout == "packed"
         self.values: dict[str, Any] = {}
         self.capacities = [0] * record.layers
-        self._blocks: dict[str, Array] = {}
 
     def reserve(self, needed: Sequence[int]) -> bool:
         """Hold at least so many tokens in each layer; True where a value is another one now."""
-        changed, step = False, SLACK if self.packed else SPARE
-        for layer, tokens in enumerate(needed):
-            capacity = tokens + -tokens % step
-            most = capacity + SPARE if self.packed else self.capacities[layer]
-            if not capacity <= self.capacities[layer] <= most:
-                self._resize(layer, capacity)
-                changed = True
-        return changed
+        short = [layer for layer, n in enumerate(needed) if n > self.capacities[layer]]
+        for layer in short:
+            self.capacities[layer] = needed[layer] + -needed[layer] % STEP
+            for name in (f"key.{layer}", f"value.{layer}"):
+                self._grow(name, self.capacities[layer])
+        return bool(short)
 
     def bind(self, binding: Any, lengths: Ids, after: Ids) -> None:
         """Bind past and present of a call: `lengths` tokens of each layer become `after`."""
@@ -59,31 +52,16 @@ class Caches:
         row = self.record.kv_heads * self.record.head_size * np.dtype(self.element).itemsize
         return sum(2 * capacity * row for capacity in self.capacities)
 
-    def _resize(self, layer: int, capacity: int) -> None:
-        for name in (f"key.{layer}", f"value.{layer}"):
-            show = self._shown if self.packed else self._copied
-            self.values[name] = show(name, capacity)
-        self.capacities[layer] = capacity
-
-    def _shown(self, name: str, capacity: int) -> Any:
-        """The first `capacity` tokens of the block of memory, which grows where it is short."""
-        block = self._blocks.get(name, np.zeros(self._shape(0), self.element))
-        if block.shape[1] < capacity:
-            grown: Array = np.zeros(self._shape(capacity + SPARE), self.element)
-            grown[:, : block.shape[1]] = block
-            self._blocks[name] = block = grown
-        return self.value.ortvalue_from_numpy(block[:, :capacity], self.device)
-
-    def _copied(self, name: str, capacity: int) -> Any:
+    def _grow(self, name: str, capacity: int) -> None:
+        """A longer block, with what is cached at its start."""
         grown: Array = np.zeros(self._shape(capacity), self.element)
         if name in self.values:
             old = self.values[name].numpy()
             grown[:, :, : old.shape[2]] = old
-        return self.value.ortvalue_from_numpy(grown, self.device)
+        self.values[name] = self.value.ortvalue_from_numpy(grown, self.device)
 
-    def _shape(self, capacity: int) -> tuple[int, ...]:
-        heads, head = self.record.kv_heads, self.record.head_size
-        return (1, capacity, heads * head) if self.packed else (1, heads, capacity, head)
+    def _shape(self, tokens: int) -> tuple[int, ...]:
+        return 1, self.record.kv_heads, tokens, self.record.head_size
 
 
 class GrowingCaches(Caches):
@@ -104,14 +82,14 @@ class GrowingCaches(Caches):
             binding.bind_output(f"present_{name}", *place, behind, present.data_ptr())
             self.values[name], self.others[name] = present, past
 
-    def _copied(self, name: str, capacity: int) -> Any:
-        """A longer block, and another; what is cached lies at the start of its block."""
+    def _grow(self, name: str, capacity: int) -> None:
+        """Two longer blocks; what is cached lies without gaps at the start of the first."""
         block: Array = np.zeros(self._shape(capacity), self.element)
         if name in self.values:
             old = self.values[name].numpy()
             block.reshape(-1)[: old.size] = old.reshape(-1)
         self.others[name] = self.value.ortvalue_from_numpy(np.zeros_like(block), self.device)
-        return self.value.ortvalue_from_numpy(block, self.device)
+        self.values[name] = self.value.ortvalue_from_numpy(block, self.device)
 
 
 def make(ort: Any, record: DecoderRecord, element: type, device: str) -> Caches:

@@ -118,11 +118,6 @@ def build(request: BuildRequest, report: seam.Report = lambda step, done, total:
 
 def _check(manifest: Manifest, request: BuildRequest) -> None:
     """Refuse at once what TensorRT would refuse after minutes."""
-    if manifest.decoder.cache_layout != "heads":
-        raise BackendError(
-            f"{request.bundle} is for ONNX Runtime on a CPU, whose attention has three axes and"
-            " TensorRT's four; export it again with --target rtx, jetpack7 or jetpack6"
-        )
     if manifest.dtype not in DTYPES and manifest.decoder.cache == "in-place":
         raise BackendError(
             f"{request.bundle} is {manifest.dtype}, TensorRT's attention is fp16 or bf16;"

@@ -13,7 +13,6 @@ from edgeprune.errors import SpecError
 from edgeprune.policies._select import lattice, top
 from edgeprune.policies._signals import (
     Anchors,
-    Heads,
     InputSignals,
     LayerSignals,
     Segments,
@@ -50,17 +49,7 @@ def test_a_lattice_has_cells_of_the_picture() -> None:
     assert lattice((12, 12), 36) == [y * 12 + x for y in range(1, 12, 2) for x in range(1, 12, 2)]
 
 
-def _heads(vectors: np.ndarray, packed: bool) -> Heads:
-    """[heads, S, head] in either layout."""
-    values = torch.tensor(vectors)[None]
-    if packed:
-        values = values.transpose(1, 2).flatten(2)
-    return Heads(values, len(vectors), packed)
-
-
-def _signals(
-    prefix: int, visual: int, text: int, heads: int, kv_heads: int, seed: int, packed: bool = False
-):
+def _signals(prefix: int, visual: int, text: int, heads: int, kv_heads: int, seed: int):
     """Signals of random vectors with true rotary embedding, and the unrotated parts."""
     rng = np.random.default_rng(seed)
     size, start, total = 8, 3, prefix + visual + text
@@ -72,10 +61,10 @@ def _signals(
     signals = LayerSignals(
         segments=Segments(prefix, visual, text),
         hidden=torch.zeros(1, total, 4),
-        query=_heads(query, packed),
-        key=_heads(key, packed),
-        rotated_query=_heads(_rotated(query, tables, positions), packed),
-        rotated_key=_heads(_rotated(key, tables, positions), packed),
+        query=torch.tensor(query)[None],
+        key=torch.tensor(key)[None],
+        rotated_query=torch.tensor(_rotated(query, tables, positions))[None],
+        rotated_key=torch.tensor(_rotated(key, tables, positions))[None],
         cos=torch.tensor(tables[0]),
         sin=torch.tensor(tables[1]),
         rows=torch.tensor(positions),
@@ -107,17 +96,14 @@ def _rotate(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], position: int)
     st.integers(1, 5),
     st.sampled_from([(2, 2), (4, 2), (6, 1)]),
     st.sampled_from(["own", "start", "middle", "end", "none"]),
-    st.booleans(),
     st.integers(0, 99),
 )
-def test_last_query_attention_is_the_papers_formula(
-    prefix, visual, text, heads, position, packed, seed
-):
+def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads, position, seed):
     """UTP Eq. (2): every visual token at p', text tokens where they are, one softmax, head mean.
 
     And its ablations (Tables 3, 4): p' at either end of the picture, or no positions at all.
     """
-    signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed, packed)
+    signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
     places, last = positions.copy(), positions[-1]
     ends = positions[prefix], positions[prefix + visual - 1]
     at = {"start": ends[0], "middle": (ends[0] + ends[1] + 1) // 2, "end": ends[1]}
@@ -145,12 +131,11 @@ def test_last_query_attention_is_the_papers_formula(
     st.integers(0, 9),
     st.integers(1, 5),
     st.sampled_from([(2, 2), (4, 2), (6, 1)]),
-    st.booleans(),
     st.integers(0, 99),
 )
-def test_text_attention_is_causal_attention(prefix, visual, text, heads, packed, seed) -> None:
+def test_text_attention_is_causal_attention(prefix, visual, text, heads, seed) -> None:
     """Row by row: a text token sees what stands before it and itself, each at its position."""
-    signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed, packed)
+    signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
     group, end = heads[0] // heads[1], prefix + visual
     found = signals.text_attention().numpy()
     assert found.shape == (heads[0], text, visual)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._layers import HeadNorm, Linear, Scale, Tabled
+from edgeprune.models._layers import HeadNorm, Linear, Scale, Tabled, join_heads, split_heads
 from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._signals import Anchors, Heads, InputSignals, LayerSignals, Segments
+from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
 from edgeprune.spec import Plan, Stage
 
 
@@ -56,7 +56,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer, in the layout of attention, and its length, int64 [1]."""
+    """Keys and values of one layer, [1, kv_heads, capacity, head], and its length, int64 [1]."""
 
     key: Tensor
     value: Tensor
@@ -65,18 +65,18 @@ class Cache:
 
 @dataclass(frozen=True)
 class Seen:
-    """Queries and keys of one layer, before and after rotary embedding."""
+    """Queries and keys of one layer, [1, heads, S, head], before and after rotary embedding."""
 
-    query: Heads
-    key: Heads
-    rotated_query: Heads
-    rotated_key: Heads
+    query: Tensor
+    key: Tensor
+    rotated_query: Tensor
+    rotated_key: Tensor
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig, ops: TorchOps) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
+        self.config = config
         inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
         self.query = Linear(config.width, inner, config.qkv_bias)
         self.key = Linear(config.width, kv_inner, config.qkv_bias)
@@ -87,12 +87,12 @@ class Attention(nn.Module):
         self.key_norm = HeadNorm(*norm) if config.head_norms else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value in the layout of attention, no positions yet."""
-        split, kv_heads = self.ops.split, self.config.kv_heads
+        """Query, key and value, [1, heads, S, head], no positions yet."""
+        kv_heads = self.config.kv_heads
         return (
-            split(self.query_norm(self.query(x)), self.config.heads),
-            split(self.key_norm(self.key(x)), kv_heads),
-            split(self.value(x), kv_heads),
+            split_heads(self.query_norm(self.query(x)), self.config.heads),
+            split_heads(self.key_norm(self.key(x)), kv_heads),
+            split_heads(self.value(x), kv_heads),
         )
 
 
@@ -111,9 +111,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, ops: TorchOps) -> None:
         super().__init__()
-        self.eps, self.ops, self.heads = config.eps, ops, (config.heads, config.kv_heads)
+        self.eps, self.ops = config.eps, ops
         self.attention_norm = Scale(config.width)
-        self.attention = Attention(config, ops)
+        self.attention = Attention(config)
         self.mlp_norm = Scale(config.width)
         self.mlp = MLP(config)
 
@@ -121,23 +121,18 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
     ) -> tuple[Tensor, Cache, Seen]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
-        ops, (heads, kv_heads) = self.ops, self.heads
+        ops = self.ops
         query, key, value = self.attention.project(
             ops.rms_norm(hidden, self.attention_norm.weight, self.eps)
         )
-        rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions, heads)
-        rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions, kv_heads)
+        rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
+        rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
         keys = ops.write(cache.key, rotated_key, cache.length)
         values = ops.write(cache.value, value, cache.length)
-        mixed = ops.attend(rotated_query, keys, values, cache.length, self.heads)
-        hidden = hidden + self.attention.output(ops.join(mixed))
+        mixed = ops.attend(rotated_query, keys, values, cache.length)
+        hidden = hidden + self.attention.output(join_heads(mixed))
         hidden = hidden + self.mlp(ops.rms_norm(hidden, self.mlp_norm.weight, self.eps))
-        seen = Seen(
-            Heads(query, heads, ops.packed),
-            Heads(key, kv_heads, ops.packed),
-            Heads(rotated_query, heads, ops.packed),
-            Heads(rotated_key, kv_heads, ops.packed),
-        )
+        seen = Seen(query, key, rotated_query, rotated_key)
         return hidden, Cache(keys, values, cache.length), seen
 
 
@@ -220,7 +215,7 @@ class Decoder(Tabled):
         text_ids: Tensor,  # int64 [1, T]
         position: Tensor,  # int64 [1], of the first token of this call
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
-        past_keys: Sequence[Tensor],  # each for capacity_l tokens, in the layout of attention
+        past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
         past_values: Sequence[Tensor],
         places: Tensor | None = None,  # M-RoPE: int64 [V], which of the picture's tokens they are
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._layers import Gain, Linear, RMSNorm
+from edgeprune.models._layers import Gain, Linear, RMSNorm, join_heads, split_heads
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies._policy import Fold
 from edgeprune.policies._signals import BlockSignals
@@ -127,18 +127,18 @@ class Block(nn.Module):
         S' < S where `fold` merges tokens, which it does between attention and MLP.
         """
         normed, ops, heads = self.attention_norm(x), self.ops, self.config.heads
-        query = ops.split(self.query_norm(self.query(normed)), heads)
-        key = ops.split(self.key_norm(self.key(normed)), heads)
-        value = ops.split(self.value(normed), heads)
+        query = split_heads(self.query_norm(self.query(normed)), heads)
+        key = split_heads(self.key_norm(self.key(normed)), heads)
+        value = split_heads(self.value(normed), heads)
         bias = None if groups is None else groups.bias(x.dtype)
-        mixed = self.output(ops.join(ops.attend_all(query, key, value, heads, bias)))
+        mixed = self.output(join_heads(ops.attend_all(query, key, value, bias)))
         x = x + self.attention_gain(mixed)
-        if (folded := fold(ops.by_head(key, heads))) is not None:
+        if (folded := fold(key)) is not None:
             groups = groups or Groups.of(x)
             x, groups = groups.folded(x, folded)
         activation = ACTIVATIONS[self.config.activation]
         x = x + self.mlp_gain(self.down(activation(self.up(self.mlp_norm(x)))))
-        return x, ops.by_head(query, heads), ops.by_head(key, heads), groups
+        return x, query, key, groups
 
 
 class Encoder(nn.Module):

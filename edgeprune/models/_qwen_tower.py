@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.models._encoder import ACTIVATIONS, Encoded
-from edgeprune.models._layers import Linear, Scale, Tabled
+from edgeprune.models._layers import Linear, Scale, Tabled, join_heads, split_heads
 from edgeprune.models._ops import TorchOps
 
 EPS = 1e-6
@@ -155,13 +155,12 @@ class Block(nn.Module):
         tiles, width, heads, ops = len(qkv), self.config.width, self.config.heads, self.ops
         windows, patches = rows.shape
         shape = (tiles * windows, patches, width)
-        query, key, value = (ops.split(p.reshape(shape), heads) for p in qkv.chunk(3, dim=-1))
+        query, key, value = (split_heads(p.reshape(shape), heads) for p in qkv.chunk(3, dim=-1))
         rows = rows.repeat(tiles, 1)
-        query = ops.rotate(query, cos, sin, rows, heads)
-        key = ops.rotate(key, cos, sin, rows, heads)
-        mixed = ops.join(ops.attend_all(query, key, value, heads))
-        seen = ops.by_head(query, heads), ops.by_head(key, heads)
-        return mixed.reshape(tiles, windows * patches, width), *seen
+        query = ops.rotate(query, cos, sin, rows)
+        key = ops.rotate(key, cos, sin, rows)
+        mixed = join_heads(ops.attend_all(query, key, value))
+        return mixed.reshape(tiles, windows * patches, width), query, key
 
 
 class QwenTower(Tabled):

@@ -129,49 +129,13 @@ class VisionSignals:
         return self.cls
 
 
-@dataclass(frozen=True)
-class Heads:
-    """A vector for each token and attention head, in the layout that the graph's dialect has."""
-
-    values: Tensor  # [1, heads, S, head], or packed: [1, S, heads * head]
-    heads: int
-    packed: bool = False
-
-    def rows(self, start: int, end: int | None = None) -> Heads:
-        """Tokens `start` to `end` only."""
-        axis = 1 if self.packed else 2
-        place = (slice(None),) * axis + (slice(start, end),)
-        return Heads(self.values[place], self.heads, self.packed)
-
-    def by_head(self) -> Tensor:
-        """[1, heads, S, head]."""
-        if not self.packed:
-            return self.values
-        _, length, width = self.values.shape
-        return self.values.view(1, length, self.heads, width // self.heads).transpose(1, 2)
-
-
-def dot(query: Heads, key: Heads) -> Tensor:
-    """Scaled dot products of each query with all keys: float32 [1, kv_heads, group * R, S]."""
-    if key.packed and query.values.shape[1] == 1:
-        return _packed_dot(query, key)
-    queries, keys = query.by_head().float(), key.by_head().float()
-    size = keys.shape[-1]
-    grouped = queries.reshape(1, key.heads, -1, size) * size**-0.5
-    products: Tensor = grouped @ keys.transpose(-1, -2)
+def dot(query: Tensor, key: Tensor) -> Tensor:
+    """Scaled dot products of queries [1, heads, R, head] with keys [1, kv_heads, S, head] of their
+    group: float32 [1, kv_heads, group * R, S]."""
+    size = key.shape[-1]
+    grouped = query.float().reshape(1, key.shape[1], -1, size) * size**-0.5
+    products: Tensor = grouped @ key.float().transpose(-1, -2)
     return products
-
-
-def _packed_dot(query: Heads, key: Heads) -> Tensor:
-    """`dot` for one query and packed keys, which stay as they lie: they meet a matrix that has each
-    head's query in the rows of its own keys' and zeros elsewhere, [kv_heads * head, heads]."""
-    group = query.heads // key.heads
-    size = key.values.shape[-1] // key.heads
-    own = torch.arange(query.heads) // group == torch.arange(key.heads)[:, None]  # [kv, heads]
-    columns = query.values.float().view(query.heads, size).T * size**-0.5  # [head, heads]
-    spread = (columns[None] * own.float()[:, None]).reshape(-1, query.heads)
-    products: Tensor = key.values[0].float() @ spread  # [S, heads]
-    return products.T.reshape(1, key.heads, group, -1)
 
 
 @dataclass(frozen=True)
@@ -213,10 +177,10 @@ class LayerSignals:
 
     segments: Segments
     hidden: Tensor  # [1, S, width], the layer's output
-    query: Heads  # before rotary embedding
-    key: Heads
-    rotated_query: Heads  # with their positions
-    rotated_key: Heads
+    query: Tensor  # [1, heads, S, head], before rotary embedding
+    key: Tensor  # [1, kv_heads, S, head]
+    rotated_query: Tensor  # with their positions
+    rotated_key: Tensor
     cos: Tensor  # [n, head / 2], rotary tables
     sin: Tensor
     rows: Tensor  # int64 [S], each token's row of the tables
@@ -242,24 +206,24 @@ class LayerSignals:
         rotary tables (UTP, Eq. 2); text tokens keep theirs, so they still share the softmax.
         """
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        logits = dot(self.rotated_query.rows(-1), self.rotated_key)  # [1, kv_heads, group, S]
+        logits = dot(self.rotated_query[:, :, -1:], self.rotated_key)  # [1, kv_heads, group, S]
         if agnostic is not None:
-            moved = dot(self._query_against(agnostic), self.key.rows(start, end))
+            moved = dot(self._query_against(agnostic), self.key[:, :, start:end])
             logits = torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
 
     def last_query_likeness(self) -> Tensor:
         """As the last token's attention, were there no rotary embedding at all: [visual]."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        return dot(self.query.rows(-1), self.key).softmax(-1).mean((0, 1, 2))[start:end]
+        return dot(self.query[:, :, -1:], self.key).softmax(-1).mean((0, 1, 2))[start:end]
 
     def text_attention(self) -> Tensor:
         """Attention of each text token after the picture to each visual token, the softmax over all
         tokens up to itself: float32 [heads, T, n]."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        queries = self.rotated_query.rows(end)
+        queries = self.rotated_query[:, :, end:]
         logits = dot(queries, self.rotated_key)
-        logits = logits.reshape(queries.heads, self.segments.text, self.segments.total)
+        logits = logits.reshape(queries.shape[1], self.segments.text, self.segments.total)
         places = torch.arange(self.segments.total, device=logits.device)
         later = places[None, :] > places[end:, None]
         attention: Tensor = torch.where(later, LEAST, logits).softmax(-1)
@@ -273,12 +237,11 @@ class LayerSignals:
         near: Tensor = cos[end:] @ cos[start:end].T + sin[end:] @ sin[start:end].T
         return near / cos.shape[1]
 
-    def _query_against(self, position: Tensor) -> Heads:
+    def _query_against(self, position: Tensor) -> Tensor:
         """The last query turned so that its dot product with an unrotated key is that of a key
         rotated to `position`: R_p'^T R_n q."""
         cos = self.cos.index_select(0, position).float()  # [1, head / 2]
         sin = self.sin.index_select(0, position).float()
-        last = self.rotated_query.rows(-1)
-        low, high = last.by_head().float().chunk(2, dim=-1)
-        turned = torch.cat([low * cos + high * sin, high * cos - low * sin], dim=-1)
-        return Heads(turned.reshape(last.values.shape), last.heads, last.packed)
+        last = self.rotated_query[:, :, -1:]
+        low, high = last.float().chunk(2, dim=-1)
+        return torch.cat([low * cos + high * sin, high * cos - low * sin], dim=-1)
