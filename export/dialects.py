@@ -9,7 +9,7 @@ Attention with `is_causal` and `nonpad_kv_seqlen`; for ONNX Runtime and for Tens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,12 +105,16 @@ def _emit(
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """A set of lowerings, its opset, and whether the cache is written in place or grows."""
+    """A set of lowerings, its opset, and whether the cache is written in place or grows.
+
+    With `token` the graph says which token is the likeliest; a CPU has the logits at hand.
+    """
 
     name: str
     opset: int
     ops: type[TorchOps]
     cache: str
+    token: bool = True
 
 
 MODERN = Dialect("modern", 24, ModernOps, "in-place")
@@ -118,7 +122,7 @@ JETPACK7 = Dialect("jetpack7", 24, Jetpack7Ops, "in-place")
 JETPACK6 = Dialect("jetpack6", 18, Jetpack6Ops, "grow")
 
 _TARGETS = {
-    "cpu": (MODERN, "fp32"),
+    "cpu": (replace(MODERN, token=False), "fp32"),
     "cuda": (MODERN, "fp16"),
     "rtx": (MODERN, "fp16"),
     "jetpack7": (JETPACK7, "fp16"),  # TensorRT 10.15 and 10.16

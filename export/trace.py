@@ -60,7 +60,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> ir.
         shapes, inputs = (*shapes, {0: Dim.DYNAMIC}), [*inputs, "places"]
         args = (*args, torch.arange(max(2, plan.encoded)))
     model = _trace(decoder, args, shapes, inputs, outputs, dialect.opset)
-    if dialect.layout != "packed":  # a CPU has the logits at hand
+    if dialect.token:
         add_token(model.graph)
     _name_dimensions(model.graph, dialect.cache)
     return model

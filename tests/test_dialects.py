@@ -23,7 +23,7 @@ CALLS = [(3, 9, True), *[(0, 1, False)] * 66, (0, 7, False), *[(0, 1, False)] * 
 def demo_pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
-    """The demo's bundles of one method: `packed`, and the same frozen for `jetpack6` in fp32."""
+    """The demo's bundles of one method: `modern`, and the same frozen for `jetpack6` in fp32."""
     ours = request.getfixturevalue({"none": "demo_dense", "utp": "demo_utp"}[request.param])
     prune, folder = Bundle.open(ours).manifest.prune, tmp_path_factory.mktemp("pair")
     theirs = frozen(folder / "b", prune.method, prune.cr, target="jetpack6", counts=prune.counts)
