@@ -33,13 +33,15 @@ class Caches:
         self.capacities = [0] * record.layers
 
     def reserve(self, needed: Sequence[int]) -> bool:
-        """Hold at least so many tokens in each layer; True where a value is another one now."""
-        short = [layer for layer, n in enumerate(needed) if n > self.capacities[layer]]
-        for layer in short:
-            self.capacities[layer] = needed[layer] + -needed[layer] % STEP
-            for name in (f"key.{layer}", f"value.{layer}"):
-                self._grow(name, self.capacities[layer])
-        return bool(short)
+        """Hold so many tokens in each layer, and not many more; True where a value is new."""
+        changed = False
+        for layer, tokens in enumerate(needed):
+            capacity = tokens + -tokens % STEP
+            if not capacity <= self.capacities[layer] <= capacity + STEP:
+                self.capacities[layer], changed = capacity, True
+                for name in (f"key.{layer}", f"value.{layer}"):
+                    self._resize(name, capacity)
+        return changed
 
     def bind(self, binding: Any, lengths: Ids, after: Ids) -> None:
         """Bind past and present of a call: `lengths` tokens of each layer become `after`."""
@@ -52,13 +54,13 @@ class Caches:
         row = self.record.kv_heads * self.record.head_size * np.dtype(self.element).itemsize
         return sum(2 * capacity * row for capacity in self.capacities)
 
-    def _grow(self, name: str, capacity: int) -> None:
-        """A longer block, with what is cached at its start."""
-        grown: Array = np.zeros(self._shape(capacity), self.element)
+    def _resize(self, name: str, capacity: int) -> None:
+        """Another block, with what is cached at its start."""
+        block: Array = np.zeros(self._shape(capacity), self.element)
         if name in self.values:
-            old = self.values[name].numpy()
-            grown[:, :, : old.shape[2]] = old
-        self.values[name] = self.value.ortvalue_from_numpy(grown, self.device)
+            cached = self.values[name].numpy()[:, :, :capacity]
+            block[:, :, : cached.shape[2]] = cached
+        self.values[name] = self.value.ortvalue_from_numpy(block, self.device)
 
     def _shape(self, tokens: int) -> tuple[int, ...]:
         return 1, self.record.kv_heads, tokens, self.record.head_size
@@ -82,12 +84,12 @@ class GrowingCaches(Caches):
             binding.bind_output(f"present_{name}", *place, behind, present.data_ptr())
             self.values[name], self.others[name] = present, past
 
-    def _grow(self, name: str, capacity: int) -> None:
-        """Two longer blocks; what is cached lies without gaps at the start of the first."""
+    def _resize(self, name: str, capacity: int) -> None:
+        """Two other blocks; what is cached lies without gaps at the start of the first."""
         block: Array = np.zeros(self._shape(capacity), self.element)
         if name in self.values:
-            old = self.values[name].numpy()
-            block.reshape(-1)[: old.size] = old.reshape(-1)
+            cached = self.values[name].numpy().reshape(-1)[: block.size]
+            block.reshape(-1)[: cached.size] = cached
         self.others[name] = self.value.ortvalue_from_numpy(np.zeros_like(block), self.device)
         self.values[name] = self.value.ortvalue_from_numpy(block, self.device)
 

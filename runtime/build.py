@@ -117,7 +117,12 @@ def build(request: BuildRequest, report: seam.Report = lambda step, done, total:
 
 
 def _check(manifest: Manifest, request: BuildRequest) -> None:
-    """Refuse at once what TensorRT would refuse after minutes."""
+    """Refuse at once what TensorRT would refuse after minutes, or its runtime could not drive."""
+    if manifest.target == "cpu":
+        raise BackendError(
+            f"{request.bundle} was exported for ONNX Runtime on a CPU; export it again with"
+            " --target rtx, jetpack7 or jetpack6"
+        )
     if manifest.dtype not in DTYPES and manifest.decoder.cache == "in-place":
         raise BackendError(
             f"{request.bundle} is {manifest.dtype}, TensorRT's attention is fp16 or bf16;"

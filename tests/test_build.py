@@ -199,7 +199,7 @@ def test_fp32_is_refused_before_any_work(full_bundle: Path, refused: Refused) ->
 
 def test_the_cpu_targets_graphs_are_refused(tiny_bundle: Path, refused: Refused) -> None:
     line = refused("build", tiny_bundle, "--backend", "trt-rtx")
-    assert "three axes" in line and "--target rtx, jetpack7 or jetpack6" in line
+    assert "on a CPU" in line and "--target rtx, jetpack7 or jetpack6" in line
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from edgeprune.demo import MODEL_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError, InputError
 from edgeprune.runtime import Sampling, Session
-from edgeprune.runtime._caches import SPARE
+from edgeprune.runtime._caches import STEP
 from edgeprune.runtime.backend import FakeBackend
 
 QUESTION = "what color is the star ?"
@@ -140,14 +140,14 @@ def _timings() -> Any:
 def test_caches_grow_without_changing_the_answer(pruned: Session, demo_utp: Path) -> None:
     """80 tokens cross a growth step; a session that reserved all at once says the same."""
     image, question = next(held_out(1))
-    sampling = Sampling(max_new_tokens=SPARE + 16)
+    sampling = Sampling(max_new_tokens=STEP + 16)
     small = Session(Bundle(demo_utp, _without_end(pruned)), pruned.backend)
     answer = small.ask(image, question.text, sampling)
     roomy = Session.open(demo_utp)
     roomy.backend.reserve([1000] * 12)
     large = Session(Bundle(demo_utp, _without_end(pruned)), roomy.backend)
     assert answer.ids == large.ask(image, question.text, sampling).ids
-    assert len(answer.ids) == SPARE + 16
+    assert len(answer.ids) == STEP + 16
 
 
 def test_streamed_pieces_are_the_answer(pruned: Session) -> None:
