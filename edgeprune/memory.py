@@ -1,4 +1,4 @@
-"""The machine's memory, where it says."""
+"""The machine's memory and this process's, where they say."""
 
 from __future__ import annotations
 
@@ -15,11 +15,21 @@ def total_bytes() -> int | None:
     return _meminfo("MemTotal")
 
 
+def peak_bytes() -> int | None:
+    """Bytes that this process had resident at most; None where the machine does not say (Linux
+    does, and not by `ru_maxrss`, which a process inherits from the one that started it)."""
+    return _kilobytes(Path("/proc/self/status"), "VmHWM")
+
+
 def _meminfo(field: str) -> int | None:
-    info = Path("/proc/meminfo")
-    if not info.is_file():
+    return _kilobytes(Path("/proc/meminfo"), field)
+
+
+def _kilobytes(file: Path, field: str) -> int | None:
+    """One entry of a list of kilobytes, in bytes."""
+    if not file.is_file():
         return None
-    for line in info.read_text().splitlines():
+    for line in file.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
     return None

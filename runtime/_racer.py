@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune import memory
 from edgeprune.bundle import Bundle
 from edgeprune.errors import CapacityError, EdgepruneError
 from edgeprune.runtime import backends
@@ -79,7 +80,7 @@ def main() -> None:
         racer = Racer(Path(request.pop("path")), **request)
         _say(answers, {"load_seconds": racer.load_seconds})
         for _ in sys.stdin:
-            _say(answers, {"lap": racer.lap()})
+            _say(answers, {"lap": racer.lap(), "peak_bytes": memory.peak_bytes()})
     except EdgepruneError as error:
         _say(answers, {"error": type(error).__name__, "message": str(error)})
 

@@ -72,6 +72,7 @@ class Row:
     laps: Laps
     load_seconds: float
     kv_bytes: int  # of the caches as reserved, prefill and answer
+    peak_bytes: int | None  # that its process had resident at most, where the machine tells
     prefill_operations: int
     decode_operations: int
 
@@ -89,7 +90,7 @@ class BenchResult:
     def table(self) -> str:
         """For people: medians with p10-p90, ratios to the first bundle taken lap by lap."""
         first = self.rows[0]
-        heads = ["bundle", "vision ms", "prefill ms", "decode ms/token", "KV MB"]
+        heads = ["bundle", "vision ms", "prefill ms", "decode ms/token", "KV MB", "peak MB"]
         heads += ["prefill x", "limit x", "reached", "decode x"]
         lines = [heads, *(_cells(row, first) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
@@ -127,6 +128,7 @@ class _Racer:
         self.request = request
         self.manifest = Bundle.open(path, verify=False).manifest
         self.laps: list[tuple[float, float, float]] = []
+        self.peak_bytes: int | None = None
         self.process = subprocess.Popen(
             [sys.executable, "-m", _racer.__name__],
             stdin=subprocess.PIPE,
@@ -154,7 +156,8 @@ class _Racer:
         self.process.communicate()
 
     def lap(self, keep: bool) -> None:
-        vision, prefill, decode = self._ask("lap")["lap"]
+        found = self._ask("lap")
+        (vision, prefill, decode), self.peak_bytes = found["lap"], found["peak_bytes"]
         if keep:
             self.laps.append((vision, prefill, decode))
 
@@ -192,6 +195,7 @@ class _Racer:
                 text + self.request.new_tokens,
                 np.dtype(ELEMENTS[self.manifest.dtype]).itemsize,
             ),
+            peak_bytes=self.peak_bytes,
             prefill_operations=cost.prefill_operations(record, prune.counts, text),
             decode_operations=cost.decode_operations(
                 record, prune.counts, text + self.request.new_tokens // 2
@@ -208,6 +212,7 @@ def _cells(row: Row, first: Row) -> list[str]:
         _spread(row.laps.prefill),
         _spread(row.laps.decode),
         f"{row.kv_bytes / 1e6:.2f}",
+        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
         f"{speedup:.2f}",
         f"{limit:.2f}",
         f"{speedup / limit:.0%}",

@@ -26,6 +26,7 @@ from transformers import (
     SiglipVisionConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -69,6 +70,18 @@ class Family:
     image_token: str
     tokens: dict[str, str] = field(default_factory=dict)  # special ones known by name
     sizes: tuple[Size, ...] = (Size(84, 84),)
+    tiled: bool = True  # whether a bundle is frozen for one of these sizes
+
+    def look(self, images: Any) -> Any:
+        """What transformers' own image processor makes of pictures."""
+        options = {}
+        if self.name == "video_llava":  # deprecates an old name of its result
+            options["return_legacy_image_output"] = False
+        return self.image_processor(images, return_tensors="pt", **options)
+
+    def frozen(self, size: Size) -> Size | None:
+        """The size to freeze a bundle for pictures of `size` for."""
+        return size if self.tiled else None
 
     def save(self, folder: Path) -> Path:
         """The checkpoint, with the demo's tokenizer and template."""
@@ -96,28 +109,28 @@ def _settled(model: Any) -> Any:
     return model.eval()
 
 
-def internvl(**text: Any) -> Family:
+def internvl(side: int = 56, **text: Any) -> Family:
     """Tiles of 56 pixels, 4 tokens each; the decoder is Qwen2."""
     vision = InternVLVisionConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=56,
+        image_size=side,
         attention_bias=True,
     )
     config = InternVLConfig(
         vision_config=vision,
         text_config=text.pop("config", None) or Qwen2Config(**{**TEXT, **text}),
         image_token_id=68,
-        image_seq_length=4,
+        image_seq_length=(side // 28) ** 2,
         tie_word_embeddings=False,
     )
     names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     return Family(
         "internvl",
         _settled(InternVLForConditionalGeneration(config)),
-        GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True),
+        GotOcr2ImageProcessorPil(size={"height": side, "width": side}, crop_to_patches=True),
         "<IMG_CONTEXT>",
         dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True)),
         (Size(56, 56), Size(70, 150), Size(181, 60)),
@@ -137,7 +150,7 @@ SHAPES = Size(84, 84), Size(60, 100), Size(110, 41)
 
 
 def llava(**text: Any) -> Family:
-    """Pictures of 42 pixels, 9 tokens each."""
+    """Pictures of 42 pixels, 9 tokens each, cut out of the middle."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
         text_config=LlamaConfig(**{**TEXT, **text}),
@@ -146,7 +159,8 @@ def llava(**text: Any) -> Family:
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
     )
-    return Family("llava", _settled(LlavaForConditionalGeneration(config)), processor, "<image>")
+    model = _settled(LlavaForConditionalGeneration(config))
+    return Family("llava", model, processor, "<image>", {}, SHAPES, tiled=False)
 
 
 def llava_next(**text: Any) -> Family:
@@ -205,16 +219,16 @@ def llava_next_video(**text: Any) -> Family:
 
 
 def video_llava(**text: Any) -> Family:
-    """Videos of 42-pixel frames, 9 patches and [CLS] each."""
+    """Videos of 42-pixel frames, 9 patches and [CLS] each; pictures of as many patches."""
     config = VideoLlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
         text_config=LlamaConfig(**{**TEXT, **text}),
         image_token_index=4,
         video_token_index=66,
     )
-    processor = CLIPImageProcessorPil(
+    processor = VideoLlavaImageProcessor(
         size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
     )
     model = _settled(VideoLlavaForConditionalGeneration(config))
     tokens = {"video_token": "<video>"}
-    return Family("video_llava", model, processor, "<image>", tokens, SHAPES)
+    return Family("video_llava", model, processor, "<image>", tokens, SHAPES, tiled=False)

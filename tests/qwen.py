@@ -1,15 +1,19 @@
-"""Tiny random Qwen2-VL and Qwen2.5-VL checkpoints, and pictures for them."""
+"""Tiny random Qwen2-VL and Qwen2.5-VL checkpoints, pictures, and what transformers answers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from benchmarks.qwen_shapes import QwenShape, write
+from edgeprune.models import Adapter
+from edgeprune.models._processor import Processor
 
 TINY = QwenShape(
     layers=2,
@@ -44,3 +48,46 @@ def plain_checkpoint(folder: Path, layers: int = TINY.layers) -> Path:
 def windowed_checkpoint(folder: Path, layers: int = TINY.layers) -> Path:
     """A Qwen2.5-VL in one shard, bf16, an output head of its own."""
     return write(replace(TINY, windowed=True, layers=layers), folder, dtype=torch.bfloat16)
+
+
+def patches(adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
+    """Frames [n, 3, H, W] as transformers' video processor cuts them: [patches, values]."""
+    rows, columns = adapter.vision_config.layout.tile_grid
+    spans = pixels.view(-1, 2, 3, rows, 2, 14, columns, 2, 14)
+    return spans.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * 14 * 14)
+
+
+def inputs(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) -> dict[str, Any]:
+    """Inputs of transformers' model, its own prompt with them."""
+    processor = Processor(adapter)
+    ids, token = processor.chat.ids(adapter.media, QUESTION), adapter.media.token
+    rows, columns = adapter.vision_config.layout.tile_grid
+    spans = 1 if adapter.asked.frames is None else len(images) // 2
+    places = torch.where(ids == token, spans * rows * columns, 1)
+    ids = ids.repeat_interleave(places)[None]
+    if adapter.asked.frames is None:
+        encoded = processor.image_processor(images, return_tensors="pt")
+        return {**encoded, "input_ids": ids, "mm_token_type_ids": (ids == token).int()}
+    return {
+        "pixel_values_videos": patches(adapter, pixels),
+        "video_grid_thw": torch.tensor([[spans, 2 * rows, 2 * columns]]),
+        "input_ids": ids,
+        "mm_token_type_ids": 2 * (ids == token).int(),
+    }
+
+
+def generated(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) -> list[int]:
+    """32 greedy tokens of transformers' model."""
+    folder = adapter.checkpoint.folder
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    given = inputs(adapter, images, pixels)
+    found = model.generate(
+        **given,
+        attention_mask=torch.ones_like(given["input_ids"]),
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    said: list[int] = found[0, given["input_ids"].shape[1] :].tolist()
+    return said

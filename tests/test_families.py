@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.exporter import Exported, ExportRequest, export
 from edgeprune.export.preprocess import image_record
 from edgeprune.models import Adapter, open_model
+from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
+from edgeprune.models._vision import Fixed
 from edgeprune.policies import make, names
 from edgeprune.recipe import Recipe
 from edgeprune.recipe import make as make_bundle
@@ -40,6 +43,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "llava_next": families.llava_next,
     "llava_onevision": families.llava_onevision,
 }
+OTHERS = families.llava, families.llava_next_video, families.video_llava  # no tiles of their own
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -58,15 +62,10 @@ def picture(size: Size, seed: int = 0) -> Image.Image:
     return Image.fromarray(levels).resize((size.width, size.height), Image.Resampling.BICUBIC)
 
 
-def theirs(family: Family, image: Image.Image) -> Any:
-    """What transformers' own image processor makes of a picture."""
-    return family.image_processor(image, return_tensors="pt")
-
-
 def ours(family: Family, checkpoint: Path, image: Image.Image) -> tuple[Adapter, np.ndarray]:
     """The adapter frozen for a picture's size, and the pixels that the runtime makes of it."""
-    adapter = open_model(str(checkpoint), size=Size(image.height, image.width))
-    record = image_record(family.image_processor, adapter.tiling)
+    adapter = open_model(str(checkpoint), size=family.frozen(Size(image.height, image.width)))
+    record = image_record(Processor(adapter), adapter.tiling)
     assert record.shape == adapter.pixels
     return adapter, to_pixels(image, record)
 
@@ -115,7 +114,7 @@ def answered(adapter: Adapter, prompt: Prompt) -> list[int]:
 def test_pixels_are_those_of_the_checkpoints_processor(family: Family, checkpoint: Path) -> None:
     for size in family.sizes:
         image = picture(size)
-        wanted = theirs(family, image)["pixel_values"].flatten(0, -4).numpy()
+        wanted = family.look(image)["pixel_values"].flatten(0, -4).numpy()
         np.testing.assert_array_equal(ours(family, checkpoint, image)[1], wanted)
 
 
@@ -124,8 +123,18 @@ def test_dense_answers_are_those_of_transformers(family: Family, checkpoint: Pat
         image = picture(size)
         adapter, pixels = ours(family, checkpoint, image)
         prompt = prompted(adapter, pixels)
-        wanted = generated(family, adapter, prompt, **theirs(family, image))
+        wanted = generated(family, adapter, prompt, **family.look(image))
         assert answered(adapter, prompt) == wanted
+
+
+@pytest.mark.parametrize("make_one", OTHERS)
+def test_other_families_see_and_answer_as_transformers_does(
+    make_one: Callable[..., Family], tmp_path: Path
+) -> None:
+    family = make_one()
+    checkpoint = family.save(tmp_path)
+    test_pixels_are_those_of_the_checkpoints_processor(family, checkpoint)
+    test_dense_answers_are_those_of_transformers(family, checkpoint)
 
 
 def test_a_dense_bundle_answers_as_transformers_does(
@@ -137,7 +146,7 @@ def test_a_dense_bundle_answers_as_transformers_does(
     exported = make_bundle(recipe)
     image, session = picture(size), Session.open(exported.path)
     adapter, pixels = ours(family, checkpoint, image)
-    wanted = generated(family, adapter, prompted(adapter, pixels), **theirs(family, image))
+    wanted = generated(family, adapter, prompted(adapter, pixels), **family.look(image))
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
     assert list(answer.ids) == wanted
     assert answer.remarks == ()
@@ -145,7 +154,7 @@ def test_a_dense_bundle_answers_as_transformers_does(
 
 def pruned(checkpoint: Path, size: Size, method: str, folder: Path) -> Exported:
     """A bundle at CR 4 or near, its schedule made up; kept tokens and logits were compared."""
-    spec = PruneSpec(method, 4, options={"K": "1"} if method == "fastv" else {})
+    spec = PruneSpec(method, 4, options={"K": "1"} if method in ("fastv", "dart") else {})
     adapter, policy = open_model(str(checkpoint), size=size), make(spec)
     shape = adapter.shape
     if policy.first(shape, spec.cr) is None:
@@ -182,7 +191,7 @@ def test_a_pruned_bundle_equals_the_eager_reference(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name in names() if name not in ("none", "vtw")])
+@pytest.mark.parametrize("method", sorted({*names()} - {"none", "vtw", "tome"}))
 def test_every_method_on_every_family_equals_its_reference(
     family: Family, method: str, tmp_path: Path
 ) -> None:
@@ -268,3 +277,16 @@ def test_what_a_config_asks_beyond_is_refused_by_name(
         with torch.device("meta"):
             vision = adapter.vision(policy, plan)
         adapter.sources(vision)
+
+
+def test_kept_cls_tokens_of_several_tiles_follow_in_the_order_of_the_tiles() -> None:
+    """They share a place, after all tokens of the picture."""
+    plain = Layout.plain(2, tiles=20)
+    layout = replace(plain, order=(*plain.order, NEWLINE), grid=(1, 81), newline=True)
+    fixed = Fixed(layout, 1)
+    torch.nn.init.constant_(fixed.newline, -1)
+    cls, kept = [80] * 20, [1, 7, 9]
+    visual = torch.tensor([[*range(100, 120), *kept]])[..., None].float()
+    found, places = fixed(visual, torch.tensor(cls + kept), 0, None)
+    assert found[0, :, 0].tolist() == [*kept, -1, *range(100, 120)]
+    assert places.tolist() == [*kept, 80, *[81] * 20]

@@ -28,6 +28,7 @@ from edgeprune.runtime.video import read_frames
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families
+from tests.clips import clip
 from tests.families import QUESTION, Family
 from tests.test_families import answered, generated, made_up, picture, prompted
 
@@ -51,6 +52,10 @@ CASES = {
     "internvl, video": Case(families.internvl, {"frames": 3}),
     "llava_onevision, video": Case(families.llava_onevision, {"frames": 3}),
     "llava_next_video, video": Case(families.llava_next_video, {"frames": 4}),
+    "llava_next_video, 2 pictures": Case(
+        families.llava_next_video, {"pictures": 2, "size": SIZES[0]}
+    ),
+    "video_llava, 2 pictures": Case(families.video_llava, {"pictures": 2}),
     "video_llava, video": Case(families.video_llava, {"frames": 4}),
 }
 
@@ -82,7 +87,7 @@ def theirs(case: Case, family: Family, pixels: np.ndarray, images: list[Image.Im
     """What transformers' model is given: its own processor's pictures, or our frames, since its
     video processors want torchvision."""
     if "frames" not in case.asked:
-        found = family.image_processor([images] if case.nested else images, return_tensors="pt")
+        found = family.look([images] if case.nested else images)
         theirs = found["pixel_values"].flatten(0, -4).numpy()
         np.testing.assert_array_equal(pixels, theirs)
         return found
@@ -125,7 +130,7 @@ def test_a_pruned_bundle_equals_the_eager_reference(name: str, tmp_path: Path) -
     ("family", "asked", "message"),
     [
         (families.llava, {"frames": 4}, "take pictures, not videos"),
-        (families.video_llava, {"pictures": 2}, "leave out --pictures or --frames"),
+        (families.video_llava, {"pictures": 2, "frames": 8}, "leave out --pictures or --frames"),
         (families.llava_onevision, {"frames": 4, "size": Size(84, 84)}, "leave out --image-size"),
     ],
 )
@@ -142,8 +147,8 @@ def test_nothing_to_show_is_refused() -> None:
 
 
 def test_a_bundle_says_which_option_it_takes(tiny_bundle: Path, refused: Refused) -> None:
-    clip = tiny_bundle / "manifest.json"  # read as a file only
-    line = refused("run", tiny_bundle, "--video", clip, "--prompt", "what ?")
+    file = tiny_bundle / "manifest.json"  # read as a file only
+    line = refused("run", tiny_bundle, "--video", file, "--prompt", "what ?")
     assert "takes pictures (--image)" in line
     record = Bundle.open(tiny_bundle).manifest.image
     with pytest.raises(InputError, match="takes 1 picture, got 2; give as many, or"):
@@ -151,33 +156,24 @@ def test_a_bundle_says_which_option_it_takes(tiny_bundle: Path, refused: Refused
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten frames, frame n of grey level 20 n, without loss."""
-    av = pytest.importorskip("av")
-    path = tmp_path_factory.mktemp("clip") / "clip.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 16, "gray"
-        for number in range(10):
-            levels = np.full((16, 32), 20 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(levels, format="gray")))
-        container.mux(stream.encode())
-    return path
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of ten frames."""
+    return clip(tmp_path_factory.mktemp("clip") / "clip.mkv", 10)
 
 
-def test_frames_are_spread_evenly_over_a_clip(clip: Path) -> None:
-    frames = read_frames(clip, 4)
+def test_frames_are_spread_evenly_over_a_clip(ten: Path) -> None:
+    frames = read_frames(ten, 4)
     assert [frame.size for frame in frames] == [(32, 16)] * 4
     numbers = np.arange(0, 10, 10 / 4).astype(int)  # as model cards sample
     assert [round(np.asarray(frame).mean() / 20) for frame in frames] == numbers.tolist()
 
 
-def test_a_clip_with_too_few_frames_is_refused(clip: Path) -> None:
+def test_a_clip_with_too_few_frames_is_refused(ten: Path) -> None:
     with pytest.raises(InputError, match="has 10 frames, this bundle takes 11"):
-        read_frames(clip, 11)
+        read_frames(ten, 11)
 
 
-def test_what_is_no_video_is_refused(tmp_path: Path, clip: Path) -> None:
+def test_what_is_no_video_is_refused(tmp_path: Path, ten: Path) -> None:
     (broken := tmp_path / "clip.mp4").write_bytes(b"not a video at all")
     with pytest.raises(InputError, match="cannot be read as a video"):
         read_frames(broken, 2)

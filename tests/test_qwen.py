@@ -247,11 +247,16 @@ def test_pruning_by_the_text_agrees_with_the_reference(windowed: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name in names() if name not in ("none", "vtw")])
+@pytest.mark.parametrize("method", sorted({*names()} - {"none", "vtw", "tome"}))
 @pytest.mark.parametrize("family", [plain_checkpoint, windowed_checkpoint])
 def test_every_method_agrees_with_its_reference(family: Any, method: str, tmp_path: Path) -> None:
     checkpoint = family(tmp_path / "checkpoint", layers=8)
     counts = {"utp": (35, 15, 8, 5, 3, 2, 1, 1)}.get(method)
-    options = {"K": "1"} if method == "fastv" else {}
+    options = {"K": "1"} if method in ("fastv", "dart") else {}
     session = agree(*exported(checkpoint, PruneSpec(method, 4, 0, options), tmp_path, counts))
     assert session.manifest.prune.cr_reached == pytest.approx(4, rel=0.1)
+
+
+def test_merging_inside_the_encoder_is_refused(plain: Path, refused: Refused) -> None:
+    said = refused("export", "--model", plain, "--method", "tome")
+    assert "reads several patches as one token" in said

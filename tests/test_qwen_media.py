@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import Refused
 from PIL import Image
-from transformers import AutoModelForImageTextToText
 
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.export.preprocess import image_record
@@ -22,7 +21,7 @@ from edgeprune.policies import make
 from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
-from tests.qwen import QUESTION, picture, plain_checkpoint, windowed_checkpoint
+from tests.qwen import QUESTION, generated, picture, plain_checkpoint, windowed_checkpoint
 
 SIZE = Size(140, 196)  # 5 x 7 tokens
 ASKED: dict[str, dict[str, Any]] = {
@@ -43,31 +42,6 @@ def opened(checkpoint: Path, asked: str) -> tuple[Adapter, list[Image.Image]]:
     return adapter, [picture(190, 150, seed) for seed in range(adapter.shown)]
 
 
-def patches(adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
-    """Frames [n, 3, H, W] as transformers' video processor cuts them: [patches, values]."""
-    rows, columns = adapter.vision_config.layout.tile_grid
-    spans = pixels.view(-1, 2, 3, rows, 2, 14, columns, 2, 14)
-    return spans.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * 14 * 14)
-
-
-def theirs(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) -> dict[str, Any]:
-    """Inputs of transformers' model, its own prompt with them."""
-    processor = Processor(adapter)
-    ids, token = processor.chat.ids(adapter.media, QUESTION), adapter.media.token
-    each = 35 if adapter.asked.frames is None else 35 * len(images) // 2
-    places = torch.where(ids == token, each, 1)
-    ids = ids.repeat_interleave(places)[None]
-    if adapter.asked.frames is None:
-        encoded = processor.image_processor(images, return_tensors="pt")
-        return {**encoded, "input_ids": ids, "mm_token_type_ids": (ids == token).int()}
-    return {
-        "pixel_values_videos": patches(adapter, pixels),
-        "video_grid_thw": torch.tensor([[len(images) // 2, 10, 14]]),
-        "input_ids": ids,
-        "mm_token_type_ids": 2 * (ids == token).int(),
-    }
-
-
 def seen(adapter: Adapter, images: list[Image.Image]) -> torch.Tensor:
     """Pixels as the runtime makes them."""
     record = image_record(Processor(adapter), frozen=adapter.frozen)
@@ -82,20 +56,9 @@ def test_answers_are_those_of_transformers(asked: str, checkpoint: Path) -> None
     pixels = seen(adapter, images)
     prompt = Processor(adapter)(images, QUESTION)
     assert torch.equal(prompt.pixels, pixels)
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    given = theirs(adapter, images, pixels)
-    found = model.generate(
-        **given,
-        attention_mask=torch.ones_like(given["input_ids"]),
-        max_new_tokens=32,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
     plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
     ours = Reference.build(adapter, make(PruneSpec("none")), plan)
-    wanted = found[0, given["input_ids"].shape[1] :].tolist()
-    assert ours.generate(prompt, 32, lambda token: False) == wanted
+    assert ours.generate(prompt, 32, lambda token: False) == generated(adapter, images, pixels)
 
 
 @pytest.mark.slow

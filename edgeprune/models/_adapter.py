@@ -40,7 +40,7 @@ class Adapter:
     tower: ClassVar[Mapping[str, str]] = CLIP
     """How the checkpoint names the parameters of the vision tower."""
 
-    stem: ClassVar[str] = "vision_tower"
+    stem: str = "vision_tower"
     """How it names the tower itself."""
 
     media: Media

@@ -145,6 +145,10 @@ def _names(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
+    except RuntimeError as error:
+        raise ModelError(
+            f"{file} cannot be mapped into memory ({_line(error)}); split it into smaller shards"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"{file} is not a whole safetensors file ({_line(error)}); download it again"

@@ -32,11 +32,20 @@ def frame_processor(checkpoint: Checkpoint) -> Any:
 
     transformers' video processors resize with torchvision, which rounds otherwise in places.
     """
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     found = _settings(checkpoint)
     given = {name: found[name] for name in SETTINGS if found.get(name) is not None}
-    return CLIPImageProcessorPil(**{"do_center_crop": False, **given})
+    return _clip({"do_center_crop": False, **given})
+
+
+def clip_processor(own: Any) -> Any:
+    """Pillow doing to a picture what the settings of an image processor of CLIP's kind say."""
+    return _clip({name: getattr(own, name) for name in SETTINGS})
+
+
+def _clip(settings: dict[str, Any]) -> Any:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(**settings)
 
 
 def _settings(checkpoint: Checkpoint) -> dict[str, Any]:

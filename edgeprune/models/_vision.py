@@ -14,6 +14,7 @@ from edgeprune.models._layout import Layout
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.policies import Policy
+from edgeprune.policies._select import ranked
 from edgeprune.policies._signals import InputSignals, VisionSignals
 from edgeprune.spec import Plan, Stage
 
@@ -78,9 +79,10 @@ class Fixed(nn.Module):
             return self._whole(visual, fixed)
         own = at.new_tensor([*layout.from_tiles, layout.visual_tokens]).index_select(0, at)
         places = torch.cat([own[:kept], at.new_tensor(layout.fixed)])
-        places, order = places.topk(places.shape[0], largest=False)
+        order = ranked(-places.float(), places.shape[0])  # several kept [CLS] share a place
         ordered = torch.cat([visual[:, :kept], fixed], dim=1).index_select(1, order)
-        return torch.cat([ordered, visual[:, kept:]], dim=1), torch.cat([places, own[kept:]])
+        places = torch.cat([places.index_select(0, order), own[kept:]])
+        return torch.cat([ordered, visual[:, kept:]], dim=1), places
 
     def _fixed(self, cls: Tensor | None) -> Tensor:
         """The fixed tokens in reading order: [1, V - C, width]."""
@@ -151,7 +153,9 @@ class Vision(nn.Module):
         seen, layout = self.encoder(pixels), self.config.layout
         features = layout.tokens(self.projector(seen.features) if layout.late else seen.features)
         grid = (1, features.shape[1]) if layout.fixed else layout.grid
-        return VisionSignals(features, seen.query, seen.key, grid, seen.cls, layout.mean)
+        return VisionSignals(
+            features, seen.query, seen.key, grid, seen.cls, layout.mean, cls_stays=layout.cls
+        )
 
     def entry_scores(self, pixels: Tensor) -> Tensor:
         """The salience of each visual token, above all others at the fixed tokens: [V]."""

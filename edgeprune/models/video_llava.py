@@ -1,44 +1,47 @@
-"""Video-LLaVA: a video of 8 frames, 256 patches and [CLS] of each; LLaMA decoder; no pictures."""
+"""Video-LLaVA: pictures of 256 patches; with --frames a video, [CLS] of each frame read too."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from edgeprune.models import _adapter
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Asked
 from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import clip_or_siglip, is_tied, projector, read_config
-from edgeprune.models._video import frame_processor, video
+from edgeprune.models._towers import clip_or_siglip, is_tied, one_size, projector, read_config
+from edgeprune.models._video import clip_processor, frame_processor, video
 from edgeprune.models._vision import VisionConfig
-
-FRAMES = 8
 
 
 class Adapter(_adapter.Adapter):
-    """transformers reads [CLS] of each frame too: 257 tokens a frame, 2,056 of 8."""
-
-    stem: ClassVar[str] = "video_tower"
+    """One tower for pictures, another for videos: 257 tokens a frame, 2,056 of the usual 8."""
 
     def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
         from transformers import VideoLlavaConfig
 
-        asked = replace(asked, frames=asked.frames or FRAMES)
-        asked.allow("video_llava", frames=True)
+        asked.allow("video_llava", pictures=True, frames=True)
         config = read_config(checkpoint, VideoLlavaConfig)
         super().__init__(checkpoint, config, asked)
-        self.media, encoder = video(config), clip_or_siglip(config)
-        layout = _layout(encoder.side, self.shown)
+        encoder = clip_or_siglip(config)
+        one_size(asked.size, encoder.image)
+        if asked.frames is None:
+            self.stem = "image_tower"
+            layout = Layout.plain(encoder.side).chained(self.between())
+        else:
+            self.stem, self.media = "video_tower", video(config)
+            layout = _frames(encoder.side, asked.frames)
         self.vision_config = VisionConfig(encoder, projector(config, encoder.width), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
 
     def picture_processor(self, own: Any) -> Any:
-        return frame_processor(self.checkpoint)
+        """CLIP's, which does the same as the family's own, a picture or a frame at a time."""
+        return (
+            clip_processor(own) if self.asked.frames is None else frame_processor(self.checkpoint)
+        )
 
 
-def _layout(side: int, frames: int) -> Layout:
+def _frames(side: int, frames: int) -> Layout:
     """Frame after frame, [CLS] and then row after row."""
     order, size = list[int](), side**2
     for frame in range(frames):

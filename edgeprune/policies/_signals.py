@@ -64,6 +64,7 @@ class VisionSignals:
     cls: Tensor | None = None  # [tiles, 1, width], the block's output for [CLS]; None without one
     pool: Callable[[Tensor], Tensor] | None = None  # mean over each token's patches:
     # [tiles, patches, ...] -> [N, ...]; None where tokens are the patches of one tile
+    cls_stays: bool = False  # whether every tile's [CLS] goes on, whatever is pruned
 
     def cls_features(self) -> Tensor:
         """The block's output for the [CLS] of each tile: [1, tiles, width]."""

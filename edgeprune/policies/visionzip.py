@@ -9,7 +9,8 @@ tokens come last; positions are renumbered, since tokens leave before the decode
 The shares are those of the paper's 54 + 10 tokens at every ratio.
 Deviations: where an encoder has no [CLS], the attention that a patch receives takes its place and
 no such token goes on; nor does one where the projector reads several patches as one, which [CLS]
-has no part in. Of a picture in tiles every tile's [CLS] goes on.
+has no part in, nor a second time where the model itself reads [CLS]. Of a picture in tiles every
+tile's [CLS] goes on.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Policy(_policy.Policy):
     def _cls(self, signals: VisionSignals, keep: int) -> Tensor:
         """The [CLS] features that go on: [1, tiles, width], or none."""
         features, cls = signals.features, signals.cls
-        if cls is None or cls.shape[2] != features.shape[2] or cls.shape[0] >= keep:
+        if cls is None or signals.cls_stays or cls.shape[2] != features.shape[2]:
+            return features[:, :0]
+        if cls.shape[0] >= keep:
             return features[:, :0]
         return signals.cls_features()
 

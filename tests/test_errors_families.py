@@ -1,0 +1,120 @@
+"""What a user may do wrongly with families, several pictures and videos, by the real command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Refused
+from PIL import Image
+
+from edgeprune.cli import main
+from edgeprune.demo import SAMPLES_DIR
+from edgeprune.models import ELSEWHERE
+from tests import families
+from tests.clips import clip
+from tests.families import QUESTION
+from tests.qwen import plain_checkpoint
+
+SCENE = SAMPLES_DIR / "scene-1.png"
+PROMPT = ["--prompt", QUESTION, "--max-new-tokens", "2"]
+
+
+@pytest.mark.parametrize("other", ELSEWHERE, ids=lambda other: other.architecture)
+def test_a_family_that_transformers_lacks_is_told_with_the_nearest(
+    other: Any, tmp_path: Path, refused: Refused
+) -> None:
+    config = {"architectures": [other.architecture], "auto_map": {"AutoModel": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = refused("export", "--model", tmp_path)
+    assert other.name in said
+    assert said.endswith(f"the nearest family that edgeprune knows is {other.nearest}\n")
+
+
+def test_a_family_that_nobody_asked_for_is_told_with_all_that_there_are(
+    tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "paligemma"}')
+    said = refused("export", "--model", tmp_path)
+    assert "is a paligemma; edgeprune knows: internvl, llava, llava_next" in said
+
+
+def test_one_missing_shard_of_several(tmp_path: Path, refused: Refused) -> None:
+    files = sorted(plain_checkpoint(tmp_path).glob("*.safetensors"))
+    files[1].unlink()
+    assert f"{files[1]} is missing; download" in refused("export", "--model", tmp_path)
+
+
+def test_a_shard_that_the_machine_cannot_map(
+    tiny_checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of more bytes than memory, where the system promises no more than it has."""
+
+    def deny(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 26703093968 bytes: Cannot allocate memory")
+
+    monkeypatch.setattr("edgeprune.models._checkpoint.safe_open", deny)
+    said = refused("export", "--model", tiny_checkpoint)
+    assert "Cannot allocate memory); split it into smaller shards" in said
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+OTHER = "mlp.gate_proj.weight is [48, 32], config.json says [128, 32]; the two are not of one"
+
+
+@pytest.mark.parametrize(
+    ("make_one", "change", "says"),
+    [
+        (families.llava_next, {"rope_parameters": PARTIAL}, "rotates only a part of each head"),
+        (families.llava_onevision, {"intermediate_size": 128}, OTHER),
+        (families.internvl, {"intermediate_size": 128}, OTHER),
+        (families.video_llava, {"intermediate_size": 128}, OTHER),
+    ],
+)
+def test_a_config_that_cannot_be_met(
+    make_one: Callable[[], families.Family],
+    change: dict[str, Any],
+    says: str,
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    folder = make_one().save(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ["export", "--model", folder, "--method", "none", "--parity", "0"]
+    assert says in refused(*command, "-o", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_for_a_video_takes_a_long_enough_one_only(
+    tmp_path: Path, refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    family, bundle = families.video_llava(num_hidden_layers=1), tmp_path / "bundle"
+    folder = family.save(tmp_path / "tiny")
+    options = ["--model", str(folder), "--method", "none", "--frames", "4", "--parity", "0"]
+    assert main(["export", *options, "-o", str(bundle)]) == 0
+    long, short = clip(tmp_path / "long.mkv", 6), clip(tmp_path / "short.mkv", 3)
+    assert main(["run", str(bundle), "--video", str(long), *PROMPT, "--json"]) == 0
+    assert len(json.loads(capfd.readouterr().out.splitlines()[-1])["turns"][0]["ids"]) == 2
+    said = refused("run", bundle, "--video", short, *PROMPT)
+    assert "short.mkv has 3 frames, this bundle takes 4; give a longer video, or export" in said
+    assert "takes a video (--video)" in refused("run", bundle, "--image", SCENE, *PROMPT)
+
+
+def test_more_pictures_than_a_bundle_has_places_for(tiny_bundle: Path, refused: Refused) -> None:
+    said = refused("run", tiny_bundle, "--image", SCENE, "--image", SCENE, *PROMPT)
+    assert "takes 1 picture, got 2; give as many, or export with --pictures 2" in said
+
+
+def test_a_picture_that_is_too_long_and_narrow_for_tiles(tmp_path: Path, refused: Refused) -> None:
+    family, bundle = families.llava_next(num_hidden_layers=1), tmp_path / "bundle"
+    options = ["--model", str(family.save(tmp_path / "tiny")), "--method", "none", "--parity", "0"]
+    assert main(["export", *options, "-o", str(bundle)]) == 0
+    Image.new("RGB", (600, 20)).save(narrow := tmp_path / "narrow.png")
+    said = refused("run", bundle, "--image", narrow, *PROMPT)
+    assert "600 x 20 pixels is too long and narrow for this bundle" in said
+    assert "cut it, or export with --image-size" in said

@@ -1,0 +1,173 @@
+"""Every family with every kind of input, from checkpoint to bundle: minutes long.
+
+    pytest -m slow tests/test_every_family.py -k internvl
+
+Dense bundles answer as transformers' `generate` does; those of the papers' methods at CR 4 as their
+eager references do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.speed import declining
+from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.models._reference import Reference
+from edgeprune.policies import make
+from edgeprune.runtime import media
+from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.session import Session
+from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators, plan_from_counts
+from edgeprune.tiling import Size
+from tests import families, qwen
+from tests.families import QUESTION, Family
+from tests.test_families import generated, picture, prompted
+
+pytestmark = pytest.mark.slow
+
+PAPERS = ("utp", "fastv", "visionzip", "divprune", "trimtokenator", "polymorphic")
+LAYERS = 8  # of those that are pruned
+
+LLAVAS: dict[str, Callable[..., Family]] = {
+    "llava": families.llava,
+    "llava_next": families.llava_next,
+    "llava_onevision": families.llava_onevision,
+    "llava_next_video": families.llava_next_video,
+    "video_llava": families.video_llava,
+    "internvl": partial(families.internvl, side=112),  # text between frames is less than CR 4
+}
+QWENS: dict[str, Callable[..., Path]] = {
+    "qwen2_vl": qwen.plain_checkpoint,
+    "qwen2_5_vl": qwen.windowed_checkpoint,
+}
+NO_VIDEO = ("llava", "llava_next")
+QWEN_SHAPES = tuple(Size(int(h), int(w)) for w, h in (s.split("x") for s in qwen.PICTURES))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's bundle: what it is frozen for, and the shapes of what it is shown, in turn."""
+
+    family: str
+    asked: dict[str, Any]
+    shapes: tuple[Size, ...]
+    pruned: bool = True  # whether pruned bundles are made of it too
+
+    def __str__(self) -> str:
+        told = {n: f"{v.width}x{v.height}" if n == "size" else v for n, v in self.asked.items()}
+        return "-".join([self.family, *(f"{n}-{v}" for n, v in told.items())])
+
+
+def inputs(name: str) -> list[Case]:
+    """One picture of three aspect ratios, two pictures, a video."""
+    shapes = QWEN_SHAPES if name in QWENS else LLAVAS[name]().sizes
+    own = {"size": shapes[1]} if name in QWENS or LLAVAS[name]().tiled else {}
+    if own:
+        cases = [Case(name, {"size": s}, (s,), pruned=s is shapes[1]) for s in shapes]
+    else:
+        cases = [Case(name, {}, shapes)]
+    two = {} if name == "llava_onevision" else own  # several pictures are not cut
+    cases.append(Case(name, {**two, "pictures": 2}, shapes[1:2]))
+    if name not in NO_VIDEO:
+        sized = own if name in QWENS else {}
+        cases.append(Case(name, {**sized, "frames": 4}, shapes[1:2]))
+    return cases
+
+
+CASES = [case for name in (*LLAVAS, *QWENS) for case in inputs(name)]
+PRUNED = [case for case in CASES if case.pruned]
+
+
+class Opened:
+    """A case with its checkpoint on disk."""
+
+    def __init__(self, case: Case, folder: Path, layers: int) -> None:
+        self.case = case
+        if case.family in QWENS:
+            QWENS[case.family](folder, layers=layers)
+        else:
+            self.family = LLAVAS[case.family](num_hidden_layers=layers)
+            self.family.save(folder)
+        self.question = qwen.QUESTION if case.family in QWENS else QUESTION
+        self.adapter: Adapter = open_model(str(folder), **case.asked)
+
+    def shown(self, shape: Size) -> list[Image.Image]:
+        return [picture(shape, seed) for seed in range(self.adapter.shown)]
+
+    def theirs(self, images: list[Image.Image], session: Session) -> list[int]:
+        """32 greedy tokens of transformers' model."""
+        pixels = torch.from_numpy(media.pixels(images, session.manifest.image))
+        if self.case.family in QWENS:
+            return qwen.generated(self.adapter, images, pixels)
+        given = self._seen(images, pixels)
+        return generated(self.family, self.adapter, prompted(self.adapter, pixels.numpy()), **given)
+
+    def _seen(self, images: list[Image.Image], pixels: torch.Tensor) -> Any:
+        if self.adapter.asked.frames is None:
+            nested = self.family.name == "llava_onevision" and len(images) > 1
+            return self.family.look([images] if nested else images)
+        name = "pixel_values" if self.family.name == "internvl" else "pixel_values_videos"
+        return {name: pixels if name == "pixel_values" else pixels[None]}
+
+    def bundle(self, spec: PruneSpec, plan: Plan, folder: Path) -> Session:
+        """Exported; kept tokens and logits were compared with the eager reference on the way."""
+        adapter, request = self.adapter, ExportRequest("tiny", spec, plan, folder / "bundle")
+        prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
+        made = export(request, adapter, make(spec), Processor(adapter), prompts)
+        assert made.parity is not None and (made.parity.samples, made.parity.ties) == (2, 0)
+        return Session.open(made.path)
+
+
+def said(ids: list[int], session: Session) -> list[int]:
+    """Ids up to where a session ends its answer."""
+    ends = session.manifest.text.eos_token_ids
+    first = next((n for n, token in enumerate(ids, 1) if token in ends), len(ids))
+    return ids[:first]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_dense_bundle_answers_as_transformers_does(case: Case, tmp_path: Path) -> None:
+    opened = Opened(case, tmp_path / "tiny", layers=3)
+    shape = opened.adapter.shape
+    plan = Plan(shape.visual_tokens, shape.layers)
+    session = opened.bundle(PruneSpec("none"), plan, tmp_path)
+    for size in case.shapes:
+        images = opened.shown(size)
+        wanted = opened.theirs(images, session)
+        assert len(wanted) == 32
+        answer = session.ask(images, opened.question, Sampling(max_new_tokens=32))
+        assert list(answer.ids) == said(wanted, session)
+        assert answer.remarks == ()
+
+
+@pytest.mark.parametrize("method", PAPERS)
+@pytest.mark.parametrize("case", PRUNED, ids=str)
+def test_a_pruned_bundle_equals_its_reference(case: Case, method: str, tmp_path: Path) -> None:
+    """At CR 4; UTP's schedule is made up. FastV looks after the first of so few layers."""
+    opened = Opened(case, tmp_path / "tiny", LAYERS)
+    spec = PruneSpec(method, 4, options={"K": "1"} if method == "fastv" else {})
+    adapter, policy = opened.adapter, make(spec)
+    if method == "utp":
+        counts = declining(adapter.shape.visual_tokens, LAYERS, 4)
+        plan = plan_from_counts(adapter.shape.visual_tokens, counts)
+    else:
+        plan = policy.plan(adapter.shape, spec.cr)
+    check_cr(plan, spec.cr)
+    check_separators(plan, adapter.shape)
+    session = opened.bundle(spec, plan, tmp_path)
+    images = opened.shown(case.shapes[0])
+    answer = session.ask(images, opened.question, Sampling(max_new_tokens=8))
+    reference = Reference.build(adapter, policy, plan)
+    pixels = torch.from_numpy(media.pixels(images, session.manifest.image))
+    prompt = replace(Processor(adapter)(images, opened.question), pixels=pixels)
+    assert list(answer.ids) == said(reference.generate(prompt, 8, lambda token: False), session)
