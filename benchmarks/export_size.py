@@ -4,14 +4,14 @@
 
 The checkpoint is a sparse file of zeros, so it takes no disk; the bundle takes as much as the real
 one and is removed at the end. Each model is exported in a process of its own, and memory is that
-process's peak (Linux, macOS).
+process's peak.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,55 +22,73 @@ from typing import Any
 from benchmarks.published import PUBLISHED
 from benchmarks.speed import declining
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.models import open_model
+from edgeprune.memory import peak_bytes
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
 
-COLUMNS = "| model | V | r_1 ... r_L | traced | done | written | peak memory |"
+COLUMNS = "| model | target | V | r_1 ... r_L | seconds | copying | written | peak memory |"
+COPYING = ("vision weights", "decoder weights", "hash files")
 
 
-def measure(name: str, cr: float, work: Path) -> dict[str, Any]:
-    """Export one model in this process; seconds at the start of each step, bytes."""
-    published, output = PUBLISHED[name], work / f"{name}-utp"
+class Clock:
+    """How long an export copies and hashes bytes, by its own reports."""
+
+    def __init__(self) -> None:
+        self.copying, self.since, self.step = 0.0, time.perf_counter(), ""
+
+    def report(self, step: str, done: int, total: int) -> None:
+        """Count the time since the last report; a step whose end was told has ended."""
+        now = time.perf_counter()
+        if self.step in COPYING:
+            self.copying += now - self.since
+        self.since, self.step = now, step if done < total else ""
+
+    def end(self) -> None:
+        self.report("", 0, 0)
+
+
+def measure(name: str, target: str, cr: float, work: Path) -> dict[str, Any]:
+    """Export one bundle in this process; seconds, bytes."""
+    published, output = PUBLISHED[name], work / f"{name}-utp-{target}"
     checkpoint = published.write(work / name)
-    started, steps = time.perf_counter(), dict[str, float]()
-
-    def report(step: str, done: int, total: int) -> None:
-        steps.setdefault(step, time.perf_counter() - started)
-
-    adapter, spec = open_model(str(checkpoint), size=published.size), PruneSpec("utp", cr)
-    shape = adapter.shape
-    counts = declining(shape.visual_tokens, shape.layers, cr)
-    plan = plan_from_counts(shape.visual_tokens, counts)
-    request = ExportRequest(name, spec, plan, output, dtype="fp16", no_parity="weights are zeros")
-    exported = export(request, adapter, make(spec), Processor(adapter), [], report)
-    seconds = time.perf_counter() - started
-    written = sum(file.bytes for file in exported.manifest.files.values())
-    shutil.rmtree(output)
-    shutil.rmtree(checkpoint)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {
-        "model": name,
-        "visual_tokens": shape.visual_tokens,
-        "counts": counts,
-        "steps": steps,
-        "seconds": seconds,
-        "bytes": written,
-        "peak_bytes": peak,
-    }
+    clock, started = Clock(), time.perf_counter()
+    try:
+        adapter, spec = published.open(checkpoint), PruneSpec("utp", cr)
+        shape = adapter.shape
+        counts = declining(shape.visual_tokens, shape.layers, cr)
+        plan = plan_from_counts(shape.visual_tokens, counts)
+        request = ExportRequest(
+            name, spec, plan, output, target, "fp16", no_parity="weights are zeros"
+        )
+        exported = export(request, adapter, make(spec), Processor(adapter), [], clock.report)
+        clock.end()
+        seconds = time.perf_counter() - started
+        return {
+            "model": name,
+            "target": target,
+            "visual_tokens": shape.visual_tokens,
+            "counts": counts,
+            "seconds": seconds,
+            "copying": clock.copying,
+            "bytes": sum(file.bytes for file in exported.manifest.files.values()),
+            "peak_bytes": peak_bytes() or 0,
+        }
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.rmtree(checkpoint)
 
 
 def row(found: dict[str, Any]) -> str:
     """One line of the table."""
-    counts, traced = found["counts"], found["steps"]["vision weights"]
+    counts = found["counts"]
     cells = [
         found["model"],
+        found["target"],
         f"{found['visual_tokens']:,}",
         f"{counts[0]:,} ... {counts[-1]:,}",
-        f"{traced:.0f} s",
         f"{found['seconds']:.0f} s",
+        f"{found['copying']:.0f} s",
         f"{found['bytes'] / 1e9:.2f} GB",
         f"{found['peak_bytes'] / 1e9:.2f} GB",
     ]
@@ -80,16 +98,17 @@ def row(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and peak memory of large exports.")
     parser.add_argument("models", nargs="+", choices=PUBLISHED, metavar="MODEL")
+    parser.add_argument("--targets", nargs="+", default=["jetpack7"], metavar="TARGET")
     parser.add_argument("--cr", type=float, default=4)
     parser.add_argument("--work", type=Path, default=Path("out/size"))
     args = parser.parse_args()
-    if len(args.models) == 1:
-        found = measure(args.models[0], args.cr, args.work)
+    if len(args.models) == len(args.targets) == 1:
+        found = measure(args.models[0], args.targets[0], args.cr, args.work)
         print(f"{COLUMNS}\n{row(found)}\n{json.dumps(found)}")
         return
-    print(COLUMNS + "\n" + "| --- " * COLUMNS.count(" | ") + "| --- |")
-    for name in args.models:
-        options = ["--cr", str(args.cr), "--work", str(args.work)]
+    print(COLUMNS + "\n" + "| --- " * (COLUMNS.count("|") - 1) + "|")
+    for name, target in itertools.product(args.models, args.targets):
+        options = ["--targets", target, "--cr", str(args.cr), "--work", str(args.work)]
         command = [sys.executable, "-m", "benchmarks.export_size", name, *options]
         told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         print(told.splitlines()[1], flush=True)

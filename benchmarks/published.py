@@ -1,4 +1,5 @@
-"""Checkpoints with the published sizes of real models, all zeros in files that take no disk.
+"""Checkpoints with the published sizes of real models: all zeros in files that take no disk, or
+random weights.
 
     python -m benchmarks.published internvl3-8b checkpoints/internvl3-8b
 
@@ -27,6 +28,8 @@ from transformers import (
     LlavaOnevisionConfig,
     Qwen2Config,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaImageProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -38,11 +41,13 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from benchmarks.qwen_shapes import SHAPES, QwenShape
-from benchmarks.shapes import write_sparse
+from benchmarks.shapes import write_random, write_sparse
 from edgeprune.demo import MODEL_DIR
+from edgeprune.models import Adapter, open_model
 from edgeprune.tiling import Size
 
 IMAGE_TOKEN = 4  # of the demo's tokenizer
+VIDEO_TOKEN = 66  # the first that it has not
 
 
 @dataclass(frozen=True)
@@ -52,30 +57,46 @@ class Published:
     config: Callable[[], Any]
     image_processor: Callable[[], Any]
     size: Size | None = None
+    frames: int | None = None  # of a video in place of a picture
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path, *, sparse: bool = True) -> Path:
         """A checkpoint in the layout that transformers saves, its weights a hole in a file."""
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config()
         config.save_pretrained(folder)
         self.image_processor().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+        self._write_tokenizer(folder)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
         tied = model.all_tied_weights_keys
         sizes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
-        write_sparse(sizes, folder)
+        if sparse:
+            write_sparse(sizes, folder)
+        else:
+            write_random(sizes, folder, seed=0)
         return folder
 
+    def open(self, folder: Path) -> Adapter:
+        """The checkpoint, frozen for what papers show it."""
+        return open_model(str(folder), size=self.size, frames=self.frames)
 
-def _clip() -> CLIPVisionConfig:
-    """CLIP-L/14 at 336 pixels."""
+    def _write_tokenizer(self, folder: Path) -> None:
+        """The demo's, for a video with a placeholder for one."""
+        tokens = {} if self.frames is None else {"video_token": "<video>"}
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, extra_special_tokens=tokens)
+        if self.frames is not None:
+            tokenizer.chat_template = str(tokenizer.chat_template).replace("image", "video")
+        tokenizer.save_pretrained(folder)
+
+
+def _clip(side: int = 336) -> CLIPVisionConfig:
+    """CLIP-L/14."""
     return CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=24,
         num_attention_heads=16,
-        image_size=336,
+        image_size=side,
         patch_size=14,
         projection_dim=768,
     )
@@ -114,6 +135,15 @@ def _llava(text: LlamaConfig) -> LlavaConfig:
 def _llava_next() -> LlavaNextConfig:
     text = _vicuna(32, 4096, 11008, 32)
     return LlavaNextConfig(vision_config=_clip(), text_config=text, image_token_index=IMAGE_TOKEN)
+
+
+def _video_llava() -> VideoLlavaConfig:
+    return VideoLlavaConfig(
+        vision_config=_clip(224),
+        text_config=_vicuna(32, 4096, 11008, 32),
+        image_token_index=IMAGE_TOKEN,
+        video_token_index=VIDEO_TOKEN,
+    )
 
 
 def _onevision(layers: int, width: int, mlp: int, heads: tuple[int, int], tied: bool) -> Any:
@@ -164,6 +194,7 @@ PUBLISHED: dict[str, Published | QwenShape] = {
     "llava-1.5-7b": Published(lambda: _llava(_vicuna(32, 4096, 11008, 32)), _clip_processor),
     "llava-1.5-13b": Published(lambda: _llava(_vicuna(40, 5120, 13824, 40)), _clip_processor),
     "llava-next-7b": Published(_llava_next, _next_processor, Size(672, 672)),
+    "video-llava-7b": Published(_video_llava, VideoLlavaImageProcessor, frames=8),
     "onevision-0.5b": Published(
         lambda: _onevision(24, 896, 4864, (14, 2), True), LlavaOnevisionImageProcessorPil
     ),
@@ -179,8 +210,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a checkpoint of published sizes.")
     parser.add_argument("name", choices=PUBLISHED)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--random", action="store_true", help="random weights, not zeros")
     args = parser.parse_args()
-    print(PUBLISHED[args.name].write(args.folder))
+    print(PUBLISHED[args.name].write(args.folder, sparse=not args.random))
 
 
 if __name__ == "__main__":

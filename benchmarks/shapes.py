@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 
 from edgeprune.demo import MODEL_DIR
 
+Sizes = dict[str, tuple[int, ...]]
+
 SHARD = 2 << 30  # bytes
 PATCH = 14  # pixels a side
 
@@ -154,7 +156,7 @@ def _random(name: str, size: tuple[int, ...], generator: torch.Generator) -> tor
 
 
 def write_random(
-    tensors: dict[str, tuple[int, ...]],
+    tensors: Sizes,
     folder: Path,
     seed: int,
     dtype: torch.dtype = torch.float16,
@@ -162,37 +164,42 @@ def write_random(
 ) -> None:
     """Weights of about unit gain in numbered shards of at most so many bytes, with their index."""
     generator = torch.Generator().manual_seed(seed)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for file, shard in _shards(tensors, folder, shard_bytes):
+        weights = {n: _random(n, size, generator).to(dtype) for n, size in shard.items()}
+        save_file(weights, file, metadata={"format": "pt"})
+
+
+def write_sparse(tensors: Sizes, folder: Path, shard_bytes: int = SHARD) -> None:
+    """Shards whose data is a hole: it reads as zeros and takes no disk."""
+    for file, shard in _shards(tensors, folder, shard_bytes):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, size in shard.items():
+            end = offset + 2 * math.prod(size)
+            header[name] = {"dtype": "F16", "shape": list(size), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with file.open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            stream.truncate(8 + len(text) + offset)
+
+
+def _shards(tensors: Sizes, folder: Path, most: int) -> Iterator[tuple[Path, Sizes]]:
+    """Files of at most so many bytes, two a number, and what goes into each; writes the index."""
+    shards: list[Sizes] = [{}]
     filled = 0
     for name, size in tensors.items():
-        if filled and filled + 2 * math.prod(size) > shard_bytes:
+        if filled and filled + 2 * math.prod(size) > most:
             shards.append({})
             filled = 0
         shards[-1][name] = size
         filled += 2 * math.prod(size)
-    index = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weights = {n: _random(n, size, generator).to(dtype) for n, size in shard.items()}
-        save_file(weights, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, file)
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    index = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
     table = {"metadata": {}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(table))
-
-
-def write_sparse(tensors: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """One safetensors file whose data is a hole: it reads as zeros and takes no disk."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, size in tensors.items():
-        end = offset + 2 * math.prod(size)
-        header[name] = {"dtype": "F16", "shape": list(size), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + offset)
+    return ((folder / file, shard) for file, shard in zip(names, shards, strict=True))
 
 
 def main() -> None:

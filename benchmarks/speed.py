@@ -1,10 +1,13 @@
-"""Pruned against dense on random weights of a real shape: 576 visual and 64 text tokens.
+"""Pruned against dense on random weights of a real shape, with 64 text tokens.
 
     python -m benchmarks.speed 12x1024 --cr 4
+    python -m benchmarks.speed qwen2-vl-2b --no-flat --laps 4    # 20 GB of memory, 25 GB of disk
 
 Writes a checkpoint and two bundles below --work (kept, so a second run only measures), then times
 both in turn with `edgeprune bench`. A third bundle, `flat`, is fed the pruned one's average number
-of visual tokens from the start: the floor that in-decoder pruning can reach.
+of visual tokens from the start: the floor that in-decoder pruning can reach. Shapes of
+benchmarks.shapes have 576 visual tokens and a small vision tower; those of benchmarks.published are
+whole models.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.published import PUBLISHED
 from benchmarks.shapes import SHAPES, write
 from edgeprune.bundle import MANIFEST
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.models import open_model
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._memory import fits
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
 from edgeprune.runtime.bench import BenchRequest, BenchResult, bench
@@ -48,47 +53,57 @@ def declining(visual: int, layers: int, cr: float) -> tuple[int, ...]:
     return tuple(sorted(counts, reverse=True))
 
 
-def bundle(name: str, method: str, plan: Plan, cr: float, checkpoint: Path, dtype: str) -> Path:
+def opened(model: str, work: Path) -> Adapter:
+    """A checkpoint of random weights, written unless it is there."""
+    folder, there = work / model, (work / model / "config.json").is_file()
+    if model in SHAPES:
+        return open_model(str(folder if there else write(SHAPES[model], folder)))
+    published = PUBLISHED[model]
+    return published.open(folder if there else published.write(folder, sparse=False))
+
+
+def bundle(adapter: Adapter, name: str, method: str, plan: Plan, cr: float, dtype: str) -> Path:
     """Export one bundle of a checkpoint, unless it is there."""
+    checkpoint = adapter.checkpoint.folder
     output = checkpoint.parent / f"{checkpoint.name}-{name}-{dtype}"
     if (output / MANIFEST).is_file():
         return output
-    adapter = open_model(str(checkpoint))
-    spec = PruneSpec(method, cr)
-    processor = Processor(adapter)
-    request = ExportRequest(checkpoint.name, spec, plan, output, dtype=dtype)
+    why = "" if fits(adapter, element=8) else "the eager reference does not fit in memory"
+    spec, processor = PruneSpec(method, cr), Processor(adapter)
+    request = ExportRequest(checkpoint.name, spec, plan, output, dtype=dtype, no_parity=why)
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
     export(request, adapter, make(spec), processor, prompts)
     return output
 
 
-def bundles(shape: str, cr: float, work: Path, dtype: str) -> tuple[Path, ...]:
-    """Checkpoint and bundles: dense, pruned layer by layer, flat at the same average."""
-    checkpoint = work / shape
-    if not (checkpoint / "config.json").is_file():
-        write(SHAPES[shape], checkpoint)
-    visual, layers = 576, SHAPES[shape].layers
+def bundles(model: str, cr: float, work: Path, dtype: str, *, flat: bool) -> tuple[Path, ...]:
+    """Dense, pruned layer by layer and, if asked, flat at the same average."""
+    adapter = opened(model, work)
+    visual, layers = adapter.shape.visual_tokens, adapter.shape.layers
     pruned = plan_from_counts(visual, declining(visual, layers, cr))
-    flat = plan_from_counts(visual, (round(visual / cr),) * layers)
-    return (
-        bundle("dense", "none", Plan(visual, layers), 1, checkpoint, dtype),
-        bundle(f"utp-cr{cr:g}", "utp", pruned, cr, checkpoint, dtype),
-        bundle(f"flat-cr{cr:g}", "uniform", flat, cr, checkpoint, dtype),
+    even = plan_from_counts(visual, (round(visual / cr),) * layers)
+    found = (
+        bundle(adapter, "dense", "none", Plan(visual, layers), 1, dtype),
+        bundle(adapter, f"utp-cr{cr:g}", "utp", pruned, cr, dtype),
     )
+    if not flat:
+        return found
+    return *found, bundle(adapter, f"flat-cr{cr:g}", "uniform", even, cr, dtype)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pruned against dense on random weights.")
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("model", choices=[*SHAPES, *PUBLISHED], metavar="MODEL")
     parser.add_argument("--cr", type=float, default=4)
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--backend", default="ort-cpu")
     parser.add_argument("--laps", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--no-flat", action="store_true", help="leave out the flat bundle")
     parser.add_argument("--work", type=Path, default=Path("out/speed"))
     parser.add_argument("--json", type=Path, help="write every lap here")
     args = parser.parse_args()
-    paths = bundles(args.shape, args.cr, args.work, args.dtype)
+    paths = bundles(args.model, args.cr, args.work, args.dtype, flat=not args.no_flat)
     request = BenchRequest(paths, args.backend, laps=args.laps, new_tokens=args.new_tokens)
     result: BenchResult = bench(request)
     print(result.table())

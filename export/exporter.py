@@ -122,6 +122,7 @@ def export(
             checked = None
             if not request.no_parity:
                 checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
+            report("hash files", 0, 1)
             manifest = _manifest(request, adapter, image, text, draft, checked)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
