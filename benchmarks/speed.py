@@ -25,6 +25,7 @@ from edgeprune.models._memory import fits
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
 from edgeprune.runtime.bench import BenchRequest, BenchResult, bench
+from edgeprune.runtime.bench_table import table
 from edgeprune.spec import Plan, PruneSpec, budget, plan_from_counts
 
 
@@ -104,9 +105,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every lap here")
     args = parser.parse_args()
     paths = bundles(args.model, args.cr, args.work, args.dtype, flat=not args.no_flat)
-    request = BenchRequest(paths, args.backend, laps=args.laps, new_tokens=args.new_tokens)
+    request = BenchRequest(paths, (args.backend,), laps=args.laps, new_tokens=args.new_tokens)
     result: BenchResult = bench(request)
-    print(result.table())
+    print(table(result))
     print(result.machine, file=sys.stderr)
     if args.json:
         args.json.write_text(result.to_json() + "\n")

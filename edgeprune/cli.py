@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from edgeprune import __version__
-from edgeprune.commands import bench, build, calibrate, compare, export, listing, run, show
+from edgeprune.commands import bench, build, calibrate, check, compare, export, listing, run, show
 from edgeprune.errors import EdgepruneError
 
 DEBUG = "EDGEPRUNE_DEBUG"
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"edgeprune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (export, run, show, compare, build, bench, calibrate, listing):
+    for module in (export, run, show, compare, check, build, bench, calibrate, listing):
         module.add(commands)
     return top
 

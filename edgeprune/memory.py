@@ -5,24 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def available_bytes() -> int | None:
+def available_bytes(root: Path = Path("/")) -> int | None:
     """Bytes that this machine can still give; None where it does not say (Linux does)."""
-    return _meminfo("MemAvailable")
+    return _kilobytes(root / "proc" / "meminfo", "MemAvailable")
 
 
-def total_bytes() -> int | None:
+def total_bytes(root: Path = Path("/")) -> int | None:
     """Bytes of memory that this machine has; None where it does not say (Linux does)."""
-    return _meminfo("MemTotal")
+    return _kilobytes(root / "proc" / "meminfo", "MemTotal")
 
 
 def peak_bytes() -> int | None:
     """Bytes that this process had resident at most; None where the machine does not say (Linux
     does, and not by `ru_maxrss`, which a process inherits from the one that started it)."""
     return _kilobytes(Path("/proc/self/status"), "VmHWM")
-
-
-def _meminfo(field: str) -> int | None:
-    return _kilobytes(Path("/proc/meminfo"), field)
 
 
 def _kilobytes(file: Path, field: str) -> int | None:

@@ -55,6 +55,7 @@ class Backend(Protocol):
 
     name: str
     text_capacity: int | None  # tokens of text that the caches hold; None: as many as it takes
+    build_seconds: float | None  # that engines took to build; None where nothing is built
 
     def see(self, pixels: NDArray[np.float32]) -> Ids:
         """Run the vision graph, hold its visual tokens, return which were kept: int64 [r_1]."""
@@ -78,6 +79,7 @@ class FakeBackend:
 
     name = "fake"
     text_capacity: int | None = None
+    build_seconds: float | None = None
 
     def __init__(self, script: Sequence[int], vocabulary: int, visual_tokens: int) -> None:
         self.script, self.vocabulary, self.visual = list(script), vocabulary, visual_tokens

@@ -1,8 +1,9 @@
 """`bench`: bundles timed side by side in one run, lap by lap in turn, beside what counting allows.
 
-Every lap is vision, prefill and a run of decode steps. Laps of all bundles alternate, so a machine
-whose speed drifts slows them all; ratios are taken lap by lap against the first bundle. Each bundle
-runs in a process of its own (`_racer`), all of them loaded throughout.
+Every lap is vision, prefill and a run of decode steps. Laps of all bundles on all backends
+alternate, so a machine whose speed drifts slows them all; ratios are taken lap by lap against the
+first bundle on the same backend. Each bundle runs in a process of its own for each backend
+(`_racer`), all of them loaded throughout. What cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
@@ -19,14 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgeprune import cost, errors
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
-from edgeprune.runtime import _racer
-from edgeprune.runtime.ort import ELEMENTS
-from edgeprune.runtime.session import BACKENDS
+from edgeprune.runtime import _racer, agreement, backends, elements, machine
+from edgeprune.runtime.agreement import Agreement, Answer
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class BenchRequest:
     """What to time: text tokens beside the picture's, decode steps a lap, laps and warm-up laps."""
 
     bundles: tuple[Path, ...]
-    backend: str = "ort-cpu"
+    backends: tuple[str, ...] = ("ort-cpu",)
     text_tokens: int = 64
     new_tokens: int = 32
     laps: int = 10
@@ -46,10 +44,8 @@ class BenchRequest:
         for name, number in least.items():
             if (found := getattr(self, name)) < number:
                 raise SpecError(f"--{name.replace('_', '-')} is at least {number}; got {found}")
-        if self.backend not in BACKENDS:
-            raise BackendError(
-                f"there is no backend {self.backend!r}; choose: {', '.join(BACKENDS)}"
-            )
+        for backend in self.backends:
+            backends.check(backend)
 
 
 @dataclass(frozen=True)
@@ -63,23 +59,44 @@ class Laps:
 
 @dataclass(frozen=True)
 class Row:
-    """One bundle's laps and what counting says of it, relative to the first bundle's."""
+    """One bundle's laps on one backend, and what counting says of it."""
 
     name: str
+    backend: str
     method: str
     cr: float
     dtype: str
     laps: Laps
     load_seconds: float
+    build_seconds: float | None  # of engines; None where nothing is built
     kv_bytes: int  # of the caches as reserved, prefill and answer
-    peak_bytes: int | None  # that its process had resident at most, where the machine tells
+    peak_bytes: int | None  # of the process, or on a GPU of what it holds for the bundle
+    joules: tuple[float, ...] | None  # of each lap; None where the machine tells no power
+    meter: str  # where power is from
     prefill_operations: int
     decode_operations: int
+
+    @property
+    def first_token(self) -> float:
+        """Median seconds of vision and prefill together."""
+        laps = zip(self.laps.vision, self.laps.prefill, strict=True)
+        return statistics.median(vision + prefill for vision, prefill in laps)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A bundle on a backend that cannot run here, and why."""
+
+    name: str
+    backend: str
+    why: str
 
 
 @dataclass(frozen=True)
 class BenchResult:
     rows: tuple[Row, ...]
+    absent: tuple[Absent, ...]
+    agreements: tuple[Agreement, ...]  # of each bundle's backends with its first
     request: dict[str, Any]
     machine: dict[str, str]
 
@@ -87,66 +104,81 @@ class BenchResult:
         """One line, for programs."""
         return json.dumps(asdict(self))
 
-    def table(self) -> str:
-        """For people: medians with p10-p90, ratios to the first bundle taken lap by lap."""
-        first = self.rows[0]
-        heads = ["bundle", "vision ms", "prefill ms", "decode ms/token", "KV MB", "peak MB"]
-        heads += ["prefill x", "limit x", "reached", "decode x"]
-        lines = [heads, *(_cells(row, first) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-        return "\n".join(
-            "  ".join(
-                c.ljust(w) if i == 0 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
-
 
 def bench(
     request: BenchRequest, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> BenchResult:
-    """Time every bundle, interleaved; the first is the one that ratios are taken to."""
+    """Time every bundle on every backend, interleaved; the first is what ratios are taken to."""
     total = request.warmup + request.laps
     with ExitStack() as stack:
-        racers = [stack.enter_context(_Racer(path, request)) for path in request.bundles]
-        for racer in racers:
-            racer.load()
+        started = [
+            stack.enter_context(_Racer(path, backend, request))
+            for backend in request.backends
+            for path in request.bundles
+        ]
+        racers, absent = _loaded(started)
+        agreements = tuple(_agreements(racers)) if len(request.backends) > 1 else ()
         for lap in range(total):
             for racer in racers:
                 racer.lap(keep=lap >= request.warmup)
             progress(lap + 1, total)
         rows = tuple(racer.row() for racer in racers)
     plain = asdict(request) | {"bundles": [path.name for path in request.bundles]}
-    return BenchResult(rows, plain, _machine())
+    return BenchResult(rows, absent, agreements, plain, _machine())
+
+
+def _loaded(started: Sequence[_Racer]) -> tuple[list[_Racer], tuple[Absent, ...]]:
+    """Those that can run; BackendError where none can, or where only one backend was asked for."""
+    racers, absent = list[_Racer](), list[Absent]()
+    for racer in started:
+        try:
+            racer.load()
+        except BackendError as error:
+            absent.append(Absent(racer.manifest.name, racer.backend, str(error)))
+        else:
+            racers.append(racer)
+    if absent and (not racers or len({racer.backend for racer in started}) == 1):
+        raise BackendError("; ".join(dict.fromkeys(one.why for one in absent)))
+    return racers, tuple(absent)
+
+
+def _agreements(racers: Sequence[_Racer]) -> list[Agreement]:
+    """Each bundle on its further backends against the first that runs it."""
+    found, first = [], dict[Path, tuple[str, Answer]]()
+    for racer in racers:
+        answer = racer.answer()
+        against, theirs = first.setdefault(racer.path, (racer.backend, answer))
+        if against != racer.backend:
+            name = racer.manifest.name
+            found.append(agreement.compare(name, racer.backend, answer, against, theirs))
+    return found
 
 
 class _Racer:
-    """A bundle's process, and the laps that it has run."""
+    """The process of a bundle on a backend, and the laps that it has run."""
 
-    def __init__(self, path: Path, request: BenchRequest) -> None:
-        self.request = request
+    def __init__(self, path: Path, backend: str, request: BenchRequest) -> None:
+        self.path, self.backend, self.request = path, backend, request
         self.manifest = Bundle.open(path, verify=False).manifest
-        self.laps: list[tuple[float, float, float]] = []
-        self.peak_bytes: int | None = None
+        self.laps: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", _racer.__name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        started = {
-            "path": str(path),
-            "backend": request.backend,
-            "text_tokens": request.text_tokens,
-            "new_tokens": request.new_tokens,
-            "threads": request.threads,
-        }
-        self.started = json.dumps(started)
 
     def load(self) -> None:
         """Have the process open its bundle."""
-        self.load_seconds: float = self._ask(self.started)["load_seconds"]
+        request = self.request
+        started = {
+            "path": str(self.path),
+            "backend": self.backend,
+            "text_tokens": request.text_tokens,
+            "new_tokens": request.new_tokens,
+            "threads": request.threads if self.backend == "ort-cpu" else None,
+        }
+        self.loaded = self._ask(json.dumps(started))
 
     def __enter__(self) -> _Racer:
         return self
@@ -156,10 +188,12 @@ class _Racer:
         self.process.communicate()
 
     def lap(self, keep: bool) -> None:
-        found = self._ask("lap")
-        (vision, prefill, decode), self.peak_bytes = found["lap"], found["peak_bytes"]
+        lap = self._ask("lap")
         if keep:
-            self.laps.append((vision, prefill, decode))
+            self.laps.append(lap)
+
+    def answer(self) -> Answer:
+        return Answer(**self._ask("answer"))
 
     def _ask(self, line: str) -> dict[str, Any]:
         """One line to the process, one line back; its errors are raised here."""
@@ -181,70 +215,47 @@ class _Racer:
 
     def row(self) -> Row:
         record, prune, text = self.manifest.decoder, self.manifest.prune, self.request.text_tokens
-        vision, prefill, decode = (tuple(column) for column in zip(*self.laps, strict=True))
+        new, element = self.request.new_tokens, elements.SIZES[self.manifest.dtype]
+        vision, prefill, decode = zip(*(lap["seconds"] for lap in self.laps), strict=True)
+        peaks = [lap["peak_bytes"] for lap in self.laps if lap["peak_bytes"] is not None]
         return Row(
             name=self.manifest.name,
+            backend=self.backend,
             method=prune.method,
             cr=prune.cr_reached,
             dtype=self.manifest.dtype,
             laps=Laps(vision, prefill, decode),
-            load_seconds=self.load_seconds,
-            kv_bytes=cost.kv_bytes(
-                record,
-                prune.counts,
-                text + self.request.new_tokens,
-                np.dtype(ELEMENTS[self.manifest.dtype]).itemsize,
-            ),
-            peak_bytes=self.peak_bytes,
+            load_seconds=self.loaded["load_seconds"],
+            build_seconds=self.loaded["build_seconds"],
+            kv_bytes=cost.kv_bytes(record, prune.counts, text + new, element),
+            peak_bytes=max(peaks, default=None),
+            joules=_joules(self.laps, new),
+            meter=self.loaded["meter"],
             prefill_operations=cost.prefill_operations(record, prune.counts, text),
-            decode_operations=cost.decode_operations(
-                record, prune.counts, text + self.request.new_tokens // 2
-            ),
+            decode_operations=cost.decode_operations(record, prune.counts, text + new // 2),
         )
 
 
-def _cells(row: Row, first: Row) -> list[str]:
-    speedup = _ratio(first.laps.prefill, row.laps.prefill)
-    limit = first.prefill_operations / row.prefill_operations
-    return [
-        row.name,
-        _spread(row.laps.vision),
-        _spread(row.laps.prefill),
-        _spread(row.laps.decode),
-        f"{row.kv_bytes / 1e6:.2f}",
-        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
-        f"{speedup:.2f}",
-        f"{limit:.2f}",
-        f"{speedup / limit:.0%}",
-        f"{_ratio(first.laps.decode, row.laps.decode):.2f}",
-    ]
-
-
-def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
-    """Median over laps of base / other."""
-    return statistics.median(b / o for b, o in zip(base, other, strict=True))
-
-
-def _spread(seconds: Sequence[float]) -> str:
-    low, middle, high = (1e3 * float(q) for q in np.quantile(seconds, [0.1, 0.5, 0.9]))
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+def _joules(laps: Sequence[dict[str, Any]], new_tokens: int) -> tuple[float, ...] | None:
+    """Of each lap: a picture, a prompt and `new_tokens` decode steps."""
+    if any(lap["watts"] is None for lap in laps):
+        return None
+    whole = ((lap["watts"], *lap["seconds"]) for lap in laps)
+    return tuple(w * (vision + prefill + new_tokens * step) for w, vision, prefill, step in whole)
 
 
 def _machine() -> dict[str, str]:
-    packages = {name: version(name) for name in ("edgeprune", "numpy")}
+    found = machine.describe()
+    named = {"gpu": found.gpu.name if found.gpu else "", "jetson": found.jetson}
+    engines = {name: v for name, v in found.versions.items() if name not in ("torch", "onnx")}
     return {
         "processor": _processor(),
-        "system": platform.platform(),
+        "system": found.system,
         "python": platform.python_version(),
-        "onnxruntime": _onnxruntime(),
-        **packages,
+        **{name: value for name, value in named.items() if value},
+        **engines,
+        **{name: version(name) for name in ("edgeprune", "numpy")},
     }
-
-
-def _onnxruntime() -> str:
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
 
 
 def _processor() -> str:

@@ -229,8 +229,7 @@ class _Builder:
 
     def _parse(self, name: str, sizes: Mapping[str, int]) -> Any:
         trt, file = self.trt, self.bundle.file(name)
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = self.builder.create_network(flags)
+        network = self.builder.create_network(seam.strongly_typed(trt))
         self._parser = trt.OnnxParser(network, self.logger)  # owns the weights until built
         try:
             model = with_sizes(file.read_bytes(), sizes)

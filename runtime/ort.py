@@ -22,6 +22,7 @@ class OrtBackend:
     """The bundle's two graphs on one execution provider: `cpu` or `cuda`."""
 
     text_capacity: int | None = None
+    build_seconds: float | None = None
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
         if threads is not None and threads < 1:

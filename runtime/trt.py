@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import os
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from edgeprune.errors import BackendError
+from edgeprune.runtime import machine
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 TITLES = {"trt": "TensorRT", "trt-rtx": "TensorRT-RTX"}
@@ -21,7 +21,6 @@ _INSTALL = {
     "trt-rtx": "run: pip install 'edgeprune[trt-rtx]'",
 }
 _NO_DRIVER = "CUDA driver version is insufficient"  # said in passing where there is no GPU
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 
 Report = Callable[[str, int, int], None]  # step, done, total
 
@@ -49,18 +48,8 @@ def load(backend: str) -> Any:
 
 def gpu() -> str | None:
     """Compute capability of the first GPU, such as `sm_87`; None where there is no driver."""
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            cuda = ctypes.CDLL(library)
-        except OSError:
-            continue
-        parts, device = (ctypes.c_int(), ctypes.c_int()), ctypes.c_int()
-        calls = [cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(device), 0)]
-        for part, attribute in zip(parts, (_MAJOR, _MINOR), strict=True):
-            calls.append(cuda.cuDeviceGetAttribute(ctypes.byref(part), attribute, device))
-        if not any(calls):
-            return f"sm_{parts[0].value}{parts[1].value}"
-    return None
+    found = machine.gpu()
+    return found.compute if found else None
 
 
 def quiet_logger(trt: Any) -> Any:
@@ -139,6 +128,12 @@ def _muted() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def strongly_typed(trt: Any) -> int:
+    """Flags of a network whose types are the graph's; TensorRT 11 knows no other."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
 
 
 def refusals(parser: Any) -> str:

@@ -36,9 +36,11 @@ class TrtBackend:
         found = engines.find(bundle, machine)
         self.capacities: list[int] = found.record["capacities"]
         self.text_capacity: int | None = found.record["text_capacity"]
-        self.limits = found.record["engines"]["decoder"]["profiles"]["prefill"]
+        made: dict[str, Any] = found.record["engines"]
+        self.build_seconds: float | None = sum(engine["seconds"] for engine in made.values())
+        self.limits = made["decoder"]["profiles"]["prefill"]
         sizes = _sizes(bundle.manifest, self.capacities, self.limits)
-        files = sum(engine["bytes"] for engine in found.record["engines"].values())
+        files = sum(engine["bytes"] for engine in made.values())
         self._check_memory(bundle, files + sum(sizes.values()))
         vision, decoder = (self.device.load(found.file(n)) for n in ("vision", "decoder"))
         sizes["scratch"] = max(vision.scratch, decoder.scratch)

@@ -58,6 +58,15 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return output
 
 
+@pytest.fixture(scope="session")
+def tiny_jetpack7(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with UTP in fp16 for JetPack 7; a test that changes it takes a copy."""
+    from tests.frozen import frozen
+
+    folder = tmp_path_factory.mktemp("jetpack7") / "tiny"
+    return frozen(folder, "utp", 2, model=tiny_checkpoint, target="jetpack7", dtype="fp16")
+
+
 @pytest.fixture
 def copy_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[[], Path]:
     """Makes a copy of the tiny bundle that a test may damage."""

@@ -7,7 +7,9 @@ the profile that the engines were built with.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,45 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgeprune.bundle import Bundle
+from edgeprune.bundle import Bundle, sha256
 from edgeprune.errors import BackendError
+from edgeprune.runtime import engines
+from edgeprune.runtime.build import BuildRequest, Engine, _profiles
 from edgeprune.runtime.gpu import Execution, Loaded, Shape
 
 Profile = dict[str, list[int]]
+VERSION, COMPUTE, TEXT = "10.16.1", "sm_87", 200
 FIRST = 1 << 20  # no address is small enough to be mistaken for a size
+
+
+def pretend(bundle: Path, backend: str = "trt") -> Path:
+    """A folder of engines that were never built; the record is one that `build` would write."""
+    opened, request = Bundle.open(bundle), BuildRequest(bundle, backend, TEXT)
+    capacities = [count + TEXT for count in opened.manifest.prune.counts]
+    grows = opened.manifest.decoder.cache == "grow"
+    profiles = {"decoder": _profiles(opened, request, capacities if grows else ()), "vision": {}}
+    folder = bundle / "engines" / f"{backend}-pretended"
+    folder.mkdir(parents=True)
+    made = {}
+    for name in ("vision", "decoder"):
+        file = folder / f"{name}.engine"
+        file.write_bytes(f"{name}, as if compiled".encode())
+        kept = Engine(file.name, 24, sha256(file), 1.0, dict(profiles[name]), (), ())
+        made[name] = asdict(kept)
+    record = {
+        "bundle": bundle.name,
+        "backend": backend,
+        "version": VERSION,
+        "dtype": opened.manifest.dtype,
+        "compute": [],
+        "gpu": COMPUTE,
+        "text_capacity": TEXT,
+        "capacities": capacities,
+        "graphs": engines.graphs(opened),
+        "engines": made,
+    }
+    (folder / "engine.json").write_text(json.dumps(record))
+    return folder
 
 
 class FakeGpu:
@@ -98,8 +133,6 @@ class FakeEngine:
     scratch = 512
 
     def __init__(self, gpu: FakeGpu, file: Path) -> None:
-        import json
-
         self.gpu = gpu
         options = ort.SessionOptions()
         options.log_severity_level = 4  # caches are copied: numpy has nothing in place

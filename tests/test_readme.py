@@ -1,4 +1,4 @@
-"""The README against the program: what it shows is what there is."""
+"""The README and the guides against the program: what they show is what there is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from edgeprune.compare.results import Comparison, accuracy_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
 
 
 def block(first: str) -> str:
@@ -48,19 +50,22 @@ def test_a_method_s_row_is_what_the_program_says(name: str) -> None:
     assert f"| `{name}` | {policy.summary} | {sites} | {options} |" in README.splitlines()
 
 
-def test_every_command_shown_parses() -> None:
-    text = README.replace("\\\n", " ")
-    commands = re.findall(r"^    edgeprune (\w+ .*?)(?: *#.*)?$", text, re.MULTILINE)
+@each_page
+def test_every_command_shown_parses(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^    edgeprune (\w+ .*?|\w+)(?: *#.*)?$", text, re.MULTILINE)
     assert len(commands) >= 4
     for command in commands:
         arguments = [a.strip('"') for a in re.findall(r'"[^"]*"|\S+', command)]
         cli.parser().parse_args(arguments)
 
 
-def test_every_file_named_exists() -> None:
-    for name in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / name).exists(), name
-    for module in re.findall(r"python -m (benchmarks\.[\w.]+)", README):
+@each_page
+def test_every_file_named_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (page.parent / name).exists(), name
+    for module in re.findall(r"python -m (benchmarks\.[\w.]+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,49 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune.bundle import Bundle, sha256
+from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError
-from edgeprune.runtime import Sampling, Session, elements, engines, gpu
-from edgeprune.runtime.build import BuildRequest, Engine, _profiles
+from edgeprune.runtime import Sampling, Session, elements, gpu
 from tests.conftest import Refused
-from tests.fake_gpu import FakeGpu
+from tests.fake_gpu import COMPUTE, TEXT, VERSION, FakeGpu, pretend
 from tests.frozen import frozen
 
-VERSION, COMPUTE, TEXT = "10.16.1", "sm_87", 200
 QUESTION = ["--image", SAMPLES_DIR / "scene-1.png", "--prompt", "what color is the star ?"]
-
-
-def pretend(bundle: Path, backend: str = "trt") -> Path:
-    """A folder of engines that were never built; the record is one that `build` would write."""
-    opened, request = Bundle.open(bundle), BuildRequest(bundle, backend, TEXT)
-    capacities = [count + TEXT for count in opened.manifest.prune.counts]
-    grows = opened.manifest.decoder.cache == "grow"
-    profiles = {"decoder": _profiles(opened, request, capacities if grows else ()), "vision": {}}
-    folder = bundle / "engines" / f"{backend}-pretended"
-    folder.mkdir(parents=True)
-    made = {}
-    for name in ("vision", "decoder"):
-        file = folder / f"{name}.engine"
-        file.write_bytes(f"{name}, as if compiled".encode())
-        kept = Engine(file.name, 24, sha256(file), 1.0, dict(profiles[name]), (), ())
-        made[name] = asdict(kept)
-    record = {
-        "bundle": bundle.name,
-        "backend": backend,
-        "version": VERSION,
-        "dtype": opened.manifest.dtype,
-        "compute": [],
-        "gpu": COMPUTE,
-        "text_capacity": TEXT,
-        "capacities": capacities,
-        "graphs": engines.graphs(opened),
-        "engines": made,
-    }
-    (folder / "engine.json").write_text(json.dumps(record))
-    return folder
 
 
 @pytest.fixture
@@ -311,6 +278,34 @@ def test_what_is_missing_is_named(
         monkeypatch.setitem(sys.modules, module, None)
     line = refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
     assert "cuda-python is not installed; run: pip install 'edgeprune[trt]'" in line
+
+
+def cuda(**answers: tuple[Any, ...]) -> SimpleNamespace:
+    """A CUDA runtime of which only some functions are there; each returns a code and values."""
+    functions = {name: lambda *_, found=found: found for name, found in answers.items()}
+    words = lambda code: (0, b"no CUDA-capable device is detected")  # noqa: E731
+    return SimpleNamespace(cudaGetErrorString=words, **functions)
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [
+        ((100, 0), "can be used here (CUDA: cudaGetDeviceCount: no CUDA-capable device"),
+        ((0, 0), "no NVIDIA GPU is found here; use the backend ort-cpu"),
+    ],
+)
+def test_no_gpu(
+    count: tuple[int, int],
+    says: str,
+    tiny_rtx: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trt = SimpleNamespace(__version__=VERSION, ILogger=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(gpu, "_cudart", lambda: cuda(cudaGetDeviceCount=count))
+    monkeypatch.setattr("edgeprune.runtime.trt.quiet_logger", lambda trt: None)
+    assert says in refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
 
 
 def test_bfloat16_is_rounded_to_the_nearest() -> None:

@@ -1,4 +1,4 @@
-"""`edgeprune bench`: time bundles side by side."""
+"""`edgeprune bench`: time bundles side by side, on one backend or several."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "bench",
         help="time bundles side by side",
         description="Time vision, prefill and decode of bundles, their laps in turn. The first is"
-        " the one that the others are compared to: give the dense bundle first.",
+        " the one that the others are compared to: give the dense bundle first. With several"
+        " backends each bundle runs on all of them that are here, and what they say is compared;"
+        " the others are listed with the reason.",
     )
     command.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="exported folder")
     command.add_argument(
-        "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
+        "--backends",
+        default="ort-cpu",
+        metavar="NAME,...",
+        help="of ort-cpu (default), ort-cuda, trt, trt-rtx",
     )
     command.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default 64")
     command.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default 32")
@@ -28,29 +33,37 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write every lap as JSON")
+    command.add_argument("--figure", type=Path, metavar="FILE", help="also draw it (.png)")
     command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from edgeprune._progress import Bar
     from edgeprune.runtime.bench import BenchRequest, bench
+    from edgeprune.runtime.bench_table import table
 
     request = BenchRequest(
         bundles=tuple(args.bundles),
-        backend=args.backend,
+        backends=tuple(dict.fromkeys(args.backends.split(","))),
         text_tokens=args.text_tokens,
         new_tokens=args.new_tokens,
         laps=args.laps,
         warmup=args.warmup,
         threads=args.threads,
     )
-    if args.json:
-        _common.check_output(args.json)
+    for file in (args.json, args.figure):
+        if file:
+            _common.check_output(file)
     with Bar() as bar:
         result = bench(request, lambda done, total: bar("laps", done, total))
-    print(result.table())
+    print(table(result))
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
-    print(f"median (p10-p90) of {args.laps} laps; {args.backend}; {machine}", file=sys.stderr)
+    print(f"median (p10-p90) of {args.laps} laps; {machine}", file=sys.stderr)
     if args.json:
         _common.write_output(args.json, result.to_json() + "\n")
+    if args.figure:
+        from edgeprune.runtime.bench_figure import figure
+        from edgeprune.runtime.show import save
+
+        save(figure(result), args.figure)
     return 0

@@ -44,7 +44,7 @@ class Race:
         """
         request = BenchRequest(
             tuple(bundles),
-            self.backend,
+            (self.backend,),
             text_tokens=text_tokens,
             new_tokens=self.new_tokens,
             laps=self.laps,

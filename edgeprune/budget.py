@@ -1,0 +1,56 @@
+"""How much memory a model takes where it runs: weights, KV caches, activations; by counting.
+
+Activations are those of a decoder layer in prefill, the largest there are: the residual stream and
+what the MLP or the attention holds beside it. The dialect of JetPack 6 writes attention scores out
+and has every cache twice, since it grows from one buffer into the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeprune.cost import Sizes, kv_bytes
+
+GB = 10**9
+SYSTEM = 5 * GB // 2
+"""For the system, CUDA and the engine's own code: an estimate, not measured."""
+DEVICES = {"8 GB": 8 * GB, "16 GB": 16 * GB, "32 GB": 32 * GB, "64 GB": 64 * GB}
+"""Jetson Orin modules by memory, which CPU and GPU share."""
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+KINDS = (("jetpack7", "fp16"), ("jetpack7", "bf16"), ("jetpack6", "fp16"), ("jetpack6", "fp32"))
+"""Targets and dtypes of which engines are built."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes, for one target and dtype."""
+
+    target: str
+    dtype: str
+    weights: int
+    caches: tuple[int, ...]  # of each layer
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + sum(self.caches) + self.activations
+
+    def fits(self, device: int) -> bool:
+        """Whether a device of so many bytes holds it beside its system."""
+        return self.total + SYSTEM <= device
+
+
+def budget(
+    sizes: Sizes, elements: int, counts: Sequence[int], text: int, target: str, dtype: str
+) -> Budget:
+    """For `elements` weights, `text` text tokens and counts[l] visual ones in layer l + 1."""
+    element, plain = BYTES[dtype], target == "jetpack6"
+    copies = 2 if plain else 1
+    caches = tuple(copies * kv_bytes(sizes, [count], text, element) for count in counts)
+    tokens = max(counts) + text
+    attention = (sizes.attention_heads + 2 * sizes.kv_heads) * sizes.head_size * tokens
+    scores = sizes.attention_heads * tokens**2 if plain else 0
+    beside = max(3 * sizes.mlp_width * tokens, attention + scores)
+    activations = element * (2 * sizes.width * tokens + beside)
+    return Budget(target, dtype, elements * element, caches, activations)

@@ -1,0 +1,194 @@
+"""`edgeprune check`: what takes a bundle, what this machine can do, what memory a model needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.commands import _common
+from edgeprune.errors import SpecError
+
+if TYPE_CHECKING:
+    from edgeprune.export.check import Problem, Verdict
+    from edgeprune.runtime.parsers import Parser
+
+GRAPHS = ("vision.onnx", "decoder.onnx")
+ENGINES = {"trt": "TensorRT", "rtx": "TensorRT-RTX", "ort": "ONNX Runtime"}
+MODULES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "torch", "onnx")
+
+Report = tuple[dict[str, Any], str]  # for programs, for people
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "check",
+        help="tell which engines take a bundle, or what this machine can do",
+        description="With a bundle: which versions of TensorRT, TensorRT-RTX and ONNX Runtime take"
+        " its graphs, and where one does not, which node and why. With --memory: what --model"
+        " needs on Jetson Orin modules. With neither: what can be built and run on this machine,"
+        " and what to install.",
+    )
+    command.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="exported folder")
+    command.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="exit with 1 unless it takes the bundle: jetpack6, jetpack7, rtx, trt-10.7, ...; may"
+        " be given again",
+    )
+    command.add_argument("--memory", action="store_true", help="the memory that --model needs")
+    _common.add_model(command, default=None)
+    _common.add_media(command)
+    command.add_argument("--cr", type=float, default=1.0, help="compression ratio (default 1)")
+    command.add_argument(
+        "--text-capacity", type=int, default=512, metavar="N", help="text tokens (default 512)"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.memory != (args.model is not None):
+        raise SpecError("give --model and --memory together: the memory that a model needs")
+    if args.target and args.bundle is None:
+        raise SpecError("--target asks about a bundle; name one: edgeprune check BUNDLE --target T")
+    code = 0
+    if args.memory:
+        record, text = _memory(args)
+    elif args.bundle is not None:
+        record, text = _bundle(args.bundle, args.target)
+        code = int(bool(record["refused"]))
+    else:
+        record, text = _machine()
+    print(json.dumps(record) if args.json else text)
+    return code
+
+
+def _bundle(path: Path, asked: list[str]) -> Report:
+    from edgeprune.bundle import Bundle
+    from edgeprune.export import check  # needs onnx
+    from edgeprune.export.rules import TARGETS
+    from edgeprune.runtime import parsers
+
+    known = [name for target in TARGETS for name in target.names]
+    if unknown := [name for name in asked if name not in known]:
+        raise SpecError(f"there is no target {unknown[0]!r}; choose: {', '.join(known)}")
+    bundle = Bundle.open(path)
+    verdicts = [check.check_graph(bundle.file(name)) for name in GRAPHS]
+    here, manifest = parsers.ask(bundle), bundle.manifest
+    rows = [_row(pair, here) for pair in zip(*verdicts, strict=True)]
+    refused = [row["title"] for row in rows if {*asked} & {*row["names"]} and not row["accepted"]]
+    head = f"{manifest.name}: {manifest.dialect}, opset {manifest.opset}, {manifest.dtype}"
+    answers = [("yes" if r["accepted"] else "no", r["title"], r["first"]) for r in rows]
+    reasons = dict.fromkeys(reason for row in rows for reason in row["reasons"])
+    said = [f"{parser.title}, asked here: {_said(parser)}" for parser in here]
+    lines = [head, _table(answers), *(f"- {reason}" for reason in reasons), *said]
+    record = {
+        "bundle": manifest.name,
+        "targets": rows,
+        "asked_here": {parser.title: _said(parser) for parser in here},
+        "refused": refused,
+    }
+    return record, "\n".join(lines)
+
+
+def _row(verdicts: tuple[Verdict, ...], here: list[Parser]) -> dict[str, Any]:
+    """What one target says of both graphs; a parser of that version that is here has a say too."""
+    target = verdicts[0].target
+    reasons = [r for name, v in zip(GRAPHS, verdicts, strict=True) for r in _reasons(name, v)]
+    release = ".".join(map(str, target.version)) + "."
+    for parser in here:
+        same = parser.engine == target.engine and parser.version.startswith(release)
+        if same and parser.asked and parser.refusal:
+            reasons.append(f"{parser.title} itself: {parser.refusal}")
+    firsts = [verdict.first for verdict in verdicts]
+    known = [first for first in firsts if first is not None]
+    version = ".".join(map(str, max(known))) if len(known) == len(firsts) else ""
+    return {
+        "names": target.names,
+        "title": target.title,
+        "accepted": not reasons,
+        "first": f"taken from {version} on" if version else "no version is known to take it",
+        "reasons": reasons,
+    }
+
+
+def _reasons(graph: str, verdict: Verdict) -> list[str]:
+    """Each rule once: the first node that breaks it, how many more, and since when it is gone."""
+    grouped: dict[str, list[Problem]] = {}
+    for problem in verdict.problems:
+        grouped.setdefault(problem.says, []).append(problem)
+    return [_reason(graph, verdict.target.engine, problems) for problems in grouped.values()]
+
+
+def _reason(graph: str, engine: str, problems: list[Problem]) -> str:
+    first, more = problems[0], f" and {len(problems) - 1} more" if problems[1:] else ""
+    since = first.since[engine]
+    until = f"before {'.'.join(map(str, since))}" if since else "in any version known"
+    title = ENGINES[engine]
+    return f"{graph}: {first.node}{more}: {first.says} ({title} {until}) [{first.source}]"
+
+
+def _said(parser: Parser) -> str:
+    if not parser.asked:
+        return f"could not be asked: {parser.refusal}"
+    return parser.refusal or "takes both graphs"
+
+
+def _memory(args: argparse.Namespace) -> Report:
+    from dataclasses import asdict
+
+    from edgeprune.budget import DEVICES, GB, KINDS, SYSTEM, budget
+    from edgeprune.spec import PruneSpec, check_reach
+
+    adapter = _common.model(args)
+    shape, elements = adapter.shape, adapter.checkpoint.elements()
+    check_reach(PruneSpec("uniform", args.cr), shape)
+    counts = [round(shape.visual_tokens / args.cr)] * shape.layers
+    found = [budget(shape, elements, counts, args.text_capacity, *kind) for kind in KINDS]
+    heads = ("target", "dtype", "weights", "KV", "KV a layer", "activations", "total")
+    rows: list[tuple[str, ...]] = [(*heads, *(f"Orin {name}" for name in DEVICES))]
+    for b in found:
+        parts = (b.weights, sum(b.caches), b.caches[0], b.activations, b.total)
+        sizes = (f"{part / GB:.3f} GB" for part in parts)
+        fits = ("yes" if b.fits(device) else "no" for device in DEVICES.values())
+        rows.append((b.target, b.dtype, *sizes, *fits))
+    note = (
+        f"{counts[0]} visual tokens a layer (CR {args.cr:g}), {args.text_capacity} of text;"
+        f" {SYSTEM / GB:g} GB are left for the system, CUDA and the engine's code, an estimate"
+    )
+    record = {"budgets": [asdict(b) | {"total": b.total} for b in found], "note": note}
+    return record, _table(rows) + "\n" + note
+
+
+def _machine() -> Report:
+    from dataclasses import asdict
+
+    from edgeprune.runtime.machine import describe
+
+    machine = describe()
+    abilities, gpu = list(machine.abilities()), machine.gpu
+    seen = "none, or no driver for it"
+    if gpu:
+        seen = f"{gpu.name}, {gpu.compute}, {gpu.bytes / 1e9:.1f} GB, driver for CUDA {gpu.driver}"
+    rows = [
+        ("system", machine.system),
+        ("memory", f"{machine.bytes / 1e9:.1f} GB" if machine.bytes else "unknown"),
+        ("JetPack", machine.jetpack),
+        ("GPU", seen),
+        *((name, machine.versions.get(name, "not installed")) for name in MODULES),
+        ("providers", ", ".join(machine.providers) or "none"),
+        *((a.what, "yes" if a.possible else f"no: {a.why}") for a in abilities),
+    ]
+    record = asdict(machine) | {"abilities": [asdict(ability) for ability in abilities]}
+    return record, _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,140 @@
+"""`check`: which engines take a graph, and where one does not, which node and which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from edgeprune.errors import BundleError
+from edgeprune.export._graph import Graph, Node
+from edgeprune.export.rules import (
+    ADDED,
+    NEVER,
+    OPERATORS,
+    OPS_10_15,
+    OPSETS,
+    RULES,
+    TARGETS,
+    Target,
+    Version,
+)
+
+_LETTERS = {
+    "FLOAT": "fh",
+    "DOUBLE": "fh",
+    "FLOAT16": "fh",
+    "BFLOAT16": "f",
+    "INT32": "i",
+    "INT64": "l",
+    "BOOL": "b",
+    "UINT8": "u",
+}
+"""Letters of `rules.OPERATORS` that stand for an element type too."""
+_DATA = {"Where": 1, "OneHot": 2}
+"""The input whose element type counts, where it is not the first."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A node that is refused, the rule, the first version of the same engine that takes it."""
+
+    node: str
+    says: str
+    source: str
+    since: dict[str, Version | None]
+
+    def refused_by(self, target: Target) -> bool:
+        if target.engine not in self.since:
+            return False
+        since = self.since[target.engine]
+        return since is None or target.version < since
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one version says of one graph; `first` is the first version that takes it, if known."""
+
+    target: Target
+    problems: tuple[Problem, ...]
+    first: Version | None
+
+    @property
+    def accepted(self) -> bool:
+        return not self.problems
+
+
+def check_graph(file: Path) -> list[Verdict]:
+    """What every target says of an ONNX file; its weights are not read.
+
+    BundleError where the file is no ONNX model.
+    """
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{file} is no ONNX model ({error}); export it again") from error
+    return check_model(model)
+
+
+def check_model(model: Any) -> list[Verdict]:
+    """What every target says of a model, whose weights need not be loaded."""
+    problems = list(find(Graph.of(model)))
+    return [
+        Verdict(
+            target,
+            tuple(p for p in problems if p.refused_by(target)),
+            _first(problems, target.engine),
+        )
+        for target in TARGETS
+    ]
+
+
+def find(graph: Graph) -> Iterator[Problem]:
+    """Everything that some version refuses."""
+    yield from _opset(graph)
+    for node in graph.nodes:
+        name = node.name or node.output[0]
+        place = f"{name} ({node.op_type})"
+        types = OPERATORS.get(node.op_type, "")
+        if node.domain or not types:
+            operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            says = f"{operator} is no operator that the parser knows"
+            yield Problem(place, says, OPS_10_15, dict(NEVER))
+            continue
+        if node.op_type in ADDED:
+            since, source = ADDED[node.op_type]
+            yield Problem(place, f"{node.op_type} is not known yet", source, dict(since))
+        kind = _data_type(graph, node)
+        if kind and not set(_LETTERS.get(kind, "")) & set(types):
+            says = f"{node.op_type} takes no {kind.lower()}"
+            yield Problem(place, says, OPS_10_15, dict(NEVER))
+        for rule in RULES:
+            if node.op_type in rule.operators and rule.broken(graph, node):
+                says = f"{node.op_type} {rule.says}"
+                yield Problem(place, says, rule.source, dict(rule.since))
+
+
+def _opset(graph: Graph) -> Iterator[Problem]:
+    for engine, steps in OPSETS.items():
+        taking = [(version, source) for version, newest, source in steps if newest >= graph.opset]
+        since, source = taking[0] if taking else (None, steps[-1][2])
+        yield Problem("the graph", f"opset {graph.opset} is too new", source, {engine: since})
+
+
+def _data_type(graph: Graph, node: Node) -> str:
+    """The name of the element type that a node works on, empty where it is not known."""
+    name = graph.given(node, _DATA.get(node.op_type, 0)) or node.output[0]
+    number = graph.types.get(name, 0)
+    return str(onnx.TensorProto.DataType.Name(number)) if number else ""
+
+
+def _first(problems: list[Problem], engine: str) -> Version | None:
+    """The first version of an engine that refuses nothing; None where none is known."""
+    needed = [p.since[engine] for p in problems if engine in p.since]
+    if None in needed:
+        return None
+    return max((v for v in needed if v is not None), default=OPSETS[engine][0][0])

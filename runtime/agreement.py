@@ -1,0 +1,69 @@
+"""Whether a bundle says the same on two backends: kept tokens, logits, greedy answer."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a bundle says on one backend, in types that JSON has."""
+
+    tokens: list[int]
+    kept: list[list[int]]  # places in the vision graph, then at each pruning site
+    logits: str  # of the prefill, packed
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A backend's answer beside that of another one."""
+
+    bundle: str
+    backend: str
+    against: str
+    tokens: int  # asked
+    same_tokens: int  # up to the first that differs
+    kept: int  # places kept, all sites together
+    same_kept: int
+    logits: float  # largest difference
+    largest: float  # of the other's logits, without sign
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"{self.bundle} on {self.backend} against {self.against}:"
+            f" {self.same_tokens} of {self.tokens} greedy tokens,"
+            f" {self.same_kept} of {self.kept} kept places,"
+            f" logits within {self.logits:.1e} of {self.largest:.1e}"
+        )
+
+
+def compare(bundle: str, backend: str, mine: Answer, against: str, theirs: Answer) -> Agreement:
+    """One backend's answer beside another's."""
+    ours, wanted = unpack(mine.logits), unpack(theirs.logits)
+    differ = [a != b for a, b in zip(mine.tokens, theirs.tokens, strict=True)]
+    shared = (len(set(a) & set(b)) for a, b in zip(mine.kept, theirs.kept, strict=True))
+    return Agreement(
+        bundle=bundle,
+        backend=backend,
+        against=against,
+        tokens=len(differ),
+        same_tokens=differ.index(True) if True in differ else len(differ),
+        kept=sum(map(len, theirs.kept)),
+        same_kept=sum(shared),
+        logits=float(np.abs(ours - wanted).max()),
+        largest=float(np.abs(wanted).max()),
+    )
+
+
+def pack(logits: NDArray[np.float32]) -> str:
+    """Numbers as text, none rounded."""
+    return base64.b64encode(logits.astype("<f4").tobytes()).decode()
+
+
+def unpack(text: str) -> NDArray[np.float32]:
+    return np.frombuffer(base64.b64decode(text), "<f4")

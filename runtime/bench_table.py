@@ -1,0 +1,78 @@
+"""What a `bench` found as a table, with what agrees and what could not run below it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgeprune.runtime.bench import BenchResult, Row
+
+HEADS = (
+    "bundle",
+    "backend",
+    "vision ms",
+    "prefill ms",
+    "TTFT ms",
+    "decode ms/token",
+    "tok/s",
+    "KV MB",
+    "peak MB",
+    "load s",
+    "build s",
+    "J",
+    "prefill x",
+    "limit x",
+    "reached",
+    "decode x",
+)
+
+
+def table(result: BenchResult) -> str:
+    """Medians with p10-p90; ratios, lap by lap, to the first bundle on the same backend."""
+    first: dict[str, Row] = {}
+    lines = [HEADS, *(_cells(row, first.setdefault(row.backend, row)) for row in result.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ["  ".join(_padded(line, widths)) for line in lines]
+    agree = [one.line() for one in result.agreements]
+    absent = [f"not run: {one.name} on {one.backend}: {one.why}" for one in result.absent]
+    return "\n".join([*aligned, *agree, *absent])
+
+
+def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    cells = zip(line, widths, strict=True)
+    return [c.ljust(w) if place < 2 else c.rjust(w) for place, (c, w) in enumerate(cells)]
+
+
+def _cells(row: Row, first: Row) -> tuple[str, ...]:
+    speedup = _ratio(first.laps.prefill, row.laps.prefill)
+    limit = first.prefill_operations / row.prefill_operations
+    return (
+        row.name,
+        row.backend,
+        _spread(row.laps.vision),
+        _spread(row.laps.prefill),
+        f"{1e3 * row.first_token:.2f}",
+        _spread(row.laps.decode),
+        f"{1 / statistics.median(row.laps.decode):.1f}",
+        f"{row.kv_bytes / 1e6:.2f}",
+        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+        f"{row.load_seconds:.2f}",
+        "-" if row.build_seconds is None else f"{row.build_seconds:.1f}",
+        "-" if row.joules is None else f"{statistics.median(row.joules):.2f}",
+        f"{speedup:.2f}",
+        f"{limit:.2f}",
+        f"{speedup / limit:.0%}",
+        f"{_ratio(first.laps.decode, row.laps.decode):.2f}",
+    )
+
+
+def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
+    """Median over laps of base / other."""
+    return statistics.median(b / o for b, o in zip(base, other, strict=True))
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    low, middle, high = (1e3 * float(q) for q in np.quantile(seconds, [0.1, 0.5, 0.9]))
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"

@@ -1,0 +1,137 @@
+"""`check` of a machine, over faked files and drivers; and the memory that a model needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgeprune.budget import KINDS, SYSTEM, budget
+from edgeprune.cli import main
+from edgeprune.cost import kv_bytes
+from edgeprune.models import open_model
+from edgeprune.runtime import machine
+from edgeprune.runtime.machine import Gpu, Machine
+
+ORIN = Gpu("Orin", "sm_87", 8 * 10**9, "12.6")
+CARD = Gpu("NVIDIA GeForce RTX 4090", "sm_89", 24 * 10**9, "13.0")
+RELEASE = "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic, EABI: aarch64, DATE: today\n"
+
+Fake = Callable[..., Machine]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
+    """A machine with a GPU or none, packages, providers, and files below `tmp_path`."""
+
+    def make(gpu: Gpu | None = None, packages: str = "", providers: str = "", release: str = ""):
+        have = set(packages.split())
+        monkeypatch.setattr(machine, "gpu", lambda: gpu)
+        monkeypatch.setattr(machine, "_version", lambda names: "1.0" if have & {*names} else "")
+        monkeypatch.setattr(machine, "_providers", lambda: tuple(providers.split()))
+        for name, text in (
+            ("proc/meminfo", "MemTotal: 7812500 kB\n"),
+            ("etc/nv_tegra_release", release),
+        ):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return machine.describe(tmp_path)
+
+    return make
+
+
+def can(found: Machine) -> dict[str, str]:
+    """What is possible (an empty reason) and why the rest is not."""
+    abilities = list(found.abilities())
+    assert all(ability.possible == (not ability.why) for ability in abilities)
+    return {ability.what: ability.why for ability in abilities}
+
+
+def test_a_jetson_with_jetpack(fake: Fake) -> None:
+    found = fake(ORIN, "tensorrt cuda-python onnxruntime", "CPUExecutionProvider", RELEASE)
+    assert found.jetpack == "JetPack 6.2, Jetson Linux 36.4.3"
+    assert found.bytes == 8_000_000_000
+    able = can(found)
+    assert able["build with trt"] == able["run on trt"] == able["run on ort-cpu"] == ""
+    assert "edgeprune[export]" in able["export"]
+    assert "a Jetson runs trt" in able["run on trt-rtx"]
+    assert able["run on ort-cuda"]
+
+
+def test_a_jetson_without_cuda_python_is_told_what_to_install(fake: Fake) -> None:
+    able = can(fake(ORIN, "tensorrt", release=RELEASE))
+    assert able["build with trt"] == ""
+    assert "pip install cuda-python" in able["run on trt"]
+
+
+def test_a_release_that_is_not_known_is_named(fake: Fake) -> None:
+    release = RELEASE.replace("R36", "R99")
+    assert fake(ORIN, release=release).jetpack == "Jetson Linux 99.4.3"
+    assert fake(ORIN, release="nonsense").jetpack == "no Jetson"
+
+
+def test_an_rtx_pc(fake: Fake) -> None:
+    packages = "tensorrt-rtx cuda-bindings onnxruntime-gpu"
+    able = can(fake(CARD, packages, "CUDAExecutionProvider CPUExecutionProvider"))
+    assert [what for what, why in able.items() if why] == [
+        "export",
+        "build with trt",
+        "run on trt",
+    ]
+    assert "edgeprune[trt]" in able["run on trt"]
+
+
+def test_a_machine_without_a_gpu_builds_and_does_not_run(fake: Fake) -> None:
+    packages = "tensorrt-rtx tensorrt cuda-python onnxruntime torch onnx"
+    able = can(fake(None, packages, "CPUExecutionProvider"))
+    assert able["build with trt-rtx"] == able["export"] == able["run on ort-cpu"] == ""
+    for what in ("build with trt", "run on trt", "run on trt-rtx", "run on ort-cuda"):
+        assert able[what] == "no NVIDIA GPU, or no driver for it"
+
+
+def test_an_empty_machine(fake: Fake) -> None:
+    assert all(can(fake()).values())
+
+
+def test_the_report_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "run on ort-cpu      yes" in out
+    assert main(["check", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["versions"]["onnxruntime"]
+    assert {a["what"] for a in record["abilities"]} >= {
+        "export",
+        "run on trt",
+        "build with trt-rtx",
+    }
+
+
+def test_the_memory_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, caches and activations, counted here in another way."""
+    assert main(["check", "--model", "demo", "--memory", "--cr", "4", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    adapter = open_model("demo")
+    shape, elements = adapter.shape, adapter.checkpoint.elements()
+    rows = {(b["target"], b["dtype"]): b for b in record["budgets"]}
+    assert tuple(rows) == KINDS
+    half = rows["jetpack7", "fp16"]
+    assert half["weights"] == 2 * elements
+    tokens = shape.visual_tokens // 4 + 512
+    assert half["caches"] == [4 * shape.kv_heads * shape.head_size * tokens] * shape.layers
+    assert half["caches"][0] == kv_bytes(shape, [shape.visual_tokens // 4], 512, 2)
+    residual, mlp = 2 * shape.width * tokens, 3 * shape.mlp_width * tokens
+    assert half["activations"] == 2 * (residual + mlp)
+    plain = rows["jetpack6", "fp16"]
+    assert plain["caches"] == [2 * size for size in half["caches"]], "one grows into the other"
+    assert plain["activations"] >= 2 * shape.attention_heads * tokens**2
+    assert half["total"] == half["weights"] + sum(half["caches"]) + half["activations"]
+
+
+def test_what_fits_a_device() -> None:
+    shape = open_model("demo").shape
+    found = budget(shape, 10**9, [10] * shape.layers, 10, "jetpack7", "fp16")
+    assert found.fits(found.total + SYSTEM)
+    assert not found.fits(found.total + SYSTEM - 1)
