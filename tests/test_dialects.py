@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from edgeprune.bundle import Bundle
+from edgeprune.export.check import check_model
 from edgeprune.runtime.backend import Chunk, Ids, Output
 from edgeprune.runtime.ort import OrtBackend
 from tests.frozen import frozen
@@ -86,6 +87,8 @@ def test_a_dialect_has_only_operators_of_its_target(tiny_pair: list[Path]) -> No
     if manifest.dialect == "jetpack6":
         assert (manifest.decoder.cache, manifest.opset) == ("grow", 18)
         assert not used & NEWER
+        firsts = [v.first for m in models for v in check_model(m) if v.target.engine == "trt"]
+        assert set(firsts) == {(10, 0)}, "nothing that TensorRT 10.0 does not have"
     else:
         assert (manifest.decoder.cache, manifest.opset) == ("in-place", 24)
         assert used >= NEWER

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engine_size import weights
+from benchmarks.engine_size import stepped, weights
 from benchmarks.shapes import SHAPES, write
+from benchmarks.speed import declining
 from edgeprune import policies
 from edgeprune.errors import SpecError
 from edgeprune.runtime.build import BuildRequest, build
@@ -60,11 +61,15 @@ def test_the_demo_compiles_with_every_method(
 def test_a_decoder_of_half_a_billion_compiles(
     method: str, target: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    """24 layers, 576 visual tokens. Its weights are in the engine once."""
+    """24 layers, 576 visual tokens. Its weights are in the engine once, and code is little."""
     checkpoint = tmp_path_factory.getbasetemp() / "0.5b"
     if not checkpoint.is_dir():
         write(SHAPES["0.5b"], checkpoint)
     cr = 4 if method == "utp" else 1
-    bundle = frozen(tmp_path / "b", method, cr, model=checkpoint, target=target, dtype="fp16")
+    counts = stepped(declining(SHAPES["0.5b"].patches, 24, cr), 4) if cr > 1 else ()
+    bundle = frozen(
+        tmp_path / "b", method, cr, model=checkpoint, target=target, dtype="fp16", counts=counts
+    )
     engine = compiled(bundle)["decoder"]
-    assert engine["bytes"] < 1.5 * weights(bundle / "decoder.onnx")
+    most = 1.05 if target == "rtx" else 1.5
+    assert engine["bytes"] < most * weights(bundle / "decoder.onnx")

@@ -308,6 +308,28 @@ def test_no_gpu(
     assert says in refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
 
 
+CALLED = {
+    "Runtime": "deserialize_cuda_engine",
+    "ICudaEngine": "num_optimization_profiles get_device_memory_size_for_profile_v2"
+    " create_execution_context",
+    "IExecutionContext": "set_device_memory set_optimization_profile_async set_input_shape"
+    " set_tensor_address execute_async_v3 is_stream_capturable",
+    "ExecutionContextAllocationStrategy": "USER_MANAGED",
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_tensorrt_rtx_has_what_the_seam_calls(name: str) -> None:
+    if sys.platform != "linux":
+        pytest.importorskip("tensorrt_rtx")
+    import tensorrt_rtx
+
+    source = Path(gpu.__file__).read_text(encoding="utf-8")
+    for called in CALLED[name].split():
+        assert called in source
+        assert hasattr(getattr(tensorrt_rtx, name), called)
+
+
 def test_bfloat16_is_rounded_to_the_nearest() -> None:
     import torch
 
