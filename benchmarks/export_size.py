@@ -1,10 +1,12 @@
 """Time and peak memory of exporting models of published sizes with a made-up UTP schedule, fp16.
 
-    python -m benchmarks.export_size llava-1.5-7b internvl3-8b
+    python -m benchmarks.export_size --targets jetpack7 jetpack6          # all, one after the other
+    python -m benchmarks.export_size llava-1.5-7b --targets jetpack6
 
-The checkpoint is a sparse file of zeros, so it takes no disk; the bundle takes as much as the real
-one and is removed at the end. Each model is exported in a process of its own, and memory is that
-process's peak.
+The checkpoint is a set of sparse files of zeros, so it takes no disk; the bundle takes as much as
+the real one and is removed before the next. Each bundle is exported in a process of its own, whose
+peak memory is told. *Copying*, part of *seconds*, is writing weights and hashing files; *check* is
+what `edgeprune check` says of the graphs for that target.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from typing import Any
 
 from benchmarks.published import PUBLISHED
 from benchmarks.speed import declining
+from edgeprune.export.check import check_graph
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.memory import peak_bytes
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
 
-COLUMNS = "| model | target | V | r_1 ... r_L | seconds | copying | written | peak memory |"
+COLUMNS = "| model | target | V | r_1 ... r_L | seconds | copying | written | peak memory | check |"
+GRAPHS = ("vision.onnx", "decoder.onnx")
 COPYING = ("vision weights", "decoder weights", "hash files")
 
 
@@ -63,7 +67,7 @@ def measure(name: str, target: str, cr: float, work: Path) -> dict[str, Any]:
         )
         exported = export(request, adapter, make(spec), Processor(adapter), [], clock.report)
         clock.end()
-        seconds = time.perf_counter() - started
+        seconds, peak = time.perf_counter() - started, peak_bytes()
         return {
             "model": name,
             "target": target,
@@ -72,11 +76,20 @@ def measure(name: str, target: str, cr: float, work: Path) -> dict[str, Any]:
             "seconds": seconds,
             "copying": clock.copying,
             "bytes": sum(file.bytes for file in exported.manifest.files.values()),
-            "peak_bytes": peak_bytes() or 0,
+            "peak_bytes": peak or 0,
+            "refusals": refusals(output, target),
         }
     finally:
         shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(checkpoint)
+
+
+def refusals(bundle: Path, target: str) -> list[str]:
+    """What `edgeprune check` has against the graphs for a target; none where it accepts them."""
+    verdicts = [v for graph in GRAPHS for v in check_graph(bundle / graph)]
+    own = [verdict for verdict in verdicts if target in verdict.target.names]
+    assert len(own) == len(GRAPHS)
+    return sorted({problem.says for verdict in own for problem in verdict.problems})
 
 
 def row(found: dict[str, Any]) -> str:
@@ -91,17 +104,21 @@ def row(found: dict[str, Any]) -> str:
         f"{found['copying']:.0f} s",
         f"{found['bytes'] / 1e9:.2f} GB",
         f"{found['peak_bytes'] / 1e9:.2f} GB",
+        "; ".join(found["refusals"]) or "accepted",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and peak memory of large exports.")
-    parser.add_argument("models", nargs="+", choices=PUBLISHED, metavar="MODEL")
+    known = f"of: {', '.join(PUBLISHED)} (default: all)"
+    parser.add_argument("models", nargs="*", default=list(PUBLISHED), metavar="MODEL", help=known)
     parser.add_argument("--targets", nargs="+", default=["jetpack7"], metavar="TARGET")
     parser.add_argument("--cr", type=float, default=4)
     parser.add_argument("--work", type=Path, default=Path("out/size"))
     args = parser.parse_args()
+    if unknown := [name for name in args.models if name not in PUBLISHED]:
+        parser.error(f"no model {unknown[0]!r}; {known}")
     if len(args.models) == len(args.targets) == 1:
         found = measure(args.models[0], args.targets[0], args.cr, args.work)
         print(f"{COLUMNS}\n{row(found)}\n{json.dumps(found)}")
