@@ -113,10 +113,10 @@ def _panels(
     for site in sites:
         dimmed = dim(large, site, prune.grid, fine // 2)
         shown.append((f"{site.caption} of {total}", dimmed))
+    size_of_text = min(17.0, *(16.5 * side / pen.length(caption, 17) for caption, _ in shown))
     for i, (caption, panel) in enumerate(shown):
         x, y = round(i % columns * across), round(i // columns * down)
         sheet.image.paste(Image.fromarray(panel), (x * fine, y * fine))
-        size_of_text = min(17.0, 16.5 * side / pen.length(caption, 17))
         indent = (side - pen.length(caption, size_of_text)) / 2
         sheet.text(x + indent, y + tall + 24, caption, size_of_text)
     if legend:
