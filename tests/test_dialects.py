@@ -13,8 +13,8 @@ from edgeprune.export.check import check_model
 from edgeprune.runtime.backend import Chunk, Ids, Output
 from edgeprune.runtime.ort import OrtBackend
 from tests.frozen import frozen
+from tests.graphs import NEVER, sized_by_data
 
-NEVER = {"If", "Loop", "Scan", "NonZero", "Compress", "Unique", "ScatterND", "ScatterElements"}
 NEWER = {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}
 CALLS = [(3, 9, True), *[(0, 1, False)] * 66, (0, 7, False), *[(0, 1, False)] * 3]
 """Prefix and text tokens, with a picture or not: steps enough for a cache to grow often."""
@@ -84,6 +84,7 @@ def test_a_dialect_has_only_operators_of_its_target(tiny_pair: list[Path]) -> No
     used = {node.op_type for model in models for node in model.graph.node}
     attention = [node for node in models[1].graph.node if node.op_type == "Attention"]
     assert not used & NEVER
+    assert not any(sized_by_data(model.graph) for model in models)
     if manifest.dialect == "jetpack6":
         assert (manifest.decoder.cache, manifest.opset) == ("grow", 18)
         assert not used & NEWER

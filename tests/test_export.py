@@ -22,8 +22,7 @@ from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
-
-DATA_DEPENDENT = {"NonZero", "Compress", "Unique", "Loop", "If", "Scan", "SequenceAt"}
+from tests.graphs import NEVER, sized_by_data
 
 
 def graphs(bundle: Path) -> list[onnx.ModelProto]:
@@ -35,7 +34,8 @@ def graphs(bundle: Path) -> list[onnx.ModelProto]:
 
 def test_graphs_pass_the_checker_and_hold_no_data_dependent_shape(demo_utp: Path) -> None:
     for model in graphs(demo_utp):
-        assert not {node.op_type for node in model.graph.node} & DATA_DEPENDENT
+        assert not {node.op_type for node in model.graph.node} & NEVER
+        assert not sized_by_data(model.graph)
         assert all(node.domain == "" for node in model.graph.node), "standard operators only"
         assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)]
     for name in ("vision", "decoder"):

@@ -25,6 +25,7 @@ from edgeprune.models._reference import Reference
 from edgeprune.policies._policy import Selection
 from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import ModelShape, Plan, PruneSpec, budget
+from tests.graphs import NEVER, sized_by_data
 
 DEMO = ModelShape("llava", 144, (12, 12), 12, 192, 352, 6, 6, 32, 66, 1024, True, blocks=5)
 SEVEN = ModelShape(
@@ -167,33 +168,12 @@ def test_the_bundle_agrees_with_its_reference_over_two_turns(
     assert again.ids == (int(step.logits.argmax()),)
 
 
-SIZES = {
-    "TopK": [1],
-    "Reshape": [1],
-    "Expand": [1],
-    "Slice": [1, 2, 3, 4],
-    "Range": [0, 1, 2],
-    "ConstantOfShape": [0],
-    "Tile": [1],
-    "Split": [1],
-    "Pad": [1],
-    "OneHot": [1],
-}
-"""Which inputs of an operator decide the sizes of what it gives."""
-
-
 def test_the_graphs_hold_no_data_dependent_shape_nor_loop(bundle: Path) -> None:
     """Every size, K of every TopK among them, follows from constants and the inputs' shapes."""
     for name in ("vision", "decoder"):
         graph = onnx.load(bundle / f"{name}.onnx", load_external_data=False).graph
-        found = {node.op_type for node in graph.node}
-        assert not found & {"NonZero", "Compress", "Unique", "Loop", "If", "Scan", "SequenceAt"}
-        fixed = {constant.name for constant in graph.initializer}  # and what follows from shapes
-        for node in graph.node:
-            sizes = [node.input[i] for i in SIZES.get(node.op_type, []) if i < len(node.input)]
-            assert fixed.issuperset(filter(None, sizes)), f"{node.name} has a size made of data"
-            if node.op_type in ("Shape", "Constant") or fixed.issuperset(filter(None, node.input)):
-                fixed.update(node.output)
+        assert not {node.op_type for node in graph.node} & NEVER
+        assert not sized_by_data(graph)
 
 
 def test_a_graph_that_chooses_otherwise_is_found_out(bundle: Path, tiny_checkpoint: Path) -> None:
