@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from edgeprune.compare.workers import each
 from edgeprune.errors import ParityError
 from edgeprune.export import parity
 from edgeprune.models import open_model
-from edgeprune.models._processor import Processor
+from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
@@ -94,10 +95,8 @@ class ParityRun:
     def _compared(self, cell: Cell, method: str) -> Check:
         folder = self.bundles.path(cell)
         prune = Bundle.open(folder).manifest.prune
-        adapter, policy = open_model(MODEL), policies.make(cell.spec)
-        processor = Processor(adapter)
-        prompts = [processor(asked.image, asked.text) for asked in self.questions]
-        reference = Reference.build(adapter, policy, prune.plan)
+        prompts = _prompts(self.questions)
+        reference = Reference.build(open_model(MODEL), policies.make(cell.spec), prune.plan)
         try:
             found = parity.check(folder, reference, prompts)
         except ParityError as error:
@@ -116,6 +115,12 @@ class ParityRun:
 
     def _key(self) -> str:
         return key_of(code(), installed("onnxruntime"), self.questions.fingerprint)
+
+
+@cache
+def _prompts(questions: Questions) -> tuple[Prompt, ...]:
+    processor = Processor(open_model(MODEL))
+    return tuple(processor(asked.image, asked.text) for asked in questions)
 
 
 def markdown(checks: Sequence[Check]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgeprune import policies
 from edgeprune.policies._policy import Policy, Selection
-from edgeprune.policies._signals import Heads, InputSignals, LayerSignals, VisionSignals
+from edgeprune.policies._signals import InputSignals, LayerSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, PruneSpec, Stage
 from tests.test_policies import _signals
 
@@ -149,8 +149,7 @@ def _flat(signals: Any, value: float) -> Any:
         assert signals.text is not None
         visual, text = torch.full_like(signals.visual, value), torch.full_like(signals.text, value)
         return replace(signals, visual=visual, text=text)
-    heads = {name: getattr(signals, name) for name in HEADS}
-    still = {name: replace(h, values=torch.zeros_like(h.values)) for name, h in heads.items()}
+    still = {name: torch.zeros_like(getattr(signals, name)) for name in HEADS}
     hidden = torch.full_like(signals.hidden, value)
     return replace(signals, hidden=hidden, inputs=_flat(signals.inputs, value), **still)
 
@@ -192,7 +191,7 @@ def _moved(signals: Any, order: Tensor) -> Any:
         return replace(signals, visual=signals.visual.index_select(1, order))
     total = torch.arange(signals.segments.total)
     total[PREFIX : PREFIX + len(order)] = PREFIX + order
-    heads = {name: _rows(getattr(signals, name), total) for name in HEADS}
+    heads = {name: getattr(signals, name).index_select(2, total) for name in HEADS}
     return replace(
         signals,
         hidden=signals.hidden.index_select(1, total),
@@ -200,10 +199,6 @@ def _moved(signals: Any, order: Tensor) -> Any:
         inputs=_moved(signals.inputs, order),
         **heads,
     )
-
-
-def _rows(heads: Heads, order: Tensor) -> Heads:
-    return replace(heads, values=heads.values.index_select(2, order))
 
 
 @each_method
