@@ -6,7 +6,7 @@ Each method is exported for the demo at each ratio that its plan can reach. Then
 prefilled, decoded for two tokens and asked about again on the same caches by both engines. The same
 tokens have to survive at every site; what a site merges and all logits may differ by the tolerance.
 Where engines choose differently between equals it is a tie: counted, and not compared further.
-What was checked is not checked again.
+A run may be stopped: it writes what it has, and the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -146,27 +147,34 @@ def main() -> None:
     ratios = [float(part) for part in args.cr.split(",")]
     cells = tuple(grid(args.methods.split(","), ratios, 1))
     run = ParityRun(args.output, cells, Questions(args.scenes))
-    todo = [cell for cell in cells if not run.found(cell)]
-    done = len(cells) - len(todo)
-    failed = []
-    with Bar() as bar:
-        for cell, why in each(todo, run.check, args.jobs):
-            done += 1
-            bar("methods and ratios", done, len(cells))
-            failed += [f"{cell.name} failed: {why}"] if why else []
+    failed = _work(run, args.jobs)
     checks = [found for cell in cells if (found := run.found(cell))]
+    unchecked = [cell.name for cell in cells if not run.found(cell)]
     print(markdown(checks))
     failed += [f"{one.method} at CR {one.cr:g}: {one.why}" for one in checks if one.fails]
-    if args.json and len(checks) == len(cells):
-        write_whole(args.json, _json(checks).encode())
+    failed += [f"not checked: {', '.join(unchecked)}"] if unchecked else []
+    if args.json:
+        write_whole(args.json, _json(checks, unchecked).encode())
     if failed:
         raise SystemExit("\n".join(failed))
 
 
-def _json(checks: Sequence[Check]) -> str:
+def _work(run: ParityRun, jobs: int) -> list[str]:
+    """Check what was not checked before, until somebody stops it; why some cells failed."""
+    todo = [cell for cell in run.cells if not run.found(cell)]
+    done, failed = len(run.cells) - len(todo), list[str]()
+    with Bar() as bar, suppress(KeyboardInterrupt):
+        for cell, why in each(todo, run.check, jobs):
+            done += 1
+            bar("methods and ratios", done, len(run.cells))
+            failed += [f"{cell.name} failed: {why}"] if why else []
+    return failed
+
+
+def _json(checks: Sequence[Check], unchecked: Sequence[str]) -> str:
     tolerance = parity.TOLERANCE[torch.float32]
     setup = {"model": MODEL, "tolerance": tolerance, "onnxruntime": installed("onnxruntime")}
-    content = {"setup": setup, "checks": [asdict(one) for one in checks]}
+    content = {"setup": setup, "checks": [asdict(one) for one in checks], "unchecked": unchecked}
     return json.dumps(content, indent=1) + "\n"
 
 
