@@ -36,7 +36,7 @@ from tests.test_families import generated, picture, prompted
 pytestmark = pytest.mark.slow
 
 PAPERS = ("utp", "fastv", "visionzip", "divprune", "trimtokenator", "polymorphic")
-LAYERS = 8  # of those that are pruned
+LAYERS = 5  # of those that are pruned
 
 LLAVAS: dict[str, Callable[..., Family]] = {
     "llava": families.llava,
