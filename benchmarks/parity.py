@@ -173,7 +173,12 @@ def _work(run: ParityRun, jobs: int) -> list[str]:
 
 def _json(checks: Sequence[Check], unchecked: Sequence[str]) -> str:
     tolerance = parity.TOLERANCE[torch.float32]
-    setup = {"model": MODEL, "tolerance": tolerance, "onnxruntime": installed("onnxruntime")}
+    setup = {
+        "model": MODEL,
+        "tolerance": tolerance,
+        "source": code(),
+        "onnxruntime": installed("onnxruntime"),
+    }
     content = {"setup": setup, "checks": [asdict(one) for one in checks], "unchecked": unchecked}
     return json.dumps(content, indent=1) + "\n"
 
