@@ -214,6 +214,7 @@ class Ours:
         # Stands for what the vision graph leaves behind.
         backend._visual = backend._host(self.embedding[job.prompt[:, PREFIX : PREFIX - TEXT]])
         self.lengths, self.position = np.zeros_like(self.counts), 0
+        backend.reserve((TEXT + self._kept() + len(job.following)).tolist())
 
     def prefill(self) -> None:
         prompt, visual = self.job.prompt, self.job.tokens - TEXT
