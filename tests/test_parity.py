@@ -68,6 +68,24 @@ def test_a_tie_explains_no_wrong_logits() -> None:
     assert not parity._is_tie(reference, sample, token, found, wanted, TOLERANCE)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("places", "among"),
+    [
+        (([0, 2, 3], [0, 1]), True),  # 0 always, then what one or the other kept: 0 and 2
+        (([1, 2, 3], [0, 1]), False),  # 0 is kept always
+        (([0, 2, 5], [0, 1]), False),  # 5 is never kept
+        (([0, 1, 2], [0, 1]), False),  # the first's choice: then it is no choice that differs
+        (([0, 2, 3], [1, 2]), False),  # of 0, 2 and 3 it drops 0
+    ],
+)
+def test_many_close_choices_are_ties_together(places: tuple[list[int], ...], among: bool) -> None:
+    def outcome(*places: list[int]) -> parity.Outcome:
+        return parity.Outcome(tuple(map(torch.tensor, places)), torch.zeros(1, 1, 1), ())
+
+    others = [outcome([0, 1, 2], [0, 1]), outcome([0, 1, 3], [0, 2]), outcome([0, 2, 4], [0, 1])]
+    assert parity._is_among(outcome(*places), others) == among
+
+
 def test_a_fault_names_what_differs() -> None:
     sample = prompt(3.0)
     wanted, token = parity._play(Engine(0), sample)  # type: ignore[arg-type]
