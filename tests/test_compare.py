@@ -26,7 +26,7 @@ from edgeprune.compare.cells import Cell, grid
 from edgeprune.compare.comparing import CompareRequest, answers, compare
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.race import Race
-from edgeprune.compare.results import Comparison, Missing, Result, accuracy_table
+from edgeprune.compare.results import Comparison, Missing, Result, accuracy_table, overview_table
 from edgeprune.compare.store import Store, key_of
 from edgeprune.demo.questions import KINDS, held_out
 from edgeprune.errors import EdgepruneError, InputError, SpecError
@@ -326,6 +326,25 @@ def test_draws_share_a_row_and_the_best_comes_first() -> None:
     assert cells[4] == ["random", "4", "55.0 (50.0 to 60.0)", "55.0", "55.0"]
     assert cells[3][2] == "90.0 ± 4.2"
     assert len({len(line) for line in lines}) == 1
+
+
+def test_an_overview_has_a_row_per_method_and_a_column_per_ratio() -> None:
+    draws = [result("random", 4, right, seed) for seed, right in enumerate((120, 100))]
+    short = replace(result("fastv", 2, 196), cr=1.9)
+    cells = [result("none", 1, 198), result("utp", 4, 180), result("utp", 2, 190), *draws, short]
+    lines = overview_table(cells).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [rows[0], *rows[2:]] == [
+        ["method", "CR 2", "CR 4"],
+        ["none", "99.0 ± 1.6", "99.0 ± 1.6"],
+        ["utp", "95.0 ± 3.1", "90.0 ± 4.2"],
+        ["fastv", "98.0 ± 2.1 at 1.9", "-"],
+        ["random", "-", "55.0 (50.0 to 60.0)"],
+    ]
+    setup = {"questions": 200, "model": "m"}
+    assert overview_table(cells) in Comparison(setup, tuple(cells)).to_markdown()
+    one = Comparison(setup, (result("utp", 4, 180),))
+    assert "CR 4" not in one.to_markdown(), "one ratio needs no overview"
 
 
 def test_the_command_on_a_user_s_own_model_and_questions(

@@ -104,6 +104,8 @@ class Comparison:
     def to_markdown(self) -> str:
         """Accuracy, time, and what is missing, each as a table with its caption."""
         parts = [f"{self._caption()}\n\n{accuracy_table(self.cells)}"]
+        if len({cell.cr_asked for cell in self.cells if cell.method != DENSE}) > 1:
+            parts[:0] = [f"{self._caption()}\n\n{overview_table(self.cells)}"]
         if any(cell.laps for cell in self.cells):
             parts.append(f"{_TIMES}\n\n{time_table(self.cells)}")
         for title, cells in (("Out of reach:", self.out_of_reach), ("Failed:", self.failed)):
@@ -126,6 +128,43 @@ _TIMES = (
 )
 
 
+def overview_table(cells: Iterable[Result]) -> str:
+    """A row per method, a column per ratio asked for; the best over all ratios first.
+
+    A bundle that reaches another ratio than asked says which.
+    """
+    found = {(group[0].method, group[0].cr_asked): group for group in grouped(cells)}
+    ratios = sorted({cr for method, cr in found if method != DENSE})
+    methods = sorted({method for method, _ in found if method != DENSE})
+
+    def total(method: str) -> float:
+        groups = (found.get((method, cr), ()) for cr in ratios)
+        return sum(statistics.mean(cell.share for cell in group) for group in groups if group)
+
+    methods.sort(key=total, reverse=True)
+    lines = [
+        [method, *(_overall(found.get((method, cr), []), cr) for cr in ratios)]
+        for method in methods
+    ]
+    dense = [
+        [DENSE, *(_interval(*group[0].total) for _ in ratios)]
+        for group in found.values()
+        if group[0].method == DENSE
+    ]
+    return _table(["method", *(f"CR {_ratio(cr)}" for cr in ratios)], [*dense, *lines])
+
+
+def _overall(group: Sequence[Result], cr: float) -> str:
+    """What draws of one method and ratio answer right; a dash where there are none."""
+    if not group:
+        return "-"
+    shares = sorted(100 * cell.share for cell in group)
+    text = _interval(*group[0].total)
+    if len(group) > 1:
+        text = f"{statistics.mean(shares):.1f} ({shares[0]:.1f} to {shares[-1]:.1f})"
+    return text if abs(group[0].cr / cr - 1) <= 0.01 else f"{text} at {_ratio(group[0].cr)}"
+
+
 def accuracy_table(cells: Iterable[Result]) -> str:
     """A row per method and ratio, the best of each ratio first; kinds where there are several."""
     groups = grouped(cells)
@@ -135,13 +174,10 @@ def accuracy_table(cells: Iterable[Result]) -> str:
     for group in groups:
         one = group[0]
         shares = [_interval(one.right[k], one.asked[k]) for k in kinds]
-        overall = _interval(*one.total)
         if len(group) > 1:
-            found = sorted(100 * cell.share for cell in group)
-            overall = f"{statistics.mean(found):.1f} ({found[0]:.1f} to {found[-1]:.1f})"
             means = (statistics.mean(c.right[k] / c.asked[k] for c in group) for k in kinds)
             shares = [f"{100 * mean:.1f}" for mean in means]
-        lines.append([one.method, _ratio(one.cr), overall, *shares])
+        lines.append([one.method, _ratio(one.cr), _overall(group, one.cr), *shares])
     return _table(["method", "CR", "overall", *kinds], lines)
 
 
