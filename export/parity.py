@@ -27,7 +27,7 @@ from edgeprune.models._reference import Reference, Step
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of two values, as a share of the largest of them where that is above 1."""
 
-NUDGES = 16
+NUDGES = 48
 """So many times pixels are changed by rounding before a difference is called one."""
 
 REPORT = "Please report the model and the command"

@@ -29,7 +29,7 @@ def _determinant_oracle(vectors: np.ndarray, keep: int) -> list[int]:
             picked = kernel[np.ix_(chosen, chosen)]
             spanned = kernel[i, chosen] @ np.linalg.pinv(picked, hermitian=True) @ kernel[chosen, i]
             left = kernel[i, i] - (spanned if chosen else 0)
-            gains[i] = round(max(left, 1e-6 * kernel[i, i]), 9)
+            gains[i] = round(max(left, 1e-4 * kernel[i, i]), 9)
         chosen.append(max(rest, key=lambda i: (gains[i], -i)))
     return sorted(chosen)
 

@@ -8,8 +8,8 @@ decode step passes its greedy steps with nothing to choose from.
 Deviations: the released code takes r_i from CLIP's text tower, negated, since patches that CLIP's
 cosine puts near a text show it least. No checkpoint supported here holds that tower, so r_i is the
 mean cosine to the embeddings of the text after the picture, in the decoder's input space, and not
-negated. A chosen token is never chosen again, and where the chosen ones span all others, those
-follow by r_i; the released code repeats tokens there.
+negated. A chosen token is never chosen again, and where the chosen ones span all others, up to
+1% of their length, those follow by r_i; the released code repeats tokens there.
 """
 
 from __future__ import annotations
