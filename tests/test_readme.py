@@ -11,7 +11,7 @@ import pytest
 
 from edgeprune import cli, models, policies
 from edgeprune.commands import listing
-from edgeprune.compare.results import Comparison, accuracy_table
+from edgeprune.compare.results import Comparison, overview_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,4 +73,4 @@ def test_the_accuracy_table_is_the_measured_one() -> None:
     text = (ROOT / "benchmarks/results/compare.json").read_text(encoding="utf-8")
     cells = Comparison.from_json(text).cells
     assert all(sum(cell.asked.values()) >= 2000 for cell in cells)
-    assert accuracy_table(cells) in README
+    assert overview_table(cells) in README
