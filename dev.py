@@ -52,7 +52,8 @@ def test() -> None:
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "tests/typecheck.py")
     # A process per core, one thread in each: several would only wait for each other.
-    run(PYTHON, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", *sys.argv[2:],
+    run(PYTHON, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile",
+        "--randomly-seed=1", *sys.argv[2:],
         OMP_NUM_THREADS="1")  # fmt: skip
 
 
