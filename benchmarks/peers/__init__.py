@@ -1,0 +1,1 @@
+"""Our dense decoder against the same decoder from other exporters."""

@@ -1,0 +1,45 @@
+"""Peers' graphs, built where the peer is installed: no import of ours but job.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.peers.job import STATIC
+
+
+def build(work: Path, peer: str) -> None:
+    """Have one peer build its graph below `work`, unless it is there."""
+    output = work / peer
+    if (output / "model.onnx").is_file():
+        return
+    draft = work / f".{peer}"
+    shutil.rmtree(draft, ignore_errors=True)
+    command = _command(peer, work / "text", draft)
+    print("$", *command, flush=True)
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    draft.rename(output)
+
+
+def _command(peer: str, text: Path, output: Path) -> list[str]:
+    tools = Path(sys.executable).parent
+    if peer == "genai":
+        module = "onnxruntime_genai.models.builder"
+        places = ["-i", str(text), "-o", str(output), "-c", f"{output}/cache"]
+        # Logits of the last token only, as ours.
+        options = ["-p", "fp32", "-e", "cpu", "--extra_options", "prune_lm_head=true"]
+        return [sys.executable, "-m", module, *places, *options]
+    if peer == "optimum":
+        options = ["--task", "text-generation-with-past", "--dtype", "fp32"]
+        tool = [str(tools / "optimum-cli"), "export", "onnx"]
+        return [*tool, "--model", str(text), *options, str(output)]
+    options = {
+        "mobius": ["--ep", "cpu"],
+        "mobius-standard": ["--ep", "default"],
+        "mobius-static": ["--ep", "cpu", "--static-cache", "--max-seq-len", str(STATIC)],
+    }[peer]
+    tool = [str(tools / "mobius"), "build", "--config", str(text), "--dtype", "f32"]
+    return [*tool, *options, str(output)]

@@ -1,0 +1,41 @@
+"""What is raced, and the words that say so; needs numpy only, for peers' environments too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Array = NDArray[Any]
+
+SHAPE = "0.5b"
+VISUAL, TEXT = 576, 64
+PREFIX = 5  # of the text tokens, those before the picture
+CLOSE = 1e-4  # largest difference of two logits, as a share of the largest logit
+
+PEERS = {
+    "genai": "shared",
+    "mobius": "shared",
+    "mobius-standard": "grown",
+    "mobius-static": "static",
+    "optimum": "grown",
+}
+"""Peers, and what their caches do: past and present in one buffer, copied every step, written at
+an index into a buffer whose size is part of the graph."""
+
+STATIC = 704  # slots of mobius-static's caches: 640 tokens and an answer
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt [1, N] and the tokens that follow it, the same for everybody."""
+
+    prompt: Ids
+    following: Ids
+
+    @property
+    def tokens(self) -> int:
+        return int(self.prompt.shape[1])

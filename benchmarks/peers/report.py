@@ -1,0 +1,91 @@
+"""Tables of a race, and everything in JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.peers.entry import Entry
+from benchmarks.peers.job import SHAPE
+
+
+def summary(heats: Sequence[Sequence[Entry]], request: argparse.Namespace) -> dict[str, Any]:
+    """The setting and every lap."""
+    return {
+        "shape": SHAPE,
+        "opens": request.opens,
+        "laps": request.laps,
+        "new_tokens": request.new_tokens,
+        "threads": request.threads,
+        "onnxruntime": ort.__version__,
+        "processor": f"{_processor()}, {os.cpu_count()} threads",
+        "heats": [[_row(entry, heat[0]) for entry in heat] for heat in heats],
+    }
+
+
+def _row(entry: Entry, first: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "tokens": entry.job.tokens,
+        "prefill_ms": [round(1e3 * s, 2) for s in entry.prefill],
+        "decode_ms": [round(1e3 * s, 3) for s in entry.decode],
+        "ours_over_it_prefill": round(_quantile(_ratios(first.prefill, entry.prefill), 0.5), 4),
+        "ours_over_it_decode": round(_quantile(_ratios(first.decode, entry.decode), 0.5), 4),
+        "logit_difference": None if entry.pruned else entry.difference,
+    }
+
+
+def table(heat: Sequence[Entry]) -> str:
+    """Medians and p10-p90; ratios of the first row to the others, taken lap by lap."""
+    first = heat[0]
+    lines = [["", "tokens", "prefill ms", "first / it", "decode ms", "first / it", "logits"]]
+    for entry in heat:
+        lines.append(
+            [
+                entry.name,
+                str(entry.job.tokens),
+                _spread([1e3 * s for s in entry.prefill], "{:.1f}"),
+                _spread(_ratios(first.prefill, entry.prefill), "{:.3f}"),
+                _spread([1e3 * s for s in entry.decode], "{:.2f}"),
+                _spread(_ratios(first.decode, entry.decode), "{:.3f}"),
+                "pruned" if entry.pruned else f"{entry.difference:.0e}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    table = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*table, _verdict(heat, "prefill"), _verdict(heat, "decode")])
+
+
+def _verdict(heat: Sequence[Entry], phase: str) -> str:
+    seconds: dict[str, list[float]] = {entry.name: getattr(entry, phase) for entry in heat}
+    peers = [entry.name for entry in heat if entry.peer]
+    best = min(peers, key=lambda name: _quantile(seconds[name], 0.5))
+    ratio = _quantile(_ratios(seconds[heat[0].name], seconds[best]), 0.5)
+    return f"{phase}: {heat[0].name} takes {ratio:.3f} of the best peer's time ({best})"
+
+
+def _ratios(first: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(first, other, strict=True)]
+
+
+def _quantile(numbers: Sequence[float], at: float) -> float:
+    return float(np.quantile(numbers, at))
+
+
+def _spread(numbers: Sequence[float], form: str) -> str:
+    low, middle, high = (form.format(_quantile(numbers, at)) for at in (0.1, 0.5, 0.9))
+    return f"{middle} ({low}-{high})"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
