@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ Node = Any  # onnx.NodeProto; onnx has no types of its own
 
 @dataclass
 class Graph:
-    """The top level of a model, its values looked up by name."""
+    """A model, the bodies of its If, Loop and Scan nodes too; its values looked up by name."""
 
     opset: int
     nodes: list[Node]
@@ -35,22 +36,25 @@ class Graph:
         with suppress(shape_inference.InferenceError):
             model = shape_inference.infer_shapes(model)
         graph = model.graph
-        makers = {output: node for node in graph.node for output in node.output}
-        tensors = {tensor.name: tensor for tensor in graph.initializer}
-        for node in graph.node:
+        parts = list(_with_bodies(graph))
+        nodes = [node for part in parts for node in part.node]
+        makers = {output: node for node in nodes for output in node.output}
+        tensors = {tensor.name: tensor for part in parts for tensor in part.initializer}
+        for node in nodes:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 tensors[node.output[0]] = node.attribute[0].t
         found = cls(
             opset=max((o.version for o in model.opset_import if o.domain == ""), default=0),
-            nodes=list(graph.node),
-            domains={node.domain for node in graph.node},
+            nodes=nodes,
+            domains={node.domain for node in nodes},
             inputs={value.name for value in graph.input},
             outputs={value.name for value in graph.output},
             makers=makers,
             tensors=tensors,
         )
-        for value in (*graph.value_info, *graph.input, *graph.output):
-            found._note(value)
+        for part in parts:
+            for value in (*part.value_info, *part.input, *part.output):
+                found._note(value)
         for name, tensor in tensors.items():
             found.types[name], found.shapes[name] = tensor.data_type, tuple(tensor.dims)
         return found
@@ -93,6 +97,15 @@ class Graph:
         if maker.op_type in ("Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Concat"):
             return bounds[0] if bounds else None
         return None
+
+
+def _with_bodies(graph: Any) -> Iterator[Any]:
+    """A graph and those inside it; names are unique across all of them."""
+    yield graph
+    for node in graph.node:
+        for entry in node.attribute:
+            for body in (entry.g, *entry.graphs) if entry.HasField("g") else entry.graphs:
+                yield from _with_bodies(body)
 
 
 def attribute(node: Node, name: str, default: Any = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,20 @@ def test_operators_and_element_types(
     assert any(says in problem.says for problem in check_model(model)[0].problems)
 
 
+def test_branches_are_looked_into() -> None:
+    model = one_node("Abs", TensorProto.FLOAT, 18)
+    branches = {}
+    for branch, operator in [("then_branch", "Det"), ("else_branch", "Abs")]:
+        out = helper.make_tensor_value_info(branch, TensorProto.FLOAT, None)
+        node = helper.make_node(operator, ["x"], [branch], name=f"in {branch}")
+        branches[branch] = helper.make_graph([node], branch, [], [out])
+    del model.graph.node[:]
+    model.graph.node.append(helper.make_node("If", ["asked"], ["y"], name="if", **branches))
+    model.graph.initializer.append(helper.make_tensor("asked", TensorProto.BOOL, [], [True]))
+    assert verdict(model) == "-------+"
+    assert {p.node for v in check_model(model) for p in v.problems} == {"in then_branch (Det)"}
+
+
 def test_weights_are_not_read(tiny_jetpack7: Path, tmp_path: Path) -> None:
     for name in ("vision.onnx", "decoder.onnx"):
         alone = tmp_path / name
@@ -140,6 +155,18 @@ def test_a_bundle_and_its_targets(tiny_jetpack7: Path, capsys: pytest.CaptureFix
         "trt-10.13",
     ]
     assert record["refused"] == []
+
+
+def test_a_bundle_for_the_cpu_is_for_no_tensorrt(
+    tiny_jetpack7: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "b"
+    shutil.copytree(tiny_jetpack7, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"target": "cpu"}))
+    assert main(["check", str(bundle), "--target", "rtx"]) == 1
+    assert "no output `token`" in capsys.readouterr().out
+    assert main(["check", str(bundle), "--target", "cpu"]) == 0
 
 
 def test_an_installed_parser_has_a_say(

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 GRAPHS = ("vision.onnx", "decoder.onnx")
 ENGINES = {"trt": "TensorRT", "rtx": "TensorRT-RTX", "ort": "ONNX Runtime"}
+FOR_A_CPU = (
+    "decoder.onnx: it has no output `token`, which TensorRT's backends read; export it with"
+    " --target rtx, jetpack7 or jetpack6"
+)
 MODULES = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "torch", "onnx")
 
 Report = tuple[dict[str, Any], str]  # for programs, for people
@@ -80,7 +84,7 @@ def _bundle(path: Path, asked: list[str]) -> Report:
     bundle = Bundle.open(path)
     verdicts = [check.check_graph(bundle.file(name)) for name in GRAPHS]
     here, manifest = parsers.ask(bundle), bundle.manifest
-    rows = [_row(pair, here) for pair in zip(*verdicts, strict=True)]
+    rows = [_row(pair, here, manifest.target) for pair in zip(*verdicts, strict=True)]
     refused = [row["title"] for row in rows if {*asked} & {*row["names"]} and not row["accepted"]]
     head = f"{manifest.name}: {manifest.dialect}, opset {manifest.opset}, {manifest.dtype}"
     answers = [("yes" if r["accepted"] else "no", r["title"], r["first"]) for r in rows]
@@ -96,7 +100,7 @@ def _bundle(path: Path, asked: list[str]) -> Report:
     return record, "\n".join(lines)
 
 
-def _row(verdicts: tuple[Verdict, ...], here: list[Parser]) -> dict[str, Any]:
+def _row(verdicts: tuple[Verdict, ...], here: list[Parser], exported_for: str) -> dict[str, Any]:
     """What one target says of both graphs; a parser of that version that is here has a say too."""
     target = verdicts[0].target
     reasons = [r for name, v in zip(GRAPHS, verdicts, strict=True) for r in _reasons(name, v)]
@@ -106,6 +110,9 @@ def _row(verdicts: tuple[Verdict, ...], here: list[Parser]) -> dict[str, Any]:
         if same and parser.asked and parser.refusal:
             reasons.append(f"{parser.title} itself: {parser.refusal}")
     firsts = [verdict.first for verdict in verdicts]
+    if target.engine != "ort" and exported_for == "cpu":
+        reasons.append(FOR_A_CPU)
+        firsts.append(None)
     known = [first for first in firsts if first is not None]
     version = ".".join(map(str, max(known))) if len(known) == len(firsts) else ""
     return {
