@@ -54,7 +54,7 @@ def test_a_method_s_row_is_what_the_program_says(name: str) -> None:
 def test_every_command_shown_parses(page: Path) -> None:
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^    edgeprune (\w+ .*?|\w+)(?: *#.*)?$", text, re.MULTILINE)
-    assert len(commands) >= 4
+    assert commands
     for command in commands:
         arguments = [a.strip('"') for a in re.findall(r'"[^"]*"|\S+', command)]
         cli.parser().parse_args(arguments)
@@ -66,7 +66,8 @@ def test_every_file_named_exists(page: Path) -> None:
     for name in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (page.parent / name).exists(), name
     for module in re.findall(r"python -m (benchmarks\.[\w.]+)", text):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 def test_the_accuracy_table_is_the_measured_one() -> None:
