@@ -100,7 +100,9 @@ def apart(request: BenchRequest) -> BenchResult:
     single = [replace(request, bundles=(path,), laps=1, warmup=1) for path in request.bundles]
     rounds = [[bench(one) for one in single] for _ in range(request.laps)]
     rows = tuple(_joined([found.rows[0] for found in turn]) for turn in zip(*rounds, strict=True))
-    return replace(rounds[0][0], rows=rows)
+    names = [path.name for path in request.bundles]
+    asked = rounds[0][0].request | {"bundles": names, "laps": request.laps}
+    return replace(rounds[0][0], rows=rows, request=asked)
 
 
 def _joined(rows: Sequence[Row]) -> Row:
