@@ -20,7 +20,7 @@ from edgeprune.compare.answers import Answered, Asking, difference
 from edgeprune.compare.cells import DENSE, Cell, grid
 from edgeprune.compare.comparing import CompareRequest, answers, compare
 from edgeprune.compare.questions import HELD_OUT, Questions
-from edgeprune.compare.store import write_whole
+from edgeprune.files import write_whole
 from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
 

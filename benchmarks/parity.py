@@ -28,15 +28,17 @@ from edgeprune.bundle import Bundle
 from edgeprune.compare.bundles import Bundles, code
 from edgeprune.compare.cells import DENSE, Cell, grid
 from edgeprune.compare.questions import Questions
-from edgeprune.compare.store import Store, installed, key_of, write_whole
+from edgeprune.compare.store import Store, key_of
 from edgeprune.compare.workers import each
 from edgeprune.errors import ParityError
 from edgeprune.export import parity
+from edgeprune.files import write_whole
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
+from edgeprune.versions import installed
 
 MODEL = "demo"
 

@@ -29,9 +29,10 @@ from edgeprune import policies
 from edgeprune.bundle import Bundle
 from edgeprune.compare.bundles import code
 from edgeprune.compare.race import Race
-from edgeprune.compare.store import Store, key_of, write_whole
+from edgeprune.compare.store import Store, key_of
 from edgeprune.errors import SpecError
 from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.files import write_whole
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy

@@ -11,13 +11,9 @@ A bundle is written in a hidden folder beside its place and renamed, so it is wh
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -26,11 +22,9 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from edgeprune.errors import BundleError, SpecError
+from edgeprune.files import replaced
 from edgeprune.spec import Plan, Stage
 from edgeprune.tiling import Tiling
-
-if sys.platform != "win32":
-    import fcntl
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -297,6 +291,11 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 
 def check_target(target: Path) -> None:
     """BundleError, before any work, unless a bundle may be written at `target`."""
+    if target.name in ("", ".."):  # a draft beside it would lie within it
+        raise BundleError(
+            f"a bundle is a new folder, {target} has no name of its own; choose another --output,"
+            f" such as {target / 'bundle'}"
+        )
     if target.exists() and not target.is_dir():
         raise BundleError(f"{target} is a file, a bundle is a folder; choose another --output")
     if target.is_dir() and any(target.iterdir()) and not _is_bundle(target):
@@ -313,59 +312,8 @@ def _is_bundle(folder: Path) -> bool:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A new folder that becomes `target` when the block ends well, and vanishes otherwise.
-
-    What an export that was killed left behind is swept by the next one to the same place.
-    """
+    """A new folder that becomes the bundle `target` when the block ends well, or vanishes."""
     check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    work = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    lock = _lock(work)
-    try:
-        draft = work / "new"
-        draft.mkdir()
+    with replaced(target) as draft:
         yield draft
-        _replace(draft, target, work / "old")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.draft-"
-
-
-def _replace(draft: Path, target: Path, old: Path) -> None:
-    check_target(target)  # again: minutes have passed
-    if target.exists():
-        target.rename(old)
-    try:
-        draft.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-
-
-def _sweep(target: Path) -> None:
-    """Remove drafts for `target` whose export no longer runs: nobody holds their lock."""
-    for work in target.parent.glob(f"{glob.escape(_prefix(target))}????????"):
-        lock = _lock(work)
-        if lock is not None:
-            shutil.rmtree(work, ignore_errors=True)
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until closed or until this process ends; None where that cannot be done."""
-    if sys.platform == "win32":
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        check_target(target)  # again: minutes have passed

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
 from edgeprune.spec import Plan, PruneSpec
+from edgeprune.versions import installed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_FILES = ("chat_template.jinja", "generation_config.json")
@@ -159,7 +159,7 @@ def _write_graphs(
             step = partial(report, f"{name} weights")
             weights.fill(graphs[name], module, adapter, dtype, step)
     for name, model in graphs.items():
-        model.producer_name, model.producer_version = "edgeprune", version("edgeprune")
+        model.producer_name, model.producer_version = "edgeprune", installed("edgeprune")
         ir.save(model, draft / f"{name}.onnx")
         onnx.checker.check_model(str(draft / f"{name}.onnx"))
 
@@ -234,7 +234,7 @@ def _manifest(
         text=text,
         files=record_files(draft),
         parity=asdict(checked) if checked else {"samples": 0, "why": request.no_parity},
-        versions={package: version(package) for package in PACKAGES},
+        versions={package: installed(package) for package in PACKAGES},
     )
 
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import Bundle, Manifest, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
+from edgeprune.files import replaced
 from edgeprune.runtime import trt as seam
 from edgeprune.runtime._static import with_sizes
 from edgeprune.runtime.engines import ENGINES, GRAPHS, RECORD, graphs, read, whole
@@ -95,7 +93,7 @@ def build(request: BuildRequest, report: seam.Report = lambda step, done, total:
     grows = bundle.manifest.decoder.cache == "grow"
     profiles = _profiles(bundle, request, capacities if grows else ())
     builder = _Builder(trt, request, bundle, report)
-    with _draft(target) as draft:
+    with replaced(target) as draft:
         engines = {
             "vision": builder.compile("vision", {}, {}, draft),
             "decoder": builder.compile("decoder", {} if grows else sizes, profiles, draft),
@@ -175,22 +173,6 @@ def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
     parts = [request.backend, version, gpus, manifest.dtype]
     everything = "\n".join([*parts, *files, str(request.text_capacity)])
     return "-".join([*parts, hashlib.sha256(everything.encode()).hexdigest()[:12]])
-
-
-@contextmanager
-def _draft(target: Path) -> Iterator[Path]:
-    """A new folder that replaces `target` when the block ends well, and vanishes otherwise."""
-    target.parent.mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
-    try:
-        draft = work / "new"
-        draft.mkdir()
-        yield draft
-        if target.exists():
-            target.rename(work / "old")
-        draft.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 class _Builder:

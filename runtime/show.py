@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from contextlib import suppress
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from PIL import Image
 
 from edgeprune.bundle import ImageRecord, Manifest
 from edgeprune.errors import BundleError, InputError
+from edgeprune.files import write_whole
 from edgeprune.runtime.backend import Ids
 from edgeprune.runtime.images import to_pixels
 from edgeprune.runtime.session import Answer
@@ -179,17 +178,6 @@ def check_target(file: Path) -> None:
 def save(picture: Image.Image, file: Path) -> None:
     """Write the picture under its name, whole or not at all; the name says the format."""
     check_target(file)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        draft = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                picture.save(stream, FORMATS[file.suffix.lower()], quality=92, optimize=True)
-            draft.chmod(0o644)  # mkstemp's are their owner's alone
-            draft.replace(file)
-        finally:
-            with suppress(OSError):
-                draft.unlink()
-    except OSError as error:
-        why = error.strerror or error
-        raise InputError(f"{file} cannot be written ({why}); choose another --output") from error
+    encoded = io.BytesIO()
+    picture.save(encoded, FORMATS[file.suffix.lower()], quality=92, optimize=True)
+    write_whole(file, encoded.getvalue())

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from conftest import Refused
 
-from edgeprune.bundle import atomic_folder
+from edgeprune.bundle import Bundle, atomic_folder
 from edgeprune.cli import main
 from edgeprune.errors import BundleError
 
@@ -45,6 +47,22 @@ def test_a_place_that_is_taken(command: list[str], tmp_path: Path, refused: Refu
     assert "folder exists and is no bundle" in refused(*command, "-o", tmp_path / "folder")
     assert "choose another --output" in refused(*command, "-o", tmp_path / "file" / "bundle")
     assert _tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", [".", "..", "folder/.."])
+def test_a_place_without_a_name_is_refused_at_once(
+    output: str,
+    command: list[str],
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty")
+    line = refused(*command, "-o", output)
+    assert (
+        f"has no name of its own; choose another --output, such as {Path(output, 'bundle')}" in line
+    )
 
 
 def test_a_place_that_cannot_be_written(
@@ -176,6 +194,25 @@ def test_an_export_that_is_killed(command: list[str], tmp_path: Path) -> None:
     (tmp_path / ".bundle.notes").mkdir()  # not ours
     assert main([*command, "-o", str(bundle)]) == 0
     assert {entry.name for entry in tmp_path.iterdir()} == {"bundle", ".bundle.notes"}
+
+
+def test_onnxruntime_may_be_of_another_package(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where onnxruntime-gpu was installed in its place."""
+    found = metadata.distribution
+
+    def other(name: str) -> metadata.Distribution:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return found(name.removesuffix("-gpu"))
+
+    monkeypatch.setattr(metadata, "distribution", other)
+    packages = {"onnxruntime": ["onnxruntime-gpu"]}
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: packages)
+    assert main([*command, "-o", str(tmp_path / "bundle")]) == 0
+    versions = Bundle.open(tmp_path / "bundle").manifest.versions
+    assert versions["onnxruntime"] == onnxruntime.__version__
 
 
 def test_what_the_exporter_assumed_is_told(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle, Manifest
 from edgeprune.cli import main
-from edgeprune.errors import BundleError, InputError
+from edgeprune.errors import BundleError, SpecError
 from edgeprune.runtime.chart import LOSS, chart
 from edgeprune.runtime.figure import figure, representative
 from edgeprune.runtime.images import load_image
@@ -247,11 +247,11 @@ def test_a_picture_that_cannot_be_written_leaves_what_was_there(
     save(Image.new("RGB", (4, 4)), file)
     before = file.read_bytes()
 
-    def full(*_: object, **__: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(InputError, match=r"out\.png cannot be written \(No space left on device\)"):
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(SpecError, match=r"out\.png cannot be written \(No space left on device\)"):
         save(Image.new("RGB", (8, 8)), file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]

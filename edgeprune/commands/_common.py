@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import SpecError
+from edgeprune.files import unwritable, write_whole
 from edgeprune.tiling import Size
 
 if TYPE_CHECKING:
@@ -93,23 +94,17 @@ def check_output(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(file, error.strerror) from error
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise _unwritable(file, "no permission")
+        raise unwritable(file, error.strerror or str(error)) from error
+    places = [file] if file.exists() else []
+    if file.is_file() or not places:  # its draft lies beside it; a device has none
+        places.append(file.resolve().parent)
+    if not all(os.access(place, os.W_OK) for place in places):
+        raise unwritable(file, "no permission")
 
 
 def write_output(file: Path, text: str) -> None:
     """Write a result, the whole of it or nothing."""
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        if file.is_file():
-            file.unlink()
-        raise _unwritable(file, error.strerror) from error
-
-
-def _unwritable(file: Path, why: str | None) -> SpecError:
-    return SpecError(f"{file} cannot be written ({why}); choose another place")
+    write_whole(file, text.encode())
 
 
 def calibration(args: argparse.Namespace, cr: float) -> CalibrationRequest:

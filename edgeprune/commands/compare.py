@@ -137,7 +137,7 @@ def _jobs(asked: int | None) -> int:
 
 def _write(comparison: Comparison, folder: Path) -> list[Path]:
     from edgeprune.compare.figure import figure
-    from edgeprune.compare.store import write_whole
+    from edgeprune.files import write_whole
     from edgeprune.runtime.show import save
 
     texts = {

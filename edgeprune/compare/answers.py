@@ -13,11 +13,12 @@ import numpy as np
 
 from edgeprune import cost
 from edgeprune.compare.questions import Questions
-from edgeprune.compare.store import installed, key_of
+from edgeprune.compare.store import key_of
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.ort import ELEMENTS
 from edgeprune.runtime.session import BACKENDS
+from edgeprune.versions import installed
 
 PACKAGES = ("edgeprune", "onnxruntime", "numpy", "pillow", "tokenizers")
 EVERY = 20

@@ -20,10 +20,11 @@ import edgeprune
 from edgeprune import calib, export, models, policies
 from edgeprune.bundle import Bundle, Manifest
 from edgeprune.compare.cells import Cell
-from edgeprune.compare.store import Store, installed, key_of
+from edgeprune.compare.store import Store, key_of
 from edgeprune.errors import BundleError, ScheduleError, SpecError
 from edgeprune.models import open_model
 from edgeprune.recipe import Recipe, make
+from edgeprune.versions import installed
 
 PACKAGES = ("edgeprune", "torch", "transformers", "onnx", "onnxscript", "numpy", "highspy")
 WEIGHTS = "weights.bin"

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.compare.store import installed, key_of
+from edgeprune.compare.store import key_of
 from edgeprune.errors import SpecError
 from edgeprune.runtime.bench import BenchRequest, bench
+from edgeprune.versions import installed
 
 
 @dataclass(frozen=True)

@@ -7,30 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import SpecError
+from edgeprune.files import write_whole
 
 
 def key_of(*parts: object) -> str:
     """One hash over whatever JSON can hold."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def installed(package: str) -> str:
-    """A package's version; onnxruntime's is its module's, whichever package brought that."""
-    if package == "onnxruntime":
-        import onnxruntime
-
-        return str(onnxruntime.__version__)
-    return version(package)
 
 
 @dataclass(frozen=True)
@@ -53,22 +40,3 @@ class Store:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all; SpecError where it cannot be."""
-    draft = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        draft = Path(name)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        draft.chmod(0o644)  # mkstemp's are their owner's alone
-        draft.replace(file)
-    except OSError as error:
-        raise SpecError(f"{file} cannot be written ({error.strerror or error})") from error
-    finally:
-        if draft is not None:
-            with suppress(OSError):
-                draft.unlink()
