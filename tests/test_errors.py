@@ -130,6 +130,12 @@ def _without(folder: Path, tensor: str) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def _name_another(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["language_model.another"] = SHARD
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def _template_without_image(folder: Path) -> None:
     template = "{% for message in messages %}USER: hello {% endfor %}ASSISTANT:"
     (folder / "chat_template.jinja").write_text(template)
@@ -151,6 +157,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "shard missing": (lambda f: (f / SHARD).unlink(), [SHARD, "is missing"]),
     "index cut": (lambda f: _cut(f / INDEX), [INDEX, "cannot be read"]),
     "index empty": (lambda f: (f / INDEX).write_text("{}"), [INDEX, "maps no tensors"]),
+    "tensor not in shard": (_name_another, [SHARD, "is damaged at language_model.another"]),
     "no safetensors": (
         lambda f: [(f / INDEX).unlink(), (f / SHARD).rename(f / "pytorch_model.bin")],
         ["only safetensors are read"],
