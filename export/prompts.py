@@ -15,6 +15,7 @@ from typing import Any
 
 from edgeprune.bundle import TextRecord
 from edgeprune.errors import ModelError
+from edgeprune.models._chat import assumed
 from edgeprune.models._media import Media
 
 Turn = tuple[str, list[str]]  # role, and texts of which one may be the image token
@@ -142,10 +143,8 @@ def _owner(source: Any) -> Any:
 def _templates(source: Any, config: Any, image: _Image) -> tuple[str, str]:
     """`first` with {image} and {prompt}, `next` with {prompt}."""
     if _owner(source) is None:
-        if config.model_type != "llava" or image.count > 1:
-            raise ModelError("the checkpoint has no chat template; add chat_template.jinja to it")
-        eos = _tokenizer(source).eos_token or ""
-        return "USER: {image}\n{prompt} ASSISTANT:", eos + "USER: {prompt} ASSISTANT:"
+        first, later = assumed(config.model_type, image.count)
+        return first, (_tokenizer(source).eos_token or "") + later
     first = _render_first(source, image, "{prompt}")
     return first, _render_next(source, image, first)
 

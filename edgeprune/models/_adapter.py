@@ -89,7 +89,8 @@ class Adapter:
         run alone."""
         if self.media.runs == 1:
             return []
-        return Chat(self.checkpoint.folder).split(self.media, "?")[1]
+        chat = Chat(self.checkpoint.folder, self.config.model_type)
+        return chat.split(self.media, "?")[1]
 
     @property
     def pixels(self) -> tuple[int, ...]:

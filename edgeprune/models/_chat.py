@@ -13,13 +13,17 @@ from edgeprune.errors import ModelError
 from edgeprune.models._checkpoint import read_json
 from edgeprune.models._media import RUN, Media
 
+FIRST, LATER = "USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:"
+"""A first turn and a later one as LLaVA-1.5's template writes them."""
+
 
 class Chat:
     """Reads tokenizer and template by themselves: none of a checkpoint's code is run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, family: str) -> None:
         from transformers import AutoTokenizer
 
+        self.family = family
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a broken folder
@@ -29,15 +33,31 @@ class Chat:
 
     def ids(self, media: Media, question: str) -> Tensor:
         """The whole prompt, one visual token for each run of them: int64 [n]."""
-        content = [{"type": media.part}] * media.count + [{"type": "text", "text": question}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
         written, token = map(self._token, (media.placeholder, media.token))
+        text = self._written(media, question, written)
         text = text.replace(written, media.spelled.replace(RUN, token))
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
         return torch.tensor(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _written(self, media: Media, question: str, placeholder: str) -> str:
+        """The prompt as the template writes it; ModelError where it cannot."""
+        if not self.tokenizer.chat_template:
+            first, _ = assumed(self.family, media.count)
+            return first.replace("{image}", placeholder).replace("{prompt}", question)
+        content = [{"type": media.part}] * media.count + [{"type": "text", "text": question}]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+            )
+        except Exception as error:  # a template may fail in any way
+            raise ModelError(
+                f"the chat template fails ({error}); repair chat_template.jinja"
+            ) from error
 
     def split(self, media: Media, question: str) -> tuple[Tensor, list[list[int]], Tensor]:
         """Ids before the first run of visual tokens [1, P], between runs, after the last [1, T]."""
@@ -53,6 +73,13 @@ class Chat:
 
     def _token(self, number: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(number))
+
+
+def assumed(family: str, pictures: int) -> tuple[str, str]:
+    """FIRST and LATER, for a checkpoint without a template; ModelError where they do not suit."""
+    if family != "llava" or pictures > 1:
+        raise ModelError("the checkpoint has no chat template; add chat_template.jinja to it")
+    return FIRST, LATER
 
 
 def _processors_template(folder: Path) -> str | None:

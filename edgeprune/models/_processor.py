@@ -37,7 +37,7 @@ class Processor:
         from transformers import AutoImageProcessor
 
         folder = adapter.checkpoint.folder
-        self.chat, self.adapter = Chat(folder), adapter
+        self.chat, self.adapter = Chat(folder, adapter.config.model_type), adapter
         try:
             own = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a broken folder

@@ -48,7 +48,7 @@ class Adapter(_adapter.Adapter):
         return self.media, one.chained(self.between())
 
     def _video(self, frames: int) -> Media:
-        tokenizer = Chat(self.checkpoint.folder).tokenizer
+        tokenizer = Chat(self.checkpoint.folder, self.config.model_type).tokenizer
         placeholder = tokenizer.convert_tokens_to_ids(tokenizer.video_token)
         spelled = "\n".join(f"Frame{i}: {PICTURE}" for i in range(1, frames + 1))
         return Media(placeholder, int(self.config.image_token_id), "video", spelled=spelled)
