@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from edgeprune import __version__
 from edgeprune.calib.collect import collect
 from edgeprune.calib.samples import Sample, demo_samples, user_samples
-from edgeprune.calib.schedule import Evidence, Schedule, solve
+from edgeprune.calib.schedule import Evidence, Schedule, read_schedule, solve
 from edgeprune.errors import ScheduleError, SpecError
+from edgeprune.files import write_whole
 from edgeprune.models import Adapter
 from edgeprune.models._memory import check_memory
 from edgeprune.models._processor import Processor
@@ -65,10 +68,8 @@ def calibrate(
     sites = f"-sites{request.max_sites}" if request.max_sites else ""
     stored = request.folder / f"{key}-cr{request.cr:g}-{request.solver}{sites}.json"
     if stored.is_file():
-        try:
-            return Schedule.from_json(stored.read_text(encoding="utf-8"))
-        except ScheduleError:
-            stored.unlink()  # cut short while it was written: solve again
+        with suppress(ScheduleError):  # damaged: solve again
+            return read_schedule(stored, adapter.shape, request.cr)
     evidence = _evidence(request, adapter, policy, processor, key, report)
     report("solve schedule", 0, 1)
     schedule = solve(
@@ -92,12 +93,8 @@ def _evidence(
 ) -> Evidence:
     stored = request.folder / f"{key}.npz"
     if stored.is_file():
-        try:
-            with np.load(stored, allow_pickle=False) as data:
-                ids = tuple(str(name) for name in data["ids"])
-                return Evidence(data["attention"], data["loss"], data["entry"], ids)
-        except (OSError, ValueError, KeyError):
-            stored.unlink()
+        with suppress(Exception):  # damaged in any way, which zipfile tells in many: measure again
+            return _load(stored)
     check_memory(adapter, "calibration", "make a schedule on a larger machine: edgeprune calibrate")
     evidence = collect(
         adapter,
@@ -126,9 +123,11 @@ def _samples(
 
 
 def _key(request: CalibrationRequest, adapter: Adapter, policy: Policy) -> str:
-    """Names evidence by all that it depends on: weights, picture, method with options, samples."""
-    parts = [adapter.checkpoint.fingerprint(), f"{type(policy).__module__}:{policy}"]
-    parts.append(f"{adapter.pixels} {adapter.tiling}")
+    """Names evidence by all that it depends on: weights, what a prompt shows, method with options,
+    samples, and this version of edgeprune."""
+    parts = [__version__, adapter.checkpoint.fingerprint()]
+    parts.append(f"{type(policy).__module__}:{policy}")
+    parts.append(f"{adapter.pixels} {adapter.tiling} {adapter.asked}")
     parts.append(f"{request.samples} of {_samples_fingerprint(request)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
@@ -143,6 +142,12 @@ def _samples_fingerprint(request: CalibrationRequest) -> str:
             f"--samples-file {request.file} cannot be read: {error.strerror}"
         ) from error
     return f"{content} in {(request.images or request.file.parent).resolve()}"
+
+
+def _load(file: Path) -> Evidence:
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
+        ids = tuple(str(name) for name in data["ids"])
+        return Evidence(data["attention"], data["loss"], data["entry"], ids)
 
 
 def _save(file: Path, evidence: Evidence) -> None:
@@ -161,11 +166,6 @@ def _save(file: Path, evidence: Evidence) -> None:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """Whole or not at all; a cache that cannot be written is no reason to fail."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(data)
-        draft.replace(file)
-    except OSError:
-        draft.unlink(missing_ok=True)
+    """A cache that cannot be written is no reason to fail."""
+    with suppress(SpecError):
+        write_whole(file, data)

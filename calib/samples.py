@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from edgeprune.errors import InputError
 from edgeprune.models._processor import Processor, Prompt
@@ -41,10 +41,17 @@ def user_samples(processor: Processor, file: Path, images: Path, count: int) -> 
         name, question = _question(file, number, record)
         path = images / str(record["image"])
         try:
-            with Image.open(path) as image:
-                yield Sample(str(record.get("id", name)), processor(image, question))
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"record {number} of {file}: {path} is no readable image") from error
+            picture = _picture(path)
+        except Exception as error:  # a decoder may raise anything on a damaged file
+            raise InputError(
+                f"record {number} of {file}: {path} is no readable image ({error})"
+            ) from error
+        yield Sample(str(record.get("id", name)), processor(picture, question))
+
+
+def _picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
@@ -65,9 +72,10 @@ def _question(file: Path, number: int, record: dict[str, Any]) -> tuple[str, str
     try:
         turns = record["conversations"]
         question = next(t["value"] for t in turns if t["from"] in ("human", "user"))
+        question = question.replace("<image>", "").strip()
         image = record["image"]
-    except (KeyError, TypeError, StopIteration) as error:
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise InputError(
-            f"record {number} of {file} lacks `image` or a human turn in `conversations`"
+            f"record {number} of {file} lacks `image` or a human turn's text in `conversations`"
         ) from error
-    return f"{image}#{number}", question.replace("<image>", "").strip()
+    return f"{image}#{number}", question

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Refused
 from PIL import Image
 
 from edgeprune.bundle import Bundle
@@ -18,11 +21,16 @@ from edgeprune.calib.collect import collect
 from edgeprune.calib.samples import Sample, demo_samples
 from edgeprune.calib.schedule import Schedule
 from edgeprune.cli import main
+from edgeprune.errors import ModelError
+from edgeprune.export.prompts import save_tokenizer, text_record
 from edgeprune.models import Adapter, open_model
+from edgeprune.models._chat import Chat
 from edgeprune.models._processor import Processor
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy, make
+from edgeprune.runtime.text import Prompter
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
+from tests.qwen import plain_checkpoint
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,133 @@ def test_what_was_solved_is_not_solved_again(
     monkeypatch.setattr(calibrate, "solve", never)
     assert main(["calibrate", *options, "-o", str(second)]) == 0
     assert first.read_text() == second.read_text()
+
+
+def _again(options: list[object], file: Path) -> tuple[int, ...]:
+    """Counts that `calibrate` writes."""
+    assert main(["calibrate", *map(str, options), "-o", str(file)]) == 0
+    return Schedule.from_json(file.read_text()).counts
+
+
+def test_what_is_damaged_in_the_cache_is_made_again(
+    instruct: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(cache := tmp_path / "cache"))
+    options = ["--model", tiny_checkpoint, "--samples-file", instruct, "--samples", 1]
+    other = _again([*options, "--cr", 3], tmp_path / "other.json")
+    for file in cache.glob("*.json"):
+        file.unlink()
+    counts = _again([*options, "--cr", 2], tmp_path / "first.json")
+    assert counts != other
+    (evidence,), (schedule,) = cache.glob("*.npz"), cache.glob("*.json")
+    whole, middle = evidence.read_bytes(), evidence.stat().st_size // 3
+    with np.load(evidence) as arrays:
+        flat = {name: array.ravel() for name, array in arrays.items()}
+    np.savez(shaped := tmp_path / "flat.npz", **flat)
+    altered = whole[:middle] + bytes(byte ^ 255 for byte in whole[middle:])
+    for damaged in (b"", whole[:middle], altered, shaped.read_bytes()):
+        evidence.write_bytes(damaged)
+        schedule.unlink()
+        assert _again([*options, "--cr", 2], tmp_path / "second.json") == counts
+        assert len(evidence.read_bytes()) == len(whole), "measured again"
+    for damaged in (b"", b"\xff", (tmp_path / "other.json").read_bytes()):
+        schedule.write_bytes(damaged)
+        assert _again([*options, "--cr", 2], tmp_path / "second.json") == counts
+
+
+def test_a_schedule_for_pictures_is_none_for_frames(instruct: Path, tmp_path: Path) -> None:
+    """Four pictures and four frames have the same pixels, but other visual tokens."""
+    checkpoint = plain_checkpoint(tmp_path / "qwen")
+    options = ["--model", checkpoint, "--samples-file", instruct, "--samples", 1, "--cr", 2]
+    options += ["--method", "utp", "--image-size", "140x196"]
+    pictures = _again([*options, "--pictures", 4], tmp_path / "pictures.json")
+    frames = _again([*options, "--frames", 4], tmp_path / "frames.json")
+    assert sum(pictures) > sum(frames)
+
+
+def test_another_version_measures_again(
+    instruct: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeprune.calib import calibrate
+
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(cache := tmp_path / "cache"))
+    options = ["--model", tiny_checkpoint, "--samples-file", instruct, "--samples", 1, "--cr", 2]
+    for version in ("1.0", "1.0", "2.0"):
+        monkeypatch.setattr(calibrate, "__version__", version)
+        _again(options, tmp_path / "schedule.json")
+    assert len(list(cache.glob("*.npz"))) == 2
+
+
+def _png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A file of these chunks, their sums right."""
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in chunks:
+        sum_ = zlib.crc32(name + data)
+        parts += [len(data).to_bytes(4, "big"), name, data, sum_.to_bytes(4, "big")]
+    return b"".join(parts)
+
+
+def _header(side: int) -> tuple[bytes, bytes]:
+    return b"IHDR", side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+
+
+PICTURES = {
+    "huge": (_png(_header(20_000), (b"IDAT", b"")), "exceeds limit"),
+    "broken": (
+        _png(_header(60), (b"IDAT", zlib.compress(bytes(60))), (b"\xff" * 4, b"")),
+        "broken",
+    ),
+    "none": (b"text", "cannot identify"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), PICTURES.values(), ids=PICTURES.keys())
+def test_a_sample_whose_picture_cannot_be_read(
+    content: bytes, says: str, instruct: Path, tiny_checkpoint: Path, refused: Refused
+) -> None:
+    (instruct.parent / "0.png").write_bytes(content)
+    options = ["--model", tiny_checkpoint, "--samples-file", instruct, "--samples", 1]
+    line = refused("calibrate", *options, "-o", instruct.parent / "schedule.json")
+    assert f"record 0 of {instruct}: {instruct.parent / '0.png'} is no readable image (" in line
+    assert says in line
+
+
+def test_a_sample_whose_question_is_no_text(
+    instruct: Path, tiny_checkpoint: Path, refused: Refused
+) -> None:
+    records = json.loads(instruct.read_text())
+    records[0]["conversations"][0]["value"] = 7
+    instruct.write_text(json.dumps(records))
+    options = ["--model", tiny_checkpoint, "--samples-file", instruct]
+    line = refused("calibrate", *options, "-o", instruct.parent / "schedule.json")
+    assert f"record 0 of {instruct} lacks `image` or a human turn's text" in line
+
+
+def test_a_checkpoint_without_a_template_is_asked_as_its_bundle_is(
+    instruct: Path, copy_checkpoint: Callable[[], Path], tmp_path: Path
+) -> None:
+    (checkpoint := copy_checkpoint()).joinpath("chat_template.jinja").unlink()
+    options = ["--model", checkpoint, "--samples-file", instruct, "--samples", 1, "--cr", 2]
+    assert _again(options, tmp_path / "schedule.json")
+    processor = Processor(adapter := open_model(str(checkpoint)))
+    save_tokenizer(processor, file := tmp_path / "tokenizer.json")
+    prompter = Prompter(file, text_record(processor, adapter.config, None, adapter.media))
+    question = "what {color} is it ?"
+    prefix, _, text = processor.chat.split(adapter.media, question)
+    wanted = prompter.first_turn(question)
+    assert [prefix.tolist(), text.tolist()] == [ids.tolist() for ids in wanted]
+    with pytest.raises(ModelError, match=r"no chat template; add chat_template\.jinja"):
+        Chat(checkpoint, "llava_next").ids(adapter.media, question)
+
+
+def test_a_template_that_fails_is_named(
+    instruct: Path, copy_checkpoint: Callable[[], Path], refused: Refused
+) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': <image>' + m['content'] }}{% endfor %}"
+    (checkpoint := copy_checkpoint()).joinpath("chat_template.jinja").write_text(template)
+    options = ["--model", checkpoint, "--samples-file", instruct]
+    line = refused("calibrate", *options, "-o", instruct.parent / "schedule.json")
+    assert "the chat template fails (" in line and "repair chat_template.jinja" in line
 
 
 def test_a_model_that_is_not_the_demo_wants_samples(tiny_checkpoint: Path, capsys: Any) -> None:
