@@ -94,8 +94,8 @@ def test_pyramiddrop_drops_earlier_where_the_budget_is_small() -> None:
         assert [s.layer for s in plan_of("pyramiddrop", SEVEN, cr).stages] == layers
     asked = plan_of("pyramiddrop", SEVEN, 4, stages="5,1")
     assert [s.layer for s in asked.stages] == [2, 6]
-    for text in ("two", "0,4", "32"):
-        with pytest.raises(SpecError, match="from 1 to 31"):
+    for text in ("two", "0,4", "32", "1,2,3,4,5,6,7,8,9"):
+        with pytest.raises(SpecError, match="up to 8 layers from 1 to 31"):
             plan_of("pyramiddrop", SEVEN, 4, stages=text)
 
 

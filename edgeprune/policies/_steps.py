@@ -8,6 +8,8 @@ from itertools import product
 from edgeprune.errors import SpecError
 from edgeprune.spec import TOPK_LIMIT, ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
 
+MOST_DROPS = 8  # `_near` tries 3 counts after each
+
 
 def after_layer(method: str, last: int, shape: ModelShape, cr: float) -> Plan:
     """Layers 1..`last` see all V tokens, all others (V L / CR - last V) / (L - last)."""
@@ -44,14 +46,16 @@ def layer_of(option: str, text: str, depth: float, layers: int) -> int:
 
 
 def parse(text: str, layers: int) -> tuple[int, ...]:
-    """The layers that --set stages= lists, rising; SpecError where it lists none that exist."""
+    """The layers that --set stages= lists, rising; SpecError where it lists none that exist, or
+    too many."""
     try:
         drops = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         drops = ()
-    if not drops or drops[0] < 1 or drops[-1] >= layers:
+    if not 1 <= len(drops) <= MOST_DROPS or drops[0] < 1 or drops[-1] >= layers:
         raise SpecError(
-            f"--set stages= lists layers from 1 to {layers - 1}, such as 1,3; got {text!r}"
+            f"--set stages= lists up to {MOST_DROPS} layers from 1 to {layers - 1}, such as 1,3;"
+            f" got {text!r}"
         )
     return drops
 
