@@ -197,44 +197,52 @@ def _manifest(
     checked: parity.Parity | None,
 ) -> Manifest:
     dialect, dtype = request.lowering
-    shape, plan, spec = adapter.shape, request.plan, request.spec
-    mrope = adapter.decoder_config.mrope
     return Manifest(
         name=request.output.name,
         model=request.model,
-        family=shape.family,
+        family=adapter.shape.family,
         target=request.target,
         dialect=dialect.name,
         dtype=dtype,
         opset=dialect.opset,
-        prune=PruneRecord(
-            method=spec.method,
-            cr=spec.cr,
-            cr_reached=plan.cr,
-            visual_tokens=plan.visual_tokens,
-            grid=shape.grid,
-            counts=plan.counts,
-            stages=plan.stages,
-            options=dict(spec.options),
-            schedule=request.schedule,
-        ),
-        decoder=DecoderRecord(
-            layers=shape.layers,
-            kv_heads=shape.kv_heads,
-            head_size=shape.head_size,
-            width=shape.width,
-            mlp_width=shape.mlp_width,
-            attention_heads=shape.attention_heads,
-            vocabulary=shape.vocabulary,
-            max_positions=shape.max_positions,
-            cache=dialect.cache,
-            span=mrope.span if mrope else None,
-        ),
+        prune=_prune_record(request, adapter),
+        decoder=_decoder_record(adapter, dialect.cache),
         image=image,
         text=text,
         files=record_files(draft),
         parity=asdict(checked) if checked else {"samples": 0, "why": request.no_parity},
         versions={package: installed(package) for package in PACKAGES},
+    )
+
+
+def _prune_record(request: ExportRequest, adapter: Adapter) -> PruneRecord:
+    plan, spec = request.plan, request.spec
+    return PruneRecord(
+        method=spec.method,
+        cr=spec.cr,
+        cr_reached=plan.cr,
+        visual_tokens=plan.visual_tokens,
+        grid=adapter.shape.grid,
+        counts=plan.counts,
+        stages=plan.stages,
+        options=dict(spec.options),
+        schedule=request.schedule,
+    )
+
+
+def _decoder_record(adapter: Adapter, cache: str) -> DecoderRecord:
+    shape, mrope = adapter.shape, adapter.decoder_config.mrope
+    return DecoderRecord(
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_size=shape.head_size,
+        width=shape.width,
+        mlp_width=shape.mlp_width,
+        attention_heads=shape.attention_heads,
+        vocabulary=shape.vocabulary,
+        max_positions=shape.max_positions,
+        cache=cache,
+        span=mrope.span if mrope else None,
     )
 
 

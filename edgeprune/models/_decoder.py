@@ -242,19 +242,8 @@ class Decoder(Tabled):
             hidden, present, seen = layer(hidden, positions, rotary, cache)
             keys.append(present.key)
             values.append(present.value)
-            signals = LayerSignals(
-                segments=segments,
-                hidden=hidden,
-                query=seen.query,
-                key=seen.key,
-                rotated_query=seen.rotated_query,
-                rotated_key=seen.rotated_key,
-                cos=rotary.cos,
-                sin=rotary.sin,
-                rows=positions[0],
-                anchors=anchors,
-                visual_tokens=self.plan.counts[index],
-                inputs=inputs,
+            signals = self._signals(
+                index, segments, hidden, seen, rotary, positions[0], anchors, inputs
             )
             self.observe(index + 1, signals)
         return self.logits(hidden), keys, values, kept
@@ -280,6 +269,33 @@ class Decoder(Tabled):
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
         rows = torch.arange(segments.total + 3, device=first.device)  # of this call alone
         return rotary, rows[None, :-3], Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
+
+    def _signals(
+        self,
+        index: int,  # of the layer just run
+        segments: Segments,
+        hidden: Tensor,  # [1, S, width]
+        seen: Seen,
+        rotary: Rotary,
+        rows: Tensor,  # [S]
+        anchors: Anchors,
+        inputs: InputSignals,
+    ) -> LayerSignals:
+        """What a policy may look at after a layer."""
+        return LayerSignals(
+            segments=segments,
+            hidden=hidden,
+            query=seen.query,
+            key=seen.key,
+            rotated_query=seen.rotated_query,
+            rotated_key=seen.rotated_key,
+            cos=rotary.cos,
+            sin=rotary.sin,
+            rows=rows,
+            anchors=anchors,
+            visual_tokens=self.plan.counts[index],
+            inputs=inputs,
+        )
 
     def _site(self, layer: int) -> Prune:
         site = self.prune[str(layer)]
