@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The repository's two commands; needs Python and pip only, makes its own environment in .venv.
+"""The repository's two commands; needs Python 3.11+ and pip only, makes an environment in .venv.
 
 python3 dev.py demo    install, export the demo model dense and pruned, ask both about a picture
 python3 dev.py test    install what tests need and run every check and test
@@ -31,6 +31,9 @@ def run(*command: str | Path, **environment: str) -> None:
 
 def install(extra: str) -> None:
     """Create .venv where there is none and install the pinned dependencies of an extra."""
+    if sys.version_info < (3, 11):
+        found = ".".join(map(str, sys.version_info[:3]))
+        sys.exit(f"ONNX Runtime and transformers need Python 3.11; {sys.executable} is {found}")
     if not PYTHON.exists():
         venv.create(ENV, with_pip=True)
     run(PYTHON, "-m", "pip", "install", "-q", "--disable-pip-version-check",
