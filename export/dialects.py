@@ -130,10 +130,6 @@ _TARGETS = {
 }
 
 
-def target_names() -> tuple[str, ...]:
-    return tuple(_TARGETS)
-
-
 def for_target(target: str) -> tuple[Dialect, str]:
     """The dialect and the default dtype of a target."""
     if target not in _TARGETS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import fields
 
@@ -9,7 +10,7 @@ import pytest
 from conftest import Refused
 
 from edgeprune import models, policies
-from edgeprune.cli import main
+from edgeprune.cli import main, parser
 from edgeprune.policies import Policy
 
 CONTROLS = {"none", "random", "uniform"}
@@ -77,3 +78,20 @@ def test_each_method_is_told_with_its_tokens_or_why_not(
 
 def test_no_such_method(refused: Refused) -> None:
     assert "there is no method 'nosuch'; choose one of: " in refused("methods", "nosuch")
+
+
+def test_help_tells_every_default() -> None:
+    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    helps = {
+        f"{name} {option.option_strings[0]}": (option.default, option.help or "")
+        for name, command in commands.choices.items()
+        for option in command._actions
+        if option.option_strings
+    }
+    for option, (default, told) in helps.items():
+        if isinstance(default, (int, float, str)) and default not in (False, argparse.SUPPRESS):
+            word = default if isinstance(default, str) else f"{default:g}"
+            assert word in told and "default" in told, option
+    for command in ("export", "calibrate"):
+        assert "default 4; 1 for none" in helps[f"{command} --cr"][1]
+    assert "default 8" in helps["export --parity"][1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,15 +52,21 @@ def image_size(text: str) -> Size:
 
 def add_method(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", default="utp", help="see: edgeprune methods (default utp)")
-    command.add_argument("--cr", type=float, default=None, help="compression ratio, 1 or more")
-    command.add_argument("--seed", type=int, default=0, help="seed of methods that draw")
+    command.add_argument(
+        "--cr", type=float, help="compression ratio, 1 or more (default 4; 1 for none)"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="seed of methods that draw (default 0)"
+    )
     command.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="option of the method"
     )
 
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--samples", type=int, default=100, metavar="N", help="default 100")
+    command.add_argument(
+        "--samples", type=int, default=100, metavar="N", help="to calibrate on (default 100)"
+    )
     command.add_argument(
         "--samples-file", type=Path, metavar="FILE", help="LLaVA-Instruct JSON or JSONL"
     )
@@ -85,6 +92,13 @@ def spec(args: argparse.Namespace) -> PruneSpec:
     default = 1.0 if args.method == "none" else 4.0
     cr = default if args.cr is None else args.cr
     return PruneSpec(args.method, cr, args.seed, options)
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of equally many cells, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def check_output(file: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +46,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--memory", action="store_true", help="the memory that --model needs")
     _common.add_model(command, default=None)
     _common.add_media(command)
-    command.add_argument("--cr", type=float, default=1.0, help="compression ratio (default 1)")
+    command.add_argument("--cr", type=float, help="for --memory: compression ratio (default 1)")
     command.add_argument(
-        "--text-capacity", type=int, default=512, metavar="N", help="text tokens (default 512)"
+        "--text-capacity", type=int, metavar="N", help="for --memory: text tokens (default 512)"
     )
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     command.set_defaults(run=run)
@@ -58,6 +57,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.memory != (args.model is not None):
         raise SpecError("give --model and --memory together: the memory that a model needs")
+    if args.memory and args.bundle is not None:
+        raise SpecError("--memory asks about --model; ask about the bundle in a command of its own")
+    if not args.memory and (args.cr, args.text_capacity) != (None, None):
+        raise SpecError("--cr and --text-capacity are for --memory; a bundle has its own")
     if args.target and args.bundle is None:
         raise SpecError("--target asks about a bundle; name one: edgeprune check BUNDLE --target T")
     code = 0
@@ -90,7 +93,7 @@ def _bundle(path: Path, asked: list[str]) -> Report:
     answers = [("yes" if r["accepted"] else "no", r["title"], r["first"]) for r in rows]
     reasons = dict.fromkeys(reason for row in rows for reason in row["reasons"])
     said = [f"{parser.title}, asked here: {_said(parser)}" for parser in here]
-    lines = [head, _table(answers), *(f"- {reason}" for reason in reasons), *said]
+    lines = [head, _common.table(answers), *(f"- {reason}" for reason in reasons), *said]
     record = {
         "bundle": manifest.name,
         "targets": rows,
@@ -152,11 +155,15 @@ def _memory(args: argparse.Namespace) -> Report:
     from edgeprune.budget import DEVICES, GB, KINDS, SYSTEM, budget
     from edgeprune.spec import PruneSpec, check_reach
 
+    cr = 1.0 if args.cr is None else args.cr
+    text = 512 if args.text_capacity is None else args.text_capacity
+    if text < 1:
+        raise SpecError(f"--text-capacity is at least 1 token; got {text}")
     adapter = _common.model(args)
     shape, elements = adapter.shape, adapter.checkpoint.elements()
-    check_reach(PruneSpec("uniform", args.cr), shape)
-    counts = [round(shape.visual_tokens / args.cr)] * shape.layers
-    found = [budget(shape, elements, counts, args.text_capacity, *kind) for kind in KINDS]
+    check_reach(PruneSpec("uniform", cr), shape)
+    counts = [round(shape.visual_tokens / cr)] * shape.layers
+    found = [budget(shape, elements, counts, text, *kind) for kind in KINDS]
     heads = ("target", "dtype", "weights", "KV", "KV a layer", "activations", "total")
     rows: list[tuple[str, ...]] = [(*heads, *(f"Orin {name}" for name in DEVICES))]
     for b in found:
@@ -165,11 +172,11 @@ def _memory(args: argparse.Namespace) -> Report:
         fits = ("yes" if b.fits(device) else "no" for device in DEVICES.values())
         rows.append((b.target, b.dtype, *sizes, *fits))
     note = (
-        f"{counts[0]} visual tokens a layer (CR {args.cr:g}), {args.text_capacity} of text;"
+        f"{counts[0]} visual tokens a layer (CR {cr:g}), {text} of text;"
         f" {SYSTEM / GB:g} GB are left for the system, CUDA and the engine's code, an estimate"
     )
     record = {"budgets": [asdict(b) | {"total": b.total} for b in found], "note": note}
-    return record, _table(rows) + "\n" + note
+    return record, _common.table(rows) + "\n" + note
 
 
 def _machine() -> Report:
@@ -192,10 +199,4 @@ def _machine() -> Report:
         *((a.what, "yes" if a.possible else f"no: {a.why}") for a in abilities),
     ]
     record = asdict(machine) | {"abilities": [asdict(ability) for ability in abilities]}
-    return record, _table(rows)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return record, _common.table(rows)

@@ -48,7 +48,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default 32")
     command.add_argument(
-        "--jobs", type=int, metavar="N", help="processes, each with a model (default: one a core)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes, each with a float32 model in memory (default: one a core)",
     )
     command.add_argument(
         "--laps", type=int, default=20, metavar="N", help="for times; 0: none (default 20)"
@@ -95,6 +98,7 @@ def _request(args: argparse.Namespace) -> CompareRequest:
     from edgeprune.compare.race import Race
     from edgeprune.export.exporter import lowering
     from edgeprune.recipe import Recipe
+    from edgeprune.runtime.ort import ELEMENTS
     from edgeprune.spec import PruneSpec
 
     recipe = Recipe(
@@ -107,7 +111,9 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         samples_file=args.samples_file,
         images=args.images,
     )
-    lowering(recipe.target, recipe.dtype)  # which refuses what it does not know
+    _, dtype = lowering(recipe.target, recipe.dtype)  # which refuses what it does not know
+    if dtype not in ELEMENTS:
+        raise SpecError(f"compare asks ONNX Runtime, which runs {', '.join(ELEMENTS)}; got {dtype}")
     questions = Questions(args.questions, args.samples, args.images)
     return CompareRequest(
         folder=args.output,

@@ -32,7 +32,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the target's)")
     command.add_argument(
-        "--parity", type=int, metavar="N", help="samples of the parity check; 0 leaves it out"
+        "--parity",
+        type=int,
+        metavar="N",
+        help="samples of the parity check, 0 for none (default 8, where memory allows)",
     )
     command.set_defaults(run=run)
 

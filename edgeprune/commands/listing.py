@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgeprune.commands import _common
@@ -47,21 +46,15 @@ def run_methods(args: argparse.Namespace) -> int:
         print(_described(args.name, policies.load(args.name)))
         return 0
     if args.model:
-        _print_table(_verdicts(args))
+        print(_common.table(_verdicts(args)))
         return 0
     rows = [("method", "prunes at", "needs", "what stays")]
     for name in policies.names():
         policy = policies.load(name)
         sites, needs = ", ".join(policy.sites), ", ".join(policy.needs)
         rows.append((name, sites or "-", needs or "-", policy.summary))
-    _print_table(rows)
+    print(_common.table(rows))
     return 0
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
 
 
 def _verdicts(args: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -136,7 +129,7 @@ def run_models(args: argparse.Namespace) -> int:
     from edgeprune import models
 
     if args.model:
-        _print_table(_sizes(_common.model(args)))
+        print(_common.table(_sizes(_common.model(args))))
         return 0
     rows = []
     for name in models.names():
@@ -146,7 +139,7 @@ def run_models(args: argparse.Namespace) -> int:
     for other in models.ELSEWHERE:
         why = f"not in transformers; nearest is {other.nearest}"
         rows.append(("-", f"{other.name}: {why}"))
-    _print_table(rows)
+    print(_common.table(rows))
     return 0
 
 

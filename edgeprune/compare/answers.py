@@ -15,9 +15,8 @@ from edgeprune import cost
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.store import key_of
 from edgeprune.errors import BackendError, SpecError
-from edgeprune.runtime import Sampling, Session
+from edgeprune.runtime import Sampling, Session, backends
 from edgeprune.runtime.ort import ELEMENTS
-from edgeprune.runtime.session import BACKENDS
 from edgeprune.versions import installed
 
 PACKAGES = ("edgeprune", "onnxruntime", "numpy", "pillow", "tokenizers")
@@ -46,9 +45,12 @@ class Asking:
     max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            known = ", ".join(BACKENDS)
-            raise BackendError(f"there is no backend {self.backend!r}; choose: {known}")
+        backends.check(self.backend)
+        if not self.backend.startswith("ort-"):
+            raise BackendError(
+                f"compare asks on ort-cpu or ort-cuda; got {self.backend}, whose engines are"
+                " built and timed bundle by bundle: edgeprune build, edgeprune bench"
+            )
         if self.max_new_tokens < 1:
             raise SpecError(f"--max-new-tokens is at least 1; got {self.max_new_tokens}")
 
