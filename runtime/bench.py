@@ -166,6 +166,7 @@ class _Racer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for the parent, which then ends its children
         )
 
     def load(self) -> None:

@@ -184,7 +184,13 @@ class _Builder:
         self.trt, self.request, self.bundle, self.report = trt, request, bundle, report
         self.title = f"{seam.TITLES[request.backend]} {trt.__version__}"
         self.logger = seam.quiet_logger(trt)
-        self.builder = trt.Builder(self.logger)
+        try:
+            self.builder = trt.Builder(self.logger)
+        except (RuntimeError, TypeError) as error:  # TensorRT's builder wants a GPU
+            why = self.logger.errors[-1] if self.logger.errors else error
+            raise BackendError(
+                f"{self.title} cannot build here ({why}); build on a machine with a GPU"
+            ) from error
 
     def compile(
         self, name: str, sizes: Mapping[str, int], profiles: dict[str, Profile], folder: Path

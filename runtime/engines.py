@@ -1,6 +1,7 @@
 """A bundle's engines: only such as were built from its graphs, for this machine, and unaltered.
 
-An engine is code, so it is read only where its hash is the recorded one.
+An engine is code, so it is read only where its hash is the recorded one. The record lies beside it:
+the hash finds damage, not malice. Delete engines/ of a bundle from others and build your own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from edgeprune.errors import BackendError
 
 ENGINES, RECORD = "engines", "engine.json"
 GRAPHS = ("vision.onnx", "decoder.onnx", "weights.bin")
+NEEDED = (
+    *("backend", "version", "dtype", "graphs", "compute", "gpu"),
+    *("text_capacity", "capacities"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,14 @@ class Machine:
 
 
 def find(bundle: Bundle, machine: Machine) -> Engines:
-    """The engines to run here; BackendError says why there are none and how to build them."""
+    """The engines to run here, of several those that hold the most text.
+
+    BackendError says why there are none and how to build them.
+    """
     command = f"build them here: edgeprune build {bundle.path} --backend {machine.backend}"
     found = [read(f.parent) for f in sorted((bundle.path / ENGINES).glob(f"*/{RECORD}"))]
     ours = [e for e in found if e is not None and e.record["backend"] == machine.backend]
+    ours.sort(key=lambda e: e.record["text_capacity"], reverse=True)
     reasons = []
     for engines in ours:
         wrong = unfit(engines, bundle, machine)
@@ -59,7 +68,7 @@ def read(folder: Path) -> Engines | None:
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         [engine["sha256"] for engine in (record["engines"][n] for n in ("vision", "decoder"))]
-        [record[name] for name in ("backend", "version", "dtype", "graphs", "compute", "gpu")]
+        [record[name] for name in NEEDED]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Engines(folder, record)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ from edgeprune.tiling import Size, rounded, rounds_to
 
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: at 3 bytes a pixel it would fill the device."""
+FORMATS = ["PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000"]
+"""Pillow reads more, and for EPS it starts another program."""
+if find_spec("PIL.AvifImagePlugin"):  # from Pillow 11.3 on
+    FORMATS.append("AVIF")
 
 
 def load_image(path: Path | str) -> Image.Image:
@@ -39,7 +44,8 @@ def load_image(path: Path | str) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{path} is not a picture in a format that Pillow reads; give a PNG or JPEG file"
+            f"{path} is not a picture in a format that is read ({', '.join(FORMATS)}); give a PNG"
+            " or JPEG file"
         ) from error
     except Image.DecompressionBombError as error:
         found = next(iter(re.findall(r"\d+", str(error))), "0")  # Pillow says how many first
@@ -65,7 +71,7 @@ def check_file(path: Path, kind: str) -> None:
 
 
 def _decode(path: Path) -> Image.Image:
-    with Image.open(path) as image:  # reads the header only
+    with Image.open(path, formats=FORMATS) as image:  # reads the header only
         if image.width * image.height > MAX_PIXELS:
             raise InputError(_too_large(path, f"{image.width:,} x {image.height:,}"))
         return ImageOps.exif_transpose(image).convert("RGB")

@@ -12,6 +12,7 @@ import statistics
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +81,7 @@ class Nvml:
         self._call("nvmlInit_v2")
         self._call("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self.card))
         self.watts()  # OSError now where the card does not tell
+        self.used_bytes()
 
     def watts(self) -> float:
         found = ctypes.c_uint()
@@ -99,7 +101,10 @@ class Nvml:
 def find(gpu: bool, root: Path = Path("/")) -> Meter | None:
     """A meter of what runs a bundle, on a GPU or the CPU; None where the machine has none."""
     if rails := board_rails(root):
-        return Board(rails, root)
+        board = Board(rails, root)
+        with suppress(OSError):  # a sensor may be there and not answer
+            board.watts()
+            return board
     return nvml() if gpu else None
 
 
@@ -147,13 +152,14 @@ class Sampler:
         self._over.set()
         self._thread.join()
 
-    def watts(self) -> float:
-        """The mean of the last block."""
-        return statistics.fmean(self._watts)
+    def watts(self) -> float | None:
+        """The mean of the last block; None where the meter never answered."""
+        return statistics.fmean(self._watts) if self._watts else None
 
     def _look(self) -> None:
         while True:
-            self._watts.append(self.meter.watts())
-            self.most_bytes = max(self.most_bytes, self.meter.used_bytes() - self.before)
+            with suppress(OSError):  # a look that fails is one less
+                self._watts.append(self.meter.watts())
+                self.most_bytes = max(self.most_bytes, self.meter.used_bytes() - self.before)
             if self._over.wait(self.period):
                 return

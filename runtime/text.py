@@ -57,7 +57,8 @@ class Prompter:
         pieces = prompt.split(IMAGE)
         if len(pieces) > 2:
             raise InputError(
-                f"the prompt holds {IMAGE} {len(pieces) - 1} times, there is one picture; keep one"
+                f"the prompt holds {IMAGE} {len(pieces) - 1} times; keep one, which stands for all"
+                " that is shown"
             )
         _check("".join(pieces))
         template = self._record.first

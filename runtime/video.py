@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from edgeprune.errors import BackendError, InputError
+from edgeprune.hints import install
 from edgeprune.runtime.images import MAX_PIXELS, check_file
 
 
@@ -21,13 +22,13 @@ def read_frames(path: Path | str, count: int) -> list[Image.Image]:
     check_file(path, "video")
     av = _import()
     try:
-        total = _total(av, path)
-        if total >= count:
-            wanted = [i * total // count for i in range(count)]
-            frames = {n: _picture(path, frame) for n, frame in _until(av, path, wanted)}
-            total = len(frames) if len(frames) < count else total
-        if total >= count:
-            return [frames[n] for n in wanted]
+        total = _said(av, path)
+        frames = _spread(av, path, total, count)
+        if len(frames) < count:  # what a file says of itself may be wrong, or nothing
+            total = sum(1 for _ in _decoded(av, path))
+            frames = _spread(av, path, total, count)
+        if len(frames) == count:
+            return frames
     except av.FFmpegError as error:
         raise InputError(f"{path} cannot be read as a video ({error}); copy it again") from error
     raise InputError(
@@ -36,13 +37,21 @@ def read_frames(path: Path | str, count: int) -> list[Image.Image]:
     )
 
 
-def _total(av: Any, path: Path) -> int:
-    """Frames of the first video stream, counted where the file does not say."""
+def _said(av: Any, path: Path) -> int:
+    """Frames of the first video stream as the file says it; 0 where it does not."""
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise InputError(f"{path} holds no video; give a clip")
         said: int = container.streams.video[0].frames
-    return said or sum(1 for _ in _decoded(av, path))
+    return said
+
+
+def _spread(av: Any, path: Path, total: int, count: int) -> list[Image.Image]:
+    """`count` frames of `total`; fewer where there are not so many."""
+    if total < count:
+        return []
+    wanted = [i * total // count for i in range(count)]
+    return [_picture(path, frame) for frame in _until(av, path, wanted)]
 
 
 def _decoded(av: Any, path: Path) -> Iterator[Any]:
@@ -50,11 +59,11 @@ def _decoded(av: Any, path: Path) -> Iterator[Any]:
         yield from container.decode(video=0)
 
 
-def _until(av: Any, path: Path, wanted: list[int]) -> Iterator[tuple[int, Any]]:
-    """The wanted frames and their numbers; nothing after the last is decoded."""
+def _until(av: Any, path: Path, wanted: list[int]) -> Iterator[Any]:
+    """The wanted frames, by number; nothing after the last is decoded."""
     for number, frame in zip(range(wanted[-1] + 1), _decoded(av, path), strict=False):
         if number in wanted:
-            yield number, frame
+            yield frame
 
 
 def _picture(path: Path, frame: Any) -> Image.Image:
@@ -68,7 +77,5 @@ def _import() -> Any:
     try:
         import av
     except ImportError as error:
-        raise BackendError(
-            "videos are read by PyAV; run: pip install 'edgeprune[video]'"
-        ) from error
+        raise BackendError(f"videos are read by PyAV; {install('video')}") from error
     return av

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
-from edgeprune.runtime import agreement, gpu, meters
+from edgeprune.runtime import agreement, bench, gpu, meters
 from edgeprune.runtime._racer import Racer
 from edgeprune.runtime.agreement import Answer, compare, pack, unpack
 from edgeprune.runtime.bench import Absent, BenchResult, Laps, Row
@@ -241,3 +242,40 @@ def test_samples_are_of_one_block() -> None:
                 pass
         assert before + 1 <= sampler.watts() <= meter.asked
     assert sampler.most_bytes == meter.asked
+
+
+def test_a_sensor_that_does_not_answer_is_passed_over(tmp_path: Path) -> None:
+    class Moody(Steady):
+        def __init__(self, answers: int) -> None:
+            self.asked, self.answers = 0, answers
+
+        def watts(self) -> float:
+            self.asked += 1
+            if self.asked % 2 and self.asked < 2 * self.answers:
+                return 7.5
+            raise OSError(19, "No such device")
+
+    for answers, wanted in ((0, None), (2, 7.5)):
+        meter = Moody(answers)
+        with meters.Sampler(meter, period=1e-4) as sampler:
+            while meter.asked < 6:
+                pass
+        assert sampler.watts() == wanted
+
+
+def test_a_board_whose_sensor_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(rail: meters.Rail) -> float:
+        raise OSError(5, "Input/output error")
+
+    hwmon(tmp_path, "ina3221", {"VDD_IN": (5000, 1500)})
+    monkeypatch.setattr(meters.Rail, "watts", broken)
+    assert meters.find(False, tmp_path) is None
+
+
+def test_ctrl_c_is_for_the_parent_alone(tiny_bundle: Path) -> None:
+    """A terminal sends it to a whole session; the parent ends its children."""
+    with bench._Racer(tiny_bundle, "ort-cpu", bench.BenchRequest((tiny_bundle,))) as racer:
+        assert os.getsid(racer.process.pid) == racer.process.pid
+    assert racer.process.returncode is not None

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -190,9 +191,22 @@ def test_a_missing_engine_builder_is_named(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     assert "JetPack" in refused("build", half_bundle, "--backend", "trt")
     line = refused("build", half_bundle, "--backend", "trt-rtx")
-    assert "pip install 'edgeprune[trt-rtx]'" in line
+    assert "pip install '.[trt-rtx]'" in line
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "neither" in refused("build", half_bundle)
+
+
+def test_a_builder_that_wants_a_gpu_is_told(
+    half_bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def builder(logger: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    trt = SimpleNamespace(**{**vars(tensorrt_rtx), "Builder": builder})
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    line = refused("build", half_bundle, "--backend", "trt")
+    assert "cannot build here (pybind11::init(): " in line
+    assert "build on a machine with a GPU" in line
 
 
 def test_fp32_is_refused_before_any_work(full_bundle: Path, refused: Refused) -> None:

@@ -164,7 +164,7 @@ def test_cuda_where_there_is_none(tiny_bundle: Path, refused: Refused) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     line = refused("run", tiny_bundle, *QUESTION, "--backend", "ort-cuda")
-    assert "no CUDAExecutionProvider" in line and "pip install 'edgeprune[gpu]'" in line
+    assert "no CUDAExecutionProvider" in line and "pip install '.[gpu]'" in line
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,7 @@ def test_cuda_where_there_is_none(tiny_bundle: Path, refused: Refused) -> None:
         (["--new-tokens", "0"], "--new-tokens is at least 1"),
         (["--text-tokens", "3"], "--text-tokens is at least 6"),
         (["--text-tokens", "5000"], "lower --text-tokens or --new-tokens"),
+        (["--figure", "speed.pdf"], "must end in one of .png, "),
         (["--json", "."], "the result goes to a file, . is a folder; name a file in it"),
     ],
 )

@@ -180,6 +180,7 @@ BAD_FILES = {
     "text": (b"I am not a picture.\n" * 9, "not a picture in a format"),
     "header only": (png_header(9, 9)[:20], "read as a picture|not a picture"),
     "no pixels": (png_header(9, 9), "cannot be read as a picture"),
+    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a format"),
     "zip": (b"PK\x03\x04" + bytes(99), "not a picture in a format"),
 }
 

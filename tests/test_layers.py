@@ -46,7 +46,7 @@ BANNED = {
     },
     "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values(), *ABOVE},
 }
-CORE = {"bundle", "files", "spec", "errors", "cost", "memory", "tiling", "versions"}
+CORE = {"bundle", "files", "spec", "errors", "cost", "hints", "memory", "tiling", "versions"}
 """Modules at the package's root that use the standard library alone, so that runtime may too."""
 
 

@@ -21,7 +21,7 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._media import Asked
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
-from edgeprune.runtime import media
+from edgeprune.runtime import media, video
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.session import Session
 from edgeprune.runtime.video import read_frames
@@ -169,6 +169,17 @@ def test_frames_are_spread_evenly_over_a_clip(ten: Path) -> None:
 
 
 def test_a_clip_with_too_few_frames_is_refused(ten: Path) -> None:
+    with pytest.raises(InputError, match="has 10 frames, this bundle takes 11"):
+        read_frames(ten, 11)
+
+
+@pytest.mark.parametrize("said", [0, 3, 30])
+def test_frames_are_counted_where_a_file_is_wrong_about_them(
+    said: int, ten: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [np.asarray(frame).tolist() for frame in read_frames(ten, 5)]
+    monkeypatch.setattr(video, "_said", lambda av, path: said)
+    assert [np.asarray(frame).tolist() for frame in read_frames(ten, 5)] == wanted
     with pytest.raises(InputError, match="has 10 frames, this bundle takes 11"):
         read_frames(ten, 11)
 

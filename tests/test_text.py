@@ -112,7 +112,7 @@ REFUSED = {
     "": "is empty",
     " \n": "is empty",
     "<image>": "is empty",
-    "<image> or <image> ?": "2 times, there is one picture",
+    "<image> or <image> ?": "2 times; keep one",
     "half a pair \ud83d": "no valid text",
 }
 

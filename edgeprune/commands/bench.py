@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune._progress import Bar
     from edgeprune.runtime.bench import BenchRequest, bench
     from edgeprune.runtime.bench_table import table
+    from edgeprune.runtime.show import check_target
 
     request = BenchRequest(
         bundles=tuple(args.bundles),
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         warmup=args.warmup,
         threads=args.threads,
     )
+    if args.figure:
+        check_target(args.figure)
     for file in (args.json, args.figure):
         if file:
             _common.check_output(file)
