@@ -18,12 +18,12 @@ from typing import NoReturn
 from edgeprune import __version__
 from edgeprune.commands import bench, build, calibrate, check, compare, export, listing, run, show
 from edgeprune.errors import EdgepruneError
+from edgeprune.hints import install
 
 DEBUG = "EDGEPRUNE_DEBUG"
 
-_EXPORT = "this command needs {} to read checkpoints; run: pip install 'edgeprune[export]'"
 EXTRAS = {
-    name: _EXPORT.format(name)
+    name: f"this command needs {name} to read checkpoints; {install('export')}"
     for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "highspy")
 }
 """What to say where a module is missing that the base install leaves out."""

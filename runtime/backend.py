@@ -73,6 +73,10 @@ class Backend(Protocol):
         """Bytes that the KV caches take now."""
         ...
 
+    def close(self) -> None:
+        """Free the engine and its memory at once; the last call."""
+        ...
+
 
 class FakeBackend:
     """An engine that answers from a script of token ids, and remembers what it was asked."""
@@ -100,3 +104,6 @@ class FakeBackend:
 
     def cache_bytes(self) -> int:
         return 0
+
+    def close(self) -> None:
+        pass

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from edgeprune import memory
 from edgeprune.errors import BackendError
+from edgeprune.hints import CUDA_PYTHON, install
+from edgeprune.runtime import machine
 from edgeprune.runtime import trt as seam
 
 Bytes = NDArray[np.uint8]
@@ -57,10 +59,10 @@ class Gpu(Protocol):
     def free_bytes(self) -> int: ...
 
     def allocate(self, size: int) -> int:
-        """An address of so many bytes, until the process ends."""
+        """An address of so many bytes, until `close`."""
 
     def pinned(self, size: int) -> Bytes:
-        """Host memory that recorded copies read and write anew each time."""
+        """Host memory that recorded copies read and write anew each time, until `close`."""
 
     def upload(self, address: int, host: NDArray[Any]) -> None: ...
 
@@ -74,21 +76,25 @@ class Gpu(Protocol):
     def load(self, file: Path) -> Loaded:
         """Deserialise an engine: code, so only one that is known."""
 
+    def close(self) -> None:
+        """Free all memory that it gave, once the engines that work on it are gone."""
+
 
 def connect(backend: str) -> Gpu:
     """The GPU of this machine; BackendError where there is none, or no TensorRT."""
     trt = seam.load(backend)
-    return CudaGpu(trt, seam.TITLES[backend], _cudart())
+    return CudaGpu(trt, seam.TITLES[backend], _cudart(backend))
 
 
-def _cudart() -> Any:
+def _cudart(backend: str) -> Any:
     """cuda-python's runtime API: cuda.bindings.runtime, or cuda.cudart in releases up to 12.6."""
     for name in ("cuda.bindings.runtime", "cuda.cudart"):
         try:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise BackendError("cuda-python is not installed; run: pip install 'edgeprune[trt]'")
+    how = CUDA_PYTHON if machine.jetson() else install(backend)
+    raise BackendError(f"cuda-python is not installed; {how}")
 
 
 class CudaGpu:
@@ -97,6 +103,7 @@ class CudaGpu:
     def __init__(self, trt: Any, title: str, cudart: Any) -> None:
         self.trt, self.title, self.cudart = trt, title, cudart
         self.logger = seam.quiet_logger(trt)
+        self.held: list[tuple[str, Any]] = []  # how to free what, the newest last
         try:
             (count,) = self._call("cudaGetDeviceCount")
         except BackendError as error:
@@ -110,6 +117,7 @@ class CudaGpu:
         self.compute = f"sm_{major}{minor}"
         self.shared = bool(self._attribute(kind.cudaDevAttrIntegrated))  # with the CPU: a Jetson
         (self.stream,) = self._call("cudaStreamCreate")
+        self.held.append(("cudaStreamDestroy", self.stream))
 
     def free_bytes(self) -> int:
         """What the driver can give; on a Jetson, whose CPU shares it, page caches count as free."""
@@ -118,10 +126,12 @@ class CudaGpu:
 
     def allocate(self, size: int) -> int:
         (address,) = self._call("cudaMalloc", size)
+        self.held.append(("cudaFree", address))
         return int(address)
 
     def pinned(self, size: int) -> Bytes:
         (address,) = self._call("cudaMallocHost", size)
+        self.held.append(("cudaFreeHost", address))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(address)))
 
     def upload(self, address: int, host: NDArray[Any]) -> None:
@@ -143,6 +153,7 @@ class CudaGpu:
         finally:
             (graph,) = self._call("cudaStreamEndCapture", self.stream)
         (ready,) = self._call("cudaGraphInstantiate", graph, 0)
+        self.held += [("cudaGraphDestroy", graph), ("cudaGraphExecDestroy", ready)]
         return lambda: self._launch(ready)
 
     def load(self, file: Path) -> Loaded:
@@ -154,6 +165,11 @@ class CudaGpu:
             why = self.logger.errors[-1] if self.logger.errors else "no reason given"
             raise BackendError(f"{self.title} {self.trt.__version__} cannot load {file}: {why}")
         return _Engine(self, runtime, engine)
+
+    def close(self) -> None:
+        while self.held:
+            name, what = self.held.pop()
+            getattr(self.cudart, name)(what)  # fails, without harm, where the device has failed
 
     def _launch(self, ready: Any) -> None:
         self._call("cudaGraphLaunch", ready, self.stream)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import memory
+from edgeprune.hints import CUDA_PYTHON, install
 
 JETPACKS = {
     "36.3.0": "6.0",
@@ -86,7 +87,7 @@ class Machine:
         yield Ability(
             "run on ort-cuda",
             cuda and self.gpu is not None,
-            "" if cuda and self.gpu else self._no_gpu() or _install("gpu"),
+            "" if cuda and self.gpu else self._no_gpu() or install("gpu"),
         )
         for backend, module in (("trt", "tensorrt"), ("trt-rtx", "tensorrt_rtx")):
             build = self._needs(f"build with {backend}", (module,), backend)
@@ -171,5 +172,5 @@ def _providers() -> tuple[str, ...]:
 
 def _install(extra: str, jetson: str = "") -> str:
     if jetson and extra == "trt":
-        return "JetPack brings TensorRT; cuda-python: pip install cuda-python"
-    return f"run: pip install 'edgeprune[{extra}]'"
+        return f"JetPack brings TensorRT; cuda-python on {CUDA_PYTHON}"
+    return install(extra)

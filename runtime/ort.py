@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
+from edgeprune.hints import install
 from edgeprune.runtime import _caches
 from edgeprune.runtime.backend import Chunk, Ids, Output
 
@@ -72,7 +73,8 @@ class OrtBackend:
         if single and not chunk.prefix_ids.size:
             if self._step is None:
                 self._step = _Step(self)
-            return Output(self._step.run(chunk), ())
+            self._step.run(chunk)
+            return Output(self.logits(), ())
         binding = self._bind(
             self._host(chunk.prefix_ids),
             self._host(chunk.text_ids),
@@ -89,6 +91,9 @@ class OrtBackend:
 
     def cache_bytes(self) -> int:
         return self._caches.bytes()
+
+    def close(self) -> None:
+        del self._vision, self._decoder, self._step, self._caches, self._visual
 
     def _after(self, chunk: Chunk) -> Ids:
         """Tokens in each layer's cache once a chunk has been read."""
@@ -126,7 +131,7 @@ class _Step:
 
     def __init__(self, backend: OrtBackend) -> None:
         host = backend._host
-        self.backend = backend
+        self.decoder, self.caches = backend._decoder, backend._caches
         self.text = host(np.zeros((1, 1), np.int64))
         self.position = host(np.zeros(1, np.int64))
         self.lengths = host(np.zeros(backend.record.layers, np.int64))
@@ -135,36 +140,30 @@ class _Step:
         )
         self.bound = False
 
-    def run(self, chunk: Chunk) -> NDArray[Any]:
+    def run(self, chunk: Chunk) -> None:
         self.text.update_inplace(chunk.text_ids)
         self.position.update_inplace(np.array([chunk.position]))
         self.lengths.update_inplace(chunk.lengths)
-        caches = self.backend._caches
-        if caches.moving or not self.bound:
-            caches.bind(self.binding, chunk.lengths, chunk.lengths + 1)
+        if self.caches.moving or not self.bound:
+            self.caches.bind(self.binding, chunk.lengths, chunk.lengths + 1)
             self.bound = True
-        _run(self.backend._decoder, self.binding, "decoder.onnx")
-        return self.backend.logits()
+        _run(self.decoder, self.binding, "decoder.onnx")
 
 
 def _import() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError(
-            "ONNX Runtime is not installed; run: pip install 'edgeprune[cpu]' (or [gpu])"
-        ) from error
+        raise BackendError(f"ONNX Runtime is not installed; {install('cpu')} (or [gpu])") from error
     return onnxruntime
 
 
 def _providers(ort: Any, device: str) -> list[str]:
-    if device not in PROVIDERS:
-        raise BackendError(f"--device is one of {', '.join(PROVIDERS)}; got {device!r}")
     wanted = PROVIDERS[device]
     if wanted not in ort.get_available_providers():
         raise BackendError(
             f"this ONNX Runtime has no {wanted}, only {', '.join(ort.get_available_providers())};"
-            " run: pip uninstall onnxruntime; pip install 'edgeprune[gpu]'"
+            f" pip uninstall onnxruntime, then {install('gpu')}"
         )
     return [wanted] if device == "cpu" else [wanted, PROVIDERS["cpu"]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +54,10 @@ class Answer:
 
 
 class Session:
-    """Opens a bundle and answers questions; not for use from several threads at once."""
+    """Opens a bundle and answers questions; not for use from several threads at once.
+
+    As a context manager it is closed at the end of the block.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend = bundle, backend
@@ -61,6 +65,8 @@ class Session:
         self._prompter = Prompter(bundle.file("tokenizer.json"), self.manifest.text)
         self._counts = np.array(self.manifest.prune.counts)
         self._defaults = _sampling(bundle)
+        self._held = ExitStack()
+        self._held.callback(backend.close)
         self.reset()
 
     @classmethod
@@ -76,6 +82,16 @@ class Session:
         backends.check(backend)
         bundle = Bundle.open(path, verify=verify)
         return cls(bundle, backends.make(bundle, backend, threads))
+
+    def close(self) -> None:
+        """Free the engine and its memory at once; nothing can be asked any more."""
+        self._held.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def reset(self) -> None:
         """Forget the picture and the dialogue."""

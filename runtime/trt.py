@@ -11,14 +11,15 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from edgeprune.errors import BackendError
+from edgeprune.hints import install
 from edgeprune.runtime import machine
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 TITLES = {"trt": "TensorRT", "trt-rtx": "TensorRT-RTX"}
 
 _INSTALL = {
-    "trt": "JetPack brings it; elsewhere run: pip install 'edgeprune[trt]'",
-    "trt-rtx": "run: pip install 'edgeprune[trt-rtx]'",
+    "trt": f"JetPack brings it; elsewhere {install('trt')}",
+    "trt-rtx": install("trt-rtx"),
 }
 _NO_DRIVER = "CUDA driver version is insufficient"  # said in passing where there is no GPU
 

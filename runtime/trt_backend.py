@@ -23,6 +23,11 @@ from edgeprune.runtime.backend import Chunk, Ids, Output
 
 ALIGNMENT = 256  # bytes; TensorRT wants inputs and outputs so
 WORD = 8  # bytes of an int64
+ADVICE = {
+    "prefix": "put <image> earlier in it",
+    "text": "shorten it, or build with a larger --text-capacity",
+}
+"""Against a prompt with too many tokens before the picture, or after it."""
 
 
 class TrtBackend:
@@ -41,10 +46,10 @@ class TrtBackend:
         self.limits = made["decoder"]["profiles"]["prefill"]
         sizes = _sizes(bundle.manifest, self.capacities, self.limits)
         files = sum(engine["bytes"] for engine in made.values())
-        self._check_memory(bundle, files + sum(sizes.values()))
+        self._check_memory(found, files + sum(sizes.values()))
         vision, decoder = (self.device.load(found.file(n)) for n in ("vision", "decoder"))
         sizes["scratch"] = max(vision.scratch, decoder.scratch)
-        self._check_memory(bundle, sum(sizes.values()))
+        self._check_memory(found, sum(sizes.values()))
         self.at = _arena(self.device, sizes)
         (self._vision,) = vision.executions(self.at["scratch"])
         self._prefill, self._decode = decoder.executions(self.at["scratch"])
@@ -80,6 +85,10 @@ class TrtBackend:
     def cache_bytes(self) -> int:
         return self._caches.bytes
 
+    def close(self) -> None:
+        del self._vision, self._prefill, self._decode, self._step  # before the memory they work on
+        self.device.close()
+
     def _read(self, chunk: Chunk) -> tuple[Ids, ...]:
         """A prefill or a later turn: the kept places of each site."""
         visual = self.manifest.prune.encoded if chunk.with_picture else 0
@@ -87,7 +96,7 @@ class TrtBackend:
             if ids.size > (most := self.limits[name][2]):
                 raise CapacityError(
                     f"the engines read {most} {name} tokens at once, the prompt has {ids.size};"
-                    " shorten it, or build with a larger --text-capacity"
+                    f" {ADVICE[name]}"
                 )
             self.device.upload(self.at[f"{name}_ids"], np.ascontiguousarray(ids))
             self._prefill.shape(f"{name}_ids", (1, ids.size))
@@ -126,12 +135,12 @@ class TrtBackend:
         for name in ("prefix_ids", "text_ids", "position", "lengths"):
             self._prefill.address(name, self.at[name])
 
-    def _check_memory(self, bundle: Bundle, need: int) -> None:
+    def _check_memory(self, found: engines.Engines, need: int) -> None:
         if need > (free := self.device.free_bytes()):
             raise BackendError(
-                f"{bundle.path} needs {need / 1e9:.2f} GB of GPU memory, {free / 1e9:.2f} GB are"
-                " free; end other programs, build with a smaller --text-capacity, or export with a"
-                " larger --cr"
+                f"{found.folder} needs {need / 1e9:.2f} GB of GPU memory, {free / 1e9:.2f} GB are"
+                " free; end other programs, delete it and build with a smaller --text-capacity, or"
+                " export with a larger --cr"
             )
 
 
@@ -139,15 +148,17 @@ class _Step:
     """One decode step: what it reads lies in one piece of memory, so that one copy fills it."""
 
     def __init__(self, backend: TrtBackend) -> None:
-        self.backend, self.device, layers = backend, backend.device, backend.record.layers
+        self.device, layers = backend.device, backend.record.layers
+        self.execution, self.caches = backend._decode, backend._caches
+        self.at, self.token = backend.at, backend._token
         self.host = self.device.pinned(2 * ALIGNMENT + WORD * layers)
         words, gap = self.host.view(np.int64), ALIGNMENT // WORD
         self.text, self.position, self.lengths = words[:1], words[gap : gap + 1], words[2 * gap :]
         self.replay: Callable[[], None] | None = None
-        execution, start = backend._decode, backend.at["step"]
+        execution, start = self.execution, self.at["step"]
         for place, name in enumerate(("text_ids", "position", "lengths")):
             execution.address(name, start + place * ALIGNMENT)
-        execution.address("prefix_ids", backend.at["prefix_ids"])
+        execution.address("prefix_ids", self.at["prefix_ids"])
         execution.shape("prefix_ids", (1, 0))
         execution.shape("text_ids", (1, 1))
         execution.shape("visual", (1, 0, backend.record.width))
@@ -155,22 +166,21 @@ class _Step:
             execution.shape("places", (0,))
 
     def run(self, chunk: Chunk) -> None:
-        backend = self.backend
         self.text[0], self.position[0] = chunk.text_ids[0, 0], chunk.position
         self.lengths[:] = chunk.lengths
         if self.replay is not None:
             self.replay()
         else:
-            backend._caches.prepare(backend._decode, chunk.lengths)
+            self.caches.prepare(self.execution, chunk.lengths)
             self._queue()
         self.device.wait()
-        if self.replay is None and not backend._caches.grows and backend._decode.recordable():
+        if self.replay is None and not self.caches.grows and self.execution.recordable():
             self.replay = self.device.record(self._queue)
 
     def _queue(self) -> None:
-        self.device.upload(self.backend.at["step"], self.host)
-        self.backend._decode.run()
-        self.device.download(self.backend._token, self.backend.at["token"])
+        self.device.upload(self.at["step"], self.host)
+        self.execution.run()
+        self.device.download(self.token, self.at["token"])
 
 
 class _Caches:

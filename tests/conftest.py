@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +97,14 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
         return err
 
     return run
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is freed within the test is freed for want of references."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

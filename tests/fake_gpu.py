@@ -116,6 +116,9 @@ class FakeGpu:
     def load(self, file: Path) -> Loaded:
         return FakeEngine(self, file)
 
+    def close(self) -> None:
+        self.blocks.clear()
+
     def put(self, work: Callable[[], None]) -> None:
         (self.queue if self.recording is None else self.recording).append(work)
 

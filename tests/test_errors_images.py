@@ -16,6 +16,7 @@ from PIL import Image
 
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
+from edgeprune.runtime import Session
 
 SCENE = SAMPLES_DIR / "scene-1.png"
 QUESTION = ["--prompt", "what color is the star ?", "--max-new-tokens", "3"]
@@ -42,7 +43,10 @@ def _huge(file: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "says"),
     [
-        (lambda f: f.write_text("a picture of a cat"), "is not a picture in a format that Pillow"),
+        (
+            lambda f: f.write_text("a picture of a cat"),
+            "is not a picture in a format that is read (PNG, JPEG, ",
+        ),
         (lambda f: f.touch(), "is empty (0 bytes); give a picture file"),
         (lambda f: f.mkdir(), "is a folder; name one picture file in it"),
         (lambda f: None, "there is no picture at"),
@@ -108,7 +112,7 @@ def test_a_prompt_needs_no_image_slot_and_may_hold_one(
         (["--prompt", ""], "the prompt is empty; ask something about the picture"),
         (["--prompt", " \n\t"], "the prompt is empty"),
         (["--prompt", "<image>"], "the prompt is empty"),
-        (["--prompt", "<image> or <image> ?"], "holds <image> 2 times, there is one picture"),
+        (["--prompt", "<image> or <image> ?"], "holds <image> 2 times; keep one"),
         (["--prompt", "star " * 5000], "the model has 4096 positions; shorten the prompt"),
         ([*QUESTION[:2], "--max-new-tokens", "4090"], "--max-new-tokens 4090 is more than the "),
         ([*QUESTION[:2], "--max-new-tokens", "0"], "an answer has at least 1 token; got 0"),
@@ -122,6 +126,14 @@ def test_prompts_and_lengths(
     options: list[str], says: str, tiny_bundle: Path, refused: Refused
 ) -> None:
     assert says in refused("run", tiny_bundle, "--image", SCENE, *options)
+
+
+def test_how_to_sample_is_checked_before_a_bundle_is_opened(
+    tiny_bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "open", None)
+    line = refused("run", tiny_bundle, "--image", SCENE, *QUESTION, "--temperature", "-1")
+    assert "the temperature is 0 (greedy) or a positive number; got -1.0" in line
 
 
 def test_a_dialogue_ends_where_the_positions_do(

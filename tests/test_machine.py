@@ -14,6 +14,7 @@ from edgeprune.cost import kv_bytes
 from edgeprune.models import open_model
 from edgeprune.runtime import machine
 from edgeprune.runtime.machine import Gpu, Machine
+from tests.conftest import Refused
 
 ORIN = Gpu("Orin", "sm_87", 8 * 10**9, "12.6")
 CARD = Gpu("NVIDIA GeForce RTX 4090", "sm_89", 24 * 10**9, "13.0")
@@ -55,7 +56,7 @@ def test_a_jetson_with_jetpack(fake: Fake) -> None:
     assert found.bytes == 8_000_000_000
     able = can(found)
     assert able["build with trt"] == able["run on trt"] == able["run on ort-cpu"] == ""
-    assert "edgeprune[export]" in able["export"]
+    assert "pip install '.[export]'" in able["export"]
     assert "a Jetson runs trt" in able["run on trt-rtx"]
     assert able["run on ort-cuda"]
 
@@ -63,7 +64,7 @@ def test_a_jetson_with_jetpack(fake: Fake) -> None:
 def test_a_jetson_without_cuda_python_is_told_what_to_install(fake: Fake) -> None:
     able = can(fake(ORIN, "tensorrt", release=RELEASE))
     assert able["build with trt"] == ""
-    assert "pip install cuda-python" in able["run on trt"]
+    assert "JetPack 6: pip install 'cuda-python>=12.6,<13'" in able["run on trt"]
 
 
 def test_a_release_that_is_not_known_is_named(fake: Fake) -> None:
@@ -80,7 +81,7 @@ def test_an_rtx_pc(fake: Fake) -> None:
         "build with trt",
         "run on trt",
     ]
-    assert "edgeprune[trt]" in able["run on trt"]
+    assert "pip install '.[trt]'" in able["run on trt"]
 
 
 def test_a_machine_without_a_gpu_builds_and_does_not_run(fake: Fake) -> None:
@@ -128,6 +129,21 @@ def test_the_memory_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert plain["caches"] == [2 * size for size in half["caches"]], "one grows into the other"
     assert plain["activations"] >= 2 * shape.attention_heads * tokens**2
     assert half["total"] == half["weights"] + sum(half["caches"]) + half["activations"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["bundle", "--memory", "--model", "demo"], "--memory asks about --model"),
+        (["bundle", "--cr", "4"], "--cr and --text-capacity are for --memory"),
+        (["--text-capacity", "512"], "--cr and --text-capacity are for --memory"),
+        (["--memory", "--model", "demo", "--text-capacity", "0"], "at least 1 token; got 0"),
+        (["--memory", "--model", "demo", "--cr", "0"], "a number of at least 1; got 0"),
+        (["--memory"], "give --model and --memory together"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], says: str, refused: Refused) -> None:
+    assert says in refused("check", *options)
 
 
 def test_what_fits_a_device() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import pytest
 import torch
 
 from edgeprune.bundle import Bundle
-from edgeprune.demo import MODEL_DIR
+from edgeprune.cli import main
+from edgeprune.demo import MODEL_DIR, SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError, InputError
-from edgeprune.runtime import Sampling, Session
+from edgeprune.runtime import Sampling, Session, backends
 from edgeprune.runtime._caches import STEP
 from edgeprune.runtime.backend import FakeBackend
 
 QUESTION = "what color is the star ?"
+SCENE = SAMPLES_DIR / "scene-1.png"
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +218,45 @@ def test_the_cache_is_written_in_place(demo_utp: Path, tmp_path: Path) -> None:
     )
     assert "in-place optimization not activated" not in done.stderr
     assert "prefill" in done.stderr
+
+
+def test_an_engine_is_freed_with_its_session(tiny_bundle: Path, no_collector: None) -> None:
+    """When the block ends though the session is still there, and when it is not there any more."""
+    engines = []
+    with Session.open(tiny_bundle) as closed:
+        engines.append(_asked(closed))
+    dropped = Session.open(tiny_bundle)
+    engines.append(_asked(dropped))
+    del dropped
+    assert [engine() for engine in engines] == [None, None]
+    closed.close()  # again, and nothing happens
+
+
+def _asked(session: Session) -> weakref.ref[Any]:
+    """The engine of a session that has prefilled and decoded."""
+    backend: Any = session.backend
+    session.warm_up()
+    return weakref.ref(backend._decoder)
+
+
+@pytest.mark.parametrize("command", ["run", "show"])
+def test_one_bundle_is_closed_before_the_next_is_opened(
+    command: str,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_collector: None,
+) -> None:
+    engines, open_then, make = [], [], backends.make
+
+    def made(*arguments: Any) -> Any:
+        open_then.append(sum(engine() is not None for engine in engines))
+        backend: Any = make(*arguments)
+        engines.append(weakref.ref(backend._decoder))
+        return backend
+
+    monkeypatch.setattr(backends, "make", made)
+    bundle, question = str(tiny_bundle), ["--image", str(SCENE), "--prompt", QUESTION]
+    second = {"run": [bundle], "show": ["--dense", bundle, "-o", str(tmp_path / "out.png")]}
+    assert main([command, bundle, *second[command], *question]) == 0
+    assert open_then == [0, 0]

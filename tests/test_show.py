@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +240,27 @@ def test_requests_that_cannot_be_met(demo_dense: Path, tmp_path: Path, refused: 
         options = [part for pair in {**good, **changed}.items() for part in pair]
         assert says in refused("show", demo_dense, *options)
         assert [f.name for f in tmp_path.iterdir()] == ["plain.txt"], "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("takes", "says"), [({"pictures": 2}, "takes 2 pictures"), ({"frames": 4}, "takes a video")]
+)
+def test_a_bundle_that_takes_no_single_picture(
+    takes: dict[str, int],
+    says: str,
+    demo_dense: Path,
+    copy_bundle: Callable[[], Path],
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    file = copy_bundle() / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["image"] |= takes
+    file.write_text(json.dumps(manifest))
+    asked = ["--image", SCENES[0], "--prompt", QUESTION, "-o", tmp_path / "out.png"]
+    for bundles in ([file.parent], [demo_dense, "--dense", file.parent]):
+        line = refused("show", *bundles, *asked)
+        assert "show draws one picture" in line and says in line
 
 
 def test_a_picture_that_cannot_be_written_leaves_what_was_there(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,6 +185,13 @@ def _record(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def _lacking(folder: Path, name: str) -> None:
+    file = folder / "engine.json"
+    record = json.loads(file.read_text())
+    del record[name]
+    file.write_text(json.dumps(record))
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte": (lambda f: _flip(f / "decoder.engine"), "was altered since it was built"),
     "cut": (lambda f: (f / "vision.engine").write_bytes(b""), "was altered since it was built"),
@@ -200,6 +209,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "other dtype": (lambda f: _record(f, dtype="bf16"), "was built from other graphs"),
     "no record": (lambda f: (f / "engine.json").unlink(), "has no engines for TensorRT"),
     "damaged record": (lambda f: (f / "engine.json").write_text("{"), "has no engines for"),
+    "no capacities": (lambda f: _lacking(f, "capacities"), "has no engines for TensorRT"),
     "other backend": (lambda f: _record(f, backend="trt-rtx"), "has no engines for TensorRT"),
 }
 
@@ -247,6 +257,95 @@ def test_an_engine_for_this_gpu_among_others_is_found(
     assert Session.open(bundle, backend="trt").ask(image, question.text).ids
 
 
+def test_of_several_engines_those_that_hold_most_are_run(
+    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]]
+) -> None:
+    """The folders' names end in a hash, so their order says nothing."""
+    bundle = copy_rtx()
+    for name, capacity in (("trt-a", TEXT - 10), ("trt-b", TEXT), ("trt-c", TEXT - 20)):
+        folder = pretend(bundle)
+        _record(folder, text_capacity=capacity)
+        folder.rename(folder.with_name(name))
+    fake(bundle)
+    assert Session.open(bundle, backend="trt").backend.text_capacity == TEXT
+
+
+def test_closing_frees_the_gpu(
+    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], no_collector: None
+) -> None:
+    bundle = copy_rtx()
+    pretend(bundle)
+    used = fake(bundle)
+    image, question = next(held_out(1))
+    with Session.open(bundle, backend="trt") as session:
+        session.ask(image, question.text, Sampling(max_new_tokens=4))
+        backend: Any = session.backend
+        engine = weakref.ref(backend._decode)
+        assert used[0].blocks
+    assert engine() is None
+    assert not used[0].blocks
+    session.close()  # again, and nothing happens
+
+
+def test_what_cuda_gave_is_given_back_newest_first() -> None:
+    freed: list[tuple[str, Any]] = []
+    host = ctypes.create_string_buffer(8)
+    pinned = ctypes.addressof(host)
+    names = "GraphExecDestroy GraphDestroy FreeHost Free StreamDestroy"
+    device = gpu.CudaGpu(
+        SimpleNamespace(ILogger=SimpleNamespace, __version__=VERSION),
+        "TensorRT",
+        SimpleNamespace(
+            **{
+                f"cuda{name}": lambda what, name=name: freed.append((name, what))
+                for name in names.split()
+            },
+            **vars(
+                cuda(
+                    cudaGetDeviceCount=(0, 1),
+                    cudaSetDevice=(0,),
+                    cudaDeviceGetAttribute=(0, 8),
+                    cudaStreamCreate=(0, 7),
+                    cudaMalloc=(0, 1000),
+                    cudaMallocHost=(0, pinned),
+                    cudaStreamBeginCapture=(0,),
+                    cudaStreamEndCapture=(0, 20),
+                    cudaGraphInstantiate=(0, 21),
+                )
+            ),
+            cudaDeviceAttr=Anything(),
+            cudaStreamCaptureMode=Anything(),
+        ),
+    )
+    device.allocate(64)
+    device.pinned(8)
+    device.record(lambda: None)
+    device.close()
+    assert freed == list(zip(names.split(), (21, 20, pinned, 1000, 7), strict=True))
+    device.close()
+    assert len(freed) == 5
+
+
+class Anything:
+    """Has every attribute."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+def test_a_picture_that_stands_too_late_in_the_prompt(
+    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], refused: Refused
+) -> None:
+    """A larger --text-capacity would change nothing."""
+    bundle = copy_rtx()
+    pretend(bundle)
+    fake(bundle)
+    late = [*QUESTION[:3], "star " * 80 + "<image> what color ?"]
+    line = refused("run", bundle, *late, "--backend", "trt")
+    assert "read 64 prefix tokens at once" in line
+    assert "put <image> earlier in it" in line and "--text-capacity" not in line
+
+
 def test_too_little_memory_is_told_before_anything_is_loaded(
     copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], refused: Refused
 ) -> None:
@@ -277,7 +376,11 @@ def test_what_is_missing_is_named(
     for module in ("cuda", "cuda.bindings", "cuda.bindings.runtime", "cuda.cudart"):
         monkeypatch.setitem(sys.modules, module, None)
     line = refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
-    assert "cuda-python is not installed; run: pip install 'edgeprune[trt]'" in line
+    assert "is not installed; in edgeprune's checkout run: pip install '.[trt]'" in line
+    monkeypatch.setattr("edgeprune.runtime.machine.jetson", lambda: "36.4.3")
+    line = refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
+    assert "JetPack 6: pip install 'cuda-python>=12.6,<13'" in line
+    assert "[trt]" not in line, "it would put another TensorRT over JetPack's"
 
 
 def cuda(**answers: tuple[Any, ...]) -> SimpleNamespace:
@@ -303,7 +406,7 @@ def test_no_gpu(
 ) -> None:
     trt = SimpleNamespace(__version__=VERSION, ILogger=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr(gpu, "_cudart", lambda: cuda(cudaGetDeviceCount=count))
+    monkeypatch.setattr(gpu, "_cudart", lambda kind: cuda(cudaGetDeviceCount=count))
     monkeypatch.setattr("edgeprune.runtime.trt.quiet_logger", lambda trt: None)
     assert says in refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
 

@@ -103,5 +103,5 @@ def test_a_missing_extra_is_named(clean: Path, tmp_path: Path) -> None:
         [str(clean), "-m", "edgeprune.cli", "export"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "edgeprune[export]" in done.stderr
+    assert "pip install '.[export]'" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError
 
@@ -42,7 +42,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--verify", action="store_true", help="hash large files too")
     command.add_argument("--json", action="store_true", help="one JSON object per bundle on stdout")
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
-    command.add_argument("--temperature", type=float, help="0 (default) takes the likeliest token")
+    command.add_argument(
+        "--temperature", type=float, help="0 takes the likeliest token (default: the checkpoint's)"
+    )
     command.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
     command.add_argument("--top-p", type=float, metavar="P", help="sample within probability P")
     command.add_argument("--seed", type=int, help="seed of sampling")
@@ -58,23 +60,25 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from edgeprune.runtime.images import check_file, load_image
+    from edgeprune.runtime.sampling import Sampling
     from edgeprune.runtime.session import Session
 
     for image in args.images or ():
         load_image(image)  # a bad picture is told now, not after gigabytes have been read
     if args.video:
         check_file(args.video, "video")
+    Sampling(**_asked(args))
     for bundle in args.bundles:
         _check_kind(bundle, args.video)
     for bundle in args.bundles:
-        session = Session.open(
+        with Session.open(
             bundle, backend=args.backend, threads=args.threads, verify=args.verify or None
-        )
-        if len(args.bundles) > 1:  # compared with each other, so none pays for starting up
-            session.warm_up()
-        answers = [_ask(session, args, turn) for turn in range(len(args.prompts))]
-        if args.json:
-            print(json.dumps(_record(session, args.prompts, answers)))
+        ) as session:
+            if len(args.bundles) > 1:  # compared with each other, so none pays for starting up
+                session.warm_up()
+            answers = [_ask(session, args, turn) for turn in range(len(args.prompts))]
+            if args.json:
+                print(json.dumps(_record(session, args.prompts, answers)))
     return 0
 
 
@@ -112,13 +116,18 @@ def _sampling(session: Session, args: argparse.Namespace) -> Sampling | None:
     """The checkpoint's defaults with what was asked on top; None where nothing was asked."""
     from edgeprune.runtime.sampling import Sampling
 
+    if not (asked := _asked(args)):
+        return None
+    return Sampling(**{**session.manifest.text.generation, "max_new_tokens": None, **asked})
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if not asked:
-        return None
     if "stop" in asked:
         asked["stop"] = tuple(asked["stop"])
-    return Sampling(**{**session.manifest.text.generation, "max_new_tokens": None, **asked})
+    return asked
 
 
 def _summary(session: Session, answer: Answer, turn: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.commands import _common
+from edgeprune.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     show.check_target(args.output)
     check_font(args.font)
     image = load_image(args.image)
+    for bundle in filter(None, (args.bundle, args.dense)):
+        _check_kind(bundle)
     _common.check_output(args.output)
 
     manifest, answer = _ask(args.bundle, image, args)
@@ -68,9 +71,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_kind(bundle: Path) -> None:
+    """InputError where a bundle takes something else than one picture."""
+    from edgeprune.bundle import Bundle
+
+    record = Bundle.open(bundle, verify=False).manifest.image
+    if record.frames is not None or record.pictures != 1:
+        takes = "a video" if record.frames is not None else f"{record.pictures} pictures"
+        raise InputError(f"show draws one picture, {bundle} takes {takes}; ask it: edgeprune run")
+
+
 def _ask(bundle: Path, image: Image, args: argparse.Namespace) -> tuple[Manifest, Answer]:
     """What a bundle is and what it answers; it is closed again, the next may need the memory."""
     from edgeprune.runtime.session import Session
 
-    session = Session.open(bundle, backend=args.backend, threads=args.threads)
-    return session.manifest, session.ask(image, args.prompt)
+    with Session.open(bundle, backend=args.backend, threads=args.threads) as session:
+        return session.manifest, session.ask(image, args.prompt)
