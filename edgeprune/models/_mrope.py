@@ -62,7 +62,8 @@ class MRope:
         """
         start = first + segments.prefix
         before = first + torch.arange(segments.prefix, device=first.device)
-        seen = torch.scalar_tensor(segments.visual, dtype=torch.int64).clamp(max=1)  # not in decode
+        # 0 in decode steps, 1 in prefill; a minimum, for TensorRT clips no integers
+        seen = torch.scalar_tensor(segments.visual, dtype=torch.int64).minimum(torch.tensor(1))
         after = start + self.span * seen + torch.arange(segments.text, device=first.device)
         visual = start + torch.tensor(self.places).T.index_select(1, places)
         anchors = start + seen * torch.tensor(self._anchors())  # never past the rotary tables
