@@ -75,6 +75,7 @@ def test_a_tie_explains_no_wrong_logits() -> None:
         (([1, 2, 3], [0, 1]), False),  # 0 is kept always
         (([0, 2, 5], [0, 1]), False),  # 5 is never kept
         (([0, 1, 2], [0, 1]), False),  # the first's choice: then it is no choice that differs
+        (([0, 2, 1], [0, 2]), True),  # the first's too, but another token stands for merged ones
         (([0, 2, 3], [1, 2]), False),  # of 0, 2 and 3 it drops 0
     ],
 )
