@@ -196,6 +196,10 @@ def test_every_method_on_every_family_equals_its_reference(
     family: Family, method: str, tmp_path: Path
 ) -> None:
     deep = FAMILIES[family.name](num_hidden_layers=8).save(tmp_path / "deep")
+    if method == "visiontrim" and family.name in ("llava_next", "llava_onevision"):
+        with pytest.raises(SpecError, match="separators"):
+            pruned(deep, family.sizes[1], method, tmp_path)
+        return
     exported = pruned(deep, family.sizes[1], method, tmp_path)
     assert exported.parity is not None and exported.parity.ties == 0
 
