@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from edgeprune.export.check import check_graph
-from tests import families, qwen
-from tests.families import Family
 from tests.frozen import frozen
+from tests.test_every_family import LLAVAS, QWENS
 
-LLAVAS: dict[str, Callable[..., Family]] = {
-    "llava": families.llava,
-    "llava_next": families.llava_next,
-    "llava_onevision": families.llava_onevision,
-    "llava_next_video": families.llava_next_video,
-    "video_llava": families.video_llava,
-    "internvl": partial(families.internvl, side=112),
-}
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     **{name: lambda folder, make=make: make().save(folder) for name, make in LLAVAS.items()},
-    "qwen2_vl": qwen.plain_checkpoint,
-    "qwen2_5_vl": qwen.windowed_checkpoint,
+    **QWENS,
 }
 
 
