@@ -22,13 +22,13 @@ from pathlib import Path
 
 from benchmarks.published import PUBLISHED
 from benchmarks.shapes import SHAPES, write
+from edgeprune.bench.bench import BenchRequest, BenchResult, Laps, Row, bench
+from edgeprune.bench.table import table
 from edgeprune.bundle import MANIFEST
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
-from edgeprune.runtime.bench import BenchRequest, BenchResult, Laps, Row, bench
-from edgeprune.runtime.bench_table import table
 from edgeprune.spec import Plan, PruneSpec, budget, plan_from_counts
 
 

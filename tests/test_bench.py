@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgeprune.bench import agreement, bench, power
+from edgeprune.bench.agreement import Answer, compare, pack, unpack
+from edgeprune.bench.bench import Absent, BenchResult, Laps, Row
+from edgeprune.bench.figure import figure
+from edgeprune.bench.table import HEADS, table
+from edgeprune.bench.worker import BenchWorker
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
-from edgeprune.runtime import agreement, bench, gpu, meters
-from edgeprune.runtime._racer import Racer
-from edgeprune.runtime.agreement import Answer, compare, pack, unpack
-from edgeprune.runtime.bench import Absent, BenchResult, Laps, Row
-from edgeprune.runtime.bench_figure import figure
-from edgeprune.runtime.bench_table import HEADS, table
+from edgeprune.runtime import gpu
 from tests.conftest import Refused
 from tests.fake_gpu import COMPUTE, VERSION, FakeGpu, pretend
 
@@ -64,8 +65,8 @@ def test_a_bundle_says_the_same_on_two_backends(
     pretend(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=VERSION))
     monkeypatch.setattr(gpu, "connect", lambda kind: FakeGpu(Bundle.open(bundle), COMPUTE))
-    monkeypatch.setattr(meters, "find", lambda gpu: Steady() if gpu else None)
-    ours, theirs = (Racer(bundle, name, 16, 6, None) for name in ("trt", "ort-cpu"))
+    monkeypatch.setattr(power, "find", lambda gpu: Steady() if gpu else None)
+    ours, theirs = (BenchWorker(bundle, name, 16, 6, None) for name in ("trt", "ort-cpu"))
     found = compare("tiny", "trt", ours.answer(), "ort-cpu", theirs.answer())
     assert (found.same_tokens, found.same_kept) == (found.tokens, found.kept) == (6, found.kept)
     assert found.kept > 0
@@ -162,7 +163,7 @@ def test_a_jetson_orin_nano_tells_its_power(tmp_path: Path) -> None:
     hwmon(tmp_path, "pwmfan", {"VDD_IN": (1, 1)}, number=1)
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 3000 kB\n")
-    meter = meters.find(True, tmp_path)
+    meter = power.find(True, tmp_path)
     assert meter is not None
     assert meter.watts() == pytest.approx(7.5)
     assert meter.used_bytes() == 5000 * 1024
@@ -174,21 +175,21 @@ def test_a_jetson_agx_orin_tells_its_power(tmp_path: Path) -> None:
     rails = {"VDD_GPU_SOC": (8000, 1000), "VDD_CPU_CV": (8000, 500), "VIN_SYS_5V0": (5000, 800)}
     hwmon(tmp_path, "ina3221", rails)
     hwmon(tmp_path, "ina3221", {"NC": (9, 9), "VDDQ_VDD2_1V8AO": (5000, 200)}, number=1)
-    meter = meters.find(False, tmp_path)
+    meter = power.find(False, tmp_path)
     assert meter is not None
     assert meter.watts() == pytest.approx(8 + 4 + 4 + 1)
 
 
 def test_a_machine_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert meters.find(False, tmp_path) is None
-    monkeypatch.setattr(meters, "nvml", lambda: None)
-    assert meters.find(True, tmp_path) is None
+    assert power.find(False, tmp_path) is None
+    monkeypatch.setattr(power, "nvml", lambda: None)
+    assert power.find(True, tmp_path) is None
 
     def missing(name: str) -> Any:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.undo()
-    assert meters.nvml(missing) is None
+    assert power.nvml(missing) is None
 
 
 class Card:
@@ -215,10 +216,10 @@ class Card:
 
 
 def test_an_rtx_card_tells_its_power() -> None:
-    meter = meters.nvml(lambda name: Card())
+    meter = power.nvml(lambda name: Card())
     assert meter is not None
     assert (meter.watts(), meter.used_bytes()) == (123.4, 3 * 10**9)
-    assert meters.nvml(lambda name: Card(power_code=3)) is None
+    assert power.nvml(lambda name: Card(power_code=3)) is None
 
 
 def test_samples_are_of_one_block() -> None:
@@ -234,7 +235,7 @@ def test_samples_are_of_one_block() -> None:
             return 1000 + self.asked
 
     meter = Rising()
-    sampler = meters.Sampler(meter, period=1e-4)
+    sampler = power.Sampler(meter, period=1e-4)
     for _ in range(2):
         before = meter.asked
         with sampler:
@@ -257,7 +258,7 @@ def test_a_sensor_that_does_not_answer_is_passed_over(tmp_path: Path) -> None:
 
     for answers, wanted in ((0, None), (2, 7.5)):
         meter = Moody(answers)
-        with meters.Sampler(meter, period=1e-4) as sampler:
+        with power.Sampler(meter, period=1e-4) as sampler:
             while meter.asked < 6 and sampler._thread.is_alive():
                 pass
         assert sampler.watts() == wanted
@@ -266,16 +267,16 @@ def test_a_sensor_that_does_not_answer_is_passed_over(tmp_path: Path) -> None:
 def test_a_board_whose_sensor_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(rail: meters.Rail) -> float:
+    def broken(rail: power.Rail) -> float:
         raise OSError(5, "Input/output error")
 
     hwmon(tmp_path, "ina3221", {"VDD_IN": (5000, 1500)})
-    monkeypatch.setattr(meters.Rail, "watts", broken)
-    assert meters.find(False, tmp_path) is None
+    monkeypatch.setattr(power.Rail, "watts", broken)
+    assert power.find(False, tmp_path) is None
 
 
 def test_ctrl_c_is_for_the_parent_alone(tiny_bundle: Path) -> None:
     """A terminal sends it to a whole session; the parent ends its children."""
-    with bench._Racer(tiny_bundle, "ort-cpu", bench.BenchRequest((tiny_bundle,))) as racer:
+    with bench._WorkerProcess(tiny_bundle, "ort-cpu", bench.BenchRequest((tiny_bundle,))) as racer:
         assert os.getsid(racer.process.pid) == racer.process.pid
     assert racer.process.returncode is not None

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
+from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.exporter import Exported, ExportRequest, export
 from edgeprune.export.preprocess import image_record
@@ -32,7 +33,6 @@ from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime.images import remarks, to_pixels
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.session import Session
-from edgeprune.runtime.show import drawn, seen, survivors
 from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families

@@ -20,10 +20,19 @@ FOLDERS = {"export": "edgeprune.export", "runtime": "edgeprune.runtime", "calib"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "highspy"}
 
 # What a layer may not import. Runtime's allowance of the core is spelled out below.
-ABOVE = {"edgeprune.commands", "edgeprune.compare", "edgeprune.recipe"}
+ABOVE = {
+    "edgeprune.bench",
+    "edgeprune.commands",
+    "edgeprune.compare",
+    "edgeprune.drawing",
+    "edgeprune.recipe",
+}
+TORCH_FREE = {"edgeprune.export", "edgeprune.calib", *HEAVY}
 BANNED = {
     "edgeprune.compare": {"edgeprune.commands"},
-    "edgeprune.recipe": {"edgeprune.commands", "edgeprune.compare", "edgeprune.runtime"},
+    "edgeprune.bench": {"edgeprune.commands", "edgeprune.compare", "edgeprune.recipe", *TORCH_FREE},
+    "edgeprune.drawing": {*ABOVE - {"edgeprune.drawing"}, *TORCH_FREE},
+    "edgeprune.recipe": {*ABOVE - {"edgeprune.recipe"}, "edgeprune.runtime"},
     "edgeprune.export": {"edgeprune.runtime", "edgeprune.calib", *ABOVE},
     "edgeprune.runtime": {"edgeprune.export", "edgeprune.calib", *ABOVE, *HEAVY},
     "edgeprune.calib": {"edgeprune.export", "edgeprune.runtime", *ABOVE},

@@ -14,13 +14,14 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle, Manifest
 from edgeprune.cli import main
+from edgeprune.drawing.canvas import ACCENT, Pen
+from edgeprune.drawing.image_files import save
+from edgeprune.drawing.schedule_chart import LOSS, chart
+from edgeprune.drawing.show import MERGED, Said, Site, dim, seen, survivors
+from edgeprune.drawing.show_figure import figure, representative
 from edgeprune.errors import BundleError, SpecError
-from edgeprune.runtime.chart import LOSS, chart
-from edgeprune.runtime.figure import figure, representative
 from edgeprune.runtime.images import load_image
-from edgeprune.runtime.pen import ACCENT, Pen
 from edgeprune.runtime.session import Answer, Session, Timings
-from edgeprune.runtime.show import MERGED, Said, Site, dim, save, seen, survivors
 from edgeprune.spec import Stage
 
 SCENES = sorted((Path(__file__).parents[1] / "edgeprune/demo/samples").glob("*.png"))

@@ -39,9 +39,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from edgeprune._progress import Bar
-    from edgeprune.runtime.bench import BenchRequest, bench
-    from edgeprune.runtime.bench_table import table
-    from edgeprune.runtime.show import check_target
+    from edgeprune.bench.bench import BenchRequest, bench
+    from edgeprune.bench.table import table
+    from edgeprune.drawing.image_files import check_target
 
     request = BenchRequest(
         bundles=tuple(args.bundles),
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _common.write_output(args.json, result.to_json() + "\n")
     if args.figure:
-        from edgeprune.runtime.bench_figure import figure
-        from edgeprune.runtime.show import save
+        from edgeprune.bench.figure import figure
+        from edgeprune.drawing.image_files import save
 
         save(figure(result), args.figure)
     return 0

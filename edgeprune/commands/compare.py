@@ -143,8 +143,8 @@ def _jobs(asked: int | None) -> int:
 
 def _write(comparison: Comparison, folder: Path) -> list[Path]:
     from edgeprune.compare.figure import figure
+    from edgeprune.drawing.image_files import save
     from edgeprune.files import write_whole
-    from edgeprune.runtime.show import save
 
     texts = {
         "compare.json": comparison.to_json(),

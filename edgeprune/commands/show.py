@@ -47,12 +47,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune.runtime import show
-    from edgeprune.runtime.figure import figure
+    from edgeprune.drawing import image_files, show
+    from edgeprune.drawing.canvas import check_font
+    from edgeprune.drawing.show_figure import figure
     from edgeprune.runtime.images import load_image
-    from edgeprune.runtime.pen import check_font
 
-    show.check_target(args.output)
+    image_files.check_target(args.output)
     check_font(args.font)
     image = load_image(args.image)
     for bundle in filter(None, (args.bundle, args.dense)):
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     levels, sites = show.seen(image, manifest.image), show.survivors(answer, manifest)
     prune = replace(manifest.prune, grid=show.drawn(manifest))
     picture = figure(levels, sites, prune, args.prompt, said, scale=args.scale, font=args.font)
-    show.save(picture, args.output)
+    image_files.save(picture, args.output)
     print(args.output)
     return 0
 

@@ -13,7 +13,7 @@ from edgeprune.compare.answers import wilson
 from edgeprune.compare.cells import DENSE
 from edgeprune.compare.labels import Box, column, placed
 from edgeprune.compare.results import Comparison, Result, grouped
-from edgeprune.runtime.pen import GHOST, INK, OVERSAMPLE, PAPER, QUIET, Colour, Pen, Point, Sheet
+from edgeprune.drawing.canvas import GHOST, INK, OVERSAMPLE, PAPER, QUIET, Colour, Pen, Point, Sheet
 
 WIDTH, HEIGHT, MARGIN = 1200, 800, 40  # in pixels at scale 1
 SIZE = 17.0  # of letters

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.bench.bench import BenchRequest, bench
 from edgeprune.compare.store import key_of
 from edgeprune.errors import SpecError
-from edgeprune.runtime.bench import BenchRequest, bench
 from edgeprune.versions import installed
 
 

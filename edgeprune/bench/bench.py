@@ -3,7 +3,7 @@
 Every lap is vision, prefill and a run of decode steps. Laps of all bundles on all backends
 alternate, so a machine whose speed drifts slows them all; ratios are taken lap by lap against the
 first bundle on the same backend. Each bundle runs in a process of its own for each backend
-(`_racer`), all of them loaded throughout. What cannot run here is listed with the reason.
+(`worker`), all of them loaded throughout. What cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import cost, errors
+from edgeprune.bench import agreement, worker
+from edgeprune.bench.agreement import Agreement, Answer
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
-from edgeprune.runtime import _racer, agreement, backends, elements, machine
-from edgeprune.runtime.agreement import Agreement, Answer
+from edgeprune.runtime import backends, elements, machine
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class BenchRequest:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"text_tokens": _racer.PREFIX + 1, "new_tokens": 1, "laps": 1, "warmup": 0}
+        least = {"text_tokens": worker.PREFIX + 1, "new_tokens": 1, "laps": 1, "warmup": 0}
         for name, number in least.items():
             if (found := getattr(self, name)) < number:
                 raise SpecError(f"--{name.replace('_', '-')} is at least {number}; got {found}")
@@ -112,49 +113,49 @@ def bench(
     total = request.warmup + request.laps
     with ExitStack() as stack:
         started = [
-            stack.enter_context(_Racer(path, backend, request))
+            stack.enter_context(_WorkerProcess(path, backend, request))
             for backend in request.backends
             for path in request.bundles
         ]
-        racers, absent = _loaded(started)
-        agreements = tuple(_agreements(racers)) if len(request.backends) > 1 else ()
+        workers, absent = _loaded(started)
+        agreements = tuple(_agreements(workers)) if len(request.backends) > 1 else ()
         for lap in range(total):
-            for racer in racers:
-                racer.lap(keep=lap >= request.warmup)
+            for process in workers:
+                process.lap(keep=lap >= request.warmup)
             progress(lap + 1, total)
-        rows = tuple(racer.row() for racer in racers)
+        rows = tuple(process.row() for process in workers)
     plain = asdict(request) | {"bundles": [path.name for path in request.bundles]}
     return BenchResult(rows, absent, agreements, plain, _machine())
 
 
-def _loaded(started: Sequence[_Racer]) -> tuple[list[_Racer], tuple[Absent, ...]]:
+def _loaded(started: Sequence[_WorkerProcess]) -> tuple[list[_WorkerProcess], tuple[Absent, ...]]:
     """Those that can run; BackendError where none can, or where only one backend was asked for."""
-    racers, absent = list[_Racer](), list[Absent]()
-    for racer in started:
+    workers, absent = list[_WorkerProcess](), list[Absent]()
+    for process in started:
         try:
-            racer.load()
+            process.load()
         except BackendError as error:
-            absent.append(Absent(racer.manifest.name, racer.backend, str(error)))
+            absent.append(Absent(process.manifest.name, process.backend, str(error)))
         else:
-            racers.append(racer)
-    if absent and (not racers or len({racer.backend for racer in started}) == 1):
+            workers.append(process)
+    if absent and (not workers or len({process.backend for process in started}) == 1):
         raise BackendError("; ".join(dict.fromkeys(one.why for one in absent)))
-    return racers, tuple(absent)
+    return workers, tuple(absent)
 
 
-def _agreements(racers: Sequence[_Racer]) -> list[Agreement]:
+def _agreements(workers: Sequence[_WorkerProcess]) -> list[Agreement]:
     """Each bundle on its further backends against the first that runs it."""
     found, first = [], dict[Path, tuple[str, Answer]]()
-    for racer in racers:
-        answer = racer.answer()
-        against, theirs = first.setdefault(racer.path, (racer.backend, answer))
-        if against != racer.backend:
-            name = racer.manifest.name
-            found.append(agreement.compare(name, racer.backend, answer, against, theirs))
+    for process in workers:
+        answer = process.answer()
+        against, theirs = first.setdefault(process.path, (process.backend, answer))
+        if against != process.backend:
+            name = process.manifest.name
+            found.append(agreement.compare(name, process.backend, answer, against, theirs))
     return found
 
 
-class _Racer:
+class _WorkerProcess:
     """The process of a bundle on a backend, and the laps that it has run."""
 
     def __init__(self, path: Path, backend: str, request: BenchRequest) -> None:
@@ -162,7 +163,7 @@ class _Racer:
         self.manifest = Bundle.open(path, verify=False).manifest
         self.laps: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", _racer.__name__],
+            [sys.executable, "-m", worker.__name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -181,7 +182,7 @@ class _Racer:
         }
         self.loaded = self._ask(json.dumps(started))
 
-    def __enter__(self) -> _Racer:
+    def __enter__(self) -> _WorkerProcess:
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgeprune.runtime.bench import BenchResult, Row
+from edgeprune.bench.bench import BenchResult, Row
 
 HEADS = (
     "bundle",

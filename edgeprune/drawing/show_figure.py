@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.bundle import PruneRecord
-from edgeprune.runtime.chart import chart
-from edgeprune.runtime.pen import (
+from edgeprune.drawing.canvas import (
     ACCENT,
     OVERSAMPLE,
     PAPER,
@@ -19,7 +18,8 @@ from edgeprune.runtime.pen import (
     Pen,
     Sheet,
 )
-from edgeprune.runtime.show import MERGED, Levels, Said, Sites, dim
+from edgeprune.drawing.schedule_chart import chart
+from edgeprune.drawing.show import MERGED, Levels, Said, Sites, dim
 
 MOST_SITES = 7
 """Of more pruning sites so many are drawn: the first, the last, evenly between."""

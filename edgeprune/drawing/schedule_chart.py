@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from edgeprune.bundle import PruneRecord
-from edgeprune.runtime.pen import ACCENT, GHOST, INK, QUIET, SOFT, Colour, Pen, Sheet
+from edgeprune.drawing.canvas import ACCENT, GHOST, INK, QUIET, SOFT, Colour, Pen, Sheet
 
 LOSS: Colour = (252, 224, 190)
 """Of the bars behind: what a layer loses without visual tokens."""

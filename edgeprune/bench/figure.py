@@ -6,8 +6,8 @@ import statistics
 
 from PIL import Image
 
-from edgeprune.runtime.bench import BenchResult, Row
-from edgeprune.runtime.pen import ACCENT, GHOST, INK, OVERSAMPLE, QUIET, SOFT, Colour, Pen, Sheet
+from edgeprune.bench.bench import BenchResult, Row
+from edgeprune.drawing.canvas import ACCENT, GHOST, INK, OVERSAMPLE, QUIET, SOFT, Colour, Pen, Sheet
 
 WIDTH, MARGIN, ROW = 1200, 40, 44  # in pixels at scale 1
 SIZE = 17.0  # of letters

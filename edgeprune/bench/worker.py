@@ -18,24 +18,25 @@ from typing import Any
 import numpy as np
 
 from edgeprune import memory
+from edgeprune.bench import power
+from edgeprune.bench.agreement import Answer, pack
 from edgeprune.bundle import Bundle
 from edgeprune.errors import CapacityError, EdgepruneError
-from edgeprune.runtime import backends, meters
-from edgeprune.runtime.agreement import Answer, pack
+from edgeprune.runtime import backends
 from edgeprune.runtime.backend import Chunk, Ids, Output
 
 PREFIX = 5
 """Text tokens before the picture; LLaVA-1.5 without a system text has about as many."""
 
 
-class Racer:
+class BenchWorker:
     """One bundle on its engine, with inputs made of noise."""
 
     def __init__(
         self, path: Path, backend: str, text_tokens: int, new_tokens: int, threads: int | None
     ) -> None:
-        meter = meters.find(backend != "ort-cpu")
-        self.sampler = meters.Sampler(meter) if meter else None
+        meter = power.find(backend != "ort-cpu")
+        self.sampler = power.Sampler(meter) if meter else None
         started = time.perf_counter()
         bundle = Bundle.open(path, verify=False)
         self.manifest = bundle.manifest
@@ -111,16 +112,16 @@ def main() -> None:
     sys.stdout = sys.stderr  # nothing else may speak on the pipe
     request = json.loads(sys.stdin.readline())
     try:
-        racer = Racer(Path(request.pop("path")), **request)
-        built = racer.backend.build_seconds
-        meter = racer.sampler.meter.source if racer.sampler else ""
+        worker = BenchWorker(Path(request.pop("path")), **request)
+        built = worker.backend.build_seconds
+        meter = worker.sampler.meter.source if worker.sampler else ""
         _say(
             answers,
-            {"load_seconds": racer.load_seconds, "build_seconds": built, "meter": meter},
+            {"load_seconds": worker.load_seconds, "build_seconds": built, "meter": meter},
         )
         for line in sys.stdin:
             lap = line.strip() == "lap"
-            _say(answers, racer.lap() if lap else asdict(racer.answer()))
+            _say(answers, worker.lap() if lap else asdict(worker.answer()))
     except EdgepruneError as error:
         _say(answers, {"error": type(error).__name__, "message": str(error)})
 

@@ -1,26 +1,21 @@
 """What pruning leaves of a picture: the tokens alive after each site, as patches of the picture.
 
-`edgeprune.runtime.figure` draws them into one picture with the answers and the schedule.
+`edgeprune.drawing.show_figure` draws them into one image with the answers and the schedule.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from edgeprune.bundle import ImageRecord, Manifest
-from edgeprune.errors import BundleError, InputError
-from edgeprune.files import write_whole
+from edgeprune.errors import BundleError
 from edgeprune.runtime.backend import Ids
 from edgeprune.runtime.images import to_pixels
 from edgeprune.runtime.session import Answer
-
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 MERGED = (255, 120, 0)
 """Colour of the outline of a merged token's centre."""
@@ -166,18 +161,3 @@ def _outlined(patch: Levels, line: int) -> Levels:
     framed = np.full_like(patch, MERGED)
     framed[line:-line, line:-line] = patch[line:-line, line:-line]
     return framed
-
-
-def check_target(file: Path) -> None:
-    """InputError, before any work, where a file's name does not say which format it is."""
-    if file.suffix.lower() not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise InputError(f"the picture's name must end in one of {known}; got {str(file)!r}")
-
-
-def save(picture: Image.Image, file: Path) -> None:
-    """Write the picture under its name, whole or not at all; the name says the format."""
-    check_target(file)
-    encoded = io.BytesIO()
-    picture.save(encoded, FORMATS[file.suffix.lower()], quality=92, optimize=True)
-    write_whole(file, encoded.getvalue())
