@@ -15,14 +15,25 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, is_dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
+from edgeprune import contract
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.files import replaced
+from edgeprune.records import (
+    Amount,
+    Between,
+    Count,
+    Few,
+    Matches,
+    OneOf,
+    Side,
+    build,
+    parse,
+)
 from edgeprune.spec import Plan, Stage
 from edgeprune.tiling import Tiling
 
@@ -30,15 +41,33 @@ SCHEMA = 2
 MANIFEST = "manifest.json"
 QUICK = 256 << 20
 """Files up to so many bytes are hashed whenever a bundle is opened."""
+MANIFEST_BYTES = 16 << 20
+"""A longer manifest is not read: hundreds of layers take some 100 kB."""
 NEEDED = ("vision.onnx", "decoder.onnx", "weights.bin", "tokenizer.json")
+
+TARGETS = ("cpu", "cuda", "rtx", "jetpack7", "jetpack6")
+DIALECTS = ("modern", "jetpack7", "jetpack6")
+DTYPES = ("fp32", "fp16", "bf16")
+CACHES = ("in-place", "grow")
+"""In place: present is past, written at lengths. Where caches grow, present is longer than past."""
+
+_Byte = Annotated[int, Between(0, 255)]
+Bytes = Annotated[int, Between(0, 1 << 50)]
+Hash = Annotated[str, Matches("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")]
+Ratio = Annotated[float, Between(1, 1 << 24)]
+Level = Annotated[float, Between(-1e6, 1e6)]
+Setting = Annotated[float, Between(-1e9, 1e9)]
+Scale = Annotated[float, Between(1e-6, 1e6)]
+Rgb = tuple[_Byte, _Byte, _Byte]
+Filter = Annotated[int, Between(0, 5)]  # Pillow's numbers
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
     """Size in bytes and SHA-256 of one file of a bundle."""
 
-    bytes: int
-    sha256: str
+    bytes: Bytes
+    sha256: Hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +75,11 @@ class PruneRecord:
     """What was asked and what is frozen in: r_1 ... r_L and the certificate of the schedule."""
 
     method: str
-    cr: float
-    cr_reached: float
-    visual_tokens: int  # V, before any pruning
-    grid: tuple[int, int]  # rows, columns of the V tokens
-    counts: tuple[int, ...]  # r_1 ... r_L
+    cr: Ratio
+    cr_reached: Ratio
+    visual_tokens: Count  # V, before any pruning
+    grid: tuple[Count, Count]  # rows, columns of the V tokens
+    counts: tuple[Amount, ...]  # r_1 ... r_L
     stages: tuple[Stage, ...]  # where tokens leave, in the order in which they meet them
     options: dict[str, str] = field(default_factory=dict)
     schedule: dict[str, Any] | None = None
@@ -75,16 +104,16 @@ class PruneRecord:
 class DecoderRecord:
     """What the runtime needs to feed decoder.onnx; sizes are counts."""
 
-    layers: int
-    kv_heads: int
-    head_size: int
-    width: int
-    mlp_width: int
-    attention_heads: int
-    vocabulary: int
-    max_positions: int
-    cache: str  # "in-place": present is past, written at lengths; "grow": present is longer
-    span: int | None = None  # positions that a picture takes under M-RoPE, and then the decoder
+    layers: Few
+    kv_heads: Few
+    head_size: Few
+    width: Count
+    mlp_width: Count
+    attention_heads: Few
+    vocabulary: Count
+    max_positions: Count
+    cache: Annotated[str, OneOf(CACHES)]
+    span: Count | None = None  # positions that a picture takes under M-RoPE, and then the decoder
     # has an input `places`: int64 [visual], which of the V tokens it is given; None: one each
 
 
@@ -92,19 +121,19 @@ class DecoderRecord:
 class ImageRecord:
     """How a picture becomes pixels [tiles, 3, height, width]; the checkpoint's own processor."""
 
-    height: int
-    width: int
-    resize: tuple[int, int] | int | None  # (height, width), or the shortest edge, or no resizing
-    resample: int  # PIL's number of the filter
-    crop: tuple[int, int] | None  # (height, width) of the centre crop
-    rescale: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    pad_to_square: tuple[int, int, int] | None = None  # colour of the padding, before resizing
+    height: Side
+    width: Side
+    resize: tuple[Side, Side] | Side | None  # (height, width), or the shortest edge, or no resizing
+    resample: Filter
+    crop: tuple[Side, Side] | None  # (height, width) of the centre crop
+    rescale: Scale
+    mean: tuple[Level, Level, Level]
+    std: tuple[Scale, Scale, Scale]
+    pad_to_square: Rgb | None = None  # colour of the padding, before resizing
     tiling: Tiling | None = None  # cut into tiles of height x width, which are pixels [tiles, ...]
-    step: int | None = None  # the model takes any multiple of so many pixels, the bundle one size
-    pictures: int = 1  # in a prompt
-    frames: int | None = None  # of a video, in place of pictures
+    step: Side | None = None  # the model takes any multiple of so many pixels, the bundle one size
+    pictures: Few = 1  # in a prompt
+    frames: Count | None = None  # of a video, in place of pictures
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -124,9 +153,9 @@ class TextRecord:
     next: str
     system: str
     add_special_tokens: bool
-    image_token_id: int
-    eos_token_ids: tuple[int, ...]
-    generation: dict[str, int | float] = field(default_factory=dict)  # defaults of Sampling
+    image_token_id: Amount
+    eos_token_ids: tuple[Amount, ...]
+    generation: dict[str, Setting] = field(default_factory=dict)  # defaults of Sampling
     around_image: tuple[str, str] = ("", "")  # text before and after the picture's tokens
 
 
@@ -137,10 +166,10 @@ class Manifest:
     name: str
     model: str
     family: str
-    target: str
-    dialect: str
-    dtype: str
-    opset: int
+    target: Annotated[str, OneOf(TARGETS)]
+    dialect: Annotated[str, OneOf(DIALECTS)]
+    dtype: Annotated[str, OneOf(DTYPES)]
+    opset: Few
     prune: PruneRecord
     decoder: DecoderRecord
     image: ImageRecord
@@ -148,7 +177,7 @@ class Manifest:
     files: dict[str, FileRecord]
     parity: dict[str, Any]
     versions: dict[str, str]
-    schema: int = SCHEMA
+    schema: Count = SCHEMA
 
     @property
     def span(self) -> int:
@@ -196,62 +225,33 @@ def _read_manifest(path: Path) -> Manifest:
             f"{path} is no bundle: it has no {MANIFEST}. Write one with: edgeprune export"
         )
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse(_read(file))
         schema = data["schema"]
     except KeyError as error:
         raise BundleError(f"{file} names no schema; export the bundle again") from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BundleError(f"{file} is damaged ({error}); export the bundle again") from error
     if schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
         raise BundleError(
-            f"{file} has schema {schema}, this edgeprune reads schema {SCHEMA}; "
-            + (
-                "update edgeprune"
-                if isinstance(schema, int) and schema > SCHEMA
-                else "export again"
-            )
+            f"{file} has schema {str(schema)[:20]}, this edgeprune reads schema {SCHEMA}; "
+            + ("update edgeprune" if newer else "export again")
         )
     try:
-        manifest: Manifest = _typed(Manifest, data, "manifest")
-        _check_manifest(manifest)
+        manifest: Manifest = build(Manifest, data, "manifest")
+        if absent := [name for name in NEEDED if name not in manifest.files]:
+            raise ValueError(f"files lacks {', '.join(absent)}")
+        contract.check_sizes(manifest)
     except (TypeError, ValueError, SpecError) as error:
         raise BundleError(f"{file} is damaged ({error}); export the bundle again") from error
     return manifest
 
 
-def _typed(kind: Any, value: Any, place: str) -> Any:
-    """A JSON value as the type that a record declares for it; TypeError names the place."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        for option in inner:
-            with suppress(TypeError):
-                return _typed(option, value, place)
-    elif is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind)
-        parts = {k: _typed(hints.get(k, Any), v, f"{place}.{k}") for k, v in value.items()}
-        return kind(**parts)  # type: ignore[operator]  # TypeError where a field lacks
-    elif origin is tuple and isinstance(value, list):
-        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
-        if len(kinds) == len(value):
-            return tuple(_typed(k, v, place) for k, v in zip(kinds, value, strict=True))
-    elif origin is Literal and value in inner:
-        return value
-    elif origin is dict and isinstance(value, dict):
-        return {k: _typed(inner[1], v, f"{place}.{k}") for k, v in value.items()}
-    elif kind is Any or type(value) is kind or (kind is float and type(value) is int):
-        return value
-    raise TypeError(f"{place} cannot be {json.dumps(value)[:40]}")
-
-
-def _check_manifest(manifest: Manifest) -> None:
-    """ValueError where the parts of a manifest contradict each other or lack something."""
-    prune, layers = manifest.prune, manifest.decoder.layers
-    if not prune.counts or len(prune.counts) != layers:
-        raise ValueError(f"{len(prune.counts)} token counts for {layers} layers")
-    if prune.plan.counts != prune.counts:
-        raise ValueError("the stages give other token counts")
-    if absent := [name for name in NEEDED if name not in manifest.files]:
-        raise ValueError(f"files lacks {', '.join(absent)}")
+def _read(file: Path) -> str:
+    """The text of a manifest; ValueError where it is longer than any."""
+    if (size := file.stat().st_size) > MANIFEST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, at most {MANIFEST_BYTES:,} are read")
+    return file.read_text(encoding="utf-8")
 
 
 def _check_file(folder: Path, name: str, record: FileRecord, *, hashed: bool) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edgeprune.errors import SpecError
+from edgeprune.records import Amount, Few
 
 Site = Literal["block", "vision", "input", "layer"]
 Positions = Literal["keep", "renumber"]
@@ -68,11 +69,11 @@ class Stage:
     """
 
     site: Site
-    keep: int
-    merged: int = 0
-    layer: int = 1
+    keep: Amount
+    merged: Amount = 0
+    layer: Few = 1
     text: bool = False
-    lead: int = 0
+    lead: Amount = 0
 
     @property
     def in_decoder(self) -> bool:

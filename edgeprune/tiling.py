@@ -10,7 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from edgeprune.records import Between, Few, OneOf, Side
+
+AspectRatio = Annotated[float, Between(1e-4, 1e4)]
 
 
 class Size(NamedTuple):
@@ -27,15 +31,15 @@ class Size(NamedTuple):
 class Tiling:
     """The tiles of a bundle: rows x columns of them, and the whole picture as one more."""
 
-    kind: str  # stretch or fit
-    rows: int
-    columns: int
-    height: int  # of the pictures that the bundle is frozen for, pixels
-    width: int
-    tile: int  # pixels a side
-    tokens: int  # visual tokens a side of a tile
-    overview: str  # where the whole picture stands among the tiles: first, last or none
-    ratios: tuple[float, ...] = ()  # stretch: columns / rows of every grid to choose from
+    kind: Annotated[str, OneOf(("stretch", "fit"))]
+    rows: Few
+    columns: Few
+    height: Side  # of the pictures that the bundle is frozen for, pixels
+    width: Side
+    tile: Side  # pixels a side
+    tokens: Few  # visual tokens a side of a tile
+    overview: Annotated[str, OneOf(("first", "last", "none"))]  # where the whole picture stands
+    ratios: tuple[AspectRatio, ...] = ()  # stretch: columns / rows of every grid to choose from
 
     @property
     def tiles(self) -> int:

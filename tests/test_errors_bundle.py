@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 from conftest import Refused
 
-from edgeprune.bundle import NEEDED
+from edgeprune.bundle import CACHES, DIALECTS, DTYPES, NEEDED, SCHEMA, TARGETS, Bundle, Manifest
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
+from edgeprune.errors import BundleError
+from edgeprune.export import dialects, exporter
+from edgeprune.records import DEPTH, Between
 
 QUESTION = ["--image", SAMPLES_DIR / "scene-1.png", "--prompt", "what color is the star ?"]
 
@@ -55,19 +59,18 @@ def _edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def _name_file(name: str) -> Callable[[dict[str, Any]], object]:
-    return lambda data: data["files"].update({name: {"bytes": 0, "sha256": ""}})
+    return lambda data: data["files"].update({name: {"bytes": 0, "sha256": "0" * 64}})
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "newer": (
         lambda d: d.update(schema=99),
-        "has schema 99, this edgeprune reads schema 2; update",
+        f"has schema 99, this edgeprune reads schema {SCHEMA}; update",
     ),
-    "older": (lambda d: d.update(schema=0), "this edgeprune reads schema 2; export again"),
+    "older": (lambda d: d.update(schema=0), f"this edgeprune reads schema {SCHEMA}; export again"),
     "no schema": (lambda d: d.pop("schema"), "names no schema; export the bundle again"),
     "no part": (lambda d: d.pop("decoder"), "'decoder'"),
     "no field": (lambda d: d["image"].pop("mean"), "'mean'"),
-    "unknown field": (lambda d: d["prune"].update(colour="red"), "'colour'"),
     "wrong type": (
         lambda d: d["decoder"].update(layers="3"),
         'manifest.decoder.layers cannot be "3"',
@@ -78,9 +81,31 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other sizes": (lambda d: d["prune"].update(counts=[9] * 3), "the stages give other"),
     "wrong stage": (
         lambda d: d["prune"]["stages"].append({"site": "moon", "keep": 1}),
-        'site cannot be "moon"',
+        'site is one of block, vision, input, layer; got "moon"',
     ),
     "no graph": (lambda d: d["files"].pop("decoder.onnx"), "files lacks decoder.onnx"),
+    "deep": (lambda d: d.update(parity=_nested(DEPTH)), "it nests more than 64 levels deep"),
+    "infinite": (lambda d: d["prune"].update(cr=float("inf")), "Infinity is no number of JSON"),
+    "other grid": (lambda d: d["prune"].update(grid=[3, 5]), "a grid of 3 x 5 has not 16 tokens"),
+    "other ratio": (lambda d: d["prune"].update(cr_reached=2), "a ratio of 1, not 2"),
+    "heads": (lambda d: d["decoder"].update(attention_heads=5), "5 heads cannot share 2 keys"),
+    "end token": (lambda d: d["text"].update(eos_token_ids=[66]), "end token 66 is not among 66"),
+    "other pixels": (lambda d: d["image"].update(height=28), "give 56 x 56 pixels, not 28 x 56"),
+    "huge resize": (
+        lambda d: d["image"].update(resize=30_000),
+        "resize makes 30000 pixels of which 56 are used",
+    ),
+    "huge images": (
+        lambda d: d["image"].update(height=30_000, width=30_000, crop=[30_000] * 2),
+        "images of 2,700,000,000 numbers, at most 268,435,456 are taken",
+    ),
+    "step": (lambda d: d["image"].update(step=9), "56 x 56 pixels are not multiples of 9"),
+    "video": (lambda d: d["image"].update(frames=2, pictures=2), "2 pictures of a video"),
+    "fraction": (lambda d: d["text"]["generation"].update(top_k=2.5), "top_k cannot be 2.5"),
+    "losses": (
+        lambda d: d["prune"].update(schedule={"loss": ["low"]}),
+        'manifest.prune.schedule.loss cannot be "low"',
+    ),
     "wrong defaults": (
         lambda d: d["text"]["generation"].update(temperature=-1),
         "no usable generation defaults",
@@ -91,7 +116,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "wrong template": (lambda d: d["text"].update(first="USER:"), "do not fit"),
     "wrong sizes": (
-        lambda d: d["decoder"].update(kv_heads=3),
+        lambda d: d["decoder"].update(kv_heads=4),
         "ONNX Runtime failed in decoder.onnx",
     ),
     "parent": (_name_file("../passwd"), "names '../passwd', a path that leaves the bundle"),
@@ -99,6 +124,10 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "windows": (_name_file("..\\passwd"), "a path that leaves the bundle"),
     "nul": (_name_file("a\0b"), "a path that leaves the bundle"),
 }
+
+
+def _nested(levels: int) -> dict[str, Any]:
+    return {"deeper": _nested(levels - 1)} if levels else {}
 
 
 @pytest.mark.parametrize(("change", "says"), MANIFESTS.values(), ids=MANIFESTS.keys())
@@ -206,3 +235,72 @@ def test_a_bundle_is_moved_and_copied_freely(
     moved = tmp_path / "elsewhere" / "bundle"
     shutil.move(copy_bundle(), moved)
     assert main(["run", str(moved), *map(str, QUESTION), "--max-new-tokens", "1"]) == 0
+
+
+def _numbers(kind: Any, rules: tuple[object, ...] = ()) -> Iterator[tuple[Any, bool]]:
+    """Every number that a type holds, and whether it has a range."""
+    if is_dataclass(kind):
+        for inner in get_type_hints(kind, include_extras=True).values():
+            yield from _numbers(inner)
+    elif get_origin(kind) is Annotated:
+        yield from _numbers(get_args(kind)[0], get_args(kind)[1:])
+    elif kind in (int, float):
+        yield kind, any(isinstance(rule, Between) for rule in rules)
+    else:
+        for inner in get_args(kind):
+            yield from _numbers(inner)
+
+
+def test_every_number_of_a_manifest_has_a_range() -> None:
+    found = list(_numbers(Manifest))
+    assert len(found) > 40 and all(ranged for _, ranged in found)
+
+
+def _places(value: Any, kind: type, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where values of a type stand in a JSON value, of each list the first."""
+    if type(value) is kind:
+        yield at
+    inner: Any = value.items() if isinstance(value, dict) else ()
+    for key, one in inner if not isinstance(value, list) else list(enumerate(value))[:1]:
+        yield from _places(one, kind, (*at, key))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1 << 62, 2.5, "3", None, [], True], ids=str)
+def test_a_number_that_no_export_writes(
+    wrong: object, copy_bundle: Callable[[], Path], tmp_path: Path
+) -> None:
+    """Whatever number it stands in place of: one line, or an answer where it means nothing."""
+    manifest = (bundle := copy_bundle()) / "manifest.json"
+    text = manifest.read_text()
+    free = ("schedule", "parity")  # told to people, used for nothing
+    places = [at for at in _places(json.loads(text), int) if not {*at} & {*free}]
+    assert len(places) > 25
+    for at in places:
+        data = inner = json.loads(text)
+        for key in at[:-1]:
+            inner = inner[key]
+        inner[at[-1]] = wrong
+        manifest.write_text(json.dumps(data))
+        optional = wrong is None and at[-1] in ("resize", "crop", "max_new_tokens")
+        if not optional and not (wrong == 2.5 and at[-1] in ("cr", "cr_reached")):
+            with pytest.raises(BundleError, match=r"manifest\.json (is damaged|has schema)"):
+                Bundle.open(bundle, verify=False)
+
+
+def test_what_a_newer_version_adds_is_ignored(
+    copy_bundle: Callable[[], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        for record in (data, *(data[name] for name in ("prune", "decoder", "image", "text"))):
+            record["color_of_the_robot"] = ["red"]
+
+    _edit(bundle := copy_bundle(), change)
+    assert main(["run", str(bundle), *map(str, QUESTION), "--max-new-tokens", "1"]) == 0
+
+
+def test_the_names_of_a_manifest_are_those_of_the_exporter() -> None:
+    assert sorted(TARGETS) == sorted(dialects._TARGETS)
+    made = [dialects.for_target(name) for name in TARGETS]
+    assert {dialect.name for dialect, _ in made} == {*DIALECTS}
+    assert {dialect.cache for dialect, _ in made} == {*CACHES}
+    assert {*exporter.DTYPES} == {*DTYPES}

@@ -55,7 +55,10 @@ BANNED = {
     },
     "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values(), *ABOVE},
 }
-CORE = {"bundle", "files", "spec", "errors", "cost", "hints", "memory", "tiling", "versions"}
+CORE = {
+    *("bundle", "contract", "cost", "errors", "files", "hints", "memory", "records", "spec"),
+    *("tiling", "versions"),
+}
 """Modules at the package's root that use the standard library alone, so that runtime may too."""
 
 

@@ -1,0 +1,94 @@
+"""What a manifest must agree with, looked at once when a bundle is opened: its own parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+from edgeprune.records import Amount, Between, Count, build
+
+if TYPE_CHECKING:
+    from edgeprune.bundle import DecoderRecord, ImageRecord, Manifest, PruneRecord, TextRecord
+
+PIXELS = 1 << 28
+"""Numbers that the vision graph takes at most: 1 GB of float32."""
+ENLARGED = 4
+"""An image is made so many times larger at most than what is cropped from it."""
+_WHOLE = {"top_k": Amount, "max_new_tokens": Count, "seed": Amount}
+"""Generation defaults that count something."""
+
+
+def check_sizes(manifest: Manifest) -> None:
+    """ValueError, SpecError or TypeError where parts of a manifest contradict each other."""
+    wrong = (
+        *_prune(manifest.prune, manifest.decoder.layers),
+        *_decoder(manifest.decoder),
+        *_image(manifest.image),
+        *_text(manifest.text, manifest.decoder.vocabulary),
+    )
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _prune(prune: PruneRecord, layers: int) -> Iterator[str]:
+    if not prune.counts or len(prune.counts) != layers:
+        yield f"{len(prune.counts)} token counts for {layers} layers"
+        return
+    plan = prune.plan  # SpecError where the stages are none
+    if plan.counts != prune.counts:
+        yield "the stages give other token counts"
+    elif not math.isclose(plan.cr, prune.cr_reached, rel_tol=1e-6):
+        yield f"the token counts give a ratio of {plan.cr:.4g}, not {prune.cr_reached:.4g}"
+    if len(set(plan.kept_outputs)) != len(plan.kept_outputs):
+        yield "two stages stand before one layer"
+    rows, columns = prune.grid
+    if rows * columns != prune.visual_tokens:
+        yield f"a grid of {rows} x {columns} has not {prune.visual_tokens} tokens"
+    if loss := (prune.schedule or {}).get("loss"):
+        build(tuple[Annotated[float, Between(0, 1e9)], ...], loss, "manifest.prune.schedule.loss")
+
+
+def _decoder(record: DecoderRecord) -> Iterator[str]:
+    if record.attention_heads % record.kv_heads:
+        yield f"{record.attention_heads} heads cannot share {record.kv_heads} keys"
+
+
+def _image(record: ImageRecord) -> Iterator[str]:
+    frozen = record.height, record.width
+    if (numbers := math.prod(record.shape)) > PIXELS:
+        yield f"images of {numbers:,} numbers, at most {PIXELS:,} are taken"
+    if record.frames is not None and record.pictures != 1:
+        yield f"{record.pictures} pictures of a video"
+    if record.step is not None and any(side % record.step for side in frozen):
+        yield f"{record.height} x {record.width} pixels are not multiples of {record.step}"
+    if (tiling := record.tiling) is not None:
+        if frozen != (tiling.tile, tiling.tile) or (record.resize, record.crop) != (None, None):
+            yield f"tiles of {tiling.tile} pixels, images of {record.height} x {record.width}"
+        if tiling.kind == "stretch" and tiling.tiles > 1 and not tiling.ratios:
+            yield "tiling.ratios is empty"
+    yield from _resizing(record, frozen)
+
+
+def _resizing(record: ImageRecord, frozen: tuple[int, int]) -> Iterator[str]:
+    """An image is resized, then cropped, to the frozen size."""
+    resize = record.resize
+    if record.crop is not None:
+        given: tuple[int, int] | None = record.crop
+    elif isinstance(resize, int):
+        given = (resize, resize) if record.pad_to_square is not None else None
+    else:
+        given = resize
+    if given not in (None, frozen):
+        yield f"resize and crop give {given[0]} x {given[1]} pixels, not {frozen[0]} x {frozen[1]}"
+    sides = resize if isinstance(resize, tuple) else (resize or 0,)
+    if max(sides) > ENLARGED * max(frozen):
+        yield f"resize makes {max(sides)} pixels of which {max(frozen)} are used"
+
+
+def _text(record: TextRecord, vocabulary: int) -> Iterator[str]:
+    if beyond := [token for token in record.eos_token_ids if token >= vocabulary]:
+        yield f"the end token {beyond[0]} is not among {vocabulary}"
+    for name, kind in _WHOLE.items():
+        if record.generation.get(name) is not None:
+            build(kind, record.generation[name], f"manifest.text.generation.{name}")
