@@ -130,7 +130,7 @@ def export(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
     remarks = notes(processor, adapter.config, generation, adapter.media)
-    return Exported(request.output, manifest, checked, remarks)
+    return Exported(request.output, manifest, checked, (*adapter.remarks, *remarks))
 
 
 def _write_graphs(

@@ -17,7 +17,7 @@ def _made(folder: Path, size: int) -> Checkpoint:
     file = folder / "model.safetensors"
     with file.open("wb") as stream:
         stream.truncate(size)
-    return Checkpoint(folder, {}, {"tensor": file})
+    return Checkpoint({"tensor": file}, folder, {})
 
 
 @pytest.mark.parametrize(("size", "changed"), [(3 * MIB, 1), (100 * MIB, MIB // 4)])

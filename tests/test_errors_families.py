@@ -56,7 +56,7 @@ def test_a_shard_that_the_machine_cannot_map(
     def deny(*_: object, **__: object) -> None:
         raise RuntimeError("unable to mmap 26703093968 bytes: Cannot allocate memory")
 
-    monkeypatch.setattr("edgeprune.models._checkpoint.safe_open", deny)
+    monkeypatch.setattr("edgeprune.models._stored.safe_open", deny)
     said = refused("export", "--model", tiny_checkpoint)
     assert "Cannot allocate memory); split it into smaller shards" in said
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from edgeprune.errors import ModelError
 from edgeprune.models._adapter import Adapter
-from edgeprune.models._checkpoint import Checkpoint, locate, read_json
+from edgeprune.models._checkpoint import Checkpoint, locate
 from edgeprune.models._media import Asked
+from edgeprune.models._stored import read_json
 from edgeprune.tiling import Size
 
 __all__ = ["ELSEWHERE", "Adapter", "Checkpoint", "names", "open_model"]
@@ -68,6 +69,7 @@ def open_model(
             f" takes {adapter.shape.max_positions} (or attends to no more); choose a smaller"
             " --image-size"
         )
+    _ = adapter.remarks  # weights that are missing, or mean something else, are named now
     return adapter
 
 

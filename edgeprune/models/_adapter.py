@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -14,13 +15,16 @@ from edgeprune.errors import ModelError
 from edgeprune.models._chat import Chat
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._decoder import Decoder, DecoderConfig
+from edgeprune.models._format import check_stored, why_missing
 from edgeprune.models._layers import Linear, set_tables
+from edgeprune.models._lora import MERGE
 from edgeprune.models._media import Asked, Media
 from edgeprune.models._names import CLIP, stored_names
 from edgeprune.models._ops import TorchOps
+from edgeprune.models._unread import is_spare, told
 from edgeprune.models._vision import Vision, VisionConfig
-from edgeprune.policies import Policy
-from edgeprune.spec import ModelShape, Plan
+from edgeprune.policies import Policy, make
+from edgeprune.spec import ModelShape, Plan, PruneSpec
 from edgeprune.tiling import Size, Tiling, fitted
 
 
@@ -32,6 +36,7 @@ class Source:
     shape: tuple[int, ...]  # as stored, but for axes of length 1
     transposed: bool
     rows: tuple[int, ...] = ()  # only these
+    change: str = ""  # the adapter's name of the tensor, where a LoRA adapter changes it
 
 
 class Adapter:
@@ -129,22 +134,73 @@ class Adapter:
         return found
 
     def _source(self, name: str, parameter: Tensor, transposed: bool) -> Source:
-        for stored in self.names(name):
-            if stored in self.checkpoint.files:
-                shape, rows = self.checkpoint.shape(stored), self._rows(name)
-                if rows:
-                    shape = len(rows), *shape[1:]
-                wanted = tuple(parameter.shape)[::-1] if transposed else tuple(parameter.shape)
-                if not _alike(shape, wanted):
-                    raise ModelError(
-                        f"{self.checkpoint.files[stored].name}: {stored} is {list(shape)},"
-                        f" config.json says {list(wanted)}; the two are not of one checkpoint"
-                    )
-                return Source(stored, wanted, transposed, rows)
-        raise ModelError(
-            f"{self.checkpoint.folder} has no tensor {self.names(name)[0]}; its weights are"
-            " incomplete or of another family"
+        names, checkpoint = self._names(name), self.checkpoint
+        stored = self._stored(names)
+        check_stored(
+            checkpoint.files[stored],
+            stored,
+            checkpoint.dtype(stored),
+            checkpoint.leaves[stored.rpartition(".")[0]],
         )
+        shape, rows = checkpoint.shape(stored), self._rows(name)
+        if rows:
+            shape = len(rows), *shape[1:]
+        wanted = tuple(parameter.shape)[::-1] if transposed else tuple(parameter.shape)
+        if not _alike(shape, wanted):
+            raise ModelError(
+                f"{checkpoint.files[stored].name}: {stored} is {list(shape)},"
+                f" config.json says {list(wanted)}; the two are not of one checkpoint"
+            )
+        return Source(stored, wanted, transposed, rows, self._change(name, names))
+
+    def _stored(self, names: tuple[str, ...]) -> str:
+        """Under which of its names a tensor is stored; where under several, they must be equal."""
+        files, folder = self.checkpoint.files, self.checkpoint.folder
+        found = [name for name in names if name in files]
+        if not found:
+            raise ModelError(f"{folder} has no tensor {names[0]}; {why_missing(names, files)}")
+        for other in found[1:]:
+            if not torch.equal(self.checkpoint.read(found[0]), self.checkpoint.read(other)):
+                raise ModelError(
+                    f"{folder} stores one weight twice, as {found[0]} and as {other}, and the two"
+                    " differ; remove the one that is not meant"
+                )
+        return found[0]
+
+    def _names(self, parameter: str) -> tuple[str, ...]:
+        """Names under which a parameter may be stored: of a tied embedding, those of the head
+        too."""
+        names = self.names(parameter)
+        embedding = parameter in ("embedding.weight", "fixed.text")
+        return (
+            names + self.names("head.weight") if embedding and self.decoder_config.tied else names
+        )
+
+    def _change(self, parameter: str, names: tuple[str, ...]) -> str:
+        """The adapter's name of a tensor that it changes, else empty."""
+        change = self.checkpoint.lora.spelling(names) if self.checkpoint.lora else ""
+        if change and parameter == "embedding.weight" and self.decoder_config.tied:
+            raise ModelError(
+                f"the adapter changes {change}, which is both embedding and output head of this"
+                f" model; {MERGE}, saved with tie_word_embeddings false"
+            )
+        return change
+
+    @cached_property
+    def remarks(self) -> tuple[str, ...]:
+        """What was done with a folder's weights, for people; ModelError where they mean something
+        else than what would be exported."""
+        policy, plan = make(PruneSpec("none")), Plan(self.shape.visual_tokens, self.shape.layers)
+        with torch.device("meta"):
+            modules = self.vision(policy, plan), self.decoder(policy, plan)
+        sources = [source for module in modules for source in self.sources(module).values()]
+        parameters = (name for module in modules for name, _ in module.named_parameters())
+        read = {stored for parameter in parameters for stored in self._names(parameter)}
+        return told(self.checkpoint, read, {s.change for s in sources}, self.is_spare)
+
+    def is_spare(self, name: str) -> bool:
+        """Whether checkpoints of the family store a tensor that no graph of a bundle needs."""
+        return is_spare(name, self.vision_config.encoder.blocks)
 
     def _rows(self, parameter: str) -> tuple[int, ...]:
         """Which rows of a stored tensor a parameter is; none where it is the whole."""
@@ -153,6 +209,8 @@ class Adapter:
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
         """One parameter, laid out and rounded as a module of ours wants it."""
         tensor = self.checkpoint.read(source.name)
+        if source.change and self.checkpoint.lora is not None:
+            tensor = self.checkpoint.lora.merged(source.change, tensor)
         if source.rows:
             tensor = tensor[list(source.rows)]
         tensor = tensor.to(dtype).reshape(source.shape)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError
-from edgeprune.models._checkpoint import read_json
 from edgeprune.models._media import RUN, Media
+from edgeprune.models._stored import read_json
 
 FIRST, LATER = "USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:"
 """A first turn and a later one as LLaVA-1.5's template writes them."""

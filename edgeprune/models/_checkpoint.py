@@ -4,18 +4,17 @@ time, so that memory does not grow with the model."""
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from edgeprune.errors import ModelError
+from edgeprune.models._format import check_format
+from edgeprune.models._lora import CONFIG, Lora
+from edgeprune.models._stored import TensorFiles, line, read_json, tensors_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,10 +52,10 @@ def _from_hub(model: str, revision: str | None) -> Path:
     except HFValidationError as error:
         raise ModelError(f"{model} is neither a folder nor a hub id owner/name") from error
     except HfHubHTTPError as error:
-        raise ModelError(f"the hub refuses {model}: {_line(error)}") from error
+        raise ModelError(f"the hub refuses {model}: {line(error)}") from error
     except Exception as error:
         raise ModelError(
-            f"{model} is not in the local cache and the hub cannot be reached ({_line(error)});"
+            f"{model} is not in the local cache and the hub cannot be reached ({line(error)});"
             " connect, or give a local folder"
         ) from error
 
@@ -64,80 +63,42 @@ def _from_hub(model: str, revision: str | None) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether the hub's cache has all weights: another program may have fetched a part only."""
     files = {SINGLE}
-    if (folder / INDEX).is_file():
+    if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         files = set(read_json(folder / INDEX).get("weight_map", {}).values())
     return all((folder / file).is_file() for file in {"config.json", *files})
 
 
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of the checkpoint; ModelError with the file's name where it is damaged."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({_line(error)}); download it again") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{file} is not a JSON object; download it again")
-    return data
-
-
 @dataclass(frozen=True)
-class Checkpoint:
-    """A folder with config.json and safetensors; `files` maps a tensor's name to its file."""
+class Checkpoint(TensorFiles):
+    """A folder with config.json and safetensors, and the LoRA adapter beside them if any."""
 
     folder: Path
     config: dict[str, Any]
-    files: dict[str, Path]
+    lora: Lora | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         config = read_json(folder / "config.json")
-        if (folder / INDEX).is_file():
-            names = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(names, dict) or not names:
-                raise ModelError(f"{folder / INDEX} maps no tensors to files; download it again")
-            files = {name: folder / str(file) for name, file in names.items()}
-            for file in sorted(set(files.values())):
-                _names(file)  # a missing or cut shard is named now, not half-way
-            return cls(folder, config, files)
-        single = folder / SINGLE
-        if not single.is_file():
-            raise ModelError(
-                f"{folder} has no {SINGLE} and no {INDEX}; only safetensors are read, convert it"
-            )
-        return cls(folder, config, dict.fromkeys(_names(single), single))
+        check_format(folder, config)
+        return cls(_weights(folder), folder, config, Lora.open(folder))
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, as stored."""
-        with self._opened(name) as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-            return tensor
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without its bytes."""
-        with self._opened(name) as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
-
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
-        """The file that holds a tensor; ModelError where the tensor cannot be read from it."""
-        try:
-            with safe_open(self.files[name], framework="pt") as tensors:
-                yield tensors
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ModelError(f"{self.files[name]} is damaged at {name} ({_line(error)})") from error
-
-    def elements(self) -> int:
-        """How many numbers all tensors hold."""
-        return sum(math.prod(self.shape(name)) for name in self.files)
+    @cached_property
+    def leaves(self) -> dict[str, list[str]]:
+        """What is stored of each module: `q_proj` of a layer has `weight`, and maybe `bias`."""
+        found: dict[str, list[str]] = {}
+        for name in self.files:
+            module, _, leaf = name.rpartition(".")
+            found.setdefault(module, []).append(leaf)
+        return found
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and each weights file's name, size and blocks all through it."""
+        """SHA-256 over config.json and each weights file's name, size and blocks all through it;
+        the same of an adapter."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in sorted(set(self.files.values())):
+        if self.lora is not None:
+            digest.update((self.folder / CONFIG).read_bytes())
+        files = {*self.files.values(), *(self.lora.files.values() if self.lora else ())}
+        for file in sorted(files):
             digest.update(f"{file.name} {file.stat().st_size}".encode())
             for block in _blocks(file):
                 digest.update(block)
@@ -157,17 +118,34 @@ def _blocks(file: Path) -> Iterator[bytes]:
             yield stream.read(BLOCK)
 
 
-def _names(file: Path) -> list[str]:
-    if not file.is_file():
-        raise ModelError(f"{file} is missing; download the checkpoint again")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except RuntimeError as error:
+def _weights(folder: Path) -> dict[str, Path]:
+    """The file of each tensor; as transformers does, an index beside a single file is not read."""
+    if (folder / SINGLE).is_file():
+        return tensors_of([folder / SINGLE])
+    if not (folder / INDEX).is_file():
+        raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}; {_instead(folder)}")
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{folder / INDEX} maps no tensors to files; download it again")
+    shards = sorted(set(map(str, names.values())))
+    if astray := [shard for shard in shards if Path(shard).name != shard]:
+        raise ModelError(f"{folder / INDEX} names {astray[0]}, a file outside of the folder")
+    found = tensors_of([folder / shard for shard in shards])
+    if lost := [name for name in names if name not in found]:
         raise ModelError(
-            f"{file} cannot be mapped into memory ({_line(error)}); split it into smaller shards"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{file} is not a whole safetensors file ({_line(error)}); download it again"
-        ) from error
+            f"{folder / str(names[lost[0]])} is damaged at {lost[0]} (the index has it, the file has"
+            " not); download it again"
+        )
+    return found
+
+
+def _instead(folder: Path) -> str:
+    """What to do where there are no weights in the form that is read."""
+    if any(folder.glob("pytorch_model*.bin")):
+        return (
+            "only safetensors are read, not the pickle pytorch_model.bin: load it with transformers"
+            " and write it with save_pretrained"
+        )
+    others = [f.name for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".gguf")]
+    found = f" (found {others[0]})" if others else ""
+    return f"only safetensors of these names are read{found}: download or convert the checkpoint"

@@ -22,11 +22,11 @@ def read_config(checkpoint: Checkpoint, kind: Any) -> Any:
 
 
 def is_tied(checkpoint: Checkpoint, config: Any) -> bool:
-    """Whether the output head is the embedding: the config says so and no head is stored."""
-    stored = any(name.endswith("lm_head.weight") for name in checkpoint.files)
+    """Whether embedding and output head are one tensor: the config says so and one is stored."""
     text = getattr(config.text_config, "tie_word_embeddings", False)
-    tied = config.tie_word_embeddings or text
-    return bool(tied and not stored)
+    ends = ("lm_head.weight", "embed_tokens.weight")
+    both = all(any(name.endswith(end) for name in checkpoint.files) for end in ends)
+    return bool((config.tie_word_embeddings or text) and not both)
 
 
 def refuse(config: Any, demands: dict[str, bool]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeprune.models._checkpoint import Checkpoint, read_json
+from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._media import Media
+from edgeprune.models._stored import read_json
 
 SETTINGS = (
     "do_resize",

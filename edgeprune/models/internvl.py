@@ -6,11 +6,12 @@ from typing import Any
 
 from edgeprune.models import _adapter
 from edgeprune.models._chat import Chat
-from edgeprune.models._checkpoint import Checkpoint, read_json
+from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import RUN, Asked, Media
 from edgeprune.models._names import INTERNVIT
+from edgeprune.models._stored import read_json
 from edgeprune.models._text import decoder_config
 from edgeprune.models._towers import is_tied, projector, read_config, refuse
 from edgeprune.models._video import frame_processor

@@ -34,6 +34,10 @@ class Adapter(_adapter.Adapter):
         self.vision_config = VisionConfig(encoder, projector(config, encoder.width), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
 
+    def is_spare(self, name: str) -> bool:
+        """The other tower too."""
+        return ("_tower." in name and f"{self.stem}." not in name) or super().is_spare(name)
+
     def picture_processor(self, own: Any) -> Any:
         """CLIP's, which does the same as the family's own, a picture or a frame at a time."""
         return (

@@ -1,0 +1,139 @@
+"""A LoRA adapter in a checkpoint's folder, merged into the weights as they are read: W + s B A.
+
+It is what peft writes: `adapter_config.json` and `adapter_model.safetensors`. transformers applies
+such an adapter where it loads the folder. The factor s is alpha / r, or alpha / sqrt(r) where the
+configuration says `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732). An adapter may also hold
+whole tensors (`modules_to_save`, biases), which replace the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from edgeprune.errors import ModelError
+from edgeprune.models._stored import TensorFiles, read_json, tensors_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MERGE = "merge it first, with merge_and_unload() of peft, and export the merged model"
+
+_DECIDED = {
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("peft_version", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias"),
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights", "runtime_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("fan_in_fan_out", "eva_config"),
+}
+"""Fields of a configuration that are used here, or that change nothing in a finished adapter."""
+_STARTS = (None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights`, beside true and false, that leave the base weights as they are."""
+
+_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
+_WHOLE = re.compile(r"\.base_layer\.|\.modules_to_save\.(?:default\.)?")
+
+
+@dataclass(frozen=True)
+class Lora(TensorFiles):
+    """What an adapter adds to the tensors of its base, by their names there."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    factors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # tensor: A, B
+    whole: Mapping[str, str] = field(default_factory=dict)  # tensor: what replaces it
+
+    @classmethod
+    def open(cls, folder: Path) -> Lora | None:
+        """The adapter of a folder, or None; ModelError where it cannot be merged exactly."""
+        if not (folder / CONFIG).is_file():
+            return None
+        config = read_json(folder / CONFIG)
+        _refuse(folder / CONFIG, config)
+        if not (folder / WEIGHTS).is_file():
+            raise ModelError(
+                f"{folder / CONFIG} stands without {WEIGHTS}; download the adapter again (of"
+                " adapters, only safetensors are read)"
+            )
+        files, factors, whole = tensors_of([folder / WEIGHTS]), dict[str, dict[str, str]](), {}
+        for name in files:
+            tensor = name.removeprefix("base_model.model.")
+            if match := _FACTOR.match(tensor):
+                factors.setdefault(f"{match[1]}.weight", {})[match[2]] = name
+            elif "lora_" in tensor or "trainable_tokens" in tensor:
+                raise ModelError(
+                    f"{folder / WEIGHTS} holds {name}, which is not supported; {MERGE}"
+                )
+            else:
+                whole[_WHOLE.sub(".", tensor)] = name
+        if lone := [tensor for tensor, pair in factors.items() if len(pair) != 2]:
+            raise ModelError(
+                f"{folder / WEIGHTS} has one of two factors of {lone[0]} only; {MERGE}"
+            )
+        return cls(files, config, factors, whole)
+
+    @property
+    def changes(self) -> set[str]:
+        """Names of the tensors that it changes, in its own spelling."""
+        return {*self.factors, *self.whole}
+
+    def spelling(self, names: Iterable[str]) -> str:
+        """Under which of several names of a tensor the adapter changes it; empty where it does
+        not."""
+        return next((name for name in names if name in self.factors or name in self.whole), "")
+
+    def merged(self, name: str, base: Tensor) -> Tensor:
+        """A tensor of the base as the adapter changes it, in float32."""
+        if name in self.whole:
+            base = self._fitting(name, self.read(self.whole[name]), base)
+        if name not in self.factors:
+            return base
+        names = self.factors[name]
+        first, second = (self.read(names[factor]).float() for factor in "AB")
+        product = second.flatten(1) @ first.flatten(1)  # of a convolution too: B has 1 x 1 kernels
+        if "lora_embedding_" in names["A"]:
+            product = product.T  # A is [r, vocabulary], B [width, r]
+        kernel = tuple(first.shape[2:])
+        change = self._fitting(name, product.reshape(len(product), -1, *kernel), base)
+        return base.float() + self._scale(name.removesuffix(".weight"), len(first)) * change
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = float(self.config.get("lora_alpha", 8))
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = float(value)
+                break
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _fitting(self, name: str, tensor: Tensor, base: Tensor) -> Tensor:
+        if tensor.shape != base.shape:
+            raise ModelError(
+                f"{WEIGHTS} makes {name} {list(tensor.shape)}, the checkpoint has"
+                f" {list(base.shape)}; the adapter is of another model"
+            )
+        return tensor
+
+    def __str__(self) -> str:
+        """What was merged, for people."""
+        parts = [f"{len(self.factors)} products of rank {self.config.get('r')}"]
+        parts += [f"{len(self.whole)} whole tensors"] if self.whole else []
+        return f"the LoRA adapter beside the weights ({', '.join(parts)}) is merged into them"
+
+
+def _refuse(file: Path, config: Mapping[str, Any]) -> None:
+    """ModelError where an adapter is no LoRA, or of a kind that W + s B A does not describe."""
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ModelError(f"{file} is an adapter of type {kind}, only LORA is merged here; {MERGE}")
+    start = config.get("init_lora_weights")
+    if not isinstance(start, bool) and start not in _STARTS:
+        raise ModelError(
+            f"{file} says init_lora_weights {start!r}, with which training changed the base weights"
+            f" too; {MERGE}"
+        )
+    for name, value in config.items():
+        if name not in _DECIDED and value not in (None, False, [], {}):
+            raise ModelError(f"{file} says {name} {value!r}, which is not supported; {MERGE}")
