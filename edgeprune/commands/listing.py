@@ -165,4 +165,5 @@ def _sizes(adapter: Adapter) -> list[tuple[str, str]]:
         ("[CLS]", "yes" if shape.has_cls else "no"),
         ("picture", picture),
         ("visual tokens", f"{shape.visual_tokens}{own}"),
+        *(("note", remark) for remark in adapter.remarks),
     ]

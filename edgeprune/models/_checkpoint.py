@@ -133,8 +133,8 @@ def _weights(folder: Path) -> dict[str, Path]:
     found = tensors_of([folder / shard for shard in shards])
     if lost := [name for name in names if name not in found]:
         raise ModelError(
-            f"{folder / str(names[lost[0]])} is damaged at {lost[0]} (the index has it, the file has"
-            " not); download it again"
+            f"{folder / str(names[lost[0]])} is damaged at {lost[0]} (only the index has it);"
+            " download it again"
         )
     return found
 
