@@ -23,6 +23,7 @@ from edgeprune.bench.table import HEADS, table
 from edgeprune.bench.worker import BenchWorker
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
+from edgeprune.drawing import png
 from edgeprune.runtime import gpu
 from tests.conftest import Refused
 from tests.fake_gpu import COMPUTE, VERSION, FakeGpu, pretend
@@ -139,9 +140,9 @@ def test_the_table_and_the_figure() -> None:
     assert (engine["prefill x"], engine["build s"], engine["J"]) == ("1.00", "61.0", "2.00")
     assert "dense on trt against ort-cpu: 1 of 1 greedy tokens" in lines[4]
     assert lines[5] == "not run: pruned on trt: no engines; build them"
-    picture = np.asarray(figure(result))
+    picture = np.asarray(png.render(figure(result)))
     assert picture.shape[1] == 1200
-    taller = np.asarray(figure(BenchResult(rows, (), (), {"new_tokens": 4}, {})))
+    taller = np.asarray(png.render(figure(BenchResult(rows, (), (), {"new_tokens": 4}, {}))))
     assert picture.shape[0] - taller.shape[0] == 44, "what could not run has a line of its own"
 
 

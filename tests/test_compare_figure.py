@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edgeprune.compare.figure import PALETTE, figure
 from edgeprune.compare.labels import Box, column, placed, spread
 from edgeprune.compare.results import Comparison, Result
+from edgeprune.drawing import png
 
 PARTS = ("vision", "prefill", "decode")
 
@@ -34,7 +35,7 @@ def comparison(methods: int, ratios: int, timed: bool) -> Comparison:
 @pytest.mark.parametrize("timed", [True, False])
 @pytest.mark.parametrize(("methods", "ratios"), [(0, 0), (1, 1), (3, 4), (25, 4), (2, 9)])
 def test_any_number_of_lines_fits(methods: int, ratios: int, timed: bool) -> None:
-    picture = np.asarray(figure(comparison(methods, ratios, timed)))
+    picture = np.asarray(png.render(figure(comparison(methods, ratios, timed))))
     assert picture.shape == (800, 1200, 3)
     border = picture.copy()
     border[30:-20, 30:-30] = 255
@@ -45,7 +46,7 @@ def test_any_number_of_lines_fits(methods: int, ratios: int, timed: bool) -> Non
 
 
 def test_the_size_is_that_asked_for() -> None:
-    assert figure(comparison(2, 2, True), scale=2).size == (2400, 1600)
+    assert png.render(figure(comparison(2, 2, True)), 2).size == (2400, 1600)
 
 
 def test_all_right_and_all_wrong_can_be_drawn() -> None:
@@ -54,7 +55,7 @@ def test_all_right_and_all_wrong_can_be_drawn() -> None:
         for name, cr, right in (("none", 1, 50), ("a", 2, 50), ("b", 2, 0))
     ]
     setup = {"model": "demo", "questions": 50, "race": {"laps": 1}}
-    assert figure(Comparison(setup, tuple(cells))).size == (1200, 800)
+    assert png.render(figure(Comparison(setup, tuple(cells)))).size == (1200, 800)
 
 
 POINTS = st.tuples(st.floats(100, 900), st.floats(100, 500))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from conftest import Refused
+from numpy.typing import NDArray
 from PIL import Image
 
-from edgeprune.bundle import Bundle, Manifest
+from edgeprune.bundle import Bundle, Manifest, PruneRecord
 from edgeprune.cli import main
-from edgeprune.drawing.canvas import ACCENT, Pen
+from edgeprune.drawing import png, svg
+from edgeprune.drawing.canvas import ACCENT, Pen, Sheet
 from edgeprune.drawing.image_files import save
 from edgeprune.drawing.schedule_chart import LOSS, chart
 from edgeprune.drawing.show import MERGED, Said, Site, dim, seen, survivors
@@ -129,7 +133,7 @@ def test_of_many_sites_the_first_the_last_and_some_between_are_drawn() -> None:
 
 
 def test_long_lines_are_wrapped_cut_and_never_too_wide() -> None:
-    pen = Pen(2)
+    pen = Pen()
     text = "a few short words, then averyveryverylongone" + "x" * 80 + " and more " * 9
     lines = pen.wrap(text, 20, 200, 99)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
@@ -146,30 +150,58 @@ def test_any_number_of_sites_and_layers_fits(sites: int, layers: int, tiny_bundl
     prune = manifest_with(tiny_bundle, counts=(6,) * (layers // 2) + (2,) * -(-layers // 2)).prune
     drawn = [Site(f"layer {i + 1}", {(0, 0)}, {(0, 1)}) for i in range(sites)]
     levels = np.full((40, 60, 3), 200, np.uint8)
-    picture = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)])
+    sheet = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)])
+    picture = png.render(sheet)
     assert picture.width == 1200
     border = np.asarray(picture).copy()
     border[40:-40, 40:-40] = 255
     assert (border == 255).all(), "nothing is drawn on the margin"
-    larger = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)], scale=2)
+    larger = png.render(sheet, 2)
     assert larger.width == 2400
     assert abs(larger.height - 2 * picture.height) <= 4
 
 
+def dots(prune: PruneRecord) -> NDArray[np.uint8]:
+    """The chart of a schedule, 340 x 260 pixels."""
+    return np.asarray(png.render(chart(prune, 340, 260, Pen())))
+
+
 def test_behind_the_bars_stands_what_each_layer_would_lose(tiny_bundle: Path) -> None:
     prune = manifest_with(tiny_bundle, counts=(6, 3, 0)).prune
-    plain = np.asarray(chart(prune, 300, 200, Pen(1)))
+    plain = dots(prune)
     assert not (plain == LOSS).all(axis=2).any()
-    shown = np.asarray(chart(replace(prune, schedule={"loss": [0.0, 0.8, 0.4]}), 300, 200, Pen(1)))
-    loss, kept = ((shown == colour).all(axis=2) for colour in (LOSS, ACCENT))
-    edges = [loss[100:, round(layer * 308 / 3) + 5].sum() for layer in range(3)]  # left of the bar
-    assert edges[0] == 0
-    assert edges[1] == pytest.approx(2 * edges[2], abs=1)
-    middle = kept[:, 150].sum()
-    assert middle == pytest.approx(edges[1] / 2, abs=1), "3 of 6 tokens are half as high as all"
-    assert not kept[:, 205:].any(), "no token, no bar"
+    shown = dots(replace(prune, schedule={"loss": [0.0, 0.8, 0.4]}))
+    plot = shown[150:]  # below the legend
+    loss, kept = ((plot == colour).all(axis=2).sum(axis=0) for colour in (LOSS, ACCENT))
+    whole = loss[:230].max()  # beside the bar of layer 2
+    assert whole > 40
+    assert loss[230:].max() == pytest.approx(whole / 2, abs=1), "0.4 is half as high as 0.8"
+    assert kept.max() == pytest.approx(whole / 2, abs=1), "3 of 6 tokens are half as high as all"
+    assert not kept[230:].any(), "no token, no bar"
     for other in ({"loss": [0.5]}, {"loss": [0.0] * 3}, {"loss": []}, {}):
-        assert (np.asarray(chart(replace(prune, schedule=other), 300, 200, Pen(1))) == plain).all()
+        assert (dots(replace(prune, schedule=other)) == plain).all()
+
+
+def test_counts_and_angles_have_an_axis_each(tiny_bundle: Path) -> None:
+    prune = manifest_with(tiny_bundle, counts=(6, 3, 0)).prune
+    plain = svg.render(chart(prune, 340, 260, Pen()))
+    assert re.findall(r">([\d.]+)</text>", plain)[:3] == ["0", "3", "6"]
+    both = svg.render(chart(replace(prune, schedule={"loss": [0, 0.8, 0.4]}), 340, 260, Pen()))
+    assert re.findall(r">([\d.]+)</text>", both)[:6] == ["0", "0", "3", "0.4", "6", "0.8"]
+
+
+def test_a_figure_as_svg_is_xml_and_holds_what_the_png_holds(
+    demo_utp: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "out.svg"
+    asked = ["--image", str(SCENES[0]), "--prompt", "is <this> a \x1b[31mstar & more ?"]
+    assert main(["show", str(demo_utp), *asked, "-o", str(file)]) == 0
+    tree = ElementTree.parse(file)
+    words = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert "is <this> a [31mstar & more ?" in words
+    images = list(tree.iter("{http://www.w3.org/2000/svg}image"))
+    sites = Bundle.open(demo_utp, verify=False).manifest.prune.kept_outputs
+    assert len(images) == 1 + min(len(sites), 7)
 
 
 def test_the_picture_of_a_pruned_answer(
@@ -208,7 +240,8 @@ def test_in_the_picture_kept_patches_have_the_picture_s_colours(demo_utp: Path) 
     manifest = Bundle.open(demo_utp, verify=False).manifest
     levels = np.full((168, 168, 3), (200, 40, 40), np.uint8)
     sites = [Site("layer 3", {(0, 0), (5, 7)})]
-    picture = np.asarray(figure(levels, sites, manifest.prune, "?", [Said("utp", "red")]))
+    sheet = figure(levels, sites, manifest.prune, "?", [Said("utp", "red")])
+    picture = np.asarray(png.render(sheet))
     red = (picture == (200, 40, 40)).all(axis=2)
     assert red.any(axis=0)[40:340].all(), "the input stands at the left, 300 wide"
     assert red[:, 356:656].sum() == 2 * 25 * 25, "of the next panel two patches of 25 x 25 are red"
@@ -228,7 +261,7 @@ def test_requests_that_cannot_be_met(demo_dense: Path, tmp_path: Path, refused: 
     plain.write_text("no folder, no font")
     good = {"--image": SCENES[0], "--prompt": QUESTION, "-o": tmp_path / "out.png"}
     wrong = [
-        ({"-o": "out.gif"}, "must end in one of .png, .jpg, .jpeg, .webp; got 'out.gif'"),
+        ({"-o": "out.gif"}, "must end in one of .png, .jpg, .jpeg, .webp, .svg; got 'out.gif'"),
         ({"-o": tmp_path / "out"}, "must end in one of .png"),
         ({"-o": plain / "out.png"}, "cannot be written"),
         ({"--image": "nosuch.png"}, "there is no picture at nosuch.png"),
@@ -268,7 +301,7 @@ def test_a_picture_that_cannot_be_written_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "out.png"
-    save(Image.new("RGB", (4, 4)), file)
+    save(Sheet(4, 4, Pen()), file)
     before = file.read_bytes()
 
     def full(*_: object) -> None:
@@ -276,6 +309,6 @@ def test_a_picture_that_cannot_be_written_leaves_what_was_there(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(SpecError, match=r"out\.png cannot be written \(No space left on device\)"):
-        save(Image.new("RGB", (8, 8)), file)
+        save(Sheet(8, 8, Pen()), file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]

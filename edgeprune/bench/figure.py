@@ -1,13 +1,11 @@
-"""What a `bench` found as a picture: a bar for each bundle on each backend, one request long."""
+"""What a `bench` found as a figure: a bar for each bundle on each backend, one request long."""
 
 from __future__ import annotations
 
 import statistics
 
-from PIL import Image
-
 from edgeprune.bench.bench import BenchResult, Row
-from edgeprune.drawing.canvas import ACCENT, GHOST, INK, OVERSAMPLE, QUIET, SOFT, Colour, Pen, Sheet
+from edgeprune.drawing.canvas import ACCENT, GHOST, INK, QUIET, SOFT, Colour, Pen, Sheet
 
 WIDTH, MARGIN, ROW = 1200, 40, 44  # in pixels at scale 1
 SIZE = 17.0  # of letters
@@ -16,12 +14,12 @@ ENDS = 190  # and right of them
 PARTS: tuple[tuple[str, Colour], ...] = (("vision", QUIET), ("prefill", ACCENT), ("decode", SOFT))
 
 
-def figure(result: BenchResult, scale: int = 1) -> Image.Image:
+def figure(result: BenchResult) -> Sheet:
     """Median milliseconds of vision, prefill and all decode steps, beside each other.
 
     What could not run stands below, without a bar.
     """
-    pen, steps = Pen(scale * OVERSAMPLE), int(result.request["new_tokens"])
+    pen, steps = Pen(), int(result.request["new_tokens"])
     whole = max(sum(_parts(row, steps)) for row in result.rows)
     lines = len(result.rows) + len(result.absent)
     sheet = Sheet(WIDTH, 2 * MARGIN + ROW * (lines + 1), pen)
@@ -35,7 +33,7 @@ def figure(result: BenchResult, scale: int = 1) -> Image.Image:
         sheet.text(MARGIN, top + 20, f"{one.name}, {one.backend}", SIZE, QUIET)
         sheet.text(MARGIN + LABELS + 8, top + 20, "not available here", SIZE, QUIET)
         top += ROW
-    return sheet.image.reduce(OVERSAMPLE)
+    return sheet
 
 
 def _legend(sheet: Sheet, steps: int) -> None:

@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write every lap as JSON")
-    command.add_argument("--figure", type=Path, metavar="FILE", help="also draw it (.png)")
+    command.add_argument("--figure", type=Path, metavar="FILE", help="also draw it (.png or .svg)")
     command.set_defaults(run=run)
 
 

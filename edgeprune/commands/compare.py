@@ -155,6 +155,8 @@ def _write(comparison: Comparison, folder: Path) -> list[Path]:
         write_whole(folder / name, text.encode())
     written = [folder / name for name in texts]
     if comparison.cells:
-        save(figure(comparison), folder / "compare.png")
-        written.append(folder / "compare.png")
+        sheet = figure(comparison)
+        for name in ("compare.png", "compare.svg"):
+            save(sheet, folder / name)
+            written.append(folder / name)
     return written

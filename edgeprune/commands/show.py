@@ -28,7 +28,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--image", required=True, type=Path, help="picture file")
     command.add_argument("--prompt", required=True, help="question")
     command.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="FILE", help="a .png, .jpg or .webp"
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="a .png, .jpg, .webp or .svg",
     )
     command.add_argument(
         "--dense", type=Path, metavar="BUNDLE", help="bundle whose answer stands beside"
@@ -65,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
         said.append(show.Said.by(*_ask(args.dense, image, args)))
     levels, sites = show.seen(image, manifest.image), show.survivors(answer, manifest)
     prune = replace(manifest.prune, grid=show.drawn(manifest))
-    picture = figure(levels, sites, prune, args.prompt, said, scale=args.scale, font=args.font)
-    image_files.save(picture, args.output)
+    sheet = figure(levels, sites, prune, args.prompt, said, font=args.font)
+    image_files.save(sheet, args.output, args.scale)
     print(args.output)
     return 0
 

@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from PIL import Image
-
 from edgeprune.compare.answers import wilson
 from edgeprune.compare.cells import DENSE
 from edgeprune.compare.labels import Box, column, placed
 from edgeprune.compare.results import Comparison, Result, grouped
-from edgeprune.drawing.canvas import GHOST, INK, OVERSAMPLE, PAPER, QUIET, Colour, Pen, Point, Sheet
+from edgeprune.drawing.canvas import GHOST, INK, PAPER, QUIET, Colour, Pen, Point, Sheet
 
 WIDTH, HEIGHT, MARGIN = 1200, 800, 40  # in pixels at scale 1
 SIZE = 17.0  # of letters
@@ -71,15 +69,15 @@ class Axes:
         return self.box.left + across * self.box.width, self.box.bottom - up * self.box.height
 
 
-def figure(comparison: Comparison, scale: int = 1) -> Image.Image:
-    """The whole picture, `scale` * 1200 pixels wide.
+def figure(comparison: Comparison) -> Sheet:
+    """The whole figure, 1200 pixels wide.
 
     Without times the share of visual tokens that the decoder computes stands on the x axis.
     """
     cells = [cell for cell in comparison.cells if cell.asked]
     timed = any(cell.laps for cell in cells)
     dense, curves = _curves(cells, timed)
-    sheet = Sheet(WIDTH, HEIGHT, Pen(scale * OVERSAMPLE))
+    sheet = Sheet(WIDTH, HEIGHT, Pen())
     axes = _axes(dense, curves)
     _frame(sheet, axes, comparison, timed)
     if dense:
@@ -89,7 +87,7 @@ def figure(comparison: Comparison, scale: int = 1) -> Image.Image:
         _draw(sheet, axes, curve, ratios)
     _names(sheet, axes, curves, dense)
     _legend(sheet, axes, ratios)
-    return sheet.image.reduce(OVERSAMPLE)
+    return sheet
 
 
 def _curves(cells: Sequence[Result], timed: bool) -> tuple[Mark | None, list[Curve]]:

@@ -1,22 +1,27 @@
-"""What pictures are drawn with: a pen (scale and font) and sheets, on Pillow alone."""
+"""A sheet is a list of marks with positions in pixels at scale 1; a pen knows how wide text is.
+
+`png` and `svg` turn a sheet into a file, so a figure is laid out once for both.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ImageFont
 
 from edgeprune.errors import InputError
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]  # x, y in pixels at scale 1
+Levels = NDArray[np.uint8]  # [height, width, 3]
+Pixels = Callable[[int, int], Levels]  # width and height in dots -> an image of that size
 
-OVERSAMPLE = 2  # drawn so much larger, then averaged: smooth edges
 PAPER: Colour = (255, 255, 255)
 INK: Colour = (31, 35, 40)
 QUIET: Colour = (101, 109, 118)
@@ -27,10 +32,9 @@ GHOST: Colour = (238, 241, 245)
 
 @dataclass(frozen=True, slots=True)
 class Pen:
-    """What everything is drawn with: dots for each pixel at scale 1, and a font file."""
+    """The font of a sheet, and how wide its text is."""
 
-    fine: int
-    file: Path | None = None  # None: the one that Pillow brings along
+    file: Path | None = None  # None: the font of Pillow
 
     def font(self, size: float) -> ImageFont.FreeTypeFont:
         return _font(self.file, size)
@@ -85,51 +89,99 @@ def _fitting(text: str, fits: Callable[[str], bool]) -> int:
     return max(takewhile(lambda end: fits(text[:end]), range(1, len(text) + 1)), default=1)
 
 
-def _dashes(start: Point, end: Point, dash: float) -> list[tuple[Point, Point]]:
-    """Pieces of `dash` length, as far apart, from `start` to `end`."""
-    whole = math.dist(start, end)
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A filled rectangle."""
 
-    def at(length: float) -> Point:
-        share = min(1.0, length / whole)
-        return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: Colour
 
-    begins = (2 * dash * number for number in range(math.ceil(whole / (2 * dash))))
-    return [(at(begin), at(begin + dash)) for begin in begins]
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line through points with round corners; with `dash`, dashes and gaps of that length."""
+
+    points: tuple[Point, ...]
+    colour: Colour
+    width: float
+    dash: float
+
+
+@dataclass(frozen=True, slots=True)
+class Disc:
+    """A filled circle."""
+
+    x: float
+    y: float
+    radius: float
+    colour: Colour
+
+
+@dataclass(frozen=True, slots=True)
+class Polygon:
+    """A filled polygon."""
+
+    points: tuple[Point, ...]
+    colour: Colour
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One line of text: x is its left end, y its base line."""
+
+    x: float
+    y: float
+    text: str
+    size: float
+    colour: Colour
+    bold: bool
+    halo: float  # width of a border in the paper's colour, which hides what is behind the text
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image, made at the resolution that the file needs."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A sheet on another one."""
+
+    x: float
+    y: float
+    sheet: Sheet
+
+
+Mark = Box | Line | Disc | Polygon | Text | Picture | Placed
 
 
 class Sheet:
-    """A blank part of the picture; positions and sizes are in pixels at scale 1."""
+    """Marks in the order in which they are drawn."""
 
     def __init__(self, width: float, height: float, pen: Pen) -> None:
-        self.pen, self.width = pen, width
-        self.image = Image.new("RGB", (round(width * pen.fine), round(height * pen.fine)), PAPER)
-        self._draw = ImageDraw.Draw(self.image)
+        self.width, self.height, self.pen = width, height, pen
+        self.marks: list[Mark] = []
 
     def box(self, x: float, y: float, width: float, height: float, colour: Colour) -> None:
-        edges = (round(v * self.pen.fine) for v in (x, y, x + width, y + height))
-        left, top, right, bottom = edges
-        if right > left and bottom > top:
-            self._draw.rectangle((left, top, right - 1, bottom - 1), colour)
+        self.marks.append(Box(x, y, width, height, colour))
 
     def line(self, points: Sequence[Point], colour: Colour, width: float, dash: float = 0) -> None:
-        """A line through points, its corners round; with `dash`, dashes and gaps of that length."""
-        fine = self.pen.fine
-        for start, end in pairwise(points):
-            for a, b in _dashes(start, end, dash) if dash else [(start, end)]:
-                ends = [(x * fine, y * fine) for x, y in (a, b)]
-                self._draw.line(ends, colour, max(1, round(width * fine)))
-        if not dash:
-            for x, y in points[1:-1]:
-                self.disc(x, y, width / 2, colour)
+        self.marks.append(Line(tuple(points), colour, width, dash))
 
     def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
-        fine = self.pen.fine
-        edges = ((x - radius) * fine, (y - radius) * fine, (x + radius) * fine, (y + radius) * fine)
-        self._draw.ellipse(edges, colour)
+        self.marks.append(Disc(x, y, radius, colour))
 
     def shape(self, points: Sequence[Point], colour: Colour) -> None:
-        """A filled polygon."""
-        self._draw.polygon([(x * self.pen.fine, y * self.pen.fine) for x, y in points], colour)
+        self.marks.append(Polygon(tuple(points), colour))
 
     def text(
         self,
@@ -142,20 +194,10 @@ class Sheet:
         bold: bool = False,
         halo: float = 0,
     ) -> None:
-        """One line; x is its left end, y its base line; a halo keeps off what is behind it."""
-        if halo:
-            self._text(x, y, text, size, PAPER, round(halo * self.pen.fine))
-        self._text(x, y, text, size, colour, self.pen.fine // 2 if bold else 0)
+        self.marks.append(Text(x, y, text, size, colour, bold, halo))
 
-    def _text(
-        self, x: float, y: float, text: str, size: float, colour: Colour, stroke: int
-    ) -> None:
-        self._draw.text(
-            (x * self.pen.fine, y * self.pen.fine),
-            text,
-            colour,
-            self.pen.font(size * self.pen.fine),
-            anchor="ls",
-            stroke_width=stroke,
-            stroke_fill=colour,
-        )
+    def picture(self, x: float, y: float, width: float, height: float, pixels: Pixels) -> None:
+        self.marks.append(Picture(x, y, width, height, pixels))
+
+    def place(self, x: float, y: float, sheet: Sheet) -> None:
+        self.marks.append(Placed(x, y, sheet))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeprune.bundle import ImageRecord, Manifest
+from edgeprune.drawing.canvas import Levels
 from edgeprune.errors import BundleError
 from edgeprune.runtime.backend import Ids
 from edgeprune.runtime.images import to_pixels
@@ -19,8 +20,9 @@ from edgeprune.runtime.session import Answer
 
 MERGED = (255, 120, 0)
 """Colour of the outline of a merged token's centre."""
+DROPPED = (78, 78, 78)
+"""In a legend, the grey of dropped patches: they are darker or lighter, as the image is."""
 
-Levels = NDArray[np.uint8]  # [height, width, 3]
 Positions = set[tuple[int, int]]  # (row, column) on the grid of visual tokens
 
 
