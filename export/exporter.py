@@ -97,6 +97,28 @@ def preflight(output: Path, target: str, dtype: str | None, adapter: Adapter) ->
         )
 
 
+@dataclass(frozen=True)
+class Records:
+    """What the checkpoint's small files decide of a bundle, and what to tell of the checkpoint."""
+
+    image: ImageRecord
+    text: TextRecord
+    notes: tuple[str, ...]
+
+
+def read_records(adapter: Adapter, processor: Processor) -> Records:
+    """Read a checkpoint's small files; ModelError names what a bundle cannot take over."""
+    generation = _generation(adapter)
+    image = replace(
+        image_record(processor, adapter.tiling, adapter.frozen),
+        pictures=adapter.asked.pictures,
+        frames=adapter.asked.frames,
+    )
+    text = text_record(processor, adapter.config, generation, adapter.media)
+    remarks = notes(processor, adapter.config, generation, adapter.media)
+    return Records(image, text, (*adapter.remarks, *remarks))
+
+
 def export(
     request: ExportRequest,
     adapter: Adapter,
@@ -108,13 +130,7 @@ def export(
     """Trace, write weights, check parity, and rename the whole into place."""
     preflight(request.output, request.target, request.dtype, adapter)
     dialect, dtype = request.lowering
-    generation = _generation(adapter)
-    image = replace(
-        image_record(processor, adapter.tiling, adapter.frozen),
-        pictures=adapter.asked.pictures,
-        frames=adapter.asked.frames,
-    )
-    text = text_record(processor, adapter.config, generation, adapter.media)
+    records = read_records(adapter, processor)
     try:
         with atomic_folder(request.output) as draft:
             _write_graphs(draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report)
@@ -123,14 +139,13 @@ def export(
             if not request.no_parity:
                 checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
             report("hash files", 0, 1)
-            manifest = _manifest(request, adapter, image, text, draft, checked)
+            manifest = _manifest(request, adapter, records, draft, checked)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    remarks = notes(processor, adapter.config, generation, adapter.media)
-    return Exported(request.output, manifest, checked, (*adapter.remarks, *remarks))
+    return Exported(request.output, manifest, checked, records.notes)
 
 
 def _write_graphs(
@@ -191,8 +206,7 @@ def _check(
 def _manifest(
     request: ExportRequest,
     adapter: Adapter,
-    image: ImageRecord,
-    text: TextRecord,
+    records: Records,
     draft: Path,
     checked: parity.Parity | None,
 ) -> Manifest:
@@ -207,8 +221,8 @@ def _manifest(
         opset=dialect.opset,
         prune=_prune_record(request, adapter),
         decoder=_decoder_record(adapter, dialect.cache),
-        image=image,
-        text=text,
+        image=records.image,
+        text=records.text,
         files=record_files(draft),
         parity=asdict(checked) if checked else {"samples": 0, "why": request.no_parity},
         versions={package: installed(package) for package in PACKAGES},

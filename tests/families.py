@@ -77,6 +77,8 @@ class Family:
         options = {}
         if self.name == "video_llava":  # deprecates an old name of its result
             options["return_legacy_image_output"] = False
+        if self.name == "internvl":  # as its processor asks, whatever the settings say
+            options["crop_to_patches"] = True
         return self.image_processor(images, return_tensors="pt", **options)
 
     def frozen(self, size: Size) -> Size | None:
@@ -130,7 +132,7 @@ def internvl(side: int = 56, **text: Any) -> Family:
     return Family(
         "internvl",
         _settled(InternVLForConditionalGeneration(config)),
-        GotOcr2ImageProcessorPil(size={"height": side, "width": side}, crop_to_patches=True),
+        GotOcr2ImageProcessorPil(size={"height": side, "width": side}, crop_to_patches=False),
         "<IMG_CONTEXT>",
         dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True)),
         (Size(56, 56), Size(70, 150), Size(181, 60)),

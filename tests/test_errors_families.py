@@ -118,3 +118,34 @@ def test_a_picture_that_is_too_long_and_narrow_for_tiles(tmp_path: Path, refused
     said = refused("run", bundle, "--image", narrow, *PROMPT)
     assert "600 x 20 pixels is too long and narrow for this bundle" in said
     assert "cut it, or export with --image-size" in said
+
+
+def test_pictures_of_several_tiles_calibrate(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The published settings of InternVL say `crop_to_patches` false."""
+    folder = families.internvl().save(tmp_path / "tiny")
+    assert not json.loads((folder / "preprocessor_config.json").read_text())["crop_to_patches"]
+    question = {"from": "human", "value": f"<image>{QUESTION}"}
+    record = {"id": "1", "image": SCENE.name, "conversations": [question]}
+    (tmp_path / "samples.json").write_text(json.dumps([record]))
+    samples = ["--samples-file", tmp_path / "samples.json", "--images", SCENE.parent]
+    options = [*samples, "--samples", "1", "--image-size", "112x56", "--cr", "2"]
+    command = ["calibrate", "--model", folder, *options, "-o", tmp_path / "schedule.json"]
+    assert main([str(part) for part in command]) == 0
+    counts = [int(count) for count in capfd.readouterr().out.split()]
+    assert len(counts) == 3 and counts[0] <= 12, "three views of 4 tokens"
+
+
+def test_an_image_processor_that_transformers_has_no_more(tmp_path: Path, refused: Refused) -> None:
+    """One short line; a bundle for a video does not need it."""
+    folder = families.llava_next_video(num_hidden_layers=1).save(tmp_path / "tiny")
+    file = folder / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor_type"] = "LlavaNextVideoImageProcessor"
+    file.write_text(json.dumps(settings))
+    said = refused("export", "--model", folder, "--method", "none", "-o", tmp_path / "bundle")
+    assert f"{file} names the image processor LlavaNextVideoImageProcessor, which tran" in said
+    assert "take image_processor_type out of the file" in said and len(said) < 400
+    assert refused("models", "--model", folder) == said
+    assert main(["models", "--model", str(folder), "--frames", "2"]) == 0

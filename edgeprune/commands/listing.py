@@ -129,7 +129,12 @@ def run_models(args: argparse.Namespace) -> int:
     from edgeprune import models
 
     if args.model:
-        print(_common.table(_sizes(_common.model(args))))
+        from edgeprune.export.exporter import read_records
+        from edgeprune.models._processor import Processor
+
+        adapter = _common.model(args)
+        notes = read_records(adapter, Processor(adapter)).notes  # or what export would refuse
+        print(_common.table([*_sizes(adapter), *(("note", note) for note in notes)]))
         return 0
     rows = []
     for name in models.names():
@@ -165,5 +170,4 @@ def _sizes(adapter: Adapter) -> list[tuple[str, str]]:
         ("[CLS]", "yes" if shape.has_cls else "no"),
         ("picture", picture),
         ("visual tokens", f"{shape.visual_tokens}{own}"),
-        *(("note", remark) for remark in adapter.remarks),
     ]

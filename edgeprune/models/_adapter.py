@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -102,10 +102,10 @@ class Adapter:
         """Shape of what the vision graph takes: [tiles, 3, height, width]."""
         return self.vision_config.layout.tiles, 3, *self.vision_config.encoder.size
 
-    def picture_processor(self, own: Any) -> Any:
-        """What treats each picture or frame: the checkpoint's own image processor, unless it does
-        otherwise with one picture alone."""
-        return own
+    def picture_processor(self, own: Callable[[], Any]) -> Any:
+        """What treats each picture or frame: the checkpoint's own image processor, which `own`
+        reads, unless it does otherwise with one picture alone."""
+        return own()
 
     def look(self, image_processor: Any, image: Image.Image) -> Tensor:
         """A picture through the checkpoint's own image processor: float32, of shape `pixels`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgeprune.errors import ModelError
 from edgeprune.models._media import RUN, Media
-from edgeprune.models._stored import read_json
+from edgeprune.models._stored import brief, read_json
 
 FIRST, LATER = "USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:"
 """A first turn and a later one as LLaVA-1.5's template writes them."""
@@ -27,7 +27,9 @@ class Chat:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a broken folder
-            raise ModelError(f"{folder} has no usable processor or tokenizer: {error}") from error
+            raise ModelError(
+                f"{folder} has no usable processor or tokenizer: {brief(error)}"
+            ) from error
         if template := _processors_template(folder):
             self.tokenizer.chat_template = template
 
@@ -56,7 +58,7 @@ class Chat:
             )
         except Exception as error:  # a template may fail in any way
             raise ModelError(
-                f"the chat template fails ({error}); repair chat_template.jinja"
+                f"the chat template fails ({brief(error)}); repair chat_template.jinja"
             ) from error
 
     def split(self, media: Media, question: str) -> tuple[Tensor, list[list[int]], Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from edgeprune.errors import ModelError
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._chat import Chat
+from edgeprune.models._stored import brief, read_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,15 +37,9 @@ class Processor:
     """
 
     def __init__(self, adapter: Adapter) -> None:
-        from transformers import AutoImageProcessor
-
         folder = adapter.checkpoint.folder
         self.chat, self.adapter = Chat(folder, adapter.config.model_type), adapter
-        try:
-            own = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a broken folder
-            raise ModelError(f"{folder} has no usable processor or tokenizer: {error}") from error
-        self.image_processor: Any = adapter.picture_processor(own)
+        self.image_processor: Any = adapter.picture_processor(partial(_image_processor, folder))
 
     @property
     def tokenizer(self) -> Any:
@@ -67,6 +64,37 @@ class Processor:
     def text(self, ids: Tensor) -> str:
         decoded: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return decoded
+
+
+def _image_processor(folder: Path) -> Any:
+    """The image processor that a checkpoint names; ModelError where there is none such."""
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True
+        )
+    except Exception as error:  # transformers raises many kinds for a broken folder
+        file, kind = _named(folder)
+        if kind and str(error).startswith("Unrecognized image processor"):
+            raise ModelError(
+                f"{file} names the image processor {kind}, which transformers"
+                f" {transformers.__version__} has not; take image_processor_type out of the file,"
+                " and the family's own is used with the other settings"
+            ) from error
+        raise ModelError(
+            f"{folder} has no usable processor or tokenizer: {brief(error)}"
+        ) from error
+
+
+def _named(folder: Path) -> tuple[Path, str]:
+    """The file that holds the settings of the image processor, and the class that it names."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (file := folder / name).is_file():
+            settings = read_json(file)
+            settings = settings.get("image_processor", settings)
+            return file, str(settings.get("image_processor_type") or "")
+    return folder, ""
 
 
 def random_prompt(pixels: tuple[int, ...], vocabulary: int, seed: int) -> Prompt:

@@ -7,6 +7,7 @@ from typing import Any
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._stored import brief
 from edgeprune.models._vision import ProjectorConfig
 from edgeprune.tiling import Size
 
@@ -18,7 +19,9 @@ def read_config(checkpoint: Checkpoint, kind: Any) -> Any:
     try:
         return kind.from_pretrained(checkpoint.folder)
     except Exception as error:  # transformers raises many kinds for a wrong config.json
-        raise ModelError(f"{checkpoint.folder / 'config.json'} is damaged: {error}") from error
+        raise ModelError(
+            f"{checkpoint.folder / 'config.json'} is damaged: {brief(error)}"
+        ) from error
 
 
 def is_tied(checkpoint: Checkpoint, config: Any) -> bool:

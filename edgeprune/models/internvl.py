@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from edgeprune.models import _adapter
@@ -54,8 +55,14 @@ class Adapter(_adapter.Adapter):
         spelled = "\n".join(f"Frame{i}: {PICTURE}" for i in range(1, frames + 1))
         return Media(placeholder, int(self.config.image_token_id), "video", spelled=spelled)
 
-    def picture_processor(self, own: Any) -> Any:
-        return own if self.asked.frames is None else frame_processor(self.checkpoint)
+    def picture_processor(self, own: Callable[[], Any]) -> Any:
+        """The family's processor in transformers asks its image processor for tiles, whatever the
+        settings say: published ones have `crop_to_patches` false."""
+        if self.asked.frames is not None:
+            return frame_processor(self.checkpoint)
+        processor = own()
+        processor.crop_to_patches = True
+        return processor
 
 
 def _encoder(config: Any) -> EncoderConfig:

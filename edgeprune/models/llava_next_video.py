@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from edgeprune.models import _adapter
@@ -36,8 +37,8 @@ class Adapter(_adapter.Adapter):
         self.vision_config = VisionConfig(encoder, projector(config, encoder.width), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
 
-    def picture_processor(self, own: Any) -> Any:
-        return own if self.asked.frames is None else frame_processor(self.checkpoint)
+    def picture_processor(self, own: Callable[[], Any]) -> Any:
+        return own() if self.asked.frames is None else frame_processor(self.checkpoint)
 
 
 def _frames(config: Any, side: int, frames: int) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,10 +49,10 @@ class Adapter(_adapter.Adapter):
         _check_shrinking(self.tiling, self.config.vision_aspect_ratio)
         return anyres_layout(self.tiling)
 
-    def picture_processor(self, own: Any) -> Any:
+    def picture_processor(self, own: Callable[[], Any]) -> Any:
         if self.asked.frames is not None:
             return frame_processor(self.checkpoint)
-        return square_processor(own) if self.asked.pictures > 1 else own
+        return square_processor(own()) if self.asked.pictures > 1 else own()
 
 
 def _ended(layout: Layout) -> Layout:

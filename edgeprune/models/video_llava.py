@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from edgeprune.models import _adapter
@@ -38,10 +39,10 @@ class Adapter(_adapter.Adapter):
         """The other tower too."""
         return ("_tower." in name and f"{self.stem}." not in name) or super().is_spare(name)
 
-    def picture_processor(self, own: Any) -> Any:
+    def picture_processor(self, own: Callable[[], Any]) -> Any:
         """CLIP's, which does the same as the family's own, a picture or a frame at a time."""
         return (
-            clip_processor(own) if self.asked.frames is None else frame_processor(self.checkpoint)
+            clip_processor(own()) if self.asked.frames is None else frame_processor(self.checkpoint)
         )
 
 
