@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
@@ -30,15 +31,36 @@ def clean(model: ir.Model, weights: Collection[str]) -> None:
         node.metadata_props.clear()
 
 
-def add_token(graph: ir.Graph) -> None:
-    """A second output `token` int64 [1, 1]: the likeliest of the logits, of equal ones the first.
+LARGEST = float(np.finfo(np.float32).max)
 
-    A GPU then returns 8 bytes a step instead of the whole vocabulary's logits.
+
+def add_token(graph: ir.Graph) -> None:
+    """A second output `token` int64 [1, 1]: the likeliest of the logits, of equal ones the first,
+    or -1 where any of them is infinite or not a number.
+
+    A GPU then returns 8 bytes a step instead of the whole vocabulary's logits. What is not finite
+    makes the sum of all magnitudes so, whatever an engine's ArgMax or Max does with it.
     """
     (logits,) = (value for value in graph.outputs if value.name == "logits")
     token = ir.val("token", ir.DataType.INT64, [1, 1])
-    attributes = {"axis": -1, "keepdims": 0}
-    graph.append(ir.node("ArgMax", [logits], attributes, outputs=[token], name="argmax"))
+    last = ir.tensor([-1], dtype=ir.DataType.INT64)
+    made = [
+        axis := ir.node("Constant", [], {"value": last}, name="token/last"),
+        most := ir.node("Constant", [], {"value": ir.tensor(LARGEST)}, name="token/largest"),
+        best := ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0}, name="token/argmax"),
+        wide := ir.node("Cast", [logits], {"to": ir.DataType.FLOAT}, name="token/cast"),
+        total := ir.node(
+            "ReduceL1", [*wide.outputs, *axis.outputs], {"keepdims": 0}, name="token/reducel1"
+        ),
+        finite := ir.node("LessOrEqual", [*total.outputs, *most.outputs], name="token/finite"),
+        ir.node(
+            "Where",
+            [*finite.outputs, *best.outputs, *axis.outputs],
+            outputs=[token],
+            name="token/where",
+        ),
+    ]
+    graph.extend(made)
     graph.outputs.insert(1, token)
 
 

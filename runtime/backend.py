@@ -9,7 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.errors import BackendError
+
 Ids = NDArray[np.int64]
+
+NOT_FINITE = (
+    "the decoder returned logits that are not finite, so the answer ends here; try another picture"
+    " or prompt, or export again with --dtype bf16 or --dtype fp32"
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,18 @@ class Output:
 
     @property
     def token(self) -> int:
-        """The likeliest next token; of equal ones the first."""
-        return int(self.logits.argmax()) if self._token is None else self._token
+        """The likeliest next token, of equal ones the first; BackendError unless logits are finite.
+
+        A graph's own `token` is -1 there. numpy takes what is not a number for the largest.
+        """
+        if self._token is None:
+            token = int(self.logits.argmax())
+            finite = bool(np.isfinite(self.logits[token]))
+        else:
+            token, finite = self._token, self._token >= 0
+        if not finite:
+            raise BackendError(NOT_FINITE)
+        return token
 
 
 class Backend(Protocol):

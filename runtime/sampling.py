@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgeprune.errors import BackendError, SpecError
+from edgeprune.runtime.backend import NOT_FINITE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,7 @@ class StopWatcher:
 def _checked(logits: ArrayLike) -> NDArray[np.float64]:
     scores = np.asarray(logits, np.float64)
     if not np.isfinite(scores.max()):  # also where any is not a number
-        raise BackendError(
-            "the decoder returned logits that are not numbers; try another backend, or export with"
-            " float32"
-        )
+        raise BackendError(NOT_FINITE)
     return scores
 
 

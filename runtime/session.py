@@ -240,8 +240,7 @@ class Session:
         timings.prefill = 1e3 * (time.perf_counter() - started)
         self._pending = []
         while True:
-            # The first logits are looked at, which finds a model that returns no numbers.
-            greedy = sampling.temperature == 0 and bool(said)
+            greedy = sampling.temperature == 0
             token = output.token if greedy else sampling.pick(output.logits, rng)
             said.append(token)
             if self._is_end(said):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import InputError
+from edgeprune.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     from edgeprune.runtime.sampling import Sampling
@@ -102,9 +102,15 @@ def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
         pieces = session.stream_follow_up(prompt, sampling)
     label = f"{session.manifest.name}: " if len(args.bundles) > 1 and not args.json else ""
     print(label, end="", flush=True)
-    for piece in pieces:
-        if not args.json:
-            print(piece, end="", flush=True)
+    begun = bool(label)
+    try:
+        for piece in pieces:
+            if not args.json:
+                print(piece, end="", flush=True)
+                begun = True
+    except BackendError:
+        print(end="\n" if begun else "", flush=True)  # the error has a line of its own
+        raise
     assert session.answer is not None
     if not args.json:
         print(flush=True)

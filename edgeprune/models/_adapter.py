@@ -21,6 +21,7 @@ from edgeprune.models._lora import MERGE
 from edgeprune.models._media import Asked, Media
 from edgeprune.models._names import CLIP, stored_names
 from edgeprune.models._ops import TorchOps
+from edgeprune.models._rounding import rounded
 from edgeprune.models._unread import is_spare, told
 from edgeprune.models._vision import Vision, VisionConfig
 from edgeprune.policies import Policy, make
@@ -207,13 +208,15 @@ class Adapter:
         return self.vision_config.layout.text if parameter == "fixed.text" else ()
 
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
-        """One parameter, laid out and rounded as a module of ours wants it."""
+        """One parameter, laid out and rounded as a module of ours wants it; ModelError where the
+        checkpoint holds a number that is not finite or that does not fit the dtype."""
         tensor = self.checkpoint.read(source.name)
         if source.change and self.checkpoint.lora is not None:
             tensor = self.checkpoint.lora.merged(source.change, tensor)
         if source.rows:
             tensor = tensor[list(source.rows)]
-        tensor = tensor.to(dtype).reshape(source.shape)
+        where = f"{self.checkpoint.files[source.name].name}: {source.name}"
+        tensor = rounded(tensor, dtype, where).reshape(source.shape)
         return tensor.t().contiguous() if source.transposed else tensor.contiguous()
 
     def load(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
