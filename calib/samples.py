@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from edgeprune.errors import InputError
+from edgeprune.images import image_in, read_image
 from edgeprune.models._processor import Processor, Prompt
 
 
@@ -39,19 +38,11 @@ def user_samples(processor: Processor, file: Path, images: Path, count: int) -> 
     """The first `count` records of a LLaVA-Instruct file."""
     for number, record in enumerate(_records(file)[:count]):
         name, question = _question(file, number, record)
-        path = images / str(record["image"])
         try:
-            picture = _picture(path)
-        except Exception as error:  # a decoder may raise anything on a damaged file
-            raise InputError(
-                f"record {number} of {file}: {path} is no readable image ({error})"
-            ) from error
-        yield Sample(str(record.get("id", name)), processor(picture, question))
-
-
-def _picture(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+            image = read_image(image_in(images, record["image"])).image
+        except InputError as error:
+            raise InputError(f"record {number} of {file}: {error}") from error
+        yield Sample(str(record.get("id", name)), processor(image, question))
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
@@ -61,7 +52,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
             records = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             records = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is no readable JSON or JSONL ({error})") from error
     if not isinstance(records, list) or not records:
         raise InputError(f"{file} holds no list of samples; want LLaVA-Instruct records")

@@ -1,89 +1,26 @@
-"""A picture file -> pixels [tiles, 3, height, width], equal to the checkpoint's own processor.
+"""An RGB image -> pixels [tiles, 3, height, width], equal to the checkpoint's own processor.
 
 Equal means bit for bit what transformers computes with Pillow (its CLIPImageProcessorPil): the same
-order of operations, the same filter, the same rounding. That includes its treatment of odd files:
-a file's transparency is dropped, its EXIF rotation is applied, and levels above 255 of a 16-bit
-picture are cut off.
+order of operations, the same filter, the same rounding. `edgeprune.images` reads the image.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import warnings
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
+from edgeprune.images import MAX_PIXELS
 from edgeprune.runtime.tiles import cut, on_black, remark
 from edgeprune.tiling import Size, rounded, rounds_to
 
-MAX_PIXELS = 100_000_000
-"""A larger picture is refused before it is decoded: at 3 bytes a pixel it would fill the device."""
-FORMATS = ["PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000"]
-"""Pillow reads more, and for EPS it starts another program."""
-if find_spec("PIL.AvifImagePlugin"):  # from Pillow 11.3 on
-    FORMATS.append("AVIF")
-
-
-def load_image(path: Path | str) -> Image.Image:
-    """Read a picture file as RGB, upright; an InputError says what is wrong with any other file."""
-    path = Path(path)
-    try:
-        check_file(path, "picture")
-        # Pillow warns of large and of slightly damaged files: we refuse the ones, read the others
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _decode(path)
-    except InputError:
-        raise
-    except UnidentifiedImageError as error:
-        raise InputError(
-            f"{path} is not a picture in a format that is read ({', '.join(FORMATS)}); give a PNG"
-            " or JPEG file"
-        ) from error
-    except Image.DecompressionBombError as error:
-        found = next(iter(re.findall(r"\d+", str(error))), "0")  # Pillow says how many first
-        raise InputError(_too_large(path, f"{int(found):,}")) from error
-    except Exception as error:  # a decoder may raise anything on a damaged file
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path} cannot be read as a picture ({reason}): it is damaged, cut short or not yours"
-            " to read; copy it again"
-        ) from error
-
-
-def check_file(path: Path, kind: str) -> None:
-    """InputError unless there is a file with something in it; `kind` is picture or video."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name one {kind} file in it")
-    if not path.exists():
-        raise InputError(f"there is no {kind} at {path}; check the path")
-    if not path.is_file():
-        raise InputError(f"{path} is a device or a pipe; give a {kind} file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes); give a {kind} file")
-
-
-def _decode(path: Path) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as image:  # reads the header only
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(_too_large(path, f"{image.width:,} x {image.height:,}"))
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _too_large(path: Path, found: str) -> str:
-    return f"{path} has {found} pixels, at most {MAX_PIXELS:,} are read; make the picture smaller"
-
 
 def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
-    """A picture padded, resized, cropped or cut as the record says: [tiles, 3, height, width]."""
-    image = _to_rgb(image)
+    """An RGB image padded, resized, cropped or cut as the record says: [tiles, 3, height, width]."""
     if record.tiling is not None:
         views = cut(image, record.tiling, record.resample)
         return np.concatenate([_normalise(np.asarray(view), record) for view in views])
@@ -122,15 +59,6 @@ def remarks(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
 def _rounds(image: Image.Image, record: ImageRecord) -> bool:
     frozen = Size(record.height, record.width)
     return rounds_to(Size(image.height, image.width), frozen, record.step or 1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent in a picture made in memory lies on white."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

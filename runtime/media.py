@@ -1,29 +1,42 @@
-"""What a prompt shows: one picture, several, or a video's frames, as the bundle was frozen for."""
+"""What a prompt shows: one image, several, or a video's frames, as the bundle was frozen for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
 
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
-from edgeprune.runtime.images import load_image, remarks, to_pixels
+from edgeprune.images import ImageSource, RgbImage, read_image
+from edgeprune.runtime.images import remarks, to_pixels
 from edgeprune.runtime.video import read_frames
 
-Picture = Path | str | Image
-Shown = Picture | Sequence[Picture]
-"""A picture, several, or for a video its file, or its frames one by one."""
+Shown = ImageSource | Sequence[ImageSource]
+"""An image, several, or for a video its file, or its frames one by one."""
 
 
-def load(shown: Shown, record: ImageRecord) -> list[Image]:
-    """The pictures or frames, as many as the bundle takes; InputError where there are others."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Pixels as the vision graph takes them, float32 of the record's shape; what was done."""
+
+    pixels: NDArray[np.float32]
+    remarks: tuple[str, ...]
+
+
+def prepare(shown: Shown, record: ImageRecord) -> Prepared:
+    """Read what is shown, one image or frame at a time: together they may not fit into memory.
+
+    InputError where there are not as many as the bundle takes, or where one cannot be read.
+    """
     if record.frames is not None and isinstance(shown, (str, Path)):
-        return read_frames(shown, record.frames)
-    several = shown if isinstance(shown, Sequence) and not isinstance(shown, str) else [shown]
+        return _joined(read_frames(shown, record.frames, lambda frame: _one(frame, record)))
+    single = isinstance(shown, (str, bytes)) or not isinstance(shown, Sequence)
+    several = cast(Sequence[Any], [shown] if single else shown)
     wanted, found = record.frames or record.pictures, len(several)
     if found != wanted:
         what, option = ("frames", "--frames") if record.frames else ("pictures", "--pictures")
@@ -31,14 +44,14 @@ def load(shown: Shown, record: ImageRecord) -> list[Image]:
             f"this bundle takes {wanted} {what if wanted > 1 else what[:-1]}, got {found}; give as"
             f" many, or export with {option} {found}"
         )
-    return [load_image(one) if isinstance(one, (str, Path)) else one for one in several]
+    return _joined([_one(read_image(source), record) for source in several])
 
 
-def pixels(images: Sequence[Image], record: ImageRecord) -> NDArray[np.float32]:
-    """All of them as the vision graph takes them, float32 of the record's shape."""
-    return np.concatenate([to_pixels(image, record) for image in images])
+def _one(read: RgbImage, record: ImageRecord) -> Prepared:
+    told = *read.warnings, *remarks(read.image, record)
+    return Prepared(to_pixels(read.image, record), told)
 
 
-def all_remarks(images: Sequence[Image], record: ImageRecord) -> tuple[str, ...]:
-    """What a user should know of how they are taken, each remark once."""
-    return tuple(dict.fromkeys(r for image in images for r in remarks(image, record)))
+def _joined(parts: Sequence[Prepared]) -> Prepared:
+    pixels = np.concatenate([part.pixels for part in parts])
+    return Prepared(pixels, tuple(dict.fromkeys(r for part in parts for r in part.remarks)))

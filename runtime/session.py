@@ -14,7 +14,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError, CapacityError, InputError, SpecError
 from edgeprune.runtime import backends
 from edgeprune.runtime.backend import Backend, Chunk, Ids, Output
-from edgeprune.runtime.media import Shown, all_remarks, load, pixels
+from edgeprune.runtime.media import Shown, prepare
 from edgeprune.runtime.sampling import Sampling, StopWatcher
 from edgeprune.runtime.text import Prompter
 
@@ -124,15 +124,13 @@ class Session:
         """As `ask`, piece by piece; `answer` holds the whole once the last piece is out."""
         started = time.perf_counter()
         prefix_ids, text_ids = self._prompter.first_turn(prompt)  # refuse before any work
-        record = self.manifest.image
-        images = load(shown, record)
-        remarked, levels = all_remarks(images, record), pixels(images, record)
+        prepared = prepare(shown, self.manifest.image)
         self.reset()
-        self._remarks = remarked
+        self._remarks = prepared.remarks
         seen = time.perf_counter()
         timings = Timings(preprocess=1e3 * (seen - started))
         room = self._room(prefix_ids.shape[1] + text_ids.shape[1], self.manifest.span, sampling)
-        self._vision_kept = self.backend.see(levels)
+        self._vision_kept = self.backend.see(prepared.pixels)
         timings.vision = 1e3 * (time.perf_counter() - seen)
         return self._answer(prefix_ids, text_ids, True, sampling, room, timings)
 

@@ -60,6 +60,8 @@ CORE = {
     *("tiling", "versions"),
 }
 """Modules at the package's root that use the standard library alone, so that runtime may too."""
+IMAGING = {"images", "rgb"}
+"""Those that use NumPy and Pillow as well, which every installation has."""
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -102,7 +104,7 @@ def test_imports_point_down(layer: str) -> None:
 
 
 def test_runtime_uses_no_more_of_the_core_than_it_may() -> None:
-    allowed = {f"edgeprune.{name}" for name in CORE} | {"edgeprune.runtime"}
+    allowed = {f"edgeprune.{name}" for name in CORE | IMAGING} | {"edgeprune.runtime"}
     for name, file in sources():
         if within(name, "edgeprune.runtime"):
             ours = {i for i in imports(file) if within(i, "edgeprune")}
@@ -114,6 +116,19 @@ def test_runtime_uses_no_more_of_the_core_than_it_may() -> None:
 def test_the_core_is_standard_library(module: str) -> None:
     outside = {i.partition(".")[0] for i in imports(ROOT / "edgeprune" / f"{module}.py")}
     assert outside <= {*sys.stdlib_module_names, "edgeprune"}
+
+
+@pytest.mark.parametrize("module", sorted(IMAGING))
+def test_images_need_numpy_and_pillow_alone(module: str) -> None:
+    found = imports(ROOT / "edgeprune" / f"{module}.py")
+    assert {i.partition(".")[0] for i in found} <= {
+        *sys.stdlib_module_names,
+        "edgeprune",
+        "numpy",
+        "PIL",
+    }
+    ours = {i for i in found if within(i, "edgeprune")}
+    assert all(any(within(i, f"edgeprune.{name}") for name in CORE | IMAGING) for i in ours)
 
 
 def test_every_package_is_listed_for_the_wheel() -> None:

@@ -59,12 +59,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune.runtime.images import check_file, load_image
+    from edgeprune.images import check_file, read_image
     from edgeprune.runtime.sampling import Sampling
     from edgeprune.runtime.session import Session
 
     for image in args.images or ():
-        load_image(image)  # a bad picture is told now, not after gigabytes have been read
+        read_image(image)  # a bad picture is told now, not after gigabytes have been read
     if args.video:
         check_file(args.video, "video")
     Sampling(**_asked(args))
@@ -163,6 +163,7 @@ def _record(session: Session, prompts: list[str], answers: list[Answer]) -> dict
             "text": answer.text,
             "ids": answer.ids,
             "finish": answer.finish,
+            "remarks": answer.remarks,
             "prompt_tokens": answer.prompt_tokens,
             "preprocess_ms": answer.timings.preprocess,
             "vision_ms": answer.timings.vision,

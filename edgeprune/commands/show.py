@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune.drawing import image_files, show
     from edgeprune.drawing.canvas import check_font
     from edgeprune.drawing.show_figure import figure
-    from edgeprune.runtime.images import load_image
+    from edgeprune.images import read_image
 
     image_files.check_target(args.output)
     check_font(args.font)
-    image = load_image(args.image)
+    read = read_image(args.image)
+    image = read.image
     for bundle in filter(None, (args.bundle, args.dense)):
         _check_kind(bundle)
     _common.check_output(args.output)
@@ -72,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     prune = replace(manifest.prune, grid=show.drawn(manifest))
     sheet = figure(levels, sites, prune, args.prompt, said, font=args.font)
     image_files.save(sheet, args.output, args.scale)
+    for note in (*read.warnings, *answer.remarks):
+        print(f"note: {note}", file=sys.stderr)
     print(args.output)
     return 0
 
