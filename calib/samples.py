@@ -1,7 +1,8 @@
 """Calibration samples: generated scenes for the demo model, or a user's own in LLaVA-Instruct form.
 
-A user's file is JSON (a list) or JSONL, each record with `image` (a path below --images) and
-`conversations` whose first human turn holds the question; `id` is optional.
+A user's file is JSON (a list) or JSONL, each record with `image` (a path within the image folder)
+and `conversations` whose first human turn holds the question; `id` is optional. Records without an
+image are passed over.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ def demo_samples(processor: Processor, count: int) -> Iterator[Sample]:
 
 
 def user_samples(processor: Processor, file: Path, images: Path, count: int) -> Iterator[Sample]:
-    """The first `count` records of a LLaVA-Instruct file."""
-    for number, record in enumerate(_records(file)[:count]):
+    """The first `count` records with an image of a LLaVA-Instruct file."""
+    for number, record in islice(_with_image(_records(file)), count):
         name, question = _question(file, number, record)
         try:
             image = read_image(image_in(images, record["image"])).image
@@ -45,7 +47,14 @@ def user_samples(processor: Processor, file: Path, images: Path, count: int) -> 
         yield Sample(str(record.get("id", name)), processor(image, question))
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
+def _with_image(records: list[Any]) -> Iterator[tuple[int, Any]]:
+    """Records and their numbers; what is no record at all is left for the error that names it."""
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or "image" in record:
+            yield number, record
+
+
+def _records(file: Path) -> list[Any]:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
@@ -54,12 +63,12 @@ def _records(file: Path) -> list[dict[str, Any]]:
             records = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is no readable JSON or JSONL ({error})") from error
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{file} holds no list of samples; want LLaVA-Instruct records")
+    if not isinstance(records, list) or not any(True for _ in _with_image(records)):
+        raise InputError(f"{file} holds no samples with an image; want LLaVA-Instruct records")
     return records
 
 
-def _question(file: Path, number: int, record: dict[str, Any]) -> tuple[str, str]:
+def _question(file: Path, number: int, record: Any) -> tuple[str, str]:
     try:
         turns = record["conversations"]
         question = next(t["value"] for t in turns if t["from"] in ("human", "user"))

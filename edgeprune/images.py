@@ -34,7 +34,7 @@ ANIMATED = ("GIF", "PNG", "TIFF", "WEBP", "AVIF")
 """Formats that hold frames or pages. A phone's JPEG with a preview beside the photo is no such."""
 
 ImageSource = Path | str | bytes | NDArray[Any] | Image.Image
-"""A file's path, a file's bytes, pixels [height, width] or [height, width, channels], or Pillow's."""
+"""A path, the bytes of a file, an array [height, width] or [height, width, channels], Pillow's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ What a viewer would show is what the model must see. The rules:
   `qwen_vl_utils` do the same. A plain `convert("RGB")`, which transformers' `load_image` and
   LLaVA's own scripts use on files, drops the alpha instead and shows what a drawing program left
   under it, often black text on black.
-- 16-bit and 12-bit grey levels are scaled by their full range. `convert("RGB")` cuts them off at 255.
+- Grey levels of 12 and 16 bits are scaled by their full range. `convert("RGB")` cuts them off at
+  255.
 - Levels without a range of their own (float, 32-bit integers) are scaled from 0 to 1 if they lie
   there, else from their smallest to their largest.
 - The orientation that EXIF or XMP tells is applied.
@@ -65,8 +66,9 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     turn = _turn(image)
     if turn is not None:
         rgb = rgb.transpose(turn)
-    if turn := turn or turned:
-        done.append(f"the image is {TURNS[turn]}, as its orientation tag says")
+    told = turned if turn is None else turn
+    if told is not None:
+        done.append(f"the image is {TURNS[told]}, as its orientation tag says")
     return rgb, tuple(done)
 
 
@@ -77,7 +79,7 @@ def _transparency(image: Image.Image) -> Any:
     of colour to 8.
     """
     stored = image.info.get("transparency")
-    tiles = getattr(image, "tile", None)  # (codec, extents, offset, raw mode) until it is loaded
+    tiles: Any = getattr(image, "tile", None)  # (codec, box, offset, raw mode) until it is loaded
     raw = tiles[0][3] if tiles and image.format == "PNG" else None
     if isinstance(stored, int) and raw in ("L;2", "L;4"):
         return stored % (1 << int(raw[-1])) * (85 if raw == "L;2" else 17)
@@ -98,7 +100,7 @@ def _on_white(image: Image.Image, stored: Any, done: list[str]) -> Image.Image:
         if strip.mode.endswith("a"):
             strip = strip.convert(strip.mode[:-1] + "A")
         strip = strip.convert("RGBA")
-        opaque &= strip.getextrema()[3] == (255, 255)
+        opaque &= strip.getchannel("A").getextrema() == (255, 255)
         white = Image.new("RGBA", strip.size, "white")
         rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
     if not opaque:
@@ -158,5 +160,5 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _turned_by_pillow(image: Image.Image) -> Image.Transpose | None:
     """What Pillow does to a TIFF file by itself when it is loaded."""
-    tags = getattr(image, "tag_v2", None) or {}
+    tags: Any = getattr(image, "tag_v2", None) or {}
     return _BY_TAG.get(tags.get(_ORIENTATION))

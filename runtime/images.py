@@ -20,7 +20,7 @@ from edgeprune.tiling import Size, rounded, rounds_to
 
 
 def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
-    """An RGB image padded, resized, cropped or cut as the record says: [tiles, 3, height, width]."""
+    """An RGB image padded, resized, cropped or cut as recorded: [tiles, 3, height, width]."""
     if record.tiling is not None:
         views = cut(image, record.tiling, record.resample)
         return np.concatenate([_normalise(np.asarray(view), record) for view in views])

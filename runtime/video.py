@@ -21,7 +21,9 @@ from edgeprune.hints import install
 from edgeprune.images import RgbImage, check_file
 from edgeprune.rgb import TURNS
 
-FORMATS = "mov mp4 m4v matroska webm avi mpeg mpegts mpegvideo m4v h264 hevc ivf obu ogg flv asf gif"
+FORMATS = (
+    "mov mp4 m4v matroska webm avi mpeg mpegts mpegvideo m4v h264 hevc ivf obu ogg flv asf gif"
+)
 """Containers of FFmpeg's that hold a clip whole."""
 MAX_FRAME_PIXELS = 40_000_000
 """More than 8K. A decoder holds up to 16 frames and more."""
@@ -36,8 +38,8 @@ T = TypeVar("T")
 def read_frames(path: Path | str, count: int, take: Callable[[RgbImage], T]) -> list[T]:
     """What `take` makes of each of `count` frames, one after the other.
 
-    Frame i of n is number floor(i * total / n), as transformers' video processors sample. InputError
-    where there are fewer frames, or where the file is no video.
+    Frame i of n is number floor(i * total / n), as transformers' video processors sample.
+    InputError where there are fewer frames, or where the file is no video.
     """
     path = Path(path)
     check_file(path, "video")
@@ -88,9 +90,7 @@ def _declared(av: Any, path: Path) -> int:
     return said
 
 
-def _spread(
-    av: Any, path: Path, total: int, count: int, take: Callable[[RgbImage], T]
-) -> list[T]:
+def _spread(av: Any, path: Path, total: int, count: int, take: Callable[[RgbImage], T]) -> list[T]:
     """`count` frames of `total`; fewer where there are not so many."""
     if total < count:
         return []
@@ -111,7 +111,8 @@ def _decoded(av: Any, path: Path) -> Iterator[tuple[Any, Fraction]]:
                     f"{path} has more than {MAX_CLIP_PIXELS:,} pixels in all its frames; cut it to"
                     " the part to ask about, or scale it down"
                 )
-            yield frame, stream.sample_aspect_ratio or Fraction(1)
+            aspect: Fraction | None = stream.sample_aspect_ratio
+            yield frame, aspect if aspect and aspect > 0 else Fraction(1)
 
 
 def _until(av: Any, path: Path, wanted: list[int]) -> Iterator[tuple[Any, Fraction]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Refused
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from edgeprune.bundle import Bundle
 from edgeprune.calib.collect import collect
-from edgeprune.calib.samples import Sample, demo_samples
+from edgeprune.calib.samples import Sample, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule
 from edgeprune.cli import main
-from edgeprune.errors import ModelError
+from edgeprune.errors import InputError, ModelError
 from edgeprune.export.prompts import save_tokenizer, text_record
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._chat import Chat
@@ -253,25 +254,75 @@ def _header(side: int) -> tuple[bytes, bytes]:
     return b"IHDR", side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
 
 
-PICTURES = {
-    "huge": (_png(_header(20_000), (b"IDAT", b"")), "exceeds limit"),
+IMAGES = {
+    "huge": (_png(_header(20_000), (b"IDAT", b"")), "at most 100,000,000 are read"),
     "broken": (
         _png(_header(60), (b"IDAT", zlib.compress(bytes(60))), (b"\xff" * 4, b"")),
-        "broken",
+        "cannot be read as an image (broken",
     ),
-    "none": (b"text", "cannot identify"),
+    "none": (b"text", "is not an image in a format that is read (PNG, "),
+    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image in a "),
 }
 
 
-@pytest.mark.parametrize(("content", "says"), PICTURES.values(), ids=PICTURES.keys())
-def test_a_sample_whose_picture_cannot_be_read(
-    content: bytes, says: str, instruct: Path, tiny_checkpoint: Path, refused: Refused
+@pytest.mark.parametrize(("content", "says"), IMAGES.values(), ids=IMAGES.keys())
+def test_a_sample_whose_image_cannot_be_read(
+    content: bytes,
+    says: str,
+    instruct: Path,
+    tiny_checkpoint: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it was run"))
     (instruct.parent / "0.png").write_bytes(content)
     options = ["--model", tiny_checkpoint, "--samples-file", instruct, "--samples", 1]
     line = refused("calibrate", *options, "-o", instruct.parent / "schedule.json")
-    assert f"record 0 of {instruct}: {instruct.parent / '0.png'} is no readable image (" in line
+    assert f"record 0 of {instruct}: {instruct.parent / '0.png'} " in line
     assert says in line
+
+
+def _samples(file: Path, *names: object) -> list[Image.Image]:
+    """What a processor is given for records with these images."""
+    turns = [{"from": "human", "value": "what is it ?"}]
+    records = [{"image": name, "conversations": turns} for name in names]
+    file.write_text(json.dumps([{"conversations": turns}, *records]))
+    found = user_samples(lambda image, question: image, file, file.parent, 9)  # type: ignore
+    return [sample.prompt for sample in found]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "x/../../out.png", 7, None])
+def test_a_sample_whose_image_lies_elsewhere(name: object, tmp_path: Path) -> None:
+    (folder := tmp_path / "images").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "out.png")
+    with pytest.raises(InputError, match=r"record 1 of .* inside the image folder"):
+        _samples(folder / "samples.json", name)
+
+
+def test_a_sample_whose_image_is_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match=r"record 1 of .*pipe\.png is a device or a pipe"):
+        _samples(tmp_path / "samples.json", "pipe.png")
+
+
+def test_samples_are_seen_as_the_runtime_sees_them(tmp_path: Path) -> None:
+    """Upright, on white, and at 8 bits; records without an image are passed over."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.new("RGB", (20, 10)).save(tmp_path / "lying.jpg", exif=exif)
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((9, 9), 32768, np.uint16)).save(tmp_path / "deep.png")
+    lying, clear, deep = _samples(tmp_path / "s.json", "lying.jpg", "clear.png", "deep.png")
+    assert lying.size == (10, 20)
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    assert deep.getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[{}]", "{}", "[7]", "", "[]"])
+def test_what_is_no_samples_file_is_refused(text: str, tmp_path: Path) -> None:
+    (file := tmp_path / "samples.json").write_text(text)
+    with pytest.raises(InputError):
+        list(user_samples(None, file, tmp_path, 9))  # type: ignore[arg-type]
 
 
 def test_a_sample_whose_question_is_no_text(

@@ -146,7 +146,7 @@ def test_own_questions_are_read_with_their_kinds(own: Path) -> None:
     assert len(Questions(2, own)) == len(list(Questions(2, own))) == 2
     elsewhere = own.parent / "pictures"
     elsewhere.mkdir()
-    with pytest.raises(InputError, match=r"own\.jsonl:1: there is no picture at .*--images"):
+    with pytest.raises(InputError, match=r"own\.jsonl:1: there is no image at .*--images"):
         list(Questions(file=own, images=elsewhere))
 
 

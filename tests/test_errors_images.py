@@ -45,11 +45,11 @@ def _huge(file: Path) -> None:
     [
         (
             lambda f: f.write_text("a picture of a cat"),
-            "is not a picture in a format that is read (PNG, JPEG, ",
+            "is not an image in a format that is read (PNG, JPEG, ",
         ),
-        (lambda f: f.touch(), "is empty (0 bytes); give a picture file"),
-        (lambda f: f.mkdir(), "is a folder; name one picture file in it"),
-        (lambda f: None, "there is no picture at"),
+        (lambda f: f.touch(), "is empty (0 bytes); give a file with the image"),
+        (lambda f: f.mkdir(), "is a folder; name one image file in it"),
+        (lambda f: None, "there is no image at"),
         (_cut, "it is damaged, cut short or not yours to read; copy it again"),
         (_huge, "has 400,000,000 pixels, at most 100,000,000 are read"),
         (lambda f: Image.new("1", (40_000, 1)).save(f), "too long and narrow"),
@@ -164,7 +164,7 @@ def test_one_line_and_exit_code_2_of_a_real_process(tiny_bundle: Path, tmp_path:
     done = subprocess.run([*command, *QUESTION], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"edgeprune: there is no picture at {tmp_path / 'nosuch.png'}; check the path\n"
+        f"edgeprune: there is no image at {tmp_path / 'nosuch.png'}; check the path\n"
     )
 
 

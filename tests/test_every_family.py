@@ -106,7 +106,7 @@ class Opened:
 
     def theirs(self, images: list[Image.Image], session: Session) -> list[int]:
         """32 greedy tokens of transformers' model."""
-        pixels = torch.from_numpy(media.pixels(images, session.manifest.image))
+        pixels = torch.from_numpy(media.prepare(images, session.manifest.image).pixels)
         if self.case.family in QWENS:
             return qwen.generated(self.adapter, images, pixels)
         given = self._seen(images, pixels)
@@ -170,6 +170,6 @@ def test_a_pruned_bundle_equals_its_reference(case: Case, method: str, tmp_path:
     images = opened.shown(case.shapes[0])
     answer = session.ask(images, opened.question, Sampling(max_new_tokens=8))
     reference = Reference.build(adapter, policy, plan)
-    pixels = torch.from_numpy(media.pixels(images, session.manifest.image))
+    pixels = torch.from_numpy(media.prepare(images, session.manifest.image).pixels)
     prompt = replace(Processor(adapter)(images, opened.question), pixels=pixels)
     assert list(answer.ids) == said(reference.generate(prompt, 8, lambda token: False), session)

@@ -21,14 +21,12 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._media import Asked
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
-from edgeprune.runtime import media, video
+from edgeprune.runtime import media
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.session import Session
-from edgeprune.runtime.video import read_frames
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families
-from tests.clips import clip
 from tests.families import QUESTION, Family
 from tests.test_families import answered, generated, made_up, picture, prompted
 
@@ -80,7 +78,7 @@ def shown(case: Case, adapter: Adapter) -> list[Image.Image]:
 
 def taken(adapter: Adapter, images: list[Image.Image]) -> np.ndarray:
     """Pixels as the runtime makes them."""
-    return media.pixels(images, image_record(Processor(adapter), adapter.tiling))
+    return media.prepare(images, image_record(Processor(adapter), adapter.tiling)).pixels
 
 
 def theirs(case: Case, family: Family, pixels: np.ndarray, images: list[Image.Image]) -> Any:
@@ -152,41 +150,4 @@ def test_a_bundle_says_which_option_it_takes(tiny_bundle: Path, refused: Refused
     assert "takes pictures (--image)" in line
     record = Bundle.open(tiny_bundle).manifest.image
     with pytest.raises(InputError, match="takes 1 picture, got 2; give as many, or"):
-        media.load([picture(SIZES[0])] * 2, record)
-
-
-@pytest.fixture(scope="module")
-def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of ten frames."""
-    return clip(tmp_path_factory.mktemp("clip") / "clip.mkv", 10)
-
-
-def test_frames_are_spread_evenly_over_a_clip(ten: Path) -> None:
-    frames = read_frames(ten, 4)
-    assert [frame.size for frame in frames] == [(32, 16)] * 4
-    numbers = np.arange(0, 10, 10 / 4).astype(int)  # as model cards sample
-    assert [round(np.asarray(frame).mean() / 20) for frame in frames] == numbers.tolist()
-
-
-def test_a_clip_with_too_few_frames_is_refused(ten: Path) -> None:
-    with pytest.raises(InputError, match="has 10 frames, this bundle takes 11"):
-        read_frames(ten, 11)
-
-
-@pytest.mark.parametrize("said", [0, 3, 30])
-def test_frames_are_counted_where_a_file_is_wrong_about_them(
-    said: int, ten: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = [np.asarray(frame).tolist() for frame in read_frames(ten, 5)]
-    monkeypatch.setattr(video, "_said", lambda av, path: said)
-    assert [np.asarray(frame).tolist() for frame in read_frames(ten, 5)] == wanted
-    with pytest.raises(InputError, match="has 10 frames, this bundle takes 11"):
-        read_frames(ten, 11)
-
-
-def test_what_is_no_video_is_refused(tmp_path: Path, ten: Path) -> None:
-    (broken := tmp_path / "clip.mp4").write_bytes(b"not a video at all")
-    with pytest.raises(InputError, match="cannot be read as a video"):
-        read_frames(broken, 2)
-    with pytest.raises(InputError, match="there is no video at"):
-        read_frames(tmp_path / "none.mp4", 2)
+        media.prepare([picture(SIZES[0])] * 2, record)

@@ -45,7 +45,7 @@ def opened(checkpoint: Path, asked: str) -> tuple[Adapter, list[Image.Image]]:
 def seen(adapter: Adapter, images: list[Image.Image]) -> torch.Tensor:
     """Pixels as the runtime makes them."""
     record = image_record(Processor(adapter), frozen=adapter.frozen)
-    pixels = torch.from_numpy(media.pixels(images, record))
+    pixels = torch.from_numpy(media.prepare(images, record).pixels)
     assert pixels.shape == adapter.pixels
     return pixels
 

@@ -24,7 +24,7 @@ from edgeprune.drawing.schedule_chart import LOSS, chart
 from edgeprune.drawing.show import MERGED, Said, Site, dim, seen, survivors
 from edgeprune.drawing.show_figure import figure, representative
 from edgeprune.errors import BundleError, SpecError
-from edgeprune.runtime.images import load_image
+from edgeprune.images import read_image
 from edgeprune.runtime.session import Answer, Session, Timings
 from edgeprune.spec import Stage
 
@@ -120,7 +120,7 @@ def test_the_picture_is_shown_as_the_model_sees_it(demo_dense: Path) -> None:
         np.arange(168 * 168 * 3, dtype=np.uint32).astype(np.uint8).reshape(168, 168, 3)
     )
     assert (seen(half, record) == np.asarray(half)).all(), "nothing to resize: not a level changes"
-    assert seen(load_image(SCENES[0]).resize((400, 250)), record).shape == (168, 168, 3)
+    assert seen(read_image(SCENES[0]).image.resize((400, 250)), record).shape == (168, 168, 3)
 
 
 def test_of_many_sites_the_first_the_last_and_some_between_are_drawn() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune import demo
 from edgeprune.errors import InputError, SpecError
+from edgeprune.images import check_file, image_in
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,14 +91,19 @@ def _asked(place: str, line: str, folder: Path) -> Asked:
         record: dict[str, Any] = json.loads(line)
         answers = record["answer"]
         answers = answers if isinstance(answers, list) else [answers]
-        image, question = folder / record["image"], record["question"]
-        if not isinstance(question, str):
+        name, question = record["image"], record["question"]
+        if not (isinstance(name, str) and isinstance(question, str)):
             raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{place} is no question; want a JSON object with image, question and answer"
         ) from error
-    if not image.is_file():
-        raise InputError(f"{place}: there is no picture at {image}; name its folder with --images")
+    try:
+        image = image_in(folder, name)
+        if not image.exists():
+            raise InputError(f"there is no image at {image}; name its folder with --images")
+        check_file(image, "image")
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
     expected = tuple(str(answer).strip() for answer in answers)
     return Asked(image, str(record.get("kind", "all")), question, expected)
