@@ -264,7 +264,7 @@ def test_requests_that_cannot_be_met(demo_dense: Path, tmp_path: Path, refused: 
         ({"-o": "out.gif"}, "must end in one of .png, .jpg, .jpeg, .webp, .svg; got 'out.gif'"),
         ({"-o": tmp_path / "out"}, "must end in one of .png"),
         ({"-o": plain / "out.png"}, "cannot be written"),
-        ({"--image": "nosuch.png"}, "there is no picture at nosuch.png"),
+        ({"--image": "nosuch.png"}, "there is no image at nosuch.png"),
         ({"--font": plain}, "plain.txt cannot be used"),
         ({"--font": "nosuch.ttf"}, "nosuch.ttf cannot be used"),
         ({"--dense": tmp_path}, "is no bundle"),
