@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def shown(case: Case, adapter: Adapter) -> list[Image.Image]:
 
 def taken(adapter: Adapter, images: list[Image.Image]) -> np.ndarray:
     """Pixels as the runtime makes them."""
-    return media.prepare(images, image_record(Processor(adapter), adapter.tiling)).pixels
+    record = image_record(Processor(adapter), adapter.tiling)
+    return media.prepare(images, replace(record, pictures=len(images))).pixels
 
 
 def theirs(case: Case, family: Family, pixels: np.ndarray, images: list[Image.Image]) -> Any:

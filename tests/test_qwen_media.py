@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def opened(checkpoint: Path, asked: str) -> tuple[Adapter, list[Image.Image]]:
 def seen(adapter: Adapter, images: list[Image.Image]) -> torch.Tensor:
     """Pixels as the runtime makes them."""
     record = image_record(Processor(adapter), frozen=adapter.frozen)
-    pixels = torch.from_numpy(media.prepare(images, record).pixels)
+    pixels = torch.from_numpy(media.prepare(images, replace(record, pictures=len(images))).pixels)
     assert pixels.shape == adapter.pixels
     return pixels
 
