@@ -23,6 +23,7 @@ from typing import Annotated, Any
 from edgeprune import contract
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.files import replaced
+from edgeprune.generation import Sampling
 from edgeprune.records import (
     Amount,
     Between,
@@ -37,7 +38,7 @@ from edgeprune.records import (
 from edgeprune.spec import Plan, Stage
 from edgeprune.tiling import Tiling
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 QUICK = 256 << 20
 """Files up to so many bytes are hashed whenever a bundle is opened."""
@@ -56,7 +57,6 @@ Bytes = Annotated[int, Between(0, 1 << 50)]
 Hash = Annotated[str, Matches("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")]
 Ratio = Annotated[float, Between(1, 1 << 24)]
 Level = Annotated[float, Between(-1e6, 1e6)]
-Setting = Annotated[float, Between(-1e9, 1e9)]
 Scale = Annotated[float, Between(1e-6, 1e6)]
 Rgb = tuple[_Byte, _Byte, _Byte]
 Filter = Annotated[int, Between(0, 5)]  # Pillow's numbers
@@ -155,8 +155,10 @@ class TextRecord:
     add_special_tokens: bool
     image_token_id: Amount
     eos_token_ids: tuple[Amount, ...]
-    generation: dict[str, Setting] = field(default_factory=dict)  # defaults of Sampling
+    generation: Sampling = field(default_factory=Sampling)  # the checkpoint's defaults
     around_image: tuple[str, str] = ("", "")  # text before and after the picture's tokens
+    visual_ids: tuple[tuple[Amount, Count], ...] = ()  # ids that transformers has for the V visual
+    # tokens, as runs: id, how often
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-from edgeprune.records import Amount, Between, Count, build
+from edgeprune.records import Between, build
 
 if TYPE_CHECKING:
     from edgeprune.bundle import DecoderRecord, ImageRecord, Manifest, PruneRecord, TextRecord
@@ -15,8 +15,6 @@ PIXELS = 1 << 28
 """Numbers that the vision graph takes at most: 1 GB of float32."""
 ENLARGED = 4
 """An image is made so many times larger at most than what is cropped from it."""
-_WHOLE = {"top_k": Amount, "max_new_tokens": Count, "seed": Amount}
-"""Generation defaults that count something."""
 
 
 def check_sizes(manifest: Manifest) -> None:
@@ -25,7 +23,7 @@ def check_sizes(manifest: Manifest) -> None:
         *_prune(manifest.prune, manifest.decoder.layers),
         *_decoder(manifest.decoder),
         *_image(manifest.image),
-        *_text(manifest.text, manifest.decoder.vocabulary),
+        *_text(manifest.text, manifest.decoder.vocabulary, manifest.prune.visual_tokens),
     )
     if wrong:
         raise ValueError("; ".join(wrong))
@@ -86,9 +84,8 @@ def _resizing(record: ImageRecord, frozen: tuple[int, int]) -> Iterator[str]:
         yield f"resize makes {max(sides)} pixels of which {max(frozen)} are used"
 
 
-def _text(record: TextRecord, vocabulary: int) -> Iterator[str]:
+def _text(record: TextRecord, vocabulary: int, visual_tokens: int) -> Iterator[str]:
     if beyond := [token for token in record.eos_token_ids if token >= vocabulary]:
         yield f"the end token {beyond[0]} is not among {vocabulary}"
-    for name, kind in _WHOLE.items():
-        if record.generation.get(name) is not None:
-            build(kind, record.generation[name], f"manifest.text.generation.{name}")
+    if (ids := sum(count for _, count in record.visual_ids)) != visual_tokens:
+        yield f"visual_ids has {ids} ids for {visual_tokens} visual tokens"

@@ -13,7 +13,14 @@ from edgeprune.calib.calibrate import CalibrationRequest, calibrate
 from edgeprune.calib.samples import demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
 from edgeprune.errors import SpecError
-from edgeprune.export.exporter import Exported, ExportRequest, export, lowering, preflight
+from edgeprune.export.exporter import (
+    Exported,
+    ExportRequest,
+    export,
+    lowering,
+    preflight,
+    read_records,
+)
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -78,6 +85,7 @@ def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exp
     preflight(recipe.folder, recipe.target, recipe.dtype, adapter)
     samples, why = _parity(recipe, adapter)
     processor = Processor(adapter)
+    read_records(adapter, processor)  # what cannot be read is told before minutes of calibration
     schedule = _schedule(recipe, adapter, policy, processor, report)
     plan = policy.plan(adapter.shape, spec.cr, schedule)
     check_cr(plan, spec.cr)

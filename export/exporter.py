@@ -24,9 +24,10 @@ from edgeprune.bundle import (
     check_target,
     record_files,
 )
-from edgeprune.errors import ExportError, ModelError, SpecError
+from edgeprune.errors import ExportError, SpecError
 from edgeprune.export import parity
 from edgeprune.export.dialects import Dialect, for_target
+from edgeprune.export.generation import read_generation
 from edgeprune.export.preprocess import image_record
 from edgeprune.export.prompts import notes, save_tokenizer, text_record
 from edgeprune.export.trace import decoder_graph, hollow, vision_graph
@@ -108,15 +109,17 @@ class Records:
 
 def read_records(adapter: Adapter, processor: Processor) -> Records:
     """Read a checkpoint's small files; ModelError names what a bundle cannot take over."""
-    generation = _generation(adapter)
+    folder, config, media = adapter.checkpoint.folder, adapter.config, adapter.media
+    generation = read_generation(folder, config, processor.tokenizer, adapter.shape)
     image = replace(
         image_record(processor, adapter.tiling, adapter.frozen),
         pictures=adapter.asked.pictures,
         frames=adapter.asked.frames,
     )
-    text = text_record(processor, adapter.config, generation, adapter.media)
-    remarks = notes(processor, adapter.config, generation, adapter.media)
-    return Records(image, text, (*adapter.remarks, *remarks))
+    visual_ids = adapter.vision_config.layout.ids(media.token)
+    text = text_record(processor, config, generation, media, visual_ids)
+    remarks = *adapter.remarks, *notes(processor, config, media), *generation.notes
+    return Records(image, text, remarks)
 
 
 def export(
@@ -258,15 +261,3 @@ def _decoder_record(adapter: Adapter, cache: str) -> DecoderRecord:
         cache=cache,
         span=mrope.span if mrope else None,
     )
-
-
-def _generation(adapter: Adapter) -> Any:
-    from transformers import GenerationConfig
-
-    folder = adapter.checkpoint.folder
-    if not (folder / "generation_config.json").is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'generation_config.json'} is damaged: {error}") from error

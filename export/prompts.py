@@ -8,36 +8,32 @@ writes one there, because the runtime keeps the one that the model generated out
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import TextRecord
 from edgeprune.errors import ModelError
+from edgeprune.export.generation import Generation
 from edgeprune.models._chat import assumed
 from edgeprune.models._media import Media
 
 Turn = tuple[str, list[str]]  # role, and texts of which one may be the image token
 
-UNUSED = {  # generation settings that the runtime does not follow, and their neutral values
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "typical_p": 1.0,
-    "min_p": None,
-    "penalty_alpha": None,
-    "suppress_tokens": None,
-    "bad_words_ids": None,
-}
-
 
 def text_record(
-    source: Any, config: Any, generation_config: Any = None, media: Media | None = None
+    source: Any,
+    config: Any,
+    generation: Generation,
+    media: Media | None = None,
+    visual_ids: Sequence[int] = (),
 ) -> TextRecord:
     """Freeze the prompt format of a processor (or a tokenizer) and the defaults of generation.
 
-    `media` says what prompts show, None for one picture. A LLaVA checkpoint without a chat template
+    `media` says what prompts show, None for one picture; `visual_ids` [V] is what transformers has
+    in `input_ids` for it. A LLaVA checkpoint without a chat template
     gets that of LLaVA-1.5; `notes` says so.
     """
     tokenizer = _tokenizer(source)
@@ -52,9 +48,10 @@ def text_record(
         system="",  # a template's own system text is part of `first`
         add_special_tokens=not (bos and first.startswith(bos)),
         image_token_id=config.image_token_id if media is None else media.token,
-        eos_token_ids=_eos(tokenizer, config, generation_config),
-        generation=_generation(generation_config),
+        eos_token_ids=generation.eos_token_ids,
+        generation=generation.sampling,
         around_image=media.around if media else ("", ""),
+        visual_ids=tuple((i, len(list(run))) for i, run in groupby(visual_ids)),
     )
 
 
@@ -64,9 +61,7 @@ def save_tokenizer(source: Any, path: Path) -> None:
     path.write_text(text, encoding="utf-8")  # an OSError names a full disk, `save` would not
 
 
-def notes(
-    source: Any, config: Any, generation_config: Any = None, media: Media | None = None
-) -> tuple[str, ...]:
+def notes(source: Any, config: Any, media: Media | None = None) -> tuple[str, ...]:
     """What `text_record` had to assume or leave out, one sentence each; often nothing."""
     tokenizer = _tokenizer(source)
     found = []
@@ -78,10 +73,6 @@ def notes(
         found.append(
             "transformers tidies spaces before punctuation in answers, the runtime does not"
         )
-    for name, neutral in UNUSED.items():
-        value = getattr(generation_config, name, None)
-        if value not in (None, neutral):
-            found.append(f"generation setting {name} = {value} is left out")
     return tuple(found)
 
 
@@ -202,23 +193,3 @@ def _parts(texts: list[str], image: _Image | None) -> list[dict[str, str]]:
 
 def _string(texts: list[str], image: _Image | None) -> str:
     return "\n".join(texts)
-
-
-def _eos(tokenizer: Any, config: Any, generation_config: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: those of `generate`, or the decoder's, or the tokenizer's."""
-    holders = (generation_config, getattr(config, "text_config", None), tokenizer)
-    found = (getattr(holder, "eos_token_id", None) for holder in holders)
-    ids = next((i for i in found if i is not None), ())
-    return (ids,) if isinstance(ids, int) else tuple(ids)
-
-
-def _generation(generation_config: Any) -> dict[str, Any]:
-    """The checkpoint's defaults, named as the runtime's Sampling; unset ones are `generate`'s."""
-    found: dict[str, Any] = {"temperature": 0.0}
-    if getattr(generation_config, "do_sample", None):
-        defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-        given = {name: getattr(generation_config, name, None) for name in defaults}
-        found = {name: defaults[name] if value is None else value for name, value in given.items()}
-    if length := getattr(generation_config, "max_new_tokens", None):
-        found["max_new_tokens"] = length
-    return found

@@ -1,74 +1,77 @@
 """Logits -> the next token, and the end of an answer in its text.
 
-The order of the filters, and what each keeps, is that of transformers: temperature, top-k, top-p.
+The filters of a drawn answer, and their order, are those of transformers: temperature, top-k,
+top-p, min-p. What is forbidden or made less likely before them is in `logits`.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgeprune.errors import BackendError, SpecError
+from edgeprune.generation import Sampling
 from edgeprune.runtime.backend import NOT_FINITE
+from edgeprune.runtime.logits import Context, Ids, active
+
+__all__ = ["Sampler", "Sampling", "StopWatcher", "distribution"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How answers are drawn; the default is greedy."""
+class Sampler:
+    """Chooses the tokens of one answer; equal settings and seeds give equal answers."""
 
-    temperature: float = 0.0  # 0 takes the likeliest token; the other filters then do nothing
-    top_k: int = 0  # only the k likeliest tokens; 0: all
-    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
-    seed: int = 0
-    stop: tuple[str, ...] = ()  # an answer ends before the first of these strings
-    max_new_tokens: int | None = None  # None: the bundle's own number, fewer where fewer fit
+    def __init__(self, sampling: Sampling, ends: Sequence[int], prompt: int) -> None:
+        """`ends` are the tokens that end an answer, `prompt` is how many tokens stand before it,
+        those of images included."""
+        self._sampling, self._ends, self._prompt = sampling, ends, prompt
+        self._processors = active(sampling)
+        self._rng = np.random.default_rng(sampling.seed)
 
-    def __post_init__(self) -> None:
-        _require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"the temperature is 0 (greedy) or a positive number; got {self.temperature}",
-        )
-        _require(self.top_k >= 0, f"top-k is a number of tokens, 0 for all; got {self.top_k}")
-        _require(0 < self.top_p <= 1, f"top-p is above 0 and at most 1; got {self.top_p}")
-        _require(self.seed >= 0, f"the seed is a whole number from 0; got {self.seed}")
-        _require(
-            isinstance(self.stop, tuple) and all(self.stop),
-            f"stop strings come in a tuple and none is empty; got {self.stop!r}",
-        )
-        _require(
-            self.max_new_tokens is None or self.max_new_tokens >= 1,
-            f"an answer has at least 1 token; got {self.max_new_tokens}",
-        )
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether each token is the likeliest, so that the graph's own choice will do."""
+        return self._sampling.temperature == 0 and not self._processors
 
-    def rng(self) -> np.random.Generator:
-        """A fresh source of chance; equal seeds give equal answers."""
-        return np.random.default_rng(self.seed)
-
-    def pick(self, logits: ArrayLike, rng: np.random.Generator) -> int:
-        """The next token, from the logits of all: [vocabulary]."""
-        if self.temperature == 0:
-            return int(_checked(logits).argmax())  # of equal ones the first
-        probabilities = self.distribution(logits)
-        return int(rng.choice(probabilities.size, p=probabilities))
-
-    def distribution(self, logits: ArrayLike) -> NDArray[np.float64]:
-        """What `pick` draws from: [vocabulary] -> probabilities [vocabulary]."""
+    def pick(self, logits: ArrayLike, ids: Ids) -> int:
+        """The next token from the logits of all, [vocabulary], after the dialogue `ids`, [n]."""
         scores = _checked(logits)
-        if self.temperature == 0:
-            return _normalised((np.arange(scores.size) == scores.argmax()).astype(np.float64))
-        scores = (scores - scores.max()) / self.temperature
-        if 0 < self.top_k < scores.size:
-            least = np.partition(scores, -self.top_k)[-self.top_k]
-            scores = np.where(scores < least, -np.inf, scores)  # what equals the k-th stays too
-        probabilities = _normalised(np.exp(scores))
-        if self.top_p < 1:
-            order = probabilities.argsort(kind="stable")
-            dropped = order[probabilities[order].cumsum() <= 1 - self.top_p]
-            probabilities[dropped[dropped != order[-1]]] = 0
-        return _normalised(probabilities)
+        if self._processors:
+            scores = self._processed(scores, ids)
+        if self._sampling.temperature == 0:
+            return int(scores.argmax())  # of equal ones the first
+        probabilities = distribution(scores, self._sampling)
+        return int(self._rng.choice(probabilities.size, p=probabilities))
+
+    def _processed(self, logits: NDArray[np.float32], ids: Ids) -> NDArray[np.float32]:
+        scores = logits.copy()
+        context = Context(ids, ids.size - self._prompt, self._ends)
+        with np.errstate(over="ignore"):  # a huge penalty
+            for processor, setting in self._processors:
+                processor(scores, setting, context)
+        if not np.isfinite(scores.max()):
+            raise SpecError(
+                "the settings of generation leave no token to choose; allow more with fewer"
+                " suppressed tokens, or a larger --no-repeat-ngram-size"
+            )
+        return scores
+
+
+def distribution(logits: ArrayLike, sampling: Sampling) -> NDArray[np.float64]:
+    """What a drawn token is drawn from: [vocabulary] -> probabilities [vocabulary]."""
+    scores = np.asarray(logits, np.float64)
+    scores = (scores - scores.max()) / sampling.temperature
+    if 0 < sampling.top_k < scores.size:
+        least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        scores = np.where(scores < least, -np.inf, scores)  # what equals the k-th stays too
+    probabilities = _normalised(np.exp(scores))
+    if sampling.top_p < 1:
+        order = probabilities.argsort(kind="stable")
+        dropped = order[probabilities[order].cumsum() <= 1 - sampling.top_p]
+        probabilities[dropped[dropped != order[-1]]] = 0
+    probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
+    return _normalised(probabilities)
 
 
 class StopWatcher:
@@ -111,8 +114,8 @@ class StopWatcher:
         return 0
 
 
-def _checked(logits: ArrayLike) -> NDArray[np.float64]:
-    scores = np.asarray(logits, np.float64)
+def _checked(logits: ArrayLike) -> NDArray[np.float32]:
+    scores = np.asarray(logits, np.float32)
     if not np.isfinite(scores.max()):  # also where any is not a number
         raise BackendError(NOT_FINITE)
     return scores
@@ -121,8 +124,3 @@ def _checked(logits: ArrayLike) -> NDArray[np.float64]:
 def _normalised(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     probabilities: NDArray[np.float64] = weights / weights.sum()
     return probabilities
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise SpecError(message)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from edgeprune.bundle import Bundle
-from edgeprune.errors import BundleError, CapacityError, InputError, SpecError
+from edgeprune.errors import CapacityError, InputError
 from edgeprune.runtime import backends
 from edgeprune.runtime.backend import Backend, Chunk, Ids, Output
 from edgeprune.runtime.media import Shown, prepare
-from edgeprune.runtime.sampling import Sampling, StopWatcher
+from edgeprune.runtime.sampling import Sampler, Sampling, StopWatcher
 from edgeprune.runtime.text import Prompter
 
 WARM_UP = 128
@@ -64,7 +64,7 @@ class Session:
         self.manifest = bundle.manifest
         self._prompter = Prompter(bundle.file("tokenizer.json"), self.manifest.text)
         self._counts = np.array(self.manifest.prune.counts)
-        self._defaults = _sampling(bundle)
+        self._visual_ids = np.repeat(*np.array(self.manifest.text.visual_ids, np.int64).T)
         self._held = ExitStack()
         self._held.callback(backend.close)
         self.reset()
@@ -97,11 +97,17 @@ class Session:
         """Forget the picture and the dialogue."""
         self._lengths = np.zeros(self.manifest.decoder.layers, np.int64)
         self._position = 0
+        self._ids: Ids = np.zeros(0, np.int64)  # the dialogue, as transformers has it
         self._pending: list[int] = []  # said, but not yet in the cache
         self._vision_kept: Ids = np.zeros(0, np.int64)
         self._layer_kept: tuple[Ids, ...] = ()
         self._remarks: tuple[str, ...] = ()
         self.answer: Answer | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """The checkpoint's own settings of generation, used where none are given."""
+        return self.manifest.text.generation
 
     def warm_up(self) -> None:
         """Run both graphs once on nothing, so that the first answer is as fast as the next."""
@@ -175,12 +181,25 @@ class Session:
                 room, left = capacity - held, f"tokens left of --text-capacity {capacity}"
         asked = sampling.max_new_tokens if sampling else None
         if asked is None:
-            return min(room, self._defaults.max_new_tokens or 512)
+            visual = self._visual_ids.size if span else 0
+            return min(room, self._longest(sampling, self._ids.size + visual + text))
         if asked > room:
             raise CapacityError(
                 f"--max-new-tokens {asked} is more than the {room} {left}; ask for fewer"
             )
         return asked
+
+    def _longest(self, sampling: Sampling | None, before: int) -> int:
+        """How many tokens an answer has at most where none was asked for; `before` stand first."""
+        length = (sampling or self.sampling).max_length
+        if self.sampling.max_new_tokens is not None or length is None:
+            return self.sampling.max_new_tokens or 512
+        if before >= length:
+            raise CapacityError(
+                f"the dialogue has {before} tokens (the image's included), max_length is {length};"
+                " shorten the prompt, or ask for --max-new-tokens"
+            )
+        return length - before
 
     def _answer(
         self,
@@ -191,7 +210,7 @@ class Session:
         room: int,
         timings: Timings,
     ) -> Iterator[str]:
-        sampling = sampling or self._defaults
+        sampling = sampling or self.sampling
         watcher, said = StopWatcher(sampling.stop), list[int]()
         tokens = self._tokens(prefix_ids, text_ids, with_picture, sampling, timings, said, room)
         text = ""
@@ -230,16 +249,16 @@ class Session:
         room: int,
     ) -> Iterator[int]:
         """Ids of the answer as they are picked, the end token left out; fills `said`."""
-        rng = sampling.rng()
         started = time.perf_counter()
         output = self._run(prefix_ids, text_ids, with_picture)
         if with_picture:
             self._layer_kept = output.kept
         timings.prefill = 1e3 * (time.perf_counter() - started)
         self._pending = []
+        sampler = Sampler(sampling, self.manifest.text.eos_token_ids, self._ids.size)
         while True:
-            greedy = sampling.temperature == 0
-            token = output.token if greedy else sampling.pick(output.logits, rng)
+            known = sampler.takes_likeliest
+            token = output.token if known else sampler.pick(output.logits, self._ids)
             said.append(token)
             if self._is_end(said):
                 return
@@ -261,15 +280,7 @@ class Session:
             Chunk(prefix_ids, text_ids, self._position, self._lengths, with_picture)
         )
         self._lengths = after
+        shown = self._visual_ids if with_picture else self._visual_ids[:0]
+        self._ids = np.concatenate([self._ids, prefix_ids[0], shown, text_ids[0]])
         self._position += text + (self.manifest.span if with_picture else 0)
         return output
-
-
-def _sampling(bundle: Bundle) -> Sampling:
-    """The checkpoint's defaults, as the manifest records them."""
-    try:
-        return Sampling(**bundle.manifest.text.generation)  # type: ignore[arg-type]
-    except (TypeError, SpecError) as error:
-        raise BundleError(
-            f"{bundle.path} has no usable generation defaults ({error}); export it again"
-        ) from error

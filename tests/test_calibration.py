@@ -23,7 +23,9 @@ from edgeprune.calib.samples import Sample, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule
 from edgeprune.cli import main
 from edgeprune.errors import InputError, ModelError
+from edgeprune.export.generation import Generation
 from edgeprune.export.prompts import save_tokenizer, text_record
+from edgeprune.generation import Sampling
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._chat import Chat
 from edgeprune.models._processor import Processor
@@ -344,7 +346,8 @@ def test_a_checkpoint_without_a_template_is_asked_as_its_bundle_is(
     assert _again(options, tmp_path / "schedule.json")
     processor = Processor(adapter := open_model(str(checkpoint)))
     save_tokenizer(processor, file := tmp_path / "tokenizer.json")
-    prompter = Prompter(file, text_record(processor, adapter.config, None, adapter.media))
+    greedy = Generation(Sampling(), (2,))
+    prompter = Prompter(file, text_record(processor, adapter.config, greedy, adapter.media))
     question = "what {color} is it ?"
     prefix, _, text = processor.chat.split(adapter.media, question)
     wanted = prompter.first_turn(question)

@@ -108,11 +108,15 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "wrong defaults": (
         lambda d: d["text"]["generation"].update(temperature=-1),
-        "no usable generation defaults",
+        "generation.temperature is from 0 to 1,073,741,824; got -1",
     ),
-    "unknown defaults": (
-        lambda d: d["text"]["generation"].update(beams=4),
-        "no usable generation defaults",
+    "other image": (
+        lambda d: d["text"].update(visual_ids=[[4, 17]]),
+        "visual_ids has 17 ids for 16 visual tokens",
+    ),
+    "no image": (
+        lambda d: d["text"].update(visual_ids=[[4, 17], [5, -1]]),
+        "from 1 to 16,777,216; got -1",
     ),
     "wrong template": (lambda d: d["text"].update(first="USER:"), "do not fit"),
     "wrong sizes": (

@@ -56,7 +56,18 @@ BANNED = {
     "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values(), *ABOVE},
 }
 CORE = {
-    *("bundle", "contract", "cost", "errors", "files", "hints", "memory", "records", "spec"),
+    *(
+        "bundle",
+        "contract",
+        "cost",
+        "errors",
+        "files",
+        "generation",
+        "hints",
+        "memory",
+        "records",
+        "spec",
+    ),
     *("tiling", "versions"),
 }
 """Modules at the package's root that use the standard library alone, so that runtime may too."""

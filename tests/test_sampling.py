@@ -10,16 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from edgeprune.errors import BackendError, SpecError
-from edgeprune.runtime.sampling import Sampling, StopWatcher
+from edgeprune.runtime.sampling import Sampler, Sampling, StopWatcher, distribution
+
+NOTHING = np.zeros(0, np.int64)
 
 
-def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+def reference(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> np.ndarray:
     """transformers' distribution: its filters in the order in which `generate` applies them."""
     scores, no_ids = torch.tensor(logits, dtype=torch.float64)[None], torch.zeros(1, 0)
     scores = TemperatureLogitsWarper(temperature)(no_ids, scores)
@@ -27,6 +32,8 @@ def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) 
         scores = TopKLogitsWarper(top_k)(no_ids, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(no_ids, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(no_ids, scores)
     return np.asarray(scores.softmax(-1)[0])
 
 
@@ -37,14 +44,21 @@ def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) 
     spread=st.sampled_from([0.1, 1.0, 8.0, 40.0]),
     temperature=st.sampled_from([0.05, 0.2, 0.7, 1.0, 1.7]),
     top_k=st.sampled_from([0, 1, 2, 5, 50, 1000]),
-    top_p=st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.999, 1.0]),
+    top_p=st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.001, 0.1, 0.5, 1.0]),
 )
 def test_the_distribution_is_that_of_transformers(
-    seed: int, vocabulary: int, spread: float, temperature: float, top_k: int, top_p: float
+    seed: int,
+    vocabulary: int,
+    spread: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
 ) -> None:
     logits = np.random.default_rng(seed).normal(0, spread, vocabulary).astype(np.float32)
-    mine = Sampling(temperature, top_k, top_p).distribution(logits)
-    theirs = reference(logits, temperature, top_k, top_p)
+    mine = distribution(logits, Sampling(temperature, top_k, top_p, min_p=min_p))
+    theirs = reference(logits, temperature, top_k, top_p, min_p)
     np.testing.assert_array_equal(mine > 0, theirs > 0)
     np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-300)
     assert mine.sum() == pytest.approx(1)
@@ -53,27 +67,26 @@ def test_the_distribution_is_that_of_transformers(
 def test_masked_logits_are_never_drawn() -> None:
     logits = np.array([1.0, -np.inf, 2.0, -np.inf])
     sampling = Sampling(temperature=1.0, top_k=3, top_p=0.99)
-    np.testing.assert_allclose(sampling.distribution(logits), reference(logits, 1.0, 3, 0.99))
+    np.testing.assert_allclose(distribution(logits, sampling), reference(logits, 1.0, 3, 0.99))
     assert set(draws(sampling, logits, 200)) == {0, 2}
 
 
 def test_what_equals_the_kth_stays() -> None:
     logits = np.array([3.0, 1.0, 1.0, 1.0, 0.0])
-    mine = Sampling(temperature=1.0, top_k=2).distribution(logits)
+    mine = distribution(logits, Sampling(temperature=1.0, top_k=2))
     np.testing.assert_allclose(mine, reference(logits, 1.0, 2, 1.0))
     assert (mine > 0).tolist() == [True, True, True, True, False]
 
 
 def draws(sampling: Sampling, logits: np.ndarray, count: int) -> list[int]:
-    rng = sampling.rng()
-    return [sampling.pick(logits, rng) for _ in range(count)]
+    sampler = Sampler(sampling, (), 0)
+    return [sampler.pick(logits, NOTHING) for _ in range(count)]
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=30))
 def test_greedy_takes_the_first_of_the_likeliest(values: list[int]) -> None:
     logits = np.array(values, np.float16)
     assert draws(Sampling(), logits, 1) == [values.index(max(values))]
-    assert Sampling().distribution(logits).argmax() == values.index(max(values))
 
 
 def test_draws_follow_the_distribution_and_the_seed() -> None:
@@ -96,7 +109,7 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, temperature: float) 
     sampling = Sampling(temperature=temperature)
     for logits in (np.array([0.0, bad, 1.0]), np.full(3, -np.inf)):
         with pytest.raises(BackendError, match="not finite"):
-            sampling.pick(logits, sampling.rng())
+            draws(sampling, logits, 1)
 
 
 NONSENSE: list[dict[str, Any]] = [
@@ -104,13 +117,29 @@ NONSENSE: list[dict[str, Any]] = [
     {"temperature": float("nan")},
     {"temperature": float("inf")},
     {"top_k": -1},
-    {"top_p": 0.0},
+    {"temperature": "0.7"},
+    {"temperature": True},
+    {"top_k": 1.5},
+    {"top_p": -0.1},
     {"top_p": 1.1},
     {"top_p": float("nan")},
     {"seed": -1},
     {"stop": ("",)},
     {"stop": "END"},
     {"max_new_tokens": 0},
+    {"max_new_tokens": "9"},
+    {"max_length": 0},
+    {"min_p": 1.5},
+    {"repetition_penalty": 0.0},
+    {"repetition_penalty": float("inf")},
+    {"no_repeat_ngram_size": -1},
+    {"min_new_tokens": -1},
+    {"min_length": 0.5},
+    {"suppress_tokens": (-1,)},
+    {"suppress_tokens": 3},
+    {"begin_suppress_tokens": ("a",)},
+    {"bad_words_ids": ((),)},
+    {"bad_words_ids": (3,)},
 ]
 
 

@@ -26,7 +26,6 @@ from tokenizers import (
 from transformers import (
     AutoConfig,
     AutoProcessor,
-    GenerationConfig,
     LlamaTokenizer,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -35,9 +34,25 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from edgeprune.bundle import TextRecord
 from edgeprune.export import prompts
+from edgeprune.export.generation import generation, read_generation
 from edgeprune.runtime.text import Prompter
+from edgeprune.spec import ModelShape
 
 DEMO = Path(__file__).parents[1] / "edgeprune" / "demo" / "model"
+SHAPE = ModelShape(
+    family="llava",
+    visual_tokens=4,
+    grid=(2, 2),
+    layers=2,
+    width=8,
+    mlp_width=8,
+    attention_heads=1,
+    kv_heads=1,
+    head_size=8,
+    vocabulary=1000,
+    max_positions=512,
+    has_cls=True,
+)
 PICTURE = Image.new("RGB", (28, 28))
 CORPUS = [
     "USER: ASSISTANT: what color is the star in this picture? It is red, below the green heart.",
@@ -202,15 +217,12 @@ def built(tokenizer: Any, template: str | None, image: str = "<image>") -> Any:
     )
     processor = LlavaProcessor(picture, tokenizer, 14, "full", template, image)
     config = SimpleNamespace(image_token_id=processor.image_token_id, model_type="llava")
-    return processor, config, GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    return processor, config, generation({}, config, tokenizer, SHAPE)
 
 
 def demo() -> Any:
-    return (
-        AutoProcessor.from_pretrained(DEMO),
-        AutoConfig.from_pretrained(DEMO),
-        GenerationConfig.from_pretrained(DEMO),
-    )
+    processor, config = AutoProcessor.from_pretrained(DEMO), AutoConfig.from_pretrained(DEMO)
+    return processor, config, read_generation(DEMO, config, processor.tokenizer, SHAPE)
 
 
 SOURCES: dict[str, Callable[[], Any]] = {

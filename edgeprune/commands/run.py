@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,20 @@ from edgeprune.errors import BackendError, InputError
 if TYPE_CHECKING:
     from edgeprune.runtime.sampling import Sampling
     from edgeprune.runtime.session import Answer, Session
+
+SAMPLING = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "seed",
+    "stop",
+)
+"""Options that are settings of Sampling, by its names."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,11 +57,24 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--verify", action="store_true", help="hash large files too")
     command.add_argument("--json", action="store_true", help="one JSON object per bundle on stdout")
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    command.add_argument("--min-new-tokens", type=int, metavar="N", help="shortest answer")
     command.add_argument(
         "--temperature", type=float, help="0 takes the likeliest token (default: the checkpoint's)"
     )
     command.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
     command.add_argument("--top-p", type=float, metavar="P", help="sample within probability P")
+    command.add_argument(
+        "--min-p", type=float, metavar="P", help="sample what is P as likely as the likeliest"
+    )
+    command.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1: less of what prompt and answer hold already (default: the checkpoint's)",
+    )
+    command.add_argument(
+        "--no-repeat-ngram-size", type=int, metavar="N", help="no run of N tokens comes twice"
+    )
     command.add_argument("--seed", type=int, help="seed of sampling")
     command.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before TEXT"
@@ -120,17 +148,14 @@ def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
 
 def _sampling(session: Session, args: argparse.Namespace) -> Sampling | None:
     """The checkpoint's defaults with what was asked on top; None where nothing was asked."""
-    from edgeprune.runtime.sampling import Sampling
-
     if not (asked := _asked(args)):
         return None
-    return Sampling(**{**session.manifest.text.generation, "max_new_tokens": None, **asked})
+    return replace(session.sampling, **{"max_new_tokens": None, **asked})
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options that were given."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    asked = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if "stop" in asked:
         asked["stop"] = tuple(asked["stop"])
     return asked

@@ -74,6 +74,14 @@ class Layout:
         """Positions of all others among the V visual tokens."""
         return tuple(i for i, source in enumerate(self.order) if source >= 0)
 
+    def ids(self, token: int) -> tuple[int, ...]:
+        """Ids of the V visual tokens in transformers' `input_ids`: `token`, or text between
+        pictures."""
+        first = int(self.newline) + (self.tiles if self.cls else 0)
+        return tuple(
+            self.text[-1 - source - first] if source < -first else token for source in self.order
+        )
+
     @property
     def late(self) -> bool:
         """Whether patches are projected before they are merged."""
