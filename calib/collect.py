@@ -40,7 +40,7 @@ class Recorder(Decoder):
         """Output feature of the last token after the final norm: [n, S, width] -> [n, width]."""
         return self.ops.rms_norm(hidden[:, -1], self.norm.weight, self.config.eps).float()
 
-    def without_vision(self, text: Tensor, positions: Tensor) -> Tensor:
+    def without_vision(self, text: Tensor, rows: Tensor) -> Tensor:
         """Features [L - 1, width] when layers l .. L, l = 2 .. L, see text tokens only.
 
         `text` [L - 1, S, width] holds the text tokens' hidden states that enter layer l.
@@ -50,7 +50,7 @@ class Recorder(Decoder):
             batch = torch.cat([batch, text[index - 1 : index]])  # one more has begun
             shape = (len(batch), self.config.kv_heads, text.shape[1], self.config.head_size)
             empty = Cache(batch.new_zeros(shape), batch.new_zeros(shape), torch.zeros(1).long())
-            batch, _, _ = self.layers[index](batch, positions, rotary, empty)
+            batch, _, _ = self.layers[index](batch, rows, rotary, empty)
         return self.feature(batch)
 
 
@@ -78,9 +78,9 @@ def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, 
     decoder: Recorder = reference.decoder  # type: ignore[assignment]
     decoder.begin()
     reference.prefill(prompt)
-    text, positions = _text_only(decoder, prompt)
+    text, rows = _text_only(decoder, prompt)
     full = decoder.feature(decoder.states[-1])
-    cosine = torch.cosine_similarity(decoder.without_vision(text, positions), full)
+    cosine = torch.cosine_similarity(decoder.without_vision(text, rows), full)
     loss = torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()])  # ell_1 is not used
     # its salience decides the tokens that enter layer 1 above CR 4
     entry = reference.vision.entry_scores(prompt.pixels)  # type: ignore[operator]
@@ -88,8 +88,10 @@ def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _text_only(decoder: Recorder, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Hidden states entering layers 2 .. L without the picture's, and their true positions."""
+    """Hidden states entering layers 2 .. L without the picture's, and their rows of the rotary
+    tables, which are those of their true positions."""
     prefix, visual = prompt.prefix_ids.shape[1], decoder.plan.visual_tokens
     before, after = torch.arange(prefix), torch.arange(prefix, prefix + prompt.text_ids.shape[1])
     states = torch.cat(decoder.states[:-1])[:, torch.cat([before, after + visual])]
-    return states, torch.cat([before, after + decoder.span])[None]
+    positions = torch.cat([before, after + decoder.span])
+    return states, decoder.rows(positions, positions[-1:])[None]

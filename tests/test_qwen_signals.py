@@ -118,7 +118,7 @@ def test_agnostic_attention_has_every_visual_token_in_the_middle_of_the_picture(
     start, visual = prompt.prefix_ids.shape[1], 35
     # grid of 5 x 7: rows start .. start + 4, columns start .. start + 6
     middle = np.array([start, start + 2, start + 3])
-    frequencies = np.array(reference.decoder.config.inverse_frequencies)
+    frequencies = np.array(reference.decoder.config.rope.frequencies)
     axes = np.repeat([0, 1, 2], adapter.decoder_config.mrope.sections)  # type: ignore[union-attr]
     angles = middle[axes] * frequencies
     key = signals.key[0].numpy()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from edgeprune.models._layers import HeadNorm, Linear, Scale, Tabled, join_heads, split_heads
 from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
+from edgeprune.models._rope import Rope
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
@@ -37,7 +38,7 @@ class DecoderConfig:
     vocabulary: int
     eps: float
     max_positions: int
-    inverse_frequencies: tuple[float, ...]  # [head / 2], radians per position
+    rope: Rope
     tied: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
@@ -204,9 +205,12 @@ class Decoder(Tabled):
 
     def set_tables(self, dtype: torch.dtype) -> None:
         """Compute the rotary tables in float32, as transformers does, then round them."""
-        frequencies = torch.tensor(self.config.inverse_frequencies, dtype=torch.float32)
-        angles = torch.arange(self.config.max_positions).float()[:, None] * frequencies
-        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = self.config.rope.tables(self.config.max_positions)
+        self.cos, self.sin = cos.to(dtype), sin.to(dtype)
+
+    def rows(self, positions: Tensor, last: Tensor) -> Tensor:
+        """Rows of the rotary tables for the positions of a call that ends at `last`, [1]."""
+        return self.config.rope.rows(positions, last, self.config.max_positions)
 
     def forward(
         self,
@@ -260,12 +264,14 @@ class Decoder(Tabled):
         """Rotary tables, the row of each token in them [1, S], those of the picture's anchors."""
         mrope = self.config.mrope
         if mrope is None:
-            rows = first + torch.arange(segments.total, device=first.device)
-            start, count = first + segments.prefix, segments.visual
+            last = first + segments.total - 1
+            rows = self.rows(first + torch.arange(segments.total, device=first.device), last)
+            start, count = self.rows(first + segments.prefix, last), segments.visual
             anchors = Anchors(start, start + count // 2, start + count - 1)
             return Rotary(self.cos, self.sin), rows[None], anchors
         assert places is not None  # M-RoPE places each visual token
         positions = mrope.positions(first, segments, places)
+        positions = self.rows(positions, positions[0, segments.total - 1 : segments.total])
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
         rows = torch.arange(segments.total + 3, device=first.device)  # of this call alone
         return rotary, rows[None, :-3], Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
@@ -291,6 +297,7 @@ class Decoder(Tabled):
             rotated_key=seen.rotated_key,
             cos=rotary.cos,
             sin=rotary.sin,
+            factor=self.config.rope.factor,
             rows=rows,
             anchors=anchors,
             visual_tokens=self.plan.counts[index],

@@ -6,7 +6,7 @@ from typing import Any
 
 from edgeprune.errors import ModelError
 from edgeprune.models._decoder import DecoderConfig
-from edgeprune.models._rope import inverse_frequencies
+from edgeprune.models._rope import read_rope
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3")
 """Values of `model_type` whose layers DecoderConfig describes in full."""
@@ -20,6 +20,7 @@ def decoder_config(text: Any, tied: bool) -> DecoderConfig:
     if text.hidden_act != "silu":
         raise ModelError(f"activation {text.hidden_act!r} in the decoder is not supported")
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    positions = _positions(text)
     biased = getattr(text, "attention_bias", False)
     return DecoderConfig(
         layers=text.num_hidden_layers,
@@ -30,8 +31,8 @@ def decoder_config(text: Any, tied: bool) -> DecoderConfig:
         head_size=head_size,
         vocabulary=text.vocab_size,
         eps=text.rms_norm_eps,
-        max_positions=_positions(text),
-        inverse_frequencies=inverse_frequencies(text, head_size),
+        max_positions=positions,
+        rope=read_rope(text, head_size, positions),
         tied=tied,
         qkv_bias=biased or kind.startswith("qwen2"),
         output_bias=biased,

@@ -188,6 +188,7 @@ class LayerSignals:
     anchors: Anchors  # the whole picture's, whatever is left of it
     visual_tokens: int  # of a picture, that entered this layer, known before tracing
     inputs: InputSignals  # what entered layer 1
+    factor: float = 1.0  # of the rotary tables, beside 1 where a model's context is stretched
 
     @property
     def visual(self) -> Tensor:
@@ -236,7 +237,7 @@ class LayerSignals:
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
         cos, sin = (table.index_select(0, self.rows).float() for table in (self.cos, self.sin))
         near: Tensor = cos[end:] @ cos[start:end].T + sin[end:] @ sin[start:end].T
-        return near / cos.shape[1]
+        return near / (cos.shape[1] * self.factor**2)
 
     def _query_against(self, position: Tensor) -> Tensor:
         """The last query turned so that its dot product with an unrotated key is that of a key
