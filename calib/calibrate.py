@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeprune import __version__
 from edgeprune.calib.collect import collect
-from edgeprune.calib.samples import Sample, demo_samples, user_samples
+from edgeprune.calib.samples import Sample, check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Evidence, Schedule, read_schedule, solve
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.files import write_whole
@@ -33,7 +33,7 @@ class CalibrationRequest:
     cr: float
     samples: int = 100
     file: Path | None = None
-    images: Path | None = None
+    image_dir: Path | None = None  # where the images of `file` are; None: beside it
     solver: str = "joint"
     max_sites: int | None = None  # layers at most where the count falls
     cache: Path | None = None  # default: EDGEPRUNE_CACHE, or ~/.cache/edgeprune
@@ -41,6 +41,7 @@ class CalibrationRequest:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise SpecError(f"--samples is at least 1; got {self.samples}")
+        check_image_dir(self.image_dir, self.file)
         if self.max_sites is not None and (self.solver != "joint" or self.max_sites < 1):
             raise SpecError(
                 f"--max-sites is at least 1 and needs --solver joint; got {self.max_sites} with"
@@ -110,14 +111,14 @@ def _samples(
     request: CalibrationRequest, adapter: Adapter, processor: Processor
 ) -> Iterator[Sample]:
     if request.file is not None:
-        images = request.images or request.file.parent
+        images = request.image_dir or request.file.parent
         return user_samples(processor, request.file, images, request.samples)
     from edgeprune.demo import MODEL_DIR
 
     if adapter.checkpoint.folder.resolve() != MODEL_DIR.resolve():
         raise SpecError(
             "this method calibrates on pictures with questions: give --samples-file FILE (LLaVA-"
-            "Instruct JSON) and --images FOLDER, or a finished --schedule FILE"
+            "Instruct JSON) and --image-dir DIR, or a finished --schedule FILE"
         )
     return demo_samples(processor, request.samples)
 
@@ -141,7 +142,7 @@ def _samples_fingerprint(request: CalibrationRequest) -> str:
         raise SpecError(
             f"--samples-file {request.file} cannot be read: {error.strerror}"
         ) from error
-    return f"{content} in {(request.images or request.file.parent).resolve()}"
+    return f"{content} in {(request.image_dir or request.file.parent).resolve()}"
 
 
 def _load(file: Path) -> Evidence:

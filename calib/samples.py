@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import InputError
+from edgeprune.errors import InputError, SpecError
 from edgeprune.images import image_in, read_image
 from edgeprune.models._processor import Processor, Prompt
 
@@ -34,6 +34,12 @@ def demo_samples(processor: Processor, count: int) -> Iterator[Sample]:
     for image, question in calibration_samples(count):
         name = f"demo/{question.image_id}/{question.kind}"
         yield Sample(name, processor(image, question.text))
+
+
+def check_image_dir(image_dir: Path | None, file: Path | None) -> None:
+    """SpecError for a folder of images without the file that names them."""
+    if image_dir is not None and file is None:
+        raise SpecError("--image-dir is the folder of images of --samples-file; give that too")
 
 
 def user_samples(processor: Processor, file: Path, images: Path, count: int) -> Iterator[Sample]:

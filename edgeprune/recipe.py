@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgeprune import policies
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate
-from edgeprune.calib.samples import demo_samples, user_samples
+from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
 from edgeprune.errors import SpecError
 from edgeprune.export.exporter import (
@@ -48,14 +48,17 @@ class Recipe:
     schedule: Path | None = None  # a file in place of a calibration
     samples: int = 100
     samples_file: Path | None = None  # LLaVA-Instruct; None: the demo's own scenes
-    images: Path | None = None
+    image_dir: Path | None = None  # where its images are; None: beside it
     solver: str = "joint"
     max_sites: int | None = None  # layers at most where a calibrated schedule falls
+
+    def __post_init__(self) -> None:
+        check_image_dir(self.image_dir, self.samples_file)
 
     @property
     def pictures(self) -> Path | None:
         """Where the pictures of `samples_file` are."""
-        return self.images or (self.samples_file.parent if self.samples_file else None)
+        return self.image_dir or (self.samples_file.parent if self.samples_file else None)
 
     @property
     def model_name(self) -> str:
@@ -119,7 +122,7 @@ def _schedule(
         spec.cr,
         recipe.samples,
         recipe.samples_file,
-        recipe.images,
+        recipe.image_dir,
         recipe.solver,
         recipe.max_sites,
     )

@@ -146,8 +146,10 @@ def test_own_questions_are_read_with_their_kinds(own: Path) -> None:
     assert len(Questions(2, own)) == len(list(Questions(2, own))) == 2
     elsewhere = own.parent / "pictures"
     elsewhere.mkdir()
-    with pytest.raises(InputError, match=r"own\.jsonl:1: there is no image at .*--images"):
-        list(Questions(file=own, images=elsewhere))
+    with pytest.raises(
+        InputError, match=r"own\.jsonl:1: there is no image at .*--questions-image-dir"
+    ):
+        list(Questions(file=own, image_dir=elsewhere))
 
 
 def test_the_fingerprint_is_of_questions_and_pictures(own: Path) -> None:
@@ -350,16 +352,28 @@ def test_an_overview_has_a_row_per_method_and_a_column_per_ratio() -> None:
 def test_the_command_on_a_user_s_own_model_and_questions(
     tiny_checkpoint: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "out"
-    command = ["compare", "--model", tiny_checkpoint, "--methods", "uniform,vtw", "--cr", "4"]
-    command += ["--samples", own, "--jobs", 1, "--laps", 1, "-o", folder]
+    """Questions and calibration samples each have a folder of images of their own."""
+    folder, asked, learned = tmp_path / "out", tmp_path / "asked", tmp_path / "learned"
+    for images in (asked, learned):
+        images.mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).rename(asked / name)
+    Image.new("RGB", (60, 60), "green").save(learned / "c.png")
+    turns = [{"from": "human", "value": "what color ?"}]
+    (samples := tmp_path / "samples.json").write_text(
+        json.dumps([{"image": "c.png", "conversations": turns}] * 4)
+    )
+    command = ["compare", "--model", tiny_checkpoint, "--methods", "uniform,vtw,utp", "--cr", "2"]
+    command += ["--questions-file", own, "--questions-image-dir", asked]
+    command += ["--samples-file", samples, "--image-dir", learned]
+    command += ["--jobs", 1, "--laps", 1, "-o", folder]
     assert main([str(word) for word in command]) == 0
     table = capsys.readouterr().out
     assert (folder / "compare.md").read_text() == table
     assert "3 questions each to tiny" in table
-    assert "vtw    | 4        | method vtw drops all visual tokens" in table
+    assert "vtw    | 2        | method vtw drops all visual tokens" in table
     found = Comparison.from_json((folder / "compare.json").read_text())
-    assert [cell.method for cell in found.cells] == ["none", "uniform"]
+    assert [cell.method for cell in found.cells] == ["none", "uniform", "utp"]
     assert found.cells[0].asked == {"all": 2, "count": 1}
     with Image.open(folder / "compare.png") as picture:
         assert picture.size == (1200, 800)
@@ -381,7 +395,9 @@ def test_requests_that_cannot_be_met(refused: Refused, tmp_path: Path) -> None:
     assert "asks on ort-cpu or ort-cuda; got trt-rtx" in refused(*base, "--backend", "trt-rtx")
     assert "--dtype is one of" in refused(*base, "--dtype", "fp7")
     assert "runs fp32, fp16; got bf16" in refused(*base, "--dtype", "bf16")
-    assert "nosuch.jsonl cannot be read" in refused(*base, "--samples", "nosuch.jsonl")
+    assert "nosuch.jsonl cannot be read" in refused(*base, "--questions-file", "nosuch.jsonl")
+    for alone in ("--questions-image-dir", "--image-dir"):
+        assert f"{alone} is the folder of" in refused(*base, alone, tmp_path)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("a file")
     assert "out/compare.json cannot be written" in refused(*base, "--methods", "none")

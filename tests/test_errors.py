@@ -42,7 +42,7 @@ REQUESTS = [
     (["--method", "uniform", "--schedule", "s.json"], "follows no schedule; leave out --schedule"),
     (["--schedule", "nosuch.json"], "nosuch.json cannot be read"),
     (["--samples-file", "nosuch.json"], "nosuch.json cannot be read"),
-    ([], "give --samples-file FILE (LLaVA-Instruct JSON) and --images FOLDER"),
+    ([], "give --samples-file FILE (LLaVA-Instruct JSON) and --image-dir DIR"),
 ]
 
 

@@ -129,7 +129,7 @@ def test_pictures_of_several_tiles_calibrate(
     question = {"from": "human", "value": f"<image>{QUESTION}"}
     record = {"id": "1", "image": SCENE.name, "conversations": [question]}
     (tmp_path / "samples.json").write_text(json.dumps([record]))
-    samples = ["--samples-file", tmp_path / "samples.json", "--images", SCENE.parent]
+    samples = ["--samples-file", tmp_path / "samples.json", "--image-dir", SCENE.parent]
     options = [*samples, "--samples", "1", "--image-size", "112x56", "--cr", "2"]
     command = ["calibrate", "--model", folder, *options, "-o", tmp_path / "schedule.json"]
     assert main([str(part) for part in command]) == 0

@@ -70,7 +70,9 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--samples-file", type=Path, metavar="FILE", help="LLaVA-Instruct JSON or JSONL"
     )
-    command.add_argument("--images", type=Path, metavar="FOLDER", help="where its pictures are")
+    command.add_argument(
+        "--image-dir", type=Path, metavar="DIR", help="where its images are (default: beside it)"
+    )
     command.add_argument(
         "--solver", default="joint", choices=("joint", "exact", "paper"), help="default joint"
     )
@@ -125,7 +127,7 @@ def calibration(args: argparse.Namespace, cr: float) -> CalibrationRequest:
     from edgeprune.calib.calibrate import CalibrationRequest
 
     return CalibrationRequest(
-        cr, args.samples, args.samples_file, args.images, args.solver, args.max_sites
+        cr, args.samples, args.samples_file, args.image_dir, args.solver, args.max_sites
     )
 
 

@@ -37,14 +37,25 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--seeds", type=int, default=5, metavar="N", help="draws of methods that draw (default 5)"
     )
     command.add_argument(
-        "--questions", type=int, metavar="N", help="of the demo 2400, of --samples all by default"
+        "--questions", type=int, metavar="N", help="how many (default: 2400 of the demo, or all)"
     )
     command.add_argument(
-        "--samples", type=Path, metavar="FILE", help="JSONL: image, question, answer, maybe kind"
+        "--questions-file",
+        type=Path,
+        metavar="FILE",
+        help="your own, JSONL: image, question, answer, and kind if you like",
     )
-    command.add_argument("--images", type=Path, metavar="FOLDER", help="where pictures are")
+    command.add_argument(
+        "--questions-image-dir",
+        type=Path,
+        metavar="DIR",
+        help="where its images are (default: beside it)",
+    )
     command.add_argument(
         "--samples-file", type=Path, metavar="FILE", help="to calibrate on: LLaVA-Instruct"
+    )
+    command.add_argument(
+        "--image-dir", type=Path, metavar="DIR", help="where its images are (default: beside it)"
     )
     command.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default 32")
     command.add_argument(
@@ -109,12 +120,12 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         dtype=args.dtype,
         parity=4,
         samples_file=args.samples_file,
-        images=args.images,
+        image_dir=args.image_dir,
     )
     _, dtype = lowering(recipe.target, recipe.dtype)  # which refuses what it does not know
     if dtype not in ELEMENTS:
         raise SpecError(f"compare asks ONNX Runtime, which runs {', '.join(ELEMENTS)}; got {dtype}")
-    questions = Questions(args.questions, args.samples, args.images)
+    questions = Questions(args.questions, args.questions_file, args.questions_image_dir)
     return CompareRequest(
         folder=args.output,
         cells=tuple(grid(args.methods.split(","), _ratios(args.cr), args.seeds)),

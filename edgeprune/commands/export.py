@@ -70,7 +70,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         schedule=args.schedule,
         samples=args.samples,
         samples_file=args.samples_file,
-        images=args.images,
+        image_dir=args.image_dir,
         solver=args.solver,
         max_sites=args.max_sites,
     )

@@ -91,7 +91,9 @@ class Bundles:
 
     def _key(self, cell: Cell) -> str:
         recipe, data = self.recipe, self.recipe.samples_file
-        settings = asdict(replace(recipe, spec=cell.spec, output=None, samples_file=None))
+        settings = asdict(
+            replace(recipe, spec=cell.spec, output=None, samples_file=None, image_dir=None)
+        )
         calibrated = hashlib.sha256(data.read_bytes()).hexdigest() if data else None
         model = _checkpoint(recipe.model, recipe.revision)
         return key_of(model, settings, calibrated, str(recipe.pictures), code())

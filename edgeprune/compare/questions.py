@@ -1,6 +1,6 @@
 """What is asked: the demo's held-out questions, or a user's own pictures with their answers.
 
-A user's file is JSONL, a record each line: `image` (a path below the folder of pictures),
+A user's file is JSONL, a record each line: `image` (a path within the image folder),
 `question`, `answer` (a text, or a list of which one is enough), and optionally `kind`. An answer is
 right where it is the expected one to the letter, but for blanks around it.
 """
@@ -42,11 +42,15 @@ class Questions:
 
     count: int | None = None
     file: Path | None = None
-    images: Path | None = None
+    image_dir: Path | None = None  # where the images of `file` are; None: beside it
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
             raise SpecError(f"--questions is at least 1; got {self.count}")
+        if self.image_dir is not None and self.file is None:
+            raise SpecError(
+                "--questions-image-dir is the folder of images of --questions-file; give that too"
+            )
 
     def __len__(self) -> int:
         return len(self._records) if self.file else self.count or HELD_OUT
@@ -78,11 +82,13 @@ class Questions:
         try:
             lines = self.file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--samples {self.file} cannot be read ({error})") from error
+            raise InputError(f"--questions-file {self.file} cannot be read ({error})") from error
         numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
         if not numbered:
-            raise InputError(f"--samples {self.file} holds no question; want a JSON object a line")
-        folder = self.images or self.file.parent
+            raise InputError(
+                f"--questions-file {self.file} holds no question; want a JSON object a line"
+            )
+        folder = self.image_dir or self.file.parent
         return [_asked(f"{self.file}:{n}", line, folder) for n, line in numbered[: self.count]]
 
 
@@ -101,7 +107,9 @@ def _asked(place: str, line: str, folder: Path) -> Asked:
     try:
         image = image_in(folder, name)
         if not image.exists():
-            raise InputError(f"there is no image at {image}; name its folder with --images")
+            raise InputError(
+                f"there is no image at {image}; name its folder with --questions-image-dir"
+            )
         check_file(image, "image")
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
