@@ -379,7 +379,7 @@ def test_the_command_on_a_user_s_own_model_and_questions(
         assert picture.size == (1200, 800)
     assert {f.name for f in folder.iterdir()} == {
         "cells",
-        *(f"compare.{kind}" for kind in ("json", "csv", "md", "png")),
+        *(f"compare.{kind}" for kind in ("json", "csv", "md", "png", "svg")),
     }
 
 
