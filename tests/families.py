@@ -99,7 +99,7 @@ class Family:
         return folder
 
 
-def _settled(model: Any) -> Any:
+def settled(model: Any) -> Any:
     """Weights that make every token count, and an end token that greedy decoding never takes."""
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
@@ -131,7 +131,7 @@ def internvl(side: int = 56, **text: Any) -> Family:
     names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     return Family(
         "internvl",
-        _settled(InternVLForConditionalGeneration(config)),
+        settled(InternVLForConditionalGeneration(config)),
         GotOcr2ImageProcessorPil(size={"height": side, "width": side}, crop_to_patches=False),
         "<IMG_CONTEXT>",
         dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True)),
@@ -161,7 +161,7 @@ def llava(**text: Any) -> Family:
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
     )
-    model = _settled(LlavaForConditionalGeneration(config))
+    model = settled(LlavaForConditionalGeneration(config))
     return Family("llava", model, processor, "<image>", {}, SHAPES, tiled=False)
 
 
@@ -178,7 +178,7 @@ def llava_next(**text: Any) -> Family:
         crop_size={"height": 42, "width": 42},
         image_grid_pinpoints=GRIDS,
     )
-    model = _settled(LlavaNextForConditionalGeneration(config))
+    model = settled(LlavaNextForConditionalGeneration(config))
     return Family("llava_next", model, processor, "<image>", {}, SHAPES)
 
 
@@ -194,7 +194,7 @@ def llava_onevision(**text: Any) -> Family:
     processor = LlavaOnevisionImageProcessorPil(
         size={"height": 42, "width": 42}, image_grid_pinpoints=GRIDS
     )
-    model = _settled(LlavaOnevisionForConditionalGeneration(config))
+    model = settled(LlavaOnevisionForConditionalGeneration(config))
     tokens = {"video_token": "<video>"}
     return Family("llava_onevision", model, processor, "<image>", tokens, SHAPES)
 
@@ -215,7 +215,7 @@ def llava_next_video(**text: Any) -> Family:
         crop_size={"height": 56, "width": 56},
         image_grid_pinpoints=grids,
     )
-    model = _settled(LlavaNextVideoForConditionalGeneration(config))
+    model = settled(LlavaNextVideoForConditionalGeneration(config))
     tokens = {"video_token": "<video>"}
     return Family("llava_next_video", model, processor, "<image>", tokens, SHAPES)
 
@@ -231,6 +231,6 @@ def video_llava(**text: Any) -> Family:
     processor = VideoLlavaImageProcessor(
         size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
     )
-    model = _settled(VideoLlavaForConditionalGeneration(config))
+    model = settled(VideoLlavaForConditionalGeneration(config))
     tokens = {"video_token": "<video>"}
     return Family("video_llava", model, processor, "<image>", tokens, SHAPES, tiled=False)

@@ -149,8 +149,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no family": (lambda f: _config(f, model_type=None), ["without model_type"]),
     "wrong type": (lambda f: _config(f, text_config={"hidden_size": "big"}), ["config.json"]),
     "other strategy": (
-        lambda f: _config(f, vision_feature_select_strategy="full"),
-        ["vision_feature_select_strategy 'full'", "not supported"],
+        lambda f: _config(f, vision_feature_select_strategy="last"),
+        ["config.json", "vision_feature_select_strategy"],
     ),
     "weights cut": (lambda f: _cut(f / SHARD), [SHARD, "not a whole safetensors file"]),
     "weights empty": (lambda f: (f / SHARD).write_bytes(b""), [SHARD, "download it again"]),

@@ -64,6 +64,7 @@ class Adapter:
     @property
     def shape(self) -> ModelShape:
         decoder, layout = self.decoder_config, self.vision_config.layout
+        encoder = self.vision_config.encoder
         return ModelShape(
             family=self.config.model_type,
             visual_tokens=layout.visual_tokens,
@@ -76,9 +77,9 @@ class Adapter:
             head_size=decoder.head_size,
             vocabulary=decoder.vocabulary,
             max_positions=decoder.max_positions,
-            has_cls=self.vision_config.encoder.cls,
+            has_cls=encoder.cls,
             separators=len(layout.fixed),
-            blocks=self.vision_config.encoder.blocks if layout.is_plain else 0,
+            blocks=encoder.merging_blocks if layout.is_plain else 0,
         )
 
     @property

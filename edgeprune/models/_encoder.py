@@ -47,11 +47,23 @@ class EncoderConfig:
     qk_norm: bool = False  # RMS norms of queries and keys over all heads
     gain: bool = False  # learned factors on the two branches of a block
     rms_norm: bool = False  # the blocks' norms are RMS norms
+    joined: tuple[int, ...] = ()  # after how many blocks each of several hidden states is read, to
+    # stand side by side; (): what the last gives is read alone
 
     @property
     def side(self) -> int:
         """Patches a side of a tile."""
         return self.image // self.patch
+
+    @property
+    def merging_blocks(self) -> int:
+        """Blocks that may merge tokens: none where hidden states of several are read."""
+        return 0 if self.joined else self.blocks
+
+    @property
+    def features(self) -> int:
+        """Channels of what is read."""
+        return self.width * max(1, len(self.joined))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -66,7 +78,7 @@ class EncoderConfig:
 class Encoded:
     """What the last block says of a batch of tiles; S = 1 + N with [CLS] first, N without."""
 
-    features: Tensor  # [tiles, N, width], its output for the patches
+    features: Tensor  # [tiles, N, width], its output for the patches; of several blocks, joined
     cls: Tensor | None  # [tiles, 1, width], and for [CLS]
     query: Tensor  # [tiles, heads, S, head]
     key: Tensor  # [tiles, heads, S, head]
@@ -165,9 +177,14 @@ class Encoder(nn.Module):
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         x = self.pre_norm(x + self.position)
         groups: Groups | None = None
-        for number, block in enumerate(self.blocks):
-            x, query, key, groups = block(x, groups, self._folding(fold, number))
+        joined = self.config.joined
+        states = {0: x} if 0 in joined else {}
+        for number, block in enumerate(self.blocks, start=1):
+            x, query, key, groups = block(x, groups, self._folding(fold, number - 1))
+            if number in joined:
+                states[number] = x
         x, first = self.post_norm(x), int(self.cls is not None)
+        x = torch.cat([states[number] for number in joined], dim=-1) if joined else x
         cls = x[:, :1] if first else None
         at = None if groups is None else groups.places[first:] - first
         return Encoded(x[:, first:], cls, query, key, at)

@@ -49,6 +49,14 @@ class Layout:
         order = tuple(range(tiles * rows * columns))
         return replace(layout, order=order, grid=(tiles * rows, columns))
 
+    @classmethod
+    def with_cls(cls, side: int, tiles: int = 1) -> Layout:
+        """Tile after tile, [CLS] of each and then its patches row after row."""
+        order, size = list[int](), side**2
+        for tile in range(tiles):
+            order += [-1 - tile, *range(tile * size, (tile + 1) * size)]
+        return cls(tiles, side, 1, tuple(order), (1, len(order)), cls=True)
+
     @property
     def tile_grid(self) -> tuple[int, int]:
         """Rows and columns of the tokens of one tile."""
@@ -90,16 +98,22 @@ class Layout:
     def chained(self, between: Sequence[Sequence[int]]) -> Layout:
         """The same once more after each run of text, given as ids; for pictures in one prompt."""
         order, size = list(self.order), self.tiles * self.tile_grid[0] * self.tile_grid[1]
-        text, first = list[int](), int(self.newline) + (self.tiles if self.cls else 0)
-        assert not self.cls  # of several tiles each: not needed so far
+        times, (rows, columns) = len(between) + 1, self.grid
+        text, first = list[int](), int(self.newline) + (times * self.tiles if self.cls else 0)
         for number, ids in enumerate(between, start=1):
             order += [-1 - first - len(text) - i for i in range(len(ids))]
-            order += [o + number * size if o >= 0 else o for o in self.order]
+            order += [self._moved(source, number, size) for source in self.order]
             text += ids
-        times, (rows, columns) = len(between) + 1, self.grid
         grid = (1, len(order)) if text or self.fixed else (times * rows, columns)
         tiles = times * self.tiles
         return replace(self, tiles=tiles, order=tuple(order), grid=grid, text=tuple(text))
+
+    def _moved(self, source: int, number: int, size: int) -> int:
+        """What stands in a picture's place in the one that comes `number` pictures later, each of
+        `size` tile tokens; all share the newline."""
+        if source >= 0:
+            return source + number * size
+        return source if source == NEWLINE and self.newline else source - number * self.tiles
 
     def tokens(self, features: Tensor) -> Tensor:
         """Tokens of the tiles in reading order: [tiles, patches, width] -> [1, C, ...], C = V less

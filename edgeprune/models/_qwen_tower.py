@@ -78,6 +78,11 @@ class TowerConfig:
         return self.rows * self.patch, self.columns * self.patch
 
     @property
+    def merging_blocks(self) -> int:
+        """Blocks that may merge tokens."""
+        return 0
+
+    @property
     def patches(self) -> int:
         return self.rows * self.columns
 

@@ -7,6 +7,7 @@ from typing import Any
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._layout import Layout
 from edgeprune.models._stored import brief
 from edgeprune.models._vision import ProjectorConfig
 from edgeprune.tiling import Size
@@ -49,24 +50,37 @@ def one_size(asked: Size | None, side: int) -> None:
         )
 
 
-def clip_or_siglip(config: Any) -> EncoderConfig:
-    """The vision tower of a LLaVA-like config, cut after the block that its projector reads."""
-    vision, layer = config.vision_config, config.vision_feature_layer
+def one_tile(config: Any, side: int) -> Layout:
+    """The patches of a picture of one tile, [CLS] before them where the projector reads it too."""
+    return Layout.with_cls(side) if _reads_cls(config) else Layout.plain(side)
+
+
+def _reads_cls(config: Any) -> bool:
+    clip = config.vision_config.model_type == CLIP
+    return bool(clip and config.vision_feature_select_strategy == "full")
+
+
+def clip_or_siglip(config: Any, *, cls: bool = False) -> EncoderConfig:
+    """The vision tower of a LLaVA-like config, cut after the last block that its projector reads.
+
+    `cls` says whether the family's projector may read [CLS] too (strategy `full` of a CLIP tower).
+    """
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
     clip = vision.model_type == CLIP
-    strategy = "default" if clip else "full"  # what drops [CLS], and what has none to drop
+    strategies = ("default", "full")[: 1 + cls] if clip else ("full",)  # nothing is to be dropped
+    read = _blocks_read(config.vision_feature_layer, vision.num_hidden_layers)
     refuse(
         config,
         {
             f"a {vision.model_type} vision tower": vision.model_type in (CLIP, SIGLIP),
-            f"vision_feature_layer {layer}": isinstance(layer, int) and layer != 0,
-            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}": (
-                config.vision_feature_select_strategy == strategy
-            ),
+            f"vision_feature_layer {config.vision_feature_layer}": bool(read),
+            f"vision_feature_select_strategy {strategy!r}": strategy in strategies,
             f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
         },
     )
     return EncoderConfig(
-        blocks=layer if layer >= 0 else vision.num_hidden_layers + 1 + layer,
+        blocks=max(read),
+        joined=read if len(read) > 1 else (),
         width=vision.hidden_size,
         mlp_width=vision.intermediate_size,
         heads=vision.num_attention_heads,
@@ -78,6 +92,16 @@ def clip_or_siglip(config: Any) -> EncoderConfig:
         patch_bias=not clip,
         pre_norm=clip,
     )
+
+
+def _blocks_read(layers: Any, blocks: int) -> tuple[int, ...]:
+    """After how many of a tower's blocks its output is read, for one hidden state or several, the
+    0th before the first block; empty where there are none such."""
+    named = layers if isinstance(layers, (list, tuple)) else [layers]
+    if not all(isinstance(layer, int) and -blocks - 1 <= layer <= blocks for layer in named):
+        return ()
+    read = tuple(layer % (blocks + 1) for layer in named)
+    return read if any(read) else ()
 
 
 def projector(config: Any, inputs: int, norm: bool = False) -> ProjectorConfig:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from edgeprune.models import _adapter
 from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._layout import Layout
 from edgeprune.models._media import Asked
 from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import clip_or_siglip, is_tied, one_size, projector, read_config
+from edgeprune.models._towers import (
+    clip_or_siglip,
+    is_tied,
+    one_size,
+    one_tile,
+    projector,
+    read_config,
+)
 from edgeprune.models._vision import VisionConfig
 
 
@@ -18,8 +24,8 @@ class Adapter(_adapter.Adapter):
         asked.allow("llava", pictures=True)
         config = read_config(checkpoint, LlavaConfig)
         super().__init__(checkpoint, config, asked)
-        encoder = clip_or_siglip(config)
+        encoder = clip_or_siglip(config, cls=True)
         one_size(asked.size, encoder.image)
-        layout = Layout.plain(encoder.side).chained(self.between())
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.width), layout)
+        layout = one_tile(config, encoder.side).chained(self.between())
+        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))

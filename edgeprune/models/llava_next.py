@@ -25,5 +25,5 @@ class Adapter(_adapter.Adapter):
         size = asked.size or Size(2 * encoder.image, 2 * encoder.image)
         self.tiling = anyres_tiling(config.image_grid_pinpoints, encoder, size)
         layout = anyres_layout(self.tiling).chained(self.between())
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.width), layout)
+        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))

@@ -34,7 +34,7 @@ class Adapter(_adapter.Adapter):
         else:
             self.media = video(config)
             layout = _frames(config, encoder.side, asked.frames)
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.width), layout)
+        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
 
     def picture_processor(self, own: Callable[[], Any]) -> Any:

@@ -32,7 +32,7 @@ class Adapter(_adapter.Adapter):
         super().__init__(checkpoint, config, asked)
         encoder = clip_or_siglip(config)
         layout = self._layout(encoder)
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.width), layout)
+        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
 
     def _layout(self, encoder: EncoderConfig) -> Layout:

@@ -10,7 +10,14 @@ from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Asked
 from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import clip_or_siglip, is_tied, one_size, projector, read_config
+from edgeprune.models._towers import (
+    clip_or_siglip,
+    is_tied,
+    one_size,
+    one_tile,
+    projector,
+    read_config,
+)
 from edgeprune.models._video import clip_processor, frame_processor, video
 from edgeprune.models._vision import VisionConfig
 
@@ -24,15 +31,15 @@ class Adapter(_adapter.Adapter):
         asked.allow("video_llava", pictures=True, frames=True)
         config = read_config(checkpoint, VideoLlavaConfig)
         super().__init__(checkpoint, config, asked)
-        encoder = clip_or_siglip(config)
+        encoder = clip_or_siglip(config, cls=True)
         one_size(asked.size, encoder.image)
         if asked.frames is None:
             self.stem = "image_tower"
-            layout = Layout.plain(encoder.side).chained(self.between())
+            layout = one_tile(config, encoder.side).chained(self.between())
         else:
             self.stem, self.media = "video_tower", video(config)
-            layout = _frames(encoder.side, asked.frames)
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.width), layout)
+            layout = Layout.with_cls(encoder.side, asked.frames)
+        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
         self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
 
     def is_spare(self, name: str) -> bool:
@@ -44,11 +51,3 @@ class Adapter(_adapter.Adapter):
         return (
             clip_processor(own()) if self.asked.frames is None else frame_processor(self.checkpoint)
         )
-
-
-def _frames(side: int, frames: int) -> Layout:
-    """Frame after frame, [CLS] and then row after row."""
-    order, size = list[int](), side**2
-    for frame in range(frames):
-        order += [-1 - frame, *range(frame * size, (frame + 1) * size)]
-    return Layout(frames, side, 1, tuple(order), (1, len(order)), cls=True)

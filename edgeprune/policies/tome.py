@@ -42,8 +42,8 @@ class Policy(_policy.Policy):
         if plan.stages and not shape.blocks:
             raise SpecError(
                 "method tome merges the patches of one tile inside the encoder; this model cuts"
-                " pictures into tiles or reads several patches as one token: choose another"
-                " method, such as visionzip"
+                " pictures into tiles, or reads several patches as one token, [CLS] as a token or"
+                " the output of several blocks: choose another method, such as visionzip"
             )
         if tokens - plan.entering > (most := mergeable(tokens, shape.blocks)):
             raise SpecError(
