@@ -37,14 +37,19 @@ def prepare(shown: Shown, record: ImageRecord) -> Prepared:
         return _joined(read_frames(shown, record.frames, lambda frame: _one(frame, record)))
     single = isinstance(shown, (str, bytes)) or not isinstance(shown, Sequence)
     several = cast(Sequence[Any], [shown] if single else shown)
-    wanted, found = record.frames or record.pictures, len(several)
+    check_count(len(several), record)
+    return _joined([_one(read_image(source), record) for source in several])
+
+
+def check_count(found: int, record: ImageRecord) -> None:
+    """InputError unless there are as many images or frames as a bundle takes."""
+    wanted = record.frames or record.pictures
     if found != wanted:
         what, option = ("frames", "--frames") if record.frames else ("pictures", "--pictures")
         raise InputError(
             f"this bundle takes {wanted} {what if wanted > 1 else what[:-1]}, got {found}; give as"
             f" many, or export with {option} {found}"
         )
-    return _joined([_one(read_image(source), record) for source in several])
 
 
 def _one(read: RgbImage, record: ImageRecord) -> Prepared:

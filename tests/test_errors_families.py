@@ -105,7 +105,11 @@ def test_a_bundle_for_a_video_takes_a_long_enough_one_only(
     assert "takes a video (--video)" in refused("run", bundle, "--image", SCENE, *PROMPT)
 
 
-def test_more_pictures_than_a_bundle_has_places_for(tiny_bundle: Path, refused: Refused) -> None:
+def test_more_pictures_than_a_bundle_has_places_for(
+    tiny_bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told before gigabytes of weights are read."""
+    monkeypatch.setattr("edgeprune.runtime.session.Session.open", pytest.fail)
     said = refused("run", tiny_bundle, "--image", SCENE, "--image", SCENE, *PROMPT)
     assert "takes 1 picture, got 2; give as many, or export with --pictures 2" in said
 

@@ -76,6 +76,25 @@ def test_each_method_is_told_with_its_tokens_or_why_not(
     assert rows["fastv"][0] == "no" and "--cr is at most" in rows["fastv"][1]
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("models --frames 8", "--frames asks about a model; name it: edgeprune models --model M"),
+        ("models --pictures 2 --revision v1", "--revision, --pictures asks about a model"),
+        ("methods --image-size 56x56", "--image-size asks about a model; name it: edgeprune meth"),
+        ("methods fastv --cr 4", "--cr asks about a model; name it: edgeprune methods --model M"),
+        ("methods fastv --model demo", "give a NAME or --model"),
+        ("check --frames 0", "--frames asks about a model; name it: edgeprune check --memory"),
+        ("check bundle --image-size 56x56", "--image-size asks about a model"),
+        ("models --model demo --revision v1", "--revision is one of a hub id's"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    command: str, says: str, refused: Refused
+) -> None:
+    assert says in refused(*command.split())
+
+
 def test_no_such_method(refused: Refused) -> None:
     assert "there is no method 'nosuch'; choose one of: " in refused("methods", "nosuch")
 

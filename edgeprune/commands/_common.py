@@ -42,6 +42,21 @@ def add_media(command: argparse.ArgumentParser) -> None:
     )
 
 
+def check_model(args: argparse.Namespace, command: str) -> None:
+    """SpecError where options about a model are given without one: they would do nothing."""
+    given = {
+        "--revision": args.revision is not None,
+        "--image-size": args.image_size is not None,
+        "--pictures": args.pictures != 1,
+        "--frames": args.frames is not None,
+    }
+    options = [option for option, value in given.items() if value]
+    if args.model is None and options:
+        raise SpecError(
+            f"{', '.join(options)} asks about a model; name it: edgeprune {command} --model M"
+        )
+
+
 def image_size(text: str) -> Size:
     """`1344x672`, width before height."""
     width, _, height = text.lower().partition("x")

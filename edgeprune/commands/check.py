@@ -55,6 +55,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _common.check_model(args, "check --memory")
     if args.memory != (args.model is not None):
         raise SpecError("give --model and --memory together: the memory that a model needs")
     if args.memory and args.bundle is not None:

@@ -26,7 +26,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
     _common.add_model(methods, default=None)
     _common.add_media(methods)
-    methods.add_argument("--cr", type=float, default=4.0, help="compression ratio (default 4)")
+    methods.add_argument(
+        "--cr", type=float, help="compression ratio to try with --model (default 4)"
+    )
     methods.set_defaults(run=run_methods)
     models = commands.add_parser(
         "models",
@@ -42,6 +44,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run_methods(args: argparse.Namespace) -> int:
     from edgeprune import policies
 
+    _common.check_model(args, "methods")
+    if args.cr is not None and not args.model:
+        raise SpecError("--cr asks about a model; name it: edgeprune methods --model M --cr 4")
+    if args.name and args.model:
+        raise SpecError(
+            f"give a NAME or --model: with --model all methods are told, {args.name} too"
+        )
     if args.name:
         print(_described(args.name, policies.load(args.name)))
         return 0
@@ -62,10 +71,10 @@ def _verdicts(args: argparse.Namespace) -> list[tuple[str, ...]]:
     from edgeprune import policies
     from edgeprune.spec import PruneSpec
 
-    shape = _common.model(args).shape
+    shape, cr = _common.model(args).shape, 4.0 if args.cr is None else args.cr
     rows: list[tuple[str, ...]] = [("method", "runs", "visual tokens, or why not")]
     for name in policies.names():
-        spec = PruneSpec(name, 1 if name == "none" else args.cr)
+        spec = PruneSpec(name, 1 if name == "none" else cr)
         try:
             rows.append((name, "yes", _entering(policies.make(spec), shape, spec)))
         except SpecError as error:
@@ -128,6 +137,7 @@ def run_models(args: argparse.Namespace) -> int:
 
     from edgeprune import models
 
+    _common.check_model(args, "models")
     if args.model:
         from edgeprune.export.exporter import read_records
         from edgeprune.models._processor import Processor

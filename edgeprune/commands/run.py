@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         check_file(args.video, "video")
     Sampling(**_asked(args))
     for bundle in args.bundles:
-        _check_kind(bundle, args.video)
+        _check_shown(bundle, args.images, args.video)
     for bundle in args.bundles:
         with Session.open(
             bundle, backend=args.backend, threads=args.threads, verify=args.verify or None
@@ -110,14 +110,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_kind(bundle: Path, video: Path | None) -> None:
-    """InputError where a bundle takes pictures and a video was given, or the other way round."""
+def _check_shown(bundle: Path, images: list[Path] | None, video: Path | None) -> None:
+    """InputError where a bundle takes a video and images were given, or another number of them."""
     from edgeprune.bundle import Bundle
+    from edgeprune.runtime.media import check_count
 
-    frames = Bundle.open(bundle, verify=False).manifest.image.frames
-    if (frames is None) != (video is None):
-        takes = "pictures (--image)" if frames is None else "a video (--video)"
+    record = Bundle.open(bundle, verify=False).manifest.image
+    if (record.frames is None) != (video is None):
+        takes = "pictures (--image)" if record.frames is None else "a video (--video)"
         raise InputError(f"{bundle} takes {takes}; give that, or export another bundle")
+    if images is not None:
+        check_count(len(images), record)
 
 
 def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:

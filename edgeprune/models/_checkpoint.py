@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import ModelError
+from edgeprune.errors import ModelError, SpecError
 from edgeprune.models._format import check_format
 from edgeprune.models._lora import CONFIG, Lora
 from edgeprune.models._stored import TensorFiles, line, read_json, tensors_of
@@ -29,6 +29,8 @@ def locate(model: str, revision: str | None = None) -> Path:
             raise ModelError(
                 f"{model} is no checkpoint: want a folder with config.json, or a hub id owner/name"
             )
+        if revision is not None:
+            raise SpecError(f"--revision is one of a hub id's, {model} is a folder; leave it out")
         return folder
     return _from_hub(model, revision)
 
