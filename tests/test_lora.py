@@ -206,3 +206,27 @@ def test_an_adapter_that_lacks_a_part(folder: Path, refused: Refused) -> None:
     weights = folder / "adapter_model.safetensors"
     weights.rename(folder / "adapter_model.bin")
     assert "stands without adapter_model.safetensors" in refused("models", "--model", folder)
+
+
+def test_an_adapter_alone_is_merged_into_its_base(
+    family: Family, saved: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """Its configuration names the base; what it brings of its own has to be the base's."""
+    alone = tmp_path / "adapter"
+    alone.mkdir()
+    adapt(alone, LINEAR, base_model_name_or_path=str(saved))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(saved / name, alone)
+    assert answers_as(changed(family, LINEAR, lambda module, rank: ALPHA / rank), family, alone)
+    (alone / "chat_template.jinja").write_text("USER: {{ messages }}")
+    said = refused("models", "--model", alone)
+    assert f"the chat template in {alone} differs from its base's; copy the base's files" in said
+    (alone / "tokenizer.json").write_text("{}")
+    assert f"tokenizer.json differs from that of its base {saved}" in refused(
+        "export", "--model", alone
+    )
+    adapt(alone, LINEAR, base_model_name_or_path=str(tmp_path / "nosuch"))
+    said = refused("models", "--model", alone)
+    assert f"is an adapter of '{tmp_path / 'nosuch'}'" in said and "no checkpoint" in said
+    adapt(alone, LINEAR, base_model_name_or_path=str(alone))
+    assert "which is or has one itself; merge it first" in refused("models", "--model", alone)

@@ -4,6 +4,7 @@ time, so that memory does not grow with the model."""
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.models._format import check_format
-from edgeprune.models._lora import CONFIG, Lora
+from edgeprune.models._lora import CONFIG, WEIGHTS, Lora
 from edgeprune.models._stored import TensorFiles, line, read_json, tensors_of
 
 INDEX = "model.safetensors.index.json"
@@ -22,10 +23,11 @@ BLOCK, BLOCKS = 1 << 16, 1 << 10  # bytes of a block that is hashed, blocks of a
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint; a hub id is fetched, or found in the hub's local cache."""
+    """The local folder of a checkpoint or an adapter; a hub id is fetched, or found in the hub's
+    local cache."""
     folder = Path(model).expanduser()
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        if not (folder / "config.json").is_file():
+        if not any((folder / file).is_file() for file in ("config.json", CONFIG)):
             raise ModelError(
                 f"{model} is no checkpoint: want a folder with config.json, or a hub id owner/name"
             )
@@ -64,6 +66,8 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     """Whether the hub's cache has all weights: another program may have fetched a part only."""
+    if not (folder / "config.json").is_file() and (folder / CONFIG).is_file():
+        return (folder / WEIGHTS).is_file()
     files = {SINGLE}
     if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         files = set(read_json(folder / INDEX).get("weight_map", {}).values())
@@ -79,10 +83,11 @@ class Checkpoint(TensorFiles):
     lora: Lora | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, adapter: Path | None = None) -> Checkpoint:
+        """A folder's checkpoint, with the adapter in it or in a folder of its own."""
         config = read_json(folder / "config.json")
         check_format(folder, config)
-        return cls(_weights(folder), folder, config, Lora.open(folder))
+        return cls(_weights(folder), folder, config, Lora.open(adapter or folder))
 
     @cached_property
     def leaves(self) -> dict[str, list[str]]:
@@ -98,7 +103,7 @@ class Checkpoint(TensorFiles):
         the same of an adapter."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         if self.lora is not None:
-            digest.update((self.folder / CONFIG).read_bytes())
+            digest.update(json.dumps(self.lora.config).encode())
         files = {*self.files.values(), *(self.lora.files.values() if self.lora else ())}
         for file in sorted(files):
             digest.update(f"{file.name} {file.stat().st_size}".encode())

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from edgeprune.errors import ModelError
+from edgeprune.errors import EdgepruneError, ModelError
 from edgeprune.models._stored import TensorFiles, read_json, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -137,3 +137,47 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if name not in _DECIDED and value not in (None, False, [], {}):
             raise ModelError(f"{file} says {name} {value!r}, which is not supported; {MERGE}")
+
+
+TEXTS = ("tokenizer.json", "preprocessor_config.json", "processor_config.json")
+"""Files that say what a model is shown, beside the chat template."""
+
+
+def base_of(folder: Path, locate: Callable[[str, str | None], Path]) -> Path:
+    """The checkpoint that an adapter without weights beside it is for, as its configuration says.
+
+    ModelError where there is none such, or where the adapter brings a tokenizer, a chat template or
+    settings of images that differ from the base's: then it is not clear which are meant.
+    """
+    config = read_json(folder / CONFIG)
+    name = str(config.get("base_model_name_or_path") or "")
+    together = (
+        f"copy the base's files into {folder}, without replacing those that are there (cp -n), and"
+        " export that folder"
+    )
+    try:
+        base = locate(name, config.get("revision"))
+    except EdgepruneError as error:
+        raise ModelError(f"{folder} is an adapter of {name!r}: {error}; or {together}") from error
+    if (base / CONFIG).is_file():
+        raise ModelError(f"{folder} is an adapter of {base}, which is or has one itself; {MERGE}")
+    own = [file for file in TEXTS if (folder / file).is_file()]
+    if other := [file for file in own if _json(folder / file) != _json(base / file)]:
+        raise ModelError(f"{folder / other[0]} differs from that of its base {base}; {together}")
+    if _template(folder) not in ("", _template(base)):
+        raise ModelError(f"the chat template in {folder} differs from its base's; {together}")
+    return base
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    return read_json(file) if file.is_file() else None
+
+
+def _template(folder: Path) -> str:
+    """The chat template of a folder, wherever it stands; empty where there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if template := (_json(folder / name) or {}).get("chat_template"):
+            return str(template)
+    return ""
