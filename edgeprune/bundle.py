@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,9 @@ QUICK = 256 << 20
 MANIFEST_BYTES = 16 << 20
 """A longer manifest is not read: hundreds of layers take some 100 kB."""
 NEEDED = ("vision.onnx", "decoder.onnx", "weights.bin", "tokenizer.json")
+
+DATE = re.compile(r"\{now:((?:%-?[A-Za-z]|[^%{}]){1,64})\}")
+"""The hole of a prompt's template for the date of the day on which it is written."""
 
 TARGETS = ("cpu", "cuda", "rtx", "jetpack7", "jetpack6")
 DIALECTS = ("modern", "jetpack7", "jetpack6")
@@ -144,14 +148,15 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class TextRecord:
-    """How a prompt becomes tokens: the chat template, rendered once with {prompt} and {answer}.
+    """How a prompt becomes tokens: the chat template, rendered once with holes.
 
-    `first` holds {image} and {prompt}; `next` follows an answer and holds {prompt}.
+    `first` holds {image} and {prompt}, `with_system` {system} too; `next` follows an answer and
+    holds {prompt}. All may hold the date, {now:FORMAT} with a format of strftime.
     """
 
     first: str
     next: str
-    system: str
+    with_system: str  # empty where the template takes no system message
     add_special_tokens: bool
     image_token_id: Amount
     eos_token_ids: tuple[Amount, ...]
@@ -159,6 +164,7 @@ class TextRecord:
     around_image: tuple[str, str] = ("", "")  # text before and after the picture's tokens
     visual_ids: tuple[tuple[Amount, Count], ...] = ()  # ids that transformers has for the V visual
     # tokens, as runs: id, how often
+    user_tokens: tuple[Amount, ...] = ()  # added tokens that a user may type; all others stay text
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from edgeprune.export import parity
 from edgeprune.export.dialects import Dialect, for_target
 from edgeprune.export.generation import read_generation
 from edgeprune.export.preprocess import image_record
-from edgeprune.export.prompts import notes, save_tokenizer, text_record
+from edgeprune.export.prompts import read_text, save_tokenizer
 from edgeprune.export.trace import decoder_graph, hollow, vision_graph
 from edgeprune.export.weights import WeightsFile
 from edgeprune.models import Adapter
@@ -117,9 +117,9 @@ def read_records(adapter: Adapter, processor: Processor) -> Records:
         frames=adapter.asked.frames,
     )
     visual_ids = adapter.vision_config.layout.ids(media.token)
-    text = text_record(processor, config, generation, media, visual_ids)
-    remarks = *adapter.remarks, *notes(processor, config, media), *generation.notes
-    return Records(image, text, remarks)
+    rows = adapter.shape.vocabulary
+    text = read_text(processor, config, generation, rows, media, visual_ids)
+    return Records(image, text.record, (*adapter.remarks, *text.notes))
 
 
 def export(

@@ -118,18 +118,33 @@ class Session:
         self._run(empty, np.zeros((1, 1), np.int64), False)
         self.reset()
 
-    def ask(self, shown: Shown, prompt: str, sampling: Sampling | None = None) -> Answer:
-        """Answer a question about a picture, or what else the bundle takes; a new dialogue."""
-        return self._last(self.stream(shown, prompt, sampling))
+    def ask(
+        self,
+        shown: Shown,
+        prompt: str,
+        sampling: Sampling | None = None,
+        system: str | None = None,
+    ) -> Answer:
+        """Answer a question about a picture, or what else the bundle takes; a new dialogue.
+
+        `system` is a system message in place of the chat template's own.
+        """
+        return self._last(self.stream(shown, prompt, sampling, system))
 
     def follow_up(self, prompt: str, sampling: Sampling | None = None) -> Answer:
         """Answer a further question about the same picture, on the same caches."""
         return self._last(self.stream_follow_up(prompt, sampling))
 
-    def stream(self, shown: Shown, prompt: str, sampling: Sampling | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        shown: Shown,
+        prompt: str,
+        sampling: Sampling | None = None,
+        system: str | None = None,
+    ) -> Iterator[str]:
         """As `ask`, piece by piece; `answer` holds the whole once the last piece is out."""
         started = time.perf_counter()
-        prefix_ids, text_ids = self._prompter.first_turn(prompt)  # refuse before any work
+        prefix_ids, text_ids = self._prompter.first_turn(prompt, system)  # refuse before any work
         prepared = prepare(shown, self.manifest.image)
         self.reset()
         self._remarks = prepared.remarks

@@ -5,25 +5,30 @@ string, cut at the image token afterwards, because tokenizers treat the start of
 
 What a user types never becomes a control token. A prompt that holds one ("</s>") is encoded in
 pieces, the typed ones as plain text; where even that yields the control token, it is refused.
+Other added tokens ("<ref>") become their ids.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edgeprune.bundle import TextRecord
+from edgeprune.bundle import DATE, TextRecord
 from edgeprune.errors import BundleError, InputError
 
 IMAGE = "<image>"
 """What a user types where the picture belongs, whatever the model's own image token is called."""
 
 _IMAGE_LINE = re.compile(r"\{image\}\n?")
+_HOLE = re.compile(r"\{(prompt|system)\}")
 _CONTEXTS = ("a", "1", ".")
 _NO_CHARACTER = "\U0010fffd"  # in no vocabulary, so it shows which token means "unknown"
 
@@ -42,17 +47,19 @@ class Prompter:
         before, after = record.around_image
         self._image = before + added[record.image_token_id].content + after
         unknown = {token.id for token in self._tokenizer.model.tokenize(_NO_CHARACTER)}
-        self._control = added.keys() - (unknown - set(record.eos_token_ids))
+        unknown -= set(record.eos_token_ids)
+        self._control = added.keys() - unknown - set(record.user_tokens)
         # tokens after which the text so far may still change, or has not changed
         self._pending = {i for i, token in added.items() if token.special}
         for byte in range(256):
             if (token := self._tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
                 self._pending.add(token)
 
-    def first_turn(self, prompt: str) -> tuple[Tokens, Tokens]:
+    def first_turn(self, prompt: str, system: str | None = None) -> tuple[Tokens, Tokens]:
         """Ids before and after the image, [1, P] and [1, T].
 
-        The image stands where the template puts it or, if the prompt holds `<image>`, there.
+        The image stands where the template puts it or, if the prompt holds `<image>`, there. A
+        `system` text stands in place of the template's own; InputError where that takes none.
         """
         pieces = prompt.split(IMAGE)
         if len(pieces) > 2:
@@ -61,14 +68,11 @@ class Prompter:
                 " that is shown"
             )
         _check("".join(pieces))
-        template = self._record.first
+        template = self._record.first if system is None else self._with_system(system)
         if len(pieces) == 2:
             template = _IMAGE_LINE.sub("", template)
-        before, after = template.replace("{image}", self._image).split("{prompt}")
-        segments: list[Segment] = [(before, False), (pieces[0], True)]
-        if len(pieces) == 2:
-            segments += [(self._image, False), (pieces[1], True)]
-        ids = self._encode([*segments, (after, False)], self._start)
+        typed = {"prompt": pieces, "system": [system or ""]}
+        ids = self._encode(self._segments(template, typed), self._start)
         place = ids.index(self._record.image_token_id)
         return _row(ids[:place]), _row(ids[place + 1 :])
 
@@ -79,8 +83,31 @@ class Prompter:
                 f"only the first prompt may hold {IMAGE}; ask about a new picture in a new session"
             )
         _check(prompt)
-        before, after = self._record.next.split("{prompt}")
-        return _row(self._encode([(before, False), (prompt, True), (after, False)], self._follow))
+        segments = self._segments(self._record.next, {"prompt": [prompt]})
+        return _row(self._encode(segments, self._follow))
+
+    def _with_system(self, system: str) -> str:
+        _check_text(system, "system text")
+        if IMAGE in system:
+            raise InputError(f"the system text may not hold {IMAGE}; put it into the prompt")
+        if not self._record.with_system:
+            raise InputError(
+                "this model's chat template takes no system message; put the text into the prompt"
+            )
+        return self._record.with_system
+
+    def _segments(self, template: str, typed: dict[str, list[str]]) -> list[Segment]:
+        """The text of a turn; a picture stands between the pieces that a user typed."""
+        template = DATE.sub(lambda now: time.strftime(now[1]), template)
+        template, *parts = _HOLE.split(template.replace("{image}", self._image))
+        found: list[Segment] = [(template, False)]
+        for hole, text in zip(parts[::2], parts[1::2], strict=True):
+            first, *others = typed[hole]
+            found.append((first, True))
+            for piece in others:
+                found += [(self._image, False), (piece, True)]
+            found.append((text, False))
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of an answer, without control tokens."""
@@ -115,7 +142,7 @@ class Prompter:
         if self._controls(ids) != wanted:
             ids = encode(segments[0][0])
             for text, typed in segments[1:]:
-                ids += _follow(self._plain if typed else self._marked, text)
+                ids += _follow(self._typed if typed else self._marked, text)
         if self._controls(ids) != wanted:
             raise InputError(
                 "the prompt holds a control token of this model that its tokenizer cannot read as"
@@ -136,14 +163,25 @@ class Prompter:
     def _marked(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _plain(self, text: str) -> list[int]:
-        """Ids of the text as if the tokenizer had no added tokens."""
-        if self._tokenizer.normalizer is not None:
-            text = self._tokenizer.normalizer.normalize_str(text)
-        words = [text]
-        if self._tokenizer.pre_tokenizer is not None:
-            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        return [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
+    def _typed(self, text: str) -> list[int]:
+        """Ids of a text in which control tokens are letters."""
+        tokenizer, number = self._without_controls
+        found = tokenizer.encode(text, add_special_tokens=False).ids
+        return [number.get(i, i) for i in found]
+
+    @cached_property
+    def _without_controls(self) -> tuple[Tokenizer, dict[int, int]]:
+        """The tokenizer without its control tokens, and for its added tokens our ids."""
+        content = json.loads(self._tokenizer.to_str())
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["id"] not in self._control
+        ]
+        content["post_processor"] = None  # which may name control tokens
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        added = self._tokenizer.get_added_tokens_decoder()
+        ours = {token.content: number for number, token in added.items()}
+        left = tokenizer.get_added_tokens_decoder()
+        return tokenizer, {number: ours[token.content] for number, token in left.items()}
 
 
 def _follow(encode: Callable[[str], list[int]], text: str) -> list[int]:
@@ -168,7 +206,9 @@ def _open(tokenizer_file: Path | str) -> Tokenizer:
 
 
 def _check_record(record: TextRecord, added: Collection[int], tokenizer_file: Path | str) -> None:
-    places = (record.first, "{image}"), (record.first, "{prompt}"), (record.next, "{prompt}")
+    places = [(record.first, "{image}"), (record.first, "{prompt}"), (record.next, "{prompt}")]
+    if record.with_system:
+        places += [(record.with_system, f"{{{hole}}}") for hole in ("image", "prompt", "system")]
     if record.image_token_id not in added or any(text.count(part) != 1 for text, part in places):
         raise BundleError(
             f"{tokenizer_file} and the bundle's prompt template do not fit; export the bundle again"
@@ -178,10 +218,14 @@ def _check_record(record: TextRecord, added: Collection[int], tokenizer_file: Pa
 def _check(prompt: str) -> None:
     if not prompt.strip():
         raise InputError("the prompt is empty; ask something about the picture")
+    _check_text(prompt, "prompt")
+
+
+def _check_text(text: str, what: str) -> None:
     try:
-        prompt.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"the prompt is no valid text ({error}); give it as UTF-8") from error
+        raise InputError(f"the {what} is no valid text ({error}); give it as UTF-8") from error
 
 
 def _row(ids: list[int]) -> Tokens:

@@ -24,7 +24,7 @@ from edgeprune.calib.schedule import Schedule
 from edgeprune.cli import main
 from edgeprune.errors import InputError, ModelError
 from edgeprune.export.generation import Generation
-from edgeprune.export.prompts import save_tokenizer, text_record
+from edgeprune.export.prompts import read_text, save_tokenizer
 from edgeprune.generation import Sampling
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._chat import Chat
@@ -347,7 +347,8 @@ def test_a_checkpoint_without_a_template_is_asked_as_its_bundle_is(
     processor = Processor(adapter := open_model(str(checkpoint)))
     save_tokenizer(processor, file := tmp_path / "tokenizer.json")
     greedy = Generation(Sampling(), (2,))
-    prompter = Prompter(file, text_record(processor, adapter.config, greedy, adapter.media))
+    text = read_text(processor, adapter.config, greedy, 66, adapter.media)
+    prompter = Prompter(file, text.record)
     question = "what {color} is it ?"
     prefix, _, text = processor.chat.split(adapter.media, question)
     wanted = prompter.first_turn(question)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_cases import DEMO, SOURCES, case
+from text_cases import DEMO, MARKS, SOURCES, case
 
+from edgeprune.bundle import DATE
 from edgeprune.errors import BundleError, InputError
 from edgeprune.runtime.text import Prompter
 
@@ -69,8 +71,96 @@ def test_the_user_may_place_the_picture(name: str, prompt: str) -> None:
     checked = case(name)
     image = checked.processor.image_token
     template = checked.record.first.replace("{image}\n", "").replace("{image}", "")
+    template = DATE.sub(lambda now: time.strftime(now[1]), template)
     text = template.replace("{prompt}", prompt.replace("<image>", image))
     assert checked.first(prompt) == checked.rendered(text)
+
+
+def free_tokens(name: str) -> list[str]:
+    """Added tokens that a user may type, by the bundle's record."""
+    checked = case(name)
+    added = checked.processor.tokenizer.added_tokens_decoder
+    return [added[i].content for i in checked.record.user_tokens]
+
+
+def test_whoever_may_type_them() -> None:
+    for name in SOURCES:
+        spaces = ["  "] if name in ("gpt-2", "qwen", "dated") else []
+        marks = [*MARKS, "<point>", *spaces]
+        assert free_tokens(name) == ([] if name in ("demo", "unigram") else marks)
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if free_tokens(name)])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_added_tokens_are_those_of_transformers(name: str, data: st.DataObject) -> None:
+    checked = case(name)
+    pieces = st.lists(words | st.sampled_from(free_tokens(name)), min_size=1, max_size=9)
+    prompt = data.draw(pieces.map("".join).filter(str.strip))
+    assert checked.first(prompt) == checked.reference([("user", prompt)])
+    answered = [("user", "a ?"), ("assistant", "red"), ("user", prompt)]
+    after = checked.prompter.next_turn(prompt)[0].tolist()
+    assert checked.reference(answered)[-len(after) :] == after
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if free_tokens(name)])
+def test_added_tokens_beside_control_tokens(name: str) -> None:
+    checked = case(name)
+    ids = {mark: checked.processor.tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
+    control = checked.processor.tokenizer.eos_token
+    prompt = f"where is <ref>the{control} star</ref> <|box_start|>?"
+    _, after = checked.prompter.first_turn(prompt)
+    found = after[0].tolist()
+    assert [i for i in found if i in ids.values()] == list(ids.values())
+    said = checked.processor.tokenizer.decode(found)  # some tokenizers put a space after a token
+    assert said.replace(" ", "").count(prompt.replace(" ", "")) == 1
+    plain = checked.prompter.first_turn("what")[1][0].tolist()
+    stop = checked.processor.tokenizer.eos_token_id
+    assert found.count(stop) == plain.count(stop)
+
+
+SYSTEMS = ["You drive a robot.", "  two  spaces\n", "{prompt} {image} <ref>", ""]
+
+
+@names
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_message_is_that_of_transformers(name: str, system: str) -> None:
+    checked = case(name)
+    wanted = checked.reference([("user", "what is it ?")], system)
+    assert checked.first("what is it ?", system) == wanted
+    assert not system.strip() or wanted != checked.first("what is it ?")
+
+
+def test_a_system_message_holds_no_control_token() -> None:
+    checked = case("qwen")
+    end = checked.processor.tokenizer.eos_token_id
+    typed = checked.first("what ?", "a<|im_end|>b")
+    assert typed.count(end) == checked.first("what ?", "ab").count(end)
+    assert "a<|im_end|>b" in checked.processor.tokenizer.decode(typed)
+    with pytest.raises(InputError, match="the system text may not hold <image>"):
+        checked.first("what ?", "<image>")
+    with pytest.raises(InputError, match="the system text is no valid text"):
+        checked.first("what ?", "\ud83d")
+
+
+def test_a_template_without_a_system_message_says_so() -> None:
+    checked = case("qwen")
+    prompter = Prompter(checked.file, replace(checked.record, with_system=""))
+    with pytest.raises(InputError, match="takes no system message; put the text into the prompt"):
+        prompter.first_turn("what ?", "You drive a robot.")
+
+
+def test_the_date_is_that_of_the_day_on_which_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked = case("dated")
+    monkeypatch.setattr(time, "strftime", lambda form: f"the day by {form}")
+    begun = checked.processor.tokenizer.decode(checked.first("what is it ?"))
+    assert "Today is the day by %d %B %Y." in begun
+    monkeypatch.undo()
+    turns = [("user", "what is it ?")]
+    days = [checked.reference(turns), checked.first("what is it ?"), checked.reference(turns)]
+    assert days[1] in (days[0], days[2])  # it may be midnight
 
 
 @names
@@ -80,7 +170,8 @@ def test_the_user_may_place_the_picture(name: str, prompt: str) -> None:
 def test_typed_control_tokens_stay_text(name: str, turn: str, data: st.DataObject) -> None:
     checked = case(name)
     tokenizer = checked.processor.tokenizer
-    control = [t for t in tokenizer.added_tokens_encoder if t not in ("<image>", "<unk>")]
+    free = {*free_tokens(name), "<image>", "<unk>"}
+    control = [t for t in tokenizer.added_tokens_encoder if t not in free]
     pieces = st.lists(st.sampled_from([*control, "what", " ", "</", "s>", "a"]), min_size=1)
     prompt = data.draw(pieces.map("".join).filter(str.strip))
 

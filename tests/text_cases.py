@@ -60,6 +60,9 @@ CORPUS = [
     "Where is the white square left of the yellow digit 7 ? You are a helpful assistant.",
 ] * 3
 
+MARKS = ["<ref>", "</ref>", "<|box_start|>"]
+"""Special tokens that are none of media nor of chats: a user may type them."""
+
 LLAVA = (  # the template of llava-hf/llava-1.5-7b-hf
     "{% for message in messages %}{% if message['role'] != 'system' %}"
     "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}"
@@ -88,6 +91,9 @@ CHATML = (  # as Qwen2-VL, with its own system text
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+DATED = CHATML.replace(
+    "You are a helpful assistant.", "Today is {{ strftime_now('%d %B %Y') }}."
+).replace("<|im_start|>system\n", "<|im_start|>system\n{%- set now = strftime_now('%Y') %}", 1)
 STRINGS = (  # contents are strings only
     "{% for m in messages %}{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}### assistant:{% endif %}"
@@ -128,7 +134,8 @@ def llama(*, legacy: bool, scheme: str = "always") -> PreTrainedTokenizerFast:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<image>", "<pad>"])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<image>", "<pad>", *MARKS])
+    tokenizer.add_tokens(["<point>"])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return wrapped(tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
@@ -136,7 +143,9 @@ def llama(*, legacy: bool, scheme: str = "always") -> PreTrainedTokenizerFast:
 def transformers_llama() -> LlamaTokenizer:
     vocabulary, merges = llama_pieces()
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges)
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
+    names = "<image>", *MARKS
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.add_tokens(["<point>"])
     return tokenizer
 
 
@@ -158,7 +167,8 @@ def byte_level(*, regex: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer, tokenizer.decoder = parts, decoders.ByteLevel()
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<image>"]
     tokenizer.add_special_tokens([*names, "<|vision_start|>", "<|vision_end|>"])
-    tokenizer.add_tokens(["<tool_call>"])
+    tokenizer.add_special_tokens(MARKS)
+    tokenizer.add_tokens(["<tool_call>", "<point>", "  "])
     return wrapped(tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
@@ -182,12 +192,15 @@ class Case:
     processor: Any
     record: TextRecord
     prompter: Prompter
+    file: Path
 
-    def reference(self, turns: list[tuple[str, str]]) -> list[int]:
+    def reference(self, turns: list[tuple[str, str]], system: str | None = None) -> list[int]:
         """transformers' ids of a conversation whose first turn shows the picture."""
         parts: list[list[dict[str, Any]]] = [[{"type": "text", "text": text}] for _, text in turns]
         parts[0].insert(0, {"type": "image", "image": PICTURE})
         messages = [{"role": role, "content": p} for (role, _), p in zip(turns, parts, strict=True)]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         ids = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True
         )
@@ -204,8 +217,8 @@ class Case:
         image = self.record.image_token_id
         return [i for at, i in enumerate(ids) if i != image or ids[at - 1] != image]
 
-    def first(self, prompt: str) -> list[int]:
-        before, after = self.prompter.first_turn(prompt)
+    def first(self, prompt: str, system: str | None = None) -> list[int]:
+        before, after = self.prompter.first_turn(prompt, system)
         assert before.dtype == after.dtype == "int64"
         assert before.ndim == after.ndim == 2 and len(before) == len(after) == 1
         return [*before[0].tolist(), self.record.image_token_id, *after[0].tolist()]
@@ -235,6 +248,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "mistral, first": lambda: built(llama(legacy=False, scheme="first"), MISTRAL),
     "gpt-2": lambda: built(byte_level(), LLAVA),
     "qwen": lambda: built(byte_level(regex=QWEN), CHATML, "<|image_pad|>"),
+    "dated": lambda: built(byte_level(regex=QWEN), DATED, "<|image_pad|>"),
     "unigram": lambda: built(unigram(), LLAVA),
 }
 
@@ -243,8 +257,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 def case(name: str) -> Case:
     """One of SOURCES, read once; its tokenizer goes through a file, as in a bundle."""
     processor, config, generation = SOURCES[name]()
-    record = prompts.text_record(processor, config, generation)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tokenizer.json"
-        prompts.save_tokenizer(processor, file)
-        return Case(processor, record, Prompter(file, record))
+    record = prompts.read_text(processor, config, generation, SHAPE.vocabulary).record
+    file = Path(tempfile.mkdtemp(prefix="edgeprune-tests-")) / "tokenizer.json"
+    prompts.save_tokenizer(processor, file)
+    return Case(processor, record, Prompter(file, record), file)

@@ -52,7 +52,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         required=True,
         action="append",
         dest="prompts",
-        help="question; given again, a follow-up question about the same picture",
+        help="question; given again, a follow-up question about the same picture. The picture"
+        " stands before the first question or, where you write <image> into it, there",
+    )
+    command.add_argument(
+        "--system", metavar="TEXT", help="system message in place of the chat template's own"
     )
     command.add_argument("--verify", action="store_true", help="hash large files too")
     command.add_argument("--json", action="store_true", help="one JSON object per bundle on stdout")
@@ -128,7 +132,7 @@ def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
     sampling = _sampling(session, args)
     prompt = args.prompts[turn]
     if turn == 0:
-        pieces = session.stream(args.video or args.images, prompt, sampling)
+        pieces = session.stream(args.video or args.images, prompt, sampling, args.system)
     else:
         pieces = session.stream_follow_up(prompt, sampling)
     label = f"{session.manifest.name}: " if len(args.bundles) > 1 and not args.json else ""
