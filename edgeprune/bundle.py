@@ -85,6 +85,7 @@ class PruneRecord:
     grid: tuple[Count, Count]  # rows, columns of the V tokens
     counts: tuple[Amount, ...]  # r_1 ... r_L
     stages: tuple[Stage, ...]  # where tokens leave, in the order in which they meet them
+    reads_text: bool  # whether what stays of an image depends on the text that is read with it
     options: dict[str, str] = field(default_factory=dict)
     schedule: dict[str, Any] | None = None
 

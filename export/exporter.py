@@ -142,7 +142,7 @@ def export(
             if not request.no_parity:
                 checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
             report("hash files", 0, 1)
-            manifest = _manifest(request, adapter, records, draft, checked)
+            manifest = _manifest(request, adapter, policy, records, draft, checked)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
         raise ExportError(
@@ -209,6 +209,7 @@ def _check(
 def _manifest(
     request: ExportRequest,
     adapter: Adapter,
+    policy: Policy,
     records: Records,
     draft: Path,
     checked: parity.Parity | None,
@@ -222,7 +223,7 @@ def _manifest(
         dialect=dialect.name,
         dtype=dtype,
         opset=dialect.opset,
-        prune=_prune_record(request, adapter),
+        prune=_prune_record(request, adapter, policy),
         decoder=_decoder_record(adapter, dialect.cache),
         image=records.image,
         text=records.text,
@@ -232,7 +233,7 @@ def _manifest(
     )
 
 
-def _prune_record(request: ExportRequest, adapter: Adapter) -> PruneRecord:
+def _prune_record(request: ExportRequest, adapter: Adapter, policy: Policy) -> PruneRecord:
     plan, spec = request.plan, request.spec
     return PruneRecord(
         method=spec.method,
@@ -242,6 +243,7 @@ def _prune_record(request: ExportRequest, adapter: Adapter) -> PruneRecord:
         grid=adapter.shape.grid,
         counts=plan.counts,
         stages=plan.stages,
+        reads_text=policy.reads_text and bool(plan.kept_outputs),
         options=dict(spec.options),
         schedule=request.schedule,
     )

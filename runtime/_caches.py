@@ -2,99 +2,151 @@
 
 The CPU provider's Attention works over the whole cache, so every slot beyond the tokens costs time:
 a cache is copied to a longer block now and then. A cache that the graph makes longer at every call
-goes back and forth between two blocks.
+goes back and forth between two blocks. Blocks are made and copied on the device where they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeprune.bundle import DecoderRecord
+from edgeprune.runtime._copy_graph import INPUT, OUTPUT, SPARE, copy_graph
 from edgeprune.runtime.backend import Ids
 
 STEP = 64
 """Caches hold a multiple of so many tokens."""
 
-Array = NDArray[Any]
+
+@dataclass(frozen=True)
+class Device:
+    """Where caches lie, and what copies there; `element` is the numpy type of what they hold."""
+
+    ort: Any
+    name: str  # cpu, cuda
+    element: type
+    copier: Any  # an InferenceSession of `copy_graph`
+
+    @classmethod
+    def open(cls, ort: Any, name: str, element: type, providers: list[str]) -> Device:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        copier = ort.InferenceSession(copy_graph(element), options, providers)
+        return cls(ort, name, element, copier)
+
+    def block(self, shape: tuple[int, ...]) -> Any:
+        """Memory with nothing in it yet."""
+        return self.ort.OrtValue.ortvalue_from_shape_and_type(shape, self.element, self.name)
+
+    def copy(self, source: Any, held: tuple[int, ...], target: Any, spare: int) -> None:
+        """The first elements of `source` as [1, heads, n, head], and behind them `spare` tokens of
+        zeros, into `target`."""
+        behind = (*held[:2], spare, held[3])
+        longer = (*held[:2], held[2] + spare, held[3])
+        binding, place = self.copier.io_binding(), (self.name, 0, self.element)
+        binding.bind_input(INPUT, *place, held, source.data_ptr())
+        binding.bind_cpu_input(SPARE, np.array(behind))
+        binding.bind_output(OUTPUT, *place, longer, target.data_ptr())
+        self.copier.run_with_iobinding(binding)
 
 
-class Caches:
+class OrtCaches:
     """Keys and values of every layer, by name (`key.0`, ...), past and present in one block."""
 
     moving = False  # whether every call binds other blocks
+    blocks = 1  # for each name
 
-    def __init__(self, ort: Any, record: DecoderRecord, element: type, device: str) -> None:
-        self.value, self.record, self.element, self.device = ort.OrtValue, record, element, device
+    def __init__(self, device: Device, record: DecoderRecord) -> None:
+        self.device, self.record = device, record
         self.values: dict[str, Any] = {}
         self.capacities = [0] * record.layers
+        self.step: Any = None  # a decode step bound to these blocks
 
-    def reserve(self, needed: Sequence[int]) -> bool:
-        """Hold so many tokens in each layer, and not many more; True where a value is new."""
-        changed = False
-        for layer, tokens in enumerate(needed):
-            capacity = tokens + -tokens % STEP
-            if not capacity <= self.capacities[layer] <= capacity + STEP:
-                self.capacities[layer], changed = capacity, True
+    def reserve(self, lengths: Ids, filled: Ids) -> None:
+        """Hold `filled` tokens in each layer, and not many more; of those that are cached, the
+        first `lengths` stay."""
+        for layer, (held, needed) in enumerate(zip(lengths.tolist(), filled.tolist(), strict=True)):
+            capacity, now = needed + -needed % STEP, self.capacities[layer]
+            if now < capacity or (now > capacity + STEP and not held):
                 for name in (f"key.{layer}", f"value.{layer}"):
-                    self._resize(name, capacity)
-        return changed
+                    self._resize(name, held, capacity)
+                self.capacities[layer], self.step = capacity, None
 
-    def bind(self, binding: Any, lengths: Ids, after: Ids) -> None:
-        """Bind past and present of a call: `lengths` tokens of each layer become `after`."""
+    def bind(self, binding: Any, lengths: Ids, filled: Ids) -> None:
+        """Bind past and present of a call: `lengths` tokens of each layer become `filled`."""
         for name, cache in self.values.items():
             binding.bind_ortvalue_input(f"past_{name}", cache)
             binding.bind_ortvalue_output(f"present_{name}", cache)  # written in place
 
-    def bytes(self) -> int:
-        """Bytes that all caches take at their present capacities."""
-        row = self.record.kv_heads * self.record.head_size * np.dtype(self.element).itemsize
-        return sum(2 * capacity * row for capacity in self.capacities)
+    def copy(self, lengths: Ids) -> OrtCaches:
+        """Others, as long, that hold the same `lengths` tokens."""
+        twin = type(self)(self.device, self.record)
+        twin.capacities = [*self.capacities]
+        for name, cache in self.values.items():
+            layer = _layer(name)
+            twin._fill(name, cache, int(lengths[layer]), self.capacities[layer])
+        return twin
 
-    def _resize(self, name: str, capacity: int) -> None:
-        """Another block, with what is cached at its start."""
-        block: Array = np.zeros(self._shape(capacity), self.element)
-        if name in self.values:
-            cached = self.values[name].numpy()[:, :, :capacity]
-            block[:, :, : cached.shape[2]] = cached
-        self.values[name] = self.value.ortvalue_from_numpy(block, self.device)
+    def bytes(self) -> int:
+        row = self.record.kv_heads * self.record.head_size * np.dtype(self.device.element).itemsize
+        return sum(2 * self.blocks * capacity * row for capacity in self.capacities)
+
+    def close(self) -> None:
+        self.values, self.step = {}, None
+
+    def _resize(self, name: str, held: int, capacity: int) -> None:
+        self._fill(name, self.values.get(name), held, capacity)
+
+    def _fill(self, name: str, source: Any, held: int, capacity: int) -> None:
+        """A new block of `capacity` tokens, at its start the first `held` of another."""
+        block = self.device.block(self._shape(capacity))
+        # A head's tokens are followed by its unused slots, so all slots are copied, or none.
+        read = int(source.shape()[2]) if held else 0
+        self.device.copy(source or block, self._shape(read), block, capacity - read)
+        self.values[name] = block
 
     def _shape(self, tokens: int) -> tuple[int, ...]:
         return 1, self.record.kv_heads, tokens, self.record.head_size
 
 
-class GrowingCaches(Caches):
+class GrowingCaches(OrtCaches):
     """Past [1, kv_heads, length, head] lies in one block, present in the other; they swap."""
 
     moving = True
+    blocks = 2
 
-    def __init__(self, ort: Any, record: DecoderRecord, element: type, device: str) -> None:
-        super().__init__(ort, record, element, device)
+    def __init__(self, device: Device, record: DecoderRecord) -> None:
+        super().__init__(device, record)
         self.others: dict[str, Any] = {}  # where the next present goes
 
-    def bind(self, binding: Any, lengths: Ids, after: Ids) -> None:
+    def bind(self, binding: Any, lengths: Ids, filled: Ids) -> None:
+        place = self.device.name, 0, self.device.element
         for name, past in self.values.items():
-            layer, present = int(name.partition(".")[2]), self.others[name]
-            before, behind = self._shape(int(lengths[layer])), self._shape(int(after[layer]))
-            place = self.device, 0, self.element
+            layer, present = _layer(name), self.others[name]
+            before, behind = self._shape(int(lengths[layer])), self._shape(int(filled[layer]))
             binding.bind_input(f"past_{name}", *place, before, past.data_ptr())
             binding.bind_output(f"present_{name}", *place, behind, present.data_ptr())
             self.values[name], self.others[name] = present, past
 
-    def _resize(self, name: str, capacity: int) -> None:
-        """Two other blocks; what is cached lies without gaps at the start of the first."""
-        block: Array = np.zeros(self._shape(capacity), self.element)
-        if name in self.values:
-            cached = self.values[name].numpy().reshape(-1)[: block.size]
-            block.reshape(-1)[: cached.size] = cached
-        self.others[name] = self.value.ortvalue_from_numpy(np.zeros_like(block), self.device)
-        self.values[name] = self.value.ortvalue_from_numpy(block, self.device)
+    def close(self) -> None:
+        super().close()
+        self.others = {}
+
+    def _fill(self, name: str, source: Any, held: int, capacity: int) -> None:
+        """Two new blocks; what is cached lies without gaps at the start of the first."""
+        block = self.device.block(self._shape(capacity))
+        if held:
+            self.device.copy(source, self._shape(held), block, 0)
+        self.values[name], self.others[name] = block, self.device.block(self._shape(capacity))
 
 
-def make(ort: Any, record: DecoderRecord, element: type, device: str) -> Caches:
+def make(device: Device, record: DecoderRecord) -> OrtCaches:
     """The caches of a decoder, as its manifest says that they are kept."""
-    kind = GrowingCaches if record.cache == "grow" else Caches
-    return kind(ort, record, element, device)
+    kind = GrowingCaches if record.cache == "grow" else OrtCaches
+    return kind(device, record)
+
+
+def _layer(name: str) -> int:
+    return int(name.partition(".")[2])

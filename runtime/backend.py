@@ -1,10 +1,14 @@
-"""The seam between a session and an inference engine."""
+"""The seam between an engine and an inference library.
+
+A backend holds compiled graphs. What belongs to one dialogue (its KV caches) or to one image (its
+visual tokens) is an object that the backend makes and is handed back at each call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,84 +23,115 @@ NOT_FINITE = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """What the vision graph made of an image; it can be read by any sequence of the engine."""
+
+    visual: Any  # [1, encoded, width], wherever the backend keeps it
+    indices: Any  # int64 [encoded], likewise: what `kept` says
+    kept: Ids  # of the V tokens, those whose places the encoder's survivors took; V: [CLS]
+    remarks: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
+    engine: object = None  # that encoded it
+    holder: object = None  # while it lives, the backend keeps the memory for this image
+
+
 @dataclass(frozen=True)
-class Chunk:
-    """One call of the decoder: ids [1, P] and [1, T], where it starts, and what is cached."""
+class DecoderInputs:
+    """One call of the decoder: ids [1, P] and [1, T], an image between them or none, and where
+    they go in the caches."""
 
     prefix_ids: Ids
     text_ids: Ids
+    image: EncodedImage | None
     position: int  # of the first token of this call
-    lengths: Ids  # [layers], tokens already in each layer's cache
-    with_picture: bool
-
-
-class Output:
-    """What a call gives: the kept positions at each pruning site, logits and likeliest token.
-
-    Logits may stay on the device until they are asked for, which must be before the next call.
-    """
-
-    def __init__(
-        self,
-        logits: NDArray[Any] | Callable[[], NDArray[Any]],
-        kept: tuple[Ids, ...],
-        token: int | None = None,
-    ) -> None:
-        self.kept, self._logits, self._token = kept, logits, token
+    lengths: Ids  # [layers], tokens in each layer's cache before the call
+    filled: Ids  # [layers], and after it
+    logits: bool = True  # whether logits are wanted, not the likeliest token alone
 
     @property
-    def logits(self) -> NDArray[Any]:
-        """Of the last token: [vocabulary]."""
-        if callable(self._logits):
-            self._logits = self._logits()
-        return self._logits
+    def is_step(self) -> bool:
+        """Whether this is one decode step."""
+        return self.image is None and self.prefix_ids.size == 0 and self.text_ids.size == 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call gives."""
+
+    likeliest: int  # next token, of equal ones the first; -1 where logits are not finite
+    kept: tuple[Ids, ...] = ()  # at each pruning site, of the tokens alive there; no image: none
+    logits: NDArray[Any] | None = None  # of the last token, [vocabulary]; None unless asked for
 
     @property
     def token(self) -> int:
-        """The likeliest next token, of equal ones the first; BackendError unless logits are finite.
-
-        A graph's own `token` is -1 there. numpy takes what is not a number for the largest.
-        """
-        if self._token is None:
-            token = int(self.logits.argmax())
-            finite = bool(np.isfinite(self.logits[token]))
-        else:
-            token, finite = self._token, self._token >= 0
-        if not finite:
+        """The likeliest next token; BackendError unless logits are finite."""
+        if self.likeliest < 0:
             raise BackendError(NOT_FINITE)
-        return token
+        return self.likeliest
 
 
-class Backend(Protocol):
-    """An engine with one picture and one set of KV caches; batch 1."""
+def likeliest(logits: NDArray[Any]) -> int:
+    """What `Output.likeliest` is; numpy takes what is not a number for the largest."""
+    token = int(logits.argmax())
+    return token if np.isfinite(logits[token]) else -1
 
-    name: str
-    text_capacity: int | None  # tokens of text that the caches hold; None: as many as it takes
-    build_seconds: float | None  # that engines took to build; None where nothing is built
 
-    def see(self, pixels: NDArray[np.float32]) -> Ids:
-        """Run the vision graph, hold its visual tokens, return which were kept: int64 [r_1]."""
-        ...
+class Caches(Protocol):
+    """Keys and values of one dialogue, on one backend; batch 1."""
 
-    def reserve(self, capacities: Sequence[int]) -> None:
-        """Make each layer's cache hold at least so many tokens; what is cached stays."""
-        ...
-
-    def run(self, chunk: Chunk) -> Output:
-        """Prefill, a later turn, or one decode step."""
-        ...
-
-    def cache_bytes(self) -> int:
-        """Bytes that the KV caches take now."""
+    def bytes(self) -> int:
+        """Bytes that they take now."""
         ...
 
     def close(self) -> None:
-        """Free the engine and its memory at once; the last call."""
+        """Give them back; the last call."""
         ...
 
 
+C = TypeVar("C", bound=Caches)
+
+
+class Backend(Protocol[C]):
+    """Compiled graphs on one device; one call at a time."""
+
+    name: str
+    text_capacity: int | None  # tokens of text that caches hold; None: as many as it takes
+    build_seconds: float | None  # that engines took to build; None where nothing is built
+
+    def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
+        """Run the vision graph."""
+        ...
+
+    def caches(self) -> C:
+        """Caches for one more dialogue."""
+        ...
+
+    def copy(self, caches: C, lengths: Ids) -> C:
+        """Further caches that hold the same `lengths` tokens in each layer."""
+        ...
+
+    def run(self, inputs: DecoderInputs, caches: C) -> Output:
+        """Prefill, a later turn, or one decode step; CapacityError, before any work, where the
+        caches cannot hold it."""
+        ...
+
+    def close(self) -> None:
+        """Free graphs and memory at once; the last call."""
+        ...
+
+
+class FakeCaches:
+    """Caches that hold nothing."""
+
+    def bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 class FakeBackend:
-    """An engine that answers from a script of token ids, and remembers what it was asked."""
+    """Answers from a script of token ids, and remembers what it was asked."""
 
     name = "fake"
     text_capacity: int | None = None
@@ -104,23 +139,23 @@ class FakeBackend:
 
     def __init__(self, script: Sequence[int], vocabulary: int, visual_tokens: int) -> None:
         self.script, self.vocabulary, self.visual = list(script), vocabulary, visual_tokens
-        self.chunks: list[Chunk] = []
-        self.capacities: list[int] = []
+        self.calls: list[DecoderInputs] = []
 
-    def see(self, pixels: NDArray[np.float32]) -> Ids:
-        return np.arange(self.visual)
+    def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
+        return EncodedImage(None, None, np.arange(self.visual))
 
-    def reserve(self, capacities: Sequence[int]) -> None:
-        self.capacities = list(capacities)
+    def caches(self) -> FakeCaches:
+        return FakeCaches()
 
-    def run(self, chunk: Chunk) -> Output:
+    def copy(self, caches: FakeCaches, lengths: Ids) -> FakeCaches:
+        return FakeCaches()
+
+    def run(self, inputs: DecoderInputs, caches: FakeCaches) -> Output:
+        token = self.script[min(len(self.calls), len(self.script) - 1)]
+        self.calls.append(inputs)
         logits = np.zeros(self.vocabulary, np.float32)
-        logits[self.script[min(len(self.chunks), len(self.script) - 1)]] = 1
-        self.chunks.append(chunk)
-        return Output(logits, ())
-
-    def cache_bytes(self) -> int:
-        return 0
+        logits[token] = 1
+        return Output(token, (), logits if inputs.logits else None)
 
     def close(self) -> None:
         pass

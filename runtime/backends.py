@@ -1,6 +1,8 @@
-"""The inference engines by name; each is imported when it is asked for."""
+"""The inference libraries by name; each is imported when it is asked for."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
@@ -15,7 +17,7 @@ def check(name: str) -> None:
         raise BackendError(f"there is no backend {name!r}; choose: {', '.join(NAMES)}")
 
 
-def make(bundle: Bundle, name: str, threads: int | None = None) -> Backend:
+def make(bundle: Bundle, name: str, threads: int | None = None) -> Backend[Any]:
     """A bundle's graphs, or engines, on a backend; `threads` are the CPU's."""
     check(name)
     if name.startswith("ort-"):

@@ -68,6 +68,9 @@ class Gpu(Protocol):
 
     def download(self, host: NDArray[Any], address: int) -> None: ...
 
+    def copy(self, to: int, source: int, size: int) -> None:
+        """So many bytes from one address to another."""
+
     def wait(self) -> None: ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -141,6 +144,10 @@ class CudaGpu:
     def download(self, host: NDArray[Any], address: int) -> None:
         to = self.cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", host.ctypes.data, address, host.nbytes, to, self.stream)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        within = self.cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", to, source, size, within, self.stream)
 
     def wait(self) -> None:
         self._call("cudaStreamSynchronize", self.stream)

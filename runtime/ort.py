@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.hints import install
 from edgeprune.runtime import _caches
-from edgeprune.runtime.backend import Chunk, Ids, Output
+from edgeprune.runtime._caches import OrtCaches
+from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output, likeliest
 
 ELEMENTS = {"fp32": np.float32, "fp16": np.float16}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -36,8 +38,7 @@ class OrtBackend:
                 " export it again with --dtype fp16"
             )
         self.name = f"ort-{device}"
-        self.record, self.counts = manifest.decoder, manifest.prune.counts
-        self.element, self.device = ELEMENTS[manifest.dtype], device
+        self.record, self.element, self.device = manifest.decoder, ELEMENTS[manifest.dtype], device
         self._kept = list(manifest.prune.kept_outputs)
         options = ort.SessionOptions()
         if threads is not None:
@@ -46,80 +47,78 @@ class OrtBackend:
         self._vision = _session(ort, bundle, "vision.onnx", options, providers)
         self._decoder = _session(ort, bundle, "decoder.onnx", options, providers)
         self._value = ort.OrtValue
-        self._caches = _caches.make(ort, manifest.decoder, self.element, device)
+        with _refusals("memory for the caches"):
+            self._memory = _caches.Device.open(ort, device, self.element, providers)
+            self._logits = self._memory.block((1, 1, self.record.vocabulary))
+        ends = [end.name for end in self._decoder.get_outputs()]
+        self._token = self._host(np.zeros((1, 1), np.int64)) if "token" in ends else None
         self._no_ids = self._host(np.zeros((1, 0), np.int64))
-        self._no_visual = self._host(np.zeros((1, 0, self.record.width), self.element))
-        self._visual, self._places = self._no_visual, self._host(np.zeros(0, np.int64))
-        self._no_places = self._places
-        self._logits = self._host(np.zeros((1, 1, self.record.vocabulary), self.element))
-        self._step: _Step | None = None
+        no_visual = self._host(np.zeros((1, 0, self.record.width), self.element))
+        no_indices = np.zeros(0, np.int64)
+        self._no_image = EncodedImage(no_visual, self._host(no_indices), no_indices)
 
-    def see(self, pixels: NDArray[np.float32]) -> Ids:
-        binding = self._vision.io_binding()
-        binding.bind_ortvalue_input("pixels", self._host(pixels.astype(self.element)))
-        binding.bind_output("visual", self.device)
-        binding.bind_output("kept", "cpu")
-        _run(self._vision, binding, "vision.onnx")
-        self._visual, self._places = binding.get_outputs()
-        found: Ids = self._places.numpy()
-        return found
+    def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
+        with _refusals("vision.onnx"):
+            binding = self._vision.io_binding()
+            binding.bind_ortvalue_input("pixels", self._host(pixels.astype(self.element)))
+            binding.bind_output("visual", self.device)
+            binding.bind_output("kept", "cpu")
+            self._vision.run_with_iobinding(binding)
+            visual, indices = binding.get_outputs()
+        return EncodedImage(visual, indices, indices.numpy().copy())
 
-    def reserve(self, capacities: Sequence[int]) -> None:
-        if self._caches.reserve(capacities):
-            self._step = None  # it is bound to other buffers
+    def caches(self) -> OrtCaches:
+        return _caches.make(self._memory, self.record)
 
-    def run(self, chunk: Chunk) -> Output:
-        single = not chunk.with_picture and chunk.text_ids.shape[1] == 1
-        if single and not chunk.prefix_ids.size:
-            if self._step is None:
-                self._step = _Step(self)
-            self._step.run(chunk)
-            return Output(self.logits(), ())
-        binding = self._bind(
-            self._host(chunk.prefix_ids),
-            self._host(chunk.text_ids),
-            self._host(np.array([chunk.position])),
-            self._host(chunk.lengths),
-            with_picture=chunk.with_picture,
-        )
-        self._caches.bind(binding, chunk.lengths, self._after(chunk))
-        for name in self._kept:
-            binding.bind_output(name, "cpu")
-        _run(self._decoder, binding, "decoder.onnx")
-        kept = binding.get_outputs()[-len(self._kept) :] if self._kept else []
-        return Output(self.logits(), tuple(k.numpy() for k in kept))
+    def copy(self, caches: OrtCaches, lengths: Ids) -> OrtCaches:
+        with _refusals("a copy of the caches"):
+            return caches.copy(lengths)
 
-    def cache_bytes(self) -> int:
-        return self._caches.bytes()
+    def run(self, inputs: DecoderInputs, caches: OrtCaches) -> Output:
+        with _refusals("decoder.onnx"):
+            caches.reserve(inputs.lengths, inputs.filled)
+            kept = self._step(inputs, caches) if inputs.is_step else self._read(inputs, caches)
+            return self._output(inputs, kept)
 
     def close(self) -> None:
-        del self._vision, self._decoder, self._step, self._caches, self._visual
+        del self._vision, self._decoder, self._memory, self._logits
 
-    def _after(self, chunk: Chunk) -> Ids:
-        """Tokens in each layer's cache once a chunk has been read."""
-        text = chunk.prefix_ids.size + chunk.text_ids.size
-        visual = np.array(self.counts) if chunk.with_picture else 0
-        after: Ids = chunk.lengths + text + visual
-        return after
+    def _step(self, inputs: DecoderInputs, caches: OrtCaches) -> tuple[Ids, ...]:
+        if caches.step is None:
+            caches.step = _Step(self)
+        caches.step.run(inputs, caches)
+        return ()
 
-    def logits(self) -> NDArray[Any]:
-        """Those of the last call, [vocabulary]."""
-        found: NDArray[Any] = self._logits.numpy()[0, 0]
-        return found
+    def _read(self, inputs: DecoderInputs, caches: OrtCaches) -> tuple[Ids, ...]:
+        """A prefill or a later turn: the kept positions of each site."""
+        binding = self._bind(inputs.image)
+        binding.bind_ortvalue_input("prefix_ids", self._host(inputs.prefix_ids))
+        binding.bind_ortvalue_input("text_ids", self._host(inputs.text_ids))
+        binding.bind_ortvalue_input("position", self._host(np.array([inputs.position])))
+        binding.bind_ortvalue_input("lengths", self._host(inputs.lengths))
+        caches.bind(binding, inputs.lengths, inputs.filled)
+        for name in self._kept:
+            binding.bind_output(name, "cpu")
+        self._decoder.run_with_iobinding(binding)
+        kept = binding.get_outputs()[-len(self._kept) :] if self._kept else []
+        return tuple(value.numpy().copy() for value in kept)
 
-    def _bind(
-        self, prefix: Any, text: Any, position: Any, lengths: Any, *, with_picture: bool
-    ) -> Any:
-        binding = self._decoder.io_binding()
-        binding.bind_ortvalue_input("prefix_ids", prefix)
-        binding.bind_ortvalue_input("text_ids", text)
-        binding.bind_ortvalue_input("position", position)
-        binding.bind_ortvalue_input("lengths", lengths)
-        binding.bind_ortvalue_input("visual", self._visual if with_picture else self._no_visual)
+    def _output(self, inputs: DecoderInputs, kept: tuple[Ids, ...]) -> Output:
+        """What the call just made left behind; logits leave the device only where they have to."""
+        if self._token is not None and not inputs.logits:
+            return Output(int(self._token.numpy()[0, 0]), kept)
+        logits: NDArray[Any] = self._logits.numpy()[0, 0]
+        return Output(likeliest(logits), kept, logits.copy() if inputs.logits else None)
+
+    def _bind(self, image: EncodedImage | None) -> Any:
+        """A binding of the decoder with all but ids, lengths and caches."""
+        binding, shown = self._decoder.io_binding(), image or self._no_image
+        binding.bind_ortvalue_input("visual", shown.visual)
         if self.record.span is not None:
-            places = self._places if with_picture else self._no_places
-            binding.bind_ortvalue_input("places", places)
+            binding.bind_ortvalue_input("places", shown.indices)
         binding.bind_ortvalue_output("logits", self._logits)
+        if self._token is not None:
+            binding.bind_ortvalue_output("token", self._token)
         return binding
 
     def _host(self, array: NDArray[Any]) -> Any:
@@ -127,27 +126,28 @@ class OrtBackend:
 
 
 class _Step:
-    """A decode step bound once: three small inputs are rewritten in place, the rest stays."""
+    """A decode step bound once: three small inputs are written anew, the rest stays."""
 
     def __init__(self, backend: OrtBackend) -> None:
-        host = backend._host
-        self.decoder, self.caches = backend._decoder, backend._caches
-        self.text = host(np.zeros((1, 1), np.int64))
-        self.position = host(np.zeros(1, np.int64))
-        self.lengths = host(np.zeros(backend.record.layers, np.int64))
-        self.binding = backend._bind(
-            backend._no_ids, self.text, self.position, self.lengths, with_picture=False
-        )
+        host, layers = backend._host, backend.record.layers
+        self.decoder, self.binding = backend._decoder, backend._bind(None)
+        self.binding.bind_ortvalue_input("prefix_ids", backend._no_ids)
+        self.small = {
+            "text_ids": host(np.zeros((1, 1), np.int64)),
+            "position": host(np.zeros(1, np.int64)),
+            "lengths": host(np.zeros(layers, np.int64)),
+        }
         self.bound = False
 
-    def run(self, chunk: Chunk) -> None:
-        self.text.update_inplace(chunk.text_ids)
-        self.position.update_inplace(np.array([chunk.position]))
-        self.lengths.update_inplace(chunk.lengths)
-        if self.caches.moving or not self.bound:
-            self.caches.bind(self.binding, chunk.lengths, chunk.lengths + 1)
+    def run(self, inputs: DecoderInputs, caches: OrtCaches) -> None:
+        found = inputs.text_ids, np.array([inputs.position]), inputs.lengths
+        for (name, value), array in zip(self.small.items(), found, strict=True):
+            value.update_inplace(array)
+            self.binding.bind_ortvalue_input(name, value)  # a GPU copies its input here
+        if caches.moving or not self.bound:
+            caches.bind(self.binding, inputs.lengths, inputs.filled)
             self.bound = True
-        _run(self.decoder, self.binding, "decoder.onnx")
+        self.decoder.run_with_iobinding(self.binding)
 
 
 def _import() -> Any:
@@ -168,12 +168,18 @@ def _providers(ort: Any, device: str) -> list[str]:
     return [wanted] if device == "cpu" else [wanted, PROVIDERS["cpu"]]
 
 
-def _run(session: Any, binding: Any, name: str) -> None:
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """BackendError in place of what ONNX Runtime raises: a kind per status code, and some plain."""
     try:
-        session.run_with_iobinding(binding)
-    except Exception as error:  # onnxruntime raises a kind per status code
+        yield
+    except Exception as error:
+        theirs = type(error).__module__.startswith("onnxruntime")
+        if not theirs and not isinstance(error, (RuntimeError, ValueError, MemoryError)):
+            raise
+        said = " ".join(str(error).split())
         raise BackendError(
-            f"ONNX Runtime failed in {name} ({error}); where memory is short, shorten the prompt"
+            f"ONNX Runtime failed in {what} ({said}); where memory is short, shorten the prompt"
             " or export with a larger --cr"
         ) from error
 
@@ -182,8 +188,9 @@ def _session(ort: Any, bundle: Bundle, name: str, options: Any, providers: list[
     try:
         session = ort.InferenceSession(os.fspath(bundle.file(name)), options, providers)
     except Exception as error:  # onnxruntime raises a kind per status code
+        said = " ".join(str(error).split())
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} refuses {bundle.file(name)}: {error}"
+            f"ONNX Runtime {ort.__version__} refuses {bundle.file(name)}: {said}"
         ) from error
     if session.get_providers()[0] != providers[0]:
         raise BackendError(

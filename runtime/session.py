@@ -1,73 +1,46 @@
-"""A session: one bundle, one engine, a dialogue about one picture at a time."""
+"""A session: one engine, and one dialogue about one image at a time."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from edgeprune.bundle import Bundle
-from edgeprune.errors import CapacityError, InputError
+from edgeprune.errors import CapacityError, InputError, SessionError
 from edgeprune.runtime import backends
-from edgeprune.runtime.backend import Backend, Chunk, Ids, Output
+from edgeprune.runtime.answer import Answer, Timings, Turn
+from edgeprune.runtime.backend import EncodedImage
+from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.media import Shown, prepare
 from edgeprune.runtime.sampling import Sampler, Sampling, StopWatcher
-from edgeprune.runtime.text import Prompter
+from edgeprune.runtime.sequence import NO_IDS, Sequence
 
 WARM_UP = 128
-"""Text tokens of a prefill on nothing."""
+"""Text tokens of a prefill on nothing, at most."""
 
 BACKENDS = backends.NAMES
 
 
-@dataclass
-class Timings:
-    """Milliseconds of one answer; `decode` has one entry per token after the first."""
-
-    preprocess: float = 0.0
-    vision: float = 0.0
-    prefill: float = 0.0
-    decode: list[float] = field(default_factory=list)
-
-    @property
-    def first_token(self) -> float:
-        """Time to first token: preprocessing, vision and prefill."""
-        return self.preprocess + self.vision + self.prefill
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was said, and how: ids, why it ended (`stop`, `length`), times, kept visual tokens."""
-
-    text: str
-    ids: tuple[int, ...]
-    finish: str
-    timings: Timings
-    vision_kept: Ids  # of the V tokens, those whose places the encoder's survivors took; V: [CLS]
-    layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
-    prompt_tokens: int
-    remarks: tuple[str, ...] = ()  # of the picture, such as that its shape is not the bundle's
-
-
 class Session:
-    """Opens a bundle and answers questions; not for use from several threads at once.
+    """Answers questions: an engine, and a sequence that holds the dialogue.
 
-    As a context manager it is closed at the end of the block.
+    It serves one caller. Two at once, from threads or in two streams, get a SessionError and never
+    a wrong answer; each takes a session of its own, on one engine: `Session(engine)`. As a context
+    manager a session is closed at the end of the block.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle, self.backend = bundle, backend
-        self.manifest = bundle.manifest
-        self._prompter = Prompter(bundle.file("tokenizer.json"), self.manifest.text)
-        self._counts = np.array(self.manifest.prune.counts)
-        self._visual_ids = np.repeat(*np.array(self.manifest.text.visual_ids, np.int64).T)
-        self._held = ExitStack()
-        self._held.callback(backend.close)
-        self.reset()
+    def __init__(self, engine: Engine, sequence: Sequence | None = None) -> None:
+        """On an engine that the caller closes; `sequence` may be a fork of another one."""
+        self.engine, self.bundle, self.manifest = engine, engine.bundle, engine.manifest
+        self._prompter = engine.prompter
+        self.sequence = sequence or engine.sequence()
+        self.answer: Answer | None = None  # to the last question, once it is complete
+        self._turn: Turn | None = None
+        self._busy, self._owned = threading.Lock(), ExitStack()
 
     @classmethod
     def open(
@@ -78,14 +51,19 @@ class Session:
         threads: int | None = None,
         verify: bool | None = None,
     ) -> Session:
-        """Open a bundle on one of BACKENDS; `verify` as in Bundle.open."""
-        backends.check(backend)
-        bundle = Bundle.open(path, verify=verify)
-        return cls(bundle, backends.make(bundle, backend, threads))
+        """Open a bundle on one of BACKENDS, for one dialogue; `verify` as in Bundle.open."""
+        with ExitStack() as owned:
+            engine = Engine.open(path, backend, threads=threads, verify=verify)
+            owned.callback(engine.close)
+            session = cls(engine)
+            session._owned = owned.pop_all()
+        return session
 
     def close(self) -> None:
-        """Free the engine and its memory at once; nothing can be asked any more."""
-        self._held.close()
+        """Free the dialogue's memory at once, and the engine's if `open` opened it; nothing can be
+        asked any more."""
+        self.sequence.close()
+        self._owned.close()
 
     def __enter__(self) -> Session:
         return self
@@ -95,14 +73,8 @@ class Session:
 
     def reset(self) -> None:
         """Forget the picture and the dialogue."""
-        self._lengths = np.zeros(self.manifest.decoder.layers, np.int64)
-        self._position = 0
-        self._ids: Ids = np.zeros(0, np.int64)  # the dialogue, as transformers has it
-        self._pending: list[int] = []  # said, but not yet in the cache
-        self._vision_kept: Ids = np.zeros(0, np.int64)
-        self._layer_kept: tuple[Ids, ...] = ()
-        self._remarks: tuple[str, ...] = ()
-        self.answer: Answer | None = None
+        with self._alone():
+            self._reset()
 
     @property
     def sampling(self) -> Sampling:
@@ -111,16 +83,20 @@ class Session:
 
     def warm_up(self) -> None:
         """Run both graphs once on nothing, so that the first answer is as fast as the next."""
-        empty = np.zeros((1, 0), np.int64)
-        self.backend.see(np.zeros(self.manifest.image.shape, np.float32))
-        text = min(WARM_UP, (self.backend.text_capacity or 2 * WARM_UP) - 1)
-        self._run(empty, np.zeros((1, text), np.int64), True)
-        self._run(empty, np.zeros((1, 1), np.int64), False)
-        self.reset()
+        with self._alone():
+            self._reset()
+            engine, manifest = self.engine, self.manifest
+            image = engine.encode_pixels(np.zeros(manifest.image.shape, np.float32))
+            most = manifest.decoder.max_positions - manifest.span
+            text = min(WARM_UP, (engine.backend.text_capacity or most) - 1, most - 1)
+            if text >= 1:
+                self.sequence.read(np.zeros((1, text), np.int64), image=image)
+                self.sequence.read(np.zeros((1, 1), np.int64))
+            self._reset()
 
     def ask(
         self,
-        shown: Shown,
+        shown: Shown | EncodedImage,
         prompt: str,
         sampling: Sampling | None = None,
         system: str | None = None,
@@ -129,80 +105,90 @@ class Session:
 
         `system` is a system message in place of the chat template's own.
         """
-        return self._last(self.stream(shown, prompt, sampling, system))
+        with self._alone():
+            return self._whole(self._first_turn(shown, prompt, sampling, system))
 
     def follow_up(self, prompt: str, sampling: Sampling | None = None) -> Answer:
         """Answer a further question about the same picture, on the same caches."""
-        return self._last(self.stream_follow_up(prompt, sampling))
+        with self._alone():
+            return self._whole(self._next_turn(prompt, sampling))
 
     def stream(
         self,
-        shown: Shown,
+        shown: Shown | EncodedImage,
         prompt: str,
         sampling: Sampling | None = None,
         system: str | None = None,
     ) -> Iterator[str]:
-        """As `ask`, piece by piece; `answer` holds the whole once the last piece is out."""
-        started = time.perf_counter()
-        prefix_ids, text_ids = self._prompter.first_turn(prompt, system)  # refuse before any work
-        prepared = prepare(shown, self.manifest.image)
-        self.reset()
-        self._remarks = prepared.remarks
-        seen = time.perf_counter()
-        timings = Timings(preprocess=1e3 * (seen - started))
-        room = self._room(prefix_ids.shape[1] + text_ids.shape[1], self.manifest.span, sampling)
-        self._vision_kept = self.backend.see(prepared.pixels)
-        timings.vision = 1e3 * (time.perf_counter() - seen)
-        return self._answer(prefix_ids, text_ids, True, sampling, room, timings)
+        """As `ask`, piece by piece; `answer` holds the whole once the last piece is out.
+
+        A stream that is left before its end may be followed up; one that goes on after another
+        question was asked is a SessionError.
+        """
+        with self._alone():
+            turn = self._first_turn(shown, prompt, sampling, system)
+        return _Stream(self, turn)
 
     def stream_follow_up(self, prompt: str, sampling: Sampling | None = None) -> Iterator[str]:
         """As `follow_up`, piece by piece."""
-        if self.answer is None:
+        with self._alone():
+            turn = self._next_turn(prompt, sampling)
+        return _Stream(self, turn)
+
+    def _reset(self) -> None:
+        self.sequence.reset()
+        self._turn, self.answer = None, None
+
+    def _first_turn(
+        self,
+        shown: Shown | EncodedImage,
+        prompt: str,
+        sampling: Sampling | None,
+        system: str | None,
+    ) -> Turn:
+        """A question about a picture, which is encoded; what is refused leaves all as it was."""
+        clock, engine = time.perf_counter, self.engine
+        started = clock()
+        prefix_ids, text_ids = self._prompter.first_turn(prompt, system)
+        text = prefix_ids.size + text_ids.size
+        room = self._room(text, sampling, first=True)
+        if isinstance(shown, EncodedImage):
+            image, loaded = shown, clock()
+        else:
+            prepared = prepare(shown, self.manifest.image)
+            loaded = clock()
+            image = engine.encode_pixels(prepared.pixels, prepared.remarks)
+        timings = Timings(1e3 * (loaded - started), 1e3 * (clock() - loaded))
+        self._reset()
+        turn = Turn(prefix_ids, text_ids, image, text, sampling or self.sampling, room, timings)
+        self._turn = turn
+        return turn
+
+    def _next_turn(self, prompt: str, sampling: Sampling | None) -> Turn:
+        sequence = self.sequence
+        sequence.check()
+        if not sequence.position:
             raise InputError("a follow-up needs a first answer: call ask with a picture before it")
         started = time.perf_counter()
-        following = self._prompter.next_turn(prompt)
-        text_ids = np.concatenate([np.array([self._pending], np.int64), following], axis=1)
-        room = self._room(text_ids.shape[1], 0, sampling)
+        text_ids = self._prompter.next_turn(prompt)
+        text = len(sequence.pending) + text_ids.size
+        room = self._room(text, sampling, first=False)
         timings = Timings(preprocess=1e3 * (time.perf_counter() - started))
-        empty = np.zeros((1, 0), np.int64)
-        return self._answer(empty, text_ids, False, sampling, room, timings)
+        turn = Turn(NO_IDS, text_ids, None, text, sampling or self.sampling, room, timings)
+        self._turn, self.answer = turn, None
+        return turn
 
-    def _last(self, pieces: Iterator[str]) -> Answer:
-        for _ in pieces:
-            pass
-        assert self.answer is not None  # set when the pieces end
-        return self.answer
-
-    def _room(self, text: int, span: int, sampling: Sampling | None) -> int:
-        """How many tokens may be said after so much text, and a picture of `span` positions."""
-        most = self.manifest.decoder.max_positions
-        taken = self._position + text + span
-        if taken >= most:
-            raise CapacityError(
-                f"the dialogue takes {taken} positions (the picture's included) and needs room for"
-                f" an answer, the model has {most} positions; shorten the prompt"
-            )
-        room, left = most - taken, f"positions left of {most}"
-        capacity = self.backend.text_capacity
-        if capacity is not None:
-            held = max(0, int(self._lengths[0] - self._counts[0])) + text
-            if held >= capacity:
-                raise CapacityError(
-                    f"the dialogue has {held} tokens of text and needs room for an answer, the"
-                    f" engines' caches hold {capacity}; shorten the prompt, or build with a larger"
-                    " --text-capacity"
-                )
-            if capacity - held < room:
-                room, left = capacity - held, f"tokens left of --text-capacity {capacity}"
-        asked = sampling.max_new_tokens if sampling else None
-        if asked is None:
-            visual = self._visual_ids.size if span else 0
-            return min(room, self._longest(sampling, self._ids.size + visual + text))
-        if asked > room:
-            raise CapacityError(
-                f"--max-new-tokens {asked} is more than the {room} {left}; ask for fewer"
-            )
-        return asked
+    def _room(self, text: int, sampling: Sampling | None, *, first: bool) -> int:
+        """How many tokens may be said after so much text, behind an image or what was read."""
+        engine, sequence, visual = self.engine, self.sequence, self.engine.visual_ids.size
+        wanted = sampling.max_new_tokens if sampling else None
+        if first:
+            room = engine.room(0, 0, text, self.manifest.span, wanted)
+        else:
+            room = engine.room(sequence.position, sequence.text_tokens, text, 0, wanted)
+        if wanted is not None:
+            return wanted
+        return min(room, self._longest(sampling, text + (visual if first else sequence.ids.size)))
 
     def _longest(self, sampling: Sampling | None, before: int) -> int:
         """How many tokens an answer has at most where none was asked for; `before` stand first."""
@@ -216,20 +202,27 @@ class Session:
             )
         return length - before
 
-    def _answer(
-        self,
-        prefix_ids: Ids,
-        text_ids: Ids,
-        with_picture: bool,
-        sampling: Sampling | None,
-        room: int,
-        timings: Timings,
-    ) -> Iterator[str]:
-        sampling = sampling or self.sampling
-        watcher, said = StopWatcher(sampling.stop), list[int]()
-        tokens = self._tokens(prefix_ids, text_ids, with_picture, sampling, timings, said, room)
-        text = ""
-        for piece in self._prompter.pieces(tokens):
+    def _whole(self, turn: Turn) -> Answer:
+        pieces = self._pieces(turn)
+        while self._next(pieces) is not None:
+            pass
+        assert self.answer is not None  # set when the pieces end
+        return self.answer
+
+    def _next(self, pieces: Iterator[str]) -> str | None:
+        """The next piece, None at the end; what breaks it off ends the dialogue too."""
+        try:
+            return next(pieces, None)
+        except (CapacityError, SessionError):  # nothing was run
+            raise
+        except BaseException as error:
+            self.sequence.break_off(f"the last answer was broken off ({type(error).__name__})")
+            raise
+
+    def _pieces(self, turn: Turn) -> Iterator[str]:
+        """The text of an answer as it grows; `answer` is set at its end."""
+        watcher, text = StopWatcher(turn.sampling.stop), ""
+        for piece in self._prompter.pieces(self._tokens(turn)):
             if ready := watcher.feed(piece):
                 text += ready
                 yield ready
@@ -238,64 +231,78 @@ class Session:
         if rest := watcher.finish():
             text += rest
             yield rest
-        ended = watcher.stopped or len(said) < room or self._is_end(said)
+        said, sequence = turn.said, self.sequence
+        ended = watcher.stopped or len(said) < turn.room or self._is_end(said)
         self.answer = Answer(
             text.strip(),
             tuple(said),
             "stop" if ended else "length",
-            timings,
-            self._vision_kept,
-            self._layer_kept,
-            prefix_ids.shape[1] + text_ids.shape[1],
-            self._remarks,
+            turn.timings,
+            sequence.vision_kept,
+            sequence.layer_kept,
+            turn.prompt_tokens,
+            sequence.remarks,
         )
+
+    def _tokens(self, turn: Turn) -> Iterator[int]:
+        """Ids of the answer as they are picked, the end token left out; fills `turn.said`."""
+        said, sequence, clock = turn.said, self.sequence, time.perf_counter
+        before = sequence.ids.size + turn.prompt_tokens
+        before += self.engine.visual_ids.size if turn.image else 0
+        sampler = Sampler(turn.sampling, self.manifest.text.eos_token_ids, before)
+        known, started = sampler.takes_likeliest, clock()
+        output = sequence.read(turn.text_ids, turn.prefix_ids, turn.image, logits=not known)
+        turn.timings.prefill = 1e3 * (clock() - started)
+        while True:
+            if output.logits is None:
+                token = output.token
+            else:
+                token = sampler.pick(output.logits, sequence.ids)
+            said.append(token)
+            if self._is_end(said):
+                return
+            sequence.pending = [token]
+            yield token
+            if len(said) == turn.room:
+                return
+            started = clock()
+            output = sequence.read(logits=not known)
+            turn.timings.decode.append(1e3 * (clock() - started))
 
     def _is_end(self, said: list[int]) -> bool:
         return bool(said) and said[-1] in self.manifest.text.eos_token_ids
 
-    def _tokens(
-        self,
-        prefix_ids: Ids,
-        text_ids: Ids,
-        with_picture: bool,
-        sampling: Sampling,
-        timings: Timings,
-        said: list[int],
-        room: int,
-    ) -> Iterator[int]:
-        """Ids of the answer as they are picked, the end token left out; fills `said`."""
-        started = time.perf_counter()
-        output = self._run(prefix_ids, text_ids, with_picture)
-        if with_picture:
-            self._layer_kept = output.kept
-        timings.prefill = 1e3 * (time.perf_counter() - started)
-        self._pending = []
-        sampler = Sampler(sampling, self.manifest.text.eos_token_ids, self._ids.size)
-        while True:
-            known = sampler.takes_likeliest
-            token = output.token if known else sampler.pick(output.logits, self._ids)
-            said.append(token)
-            if self._is_end(said):
-                return
-            self._pending = [token]
-            yield token
-            if len(said) == room:
-                return
-            started = time.perf_counter()
-            output = self._run(np.zeros((1, 0), np.int64), np.array([[token]]), False)
-            self._pending = []
-            timings.decode.append(1e3 * (time.perf_counter() - started))
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise SessionError(
+                "this session is answering another question; give each thread a session of its own"
+                " on the same engine: Session(engine)"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
 
-    def _run(self, prefix_ids: Ids, text_ids: Ids, with_picture: bool) -> Output:
-        text = prefix_ids.shape[1] + text_ids.shape[1]
-        visual = self._counts if with_picture else np.zeros_like(self._counts)
-        after = self._lengths + text + visual
-        self.backend.reserve(after.tolist())
-        output = self.backend.run(
-            Chunk(prefix_ids, text_ids, self._position, self._lengths, with_picture)
-        )
-        self._lengths = after
-        shown = self._visual_ids if with_picture else self._visual_ids[:0]
-        self._ids = np.concatenate([self._ids, prefix_ids[0], shown, text_ids[0]])
-        self._position += text + (self.manifest.span if with_picture else 0)
-        return output
+
+class _Stream:
+    """The pieces of one answer, as they are asked for."""
+
+    def __init__(self, session: Session, turn: Turn) -> None:
+        self._session, self._turn, self._pieces = session, turn, session._pieces(turn)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        session = self._session
+        with session._alone():
+            if session._turn is not self._turn:
+                raise SessionError(
+                    "this stream ended when another question was asked in its session; streams"
+                    " side by side take a session each, on one engine: Session(engine)"
+                )
+            piece = session._next(self._pieces)
+        if piece is None:
+            raise StopIteration
+        return piece

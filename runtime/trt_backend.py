@@ -1,28 +1,40 @@
 """TensorRT and TensorRT-RTX: everything stays on the GPU but token ids.
 
-One block of memory is allocated when a bundle is opened and divided up: inputs, outputs, caches,
-and the scratch memory that all runs share. The vision engine writes its tokens where the decoder
-reads them. A cache that is written in place has one address for past and present, so every decode
-step is the same work: it is recorded once as a CUDA graph and replayed, with one small copy in (the
-token, its position, the lengths) and 8 bytes out (the likeliest token).
+One block of memory is allocated when a bundle is opened and divided up: inputs, outputs and the
+scratch memory that all runs share. Each dialogue has a block of caches, each encoded image one of
+tokens, which the vision engine writes where the decoder reads them; a block that is given back goes
+to the next dialogue or image. A cache that is written in place has one address for past and
+present, so every decode step of a dialogue is the same work: it is recorded once as a CUDA graph
+and replayed, with one small copy in (the token, its position, the lengths) and 8 bytes out (the
+likeliest token).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import prod
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.bundle import Bundle, Manifest
+from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, CapacityError
 from edgeprune.runtime import elements, engines, gpu, trt
-from edgeprune.runtime.backend import Chunk, Ids, Output
+from edgeprune.runtime._trt_memory import (
+    ALIGNMENT,
+    WORD,
+    Block,
+    TrtCaches,
+    arena,
+    cache_sizes,
+    image_sizes,
+    shared_sizes,
+    step_bytes,
+    survivors,
+)
+from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output
 
-ALIGNMENT = 256  # bytes; TensorRT wants inputs and outputs so
-WORD = 8  # bytes of an int64
 ADVICE = {
     "prefix": "put <image> earlier in it",
     "text": "shorten it, or build with a larger --text-capacity",
@@ -38,81 +50,119 @@ class TrtBackend:
         self.record, self.dtype = bundle.manifest.decoder, bundle.manifest.dtype
         version = str(trt.load(kind).__version__)
         machine = engines.Machine(kind, trt.TITLES[kind], version, self.device.compute)
-        found = engines.find(bundle, machine)
-        self.capacities: list[int] = found.record["capacities"]
-        self.text_capacity: int | None = found.record["text_capacity"]
-        made: dict[str, Any] = found.record["engines"]
+        self._found = engines.find(bundle, machine)
+        record: dict[str, Any] = self._found.record
+        self.capacities: list[int] = record["capacities"]
+        self.text_capacity: int | None = record["text_capacity"]
+        made: dict[str, Any] = record["engines"]
         self.build_seconds: float | None = sum(engine["seconds"] for engine in made.values())
         self.limits = made["decoder"]["profiles"]["prefill"]
-        sizes = _sizes(bundle.manifest, self.capacities, self.limits)
-        files = sum(engine["bytes"] for engine in made.values())
-        self._check_memory(found, files + sum(sizes.values()))
-        vision, decoder = (self.device.load(found.file(n)) for n in ("vision", "decoder"))
+        sizes = shared_sizes(bundle.manifest, self.limits)
+        self._image_sizes = image_sizes(bundle.manifest)
+        self._cache_sizes = cache_sizes(bundle.manifest, self.capacities)
+        one = sum(sum(some.values()) for some in (sizes, self._image_sizes, self._cache_sizes))
+        self._check_memory(sum(engine["bytes"] for engine in made.values()) + one)
+        vision, decoder = (self.device.load(self._found.file(n)) for n in ("vision", "decoder"))
         sizes["scratch"] = max(vision.scratch, decoder.scratch)
-        self._check_memory(found, sum(sizes.values()))
-        self.at = _arena(self.device, sizes)
+        self._check_memory(one + sizes["scratch"])
+        self.at = arena(self.device, sizes)
         (self._vision,) = vision.executions(self.at["scratch"])
         self._prefill, self._decode = decoder.executions(self.at["scratch"])
-        self._caches = _Caches(bundle.manifest, self.capacities, self.at)
         self._token = self.device.pinned(WORD).view(np.int64)
+        self._step = _StepInputs(self)
+        self._blocks = list[Block]()
+        self._spare_images, self._spare_blocks = list[dict[str, int]](), list[Block]()
         self._bind()
-        self._step = _Step(self)
 
-    def see(self, pixels: NDArray[np.float32]) -> Ids:
+    def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
+        spare = self._spare_images
+        at = spare.pop() if spare else self._more(self._image_sizes, "a further image")
+        holder = _Holder()
+        weakref.finalize(holder, spare.append, at).atexit = False  # once nobody can read it
         self.device.upload(self.at["pixels"], elements.to_stored(pixels, self.dtype))
+        self._vision.address("visual", at["visual"])
+        self._vision.address("kept", at["places"])
         self._vision.run()
         kept = np.zeros(self.manifest.prune.encoded, np.int64)
-        self.device.download(kept, self.at["places"])
+        self.device.download(kept, at["places"])
         self.device.wait()
-        return kept
+        return EncodedImage(at["visual"], at["places"], kept, holder=holder)
 
-    def reserve(self, capacities: Sequence[int]) -> None:
-        for layer, (wanted, held) in enumerate(zip(capacities, self.capacities, strict=True)):
-            if wanted > held:
-                raise CapacityError(
-                    f"the engines' cache of layer {layer + 1} holds {held} tokens, the dialogue"
-                    f" needs {wanted}; ask for fewer, or build with a larger --text-capacity"
-                )
+    def caches(self) -> TrtCaches:
+        spare = self._spare_blocks
+        if not spare:
+            at = self._more(self._cache_sizes, "a further dialogue")
+            spare.append(Block(self.manifest, self.capacities, at))
+            self._blocks += spare
+        return TrtCaches(spare.pop(), spare)
 
-    def run(self, chunk: Chunk) -> Output:
-        single = not chunk.with_picture and chunk.text_ids.shape[1] == 1
-        if single and not chunk.prefix_ids.size:
-            self._step.run(chunk)
-            return Output(self._logits, (), int(self._token[0]))
-        kept = self._read(chunk)
-        return Output(self._logits, kept, int(self._token[0]))
+    def copy(self, caches: TrtCaches, lengths: Ids) -> TrtCaches:
+        twin = self.caches()
+        for name, (past, _) in caches.block.pairs.items():
+            self.device.copy(twin.block.pairs[name][0], past, self._cache_sizes[name])
+        self.device.wait()
+        return twin
 
-    def cache_bytes(self) -> int:
-        return self._caches.bytes
+    def run(self, inputs: DecoderInputs, caches: TrtCaches) -> Output:
+        self._check_capacities(inputs.filled)
+        kept: tuple[Ids, ...] = ()
+        if inputs.is_step:
+            self._run_step(inputs, caches.block)
+        else:
+            kept = self._read(inputs, caches.block)
+        logits = self._logits() if inputs.logits else None
+        return Output(int(self._token[0]), kept, logits)
 
     def close(self) -> None:
-        del self._vision, self._prefill, self._decode, self._step  # before the memory they work on
+        del self._vision, self._prefill, self._decode  # before the memory they work on
+        for block in self._blocks:
+            block.replay = None
         self.device.close()
 
-    def _read(self, chunk: Chunk) -> tuple[Ids, ...]:
-        """A prefill or a later turn: the kept places of each site."""
-        visual = self.manifest.prune.encoded if chunk.with_picture else 0
-        for name, ids in (("prefix", chunk.prefix_ids), ("text", chunk.text_ids)):
-            if ids.size > (most := self.limits[name][2]):
-                raise CapacityError(
-                    f"the engines read {most} {name} tokens at once, the prompt has {ids.size};"
-                    f" {ADVICE[name]}"
-                )
-            self.device.upload(self.at[f"{name}_ids"], np.ascontiguousarray(ids))
-            self._prefill.shape(f"{name}_ids", (1, ids.size))
-        self.device.upload(self.at["position"], np.array([chunk.position]))
-        self.device.upload(self.at["lengths"], chunk.lengths)
-        self._prefill.shape("visual", (1, visual, self.record.width))
-        if self.record.span is not None:
-            self._prefill.shape("places", (visual,))
-        self._caches.prepare(self._prefill, chunk.lengths)
-        self._prefill.run()
+    def _read(self, inputs: DecoderInputs, block: Block) -> tuple[Ids, ...]:
+        """A prefill or a later turn: the kept positions of each site."""
+        image, execution = inputs.image, self._prefill
+        self._check_profile(inputs)
+        for name, ids in (("prefix_ids", inputs.prefix_ids), ("text_ids", inputs.text_ids)):
+            self.device.upload(self.at[name], np.ascontiguousarray(ids))
+            execution.shape(name, (1, ids.size))
+        self.device.upload(self.at["position"], np.array([inputs.position]))
+        self.device.upload(self.at["lengths"], inputs.lengths)
+        visual = 0 if image is None else self.manifest.prune.encoded
+        self._show(execution, image, visual)
+        block.prepare(execution, inputs.lengths)
+        execution.run()
         self.device.download(self._token, self.at["token"])
-        kept = tuple(np.zeros(n if visual else 0, np.int64) for n in _survivors(self.manifest))
-        for name, places in zip(self.manifest.prune.kept_outputs, kept, strict=True):
-            self.device.download(places, self.at[name])
+        kept = tuple(np.zeros(n if visual else 0, np.int64) for n in survivors(self.manifest))
+        for name, indices in zip(self.manifest.prune.kept_outputs, kept, strict=True):
+            self.device.download(indices, self.at[name])
         self.device.wait()
         return kept
+
+    def _run_step(self, inputs: DecoderInputs, block: Block) -> None:
+        """One decode step: the first of a block is run as it is, then recorded and replayed."""
+        self._step.fill(inputs)
+        if block.replay is not None:
+            block.replay()
+        else:
+            block.prepare(self._decode, inputs.lengths)
+            self._queue_step()
+        self.device.wait()
+        if block.replay is None and not block.grows and self._decode.recordable():
+            block.replay = self.device.record(self._queue_step)
+
+    def _queue_step(self) -> None:
+        self.device.upload(self.at["step"], self._step.host)
+        self._decode.run()
+        self.device.download(self._token, self.at["token"])
+
+    def _show(self, execution: gpu.Execution, image: EncodedImage | None, visual: int) -> None:
+        """Let a call read an image's tokens; without an image it reads none, wherever they lie."""
+        execution.shape("visual", (1, visual, self.record.width))
+        execution.address("visual", image.visual if image else self.at["nothing"])
+        if self.record.span is not None:
+            execution.shape("places", (visual,))
+            execution.address("places", image.indices if image else self.at["nothing"])
 
     def _logits(self) -> NDArray[Any]:
         """Those of the last call, [vocabulary]."""
@@ -122,136 +172,67 @@ class TrtBackend:
         return elements.from_stored(stored, self.dtype)
 
     def _bind(self) -> None:
-        """Give every input and output its address; those of caches that grow change later."""
-        for name, place in (("pixels", "pixels"), ("visual", "visual"), ("kept", "places")):
-            self._vision.address(name, self.at[place])
-        names = ["visual", "logits", "token", *self.manifest.prune.kept_outputs]
-        if self.record.span is not None:
-            names.append("places")
+        """Give every input and output that all calls share its address and, in steps, its shape."""
+        self._vision.address("pixels", self.at["pixels"])
         for execution in (self._prefill, self._decode):
-            for name in names:
+            for name in ("logits", "token", *self.manifest.prune.kept_outputs):
                 execution.address(name, self.at[name])
-            self._caches.bind(execution)
         for name in ("prefix_ids", "text_ids", "position", "lengths"):
             self._prefill.address(name, self.at[name])
+        self._decode.address("prefix_ids", self.at["prefix_ids"])
+        self._decode.shape("prefix_ids", (1, 0))
+        self._decode.shape("text_ids", (1, 1))
+        for place, name in enumerate(("text_ids", "position", "lengths")):
+            self._decode.address(name, self.at["step"] + place * ALIGNMENT)
+        self._show(self._decode, None, 0)
 
-    def _check_memory(self, found: engines.Engines, need: int) -> None:
+    def _more(self, sizes: Mapping[str, int], what: str) -> dict[str, int]:
+        """Memory for what comes to a running engine."""
+        need, free = sum(sizes.values()), self.device.free_bytes()
+        if need > free:
+            raise BackendError(
+                f"{what} needs {need / 1e9:.2f} GB of GPU memory, {free / 1e9:.2f} GB are free;"
+                " close a session of this engine, which leaves its memory to the next"
+            )
+        return arena(self.device, sizes)
+
+    def _check_capacities(self, filled: Ids) -> None:
+        for layer, (wanted, held) in enumerate(zip(filled, self.capacities, strict=True)):
+            if wanted > held:
+                raise CapacityError(
+                    f"the engines' cache of layer {layer + 1} holds {held} tokens, the dialogue"
+                    f" needs {wanted}; ask for fewer, or build with a larger --text-capacity"
+                )
+
+    def _check_profile(self, inputs: DecoderInputs) -> None:
+        for name, ids in (("prefix", inputs.prefix_ids), ("text", inputs.text_ids)):
+            if ids.size > (most := self.limits[name][2]):
+                raise CapacityError(
+                    f"the engines read {most} {name} tokens at once, the prompt has {ids.size};"
+                    f" {ADVICE[name]}"
+                )
+
+    def _check_memory(self, need: int) -> None:
         if need > (free := self.device.free_bytes()):
             raise BackendError(
-                f"{found.folder} needs {need / 1e9:.2f} GB of GPU memory, {free / 1e9:.2f} GB are"
-                " free; end other programs, delete it and build with a smaller --text-capacity, or"
-                " export with a larger --cr"
+                f"{self._found.folder} needs {need / 1e9:.2f} GB of GPU memory,"
+                f" {free / 1e9:.2f} GB are free; end other programs, delete it and build with a"
+                " smaller --text-capacity, or export with a larger --cr"
             )
 
 
-class _Step:
-    """One decode step: what it reads lies in one piece of memory, so that one copy fills it."""
+class _StepInputs:
+    """What a decode step reads: it lies in one piece of memory, so that one copy fills it."""
 
     def __init__(self, backend: TrtBackend) -> None:
-        self.device, layers = backend.device, backend.record.layers
-        self.execution, self.caches = backend._decode, backend._caches
-        self.at, self.token = backend.at, backend._token
-        self.host = self.device.pinned(2 * ALIGNMENT + WORD * layers)
+        self.host = backend.device.pinned(step_bytes(backend.record.layers))
         words, gap = self.host.view(np.int64), ALIGNMENT // WORD
         self.text, self.position, self.lengths = words[:1], words[gap : gap + 1], words[2 * gap :]
-        self.replay: Callable[[], None] | None = None
-        execution, start = self.execution, self.at["step"]
-        for place, name in enumerate(("text_ids", "position", "lengths")):
-            execution.address(name, start + place * ALIGNMENT)
-        execution.address("prefix_ids", self.at["prefix_ids"])
-        execution.shape("prefix_ids", (1, 0))
-        execution.shape("text_ids", (1, 1))
-        execution.shape("visual", (1, 0, backend.record.width))
-        if backend.record.span is not None:
-            execution.shape("places", (0,))
 
-    def run(self, chunk: Chunk) -> None:
-        self.text[0], self.position[0] = chunk.text_ids[0, 0], chunk.position
-        self.lengths[:] = chunk.lengths
-        if self.replay is not None:
-            self.replay()
-        else:
-            self.caches.prepare(self.execution, chunk.lengths)
-            self._queue()
-        self.device.wait()
-        if self.replay is None and not self.caches.grows and self.execution.recordable():
-            self.replay = self.device.record(self._queue)
-
-    def _queue(self) -> None:
-        self.device.upload(self.at["step"], self.host)
-        self.execution.run()
-        self.device.download(self.token, self.at["token"])
+    def fill(self, inputs: DecoderInputs) -> None:
+        self.text[0], self.position[0] = inputs.text_ids[0, 0], inputs.position
+        self.lengths[:] = inputs.lengths
 
 
-class _Caches:
-    """Addresses of the KV caches: past and present at one, or at two that change places."""
-
-    def __init__(
-        self, manifest: Manifest, capacities: Sequence[int], at: Mapping[str, int]
-    ) -> None:
-        record = manifest.decoder
-        self.grows, self.record = record.cache == "grow", record
-        row = record.kv_heads * record.head_size * elements.SIZES[manifest.dtype]
-        self.bytes = (2 if self.grows else 1) * sum(2 * n * row for n in capacities)
-        names = [f"{kind}.{layer}" for layer in range(record.layers) for kind in ("key", "value")]
-        self.pairs = {n: (at[n], at[f"{n}'" if self.grows else n]) for n in names}
-
-    def bind(self, execution: gpu.Execution) -> None:
-        for name, (past, present) in self.pairs.items():
-            execution.address(f"past_{name}", past)
-            execution.address(f"present_{name}", present)
-
-    def prepare(self, execution: gpu.Execution, lengths: Ids) -> None:
-        """For caches that grow: this call's shapes and addresses; the next one's are swapped."""
-        if not self.grows:
-            return
-        self.bind(execution)
-        for name, (past, present) in self.pairs.items():
-            held = int(lengths[int(name.partition(".")[2])])
-            shape = (1, self.record.kv_heads, held, self.record.head_size)
-            execution.shape(f"past_{name}", shape)
-            self.pairs[name] = present, past
-
-
-def _sizes(
-    manifest: Manifest, capacities: Sequence[int], limits: Mapping[str, Sequence[int]]
-) -> dict[str, int]:
-    """Bytes of every piece of memory, by name."""
-    record, element = manifest.decoder, elements.SIZES[manifest.dtype]
-    encoded, layers = manifest.prune.encoded, record.layers
-    sizes = {
-        "pixels": prod(manifest.image.shape) * element,
-        "visual": encoded * record.width * element,
-        "places": encoded * WORD,
-        "prefix_ids": limits["prefix"][2] * WORD,
-        "text_ids": limits["text"][2] * WORD,
-        "position": WORD,
-        "lengths": layers * WORD,
-        "step": 2 * ALIGNMENT + layers * WORD,
-        "logits": record.vocabulary * element,
-        "token": WORD,
-    }
-    for name, count in zip(manifest.prune.kept_outputs, _survivors(manifest), strict=True):
-        sizes[name] = count * WORD
-    row = record.kv_heads * record.head_size * element
-    for layer, capacity in enumerate(capacities):
-        for name in (f"key.{layer}", f"value.{layer}"):
-            sizes[name] = capacity * row
-            if record.cache == "grow":
-                sizes[f"{name}'"] = capacity * row
-    return {name: max(1, size) + -max(1, size) % ALIGNMENT for name, size in sizes.items()}
-
-
-def _survivors(manifest: Manifest) -> list[int]:
-    """How many visual tokens each pruning site leaves."""
-    layers = (int(name.partition(".")[2]) for name in manifest.prune.kept_outputs)
-    return [manifest.prune.counts[layer - 1] for layer in layers]
-
-
-def _arena(device: gpu.Gpu, sizes: Mapping[str, int]) -> dict[str, int]:
-    """One allocation, divided up: the address of each piece."""
-    base, at = device.allocate(sum(sizes.values())), {}
-    for name, size in sizes.items():
-        at[name] = base
-        base += size
-    return at
+class _Holder:
+    """Held by whoever may still read an image."""

@@ -96,6 +96,12 @@ class FakeGpu:
 
         self.put(work)
 
+    def copy(self, to: int, source: int, size: int) -> None:
+        def work() -> None:
+            self.view(to, size)[:] = self.view(source, size)
+
+        self.put(work)
+
     def wait(self) -> None:
         assert self.recording is None, "a stream that is being recorded cannot be waited for"
         work, self.queue = self.queue, []

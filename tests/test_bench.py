@@ -72,8 +72,8 @@ def test_a_bundle_says_the_same_on_two_backends(
     assert (found.same_tokens, found.same_kept) == (found.tokens, found.kept) == (6, found.kept)
     assert found.kept > 0
     assert found.logits == 0
-    assert ours.backend.build_seconds == 2.0
-    assert theirs.backend.build_seconds is None
+    assert ours.engine.backend.build_seconds == 2.0
+    assert theirs.engine.backend.build_seconds is None
     lap = ours.lap()
     assert (lap["watts"], lap["peak_bytes"]) == (7.5, 0)
     assert len(lap["seconds"]) == 3 and min(lap["seconds"]) > 0

@@ -24,9 +24,8 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
-from edgeprune.runtime import media
+from edgeprune.runtime import Session, media
 from edgeprune.runtime.sampling import Sampling
-from edgeprune.runtime.session import Session
 from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families, qwen

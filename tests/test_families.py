@@ -30,9 +30,9 @@ from edgeprune.models._vision import Fixed
 from edgeprune.policies import make, names
 from edgeprune.recipe import Recipe
 from edgeprune.recipe import make as make_bundle
+from edgeprune.runtime import Session
 from edgeprune.runtime.images import remarks, to_pixels
 from edgeprune.runtime.sampling import Sampling
-from edgeprune.runtime.session import Session
 from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families

@@ -21,9 +21,8 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._media import Asked
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
-from edgeprune.runtime import media
+from edgeprune.runtime import Session, media
 from edgeprune.runtime.sampling import Sampling
-from edgeprune.runtime.session import Session
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from edgeprune.cli import main
 from edgeprune.demo import MODEL_DIR, SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError, InputError
-from edgeprune.runtime import Sampling, Session, backends
+from edgeprune.runtime import Engine, Sampling, Session, _caches, backends
 from edgeprune.runtime._caches import STEP
 from edgeprune.runtime.backend import FakeBackend
 
@@ -74,8 +75,7 @@ def test_dense_equals_transformers_over_64_free_tokens(
     dense: Session, transformers_model: tuple[Any, Any]
 ) -> None:
     """No end token stops them: the dialogue runs on over what the model makes up."""
-    endless = Bundle(dense.bundle.path, _without_end(dense))
-    session = Session(endless, dense.backend)
+    session = endless(dense)
     for image, question in held_out(6):
         wanted, _ = generate(
             transformers_model, image, question.text, max_new_tokens=64, eos_token_id=None
@@ -85,11 +85,11 @@ def test_dense_equals_transformers_over_64_free_tokens(
         assert (answer.finish, len(answer.ids)) == ("length", 64)
 
 
-def _without_end(session: Session) -> Any:
-    from dataclasses import replace
-
+def endless(session: Session) -> Session:
+    """Another session on the same graphs, whose answers no end token stops."""
     manifest = session.manifest
-    return replace(manifest, text=replace(manifest.text, eos_token_ids=()))
+    manifest = replace(manifest, text=replace(manifest.text, eos_token_ids=()))
+    return Session(Engine(Bundle(session.bundle.path, manifest), session.engine.backend))
 
 
 def test_dense_logits_are_those_of_transformers(
@@ -103,18 +103,19 @@ def test_dense_logits_are_those_of_transformers(
 
 
 def _listen(session: Session, found: list[np.ndarray], image: Any, text: str) -> None:
-    run = session.backend.run
+    backend = session.engine.backend
+    run = backend.run
 
-    def record(chunk: Any) -> Any:
-        output = run(chunk)
-        found.append(output.logits.copy())
+    def record(inputs: Any, caches: Any) -> Any:
+        output = run(inputs, caches)
+        found.append(output.logits)
         return output
 
-    session.backend.run = record  # type: ignore[method-assign]
+    backend.run = record  # type: ignore[method-assign]
     try:
         session.ask(image, text, Sampling(max_new_tokens=1))
     finally:
-        session.backend.run = run  # type: ignore[method-assign]
+        backend.run = run  # type: ignore[method-assign]
 
 
 def test_two_turns_equal_one_long_dialogue(dense: Session) -> None:
@@ -127,29 +128,28 @@ def test_two_turns_equal_one_long_dialogue(dense: Session) -> None:
         prefix, text = prompter.first_turn(first.text)
         said = [i for i in answer.ids if i not in dense.manifest.text.eos_token_ids]
         whole = np.concatenate([text, [said], prompter.next_turn(second.text)], axis=1)
-        dense.ask(image, first.text)  # sees the picture again
-        dense.reset()
-        tokens = dense._tokens(prefix, whole, True, Sampling(), _timings(), said := [], 8)
-        list(tokens)
-        assert tuple(said) == again.ids
+        assert again.ids == greedy(dense, image, prefix, whole)
 
 
-def _timings() -> Any:
-    from edgeprune.runtime import Timings
+def greedy(session: Session, image: Any, prefix: Any, text: Any) -> tuple[int, ...]:
+    """Ids of an answer, the end token among them, read token by token on a sequence of its own."""
+    sequence, said = session.engine.sequence(), list[int]()
+    output = sequence.read(text, prefix, session.engine.encode_image(image))
+    while len(said) < 8 and not session._is_end(said):
+        said.append(output.token)
+        output = sequence.read(np.array([said[-1:]]), logits=False)
+    return tuple(said)
 
-    return Timings()
 
-
-def test_caches_grow_without_changing_the_answer(pruned: Session, demo_utp: Path) -> None:
-    """80 tokens cross a growth step; a session that reserved all at once says the same."""
+def test_caches_grow_without_changing_the_answer(
+    pruned: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 tokens cross a growth step; where all room is reserved at once the answer is the same."""
     image, question = next(held_out(1))
-    sampling = Sampling(max_new_tokens=STEP + 16)
-    small = Session(Bundle(demo_utp, _without_end(pruned)), pruned.backend)
-    answer = small.ask(image, question.text, sampling)
-    roomy = Session.open(demo_utp)
-    roomy.backend.reserve([1000] * 12)
-    large = Session(Bundle(demo_utp, _without_end(pruned)), roomy.backend)
-    assert answer.ids == large.ask(image, question.text, sampling).ids
+    sampling, session = Sampling(max_new_tokens=STEP + 16), endless(pruned)
+    answer = session.ask(image, question.text, sampling)
+    monkeypatch.setattr(_caches, "STEP", 1000)
+    assert answer.ids == endless(pruned).ask(image, question.text, sampling).ids
     assert len(answer.ids) == STEP + 16
 
 
@@ -171,10 +171,10 @@ def test_sampling_is_drawn_by_its_seed(pruned: Session) -> None:
 
 def test_a_stop_string_ends_the_answer(pruned: Session) -> None:
     image, question = next(held_out(1))
-    endless = Session(Bundle(pruned.bundle.path, _without_end(pruned)), pruned.backend)
-    whole = endless.ask(image, question.text, Sampling(max_new_tokens=12))
+    session = endless(pruned)
+    whole = session.ask(image, question.text, Sampling(max_new_tokens=12))
     letter = whole.text[1]
-    cut = endless.ask(image, question.text, Sampling(max_new_tokens=12, stop=(letter,)))
+    cut = session.ask(image, question.text, Sampling(max_new_tokens=12, stop=(letter,)))
     assert cut.text == whole.text.partition(letter)[0].strip()
     assert cut.finish == "stop"
 
@@ -190,14 +190,14 @@ def test_what_was_kept_is_told(pruned: Session) -> None:
 
 def test_a_follow_up_needs_a_first_answer(demo_dense: Path) -> None:
     bundle = Bundle.open(demo_dense)
-    session = Session(bundle, FakeBackend([2], bundle.manifest.decoder.vocabulary, 144))
+    session = Session(Engine(bundle, FakeBackend([2], bundle.manifest.decoder.vocabulary, 144)))
     with pytest.raises(InputError, match="first answer"):
         session.follow_up("how many ?")
 
 
 def test_a_dialogue_may_not_outgrow_the_positions(demo_dense: Path) -> None:
     bundle = Bundle.open(demo_dense)
-    session = Session(bundle, FakeBackend([2], bundle.manifest.decoder.vocabulary, 144))
+    session = Session(Engine(bundle, FakeBackend([2], bundle.manifest.decoder.vocabulary, 144)))
     image, question = next(held_out(1))
     with pytest.raises(CapacityError, match="1024 positions; shorten the prompt"):
         session.ask(image, "star " * 1000)
@@ -234,7 +234,7 @@ def test_an_engine_is_freed_with_its_session(tiny_bundle: Path, no_collector: No
 
 def _asked(session: Session) -> weakref.ref[Any]:
     """The engine of a session that has prefilled and decoded."""
-    backend: Any = session.backend
+    backend: Any = session.engine.backend
     session.warm_up()
     return weakref.ref(backend._decoder)
 

@@ -25,7 +25,7 @@ from edgeprune.drawing.show import MERGED, Said, Site, dim, seen, survivors
 from edgeprune.drawing.show_figure import figure, representative
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.images import read_image
-from edgeprune.runtime.session import Answer, Session, Timings
+from edgeprune.runtime import Answer, Session, Timings
 from edgeprune.spec import Stage
 
 SCENES = sorted((Path(__file__).parents[1] / "edgeprune/demo/samples").glob("*.png"))

@@ -139,13 +139,15 @@ def test_visual_tokens_and_caches_stay_on_the_gpu(
     session = Session.open(tiny, backend="trt")
     (device,) = used
     image, question = next(held_out(1))
-    assert len(device.blocks) == 1, "one allocation, made when the bundle is opened"
+    assert len(device.blocks) == 2, "what calls share, and the dialogue's caches"
     session.ask(image, question.text, Sampling(max_new_tokens=1))
     prune = session.manifest.prune
     kept = sum(8 * prune.counts[int(name.partition(".")[2]) - 1] for name in prune.kept_outputs)
     assert device.downloaded == 8 * prune.encoded + 8 + kept, "logits stay there"
     session.follow_up("how many circles are there ?", Sampling(max_new_tokens=4))
-    assert len(device.blocks) == 1
+    for image, question in held_out(3):
+        session.ask(image, question.text, Sampling(max_new_tokens=1))
+    assert len(device.blocks) == 4, "and an image's tokens, twice: one is read, the next is encoded"
 
 
 def test_an_answer_ends_where_the_caches_are_full(
@@ -164,7 +166,7 @@ def test_an_answer_ends_where_the_caches_are_full(
     with pytest.raises(CapacityError, match=f"caches hold {TEXT}; shorten the prompt"):
         session.ask(image, "star " * TEXT)
     with pytest.raises(CapacityError, match="cache of layer 1 holds"):
-        session.backend.reserve([1000] * 3)
+        session.sequence.read(np.zeros((1, TEXT + 16), np.int64))
 
 
 def test_warming_up_leaves_no_trace(tiny: Path, fake: Callable[..., list[FakeGpu]]) -> None:
@@ -267,7 +269,7 @@ def test_of_several_engines_those_that_hold_most_are_run(
         _record(folder, text_capacity=capacity)
         folder.rename(folder.with_name(name))
     fake(bundle)
-    assert Session.open(bundle, backend="trt").backend.text_capacity == TEXT
+    assert Session.open(bundle, backend="trt").engine.backend.text_capacity == TEXT
 
 
 def test_closing_frees_the_gpu(
@@ -279,7 +281,7 @@ def test_closing_frees_the_gpu(
     image, question = next(held_out(1))
     with Session.open(bundle, backend="trt") as session:
         session.ask(image, question.text, Sampling(max_new_tokens=4))
-        backend: Any = session.backend
+        backend: Any = session.engine.backend
         engine = weakref.ref(backend._decode)
         assert used[0].blocks
     assert engine() is None

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from benchmarks.peers.job import PREFIX, STATIC, TEXT, Array, Ids, Job
 from edgeprune.bundle import Bundle
-from edgeprune.runtime.backend import Chunk
+from edgeprune.runtime.backend import DecoderInputs, EncodedImage
 from edgeprune.runtime.ort import OrtBackend
 
 
@@ -34,6 +34,7 @@ class Ours:
         opened = Bundle.open(bundle, verify=False)
         self.counts = np.array(opened.manifest.prune.counts)
         self.backend = OrtBackend(opened, "cpu", threads)
+        self.caches = self.backend.caches()
         with safe_open(bundle.parent / "text" / "model.safetensors", "np") as stored:
             self.embedding = stored.get_tensor("model.embed_tokens.weight")
 
@@ -41,9 +42,10 @@ class Ours:
         """As a session is that has answered such a prompt before."""
         self.job, backend = job, self.backend
         # Stands for what the vision graph leaves behind.
-        backend._visual = backend._host(self.embedding[job.prompt[:, PREFIX : PREFIX - TEXT]])
+        visual = backend._host(self.embedding[job.prompt[:, PREFIX : PREFIX - TEXT]])
+        self.image = EncodedImage(visual, None, np.arange(job.tokens - TEXT))
         self.lengths, self.position = np.zeros_like(self.counts), 0
-        backend.reserve((TEXT + self._kept() + len(job.following)).tolist())
+        self.caches.reserve(self.lengths, TEXT + self._kept() + len(job.following))
 
     def prefill(self) -> None:
         prompt, visual = self.job.prompt, self.job.tokens - TEXT
@@ -60,13 +62,14 @@ class Ours:
     def _run(self, prefix: Ids, text: Ids, kept: Ids, visual: int) -> None:
         words = prefix.shape[1] + text.shape[1]
         after = self.lengths + words + kept
-        self.backend.reserve(after.tolist())
-        self.backend.run(Chunk(prefix, text, self.position, self.lengths, visual > 0))
+        image = self.image if visual else None
+        inputs = DecoderInputs(prefix, text, image, self.position, self.lengths, after)
+        self.found = self.backend.run(inputs, self.caches).logits
         self.lengths, self.position = after, self.position + words + visual
 
     def logits(self) -> Array:
-        found: Array = self.backend.logits().copy()
-        return found
+        assert self.found is not None  # every call asks for them
+        return self.found
 
 
 class Peer:

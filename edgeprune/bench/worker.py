@@ -20,10 +20,9 @@ import numpy as np
 from edgeprune import memory
 from edgeprune.bench import power
 from edgeprune.bench.agreement import Answer, pack
-from edgeprune.bundle import Bundle
 from edgeprune.errors import CapacityError, EdgepruneError
-from edgeprune.runtime import backends
-from edgeprune.runtime.backend import Chunk, Ids, Output
+from edgeprune.runtime.backend import EncodedImage, Output
+from edgeprune.runtime.engine import Engine
 
 PREFIX = 5
 """Text tokens before the picture; LLaVA-1.5 without a system text has about as many."""
@@ -38,16 +37,14 @@ class BenchWorker:
         meter = power.find(backend != "ort-cpu")
         self.sampler = power.Sampler(meter) if meter else None
         started = time.perf_counter()
-        bundle = Bundle.open(path, verify=False)
-        self.manifest = bundle.manifest
-        self.backend = backends.make(bundle, backend, threads)
+        self.engine = Engine.open(path, backend, threads=threads, verify=False)
+        self.manifest, self.sequence = self.engine.manifest, self.engine.sequence()
         self.load_seconds = time.perf_counter() - started
         self.text_tokens, self.new_tokens = text_tokens, new_tokens
         image, rng = self.manifest.image, np.random.default_rng(0)
         self.pixels = rng.standard_normal(image.shape, np.float32)
         ids = rng.integers(3, self.manifest.decoder.vocabulary, (1, text_tokens))
         self.prefix_ids, self.text_ids = ids[:, :PREFIX], ids[:, PREFIX:]
-        self.counts = np.array(self.manifest.prune.counts)
         needed = self.manifest.span + text_tokens + new_tokens
         if needed > self.manifest.decoder.max_positions:
             raise CapacityError(
@@ -64,44 +61,33 @@ class BenchWorker:
 
     def answer(self) -> Answer:
         """What it says greedily on the noise, the same noise for all."""
-        vision_kept = self.backend.see(self.pixels)
-        lengths, output = self._prefill()
-        logits, layer_kept, tokens = output.logits.astype(np.float32), output.kept, [output.token]
-        for step in range(self.new_tokens - 1):
-            token = np.array([tokens[-1:]])
-            tokens.append(self._decode(token, step, lengths + step).token)
-        kept = [places.tolist() for places in (vision_kept, *layer_kept)]
-        return Answer(tokens, kept, pack(logits))
+        output = self._prefill(self.engine.encode_pixels(self.pixels), logits=True)
+        assert output.logits is not None  # they were asked for
+        logits, tokens = output.logits.astype(np.float32), [output.token]
+        for _ in range(self.new_tokens - 1):
+            tokens.append(self.sequence.read(np.array([tokens[-1:]]), logits=False).token)
+        sites = self.sequence.vision_kept, *self.sequence.layer_kept
+        return Answer(tokens, [kept.tolist() for kept in sites], pack(logits))
 
     def _lap(self) -> tuple[float, float, float]:
         clock = time.perf_counter
         begin = clock()
-        self.backend.see(self.pixels)
+        image = self.engine.encode_pixels(self.pixels)
         seen = clock()
-        lengths, _ = self._prefill()
+        self._prefill(image, logits=False)
         filled = clock()
         token = self.text_ids[:, :1]
-        for step in range(self.new_tokens):
-            self._decode(token, step, lengths + step)
+        for _ in range(self.new_tokens):
+            self.sequence.read(token, logits=False)
         return seen - begin, filled - seen, (clock() - filled) / self.new_tokens
 
-    def _prefill(self) -> tuple[Ids, Output]:
-        """What then is in each layer's cache, and the output."""
-        lengths = np.zeros(len(self.counts), np.int64)
-        after: Ids = lengths + self.text_tokens + self.counts
-        return after, self._run(Chunk(self.prefix_ids, self.text_ids, 0, lengths, True), after)
-
-    def _decode(self, token: Ids, step: int, lengths: Ids) -> Output:
-        empty, position = np.zeros((1, 0), np.int64), self.text_tokens + self.manifest.span + step
-        return self._run(Chunk(empty, token, position, lengths, False), lengths + 1)
-
-    def _run(self, chunk: Chunk, after: Ids) -> Output:
-        self.backend.reserve(after.tolist())
-        return self.backend.run(chunk)
+    def _prefill(self, image: EncodedImage, *, logits: bool) -> Output:
+        self.sequence.reset()
+        return self.sequence.read(self.text_ids, self.prefix_ids, image, logits=logits)
 
     def _peak_bytes(self) -> int | None:
         """What the process holds; on a GPU, what that holds more than before the bundle."""
-        if self.backend.name == "ort-cpu":
+        if self.engine.backend.name == "ort-cpu":
             return memory.peak_bytes()
         return self.sampler.most_bytes if self.sampler else None
 
@@ -113,7 +99,7 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     try:
         worker = BenchWorker(Path(request.pop("path")), **request)
-        built = worker.backend.build_seconds
+        built = worker.engine.backend.build_seconds
         meter = worker.sampler.meter.source if worker.sampler else ""
         _say(
             answers,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.errors import BackendError, InputError
 
 if TYPE_CHECKING:
+    from edgeprune.runtime import Answer, Session
     from edgeprune.runtime.sampling import Sampling
-    from edgeprune.runtime.session import Answer, Session
 
 SAMPLING = (
     "max_new_tokens",
@@ -92,8 +92,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from edgeprune.images import check_file, read_image
+    from edgeprune.runtime import Session
     from edgeprune.runtime.sampling import Sampling
-    from edgeprune.runtime.session import Session
 
     for image in args.images or ():
         read_image(image)  # a bad picture is told now, not after gigabytes have been read
@@ -170,7 +170,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 def _summary(session: Session, answer: Answer, turn: int) -> str:
     times, prune = answer.timings, session.manifest.prune
-    lines = [f"{session.manifest.name} ({session.backend.name})"]
+    lines = [f"{session.manifest.name} ({session.engine.backend.name})"]
     if turn == 0:
         lines += [f"note: {remark}" for remark in answer.remarks]
         counts = " ".join(str(n) for n in prune.counts)
@@ -206,7 +206,7 @@ def _record(session: Session, prompts: list[str], answers: list[Answer]) -> dict
     ]
     return {
         "bundle": session.manifest.name,
-        "backend": session.backend.name,
+        "backend": session.engine.backend.name,
         "method": prune.method,
         "cr": prune.cr_reached,
         "counts": prune.counts,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from edgeprune.bundle import Manifest
-    from edgeprune.runtime.session import Answer
+    from edgeprune.runtime.answer import Answer
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -92,7 +92,7 @@ def _check_kind(bundle: Path) -> None:
 
 def _ask(bundle: Path, image: Image, args: argparse.Namespace) -> tuple[Manifest, Answer]:
     """What a bundle is and what it answers; it is closed again, the next may need the memory."""
-    from edgeprune.runtime.session import Session
+    from edgeprune.runtime import Session
 
     with Session.open(bundle, backend=args.backend, threads=args.threads) as session:
         return session.manifest, session.ask(image, args.prompt)

@@ -14,9 +14,9 @@ from PIL import Image
 from edgeprune.bundle import ImageRecord, Manifest
 from edgeprune.drawing.canvas import Levels
 from edgeprune.errors import BundleError
+from edgeprune.runtime.answer import Answer
 from edgeprune.runtime.backend import Ids
 from edgeprune.runtime.images import to_pixels
-from edgeprune.runtime.session import Answer
 
 MERGED = (255, 120, 0)
 """Colour of the outline of a merged token's centre."""

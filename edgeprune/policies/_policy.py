@@ -65,6 +65,10 @@ class Policy:
     summary: ClassVar[str] = ""
     sites: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()  # beside the picture: text, [CLS], calibration
+    reads_text: ClassVar[bool] = False  # whether what stays of an image depends on the text
+
+    def __init_subclass__(cls) -> None:
+        cls.reads_text = "text" in cls.needs
 
     def first(self, shape: ModelShape, cr: float) -> int | None:
         """r_1 for a method whose other counts come from a calibrated schedule, else None."""

@@ -1,0 +1,51 @@
+"""What a session is asked, what it answers, and how long it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edgeprune.generation import Sampling
+from edgeprune.runtime.backend import EncodedImage, Ids
+
+
+@dataclass
+class Timings:
+    """Milliseconds of one answer; `decode` has one entry per token after the first."""
+
+    preprocess: float = 0.0
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: list[float] = field(default_factory=list)
+
+    @property
+    def first_token(self) -> float:
+        """Time to first token: preprocessing, vision and prefill."""
+        return self.preprocess + self.vision + self.prefill
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said, and how: ids, why it ended (`stop`, `length`), times, kept visual tokens."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+    timings: Timings
+    vision_kept: Ids  # of the V tokens, those whose places the encoder's survivors took; V: [CLS]
+    layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
+    prompt_tokens: int
+    remarks: tuple[str, ...] = ()  # of the picture, such as that its shape is not the bundle's
+
+
+@dataclass
+class Turn:
+    """A question that is being answered."""
+
+    prefix_ids: Ids
+    text_ids: Ids
+    image: EncodedImage | None
+    prompt_tokens: int
+    sampling: Sampling
+    room: int  # tokens that may be said
+    timings: Timings
+    said: list[int] = field(default_factory=list)

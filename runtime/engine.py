@@ -1,0 +1,144 @@
+"""An engine: a bundle's weights and compiled graphs, once, for any number of dialogues."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.bundle import Bundle
+from edgeprune.errors import CapacityError, SessionError
+from edgeprune.runtime import backends, media
+from edgeprune.runtime.backend import Backend, Caches, DecoderInputs, EncodedImage, Ids, Output
+from edgeprune.runtime.media import Shown
+from edgeprune.runtime.sequence import Sequence
+from edgeprune.runtime.text import Prompter
+
+
+class Engine:
+    """Weights, compiled graphs and limits of one bundle on one backend.
+
+    Any thread may use it; it runs one call at a time, and the others wait. What belongs to a
+    dialogue is in its `Sequence`. As a context manager it is closed at the end of the block.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend[Any]) -> None:
+        self.bundle, self.manifest, self.backend = bundle, bundle.manifest, backend
+        self._lock, self._closed = threading.Lock(), False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        backend: str = "ort-cpu",
+        *,
+        threads: int | None = None,
+        verify: bool | None = None,
+    ) -> Engine:
+        """Open a bundle on a backend of `backends.NAMES`; `verify` as in Bundle.open."""
+        backends.check(backend)
+        bundle = Bundle.open(path, verify=verify)
+        return cls(bundle, backends.make(bundle, backend, threads))
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        """The tokenizer and the conversation template; read when they are first needed."""
+        return Prompter(self.bundle.file("tokenizer.json"), self.manifest.text)
+
+    @cached_property
+    def visual_ids(self) -> Ids:
+        """What an image's tokens are to transformers: [n]."""
+        return np.repeat(*np.array(self.manifest.text.visual_ids, np.int64).T)
+
+    def sequence(self) -> Sequence:
+        """A new dialogue, with caches of its own."""
+        with self._call():
+            caches = self.backend.caches()
+        return Sequence(self, caches)
+
+    def encode_image(self, shown: Shown) -> EncodedImage:
+        """An image, several, or a video, as the bundle takes them; any sequence may read it."""
+        prepared = media.prepare(shown, self.manifest.image)
+        return self.encode_pixels(prepared.pixels, prepared.remarks)
+
+    def encode_pixels(
+        self, pixels: NDArray[np.float32], remarks: tuple[str, ...] = ()
+    ) -> EncodedImage:
+        """As `encode_image`, from what `media.prepare` gives."""
+        with self._call():
+            return replace(self.backend.encode_image(pixels), remarks=remarks, engine=self)
+
+    def run(self, inputs: DecoderInputs, caches: Caches) -> Output:
+        """One call of the decoder, for a sequence."""
+        if inputs.image is not None and inputs.image.engine is not self:
+            raise SessionError("the image was encoded by another engine; encode it with this one")
+        with self._call():
+            return self.backend.run(inputs, caches)
+
+    def copy(self, caches: Caches, lengths: Ids) -> Caches:
+        """Caches that hold the same tokens, for a sequence."""
+        with self._call():
+            copied: Caches = self.backend.copy(caches, lengths)
+            return copied
+
+    def free(self, caches: Caches) -> None:
+        """Give caches back, once no call is running; closing has done so already."""
+        with self._lock:
+            if not self._closed:
+                caches.close()
+
+    def close(self) -> None:
+        """Free weights, graphs and all caches, once no call is running; sequences then end."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.backend.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def room(self, position: int, held: int, text: int, span: int, wanted: int | None) -> int:
+        """How many tokens may be said once `text` tokens, and an image that takes `span` positions,
+        are read at `position`, where the caches hold `held` tokens of text; at most `wanted`.
+
+        CapacityError where there is no room for one, or for as many as are wanted.
+        """
+        most, capacity = self.manifest.decoder.max_positions, self.backend.text_capacity
+        taken = position + text + span
+        if taken >= most:
+            raise CapacityError(
+                f"the dialogue takes {taken} positions (the picture's included) and needs room for"
+                f" an answer, the model has {most} positions; shorten the prompt"
+            )
+        room, left = most - taken, f"positions left of {most}"
+        if capacity is not None:
+            if held + text >= capacity:
+                raise CapacityError(
+                    f"the dialogue has {held + text} tokens of text and needs room for an answer,"
+                    f" the engines' caches hold {capacity}; shorten the prompt, or build with a"
+                    " larger --text-capacity"
+                )
+            if capacity - held - text < room:
+                room, left = capacity - held - text, f"tokens left of --text-capacity {capacity}"
+        if wanted is not None and wanted > room:
+            raise CapacityError(
+                f"--max-new-tokens {wanted} is more than the {room} {left}; ask for fewer"
+            )
+        return room
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise SessionError("this engine is closed; open the bundle again")
+            yield

@@ -1,0 +1,195 @@
+"""A sequence: one dialogue's caches on an engine, and where in it the next token stands."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeprune.errors import CapacityError, InputError, SessionError
+from edgeprune.runtime.backend import Caches, DecoderInputs, EncodedImage, Ids, Output
+
+if TYPE_CHECKING:
+    from edgeprune.runtime.engine import Engine
+
+NO_IDS: Ids = np.zeros((1, 0), np.int64)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the caches hold; replaced as a whole once a call has succeeded."""
+
+    lengths: Ids  # [layers]
+    ids: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    position: int = 0
+    text: int = 0  # tokens of text among them
+    image: bool = False
+    vision_kept: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    layer_kept: tuple[Ids, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+class Sequence:
+    """One dialogue, owned by one caller at a time; made by `Engine.sequence`."""
+
+    def __init__(self, engine: Engine, caches: Caches) -> None:
+        self.engine, self._caches = engine, caches
+        self._counts = np.array(engine.manifest.prune.counts)
+        self._visual_ids = engine.visual_ids
+        self._busy, self._closed, self._broken = threading.Lock(), False, ""
+        self._state = _State(np.zeros_like(self._counts))
+        self.pending: list[int] = []  # tokens that were said but not read yet; `read` takes them
+
+    def reset(self) -> None:
+        """Forget all tokens, also after a broken-off call; the caches keep their memory."""
+        with self._alone():
+            self._state, self.pending = _State(np.zeros_like(self._counts)), []
+            self._broken = ""
+
+    @property
+    def position(self) -> int:
+        """Of the next token; 0 where nothing has been read."""
+        return self._state.position
+
+    @property
+    def ids(self) -> Ids:
+        """All tokens that were read, as transformers has them, those of images included: [n]."""
+        return self._state.ids
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of text in the caches."""
+        return self._state.text
+
+    @property
+    def vision_kept(self) -> Ids:
+        """Of the image's V tokens, those whose places the encoder's survivors took."""
+        return self._state.vision_kept
+
+    @property
+    def layer_kept(self) -> tuple[Ids, ...]:
+        """At each pruning site of the decoder likewise, of the tokens alive there."""
+        return self._state.layer_kept
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was done to the image that was read."""
+        return self._state.remarks
+
+    def read(
+        self,
+        text_ids: Ids = NO_IDS,
+        prefix_ids: Ids = NO_IDS,
+        image: EncodedImage | None = None,
+        *,
+        logits: bool = True,
+    ) -> Output:
+        """Read the pending tokens, `prefix_ids` [1, P], an image, and `text_ids` [1, T].
+
+        The output follows the last token of text, so with an image T is at least 1. A call that is
+        broken off, by Ctrl-C or a failing engine, leaves a sequence that reads nothing until
+        `reset`.
+        """
+        with self._alone():
+            self.check()
+            before = np.concatenate([np.array([self.pending], np.int64), prefix_ids], 1)
+            if image is None:
+                before, text_ids = NO_IDS, np.concatenate([before, text_ids], 1)
+            if not text_ids.size:
+                raise InputError("a sequence reads at least one token of text in a call; got none")
+            after = self._after(before, image, text_ids)
+            inputs = DecoderInputs(
+                before,
+                text_ids,
+                image,
+                self._state.position,
+                self._state.lengths,
+                after.lengths,
+                logits,
+            )
+            self._broken = "a call was broken off before its end"
+            try:
+                output = self.engine.run(inputs, self._caches)
+            except (CapacityError, SessionError):  # nothing was run
+                self._broken = ""
+                raise
+            kept = output.kept if image is not None else after.layer_kept
+            self._state, self.pending = replace(after, layer_kept=kept), []
+            self._broken = ""
+            return output
+
+    def fork(self) -> Sequence:
+        """Another sequence that has read the same; from here on each goes its own way.
+
+        SessionError where the caches hold an image whose tokens were chosen by the text that was
+        read with it: another question would find the wrong ones. `Engine.encode_image` saves what
+        can be saved there.
+        """
+        with self._alone():
+            self.check()
+            prune = self.engine.manifest.prune
+            if self._state.image and prune.reads_text:
+                raise SessionError(
+                    f"method {prune.method} chose the image's tokens by the text after it, so a"
+                    " copy would not fit another question; fork before the image is read, and"
+                    " encode the image once: Engine.encode_image"
+                )
+            twin = Sequence(self.engine, self.engine.copy(self._caches, self._state.lengths))
+            twin._state, twin.pending = self._state, [*self.pending]
+            return twin
+
+    def cache_bytes(self) -> int:
+        """Bytes that the KV caches take now."""
+        return self._caches.bytes()
+
+    def break_off(self, why: str) -> None:
+        """Nothing more can be read until `reset`, because what was read is not known for sure."""
+        self._broken = why
+
+    def check(self) -> None:
+        """SessionError where nothing can be read before a reset."""
+        if self._broken:
+            raise SessionError(f"{self._broken}; start again with a new first question")
+
+    def close(self) -> None:
+        """Give the caches back; nothing can be read any more."""
+        if not self._closed:
+            self._closed = True
+            self.engine.free(self._caches)
+
+    def _after(self, prefix_ids: Ids, image: EncodedImage | None, text_ids: Ids) -> _State:
+        """The state once all this has been read."""
+        state, text = self._state, prefix_ids.size + text_ids.size
+        shown = self._visual_ids if image is not None else NO_IDS[0]
+        after = replace(
+            state,
+            lengths=state.lengths + text,
+            ids=np.concatenate([state.ids, prefix_ids[0], shown, text_ids[0]]),
+            position=state.position + text,
+            text=state.text + text,
+        )
+        if image is None:
+            return after
+        return replace(
+            after,
+            lengths=after.lengths + self._counts,
+            position=after.position + self.engine.manifest.span,
+            image=True,
+            vision_kept=image.kept,
+            remarks=image.remarks,
+        )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise SessionError("this sequence is in use; give each thread a sequence of its own")
+        try:
+            if self._closed:
+                raise SessionError("this dialogue is closed; open another one")
+            yield
+        finally:
+            self._busy.release()
