@@ -119,7 +119,7 @@ def read_records(adapter: Adapter, processor: Processor) -> Records:
     visual_ids = adapter.vision_config.layout.ids(media.token)
     rows = adapter.shape.vocabulary
     text = read_text(processor, config, generation, rows, media, visual_ids)
-    return Records(image, text.record, (*adapter.remarks, *text.notes))
+    return Records(image, text.record, (*adapter.remarks, *processor.chat.remarks, *text.notes))
 
 
 def export(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from edgeprune.errors import ModelError
 from edgeprune.models._media import RUN, Media
 from edgeprune.models._stored import brief, read_json
+from edgeprune.models._tokenizer import read_tokenizer
 
 FIRST, LATER = "USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:"
 """A first turn and a later one as LLaVA-1.5's template writes them."""
@@ -21,15 +21,8 @@ class Chat:
     """Reads tokenizer and template by themselves: none of a checkpoint's code is run."""
 
     def __init__(self, folder: Path, family: str) -> None:
-        from transformers import AutoTokenizer
-
         self.family = family
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a broken folder
-            raise ModelError(
-                f"{folder} has no usable processor or tokenizer: {brief(error)}"
-            ) from error
+        self.tokenizer, self.remarks = read_tokenizer(folder)
         if template := _processors_template(folder):
             self.tokenizer.chat_template = template
 

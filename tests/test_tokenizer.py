@@ -1,0 +1,76 @@
+"""tokenizer.json is read as it is stored, whatever transformers builds from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from text_cases import llama
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from edgeprune.errors import ModelError
+from edgeprune.export.prompts import save_tokenizer
+from edgeprune.models import open_model
+from edgeprune.models._chat import Chat
+from edgeprune.models._processor import Processor
+from edgeprune.models._tokenizer import read_tokenizer
+from tests.qwen import plain_checkpoint
+
+PROMPT = "USER: <image>\nwhat color is it ? ASSISTANT:"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tokenizer that marks the start of every text in its normalizer, as LLaVA's do."""
+    llama(legacy=True).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "LlamaTokenizer"
+    for name in ("bos_token", "eos_token"):  # which the class knows
+        settings.pop(name)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def of_family(folder: Path, family: str) -> Path:
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llava_next_video", "video_llava", "internvl"])
+def test_what_transformers_builds_anew_is_read_as_stored(family: str, folder: Path) -> None:
+    chat = Chat(of_family(folder, family), family)
+    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert chat.tokenizer.encode(PROMPT) == stored.encode(PROMPT).ids != theirs.encode(PROMPT)
+    assert (chat.tokenizer.bos_token, chat.tokenizer.eos_token_id) == ("<s>", 2)
+    (remark,) = chat.remarks
+    assert "used as it is stored; transformers 5 builds a LlamaTokenizer from it" in remark
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_where_both_agree_there_is_nothing_to_tell(family: str, folder: Path) -> None:
+    tokenizer, remarks = read_tokenizer(of_family(folder, family))
+    assert remarks == ()
+    assert tokenizer.encode(PROMPT) == AutoTokenizer.from_pretrained(folder).encode(PROMPT)
+
+
+def test_a_bundle_has_the_stored_one(tmp_path: Path) -> None:
+    """Qwen's own class rebuilds it to the same."""
+    checkpoint = plain_checkpoint(tmp_path / "checkpoint")
+    processor = Processor(open_model(str(checkpoint)))
+    assert processor.chat.remarks == ()
+    save_tokenizer(processor, tmp_path / "tokenizer.json")
+    saved, stored = (
+        Tokenizer.from_file(str(place / "tokenizer.json")) for place in (tmp_path, checkpoint)
+    )
+    text = "<|im_start|>user\nwhat's it, é女  3?<|im_end|>"
+    assert saved.encode(text).ids == stored.encode(text).ids
+
+
+def test_a_damaged_one_is_named(copy_checkpoint: Callable[[], Path]) -> None:
+    (checkpoint := copy_checkpoint()).joinpath("tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="has no usable processor or tokenizer"):
+        read_tokenizer(checkpoint)
