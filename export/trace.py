@@ -18,9 +18,11 @@ from torch import nn
 from torch.export import Dim
 
 from edgeprune.errors import ExportError
+from edgeprune.export.assumptions import Sizes, check_sizes
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.passes import add_token, clean
 from edgeprune.models._decoder import Decoder
+from edgeprune.spec import Plan
 
 Shapes = Any  # torch.export's nested description of dynamic dimensions
 
@@ -59,7 +61,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> ir.
     if config.mrope is not None:
         shapes, inputs = (*shapes, {0: Dim.DYNAMIC}), [*inputs, "places"]
         args = (*args, torch.arange(max(2, plan.encoded)))
-    model = _trace(decoder, args, shapes, inputs, outputs, dialect.opset)
+    model = _trace(decoder, args, shapes, inputs, outputs, dialect.opset, _calls(plan))
     if dialect.token:
         add_token(model.graph)
     _name_dimensions(model.graph, dialect.cache)
@@ -84,6 +86,14 @@ def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
+def _calls(plan: Plan) -> list[Sizes]:
+    """The sizes of a prefill, a decode step and a later turn, at their least and well above."""
+    prefix, visual, text = (("prefix_ids", 1), ("visual", 1), ("text_ids", 1))
+    image, none = plan.encoded, 0
+    sizes = ((0, image, 1), (1, image, 9), (64, image, 64), (0, none, 1), (0, none, 9))
+    return [{prefix: p, visual: v, ("places", 0): v, text: t} for p, v, t in sizes]
+
+
 def _trace(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -91,9 +101,12 @@ def _trace(
     inputs: Sequence[str],
     outputs: Sequence[str],
     opset: int,
+    calls: Sequence[Sizes] = (),
 ) -> ir.Model:
+    """The module as a graph whose ends have these names; `calls` are those it must be right for."""
     with torch.no_grad(), _quiet():
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        check_sizes(program, calls)
         exported = torch.onnx.export(
             program, dynamo=True, optimize=False, opset_version=opset, verbose=False
         )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from edgeprune.export.trace import _trace
-from edgeprune.models._decoder import _least
 from edgeprune.policies import _clusters, _diverse, _raters, _select
+from edgeprune.policies._sizes import least
 from tests.graphs import NEVER
 
 TOKENS, WIDTH = 40, 16
@@ -29,14 +29,14 @@ class Every(nn.Module):
 
     def forward(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         live = tokens.shape[0]
-        keep = _least(self.count, live)
+        keep = least(self.count, live)
         shares = _raters.likeness(tokens, text)
         taken = _diverse.unlike(tokens, text[:2], [self.count, 1], tokens.new_zeros(live))
         return (
             *_clusters.merge(tokens, keep),
             _diverse.determinant(tokens, self.count, keep),
             _select.top(_raters.rated(shares, _raters.raters(shares)), keep),
-            _select.top(taken, _least(self.count + 1, live)),
+            _select.top(taken, least(self.count + 1, live)),
         )
 
 

@@ -22,6 +22,7 @@ from edgeprune.models._rope import Rope
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
+from edgeprune.policies._sizes import least
 from edgeprune.spec import Plan, Stage
 
 
@@ -321,23 +322,5 @@ class Decoder(Tabled):
 
 def _live(stage: Stage, entered: int) -> Stage:
     """A stage with the sizes of a call that `entered` visual tokens entered: all, or none."""
-    keep, merged = (_least(count, entered) for count in (stage.keep, stage.merged))
+    keep, merged = (least(count, entered) for count in (stage.keep, stage.merged))
     return replace(stage, keep=keep, merged=merged)
-
-
-def _least(keep: int, live: int) -> int:
-    """min(keep, live), which stays symbolic while tracing.
-
-    The tracer takes every size for 2 or more, so it would fold min(1, live) into 1 although a
-    decode step has no visual token; through a tensor's value it cannot.
-    """
-    if keep == 0:
-        return 0
-    if keep > 1 or not torch.compiler.is_exporting():
-        least: int = torch.sym_min(keep, live)  # type: ignore[no-untyped-call]
-        return least
-    sizes = torch.scalar_tensor(live, dtype=torch.int64), torch.tensor(keep)
-    value: int = torch.minimum(*sizes).item()  # type: ignore[assignment]
-    torch._check(value >= 0)  # type: ignore[no-untyped-call]
-    torch._check(value <= live)  # type: ignore[no-untyped-call]
-    return value

@@ -72,11 +72,13 @@ class Policy(_policy.Policy):
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         features = signals.features[0]
-        return recycle(features, signals.salience(), stage, stage, features.shape[0])
+        spare = features.shape[0] - stage.keep
+        return recycle(features, signals.salience(), stage, stage, spare)
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         scores = self.record(stage.layer - 1, signals)
-        return recycle(signals.visual[0], scores, stage, live, scores.shape[0])
+        spare = signals.visual_tokens - stage.keep
+        return recycle(signals.visual[0], scores, stage, live, spare)
 
     def record(self, layer: int, signals: LayerSignals) -> Tensor:
         """What the raters make of each live visual token, Eq. (11): float32 [n]."""

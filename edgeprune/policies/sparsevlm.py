@@ -23,7 +23,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from edgeprune.errors import SpecError
@@ -80,9 +79,8 @@ class Policy(_policy.Policy):
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         scores = self.record(stage.layer - 1, signals)
-        best = stage.keep + recycled(signals.visual_tokens, stage.keep)
-        pool = torch.sym_min(best, scores.shape[0])  # type: ignore[no-untyped-call]
-        return recycle(signals.visual[0], scores, stage, live, pool)
+        spare = recycled(signals.visual_tokens, stage.keep)
+        return recycle(signals.visual[0], scores, stage, live, spare)
 
     def record(self, layer: int, signals: LayerSignals) -> Tensor:
         """The raters' attention to each live visual token: float32 [n]."""

@@ -47,6 +47,7 @@ from edgeprune.policies._policy import Selection
 from edgeprune.policies._raters import likeness
 from edgeprune.policies._select import top, unit
 from edgeprune.policies._signals import LEAST, InputSignals, LayerSignals, VisionSignals
+from edgeprune.policies._sizes import least
 from edgeprune.policies._steps import layer_of
 from edgeprune.spec import ModelShape, Plan, Stage, budget
 
@@ -107,7 +108,9 @@ class Policy(_policy.Policy):
 
     def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
         visual, text = signals.visual[0].float(), signals.question().float()
-        dominant, rest = visual[: live.keep], visual[live.keep :]
+        others = least(signals.visual_tokens - stage.keep, visual.shape[0])
+        dominant = visual.narrow(0, 0, live.keep)
+        rest = visual.narrow(0, live.keep, others)
         centres, tokens = self._gathered(rest, text, live.merged)
         places = torch.arange(live.keep, device=visual.device)
         at = torch.cat([places, centres + live.keep])
