@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import SpecError
-from edgeprune.models._ops import TorchOps
+from edgeprune.models._ops import TorchOps, scalar
 
 
 class ModernOps(TorchOps):
@@ -69,14 +69,15 @@ class Jetpack6Ops(TorchOps):
         hidden = torch.where(seen, 0.0, torch.finfo(query.dtype).min).to(query.dtype)  # [S, length]
         if group > 1:
             query, hidden = query.reshape(1, kv_heads, group * new, size), hidden.repeat(group, 1)
-        scores = (query * size**-0.5) @ key.transpose(-1, -2) + hidden
+        scores = (query * scalar(size**-0.5, query)) @ key.transpose(-1, -2) + hidden
         mixed: Tensor = scores.softmax(-1) @ value
         return mixed.reshape(1, heads, new, size)
 
     def attend_all(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        scale = scalar(query.shape[-1] ** -0.5, query)
+        scores = (query * scale) @ key.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias
         mixed: Tensor = scores.softmax(-1) @ value

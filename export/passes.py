@@ -11,15 +11,19 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
 
 def clean(model: ir.Model, weights: Collection[str]) -> None:
     """Fold constants, merge equal nodes, drop dead ones, give the rest readable names.
 
-    What is computed from one of `weights` is no constant yet: a stand-in of zeros is traced.
+    What is computed from one of `weights` is no constant yet: a stand-in of zeros is traced. What
+    rounds a constant stays a node, so that the constant is not lost; see `models._ops.scalar`.
     """
 
     def foldable(node: ir.Node) -> bool | None:
-        return False if any(v is not None and v.name in weights for v in node.inputs) else None
+        weighted = any(v is not None and v.name in weights for v in node.inputs)
+        return False if weighted or _rounds(node) else None
 
     common.InlinePass()(model)
     optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=foldable)
@@ -32,6 +36,11 @@ def clean(model: ir.Model, weights: Collection[str]) -> None:
 
 
 LARGEST = float(np.finfo(np.float32).max)
+
+
+def _rounds(node: ir.Node) -> bool:
+    """Whether a node casts to half precision."""
+    return node.op_type == "Cast" and node.attributes["to"].as_int() in HALF
 
 
 def add_token(graph: ir.Graph) -> None:

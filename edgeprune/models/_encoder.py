@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.models._layers import Gain, Linear, RMSNorm, join_heads, split_heads
-from edgeprune.models._ops import TorchOps
+from edgeprune.models._ops import TorchOps, scalar
 from edgeprune.policies._policy import Fold
 from edgeprune.policies._signals import BlockSignals
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": lambda x: x * torch.sigmoid(scalar(1.702, x) * x),
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,

@@ -12,6 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def scalar(value: float, like: Tensor) -> Tensor:
+    """A number rounded to the dtype of `like`, to which it is applied: [].
+
+    A graph holds it in float32 and rounds it by a Cast, so a float32 copy of the graph has the
+    number itself and can be compared with a float32 model to the last digits.
+    """
+    return torch.tensor(value).to(like.dtype)
+
+
 class TorchOps:
     """Plain torch, any shape, no assumption about tracing."""
 
