@@ -174,10 +174,9 @@ def _work(run: ParityRun, jobs: int) -> list[str]:
 
 
 def _json(checks: Sequence[Check], unchecked: Sequence[str]) -> str:
-    tolerance = parity.TOLERANCE[torch.float32]
     setup = {
         "model": MODEL,
-        "tolerance": tolerance,
+        "tolerance": parity.TOLERANCE,
         "source": code(),
         "onnxruntime": installed("onnxruntime"),
     }

@@ -62,6 +62,8 @@ Hash = Annotated[str, Matches("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digit
 Ratio = Annotated[float, Between(1, 1 << 24)]
 Level = Annotated[float, Between(-1e6, 1e6)]
 Scale = Annotated[float, Between(1e-6, 1e6)]
+Share = Annotated[float, Between(0, 1)]
+Difference = Annotated[float, Between(0, 1e6)]
 Rgb = tuple[_Byte, _Byte, _Byte]
 Filter = Annotated[int, Between(0, 5)]  # Pillow's numbers
 
@@ -169,6 +171,37 @@ class TextRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DistanceRecord:
+    """How far a model in half precision is from the same model in float32, over all samples."""
+
+    overlap: dict[str, Share]  # by pruning site: of the tokens float32 keeps, those it keeps too
+    logits: Difference  # median root mean square difference, in standard deviations of float32's
+    tokens: Share  # of the next tokens, those that are equal
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRecord:
+    """What was compared before the bundle was written.
+
+    Graphs and eager reference, both computing in float32 with the bundle's rounded weights: `ties`
+    of the samples keep other tokens, and the reference does too where it is rounded otherwise; the
+    others keep the same, their visual tokens and logits differ by at most `visual` and `logits`, as
+    a share of the largest value where that is above 1. In half precision also the distances to the
+    float32 model: of the `eager` model that rounds after each operator, and of the `graph` in ONNX
+    Runtime's CPU provider, which keeps float32 between many fp16 nodes and has no kernels for bf16.
+    """
+
+    samples: Amount
+    why: str = ""  # no sample was compared
+    ties: Amount = 0
+    visual: Difference = 0.0
+    logits: Difference = 0.0
+    tolerance: Difference = 0.0
+    eager: DistanceRecord | None = None  # None in fp32
+    graph: DistanceRecord | None = None  # None in fp32 and bf16
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The whole of manifest.json."""
 
@@ -184,7 +217,7 @@ class Manifest:
     image: ImageRecord
     text: TextRecord
     files: dict[str, FileRecord]
-    parity: dict[str, Any]
+    parity: ParityRecord
     versions: dict[str, str]
     schema: Count = SCHEMA
 

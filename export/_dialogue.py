@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgeprune.errors import ParityError
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference, Step
 
 CALLS = ("prefill", "first decode step", "second decode step", "second turn")
+
+REPORT = "Please report the model and the command"
 
 Array = NDArray[Any]
 
@@ -67,8 +72,9 @@ class Graphs:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # without bound buffers the cache is copied: meant here
         providers = ["CPUExecutionProvider"]
-        self.vision = ort.InferenceSession(folder / "vision.onnx", options, providers)
-        self.decoder = ort.InferenceSession(folder / "decoder.onnx", options, providers)
+        with _told("cannot load"):
+            self.vision = ort.InferenceSession(folder / "vision.onnx", options, providers)
+            self.decoder = ort.InferenceSession(folder / "decoder.onnx", options, providers)
         self.plan, self.config, self.room = decoder.plan, decoder.config, room
         self.span, self.dtype = decoder.span, dtype
         self.kept = self.plan.kept_outputs
@@ -84,7 +90,8 @@ class Graphs:
             sizes = [d if isinstance(d, int) else room.get(d, 0) for d in shape]  # 0: it grows
             self.caches[name] = torch.zeros(sizes, dtype=self.dtype).numpy()
         self.lengths, self.position = np.zeros(self.config.layers, np.int64), 0
-        visual, kept = self.vision.run(None, {"pixels": prompt.pixels.to(self.dtype).numpy()})
+        with _told("cannot run"):
+            visual, kept = self.vision.run(None, {"pixels": prompt.pixels.to(self.dtype).numpy()})
         self.visual, self.vision_kept = torch.from_numpy(visual), torch.from_numpy(kept)
         return self._run(prompt.prefix_ids.numpy(), visual, prompt.text_ids.numpy(), kept)
 
@@ -106,7 +113,8 @@ class Graphs:
         if self.config.mrope is not None:
             feeds["places"] = places
         names = ["logits", *self.kept, *(f"present_{name}" for name in self.caches)]
-        logits, *rest = self.decoder.run(names, feeds)
+        with _told("cannot run"):
+            logits, *rest = self.decoder.run(names, feeds)
         kept, present = rest[: len(self.kept)], rest[len(self.kept) :]
         self.caches = dict(zip(self.caches, present, strict=True))
         counts = np.minimum(self.plan.counts, visual.shape[1])
@@ -117,6 +125,17 @@ class Graphs:
             torch.from_numpy(logits[0, 0].astype(np.float32)),
             tuple(torch.from_numpy(k) for k in kept),
         )
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """ParityError in a line where ONNX Runtime fails at a graph."""
+    try:
+        yield
+    except Exception as error:  # onnxruntime raises a kind per status code
+        raise ParityError(
+            f"ONNX Runtime {what} an exported graph ({error}); nothing was written. {REPORT}"
+        ) from error
 
 
 def play(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -18,6 +19,7 @@ from edgeprune.bundle import (
     DecoderRecord,
     ImageRecord,
     Manifest,
+    ParityRecord,
     PruneRecord,
     TextRecord,
     atomic_folder,
@@ -25,12 +27,13 @@ from edgeprune.bundle import (
     record_files,
 )
 from edgeprune.errors import ExportError, SpecError
-from edgeprune.export import parity
+from edgeprune.export import parity, precision
 from edgeprune.export.dialects import Dialect, for_target
 from edgeprune.export.generation import read_generation
 from edgeprune.export.preprocess import image_record
 from edgeprune.export.prompts import read_text, save_tokenizer
 from edgeprune.export.trace import decoder_graph, hollow, vision_graph
+from edgeprune.export.upcast import upcast
 from edgeprune.export.weights import WeightsFile
 from edgeprune.models import Adapter
 from edgeprune.models._layers import set_tables
@@ -71,7 +74,6 @@ class Exported:
 
     path: Path
     manifest: Manifest
-    parity: parity.Parity | None = field(default=None)
     notes: tuple[str, ...] = ()  # what was assumed or left out of the checkpoint
 
 
@@ -138,9 +140,7 @@ def export(
         with atomic_folder(request.output) as draft:
             _write_graphs(draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report)
             _copy_text(adapter.checkpoint.folder, draft, processor)
-            checked = None
-            if not request.no_parity:
-                checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
+            checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
             report("hash files", 0, 1)
             manifest = _manifest(request, adapter, policy, records, draft, checked)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -148,7 +148,7 @@ def export(
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    return Exported(request.output, manifest, checked, records.notes)
+    return Exported(request.output, manifest, records.notes)
 
 
 def _write_graphs(
@@ -198,12 +198,27 @@ def _check(
     dtype: torch.dtype,
     prompts: Iterable[Prompt],
     report: Report,
-) -> parity.Parity:
+) -> ParityRecord:
+    """Compare the draft with the eager model; ParityError where it is not the same."""
+    if request.no_parity:
+        return ParityRecord(0, request.no_parity)
     report("load the eager reference", 0, 1)
-    reference = Reference.build(adapter, policy, request.plan, dtype)
+    reference = Reference.build(adapter, policy, request.plan)
     chosen = list(prompts)
-    report("parity", 0, len(chosen))
-    return parity.check(draft, reference, chosen, lambda done: report("parity", done, len(chosen)))
+
+    def compared(done: int) -> None:
+        report("parity", done, len(chosen))
+
+    if dtype == torch.float32:
+        return parity.check(draft, reference, chosen, compared)
+    half = Reference.build(adapter, policy, request.plan, dtype)
+    eager, graph = precision.measure(draft, reference, half, chosen, compared)
+    del half
+    reference.round_weights(dtype)
+    with TemporaryDirectory(dir=draft) as folder:
+        upcast(draft, Path(folder))
+        checked = parity.check(Path(folder), reference, chosen, compared)
+    return replace(checked, eager=eager, graph=graph)
 
 
 def _manifest(
@@ -212,7 +227,7 @@ def _manifest(
     policy: Policy,
     records: Records,
     draft: Path,
-    checked: parity.Parity | None,
+    checked: ParityRecord,
 ) -> Manifest:
     dialect, dtype = request.lowering
     return Manifest(
@@ -228,7 +243,7 @@ def _manifest(
         image=records.image,
         text=records.text,
         files=record_files(draft),
-        parity=asdict(checked) if checked else {"samples": 0, "why": request.no_parity},
+        parity=checked,
         versions={package: installed(package) for package in PACKAGES},
     )
 

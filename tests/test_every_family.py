@@ -123,7 +123,7 @@ class Opened:
         adapter, request = self.adapter, ExportRequest("tiny", spec, plan, folder / "bundle")
         prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
         made = export(request, adapter, make(spec), Processor(adapter), prompts)
-        assert made.parity is not None and (made.parity.samples, made.parity.ties) == (2, 0)
+        assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
         return Session.open(made.path)
 
 

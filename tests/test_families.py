@@ -181,7 +181,7 @@ def test_a_pruned_bundle_equals_the_eager_reference(
 ) -> None:
     """UTP prunes in the vision graph, here too, and in the decoder's."""
     exported = pruned(checkpoint, family.sizes[1], "utp", tmp_path)
-    assert exported.parity is not None and exported.parity.ties == 0
+    assert exported.manifest.parity.ties == 0
     answer = Session.open(exported.path).ask(picture(family.sizes[1]), QUESTION)
     counts = exported.manifest.prune.counts
     assert (len(answer.vision_kept), *map(len, answer.layer_kept)) == counts
@@ -204,7 +204,7 @@ def test_every_method_on_every_family_equals_its_reference(
             pruned(deep, family.sizes[1], method, tmp_path)
         return
     exported = pruned(deep, family.sizes[1], method, tmp_path)
-    assert exported.parity is not None and exported.parity.ties == 0
+    assert exported.manifest.parity.ties == 0
 
 
 def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(

@@ -115,7 +115,7 @@ def test_a_pruned_bundle_equals_the_eager_reference(name: str, tmp_path: Path) -
     prompts = [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(2)]
     request = ExportRequest(name, spec, plan, tmp_path / "bundle")
     exported = export(request, adapter, make(spec), Processor(adapter), prompts)
-    assert exported.parity is not None and exported.parity.ties == 0
+    assert exported.manifest.parity.ties == 0
     session, images = Session.open(exported.path), shown(case, adapter)
     answer = session.ask(images, QUESTION, Sampling(max_new_tokens=4))
     assert len(answer.vision_kept) == plan.counts[0]

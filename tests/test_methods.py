@@ -150,8 +150,8 @@ def test_the_bundle_agrees_with_its_reference_over_two_turns(
 ) -> None:
     """Parity is checked by the export; the runtime keeps its own account of positions, so again."""
     manifest = Bundle.open(bundle).manifest
-    assert manifest.parity["samples"] == 2
-    assert manifest.parity["ties"] == 0
+    assert manifest.parity.samples == 2
+    assert manifest.parity.ties == 0
     adapter, prune = open_model(str(tiny_checkpoint)), manifest.prune
     spec = PruneSpec(prune.method, prune.cr)
     policy = policies.make(spec)

@@ -203,7 +203,7 @@ def exported(
     prompts = [random_prompt(adapter.pixels, 256, seed) for seed in range(2)]
     request = ExportRequest(checkpoint.name, spec, plan, folder / spec.method)
     made = export(request, adapter, policy, Processor(adapter), prompts)
-    assert made.parity is not None and (made.parity.samples, made.parity.ties) == (2, 0)
+    assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
     return made.path, Reference.build(adapter, policy, plan), adapter
 
 

@@ -75,7 +75,7 @@ def test_a_pruned_bundle_equals_the_eager_reference(
     prompts = [random_prompt(adapter.pixels, 256, seed) for seed in range(2)]
     request = ExportRequest(asked, spec, plan, tmp_path / "bundle")
     exported = export(request, adapter, policy, Processor(adapter), prompts)
-    assert exported.parity is not None and exported.parity.ties == 0
+    assert exported.manifest.parity.ties == 0
     answer = Session.open(exported.path).ask(images, QUESTION, Sampling(max_new_tokens=5))
     reference = Reference.build(adapter, policy, plan)
     prompt = Processor(adapter)(images, QUESTION)

@@ -6,11 +6,12 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeprune.commands import _common
 
 if TYPE_CHECKING:
+    from edgeprune.bundle import DistanceRecord, ParityRecord
     from edgeprune.export.exporter import Exported
     from edgeprune.recipe import Recipe
 
@@ -88,7 +89,7 @@ def _summary(exported: Exported, seconds: float) -> str:
             f"schedule: objective {prune.schedule['objective']:.4g}; no schedule can be below"
             f" {prune.schedule['bound']:.4g}"
         )
-    lines.append(_parity_line(manifest.parity))
+    lines += _parity_lines(manifest.parity, manifest.dtype)
     graphs = ("vision.onnx", "decoder.onnx", "weights.bin")
     lines.append(", ".join(f"{name} {sizes[name]:.2f} MB" for name in graphs))
     lines += [f"note: {note}" for note in exported.notes]
@@ -97,11 +98,29 @@ def _summary(exported: Exported, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _parity_line(record: dict[str, Any]) -> str:
-    if not record["samples"]:
-        return f"parity NOT checked: {record['why']}"
-    ties = f", {record['ties']} ties left out" if record["ties"] else ""
+def _parity_lines(record: ParityRecord, dtype: str) -> list[str]:
+    """What was compared with the eager model, and how far half precision is from float32."""
+    if not record.samples:
+        return [f"parity NOT checked: {record.why}"]
+    copy = "" if record.eager is None else ", both in float32 with rounded weights"
+    lines = [
+        f"parity with the eager reference{copy}: {record.samples} samples, {record.ties} ties;"
+        f" else the same kept tokens, visual tokens within {record.visual:.1e}, logits within"
+        f" {record.logits:.1e}"
+    ]
+    if record.eager is not None:
+        lines.append(f"{dtype} beside float32, eager: {_distance(record.eager)}")
+    if record.graph is not None:
+        lines.append(f"{dtype} beside float32, graph: {_distance(record.graph)}")
+    elif record.eager is not None:
+        lines.append(f"the {dtype} graph itself was not run: ONNX Runtime has no kernels for it")
+    return lines
+
+
+def _distance(record: DistanceRecord) -> str:
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in record.overlap.items())
+    kept = f"kept tokens in common {shares}; " if shares else ""
     return (
-        f"parity with the eager reference on {record['samples']} samples: same kept tokens, logits"
-        f" within {record['logits']:.1e}{ties}"
+        f"{kept}logits {record.logits:.1e} of their spread off, {record.tokens:.0%} of the next"
+        " tokens equal"
     )

@@ -48,6 +48,14 @@ class Reference:
         adapter.load(traced, dtype)
         return cls(vision, traced)
 
+    @torch.no_grad()
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Give weights and tables the values that a graph of `dtype` holds."""
+        for module in (self.vision, self.decoder):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.to(dtype))
+
     def restart(self) -> None:
         """Forget everything."""
         config, counts = self.decoder.config, self.decoder.plan.counts
