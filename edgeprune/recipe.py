@@ -13,6 +13,7 @@ from edgeprune.calib.calibrate import CalibrationRequest, calibrate
 from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
 from edgeprune.errors import SpecError
+from edgeprune.export import parity
 from edgeprune.export.exporter import (
     Exported,
     ExportRequest,
@@ -84,8 +85,8 @@ def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exp
         frames=recipe.frames,
     )
     check_reach(spec, adapter.shape)
-    preflight(recipe.folder, recipe.target, recipe.dtype, adapter)
     samples, why = _parity(recipe, adapter)
+    preflight(recipe.folder, recipe.target, recipe.dtype, adapter, compared=not why)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is told before minutes of calibration
     schedule = _schedule(recipe, adapter, policy, processor, report)
@@ -135,8 +136,8 @@ def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:
         raise SpecError(f"--parity is a number of samples, 0 for none; got {asked}")
     if asked == 0:
         return 0, "left out by --parity 0"
-    if asked is None and not fits(adapter, element=8):  # the eager model, and the graph's
-        need = needed_bytes(adapter, element=8) / 1e9
+    if asked is None and not fits(adapter, element=parity.BYTES):
+        need = needed_bytes(adapter, element=parity.BYTES) / 1e9
         return 0, f"the eager reference needs {need:.0f} GB of memory, more than is free"
     return asked or 8, ""
 

@@ -86,12 +86,18 @@ def lowering(target: str, dtype: str | None) -> tuple[Dialect, str]:
     return dialect, chosen
 
 
-def preflight(output: Path, target: str, dtype: str | None, adapter: Adapter) -> None:
-    """Refuse at once what would otherwise fail at the end of a calibration or an export."""
-    _, chosen = lowering(target, dtype)
+def preflight(
+    output: Path, target: str, dtype: str | None, adapter: Adapter, *, compared: bool
+) -> None:
+    """Refuse at once what would otherwise fail at the end of a calibration or an export.
+
+    A half-precision bundle that is `compared` needs disk for its float32 copy too.
+    """
+    chosen = DTYPES[lowering(target, dtype)[1]]
     check_target(output)
     place = next(folder for folder in output.absolute().parents if folder.exists())
-    need = adapter.checkpoint.elements() * DTYPES[chosen].itemsize
+    copy = torch.float32.itemsize if compared and chosen != torch.float32 else 0
+    need = adapter.checkpoint.elements() * (chosen.itemsize + copy)
     disk = shutil.disk_usage(place)
     if need > disk.free and disk.total:  # some file systems count nothing
         raise ExportError(
@@ -133,7 +139,8 @@ def export(
     report: Report = lambda step, done, total: None,
 ) -> Exported:
     """Trace, write weights, check parity, and rename the whole into place."""
-    preflight(request.output, request.target, request.dtype, adapter)
+    compared = not request.no_parity
+    preflight(request.output, request.target, request.dtype, adapter, compared=compared)
     dialect, dtype = request.lowering
     records = read_records(adapter, processor)
     try:

@@ -38,6 +38,10 @@ MOST_TIES = 1 / 3
 """Of the samples, at most. A tie is compared with a nudged reference only, so most samples must be
 compared with the reference itself; a graph that chooses wrongly differs on more than this."""
 
+BYTES = 8
+"""Memory for each weight: the eager model in float32, and its graph, or in half precision first the
+eager model and the graph in that."""
+
 REPORT = "Please report the model and the command"
 
 
