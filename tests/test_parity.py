@@ -194,10 +194,10 @@ def half(noise: float, dtype: torch.dtype = torch.float16, **settings: Any) -> H
 
 
 def test_half_precision_is_measured_beside_float32(measure: Check) -> None:
-    eager, graph = measure(half(0.02), half(0.02, seed=100))
+    eager, graph = measure(half(0.03), half(0.03, seed=100))
     for record in (eager, graph):
-        assert 0.9 <= record.overlap["vision"] < 1
-        assert record.logits == pytest.approx(0.02 / 0.595, rel=0.1)
+        assert 0.8 <= record.overlap["vision"] < 1
+        assert record.logits == pytest.approx(0.03 / 0.595, rel=0.1)
         assert 0.8 <= record.tokens <= 1
     eager, graph = measure(half(0.0), half(0.0))
     assert (eager.overlap, eager.logits, eager.tokens) == ({"vision": 1.0}, 0.0, 1.0)
