@@ -22,7 +22,7 @@ from torch import Tensor
 
 from edgeprune.bundle import ParityRecord
 from edgeprune.errors import ParityError
-from edgeprune.export._dialogue import Graphs, Outcome, play
+from edgeprune.export._dialogue import REPORT, Graphs, Outcome, play
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.spec import Plan
@@ -41,8 +41,6 @@ compared with the reference itself; a graph that chooses wrongly differs on more
 BYTES = 8
 """Memory for each weight: the eager model in float32, and its graph, or in half precision first the
 eager model and the graph in that."""
-
-REPORT = "Please report the model and the command"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from edgeprune.bundle import DistanceRecord
 from edgeprune.errors import ParityError
-from edgeprune.export._dialogue import Graphs, Outcome, play
+from edgeprune.export._dialogue import REPORT, Graphs, Outcome, play
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.spec import Plan
@@ -160,7 +160,7 @@ def _require_no_farther(graph: Tally, eager: Tally, dtype: str) -> None:
     if worse:
         raise ParityError(
             f"the exported graph is farther from float32 than the eager model in {dtype}: it"
-            f" {'; it '.join(worse)}; nothing was written. Please report the model and the command"
+            f" {'; it '.join(worse)}; nothing was written. {REPORT}"
         )
 
 

@@ -21,8 +21,8 @@ from benchmarks.shapes import write
 from edgeprune import policies
 from edgeprune.cli import main
 from edgeprune.errors import ExportError, ParityError, SpecError
+from edgeprune.export._dialogue import Graphs
 from edgeprune.export.assumptions import check_sizes
-from edgeprune.export.parity import Graphs
 from edgeprune.models import open_model
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies._sizes import least
@@ -122,4 +122,4 @@ def test_every_method_at_mild_ratios_on_few_tokens(
             exported = make(replace(recipe, parity=2))
         except SpecError:
             continue  # a ratio that this method cannot reach with so few tokens or layers
-        assert exported.parity is not None and exported.parity.samples == 2
+        assert exported.manifest.parity.samples == 2
