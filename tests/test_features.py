@@ -88,7 +88,7 @@ def frozen_with(method: str, folder: Path, layers: int) -> None:
     made = export(
         ExportRequest(method, spec, plan, folder / method), adapter, policy, processor, prompts
     )
-    assert made.parity is not None and (made.parity.samples, made.parity.ties) == (2, 0)
+    assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
     with Session.open(made.path) as session:
         answer = session.ask(picture(SIZES[0]), QUESTION, Sampling(max_new_tokens=2))
         assert len(answer.vision_kept) == plan.encoded

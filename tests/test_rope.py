@@ -99,7 +99,7 @@ def test_a_stretched_bundle_with_three_positions_a_token(kind: str, tmp_path: Pa
     request = ExportRequest("tiny", spec, plan, tmp_path / "bundle")
     made = export(request, adapter, make(spec), processor, [prompt])
     wanted = generated(adapter, [image], prompt.pixels)
-    assert made.parity is not None and made.parity.samples == 1
+    assert made.manifest.parity.samples == 1
     with Session.open(made.path) as session:
         answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
     assert list(answer.ids) == wanted[: len(answer.ids)] and len(answer.ids) > 20
@@ -118,7 +118,7 @@ def test_pruned_graphs_change_over_where_the_reference_does(target: str, tmp_pat
     prompts = [prompt, replace(prompt, text_ids=text)]
     request = ExportRequest("tiny", spec, plan, tmp_path / "bundle", target=target, dtype="fp32")
     made = export(request, adapter, policy, processor, prompts)
-    assert made.parity is not None and (made.parity.samples, made.parity.ties) == (2, 0)
+    assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
     reference = Reference.build(adapter, policy, plan)
     with Session.open(made.path) as session:
         answer = session.ask(image, QUESTION, Sampling(max_new_tokens=24))
