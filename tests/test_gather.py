@@ -60,11 +60,16 @@ def test_locality_is_the_released_codes(rows: int, columns: int, seed: int) -> N
         total = 0.0
         for (v, u), other in zip(places, features, strict=True):
             if max(abs(y - v), abs(x - u)) <= 1:
-                total -= ((own - other) ** 2).sum() / scale**2
-                total -= 0.5 * ((y - v) ** 2 + (x - u) ** 2) / max(reach, 1e-12) ** 2
+                total -= ((own - other) ** 2).sum() / scale
+                total -= 0.5 * ((y - v) ** 2 + (x - u) ** 2) / max(reach, 1e-12)
         oracle.append(total / 9)
     found = locality(torch.tensor(features), (rows, columns))
     np.testing.assert_allclose(found.numpy(), oracle, rtol=1e-4)
+
+
+def test_locality_of_two_patches_is_the_value_of_the_released_code() -> None:
+    found = locality(torch.tensor([[0.0], [2.0]]), (1, 2))
+    np.testing.assert_allclose(found.numpy(), [-4 / 9, -4 / 9], rtol=1e-6)
 
 
 def vision(seed: int, *, cls: bool = True) -> tuple[VisionSignals, Array, Array, Array]:
@@ -102,7 +107,7 @@ def test_released_dvts_is_two_attentions_of_length_one(seed: int) -> None:
 def test_paper_dvts_weighs_by_the_others_variance(seed: int) -> None:
     signals, features, wide, _ = vision(seed)
     near = locality(torch.tensor(features), (3, 4)).numpy().astype(float)
-    first, second = softmax(wide), softmax(near)
+    first, second = softmax(wide), softmax(softmax(near))  # LTAM's own, then that of both
     share = second.var() / (first.var() + second.var())
     scores = share * first + (1 - share) * second
     policy = made("visiontrim", variant="paper")

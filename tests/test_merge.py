@@ -143,6 +143,18 @@ def test_visionzip_is_the_papers(count: int, seed: int, scale: float, variant: s
     np.testing.assert_allclose(found.of(torch.zeros(1)).numpy()[0], tokens, atol=1e-5)
 
 
+def spread(attention: Array, chosen: list[int], wanted: int) -> list[int]:
+    """The released code's grid, cut to the count by attention, or filled up by it."""
+    count, ratio = len(attention), len(chosen) / len(attention)
+    step = max(1, int(int(1 / ratio + 1e-9) / 3))
+    grid = [i for i in range(0, count - 1, step) if i not in chosen]
+    if len(grid) >= wanted:
+        best = ranked(attention[grid], wanted)
+        return sorted(grid[i] for i in best)
+    rest = [i for i in range(count) if i not in chosen and i not in grid]
+    return sorted(grid + [rest[i] for i in ranked(attention[rest], wanted - len(grid))])
+
+
 def prumerge(
     encoder: Encoder, total: int, near: int, variant: str, outliers: float | None
 ) -> tuple[list[int], Array]:
@@ -153,9 +165,8 @@ def prumerge(
     count = total - extra
     best = count if outliers is None else max(1, round(outliers * count))
     chosen = ranked(attention, best)
-    rest = [i for i in range(encoder.count) if i not in chosen]
-    wanted = count - best
-    chosen += [rest[(2 * i + 1) * len(rest) // (2 * wanted)] for i in range(wanted)]
+    if count > best:
+        chosen += spread(attention, chosen, count - best)
     made = []
     for i in chosen:
         like = np.array([cosine(keys[i], keys[j]) if j != i else -9 for j in range(encoder.count)])

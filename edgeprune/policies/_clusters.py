@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgeprune.policies._select import top
+from edgeprune.policies._select import ranked
 
 FAR = 1e12
 """A squared distance beyond that of any two tokens."""
@@ -17,7 +17,8 @@ FAR = 1e12
 def merge(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`count` = min(clusters, n) tokens that stand for n: [n, width] -> int64 [count], [count, ..].
 
-    First the clusters' centres, rising, then the mean of each cluster's members, float32.
+    First the clusters' centres, the most prominent first, then the mean of each cluster's members,
+    float32.
     """
     apart = distances(tokens)
     centres = density_peaks(apart, count)
@@ -43,7 +44,8 @@ def distances(tokens: Tensor) -> Tensor:
 
 
 def density_peaks(apart: Tensor, count: int) -> Tensor:
-    """Centres of `count` clusters, rising: squared distances [n, n] -> int64 [count].
+    """Centres of `count` clusters, the most prominent first: squared distances [n, n] -> int64
+    [count].
 
     Density rho_i = exp(-mean of D_ij^2 over the `count` nearest j, i among them). Prominence is
     rho_i * delta_i, delta_i the least distance to a denser token, beyond all where none is denser.
@@ -53,7 +55,7 @@ def density_peaks(apart: Tensor, count: int) -> Tensor:
     denser = sparsity[None, :] < sparsity[:, None]
     reach = torch.where(denser, apart, FAR)
     nearest = torch.cat([reach, apart.new_full((apart.shape[0], 1), FAR)], dim=1).amin(1)
-    return top(nearest.log() / 2 - sparsity, count)
+    return ranked(nearest.log() / 2 - sparsity, count)
 
 
 def assign(apart: Tensor, centres: Tensor) -> Tensor:

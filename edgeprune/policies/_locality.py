@@ -15,7 +15,8 @@ def locality(features: Tensor, grid: tuple[int, int]) -> Tensor:
     """VisionTrim's LTAM, as its released code has it: [N, width] -> float32 [N], at most 0.
 
     The mean over the 3 x 3 patches around one, itself among them and 0 for those outside, of
-    -(|F - F'| / var F)^2 - w3 (|P - P'| / var P)^2.
+    -|F - F'|^2 / var F - w3 |P - P'|^2 / var P. Eq. 5 has the squares of the standard deviations;
+    the code's variances, over all entries of an image, are those squares.
     """
     rows, columns = grid
     wide = features.float()
@@ -27,7 +28,7 @@ def locality(features: Tensor, grid: tuple[int, int]) -> Tensor:
         inside = ((ys >= 0) & (ys < rows)) & ((xs >= 0) & (xs < columns)).T
         places = ys.clip(0, rows - 1) * columns + xs.clip(0, columns - 1).T
         neighbours = wide.index_select(0, torch.from_numpy(places.ravel()).to(wide.device))
-        apart = (wide - neighbours).pow(2).sum(1) / feature_scale**2
-        far = PLACE_WEIGHT * (dy**2 + dx**2) / place_scale**2
+        apart = (wide - neighbours).pow(2).sum(1) / feature_scale
+        far = PLACE_WEIGHT * (dy**2 + dx**2) / place_scale
         total = total - (apart + far) * torch.from_numpy(inside.ravel()).to(wide)
     return total / 9

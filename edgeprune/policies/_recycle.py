@@ -16,7 +16,8 @@ def recycle(tokens: Tensor, scores: Tensor, stage: Stage, live: Stage, spare: in
     """The live.keep best tokens, then live.merged that stand for the `spare` next ones.
 
     [n, width], float32 [n]; `live` is the `stage` with the sizes of this call. The next ones are
-    merged in clusters of density peaks, at their centres' places; those after them are dropped.
+    merged in clusters of density peaks, at their centres' places, the most prominent centre first;
+    those after them are dropped.
     """
     if stage.merged == 0:
         return Selection(top(scores, live.keep))

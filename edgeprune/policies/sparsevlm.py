@@ -46,7 +46,6 @@ from edgeprune.spec import ModelShape, Plan, Stage, budget, plan_from_counts
 
 DEPTHS = (3 / 32, 7 / 32, 16 / 32)
 VERSIONS = ("1.5", "2")
-HEADS = 14 / 32
 FAR = 0.05
 
 
@@ -54,6 +53,7 @@ FAR = 0.05
 class Policy(_policy.Policy):
     version: str = "1.5"  # 1.5, which recycles, or 2
     stages: str = "auto"  # or layers after which tokens are dropped, such as 3,7,16
+    heads: int = 14  # of version 2, those that attend most from raters to the picture
 
     paper: ClassVar[str] = (
         "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference"
@@ -90,6 +90,6 @@ class Policy(_policy.Policy):
         if self.version == "2":
             attention = attention / signals.text_nearness().clamp(min=FAR)
             mass = (attention * weights[None, :, None]).sum((1, 2))
-            busy = ranked(mass, max(1, round(HEADS * attention.shape[0])))
+            busy = ranked(mass, min(self.heads, attention.shape[0]))
             attention = attention.index_select(0, busy)
         return rated(attention.mean(0).T, weights)

@@ -141,9 +141,12 @@ class Policy(_policy.Policy):
         return (_unit(signals.cls_attention()) + received) / 2
 
     def _paper(self, signals: VisionSignals) -> Tensor:
-        """Eq. 6: S = a S_g + (1 - a) S_l, a = var(S_l) / (var(S_g) + var(S_l)): [N]."""
+        """Eq. 6: S = a S_g + (1 - a) S_l, a = var(S_l) / (var(S_g) + var(S_l)): [N].
+
+        LTAM ends in a softmax, and the code takes one of either score before it weighs them.
+        """
         wide = signals.salience().softmax(0)
-        near = locality(signals.features[0], signals.grid).softmax(0)
+        near = locality(signals.features[0], signals.grid).softmax(0).softmax(0)
         share = near.var() / (wide.var() + near.var()).clamp(min=1e-30)
         return share * wide + (1 - share) * near
 
