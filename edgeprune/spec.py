@@ -55,6 +55,7 @@ class ModelShape:
     max_positions: int
     has_cls: bool
     separators: int = 0  # of the V tokens, those that the model puts between tiles' own
+    mrope: bool = False  # whether a token has three positions
     blocks: int = 0  # encoder blocks that may merge tokens: 0 where V are not one tile's patches
 
 
@@ -65,7 +66,8 @@ class Stage:
     `layer` is the 1-based decoder layer that the survivors enter; 1 before the decoder. A stage at
     the decoder's input that looks at the `text` too runs in the decoder's graph, as layers do; all
     other stages before the decoder run in the vision graph. Where a later stage has to tell some of
-    the kept tokens from the others, they stand first and `lead` is their number.
+    the kept tokens from the others, they stand first and `lead` is their number. Behind a stage
+    between layers that does `renumber`, tokens take the positions of their slots in the cache.
     """
 
     site: Site
@@ -74,6 +76,7 @@ class Stage:
     layer: Few = 1
     text: bool = False
     lead: Amount = 0
+    renumber: bool = False
 
     @property
     def in_decoder(self) -> bool:

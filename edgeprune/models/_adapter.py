@@ -79,6 +79,7 @@ class Adapter:
             max_positions=decoder.max_positions,
             has_cls=encoder.cls,
             separators=len(layout.fixed),
+            mrope=decoder.mrope is not None,
             blocks=encoder.merging_blocks if layout.is_plain else 0,
         )
 

@@ -243,6 +243,8 @@ class Decoder(Tabled):
                 hidden, positions, chosen = site(hidden, positions, signals, live)
                 segments = Segments(segments.prefix, live.survivors, segments.text)
                 kept.append(chosen)
+                if site.stage.renumber:
+                    positions = self._slots(lengths[index : index + 1], segments)
             cache = Cache(past_keys[index], past_values[index], lengths[index : index + 1])
             hidden, present, seen = layer(hidden, positions, rotary, cache)
             keys.append(present.key)
@@ -276,6 +278,11 @@ class Decoder(Tabled):
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
         rows = torch.arange(segments.total + 3, device=first.device)  # of this call alone
         return rotary, rows[None, :-3], Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
+
+    def _slots(self, length: Tensor, segments: Segments) -> Tensor:
+        """Rows of the rotary tables for tokens that stand where the cache holds them: [1, S]."""
+        slots = length + torch.arange(segments.total, device=length.device)
+        return self.rows(slots, length + segments.total - 1)[None]
 
     def _signals(
         self,

@@ -11,10 +11,16 @@ for the CR.
 Open in the paper, chosen here: the quantiles of Eq. (12) are q; of the p tokens that go,
 floor((floor(0.3 p) + 1) / 10) + 1 means stay, as in SparseVLM; the text is what follows the
 picture; the nearest neighbours of Eq. (3) are as many as the clusters. Kept tokens come first, in
-reading order, then merged ones; in the decoder positions stay, a merged token's being its centre's.
-Deviations: Eq. (4) and (8), said to be equivalent to Eq. (3) and (7), are not, and are left out;
-Eq. (5) is read as the least distance to a denser token. There is no released code.
+reading order, then merged ones, the most prominent centre's first; in the decoder positions stay, a
+merged token's being its centre's.
 score=attention takes the raters' attention in the layer in place of M, as SparseVLM does.
+
+Deviations from the paper; there is no released code:
+- Eq. (4) and (8), said to be equivalent to Eq. (3) and (7), are not, and are left out.
+- Eq. (5), as printed no condition at all, is read as the least distance to a denser token.
+- The paper drops after layers 3, 7 and 16 of 40 too, and 3, 7 and 13 of 28: `stages=3,7,13`.
+- A rater has to pass the mean by a millionth of it, so that rounding alone makes none; where no
+  text token does, all rate.
 """
 
 from __future__ import annotations

@@ -3,10 +3,17 @@
 The score is the last prompt token's attention, head mean, in the layer before the drop.
 The counts are V, qV, q^2 V, q^3 V and q is solved for the CR. Up to the CR of the paper's q = 1/2
 (32/15) the drops follow layers L/4, L/2, 3L/4 as in the paper; above it they follow L/16, L/4, L/2,
-the author's choice for smaller budgets (issue 29 of the released code). Positions are kept.
-Deviations: the released code scores with the next layer's queries and keys, the paper with the
-layer's own, as here; the released code renumbers positions after each drop, here they stay, since
-one `position` serves all layers.
+the author's choice for smaller budgets (issue 29 of the released code).
+After a drop positions are renumbered, as in the released code: in every layer a token stands where
+that layer's cache holds it. `positions=keep` leaves each token its first position. Under M-RoPE,
+where the released code has no answer, positions are kept.
+
+Deviations:
+- The released code scores with queries and keys that the next layer makes of this layer's output;
+  here, as in the paper, they are those of the layer before the drop.
+- The released code rounds each count down; here counts are rounded so that their sum is the CR's.
+- The published layers are those of 32-layer models; of other depths the shares are the same.
+- The paper also trains with these drops; here the checkpoint is as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from edgeprune.policies import _policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
-from edgeprune.policies._steps import falling, geometric, parse, scaled, too_late
+from edgeprune.policies._steps import falling, geometric, parse, placed, scaled, too_late
 from edgeprune.spec import ModelShape, Plan, Stage, budget, plan_from_counts
 
 PAPER = (1 / 4, 1 / 2, 3 / 4)
@@ -28,6 +35,7 @@ LATER = (1 / 16, 1 / 4, 1 / 2)
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     stages: str = "auto"  # or layers after which tokens are dropped, such as 8,16,24
+    positions: str = "auto"  # after a drop: renumber, keep, or auto: renumber but under M-RoPE
 
     paper: ClassVar[str] = (
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy"
@@ -46,7 +54,8 @@ class Policy(_policy.Policy):
         least = sum(geometric(tokens, layers, drops, 0))
         if least > wanted:
             raise too_late("pyramiddrop", drops[0], shape, least, cr)
-        return plan_from_counts(tokens, falling(tokens, layers, drops, wanted))
+        plan = plan_from_counts(tokens, falling(tokens, layers, drops, wanted))
+        return placed(plan, self.positions, shape, renumber=True)
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))
