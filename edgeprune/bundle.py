@@ -25,6 +25,7 @@ from edgeprune import contract
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.files import replaced
 from edgeprune.generation import Sampling
+from edgeprune.graphs import DECODER, VISION, GraphRecord
 from edgeprune.records import (
     Amount,
     Between,
@@ -92,11 +93,6 @@ class PruneRecord:
     schedule: dict[str, Any] | None = None
 
     @property
-    def kept_outputs(self) -> tuple[str, ...]:
-        """Outputs of decoder.onnx that say whose places the survivors take, in layer order."""
-        return self.plan.kept_outputs
-
-    @property
     def encoded(self) -> int:
         """Visual tokens between the two graphs: r_1, or more where the text prunes too."""
         return self.plan.encoded
@@ -120,8 +116,7 @@ class DecoderRecord:
     vocabulary: Count
     max_positions: Count
     cache: Annotated[str, OneOf(CACHES)]
-    span: Count | None = None  # positions that a picture takes under M-RoPE, and then the decoder
-    # has an input `places`: int64 [visual], which of the V tokens it is given; None: one each
+    image_positions: Amount  # that an image takes: r_1, or under M-RoPE fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,15 +211,21 @@ class Manifest:
     decoder: DecoderRecord
     image: ImageRecord
     text: TextRecord
+    graphs: dict[str, GraphRecord]  # vision.onnx and decoder.onnx
     files: dict[str, FileRecord]
     parity: ParityRecord
     versions: dict[str, str]
     schema: Count = SCHEMA
 
     @property
-    def span(self) -> int:
-        """Positions that a picture takes: as many as tokens enter layer 1, fewer under M-RoPE."""
-        return self.prune.counts[0] if self.decoder.span is None else self.decoder.span
+    def vision(self) -> GraphRecord:
+        """Inputs and outputs of vision.onnx."""
+        return self.graphs[VISION]
+
+    @property
+    def graph(self) -> GraphRecord:
+        """Inputs and outputs of decoder.onnx."""
+        return self.graphs[DECODER]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

@@ -38,7 +38,8 @@ def _prune(prune: PruneRecord, layers: int) -> Iterator[str]:
         yield "the stages give other token counts"
     elif not math.isclose(plan.cr, prune.cr_reached, rel_tol=1e-6):
         yield f"the token counts give a ratio of {plan.cr:.4g}, not {prune.cr_reached:.4g}"
-    if len(set(plan.kept_outputs)) != len(plan.kept_outputs):
+    sites = [stage.layer for stage in plan.in_decoder]
+    if len(set(sites)) != len(sites):
         yield "two stages stand before one layer"
     rows, columns = prune.grid
     if rows * columns != prune.visual_tokens:

@@ -141,9 +141,9 @@ class Plan:
         return before[-1].survivors if before else self.visual_tokens
 
     @property
-    def kept_outputs(self) -> tuple[str, ...]:
-        """Outputs of the decoder's graph that say whose places the survivors of a stage take."""
-        return tuple(f"kept.{stage.layer}" for stage in self.stages if stage.in_decoder)
+    def in_decoder(self) -> tuple[Stage, ...]:
+        """The stages in the decoder's graph, in layer order."""
+        return tuple(stage for stage in self.stages if stage.in_decoder)
 
     def before_decoder(self) -> tuple[Stage, ...]:
         """The stages in the vision graph."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeprune.errors import ParityError
+from edgeprune.graphs import DECODER, VISION, GraphRecord
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference, Step
@@ -63,6 +64,7 @@ class Graphs:
     def __init__(
         self,
         folder: Path,
+        record: GraphRecord,  # of decoder.onnx
         decoder: Decoder,
         dtype: torch.dtype = torch.float32,
         room: int = 128,
@@ -73,22 +75,21 @@ class Graphs:
         options.log_severity_level = 4  # without bound buffers the cache is copied: meant here
         providers = ["CPUExecutionProvider"]
         with _told("cannot load"):
-            self.vision = ort.InferenceSession(folder / "vision.onnx", options, providers)
-            self.decoder = ort.InferenceSession(folder / "decoder.onnx", options, providers)
+            self.vision = ort.InferenceSession(folder / VISION, options, providers)
+            self.decoder = ort.InferenceSession(folder / DECODER, options, providers)
         self.plan, self.config, self.room = decoder.plan, decoder.config, room
-        self.span, self.dtype = decoder.span, dtype
-        self.kept = self.plan.kept_outputs
-        ends = {end.name: end.shape for end in self.decoder.get_inputs()}
-        self.shapes = {n[5:]: shape for n, shape in ends.items() if n.startswith("past_")}
+        self.image_positions, self.dtype, self.record = decoder.span, dtype, record
+        written = [cache.present for cache in record.caches]
+        logits = [tensor for tensor in record.outputs if tensor.role == "logits"]
+        self.outputs = [tensor.name for tensor in (*logits, *record.kept, *written)]
 
     def prefill(self, prompt: Prompt) -> Step:
         """An image and a first question; `visual` and `vision_kept` are the vision graph's."""
-        self.caches: dict[str, Array] = {}
-        for name, shape in self.shapes.items():
-            layer = name.partition(".")[2]
-            room = {f"capacity.{layer}": self.plan.counts[int(layer)] + self.room}
-            sizes = [d if isinstance(d, int) else room.get(d, 0) for d in shape]  # 0: it grows
-            self.caches[name] = torch.zeros(sizes, dtype=self.dtype).numpy()
+        self.caches = list[Array]()
+        for cache in self.record.caches:
+            index = cache.index
+            sizes = {f"capacity.{index}": self.plan.counts[index] + self.room, f"past.{index}": 0}
+            self.caches.append(torch.zeros(cache.past.shape(sizes), dtype=self.dtype).numpy())
         self.lengths, self.position = np.zeros(self.config.layers, np.int64), 0
         with _told("cannot run"):
             visual, kept = self.vision.run(None, {"pixels": prompt.pixels.to(self.dtype).numpy()})
@@ -101,26 +102,26 @@ class Graphs:
         nothing = np.zeros((1, 0), np.int64)
         return self._run(nothing, empty, ids.numpy(), nothing[0])
 
-    def _run(self, prefix_ids: Array, visual: Array, text_ids: Array, places: Array) -> Step:
-        feeds = {
+    def _run(self, prefix_ids: Array, visual: Array, text_ids: Array, indices: Array) -> Step:
+        sources = {
             "prefix_ids": prefix_ids,
             "visual": visual,
+            "visual_indices": indices,
             "text_ids": text_ids,
             "position": np.array([self.position]),
             "lengths": self.lengths,
-            **{f"past_{name}": cache for name, cache in self.caches.items()},
         }
-        if self.config.mrope is not None:
-            feeds["places"] = places
-        names = ["logits", *self.kept, *(f"present_{name}" for name in self.caches)]
+        caches = zip(self.record.caches, self.caches, strict=True)
+        feeds = {cache.past.name: held for cache, held in caches}
+        feeds |= {t.name: sources[t.role] for t in self.record.inputs if t.role in sources}
         with _told("cannot run"):
-            logits, *rest = self.decoder.run(names, feeds)
-        kept, present = rest[: len(self.kept)], rest[len(self.kept) :]
-        self.caches = dict(zip(self.caches, present, strict=True))
+            logits, *rest = self.decoder.run(self.outputs, feeds)
+        sites = len(self.record.kept)
+        kept, self.caches = rest[:sites], rest[sites:]
         counts = np.minimum(self.plan.counts, visual.shape[1])
         text = prefix_ids.shape[1] + text_ids.shape[1]
         self.lengths = self.lengths + text + counts
-        self.position += text + (self.span if visual.shape[1] else 0)
+        self.position += text + (self.image_positions if visual.shape[1] else 0)
         return Step(
             torch.from_numpy(logits[0, 0].astype(np.float32)),
             tuple(torch.from_numpy(k) for k in kept),

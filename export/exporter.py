@@ -35,6 +35,7 @@ from edgeprune.export.prompts import read_text, save_tokenizer
 from edgeprune.export.trace import decoder_graph, hollow, vision_graph
 from edgeprune.export.upcast import upcast
 from edgeprune.export.weights import WeightsFile
+from edgeprune.graphs import DECODER, VISION, GraphRecord
 from edgeprune.models import Adapter
 from edgeprune.models._layers import set_tables
 from edgeprune.models._processor import Processor, Prompt
@@ -145,11 +146,15 @@ def export(
     records = read_records(adapter, processor)
     try:
         with atomic_folder(request.output) as draft:
-            _write_graphs(draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report)
+            graphs = _write_graphs(
+                draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report
+            )
             _copy_text(adapter.checkpoint.folder, draft, processor)
-            checked = _check(draft, request, adapter, policy, DTYPES[dtype], prompts, report)
+            checked = _check(
+                draft, request, adapter, policy, DTYPES[dtype], graphs, prompts, report
+            )
             report("hash files", 0, 1)
-            manifest = _manifest(request, adapter, policy, records, draft, checked)
+            manifest = _manifest(request, adapter, policy, records, graphs, draft, checked)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
         raise ExportError(
@@ -166,7 +171,8 @@ def _write_graphs(
     dialect: Dialect,
     dtype: torch.dtype,
     report: Report,
-) -> None:
+) -> dict[str, GraphRecord]:
+    """Trace both graphs and write them with their weights; what the manifest says of them."""
     ops = dialect.ops()
     with torch.device("meta"):
         vision, decoder = adapter.vision(policy, plan, ops), adapter.decoder(policy, plan, ops)
@@ -176,17 +182,19 @@ def _write_graphs(
         set_tables(module, dtype)
         adapter.sources(module)  # a tensor that is missing or misshapen is named now
     report("trace vision", 0, 1)
-    graphs = {"vision": vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
+    graphs = {VISION: vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
     report("trace decoder", 0, 1)
-    graphs["decoder"] = decoder_graph(decoder, dtype, dialect)
+    graphs[DECODER] = decoder_graph(decoder, dtype, dialect)
     with WeightsFile(draft) as weights:
-        for name, module in (("vision", vision), ("decoder", decoder)):
-            step = partial(report, f"{name} weights")
-            weights.fill(graphs[name], module, adapter, dtype, step)
-    for name, model in graphs.items():
+        for name, module in ((VISION, vision), (DECODER, decoder)):
+            step = partial(report, f"{name.removesuffix('.onnx')} weights")
+            weights.fill(graphs[name].model, module, adapter, dtype, step)
+    for name, traced in graphs.items():
+        model = traced.model
         model.producer_name, model.producer_version = "edgeprune", installed("edgeprune")
-        ir.save(model, draft / f"{name}.onnx")
-        onnx.checker.check_model(str(draft / f"{name}.onnx"))
+        ir.save(model, draft / name)
+        onnx.checker.check_model(str(draft / name))
+    return {name: traced.record for name, traced in graphs.items()}
 
 
 def _copy_text(folder: Path, draft: Path, processor: Processor) -> None:
@@ -203,6 +211,7 @@ def _check(
     adapter: Adapter,
     policy: Policy,
     dtype: torch.dtype,
+    graphs: dict[str, GraphRecord],
     prompts: Iterable[Prompt],
     report: Report,
 ) -> ParityRecord:
@@ -217,14 +226,14 @@ def _check(
         report("parity", done, len(chosen))
 
     if dtype == torch.float32:
-        return parity.check(draft, reference, chosen, compared)
+        return parity.check(draft, graphs, reference, chosen, compared)
     half = Reference.build(adapter, policy, request.plan, dtype)
-    eager, graph = precision.measure(draft, reference, half, chosen, compared)
+    eager, graph = precision.measure(draft, graphs, reference, half, chosen, compared)
     del half
     reference.round_weights(dtype)
     with TemporaryDirectory(dir=draft) as folder:
         upcast(draft, Path(folder))
-        checked = parity.check(Path(folder), reference, chosen, compared)
+        checked = parity.check(Path(folder), graphs, reference, chosen, compared)
     return replace(checked, eager=eager, graph=graph)
 
 
@@ -233,6 +242,7 @@ def _manifest(
     adapter: Adapter,
     policy: Policy,
     records: Records,
+    graphs: dict[str, GraphRecord],
     draft: Path,
     checked: ParityRecord,
 ) -> Manifest:
@@ -246,7 +256,8 @@ def _manifest(
         dtype=dtype,
         opset=dialect.opset,
         prune=_prune_record(request, adapter, policy),
-        decoder=_decoder_record(adapter, dialect.cache),
+        decoder=_decoder_record(adapter, request.plan, dialect.cache),
+        graphs=graphs,
         image=records.image,
         text=records.text,
         files=record_files(draft),
@@ -265,13 +276,13 @@ def _prune_record(request: ExportRequest, adapter: Adapter, policy: Policy) -> P
         grid=adapter.shape.grid,
         counts=plan.counts,
         stages=plan.stages,
-        reads_text=policy.reads_text and bool(plan.kept_outputs),
+        reads_text=policy.reads_text and bool(plan.in_decoder),
         options=dict(spec.options),
         schedule=request.schedule,
     )
 
 
-def _decoder_record(adapter: Adapter, cache: str) -> DecoderRecord:
+def _decoder_record(adapter: Adapter, plan: Plan, cache: str) -> DecoderRecord:
     shape, mrope = adapter.shape, adapter.decoder_config.mrope
     return DecoderRecord(
         layers=shape.layers,
@@ -283,5 +294,5 @@ def _decoder_record(adapter: Adapter, cache: str) -> DecoderRecord:
         vocabulary=shape.vocabulary,
         max_positions=shape.max_positions,
         cache=cache,
-        span=mrope.span if mrope else None,
+        image_positions=mrope.span if mrope else plan.entering,
     )

@@ -13,7 +13,7 @@ That graph and eager model are the same program is shown apart, in float32 (pari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from torch import Tensor
 from edgeprune.bundle import DistanceRecord
 from edgeprune.errors import ParityError
 from edgeprune.export._dialogue import REPORT, Graphs, Outcome, play
+from edgeprune.graphs import DECODER, GraphRecord
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.spec import Plan
@@ -58,7 +59,7 @@ class Tally:
 
     def add(self, found: Outcome, wanted: Outcome, plan: Plan) -> None:
         """Count one sample."""
-        names = ("vision", *plan.kept_outputs)
+        names = ("vision", *(f"kept.{stage.layer}" for stage in plan.in_decoder))
         sites = zip(names, found.survivors(), wanted.survivors(), strict=True)
         for name, ours, theirs in sites:
             if len(theirs) < plan.visual_tokens:
@@ -75,6 +76,7 @@ class Tally:
 
 def measure(
     folder: Path,
+    records: Mapping[str, GraphRecord],
     reference: Reference,
     half: Reference,
     prompts: Sequence[Prompt],
@@ -86,7 +88,9 @@ def measure(
     or a distance above its limit.
     """
     plan, eager, graph = reference.decoder.plan, Tally(), Tally()
-    graphs = Graphs(folder, half.decoder, half.dtype) if half.dtype in RUNS else None
+    graphs = None
+    if half.dtype in RUNS:
+        graphs = Graphs(folder, records[DECODER], half.decoder, half.dtype)
     engines: list[tuple[Tally, Reference | Graphs, str]] = [(eager, half, "the eager model")]
     engines += [(graph, graphs, "the exported graph")] if graphs else []
     for number, prompt in enumerate(prompts, 1):

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -21,8 +22,16 @@ from edgeprune.errors import ExportError
 from edgeprune.export.assumptions import Sizes, check_sizes
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.passes import add_token, clean
+from edgeprune.graphs import GraphRecord, TensorRecord
 from edgeprune.models._decoder import Decoder
 from edgeprune.spec import Plan
+
+_DTYPES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT64: "int64",
+}
 
 Shapes = Any  # torch.export's nested description of dynamic dimensions
 
@@ -36,36 +45,57 @@ def hollow(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.eval()
 
 
-def vision_graph(
-    module: nn.Module, shape: Sequence[int], dtype: torch.dtype, opset: int
-) -> ir.Model:
-    """pixels [tiles, 3, H, W] -> visual [1, r_1, D], kept [r_1]; every size fixed."""
+@dataclass(frozen=True)
+class End:
+    """An input or output of a graph: its name, what it is for, and of which decoder layer."""
+
+    name: str
+    role: str
+    layer: int | None = None  # 1-based
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph without its weights, and what the bundle's manifest says of it."""
+
+    model: ir.Model
+    record: GraphRecord
+
+
+def vision_graph(module: nn.Module, shape: Sequence[int], dtype: torch.dtype, opset: int) -> Traced:
+    """pixels [tiles, 3, H, W] -> visual [1, r_1, D], visual_indices [r_1]; every size fixed."""
     pixels = torch.zeros(*shape, dtype=dtype)
-    return _trace(module, (pixels,), None, ["pixels"], ["visual", "kept"], opset)
+    inputs = [End("pixels", "pixels")]
+    outputs = [End("visual", "visual"), End("visual_indices", "visual_indices")]
+    model = _trace(module, (pixels,), None, inputs, outputs, opset)
+    return Traced(model, _record(model.graph, inputs, outputs))
 
 
-def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> ir.Model:
+def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Traced:
     """One graph for prefill, decode and later turns; see Decoder.forward for the shapes."""
     config, plan = decoder.config, decoder.plan
     layers = range(config.layers)
     dynamic = {1: Dim.DYNAMIC}
     cache = [{2: Dim.DYNAMIC}] * config.layers
     shapes: Shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
-    inputs = ["prefix_ids", "visual", "text_ids", "position", "lengths"]
-    outputs = ["logits"]
+    plain = ("prefix_ids", "visual", "text_ids", "position", "lengths")
+    inputs, outputs = [End(name, name) for name in plain], [End("logits", "logits")]
     for kind in ("key", "value"):
-        inputs += [f"past_{kind}.{layer}" for layer in layers]
-        outputs += [f"present_{kind}.{layer}" for layer in layers]
-    outputs += plan.kept_outputs
+        inputs += [End(f"past_{kind}.{n}", f"past_{kind}", n + 1) for n in layers]
+        outputs += [End(f"present_{kind}.{n}", f"present_{kind}", n + 1) for n in layers]
+    outputs += [End(f"kept.{stage.layer}", "kept", stage.layer) for stage in plan.in_decoder]
     args = _example(decoder, dtype)
     if config.mrope is not None:
-        shapes, inputs = (*shapes, {0: Dim.DYNAMIC}), [*inputs, "places"]
+        shapes = (*shapes, {0: Dim.DYNAMIC})
+        inputs.append(End("visual_indices", "visual_indices"))
         args = (*args, torch.arange(max(2, plan.encoded)))
     model = _trace(decoder, args, shapes, inputs, outputs, dialect.opset, _calls(plan))
     if dialect.token:
         add_token(model.graph)
-    _name_dimensions(model.graph, dialect.cache)
-    return model
+        outputs.insert(1, End("token", "token"))
+    _name_sizes(model.graph.inputs, inputs, dialect.cache)
+    _name_sizes(model.graph.outputs, outputs, dialect.cache)
+    return Traced(model, _record(model.graph, inputs, outputs))
 
 
 def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -91,15 +121,15 @@ def _calls(plan: Plan) -> list[Sizes]:
     prefix, visual, text = (("prefix_ids", 1), ("visual", 1), ("text_ids", 1))
     image, none = plan.encoded, 0
     sizes = ((0, image, 1), (1, image, 9), (64, image, 64), (0, none, 1), (0, none, 9))
-    return [{prefix: p, visual: v, ("places", 0): v, text: t} for p, v, t in sizes]
+    return [{prefix: p, visual: v, ("visual_indices", 0): v, text: t} for p, v, t in sizes]
 
 
 def _trace(
     module: nn.Module,
     args: tuple[Any, ...],
     shapes: Shapes,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
+    inputs: Sequence[End],
+    outputs: Sequence[End],
     opset: int,
     calls: Sequence[Sizes] = (),
 ) -> ir.Model:
@@ -133,25 +163,47 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _rename(values: Sequence[ir.Value], names: Sequence[str]) -> None:
-    if len(values) != len(names):
-        raise ExportError(f"the traced graph has {len(values)} ends, want {len(names)}: {names}")
-    for value, name in zip(values, names, strict=True):
-        value.name = name
+def _rename(values: Sequence[ir.Value], ends: Sequence[End]) -> None:
+    if len(values) != len(ends):
+        names = [end.name for end in ends]
+        raise ExportError(f"the traced graph has {len(values)} ends, want {len(ends)}: {names}")
+    for value, end in zip(values, ends, strict=True):
+        value.name = end.name
 
 
-def _name_dimensions(graph: ir.Graph, cache: str) -> None:
-    """Readable names for the dynamic sizes, in place of the tracer's symbols.
+def _name_sizes(values: Sequence[ir.Value], ends: Sequence[End], cache: str) -> None:
+    """Readable names for the open sizes, in place of the tracer's symbols.
 
     A cache that is written in place has `capacity.0` slots, one that grows has `past.0` before and
     `present.0` after.
     """
-    names = {"prefix_ids": "prefix", "visual": "visual", "places": "visual", "text_ids": "text"}
-    for value in (*graph.inputs, *graph.outputs):
-        stem, _, layer = (value.name or "").partition(".")
-        label = names.get(stem)
-        if "_" in stem and layer:
-            label = f"{stem.partition('_')[0] if cache == 'grow' else 'capacity'}.{layer}"
+    names = {
+        "prefix_ids": "prefix",
+        "visual": "visual",
+        "visual_indices": "visual",
+        "text_ids": "text",
+    }
+    for value, end in zip(values, ends, strict=True):
+        label = names.get(end.role)
+        if end.role == "kept":
+            label = f"kept.{end.layer}"
+        elif end.layer is not None:
+            kind = end.role.partition("_")[0] if cache == "grow" else "capacity"
+            label = f"{kind}.{end.layer - 1}"
         if label and value.shape is not None:
             sizes = [label if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
             value.shape = ir.Shape(sizes)
+
+
+def _record(graph: ir.Graph, inputs: Sequence[End], outputs: Sequence[End]) -> GraphRecord:
+    """What the manifest says of a graph's inputs and outputs."""
+    return GraphRecord(
+        tuple(map(_tensor, graph.inputs, inputs)), tuple(map(_tensor, graph.outputs, outputs))
+    )
+
+
+def _tensor(value: ir.Value, end: End) -> TensorRecord:
+    if value.shape is None or value.dtype not in _DTYPES or value.name != end.name:
+        raise ExportError(f"the traced graph has {value}, want {end.name}")
+    dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorRecord(end.name, _DTYPES[value.dtype], dims, end.role, end.layer)

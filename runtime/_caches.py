@@ -7,12 +7,14 @@ goes back and forth between two blocks. Blocks are made and copied on the device
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edgeprune.bundle import DecoderRecord
+from edgeprune.graphs import CacheRecord
 from edgeprune.runtime._copy_graph import INPUT, OUTPUT, SPARE, copy_graph
 from edgeprune.runtime.backend import Ids
 
@@ -53,14 +55,16 @@ class Device:
 
 
 class OrtCaches:
-    """Keys and values of every layer, by name (`key.0`, ...), past and present in one block."""
+    """Keys and values of every layer, past and present in one block."""
 
     moving = False  # whether every call binds other blocks
-    blocks = 1  # for each name
+    blocks = 1  # for each cache
 
-    def __init__(self, device: Device, record: DecoderRecord) -> None:
-        self.device, self.record = device, record
-        self.values: dict[str, Any] = {}
+    def __init__(
+        self, device: Device, record: DecoderRecord, caches: Sequence[CacheRecord]
+    ) -> None:
+        self.device, self.record, self.caches = device, record, caches
+        self.values: dict[str, Any] = {}  # by the name of the input
         self.capacities = [0] * record.layers
         self.step: Any = None  # a decode step bound to these blocks
 
@@ -70,23 +74,26 @@ class OrtCaches:
         for layer, (held, needed) in enumerate(zip(lengths.tolist(), filled.tolist(), strict=True)):
             capacity, now = needed + -needed % STEP, self.capacities[layer]
             if now < capacity or (now > capacity + STEP and not held):
-                for name in (f"key.{layer}", f"value.{layer}"):
-                    self._resize(name, held, capacity)
+                for cache in self.caches:
+                    if cache.index == layer:
+                        source = self.values.get(cache.past.name)
+                        self._fill(cache.past.name, source, held, capacity)
                 self.capacities[layer], self.step = capacity, None
 
     def bind(self, binding: Any, lengths: Ids, filled: Ids) -> None:
         """Bind past and present of a call: `lengths` tokens of each layer become `filled`."""
-        for name, cache in self.values.items():
-            binding.bind_ortvalue_input(f"past_{name}", cache)
-            binding.bind_ortvalue_output(f"present_{name}", cache)  # written in place
+        for cache in self.caches:
+            block = self.values[cache.past.name]
+            binding.bind_ortvalue_input(cache.past.name, block)
+            binding.bind_ortvalue_output(cache.present.name, block)  # written in place
 
     def copy(self, lengths: Ids) -> OrtCaches:
         """Others, as long, that hold the same `lengths` tokens."""
-        twin = type(self)(self.device, self.record)
+        twin = type(self)(self.device, self.record, self.caches)
         twin.capacities = [*self.capacities]
-        for name, cache in self.values.items():
-            layer = _layer(name)
-            twin._fill(name, cache, int(lengths[layer]), self.capacities[layer])
+        for cache in self.caches if self.values else ():
+            name, layer = cache.past.name, cache.index
+            twin._fill(name, self.values[name], int(lengths[layer]), self.capacities[layer])
         return twin
 
     def bytes(self) -> int:
@@ -95,9 +102,6 @@ class OrtCaches:
 
     def close(self) -> None:
         self.values, self.step = {}, None
-
-    def _resize(self, name: str, held: int, capacity: int) -> None:
-        self._fill(name, self.values.get(name), held, capacity)
 
     def _fill(self, name: str, source: Any, held: int, capacity: int) -> None:
         """A new block of `capacity` tokens, at its start the first `held` of another."""
@@ -117,17 +121,20 @@ class GrowingCaches(OrtCaches):
     moving = True
     blocks = 2
 
-    def __init__(self, device: Device, record: DecoderRecord) -> None:
-        super().__init__(device, record)
+    def __init__(
+        self, device: Device, record: DecoderRecord, caches: Sequence[CacheRecord]
+    ) -> None:
+        super().__init__(device, record, caches)
         self.others: dict[str, Any] = {}  # where the next present goes
 
     def bind(self, binding: Any, lengths: Ids, filled: Ids) -> None:
         place = self.device.name, 0, self.device.element
-        for name, past in self.values.items():
-            layer, present = _layer(name), self.others[name]
+        for cache in self.caches:
+            name, layer = cache.past.name, cache.index
+            past, present = self.values[name], self.others[name]
             before, behind = self._shape(int(lengths[layer])), self._shape(int(filled[layer]))
-            binding.bind_input(f"past_{name}", *place, before, past.data_ptr())
-            binding.bind_output(f"present_{name}", *place, behind, present.data_ptr())
+            binding.bind_input(name, *place, before, past.data_ptr())
+            binding.bind_output(cache.present.name, *place, behind, present.data_ptr())
             self.values[name], self.others[name] = present, past
 
     def close(self) -> None:
@@ -142,11 +149,7 @@ class GrowingCaches(OrtCaches):
         self.values[name], self.others[name] = block, self.device.block(self._shape(capacity))
 
 
-def make(device: Device, record: DecoderRecord) -> OrtCaches:
+def make(device: Device, record: DecoderRecord, caches: Sequence[CacheRecord]) -> OrtCaches:
     """The caches of a decoder, as its manifest says that they are kept."""
     kind = GrowingCaches if record.cache == "grow" else OrtCaches
-    return kind(device, record)
-
-
-def _layer(name: str) -> int:
-    return int(name.partition(".")[2])
+    return kind(device, record, caches)

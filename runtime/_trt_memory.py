@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 
 from edgeprune.bundle import Manifest
+from edgeprune.graphs import TensorRecord
 from edgeprune.runtime import elements, gpu
 from edgeprune.runtime.backend import Ids
 
 ALIGNMENT = 256  # bytes; TensorRT wants inputs and outputs so
 WORD = 8  # bytes of an int64
+CACHES = ("past_", "present_")
+"""Roles of caches begin so."""
 
 
 class Block:
@@ -25,20 +27,22 @@ class Block:
         self.grows, self.record = record.cache == "grow", record
         row = record.kv_heads * record.head_size * elements.SIZES[manifest.dtype]
         self.bytes = (2 if self.grows else 1) * sum(2 * n * row for n in capacities)
-        names = [f"{kind}.{layer}" for layer in range(record.layers) for kind in ("key", "value")]
-        self.pairs = {n: (at[n], at[f"{n}'" if self.grows else n]) for n in names}
+        self.pairs = {
+            cache: (at[cache.past.name], at[(cache.present if self.grows else cache.past).name])
+            for cache in manifest.graph.caches
+        }
         self.replay: Callable[[], None] | None = None
 
     def prepare(self, execution: gpu.Execution, lengths: Ids) -> None:
         """Give a call its caches, and where they grow their shapes; the next call is swapped."""
-        for name, (past, present) in self.pairs.items():
-            execution.address(f"past_{name}", past)
-            execution.address(f"present_{name}", present)
+        for cache, (past, present) in self.pairs.items():
+            execution.address(cache.past.name, past)
+            execution.address(cache.present.name, present)
             if self.grows:
-                held = int(lengths[int(name.partition(".")[2])])
+                held = int(lengths[cache.index])
                 shape = (1, self.record.kv_heads, held, self.record.head_size)
-                execution.shape(f"past_{name}", shape)
-                self.pairs[name] = present, past
+                execution.shape(cache.past.name, shape)
+                self.pairs[cache] = present, past
 
 
 class TrtCaches:
@@ -58,39 +62,29 @@ class TrtCaches:
 
 def shared_sizes(manifest: Manifest, limits: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Bytes of what all calls share, by name: one call at a time has it."""
-    record, element = manifest.decoder, elements.SIZES[manifest.dtype]
-    sizes = {
-        "pixels": prod(manifest.image.shape) * element,
-        "prefix_ids": limits["prefix"][2] * WORD,
-        "text_ids": limits["text"][2] * WORD,
-        "position": WORD,
-        "lengths": record.layers * WORD,
-        "step": step_bytes(record.layers),
-        "logits": record.vocabulary * element,
-        "token": WORD,
-        "nothing": ALIGNMENT,  # stands for an image where there is none
-    }
-    for name, count in zip(manifest.prune.kept_outputs, survivors(manifest), strict=True):
-        sizes[name] = count * WORD
+    open_sizes = {"prefix": limits["prefix"][2], "text": limits["text"][2]}
+    for site, count in survivors(manifest):
+        open_sizes |= {dim: count for dim in site.dims if isinstance(dim, str)}
+    decoder = (*manifest.graph.inputs, *manifest.graph.outputs)
+    pixels = [tensor for tensor in manifest.vision.inputs if tensor.role == "pixels"]
+    shared = (t for t in (*pixels, *decoder) if t.role not in ("visual", "visual_indices"))
+    sizes = {t.name: t.bytes(open_sizes) for t in shared if not t.role.startswith(CACHES)}
+    sizes |= {"step": step_bytes(manifest.decoder.layers), "nothing": ALIGNMENT}  # no image
     return _aligned(sizes)
 
 
 def image_sizes(manifest: Manifest) -> dict[str, int]:
-    """Bytes of an encoded image."""
-    encoded, width = manifest.prune.encoded, manifest.decoder.width
-    visual = encoded * width * elements.SIZES[manifest.dtype]
-    return _aligned({"visual": visual, "places": encoded * WORD})
+    """Bytes of an encoded image, by role."""
+    return _aligned({tensor.role: tensor.bytes({}) for tensor in manifest.vision.outputs})
 
 
 def cache_sizes(manifest: Manifest, capacities: Sequence[int]) -> dict[str, int]:
-    """Bytes of one dialogue's caches."""
+    """Bytes of one dialogue's caches, by the input's name; by the output's too where they grow."""
     record, sizes = manifest.decoder, dict[str, int]()
     row = record.kv_heads * record.head_size * elements.SIZES[manifest.dtype]
-    for layer, capacity in enumerate(capacities):
-        for name in (f"key.{layer}", f"value.{layer}"):
-            sizes[name] = capacity * row
-            if record.cache == "grow":
-                sizes[f"{name}'"] = capacity * row
+    for cache in manifest.graph.caches:
+        ends = (cache.past, cache.present) if record.cache == "grow" else (cache.past,)
+        sizes |= {end.name: capacities[cache.index] * row for end in ends}
     return _aligned(sizes)
 
 
@@ -103,10 +97,10 @@ def step_bytes(layers: int) -> int:
     return 2 * ALIGNMENT + layers * WORD
 
 
-def survivors(manifest: Manifest) -> list[int]:
-    """How many visual tokens each pruning site leaves."""
-    layers = (int(name.partition(".")[2]) for name in manifest.prune.kept_outputs)
-    return [manifest.prune.counts[layer - 1] for layer in layers]
+def survivors(manifest: Manifest) -> list[tuple[TensorRecord, int]]:
+    """Each pruning site's output, and how many visual tokens the site leaves."""
+    counts = manifest.prune.counts
+    return [(site, counts[site.layer - 1]) for site in manifest.graph.kept if site.layer]
 
 
 def arena(device: gpu.Gpu, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -116,7 +116,7 @@ def build(request: BuildRequest, report: seam.Report = lambda step, done, total:
 
 def _check(manifest: Manifest, request: BuildRequest) -> None:
     """Refuse at once what TensorRT would refuse after minutes, or its runtime could not drive."""
-    if manifest.target == "cpu":
+    if manifest.graph.output("token") is None:
         raise BackendError(
             f"{request.bundle} was exported for ONNX Runtime on a CPU; export it again with"
             " --target rtx, jetpack7 or jetpack6"
@@ -126,7 +126,7 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
             f"{request.bundle} is {manifest.dtype}, TensorRT's attention is fp16 or bf16;"
             " export it again with --dtype fp16 (or --target rtx)"
         )
-    most = manifest.decoder.max_positions - manifest.span
+    most = manifest.decoder.max_positions - manifest.decoder.image_positions
     if request.text_capacity > most:
         raise CapacityError(
             f"--text-capacity {request.text_capacity} is more than the {most} text tokens that"
@@ -225,7 +225,7 @@ class _Builder:
             raise BundleError(f"{file} is damaged ({error}); export the bundle again") from error
         if not self._parser.parse(model, str(file)):  # the path says where weights.bin is
             raise BackendError(f"{self.title} refuses {file}: {seam.refusals(self._parser)}")
-        seam.narrow_indices(trt, network)
+        seam.narrow_indices(trt, network, self.bundle.manifest.graph)
         seam.let_fall_back(trt, network)
         return network
 
@@ -257,21 +257,11 @@ class _Builder:
 
     def _profile(self, config: Any, network: Any, profile: Profile) -> dict[str, Range]:
         """Add one profile; what it bounds, by input, in tokens."""
-        record = self.bundle.manifest.decoder
         made = self.builder.create_optimization_profile()
-        caches = (1, record.kv_heads), (record.head_size,)
-        inputs: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
-            "prefix_ids": ("prefix", (1,), ()),
-            "visual": ("visual", (1,), (record.width,)),
-            "text_ids": ("text", (1,), ()),
-        }
-        if record.span is not None:
-            inputs["places"] = ("visual", (), ())
-        for size in (name for name in profile if name.startswith("past.")):
-            layer = size.partition(".")[2]
-            inputs |= {f"past_{kind}.{layer}": (size, *caches) for kind in ("key", "value")}
-        for name, (size, before, after) in inputs.items():
-            made.set_shape(name, *((*before, tokens, *after) for tokens in profile[size]))
+        bounds = [{name: bound[i] for name, bound in profile.items()} for i in range(3)]
+        for tensor in self.bundle.manifest.graph.inputs:
+            if {dim for dim in tensor.dims if isinstance(dim, str)} & profile.keys():
+                made.set_shape(tensor.name, *map(tensor.shape, bounds))
         if config.add_optimization_profile(made) < 0:
             raise BackendError(f"{self.title} refuses the profile {dict(profile)}")
         return dict(profile)

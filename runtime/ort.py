@@ -39,7 +39,7 @@ class OrtBackend:
             )
         self.name = f"ort-{device}"
         self.record, self.element, self.device = manifest.decoder, ELEMENTS[manifest.dtype], device
-        self._kept = list(manifest.prune.kept_outputs)
+        self._graph = manifest.graph
         options = ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -50,8 +50,8 @@ class OrtBackend:
         with _refusals("memory for the caches"):
             self._memory = _caches.Device.open(ort, device, self.element, providers)
             self._logits = self._memory.block((1, 1, self.record.vocabulary))
-        ends = [end.name for end in self._decoder.get_outputs()]
-        self._token = self._host(np.zeros((1, 1), np.int64)) if "token" in ends else None
+        token = self._graph.output("token")
+        self._token = None if token is None else self._host(np.zeros((1, 1), np.int64))
         self._no_ids = self._host(np.zeros((1, 0), np.int64))
         no_visual = self._host(np.zeros((1, 0, self.record.width), self.element))
         no_indices = np.zeros(0, np.int64)
@@ -62,13 +62,13 @@ class OrtBackend:
             binding = self._vision.io_binding()
             binding.bind_ortvalue_input("pixels", self._host(pixels.astype(self.element)))
             binding.bind_output("visual", self.device)
-            binding.bind_output("kept", "cpu")
+            binding.bind_output("visual_indices", "cpu")
             self._vision.run_with_iobinding(binding)
             visual, indices = binding.get_outputs()
         return EncodedImage(visual, indices, indices.numpy().copy())
 
     def caches(self) -> OrtCaches:
-        return _caches.make(self._memory, self.record)
+        return _caches.make(self._memory, self.record, self._graph.caches)
 
     def copy(self, caches: OrtCaches, lengths: Ids) -> OrtCaches:
         with _refusals("a copy of the caches"):
@@ -91,16 +91,21 @@ class OrtBackend:
 
     def _read(self, inputs: DecoderInputs, caches: OrtCaches) -> tuple[Ids, ...]:
         """A prefill or a later turn: the kept positions of each site."""
-        binding = self._bind(inputs.image)
-        binding.bind_ortvalue_input("prefix_ids", self._host(inputs.prefix_ids))
-        binding.bind_ortvalue_input("text_ids", self._host(inputs.text_ids))
-        binding.bind_ortvalue_input("position", self._host(np.array([inputs.position])))
-        binding.bind_ortvalue_input("lengths", self._host(inputs.lengths))
+        binding, sites = self._bind(inputs.image), self._graph.kept
+        sources = {
+            "prefix_ids": inputs.prefix_ids,
+            "text_ids": inputs.text_ids,
+            "position": np.array([inputs.position]),
+            "lengths": inputs.lengths,
+        }
+        for tensor in self._graph.inputs:
+            if tensor.role in sources:
+                binding.bind_ortvalue_input(tensor.name, self._host(sources[tensor.role]))
         caches.bind(binding, inputs.lengths, inputs.filled)
-        for name in self._kept:
-            binding.bind_output(name, "cpu")
+        for tensor in sites:
+            binding.bind_output(tensor.name, "cpu")
         self._decoder.run_with_iobinding(binding)
-        kept = binding.get_outputs()[-len(self._kept) :] if self._kept else []
+        kept = binding.get_outputs()[-len(sites) :] if sites else []
         return tuple(value.numpy().copy() for value in kept)
 
     def _output(self, inputs: DecoderInputs, kept: tuple[Ids, ...]) -> Output:
@@ -113,12 +118,14 @@ class OrtBackend:
     def _bind(self, image: EncodedImage | None) -> Any:
         """A binding of the decoder with all but ids, lengths and caches."""
         binding, shown = self._decoder.io_binding(), image or self._no_image
-        binding.bind_ortvalue_input("visual", shown.visual)
-        if self.record.span is not None:
-            binding.bind_ortvalue_input("places", shown.indices)
-        binding.bind_ortvalue_output("logits", self._logits)
-        if self._token is not None:
-            binding.bind_ortvalue_output("token", self._token)
+        given = {"visual": shown.visual, "visual_indices": shown.indices}
+        taken = {"logits": self._logits, "token": self._token}
+        for tensor in self._graph.inputs:
+            if tensor.role in given:
+                binding.bind_ortvalue_input(tensor.name, given[tensor.role])
+        for tensor in self._graph.outputs:
+            if tensor.role in taken:
+                binding.bind_ortvalue_output(tensor.name, taken[tensor.role])
         return binding
 
     def _host(self, array: NDArray[Any]) -> Any:
@@ -131,11 +138,12 @@ class _Step:
     def __init__(self, backend: OrtBackend) -> None:
         host, layers = backend._host, backend.record.layers
         self.decoder, self.binding = backend._decoder, backend._bind(None)
-        self.binding.bind_ortvalue_input("prefix_ids", backend._no_ids)
+        names = {tensor.role: tensor.name for tensor in backend._graph.inputs}
+        self.binding.bind_ortvalue_input(names["prefix_ids"], backend._no_ids)
         self.small = {
-            "text_ids": host(np.zeros((1, 1), np.int64)),
-            "position": host(np.zeros(1, np.int64)),
-            "lengths": host(np.zeros(layers, np.int64)),
+            names["text_ids"]: host(np.zeros((1, 1), np.int64)),
+            names["position"]: host(np.zeros(1, np.int64)),
+            names["lengths"]: host(np.zeros(layers, np.int64)),
         }
         self.bound = False
 

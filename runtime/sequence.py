@@ -177,7 +177,7 @@ class Sequence:
         return replace(
             after,
             lengths=after.lengths + self._counts,
-            position=after.position + self.engine.manifest.span,
+            position=after.position + self.engine.manifest.decoder.image_positions,
             image=True,
             vision_kept=image.kept,
             remarks=image.remarks,

@@ -87,7 +87,7 @@ class Session:
             self._reset()
             engine, manifest = self.engine, self.manifest
             image = engine.encode_pixels(np.zeros(manifest.image.shape, np.float32))
-            most = manifest.decoder.max_positions - manifest.span
+            most = manifest.decoder.max_positions - manifest.decoder.image_positions
             text = min(WARM_UP, (engine.backend.text_capacity or most) - 1, most - 1)
             if text >= 1:
                 self.sequence.read(np.zeros((1, text), np.int64), image=image)
@@ -183,7 +183,7 @@ class Session:
         engine, sequence, visual = self.engine, self.sequence, self.engine.visual_ids.size
         wanted = sampling.max_new_tokens if sampling else None
         if first:
-            room = engine.room(0, 0, text, self.manifest.span, wanted)
+            room = engine.room(0, 0, text, self.manifest.decoder.image_positions, wanted)
         else:
             room = engine.room(sequence.position, sequence.text_tokens, text, 0, wanted)
         if wanted is not None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from edgeprune.errors import BackendError
+from edgeprune.graphs import GraphRecord
 from edgeprune.hints import install
 from edgeprune.runtime import machine
 
@@ -161,21 +162,23 @@ def let_fall_back(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def narrow_indices(trt: Any, network: Any) -> None:
+def narrow_indices(trt: Any, network: Any, graph: GraphRecord) -> None:
     """Give the cache updates int32 indices, all cut from one int32 vector of lengths.
 
     ONNX wants int64 there. With that, TensorRT-RTX 1.7 converts one index per layer and fails in
     its compiler where a narrow decoder has three or more layers ("there are uses before defs").
     """
     lengths, indices = None, {}
+    layers = {cache.past.name: cache.index for cache in graph.caches}
     for layer in map(network.get_layer, range(network.num_layers)):
         if layer.type != getattr(trt.LayerType, "KV_CACHE_UPDATE", None):
             continue
         if lengths is None:
             inputs = map(network.get_input, range(network.num_inputs))
-            (wide,) = (tensor for tensor in inputs if tensor.name == "lengths")
+            names = [tensor.name for tensor in graph.inputs if tensor.role == "lengths"]
+            (wide,) = (tensor for tensor in inputs if tensor.name in names)
             lengths = network.add_cast(wide, trt.int32).get_output(0)
-        number = int(layer.get_input(0).name.partition(".")[2])  # past_key.7
+        number = layers[layer.get_input(0).name]
         if number not in indices:
             cut = network.add_slice(lengths, (number,), (1,), (1,))
             indices[number] = cut.get_output(0)

@@ -80,13 +80,13 @@ class TrtBackend:
         holder = _Holder()
         weakref.finalize(holder, spare.append, at).atexit = False  # once nobody can read it
         self.device.upload(self.at["pixels"], elements.to_stored(pixels, self.dtype))
-        self._vision.address("visual", at["visual"])
-        self._vision.address("kept", at["places"])
+        for tensor in self.manifest.vision.outputs:
+            self._vision.address(tensor.name, at[tensor.role])
         self._vision.run()
         kept = np.zeros(self.manifest.prune.encoded, np.int64)
-        self.device.download(kept, at["places"])
+        self.device.download(kept, at["visual_indices"])
         self.device.wait()
-        return EncodedImage(at["visual"], at["places"], kept, holder=holder)
+        return EncodedImage(at["visual"], at["visual_indices"], kept, holder=holder)
 
     def caches(self) -> TrtCaches:
         spare = self._spare_blocks
@@ -98,8 +98,9 @@ class TrtBackend:
 
     def copy(self, caches: TrtCaches, lengths: Ids) -> TrtCaches:
         twin = self.caches()
-        for name, (past, _) in caches.block.pairs.items():
-            self.device.copy(twin.block.pairs[name][0], past, self._cache_sizes[name])
+        for cache, (past, _) in caches.block.pairs.items():
+            size = self._cache_sizes[cache.past.name]
+            self.device.copy(twin.block.pairs[cache][0], past, size)
         self.device.wait()
         return twin
 
@@ -133,11 +134,12 @@ class TrtBackend:
         block.prepare(execution, inputs.lengths)
         execution.run()
         self.device.download(self._token, self.at["token"])
-        kept = tuple(np.zeros(n if visual else 0, np.int64) for n in survivors(self.manifest))
-        for name, indices in zip(self.manifest.prune.kept_outputs, kept, strict=True):
-            self.device.download(indices, self.at[name])
+        kept = list[Ids]()
+        for site, count in survivors(self.manifest):
+            kept.append(np.zeros(count if visual else 0, np.int64))
+            self.device.download(kept[-1], self.at[site.name])
         self.device.wait()
-        return kept
+        return tuple(kept)
 
     def _run_step(self, inputs: DecoderInputs, block: Block) -> None:
         """One decode step: the first of a block is run as it is, then recorded and replayed."""
@@ -158,11 +160,11 @@ class TrtBackend:
 
     def _show(self, execution: gpu.Execution, image: EncodedImage | None, visual: int) -> None:
         """Let a call read an image's tokens; without an image it reads none, wherever they lie."""
-        execution.shape("visual", (1, visual, self.record.width))
-        execution.address("visual", image.visual if image else self.at["nothing"])
-        if self.record.span is not None:
-            execution.shape("places", (visual,))
-            execution.address("places", image.indices if image else self.at["nothing"])
+        given = {"visual": image.visual, "visual_indices": image.indices} if image else {}
+        for tensor in self.manifest.graph.inputs:
+            if tensor.role in ("visual", "visual_indices"):
+                execution.shape(tensor.name, tensor.shape({"visual": visual}))
+                execution.address(tensor.name, given.get(tensor.role, self.at["nothing"]))
 
     def _logits(self) -> NDArray[Any]:
         """Those of the last call, [vocabulary]."""
@@ -175,8 +177,9 @@ class TrtBackend:
         """Give every input and output that all calls share its address and, in steps, its shape."""
         self._vision.address("pixels", self.at["pixels"])
         for execution in (self._prefill, self._decode):
-            for name in ("logits", "token", *self.manifest.prune.kept_outputs):
-                execution.address(name, self.at[name])
+            for tensor in self.manifest.graph.outputs:
+                if tensor.name in self.at:  # all but the caches
+                    execution.address(tensor.name, self.at[tensor.name])
         for name in ("prefix_ids", "text_ids", "position", "lengths"):
             self._prefill.address(name, self.at[name])
         self._decode.address("prefix_ids", self.at["prefix_ids"])

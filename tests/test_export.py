@@ -47,9 +47,7 @@ def test_every_k_is_constant_or_a_minimum_with_the_live_tokens(demo_utp: Path) -
     makers = {output: node for node in model.graph.node for output in node.output}
     constants = {tensor.name for tensor in model.graph.initializer}
     selections = [node for node in model.graph.node if node.op_type == "TopK"]
-    assert len(selections) == 2 * len(Bundle.open(demo_utp).manifest.prune.kept_outputs) - _drops(
-        demo_utp
-    )
+    assert len(selections) == 2 * len(Bundle.open(demo_utp).manifest.graph.kept) - _drops(demo_utp)
     for node in selections:
         source = makers[node.input[1]]
         while source.op_type in ("Reshape", "Unsqueeze", "Cast", "Concat", "Squeeze", "Gather"):
@@ -68,7 +66,7 @@ def test_nodes_carry_the_names_of_their_modules(demo_utp: Path) -> None:
     vision, decoder = graphs(demo_utp)
     names = [node.name for node in decoder.graph.node]
     assert len(set(names)) == len(names)
-    sites = [int(n.partition(".")[2]) for n in Bundle.open(demo_utp).manifest.prune.kept_outputs]
+    sites = [site.layer or 0 for site in Bundle.open(demo_utp).manifest.graph.kept]
     kept = [f"layers.{n - 1}/prune/topk" for n in sites]
     assert set(kept[:-1]) <= set(names)
     assert "layers.3/mlp.gate/matmul" in names
@@ -91,7 +89,7 @@ def test_the_pruned_bundle_equals_its_eager_reference_on_200_samples(demo_utp: P
     reference = Reference.build(adapter, policy, plan)
     processor = Processor(adapter)
     prompts = (sample.prompt for sample in demo_samples(processor, 200))
-    checked = parity.check(demo_utp, reference, prompts)
+    checked = parity.check(demo_utp, Bundle.open(demo_utp).manifest.graphs, reference, prompts)
     assert checked.samples == 200
     assert checked.logits <= 1e-4
     assert checked.ties <= 4, "ties are rare; many would hide a fault"
@@ -152,4 +150,4 @@ def test_a_graph_that_disagrees_is_found_out(demo_utp: Path) -> None:
     processor = Processor(adapter)
     prompts = [sample.prompt for sample in demo_samples(processor, 4)]
     with pytest.raises(ParityError):
-        parity.check(demo_utp, reference, prompts)
+        parity.check(demo_utp, Bundle.open(demo_utp).manifest.graphs, reference, prompts)

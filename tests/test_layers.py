@@ -63,6 +63,7 @@ CORE = {
         "errors",
         "files",
         "generation",
+        "graphs",
         "hints",
         "memory",
         "records",

@@ -209,7 +209,7 @@ def test_what_each_site_kept_is_told(bundle: Path) -> None:
     image, question = next(held_out(1))
     answer = session.ask(image, question.text, Sampling(max_new_tokens=1))
     counts = session.manifest.prune.counts
-    sites = [int(name.partition(".")[2]) for name in session.manifest.prune.kept_outputs]
+    sites = [site.layer or 0 for site in session.manifest.graph.kept]
     assert [len(kept) for kept in answer.layer_kept] == [counts[site - 1] for site in sites]
     stages = session.manifest.prune.stages
     merged = [s.merged for s in stages if s.in_decoder]

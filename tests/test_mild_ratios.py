@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from benchmarks.shapes import write
 from edgeprune import policies
+from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.errors import ExportError, ParityError, SpecError
 from edgeprune.export._dialogue import Graphs
@@ -91,14 +92,14 @@ def test_what_onnx_runtime_says_of_a_graph_is_one_line_of_ours(
     bundle, adapter = copy_bundle(), open_model(str(tiny_checkpoint))
     with torch.device("meta"):
         decoder = adapter.decoder(policies.make(PruneSpec("none")), Plan(16, 3))
-    graphs = Graphs(bundle, decoder)
+    graphs = Graphs(bundle, Bundle.open(bundle).manifest.graph, decoder)
     with pytest.raises(
         ParityError, match=r"(?s)cannot run an exported graph .* nothing was written"
     ):
         graphs.prefill(random_prompt((1, 3, 42, 42), 66, 0))
     (bundle / "decoder.onnx").write_bytes(b"no graph")
     with pytest.raises(ParityError, match="cannot load an exported graph"):
-        Graphs(bundle, decoder)
+        Graphs(bundle, Bundle.open(bundle).manifest.graph, decoder)
 
 
 @pytest.mark.slow

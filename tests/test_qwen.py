@@ -238,7 +238,7 @@ def test_pruning_in_both_graphs_agrees_with_the_reference(tmp_path: Path) -> Non
     answer, manifest = session.answer, session.manifest
     assert answer is not None and manifest.prune.counts == counts
     assert (len(answer.vision_kept), *map(len, answer.layer_kept)) == counts
-    assert (manifest.prune.grid, manifest.span) == ((5, 7), 7)
+    assert (manifest.prune.grid, manifest.decoder.image_positions) == ((5, 7), 7)
 
 
 def test_pruning_by_the_text_agrees_with_the_reference(windowed: Path, tmp_path: Path) -> None:

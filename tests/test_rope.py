@@ -103,7 +103,8 @@ def test_a_stretched_bundle_with_three_positions_a_token(kind: str, tmp_path: Pa
     with Session.open(made.path) as session:
         answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
     assert list(answer.ids) == wanted[: len(answer.ids)] and len(answer.ids) > 20
-    first = answer.prompt_tokens - 35 + made.manifest.span  # position of the answer's first token
+    positions = made.manifest.decoder.image_positions
+    first = answer.prompt_tokens - 35 + positions  # of the answer's first token
     assert first < 50 < first + 20, "LongRoPE changes over within the answer"
 
 

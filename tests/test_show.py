@@ -200,7 +200,7 @@ def test_a_figure_as_svg_is_xml_and_holds_what_the_png_holds(
     words = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
     assert "is <this> a [31mstar & more ?" in words
     images = list(tree.iter("{http://www.w3.org/2000/svg}image"))
-    sites = Bundle.open(demo_utp, verify=False).manifest.prune.kept_outputs
+    sites = Bundle.open(demo_utp, verify=False).manifest.graph.kept
     assert len(images) == 1 + min(len(sites), 7)
 
 
@@ -227,7 +227,7 @@ def test_survivors_of_a_real_answer_are_nested_and_as_many_as_scheduled(
     session = Session.open(demo_utp, verify=False, threads=1)
     answer, prune = session.ask(scene, QUESTION), session.manifest.prune
     sites = survivors(answer, session.manifest)
-    assert len(sites) == len(prune.kept_outputs) > 0
+    assert len(sites) == len(session.manifest.graph.kept) > 0
     alive = {(row, column) for row, column in np.ndindex(prune.grid)}
     for site in sites:
         assert site.kept < alive, site.title

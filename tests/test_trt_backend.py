@@ -142,7 +142,9 @@ def test_visual_tokens_and_caches_stay_on_the_gpu(
     assert len(device.blocks) == 2, "what calls share, and the dialogue's caches"
     session.ask(image, question.text, Sampling(max_new_tokens=1))
     prune = session.manifest.prune
-    kept = sum(8 * prune.counts[int(name.partition(".")[2]) - 1] for name in prune.kept_outputs)
+    kept = sum(
+        8 * prune.counts[site.layer - 1] for site in session.manifest.graph.kept if site.layer
+    )
     assert device.downloaded == 8 * prune.encoded + 8 + kept, "logits stay there"
     session.follow_up("how many circles are there ?", Sampling(max_new_tokens=4))
     for image, question in held_out(3):

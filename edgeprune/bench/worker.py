@@ -45,7 +45,7 @@ class BenchWorker:
         self.pixels = rng.standard_normal(image.shape, np.float32)
         ids = rng.integers(3, self.manifest.decoder.vocabulary, (1, text_tokens))
         self.prefix_ids, self.text_ids = ids[:, :PREFIX], ids[:, PREFIX:]
-        needed = self.manifest.span + text_tokens + new_tokens
+        needed = self.manifest.decoder.image_positions + text_tokens + new_tokens
         if needed > self.manifest.decoder.max_positions:
             raise CapacityError(
                 f"{path} has {self.manifest.decoder.max_positions} positions, this bench needs"

@@ -1,0 +1,102 @@
+"""The signature of a bundle's graphs, as data: what goes in, what comes out, and what each is for.
+
+Export writes it into the manifest; the runtime and `build` bind inputs and outputs by role. So a
+new input is a role and a source of its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated
+
+from edgeprune.records import Amount, Few, Matches, OneOf
+
+ROLES = {
+    "pixels": "normalised image tiles [tiles, 3, height, width]",
+    "visual": "visual tokens between the graphs [1, encoded, width]",
+    "visual_indices": "int64 [encoded]: index among the V visual tokens that each of them has",
+    "prefix_ids": "int64 [1, P]: text before the image",
+    "text_ids": "int64 [1, T]: text after it, or of a later turn",
+    "position": "int64 [1]: of the first token of the call",
+    "lengths": "int64 [layers]: tokens in each layer's cache before the call",
+    "past_key": "keys of a layer before the call [1, kv_heads, tokens, head]",
+    "past_value": "values of a layer before the call",
+    "present_key": "keys of a layer after the call",
+    "present_value": "values of a layer after the call",
+    "logits": "of the last token [1, 1, vocabulary]",
+    "token": "int64 [1, 1]: the likeliest next token, below 0 where the logits are not finite",
+    "kept": "int64 [r_l]: index of each survivor among the tokens alive before the site",
+}
+"""What a tensor of a graph is for. The runtime knows these; others are refused by name."""
+
+VISION, DECODER = "vision.onnx", "decoder.onnx"
+SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}  # bytes
+
+Size = Amount | Annotated[str, Matches(r"[a-z]+(\.\d{1,4})?", "the name of an open size")]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One input or output; a size that is open until the call has a name, such as `text`."""
+
+    name: Annotated[str, Matches(r"[a-z_]+(\.\d{1,4})?", "the name of an input or output")]
+    dtype: Annotated[str, OneOf(tuple(SIZES))]
+    dims: tuple[Size, ...]
+    role: Annotated[str, OneOf(tuple(ROLES))]
+    layer: Few | None = None  # 1-based: of a cache, or the layer that a site's survivors enter
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The dims with every open size taken from `sizes`."""
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.dims)
+
+    def bytes(self, sizes: Mapping[str, int]) -> int:
+        return prod(self.shape(sizes)) * SIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRecord:
+    """The keys or the values of one layer: the input that is read, the output that is written."""
+
+    past: TensorRecord
+    present: TensorRecord
+
+    @property
+    def index(self) -> int:
+        """Of its layer, from 0."""
+        assert self.past.layer is not None  # a cache is of a layer
+        return self.past.layer - 1
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRecord:
+    """All inputs and outputs of one graph, in the graph's order."""
+
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+
+    def input(self, role: str) -> TensorRecord | None:
+        """The input of a role, where the graph has one."""
+        return next((tensor for tensor in self.inputs if tensor.role == role), None)
+
+    def output(self, role: str) -> TensorRecord | None:
+        """The output of a role, where the graph has one."""
+        return next((tensor for tensor in self.outputs if tensor.role == role), None)
+
+    @property
+    def kept(self) -> tuple[TensorRecord, ...]:
+        """The outputs that say which tokens each pruning site kept, in layer order."""
+        return tuple(tensor for tensor in self.outputs if tensor.role == "kept")
+
+    @property
+    def caches(self) -> tuple[CacheRecord, ...]:
+        """The KV caches, in the order of the inputs."""
+        return tuple(self._caches())
+
+    def _caches(self) -> Iterator[CacheRecord]:
+        written = {(tensor.role, tensor.layer): tensor for tensor in self.outputs}
+        for past in self.inputs:
+            if past.role.startswith("past_"):
+                present = written["present_" + past.role.removeprefix("past_"), past.layer]
+                yield CacheRecord(past, present)

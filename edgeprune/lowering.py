@@ -1,0 +1,80 @@
+"""Where a bundle runs and in which numbers: the one table of dtypes, the one table of targets.
+
+A `Lowering` is resolved once, from `--target` and `--dtype`, and handed on. Each library's own
+name of a dtype is a string here, so this module imports none of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeprune.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """A floating-point type that graphs compute in."""
+
+    name: str  # as --dtype and the manifest say it
+    bytes: int
+    torch: str  # attribute of torch
+    stored: str  # numpy's type of the same size that holds its bits; numpy has no bfloat16
+    onnx: int  # TensorProto.DataType
+    largest: float  # finite number
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of device and engine that a bundle is exported for."""
+
+    name: str
+    dialect: str  # which operators its graphs are made of
+    dtype: str  # unless another is asked for
+    engines: tuple[str, ...]  # dtypes that TensorRT compiles; none: no engine is built
+    topk_limit: int | None = None  # the largest K of a TopK
+    token: bool = True  # whether the graph gives the likeliest token, so that logits stay on a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """How graphs and weights of one bundle are written."""
+
+    target: Target
+    dtype: Dtype
+    weights: str = "float"  # format of the weights: as the dtype, or quantised
+
+
+DTYPES = {
+    dtype.name: dtype
+    for dtype in (
+        Dtype("fp32", 4, "float32", "float32", 1, 3.4028234663852886e38),
+        Dtype("fp16", 2, "float16", "float16", 10, 65504.0),
+        Dtype("bf16", 2, "bfloat16", "uint16", 16, 3.3895313892515355e38),
+    )
+}
+
+TENSORRT_TOPK = 3840
+"""TensorRT's TopK refuses a larger K, in every version up to 11."""
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cpu", "modern", "fp32", (), token=False),
+        Target("cuda", "modern", "fp16", ()),
+        # TensorRT has no float32 kernel for its Attention operator.
+        Target("rtx", "modern", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
+        Target("jetpack7", "jetpack7", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
+        Target("jetpack6", "jetpack6", "fp16", ("fp16", "bf16", "fp32"), TENSORRT_TOPK),
+    )
+}
+
+
+def resolve(target: str, dtype: str | None = None) -> Lowering:
+    """The lowering of a target, in the dtype asked for or in the target's own."""
+    if target not in TARGETS:
+        raise SpecError(f"there is no target {target!r}; choose one of: {', '.join(TARGETS)}")
+    chosen = TARGETS[target]
+    name = dtype or chosen.dtype
+    if name not in DTYPES:
+        raise SpecError(f"--dtype is one of {', '.join(DTYPES)}; got {name!r}")
+    return Lowering(chosen, DTYPES[name])
