@@ -32,6 +32,7 @@ from edgeprune.compare.store import Store, key_of
 from edgeprune.compare.workers import each
 from edgeprune.errors import ParityError
 from edgeprune.export import parity
+from edgeprune.export.dialogue import Graphs
 from edgeprune.files import write_whole
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor, Prompt
@@ -97,11 +98,13 @@ class ParityRun:
 
     def _compared(self, cell: Cell, method: str) -> Check:
         folder = self.bundles.path(cell)
-        prune = Bundle.open(folder).manifest.prune
+        manifest = Bundle.open(folder).manifest
+        prune = manifest.prune
         prompts = _prompts(self.questions)
         reference = Reference.build(open_model(MODEL), policies.make(cell.spec), prune.plan)
         try:
-            found = parity.check(folder, reference, prompts)
+            graphs = Graphs(folder, manifest.graph, reference.decoder)
+            found = parity.check(graphs, reference, prompts)
         except ParityError as error:
             return Check(method, cell.cr, prune.cr_reached, len(prompts), why=str(error))
         same = found.samples - found.ties

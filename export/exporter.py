@@ -29,6 +29,7 @@ from edgeprune.bundle import (
 from edgeprune.errors import ExportError, SpecError
 from edgeprune.export import parity, precision
 from edgeprune.export.dialects import Dialect, for_target
+from edgeprune.export.dialogue import Graphs
 from edgeprune.export.generation import read_generation
 from edgeprune.export.preprocess import image_record
 from edgeprune.export.prompts import read_text, save_tokenizer
@@ -151,7 +152,7 @@ def export(
             )
             _copy_text(adapter.checkpoint.folder, draft, processor)
             checked = _check(
-                draft, request, adapter, policy, DTYPES[dtype], graphs, prompts, report
+                draft, request, adapter, policy, DTYPES[dtype], graphs[DECODER], prompts, report
             )
             report("hash files", 0, 1)
             manifest = _manifest(request, adapter, policy, records, graphs, draft, checked)
@@ -211,7 +212,7 @@ def _check(
     adapter: Adapter,
     policy: Policy,
     dtype: torch.dtype,
-    graphs: dict[str, GraphRecord],
+    record: GraphRecord,  # of decoder.onnx
     prompts: Iterable[Prompt],
     report: Report,
 ) -> ParityRecord:
@@ -226,14 +227,18 @@ def _check(
         report("parity", done, len(chosen))
 
     if dtype == torch.float32:
-        return parity.check(draft, graphs, reference, chosen, compared)
+        return parity.check(Graphs(draft, record, reference.decoder), reference, chosen, compared)
     half = Reference.build(adapter, policy, request.plan, dtype)
-    eager, graph = precision.measure(draft, graphs, reference, half, chosen, compared)
+    runs = dtype in precision.RUNS
+    exported = Graphs(draft, record, half.decoder, dtype) if runs else None
+    eager, graph = precision.measure(exported, reference, half, chosen, compared)
+    del exported
     del half
     reference.round_weights(dtype)
     with TemporaryDirectory(dir=draft) as folder:
         upcast(draft, Path(folder))
-        checked = parity.check(Path(folder), graphs, reference, chosen, compared)
+        copied = Graphs(Path(folder), record, reference.decoder)
+        checked = parity.check(copied, reference, chosen, compared)
     return replace(checked, eager=eager, graph=graph)
 
 

@@ -13,17 +13,15 @@ judged apart (precision.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from edgeprune.bundle import ParityRecord
 from edgeprune.errors import ParityError
-from edgeprune.export._dialogue import REPORT, Graphs, Outcome, play
-from edgeprune.graphs import DECODER, GraphRecord
+from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.spec import Plan
@@ -55,14 +53,13 @@ class Differing:
 
 
 def check(
-    folder: Path,
-    records: Mapping[str, GraphRecord],
+    graphs: Graphs,
     reference: Reference,
     prompts: Iterable[Prompt],
     progress: Callable[[int], None] = lambda done: None,
 ) -> ParityRecord:
     """Compare float32 graphs with their reference; ParityError where they disagree."""
-    graphs, plan = Graphs(folder, records[DECODER], reference.decoder), reference.decoder.plan
+    plan = reference.decoder.plan
     visual, logits, done, differing = 0.0, 0.0, 0, list[Differing]()
     for prompt in prompts:
         done += 1

@@ -13,9 +13,8 @@ That graph and eager model are the same program is shown apart, in float32 (pari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,8 +22,7 @@ from torch import Tensor
 
 from edgeprune.bundle import DistanceRecord
 from edgeprune.errors import ParityError
-from edgeprune.export._dialogue import REPORT, Graphs, Outcome, play
-from edgeprune.graphs import DECODER, GraphRecord
+from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.spec import Plan
@@ -75,22 +73,18 @@ class Tally:
 
 
 def measure(
-    folder: Path,
-    records: Mapping[str, GraphRecord],
+    graphs: Graphs | None,
     reference: Reference,
     half: Reference,
     prompts: Sequence[Prompt],
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[DistanceRecord, DistanceRecord | None]:
-    """Distances to the float32 `reference` of the eager model `half` and of the graphs in `folder`.
+    """Distances to the float32 `reference` of the eager model `half` and of its graphs.
 
-    The latter is None where ONNX Runtime has no kernels. ParityError where a number is not finite,
-    or a distance above its limit.
+    The latter is None without graphs: RUNS lists what ONNX Runtime has kernels for. ParityError
+    where a number is not finite, or a distance above its limit.
     """
     plan, eager, graph = reference.decoder.plan, Tally(), Tally()
-    graphs = None
-    if half.dtype in RUNS:
-        graphs = Graphs(folder, records[DECODER], half.decoder, half.dtype)
     engines: list[tuple[Tally, Reference | Graphs, str]] = [(eager, half, "the eager model")]
     engines += [(graph, graphs, "the exported graph")] if graphs else []
     for number, prompt in enumerate(prompts, 1):

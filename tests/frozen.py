@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.speed import declining
+from edgeprune.bundle import Bundle
+from edgeprune.export.dialogue import Graphs
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
+from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
 
@@ -34,3 +37,8 @@ def frozen(
     why = "left out by a test"
     request = ExportRequest("tiny", spec, plan, folder, target=target, dtype=dtype, no_parity=why)
     return export(request, adapter, policy, processor, []).path
+
+
+def compared(bundle: Path, reference: Reference) -> Graphs:
+    """A float32 bundle's graphs, to be compared with the reference of the same plan."""
+    return Graphs(bundle, Bundle.open(bundle).manifest.graph, reference.decoder)

@@ -22,6 +22,7 @@ from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
+from tests.frozen import compared
 from tests.graphs import NEVER, sized_by_data
 
 
@@ -89,7 +90,7 @@ def test_the_pruned_bundle_equals_its_eager_reference_on_200_samples(demo_utp: P
     reference = Reference.build(adapter, policy, plan)
     processor = Processor(adapter)
     prompts = (sample.prompt for sample in demo_samples(processor, 200))
-    checked = parity.check(demo_utp, Bundle.open(demo_utp).manifest.graphs, reference, prompts)
+    checked = parity.check(compared(demo_utp, reference), reference, prompts)
     assert checked.samples == 200
     assert checked.logits <= 1e-4
     assert checked.ties <= 4, "ties are rare; many would hide a fault"
@@ -150,4 +151,4 @@ def test_a_graph_that_disagrees_is_found_out(demo_utp: Path) -> None:
     processor = Processor(adapter)
     prompts = [sample.prompt for sample in demo_samples(processor, 4)]
     with pytest.raises(ParityError):
-        parity.check(demo_utp, Bundle.open(demo_utp).manifest.graphs, reference, prompts)
+        parity.check(compared(demo_utp, reference), reference, prompts)

@@ -25,6 +25,7 @@ from edgeprune.models._reference import Reference
 from edgeprune.policies._policy import Selection
 from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import ModelShape, Plan, PruneSpec, budget
+from tests.frozen import compared
 from tests.graphs import NEVER, sized_by_data
 
 DEMO = ModelShape("llava", 144, (12, 12), 12, 192, 352, 6, 6, 32, 66, 1024, True, blocks=5)
@@ -201,7 +202,7 @@ def test_a_graph_that_chooses_otherwise_is_found_out(bundle: Path, tiny_checkpoi
     reference = Reference.build(adapter, First(), plan)
     prompts = [random_prompt((1, 3, 56, 56), 66, seed) for seed in range(2)]
     with pytest.raises(ParityError, match="other tokens than the eager reference"):
-        parity.check(bundle, reference, prompts)
+        parity.check(compared(bundle, reference), reference, prompts)
 
 
 def test_what_each_site_kept_is_told(bundle: Path) -> None:

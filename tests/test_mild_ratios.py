@@ -22,8 +22,8 @@ from edgeprune import policies
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.errors import ExportError, ParityError, SpecError
-from edgeprune.export._dialogue import Graphs
 from edgeprune.export.assumptions import check_sizes
+from edgeprune.export.dialogue import Graphs
 from edgeprune.models import open_model
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies._sizes import least
@@ -92,14 +92,15 @@ def test_what_onnx_runtime_says_of_a_graph_is_one_line_of_ours(
     bundle, adapter = copy_bundle(), open_model(str(tiny_checkpoint))
     with torch.device("meta"):
         decoder = adapter.decoder(policies.make(PruneSpec("none")), Plan(16, 3))
-    graphs = Graphs(bundle, Bundle.open(bundle).manifest.graph, decoder)
+    record = Bundle.open(bundle).manifest.graph
+    graphs = Graphs(bundle, record, decoder)
     with pytest.raises(
         ParityError, match=r"(?s)cannot run an exported graph .* nothing was written"
     ):
         graphs.prefill(random_prompt((1, 3, 42, 42), 66, 0))
     (bundle / "decoder.onnx").write_bytes(b"no graph")
     with pytest.raises(ParityError, match="cannot load an exported graph"):
-        Graphs(bundle, Bundle.open(bundle).manifest.graph, decoder)
+        Graphs(bundle, record, decoder)
 
 
 @pytest.mark.slow

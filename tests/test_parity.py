@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgeprune.errors import ParityError
 from edgeprune.export import parity, precision
-from edgeprune.export._dialogue import Outcome, play
+from edgeprune.export.dialogue import Outcome, play
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Step
 from edgeprune.spec import Plan, Stage
@@ -64,12 +64,11 @@ Check = Callable[..., Any]
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> Check:
+def check() -> Check:
     """Compares stubs: check(reference, graphs, prompts)."""
 
     def run(reference: Engine, graphs: Engine, prompts: Sequence[Prompt]) -> Any:
-        monkeypatch.setattr(parity, "Graphs", lambda folder, decoder: graphs)
-        return parity.check(None, reference, prompts)  # type: ignore[arg-type]
+        return parity.check(graphs, reference, prompts)  # type: ignore[arg-type]
 
     return run
 
@@ -178,13 +177,12 @@ class Half(Engine):
 
 
 @pytest.fixture
-def measure(monkeypatch: pytest.MonkeyPatch) -> Check:
+def measure() -> Check:
     """Measures stubs: measure(eager, graphs)."""
 
-    def run(eager: Half, graphs: Half, reference: Half | None = None) -> Any:
-        monkeypatch.setattr(precision, "Graphs", lambda folder, decoder, dtype: graphs)
-        prompts = [prompt(float(total)) for total in range(8)]
-        return precision.measure(None, reference or Half(), eager, prompts)  # type: ignore[arg-type]
+    def run(eager: Half, graphs: Half | None, reference: Half | None = None) -> Any:
+        prompts, wanted = [prompt(float(total)) for total in range(8)], reference or Half()
+        return precision.measure(graphs, wanted, eager, prompts)  # type: ignore[arg-type]
 
     return run
 
@@ -201,7 +199,7 @@ def test_half_precision_is_measured_beside_float32(measure: Check) -> None:
         assert 0.8 <= record.tokens <= 1
     eager, graph = measure(half(0.0), half(0.0))
     assert (eager.overlap, eager.logits, eager.tokens) == ({"vision": 1.0}, 0.0, 1.0)
-    assert measure(half(0.02, torch.bfloat16), half(NAN))[1] is None, "no kernels for bf16"
+    assert measure(half(0.02, torch.bfloat16), None)[1] is None
 
 
 def test_a_graph_may_not_be_farther_from_float32_than_the_eager_model(measure: Check) -> None:

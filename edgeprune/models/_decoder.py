@@ -222,18 +222,19 @@ class Decoder(Tabled):
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
         past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
         past_values: Sequence[Tensor],
-        places: Tensor | None = None,  # M-RoPE: int64 [V], which of the picture's tokens they are
+        visual_indices: Tensor | None = None,  # M-RoPE: int64 [V], index of each among the V
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions."""
         text, kept = self.embedding(text_ids), list[Tensor]()
         if self.prune_input is not None:
             visual, chosen = self.prune_input(visual, text)
-            places = None if places is None else places.index_select(0, chosen)
+            if visual_indices is not None:
+                visual_indices = visual_indices.index_select(0, chosen)
             kept.append(chosen)
         inputs = InputSignals(visual, self.plan.entering, text)
         hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
-        rotary, positions, anchors = self._place(position, segments, places)
+        rotary, positions, anchors = self._place(position, segments, visual_indices)
         entered, keys, values = segments.visual, list[Tensor](), list[Tensor]()
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
@@ -262,7 +263,7 @@ class Decoder(Tabled):
         return self.plan.entering if mrope is None else mrope.span
 
     def _place(
-        self, first: Tensor, segments: Segments, places: Tensor | None
+        self, first: Tensor, segments: Segments, visual_indices: Tensor | None
     ) -> tuple[Rotary, Tensor, Anchors]:
         """Rotary tables, the row of each token in them [1, S], those of the picture's anchors."""
         mrope = self.config.mrope
@@ -272,8 +273,8 @@ class Decoder(Tabled):
             start, count = self.rows(first + segments.prefix, last), segments.visual
             anchors = Anchors(start, start + count // 2, start + count - 1)
             return Rotary(self.cos, self.sin), rows[None], anchors
-        assert places is not None  # M-RoPE places each visual token
-        positions = mrope.positions(first, segments, places)
+        assert visual_indices is not None  # M-RoPE places each visual token
+        positions = mrope.positions(first, segments, visual_indices)
         positions = self.rows(positions, positions[0, segments.total - 1 : segments.total])
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
         rows = torch.arange(segments.total + 3, device=first.device)  # of this call alone

@@ -54,10 +54,10 @@ class MRope:
                 start += part.span
         return cls(sections, tuple(places), start)
 
-    def positions(self, first: Tensor, segments: Segments, places: Tensor) -> Tensor:
+    def positions(self, first: Tensor, segments: Segments, visual_indices: Tensor) -> Tensor:
         """Time, row and column of each token of a call, then of the three anchors.
 
-        `first` int64 [1] is the position of the call's first token; `places` int64 [visual] says
+        `first` int64 [1] is the position of the call's first token; `visual_indices` int64 [visual] says
         which of the V tokens, in reading order, the visual ones are: int64 [3, S + 3].
         """
         start = first + segments.prefix
@@ -65,7 +65,7 @@ class MRope:
         # 0 in decode steps, 1 in prefill; a minimum, for TensorRT clips no integers
         seen = torch.scalar_tensor(segments.visual, dtype=torch.int64).minimum(torch.tensor(1))
         after = start + self.span * seen + torch.arange(segments.text, device=first.device)
-        visual = start + torch.tensor(self.places).T.index_select(1, places)
+        visual = start + torch.tensor(self.places).T.index_select(1, visual_indices)
         anchors = start + seen * torch.tensor(self._anchors())  # never past the rotary tables
         return torch.cat([before.expand(3, -1), visual, after.expand(3, -1), anchors], dim=1)
 
