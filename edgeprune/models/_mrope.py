@@ -57,8 +57,8 @@ class MRope:
     def positions(self, first: Tensor, segments: Segments, visual_indices: Tensor) -> Tensor:
         """Time, row and column of each token of a call, then of the three anchors.
 
-        `first` int64 [1] is the position of the call's first token; `visual_indices` int64 [visual] says
-        which of the V tokens, in reading order, the visual ones are: int64 [3, S + 3].
+        `first` int64 [1] is the position of the call's first token; `visual_indices` int64 [visual]
+        says which of the V tokens, in reading order, the visual ones are: int64 [3, S + 3].
         """
         start = first + segments.prefix
         before = first + torch.arange(segments.prefix, device=first.device)
