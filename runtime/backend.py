@@ -50,8 +50,9 @@ class DecoderInputs:
 
     @property
     def is_step(self) -> bool:
-        """Whether this is one decode step."""
-        return self.image is None and self.prefix_ids.size == 0 and self.text_ids.size == 1
+        """Whether this is one decode step: a single token behind others."""
+        alone = self.image is None and self.prefix_ids.size == 0 and self.text_ids.size == 1
+        return alone and self.position > 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from edgeprune.runtime.backend import Caches, DecoderInputs, EncodedImage, Ids, 
 if TYPE_CHECKING:
     from edgeprune.runtime.engine import Engine
 
+CLOSED = "this dialogue is closed; open another one"
+
 NO_IDS: Ids = np.zeros((1, 0), np.int64)
 
 
@@ -151,7 +153,9 @@ class Sequence:
         self._broken = why
 
     def check(self) -> None:
-        """SessionError where nothing can be read before a reset."""
+        """SessionError where nothing can be read, or not before a reset."""
+        if self._closed:
+            raise SessionError(CLOSED)
         if self._broken:
             raise SessionError(f"{self._broken}; start again with a new first question")
 
@@ -189,7 +193,7 @@ class Sequence:
             raise SessionError("this sequence is in use; give each thread a sequence of its own")
         try:
             if self._closed:
-                raise SessionError("this dialogue is closed; open another one")
+                raise SessionError(CLOSED)
             yield
         finally:
             self._busy.release()

@@ -6,12 +6,16 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from benchmarks.shapes import Shape, write
 from edgeprune.cli import main
+
+if TYPE_CHECKING:
+    from tests.fake_gpu import FakeGpu
 
 TINY = Shape(
     layers=3,
@@ -97,6 +101,14 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
         return err
 
     return run
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[FakeGpu]:
+    """Stand-ins for CUDA take the place of GPUs; those that engines have opened."""
+    from tests.fake_gpu import install
+
+    return install(monkeypatch)
 
 
 @pytest.fixture

@@ -8,18 +8,21 @@ the profile that the engines were built with.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import pytest
 from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle, sha256
 from edgeprune.errors import BackendError
-from edgeprune.runtime import engines
+from edgeprune.runtime import engines, gpu
 from edgeprune.runtime.build import BuildRequest, Engine, _profiles
 from edgeprune.runtime.gpu import Execution, Loaded, Shape
 
@@ -58,18 +61,37 @@ def pretend(bundle: Path, backend: str = "trt") -> Path:
     return folder
 
 
+def install(patch: pytest.MonkeyPatch, **options: Any) -> list[FakeGpu]:
+    """Put a GPU of numpy arrays where a real one would be; the list holds those in use."""
+    used: list[FakeGpu] = []
+
+    def connect(backend: str) -> FakeGpu:
+        used.append(FakeGpu(**{"compute": COMPUTE, **options}))
+        return used[-1]
+
+    for module in ("tensorrt", "tensorrt_rtx"):
+        patch.setitem(sys.modules, module, SimpleNamespace(__version__=VERSION))
+    patch.setattr(gpu, "connect", connect)
+    return used
+
+
 class FakeGpu:
     """One device; `memory` is what it can give."""
 
-    def __init__(self, bundle: Bundle, compute: str = "sm_89", memory: int = 1 << 40) -> None:
-        self.bundle, self.compute, self.memory = bundle, compute, memory
+    def __init__(self, compute: str = "sm_89", memory: int = 1 << 40) -> None:
+        self.compute, self.memory = compute, memory
         self.blocks: dict[int, NDArray[np.uint8]] = {}
         self.queue: list[Callable[[], None]] = []
         self.recording: list[Callable[[], None]] | None = None
         self.uploaded = self.downloaded = self.replays = 0
 
+    @property
+    def taken(self) -> int:
+        """Bytes that were given."""
+        return sum(block.size for block in self.blocks.values())
+
     def free_bytes(self) -> int:
-        return self.memory - sum(block.size for block in self.blocks.values())
+        return self.memory - self.taken
 
     def allocate(self, size: int) -> int:
         address = FIRST + sum(block.size + 4096 for block in self.blocks.values())
@@ -145,7 +167,7 @@ class FakeEngine:
         self.gpu = gpu
         options = ort.SessionOptions()
         options.log_severity_level = 4  # caches are copied: numpy has nothing in place
-        graph = gpu.bundle.file(f"{file.stem}.onnx")
+        graph = file.parents[2] / f"{file.stem}.onnx"  # the bundle that holds engines/KEY/
         self.session = ort.InferenceSession(graph, options, ["CPUExecutionProvider"])
         record = json.loads((file.parent / "engine.json").read_text())
         profiles = record["engines"][file.stem]["profiles"]

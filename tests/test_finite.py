@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -20,9 +18,9 @@ from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import BackendError
 from edgeprune.export.passes import add_token
-from edgeprune.runtime import Session, gpu
+from edgeprune.runtime import Session
 from edgeprune.runtime.backend import Output, likeliest
-from tests.fake_gpu import COMPUTE, VERSION, FakeGpu, pretend
+from tests.fake_gpu import install, pretend
 from tests.frozen import frozen
 
 SCENE = SAMPLES_DIR / "scene-1.png"
@@ -119,8 +117,7 @@ def test_an_answer_ends_at_the_first_logits_that_are_not_finite(
         assert _until_refused(session) == expected
     if Bundle.open(bad).manifest.dialect in ("jetpack7", "jetpack6"):
         pretend(bad)
-        monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=VERSION))
-        monkeypatch.setattr(gpu, "connect", lambda kind: FakeGpu(Bundle.open(bad), COMPUTE))
+        install(monkeypatch)
         assert_ends(bad, "trt", capfd)
         with Session.open(bad, backend="trt") as session:
             assert _until_refused(session) == expected

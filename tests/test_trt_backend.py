@@ -14,36 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError
 from edgeprune.runtime import Sampling, Session, elements, gpu
+from tests import fake_gpu
 from tests.conftest import Refused
-from tests.fake_gpu import COMPUTE, TEXT, VERSION, FakeGpu, pretend
+from tests.fake_gpu import TEXT, VERSION, FakeGpu, pretend
 from tests.frozen import frozen
 
 QUESTION = ["--image", SAMPLES_DIR / "scene-1.png", "--prompt", "what color is the star ?"]
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[FakeGpu]]:
-    """Puts a GPU of numpy arrays where a real one would be; the list holds those in use."""
-
-    def install(bundle: Path, **options: Any) -> list[FakeGpu]:
-        used: list[FakeGpu] = []
-
-        def connect(backend: str) -> FakeGpu:
-            used.append(FakeGpu(Bundle.open(bundle), **{"compute": COMPUTE, **options}))
-            return used[-1]
-
-        for module in ("tensorrt", "tensorrt_rtx"):
-            monkeypatch.setitem(sys.modules, module, SimpleNamespace(__version__=VERSION))
-        monkeypatch.setattr(gpu, "connect", connect)
-        return used
-
-    return install
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +56,7 @@ def dialogue(session: Session, tokens: int = 24) -> list[tuple[int, ...]]:
     return said
 
 
-def test_the_demo_answers_as_on_onnx_runtime(
-    demo_rtx: Path, fake: Callable[..., list[FakeGpu]]
-) -> None:
-    fake(demo_rtx)
+def test_the_demo_answers_as_on_onnx_runtime(demo_rtx: Path, gpus: list[FakeGpu]) -> None:
     ours, theirs = Session.open(demo_rtx, backend="trt"), Session.open(demo_rtx)
     for image, question in held_out(12):
         answer, wanted = ours.ask(image, question.text), theirs.ask(image, question.text)
@@ -89,17 +67,13 @@ def test_the_demo_answers_as_on_onnx_runtime(
         assert ours.follow_up(question.text).ids == theirs.follow_up(question.text).ids
 
 
-def test_every_dialect_answers_as_on_onnx_runtime(
-    tiny: Path, fake: Callable[..., list[FakeGpu]]
-) -> None:
-    fake(tiny)
+def test_every_dialect_answers_as_on_onnx_runtime(tiny: Path, gpus: list[FakeGpu]) -> None:
     ours = dialogue(Session.open(tiny, backend="trt"))
     assert ours == dialogue(Session.open(tiny))
     assert len(set(ours)) > 1
 
 
-def test_sampling_draws_as_on_onnx_runtime(tiny: Path, fake: Callable[..., list[FakeGpu]]) -> None:
-    fake(tiny)
+def test_sampling_draws_as_on_onnx_runtime(tiny: Path, gpus: list[FakeGpu]) -> None:
     image, question = next(held_out(1))
     sampling = Sampling(temperature=1.0, seed=3, max_new_tokens=12)
     drawn = [
@@ -110,11 +84,10 @@ def test_sampling_draws_as_on_onnx_runtime(tiny: Path, fake: Callable[..., list[
 
 
 def test_a_step_copies_one_small_piece_in_and_eight_bytes_out(
-    tiny: Path, fake: Callable[..., list[FakeGpu]]
+    tiny: Path, gpus: list[FakeGpu]
 ) -> None:
-    used = fake(tiny)
     session = Session.open(tiny, backend="trt")
-    (device,) = used
+    (device,) = gpus
     image, question = next(held_out(1))
     session._is_end = lambda said: False  # type: ignore[method-assign]
     moved = []
@@ -132,12 +105,9 @@ def test_a_step_copies_one_small_piece_in_and_eight_bytes_out(
         assert replays == 12 + 1, "all steps but the very first are replays"
 
 
-def test_visual_tokens_and_caches_stay_on_the_gpu(
-    tiny: Path, fake: Callable[..., list[FakeGpu]]
-) -> None:
-    used = fake(tiny)
+def test_visual_tokens_and_caches_stay_on_the_gpu(tiny: Path, gpus: list[FakeGpu]) -> None:
     session = Session.open(tiny, backend="trt")
-    (device,) = used
+    (device,) = gpus
     image, question = next(held_out(1))
     assert len(device.blocks) == 2, "what calls share, and the dialogue's caches"
     session.ask(image, question.text, Sampling(max_new_tokens=1))
@@ -152,10 +122,7 @@ def test_visual_tokens_and_caches_stay_on_the_gpu(
     assert len(device.blocks) == 4, "and an image's tokens, twice: one is read, the next is encoded"
 
 
-def test_an_answer_ends_where_the_caches_are_full(
-    tiny: Path, fake: Callable[..., list[FakeGpu]]
-) -> None:
-    fake(tiny)
+def test_an_answer_ends_where_the_caches_are_full(tiny: Path, gpus: list[FakeGpu]) -> None:
     session = Session.open(tiny, backend="trt")
     session._is_end = lambda said: False  # type: ignore[method-assign]
     image, question = next(held_out(1))
@@ -171,8 +138,7 @@ def test_an_answer_ends_where_the_caches_are_full(
         session.sequence.read(np.zeros((1, TEXT + 16), np.int64))
 
 
-def test_warming_up_leaves_no_trace(tiny: Path, fake: Callable[..., list[FakeGpu]]) -> None:
-    fake(tiny)
+def test_warming_up_leaves_no_trace(tiny: Path, gpus: list[FakeGpu]) -> None:
     cold, warm = (Session.open(tiny, backend="trt") for _ in range(2))
     warm.warm_up()
     assert dialogue(cold, 6) == dialogue(warm, 6)
@@ -223,16 +189,15 @@ def test_an_engine_that_may_not_run_here(
     change: Callable[[Path], object],
     says: str,
     copy_rtx: Callable[[], Path],
-    fake: Callable[..., list[FakeGpu]],
+    gpus: list[FakeGpu],
     refused: Refused,
 ) -> None:
     bundle = copy_rtx()
     change(pretend(bundle))
-    used = fake(bundle)
     line = refused("run", bundle, *QUESTION, "--backend", "trt")
     assert says in line
     assert f"edgeprune build {bundle} --backend trt" in line
-    assert not used[0].blocks, "nothing was loaded"
+    assert not gpus[0].blocks, "nothing was loaded"
 
 
 @pytest.fixture(scope="module")
@@ -249,20 +214,19 @@ def copy_rtx(tiny_rtx: Path, tmp_path: Path) -> Callable[[], Path]:
 
 
 def test_an_engine_for_this_gpu_among_others_is_found(
-    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]]
+    copy_rtx: Callable[[], Path], gpus: list[FakeGpu]
 ) -> None:
     bundle = copy_rtx()
     other = pretend(bundle)
     other.rename(other.with_name("trt-a"))
     _record(other.with_name("trt-a"), gpu="sm_110")
     _record(pretend(bundle), compute=["SM75", "SM87"])
-    fake(bundle)
     image, question = next(held_out(1))
     assert Session.open(bundle, backend="trt").ask(image, question.text).ids
 
 
 def test_of_several_engines_those_that_hold_most_are_run(
-    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]]
+    copy_rtx: Callable[[], Path], gpus: list[FakeGpu]
 ) -> None:
     """The folders' names end in a hash, so their order says nothing."""
     bundle = copy_rtx()
@@ -270,24 +234,22 @@ def test_of_several_engines_those_that_hold_most_are_run(
         folder = pretend(bundle)
         _record(folder, text_capacity=capacity)
         folder.rename(folder.with_name(name))
-    fake(bundle)
     assert Session.open(bundle, backend="trt").engine.backend.text_capacity == TEXT
 
 
 def test_closing_frees_the_gpu(
-    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], no_collector: None
+    copy_rtx: Callable[[], Path], gpus: list[FakeGpu], no_collector: None
 ) -> None:
     bundle = copy_rtx()
     pretend(bundle)
-    used = fake(bundle)
     image, question = next(held_out(1))
     with Session.open(bundle, backend="trt") as session:
         session.ask(image, question.text, Sampling(max_new_tokens=4))
         backend: Any = session.engine.backend
         engine = weakref.ref(backend._decode)
-        assert used[0].blocks
+        assert gpus[0].blocks
     assert engine() is None
-    assert not used[0].blocks
+    assert not gpus[0].blocks
     session.close()  # again, and nothing happens
 
 
@@ -338,12 +300,11 @@ class Anything:
 
 
 def test_a_picture_that_stands_too_late_in_the_prompt(
-    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], refused: Refused
+    copy_rtx: Callable[[], Path], gpus: list[FakeGpu], refused: Refused
 ) -> None:
     """A larger --text-capacity would change nothing."""
     bundle = copy_rtx()
     pretend(bundle)
-    fake(bundle)
     late = [*QUESTION[:3], "star " * 80 + "<image> what color ?"]
     line = refused("run", bundle, *late, "--backend", "trt")
     assert "read 64 prefix tokens at once" in line
@@ -351,21 +312,20 @@ def test_a_picture_that_stands_too_late_in_the_prompt(
 
 
 def test_too_little_memory_is_told_before_anything_is_loaded(
-    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], refused: Refused
+    copy_rtx: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     bundle = copy_rtx()
     pretend(bundle)
-    used = fake(bundle, memory=10_000)
+    used = fake_gpu.install(monkeypatch, memory=10_000)
     line = refused("run", bundle, *QUESTION, "--backend", "trt")
     assert "GB of GPU memory, 0.00 GB are free; end other programs" in line
     assert not used[0].blocks
 
 
 def test_threads_are_the_cpus(
-    copy_rtx: Callable[[], Path], fake: Callable[..., list[FakeGpu]], refused: Refused
+    copy_rtx: Callable[[], Path], gpus: list[FakeGpu], refused: Refused
 ) -> None:
     bundle = copy_rtx()
-    fake(bundle)
     line = refused("run", bundle, *QUESTION, "--backend", "trt", "--threads", "2")
     assert "--threads is for ort-cpu" in line
 
