@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
@@ -223,6 +223,7 @@ def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
 DECODERS = {
     "llama": LlamaConfig(**TEXT, attention_bias=True),
     "mistral": MistralConfig(**TEXT, sliding_window=400),
+    "qwen2": Qwen2Config(**TEXT, attention_bias=True, mlp_bias=True),  # which its class ignores
     "qwen3": Qwen3Config(**TEXT, head_dim=16),
 }
 

@@ -21,7 +21,8 @@ def decoder_config(text: Any, tied: bool) -> DecoderConfig:
         raise ModelError(f"activation {text.hidden_act!r} in the decoder is not supported")
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     positions = _positions(text)
-    biased = getattr(text, "attention_bias", False)
+    llama = kind in ("llama", "qwen3")  # the others have what their class says, not the config
+    biased = llama and getattr(text, "attention_bias", False)
     return DecoderConfig(
         layers=text.num_hidden_layers,
         width=text.hidden_size,
@@ -36,7 +37,7 @@ def decoder_config(text: Any, tied: bool) -> DecoderConfig:
         tied=tied,
         qkv_bias=biased or kind.startswith("qwen2"),
         output_bias=biased,
-        mlp_bias=getattr(text, "mlp_bias", False),
+        mlp_bias=kind == "llama" and getattr(text, "mlp_bias", False),
         head_norms=kind == "qwen3",
     )
 
