@@ -5,7 +5,7 @@ exports. Calibration and export know nothing of each other: they meet here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import policies
@@ -25,7 +25,7 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.policies import Policy
-from edgeprune.spec import PruneSpec, check_cr, check_reach, check_separators
+from edgeprune.spec import ModelShape, PruneSpec, check_cr, check_reach, check_separators
 from edgeprune.tiling import Size
 
 Report = Callable[[str, int, int], None]  # step, done, total
@@ -71,7 +71,9 @@ class Recipe:
         if self.output is not None:
             return self.output
         stem, spec = self.model_name.rpartition("/")[2], self.spec
-        return Path("out") / (f"{stem}-{spec.method}" + (f"-cr{spec.cr:g}" if spec.cr != 1 else ""))
+        return Path("out") / (
+            f"{stem}-{spec.method}" + (f"-cr{spec.cr:.4g}" if spec.cr != 1 else "")
+        )
 
 
 def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exported:
@@ -84,6 +86,9 @@ def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exp
         pictures=recipe.shown,
         frames=recipe.frames,
     )
+    if spec.exact:
+        spec = with_reached_ratio(spec, policy, adapter.shape)
+        recipe = replace(recipe, spec=spec)
     check_reach(spec, adapter.shape)
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.target, recipe.dtype, adapter, compared=not why)
@@ -105,6 +110,17 @@ def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exp
     )
     prompts = _prompts(samples, recipe, adapter, processor)
     return export(request, adapter, policy, processor, prompts, report)
+
+
+def with_reached_ratio(spec: PruneSpec, policy: Policy, shape: ModelShape) -> PruneSpec:
+    """The spec of given counts with the ratio that they reach; SpecError where another is asked."""
+    reached = policy.plan(shape, spec.cr).cr
+    if spec.cr != 1 and abs(spec.cr / reached - 1) > 0.01:
+        raise SpecError(
+            f"--set counts={spec.options['counts']} reaches CR {reached:.4g}, --cr asks for"
+            f" {spec.cr:g}; leave out --cr"
+        )
+    return replace(spec, cr=reached)
 
 
 def _schedule(

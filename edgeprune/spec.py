@@ -17,6 +17,9 @@ from edgeprune.records import Amount, Few
 Site = Literal["block", "vision", "input", "layer"]
 Positions = Literal["keep", "renumber"]
 
+AUTO = "auto"
+"""The value of an option that a method settles by itself."""
+
 TOPK_LIMIT = 3840
 """TensorRT's TopK refuses a larger K, in every version up to 11."""
 
@@ -36,6 +39,11 @@ class PruneSpec:
                 f"--cr is how many times fewer visual tokens the decoder sees, a number of at"
                 f" least 1; got {self.cr:g}"
             )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the counts are given, and the ratio follows from them."""
+        return self.options.get("counts", AUTO) != AUTO
 
 
 @dataclass(frozen=True, slots=True)

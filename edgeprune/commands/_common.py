@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,8 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
 
 
 def spec(args: argparse.Namespace) -> PruneSpec:
-    """The PruneSpec of parsed options; --cr defaults to 4, and to 1 for the dense model."""
+    """The PruneSpec of parsed options; --cr defaults to 4, and to 1 for the dense model and where
+    counts are given."""
     from edgeprune.spec import PruneSpec
 
     options = {}
@@ -106,9 +108,9 @@ def spec(args: argparse.Namespace) -> PruneSpec:
         if not equals:
             raise SpecError(f"--set takes NAME=VALUE; got {text!r}")
         options[name] = value
-    default = 1.0 if args.method == "none" else 4.0
-    cr = default if args.cr is None else args.cr
-    return PruneSpec(args.method, cr, args.seed, options)
+    asked = PruneSpec(args.method, seed=args.seed, options=options)
+    default = 1.0 if args.method == "none" or asked.exact else 4.0
+    return replace(asked, cr=default if args.cr is None else args.cr)
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

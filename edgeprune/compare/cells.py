@@ -42,7 +42,8 @@ def grid(methods: Sequence[str], ratios: Sequence[float], seeds: int) -> list[Ce
     """The dense model, then every method at every ratio; SpecError where a name or value is wrong.
 
     A method is a name, or a name with options such as `utp:ure=off:position=start`; `all` is every
-    method there is. One that draws is there `seeds` times.
+    method there is. One that draws is there `seeds` times, one whose counts are given at no ratio
+    but its own.
     """
     if seeds < 1:
         raise SpecError(f"--seeds is at least 1; got {seeds}")
@@ -53,7 +54,9 @@ def grid(methods: Sequence[str], ratios: Sequence[float], seeds: int) -> list[Ce
             method, options = _parsed(text)
             if method != DENSE:
                 seeded = _draws(method) and "seed" not in dict(options)
-                cells += [Cell(method, cr, n, options) for n in range(seeds if seeded else 1)]
+                own = 1.0 if PruneSpec(method, options=dict(options)).exact else cr
+                cells += [Cell(method, own, n, options) for n in range(seeds if seeded else 1)]
+    cells = list(dict.fromkeys(cells))
     for cell in cells:
         policies.make(cell.spec)  # a wrong option is told now, not after an hour
     return cells

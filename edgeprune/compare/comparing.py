@@ -157,7 +157,7 @@ def _result(request: CompareRequest, cell: Cell, found: Answered, times: dict[st
     made = request.bundles.made(cell)
     return Result(
         method=cell.label,
-        cr_asked=cell.cr,
+        cr_asked=round(made.cr, 2) if cell.spec.exact else cell.cr,
         cr=made.cr,
         counts=made.counts,
         right=found.right,

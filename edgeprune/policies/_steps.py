@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -62,7 +63,7 @@ def parse(text: str, layers: int) -> tuple[int, ...]:
 
 def geometric(first: int, layers: int, drops: tuple[int, ...], q: float) -> tuple[int, ...]:
     """r_1 ... r_L where q of the `first` tokens, at least one, goes on after each of `drops`."""
-    return _spread([max(1, round(first * q**n)) for n in range(len(drops) + 1)], layers, drops)
+    return stepped([max(1, round(first * q**n)) for n in range(len(drops) + 1)], layers, drops)
 
 
 def falling(first: int, layers: int, drops: tuple[int, ...], wanted: int) -> tuple[int, ...]:
@@ -86,13 +87,13 @@ def _near(levels: list[int], layers: int, drops: tuple[int, ...]) -> list[tuple[
     moves = sorted(product((0, 1, -1), repeat=len(levels) - 1), key=lambda m: sum(map(abs, m)))
     near = [[n + d for n, d in zip(levels, (0, *move), strict=True)] for move in moves]
     return [
-        _spread(counts, layers, drops)
+        stepped(counts, layers, drops)
         for counts in near
         if counts[-1] >= 1 and counts == sorted(counts, reverse=True)
     ]
 
 
-def _spread(levels: list[int], layers: int, drops: tuple[int, ...]) -> tuple[int, ...]:
+def stepped(levels: Sequence[int], layers: int, drops: tuple[int, ...]) -> tuple[int, ...]:
     """A level for each layer: the first up to the first drop, and so on."""
     passed = (sum(1 for drop in drops if drop < layer) for layer in range(1, layers + 1))
     return tuple(levels[n] for n in passed)

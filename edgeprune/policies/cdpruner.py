@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._diverse import determinant
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import unit
@@ -33,6 +34,8 @@ SMALL = 1e-6
 
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
+
     paper: ClassVar[str] = (
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in"
         " MLLMs"
@@ -42,6 +45,7 @@ class Policy(_policy.Policy):
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        cr = ratio(self.counts, shape, cr)
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input", text=True)
 
     def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:

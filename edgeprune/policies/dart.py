@@ -21,6 +21,7 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._diverse import unlike
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import ranked, top
@@ -34,6 +35,7 @@ class Policy(_policy.Policy):
     K: int = 2  # layers that see every visual token
     image_pivots: int = 4
     text_pivots: int = 4
+    counts: str = "auto"  # or the tokens that stay after layer K, such as 128; --cr follows
 
     paper: ClassVar[str] = (
         "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More"
@@ -48,7 +50,7 @@ class Policy(_policy.Policy):
                 "--set image_pivots= and text_pivots= are numbers of tokens, not both 0; got"
                 f" {self.image_pivots} and {self.text_pivots}"
             )
-        return after_layer("dart", self.K, shape, cr)
+        return after_layer("dart", self.K, shape, ratio(self.counts, shape, cr, self.K))
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         sizes = signals.rotated_key[0].float().abs().sum((0, 2))

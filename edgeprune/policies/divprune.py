@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import max_min
 from edgeprune.policies._signals import InputSignals
@@ -22,6 +23,8 @@ from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
+
     paper: ClassVar[str] = (
         "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models"
     )
@@ -29,6 +32,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("input",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        cr = ratio(self.counts, shape, cr)
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input")
 
     def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import VisionSignals
@@ -21,6 +22,8 @@ from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
+
     paper: ClassVar[str] = (
         "[CLS] Attention is All You Need for Training-Free Visual Token Pruning:"
         " Make VLM Inference Faster"
@@ -30,7 +33,7 @@ class Policy(_policy.Policy):
     needs: ClassVar[tuple[str, ...]] = ("[CLS]",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        return flat_plan(shape.visual_tokens, shape.layers, cr)
+        return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         return Selection(top(signals.salience(), stage.keep))

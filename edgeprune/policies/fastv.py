@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
@@ -24,6 +25,7 @@ from edgeprune.spec import ModelShape, Plan, Stage
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     K: int = 2  # layers that see every visual token
+    counts: str = "auto"  # or the tokens that stay after layer K, such as 128; --cr follows
 
     paper: ClassVar[str] = (
         "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large"
@@ -34,7 +36,7 @@ class Policy(_policy.Policy):
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        return after_layer("fastv", self.K, shape, cr)
+        return after_layer("fastv", self.K, shape, ratio(self.counts, shape, cr, self.K))
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))

@@ -20,6 +20,7 @@ import torch
 
 from edgeprune.policies import _policy
 from edgeprune.policies._clusters import average
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import LayerSignals
 from edgeprune.policies._steps import after_layer, layer_of
@@ -31,6 +32,7 @@ DEPTH = 2 / 32
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     K: str = "auto"  # layers that see every visual token; auto: 2 of 32
+    counts: str = "auto"  # or the averages that go on, such as 115; --cr follows
 
     paper: ClassVar[str] = (
         "LLaVolta: Efficient Multi-modal Models via Stage-wise Visual Context Compression"
@@ -39,7 +41,8 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("layer",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        plan = after_layer("llavolta", layer_of("K", self.K, DEPTH, shape.layers), shape, cr)
+        last = layer_of("K", self.K, DEPTH, shape.layers)
+        plan = after_layer("llavolta", last, shape, ratio(self.counts, shape, cr, last))
         stages = (replace(stage, keep=0, merged=stage.keep) for stage in plan.stages)
         return replace(plan, stages=tuple(stages))
 

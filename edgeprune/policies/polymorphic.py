@@ -32,12 +32,21 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import listed
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._raters import likeness, rated, raters
 from edgeprune.policies._recycle import recycle
 from edgeprune.policies._signals import LayerSignals, VisionSignals
-from edgeprune.policies._steps import check_ranked, falling, geometric, parse, scaled, with_merged
-from edgeprune.spec import ModelShape, Plan, Stage, budget, plan_from_counts
+from edgeprune.policies._steps import (
+    check_ranked,
+    falling,
+    geometric,
+    parse,
+    scaled,
+    stepped,
+    with_merged,
+)
+from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget, plan_from_counts
 
 DEPTHS = (3 / 32, 7 / 32, 16 / 32)
 SCORES = ("hidden", "attention")
@@ -48,6 +57,7 @@ KEPT_TO_MERGED = 5.4
 class Policy(_policy.Policy):
     enter: float = 2.0  # tokens that enter layer 1, in budgets; 1: no stage 2
     stages: str = "auto"  # or layers after which tokens are dropped, such as 3,7,16
+    counts: str = "auto"  # or the tokens that enter and those that stay after each; --cr follows
     score: str = "hidden"  # hidden states as in Eq. 9, or attention
 
     paper: ClassVar[str] = "Polymorphic: Plug-and-Play Visual Token Compression for Scalable VLMs"
@@ -61,7 +71,17 @@ class Policy(_policy.Policy):
         tokens, layers = shape.visual_tokens, shape.layers
         if not 1 <= self.enter <= layers:
             raise SpecError(f"--set enter= is a number from 1 to {layers}; got {self.enter:g}")
-        drops = scaled(DEPTHS, layers) if self.stages == "auto" else parse(self.stages, layers)
+        drops = scaled(DEPTHS, layers) if self.stages == AUTO else parse(self.stages, layers)
+        plan = plan_from_counts(tokens, self._counts(shape, drops, cr))
+        if plan.stages:
+            check_ranked("polymorphic", tokens)
+        return _merging_first(with_merged(plan))
+
+    def _counts(self, shape: ModelShape, drops: tuple[int, ...], cr: float) -> tuple[int, ...]:
+        """r_1 ... r_L."""
+        tokens, layers = shape.visual_tokens, shape.layers
+        if self.counts != AUTO:
+            return stepped(listed(self.counts, 1 + len(drops), tokens), layers, drops)
         wanted = budget(tokens, layers, cr)
         first = max(1, min(tokens, round(self.enter * tokens / cr)))
         least = sum(geometric(first, layers, drops, 0))
@@ -71,10 +91,7 @@ class Policy(_policy.Policy):
                 f" {layers} layers, which leaves none for the others at --cr {cr:g}; choose a"
                 " smaller --set enter= or earlier --set stages="
             )
-        plan = plan_from_counts(tokens, falling(first, layers, drops, wanted))
-        if plan.stages:
-            check_ranked("polymorphic", tokens)
-        return _merging_first(with_merged(plan))
+        return falling(first, layers, drops, wanted)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         features = signals.features[0]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._merge import weighted_neighbours
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import TAKEN, ranked, unit
@@ -35,6 +36,7 @@ VARIANTS = ("released", "paper")
 class Policy(_policy.Policy):
     neighbours: int = 32  # that each chosen token takes in
     variant: str = "released"  # how it does: released or paper
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
 
     paper: ClassVar[str] = (
         "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models"
@@ -49,7 +51,7 @@ class Policy(_policy.Policy):
             raise SpecError(f"--set neighbours= is at least 1; got {self.neighbours}")
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        return merging_plan(shape, cr, share=1)
+        return merging_plan(shape, ratio(self.counts, shape, cr), share=1)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         signals, tokens = signals.as_one_head(), signals.features[0].float()

@@ -3,7 +3,8 @@
 The score is the last prompt token's attention, head mean, in the layer before the drop.
 The counts are V, qV, q^2 V, q^3 V and q is solved for the CR. Up to the CR of the paper's q = 1/2
 (32/15) the drops follow layers L/4, L/2, 3L/4 as in the paper; above it they follow L/16, L/4, L/2,
-the author's choice for smaller budgets (issue 29 of the released code).
+the author's choice for smaller budgets (issue 29 of the released code). Published for 576 tokens:
+`counts=288/144/72`, CR 2.13, and with `stages=2,8,16` 322/180/100, 241/101/42 and 110/21/4.
 After a drop positions are renumbered, as in the released code: in every layer a token stands where
 that layer's cache holds it. `positions=keep` leaves each token its first position. Under M-RoPE,
 where the released code has no answer, positions are kept.
@@ -22,11 +23,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import listed
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
-from edgeprune.policies._steps import falling, geometric, parse, placed, scaled, too_late
-from edgeprune.spec import ModelShape, Plan, Stage, budget, plan_from_counts
+from edgeprune.policies._steps import (
+    falling,
+    geometric,
+    parse,
+    placed,
+    scaled,
+    stepped,
+    too_late,
+)
+from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget, plan_from_counts
 
 PAPER = (1 / 4, 1 / 2, 3 / 4)
 LATER = (1 / 16, 1 / 4, 1 / 2)
@@ -35,6 +45,7 @@ LATER = (1 / 16, 1 / 4, 1 / 2)
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     stages: str = "auto"  # or layers after which tokens are dropped, such as 8,16,24
+    counts: str = "auto"  # or the tokens that stay after each, such as 288/144/72; --cr follows
     positions: str = "auto"  # after a drop: renumber, keep, or auto: renumber but under M-RoPE
 
     paper: ClassVar[str] = (
@@ -49,20 +60,28 @@ class Policy(_policy.Policy):
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         tokens, layers = shape.visual_tokens, shape.layers
-        wanted = budget(tokens, layers, cr)
-        drops = self._drops(tokens, layers, wanted)
-        least = sum(geometric(tokens, layers, drops, 0))
-        if least > wanted:
-            raise too_late("pyramiddrop", drops[0], shape, least, cr)
-        plan = plan_from_counts(tokens, falling(tokens, layers, drops, wanted))
+        plan = plan_from_counts(tokens, self._counts(shape, budget(tokens, layers, cr), cr))
         return placed(plan, self.positions, shape, renumber=True)
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))
 
+    def _counts(self, shape: ModelShape, wanted: int, cr: float) -> tuple[int, ...]:
+        """r_1 ... r_L."""
+        tokens, layers = shape.visual_tokens, shape.layers
+        if self.counts != AUTO:
+            drops = scaled(PAPER, layers) if self.stages == AUTO else parse(self.stages, layers)
+            levels = tokens, *listed(self.counts, len(drops), tokens)
+            return stepped(levels, layers, drops)
+        drops = self._drops(tokens, layers, wanted)
+        least = sum(geometric(tokens, layers, drops, 0))
+        if least > wanted:
+            raise too_late("pyramiddrop", drops[0], shape, least, cr)
+        return falling(tokens, layers, drops, wanted)
+
     def _drops(self, tokens: int, layers: int, wanted: int) -> tuple[int, ...]:
         """Layers after which tokens are dropped, rising, of 1 .. L - 1."""
-        if self.stages != "auto":
+        if self.stages != AUTO:
             return parse(self.stages, layers)
         drops = scaled(PAPER, layers)
         half = sum(geometric(tokens, layers, drops, 0.5))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
@@ -17,12 +18,13 @@ from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     seed: int = 0
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
 
     summary: ClassVar[str] = "control: random tokens, drawn once at export"
     sites: ClassVar[tuple[str, ...]] = ("vision",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        return flat_plan(shape.visual_tokens, shape.layers, cr)
+        return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         order = np.random.default_rng(self.seed).permutation(signals.features.shape[1])

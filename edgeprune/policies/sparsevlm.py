@@ -12,13 +12,16 @@ rotary embedding alone makes of the distance, then takes the mean over the 14 he
 attention from raters to the image, over all heads where there are fewer.
 `positions` overrules either version; under M-RoPE, where the released code has no answer, positions
 are kept. A merged token whose position is kept has its centre's.
-The counts, merged tokens included, are V, qV, q^2 V, q^3 V and q is solved for the CR.
+The counts, merged tokens included, are V, qV, q^2 V, q^3 V and q is solved for the CR. Published
+budgets of 576 tokens are `counts=309/204/113` (`@192`, CR 2.79), `312/117/39` (`@128`, CR 3.96) and
+`82/32/18` (`@64`, CR 7.0) of version 1.5, `300/200/118`, `238/108/60`, `246/54/28` and `66/34/20`
+of version 2.
 
 Deviations:
 - The counts of the paper and of version 1.0 follow the rank of the attention, image by image; here
   they are frozen, as in versions 1.5 and 2.
 - The released lists leave out merged tokens, so that 8 to 29 % more tokens enter the layers than
-  they say: `@192` is 309/204/113, CR 2.79, and `@64` is 82/32/18, CR 7.0.
+  they say; `counts=` and CR count them.
 - The released noise of up to 1e-6 on densities is left out: at the authors' precision it vanishes.
 - Densities are float32 here; in the authors' fp16 many of them tie.
 - Version 2: no attention is divided by less than 0.05 of what distance 0 makes; LLaVA's distances
@@ -37,6 +40,7 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import listed
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._raters import likeness, rated, raters
 from edgeprune.policies._recycle import recycle
@@ -50,10 +54,11 @@ from edgeprune.policies._steps import (
     placed,
     recycled,
     scaled,
+    stepped,
     too_late,
     with_merged,
 )
-from edgeprune.spec import ModelShape, Plan, Stage, budget, plan_from_counts
+from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget, plan_from_counts
 
 DEPTHS = (3 / 32, 7 / 32, 16 / 32)
 VERSIONS = ("1.5", "2")
@@ -64,6 +69,7 @@ FAR = 0.05
 class Policy(_policy.Policy):
     version: str = "1.5"  # 1.5, which recycles, or 2
     stages: str = "auto"  # or layers after which tokens are dropped, such as 3,7,16
+    counts: str = "auto"  # or the tokens that stay after each, such as 309/204/113; --cr follows
     positions: str = "auto"  # after a drop: renumber, keep, or auto: as the version does
     heads: int = 14  # of version 2, those that attend most from raters to the picture
 
@@ -78,12 +84,16 @@ class Policy(_policy.Policy):
         if self.version not in VERSIONS:
             raise SpecError(f"--set version= is 1.5 or 2; got {self.version!r}")
         tokens, layers = shape.visual_tokens, shape.layers
-        drops = scaled(DEPTHS, layers) if self.stages == "auto" else parse(self.stages, layers)
-        wanted = budget(tokens, layers, cr)
-        least = sum(geometric(tokens, layers, drops, 0))
-        if least > wanted:
-            raise too_late("sparsevlm", drops[0], shape, least, cr)
-        plan = plan_from_counts(tokens, falling(tokens, layers, drops, wanted))
+        drops = scaled(DEPTHS, layers) if self.stages == AUTO else parse(self.stages, layers)
+        if self.counts != AUTO:
+            levels = tokens, *listed(self.counts, len(drops), tokens)
+            counts = stepped(levels, layers, drops)
+        else:
+            wanted, least = budget(tokens, layers, cr), sum(geometric(tokens, layers, drops, 0))
+            if least > wanted:
+                raise too_late("sparsevlm", drops[0], shape, least, cr)
+            counts = falling(tokens, layers, drops, wanted)
+        plan = plan_from_counts(tokens, counts)
         if self.version == "1.5":
             check_ranked("sparsevlm", tokens)
             plan = with_merged(plan)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._merge import others
 from edgeprune.policies._policy import Fold
 from edgeprune.policies._select import TAKEN, ranked, unit
@@ -33,12 +34,15 @@ from edgeprune.spec import ModelShape, Plan, Stage, floor_cr, merging_plan
 
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
+
     paper: ClassVar[str] = "Token Merging: Your ViT But Faster"
     summary: ClassVar[str] = "in every encoder block, the patches most alike become one"
     sites: ClassVar[tuple[str, ...]] = ("block",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        plan, tokens = merging_plan(shape, cr, share=1, site="block"), shape.visual_tokens
+        tokens, cr = shape.visual_tokens, ratio(self.counts, shape, cr)
+        plan = merging_plan(shape, cr, share=1, site="block")
         if plan.stages and not shape.blocks:
             raise SpecError(
                 "method tome merges the patches of one tile inside the encoder; this model cuts"

@@ -18,6 +18,7 @@ import torch
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import min_sum, top
 from edgeprune.policies._signals import InputSignals
@@ -27,6 +28,7 @@ from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     aligned: float = 0.8  # share of the tokens that alignment leaves
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
 
     paper: ClassVar[str] = (
         "TrimTokenator: Towards Adaptive Visual Token Pruning for Large Multimodal Models"
@@ -38,6 +40,7 @@ class Policy(_policy.Policy):
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not 0 < self.aligned <= 1:
             raise SpecError(f"--set aligned= is a share above 0, at most 1; got {self.aligned:g}")
+        cr = ratio(self.counts, shape, cr)
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input", text=True)
 
     def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:

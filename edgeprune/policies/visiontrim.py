@@ -41,6 +41,7 @@ from torch import Tensor
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._clusters import average
+from edgeprune.policies._counts import listed
 from edgeprune.policies._locality import locality
 from edgeprune.policies._merge import join, others
 from edgeprune.policies._policy import Selection
@@ -49,7 +50,7 @@ from edgeprune.policies._select import top, unit
 from edgeprune.policies._signals import LEAST, InputSignals, LayerSignals, VisionSignals
 from edgeprune.policies._sizes import least
 from edgeprune.policies._steps import layer_of
-from edgeprune.spec import ModelShape, Plan, Stage, budget
+from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget
 
 VARIANTS = ("released", "paper")
 
@@ -58,6 +59,7 @@ VARIANTS = ("released", "paper")
 class Policy(_policy.Policy):
     variant: str = "released"  # what is computed: released or paper
     complement: float = 0.25  # share of the tokens that are merged around the text: 48 of 192
+    counts: str = "auto"  # or the tokens that stay, such as 192; with llm too, such as 192/96
     rounds: int = 3  # in which the centres take in their members
     llm: str = "off"  # or a layer after which the decoder prunes once more; auto: half of all
     llm_share: float = 0.5  # of the tokens, that go on there
@@ -123,6 +125,10 @@ class Policy(_policy.Policy):
     def _counts(self, shape: ModelShape, cr: float) -> tuple[int, int, int]:
         """r_1, the count after the stage in the decoder, and the layer before it."""
         tokens, layers = shape.visual_tokens, shape.layers
+        if self.counts != AUTO:
+            last = layers if self.llm == "off" else layer_of("llm", self.llm, 1 / 2, layers)
+            given = listed(self.counts, 1 + (last < layers), tokens)
+            return given[0], given[-1], last
         total = budget(tokens, layers, cr)
         if self.llm == "off":
             entering = max(1, round(total / layers))

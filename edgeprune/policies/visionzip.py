@@ -24,6 +24,7 @@ from torch import Tensor
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._clusters import average
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._merge import join, others
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import top, unit
@@ -37,6 +38,7 @@ VARIANTS = ("released", "paper")
 class Policy(_policy.Policy):
     contextual: float = 0.15625  # share of the tokens that are merged: 10 of 64
     variant: str = "released"  # how they are: released or paper
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
 
     paper: ClassVar[str] = "VisionZip: Longer is Better but Not Necessary in Vision Language Models"
     summary: ClassVar[str] = "tokens with the most [CLS] attention, and averages of the others"
@@ -49,7 +51,7 @@ class Policy(_policy.Policy):
             raise SpecError(f"--set contextual= is a share below 1; got {self.contextual:g}")
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        return merging_plan(shape, cr, self.contextual)
+        return merging_plan(shape, ratio(self.counts, shape, cr), self.contextual)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         features, count = signals.features, signals.features.shape[1]

@@ -20,6 +20,7 @@ import torch
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
+from edgeprune.policies._counts import ratio
 from edgeprune.policies._diverse import without_pairs
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import ascending, ranked
@@ -31,6 +32,7 @@ from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     important: float = 0.5  # share of the tokens that stay for their attention
+    counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
 
     paper: ClassVar[str] = (
         "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs"
@@ -42,7 +44,7 @@ class Policy(_policy.Policy):
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not 0 <= self.important <= 1:
             raise SpecError(f"--set important= is a share from 0 to 1; got {self.important:g}")
-        plan = flat_plan(shape.visual_tokens, shape.layers, cr)
+        plan = flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
         if plan.stages:
             check_ranked("vispruner", shape.visual_tokens)
         return plan
