@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
+from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError
 from edgeprune.export._graph import Graph, Node
 from edgeprune.export.rules import (
@@ -66,6 +67,13 @@ class Verdict:
     @property
     def accepted(self) -> bool:
         return not self.problems
+
+
+def check_bundle(path: Path | str) -> dict[str, list[Verdict]]:
+    """What every target says of both graphs of a bundle, by file name; BundleError where it is
+    none."""
+    bundle = Bundle.open(path)
+    return {name: check_graph(bundle.file(name)) for name in bundle.manifest.graphs}
 
 
 def check_graph(file: Path) -> list[Verdict]:
