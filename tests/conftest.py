@@ -11,23 +11,12 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from benchmarks.shapes import Shape, write
+from benchmarks.shapes import write
 from edgeprune.cli import main
+from tests.tiny import TINY
 
 if TYPE_CHECKING:
     from tests.fake_gpu import FakeGpu
-
-TINY = Shape(
-    layers=3,
-    width=64,
-    mlp=96,
-    heads=4,
-    kv_heads=2,
-    vocabulary=66,
-    vision_layers=2,
-    vision_width=64,
-    image=56,  # 16 visual tokens
-)
 SETTINGS = ("EDGEPRUNE_DEBUG", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 Refused = Callable[..., str]

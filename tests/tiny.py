@@ -1,0 +1,17 @@
+"""The sizes of the tiny LLaVA that most tests use: 3 layers, 16 visual tokens."""
+
+from __future__ import annotations
+
+from benchmarks.shapes import Shape
+
+TINY = Shape(
+    layers=3,
+    width=64,
+    mlp=96,
+    heads=4,
+    kv_heads=2,
+    vocabulary=66,
+    vision_layers=2,
+    vision_width=64,
+    image=56,  # 16 visual tokens
+)
