@@ -9,9 +9,13 @@ are no 8-bit RGB become RGB.
 from __future__ import annotations
 
 import io
+import logging
+import os
 import re
+import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -32,6 +36,9 @@ if find_spec("PIL.AvifImagePlugin"):  # from Pillow 11.3 on
     FORMATS.append("AVIF")
 ANIMATED = ("GIF", "PNG", "TIFF", "WEBP", "AVIF")
 """Formats that hold frames or pages. A phone's JPEG with a preview beside the photo is no such."""
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs goes to stderr
+_ONE_AT_A_TIME = threading.Lock()
 
 ImageSource = Path | str | bytes | NDArray[Any] | Image.Image
 """A path, the bytes of a file, an array [height, width] or [height, width, channels], Pillow's."""
@@ -106,7 +113,8 @@ def _read(source: ImageSource) -> RgbImage:
     if isinstance(source, np.ndarray):
         return _converted("the image", _from_array(source))
     if isinstance(source, Image.Image):
-        return _converted("the image", source)
+        with _silenced() if source.format == "TIFF" else nullcontext():  # may be read only now
+            return _converted("the image", source)
     if isinstance(source, bytes):
         if not source:
             raise InputError("the image is empty (0 bytes); give the bytes of an image file")
@@ -117,7 +125,12 @@ def _read(source: ImageSource) -> RgbImage:
 
 
 def _opened(name: str, stream: IO[bytes]) -> RgbImage:
-    with Image.open(stream, formats=FORMATS) as image:  # reads the header only
+    tiff = stream.read(2) in (b"II", b"MM")
+    stream.seek(0)
+    with (
+        _silenced() if tiff else nullcontext(),
+        Image.open(stream, formats=FORMATS) as image,  # reads the header only
+    ):
         found = _converted(name, image)
         several = False
         if image.format in ANIMATED:
@@ -128,6 +141,19 @@ def _opened(name: str, stream: IO[bytes]) -> RgbImage:
     return RgbImage(
         found.image, (*found.warnings, "the image holds several frames; the first one is used")
     )
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """libtiff writes what is wrong with a file straight to stderr; we say it in one line."""
+    with _ONE_AT_A_TIME, ExitStack() as undo:
+        with suppress(OSError):  # stderr may be closed
+            kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            undo.callback(os.close, kept)
+            undo.callback(os.dup2, kept, 2)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+        yield
 
 
 def _converted(name: str, image: Image.Image) -> RgbImage:

@@ -57,12 +57,17 @@ class Watch:
             self.opened.append(os.fsdecode(arguments[0]))
 
     def initialiser(self) -> Callable[..., None]:
-        """Stands in for `__init__` of our errors, and notes the function that made the last one."""
+        """Stands in for `__init__` of our errors, and notes the function that made the last one:
+        of errors that are told again with more words, the function that made the first."""
+        made: dict[BaseException | None, str] = {}
 
         def note(error: Exception, *arguments: object) -> None:
             Exception.__init__(error, *arguments)
             caller = sys._getframe(1).f_code
-            self.where = f"{Path(caller.co_filename).stem}.{caller.co_name}"
+            here = f"{Path(caller.co_filename).stem}.{caller.co_name}"
+            self.where = made.get(sys.exc_info()[1], here)
+            made.clear()
+            made[error] = self.where
 
         return note
 
