@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import re
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from edgeprune.rgb import to_rgb
 
 MAX_PIXELS = 100_000_000
 """A larger image is refused before it is decoded: at 4 bytes a pixel it would fill the device."""
+MAX_SCANNED = 4_000_000_000
+"""Pixels times scans of a JPEG: 40 scans of the largest image."""
 FORMATS = ["PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000"]
 """Pillow reads more, and for EPS it starts another program."""
 if find_spec("PIL.AvifImagePlugin"):  # from Pillow 11.3 on
@@ -84,13 +87,17 @@ def read_image(source: ImageSource) -> RgbImage:
 
 def check_file(path: Path, kind: str) -> None:
     """InputError unless there is a file with something in it; `kind` is image or video."""
-    if path.is_dir():
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise InputError(f"there is no {kind} at {path}; check the path") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    if stat.S_ISDIR(status.st_mode):
         raise InputError(f"{path} is a folder; name one {kind} file in it")
-    if not path.exists():
-        raise InputError(f"there is no {kind} at {path}; check the path")
-    if not path.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is a device or a pipe; give a file with the {kind}")
-    if path.stat().st_size == 0:
+    if status.st_size == 0:
         raise InputError(f"{path} is empty (0 bytes); give a file with the {kind}")
 
 
@@ -102,7 +109,8 @@ def image_in(folder: Path, name: object) -> Path:
     text = str(name) if isinstance(name, str) else ""
     parts = {*PurePosixPath(text).parts, *PureWindowsPath(text).parts}
     absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).anchor
-    if not text or absolute or ".." in parts:
+    control = any(ord(letter) < 32 for letter in text)
+    if not text or absolute or control or ".." in parts:
         raise InputError(
             f"the image is named {name!r}; want the name of a file inside the image folder {folder}"
         )
@@ -131,6 +139,8 @@ def _opened(name: str, stream: IO[bytes]) -> RgbImage:
         _silenced() if tiff else nullcontext(),
         Image.open(stream, formats=FORMATS) as image,  # reads the header only
     ):
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(name, stream, image.width * image.height)
         found = _converted(name, image)
         several = False
         if image.format in ANIMATED:
@@ -154,6 +164,18 @@ def _silenced() -> Iterator[None]:
             os.dup2(nowhere, 2)
             os.close(nowhere)
         yield
+
+
+def _check_scans(name: str, stream: IO[bytes], pixels: int) -> None:
+    """A progressive JPEG goes over its pixels in some 10 scans; a thousand would take minutes."""
+    at, scans, last = stream.tell(), 0, b""
+    stream.seek(0)
+    while block := stream.read(1 << 20):
+        scans += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    stream.seek(at)
+    if scans * pixels > MAX_SCANNED:
+        raise InputError(f"{name} is a JPEG of {scans} scans; save it again as baseline JPEG")
 
 
 def _converted(name: str, image: Image.Image) -> RgbImage:

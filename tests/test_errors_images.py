@@ -117,7 +117,7 @@ def test_a_prompt_needs_no_image_slot_and_may_hold_one(
         ([*QUESTION[:2], "--max-new-tokens", "4090"], "--max-new-tokens 4090 is more than the "),
         ([*QUESTION[:2], "--max-new-tokens", "0"], "an answer has at least 1 token; got 0"),
         ([*QUESTION[:2], "--temperature", "nan"], "the temperature is 0 (greedy) or a positive"),
-        ([*QUESTION[:2], "--top-p", "1.5"], "top-p is above 0 and at most 1; got 1.5"),
+        ([*QUESTION[:2], "--top-p", "1.5"], "top-p is a probability from 0 to 1; got 1.5"),
         ([*QUESTION[:2], "--seed", "-1"], "the seed is a whole number from 0; got -1"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",

@@ -318,12 +318,26 @@ def deflated() -> bytes:
     return bytes(content)
 
 
+def test_a_jpeg_of_a_thousand_scans_is_refused_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(noise(24, 32, 3)).save(stream := io.BytesIO(), "JPEG", progressive=True)
+    content = bytearray(stream.getvalue())
+    assert read_image(bytes(content)).image.size == (32, 24)
+    frame, scan = content.index(b"\xff\xc2"), content.rindex(b"\xff\xda")
+    content[frame + 5 : frame + 9] = struct.pack(">HH", 9000, 10_000)
+    content[scan:-2] *= 1000
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(InputError, match=r"is a JPEG of 10\d\d scans; save it again as baseline"):
+        read_image(bytes(content))
+
+
 def test_levels_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(InputError, match="holds levels that are not finite numbers"):
         read_image(tiff(np.array([0, np.nan, 1], "<f4"), 32, 3))
 
 
-@pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.png", "C:\\x.png", "", 7])
+@pytest.mark.parametrize(
+    "name", ["../x.png", "/etc/x.png", "a/../../x.png", "C:\\x.png", "a\0b", "\n", "", 7]
+)
 def test_a_name_may_not_leave_its_folder(name: object, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="want the name of a file inside the image folder"):
         image_in(tmp_path, name)

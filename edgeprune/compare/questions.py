@@ -105,13 +105,8 @@ def _asked(place: str, line: str, folder: Path) -> Asked:
             f"{place} is no question; want a JSON object with image, question and answer"
         ) from error
     try:
-        image = image_in(folder, name)
-        if not image.exists():
-            raise InputError(
-                f"there is no image at {image}; name its folder with --questions-image-dir"
-            )
-        check_file(image, "image")
+        check_file(image := image_in(folder, name), "image")
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{place}: {error} (its folder: --questions-image-dir)") from error
     expected = tuple(str(answer).strip() for answer in answers)
     return Asked(image, str(record.get("kind", "all")), question, expected)

@@ -51,7 +51,7 @@ def reader(read: Callable[[], object]) -> Callable[[], int]:
 def names() -> list[str]:
     """All kinds of inputs."""
     package = import_module("tests.fuzz.kinds")
-    return sorted(module.name for module in iter_modules(package.__path__))
+    return sorted(m.name for m in iter_modules(package.__path__) if m.name[0] != "_")
 
 
 def make(kind: str, number: int, seed: int, seeds: Seeds, folder: Path) -> Case:

@@ -45,8 +45,10 @@ class Verdict:
 class Judge:
     """Runs inputs in worker processes under a limit of time and of memory."""
 
-    def __init__(self, seeds: Path, seed: int, keep: Path | None = None) -> None:
-        self.seeds, self.seed, self.keep = seeds, seed, keep
+    def __init__(
+        self, seeds: Path, seed: int, keep: Path | None = None, seconds: float = SECONDS
+    ) -> None:
+        self.seeds, self.seed, self.keep, self.seconds = seeds, seed, keep, seconds
 
     def run(
         self, inputs: Iterable[Input], workers: int = 1, tell: Callable[[Verdict], None] = print
@@ -56,6 +58,7 @@ class Judge:
         for one in (ordered := list(inputs)):
             waiting.put(one)
         found: dict[Input, Verdict] = {}
+        failed: list[Exception] = []
 
         def work() -> None:
             worker = _Worker(self)
@@ -64,9 +67,13 @@ class Judge:
                     one = waiting.get_nowait()
                 except queue.Empty:
                     return worker.stop()
-                verdict = worker.judge(one)
-                if verdict.wrong.startswith("more than"):  # the machine may have been busy
+                try:
                     verdict = worker.judge(one)
+                    if verdict.wrong.startswith("more than"):  # the machine may have been busy
+                        verdict = worker.judge(one)
+                except Exception as error:
+                    failed.append(error)
+                    return worker.stop(kill=True)
                 found[one] = verdict
                 tell(verdict)
 
@@ -75,6 +82,8 @@ class Judge:
             thread.start()
         for thread in threads:
             thread.join()
+        if failed:
+            raise failed[0]
         return [found[one] for one in ordered]
 
 
@@ -93,7 +102,7 @@ class _Worker:
         made = self._receive(60, Made)
         if not isinstance(made, Made):
             raise RuntimeError(f"input {one} was not made: {made}")
-        seen = self._receive(SECONDS, Seen)
+        seen = self._receive(self.owner.seconds, Seen)
         if isinstance(seen, Seen):
             return Verdict(*one, made, seen, fault(seen))
         return Verdict(*one, made, None, seen)
@@ -111,7 +120,7 @@ class _Worker:
                     why = f"more than {MEMORY:,} bytes of memory"
                     break
             except (EOFError, OSError):
-                self.process.join(5)
+                self.process.join(60)
                 why = f"the process died with exit code {self.process.exitcode}"
                 break
         self.stop(kill=True)

@@ -88,7 +88,11 @@ def serve(connection: Connection, seeds: Path, seed: int, keep: Path | None) -> 
             folder = (keep or Path(scratch)) / "{}-{}".format(*asked)
             folder.mkdir(parents=True)
             os.chdir(folder)
-            case = make(*asked, seed, Seeds(seeds), folder)
+            try:
+                case = make(*asked, seed, Seeds(seeds), folder)
+            except Exception:  # a fault of the generator
+                connection.send(traceback.format_exc())
+                continue
             connection.send(Made(case.note, case.well_formed))
             connection.send(_run(case, watch, error))
             os.chdir(scratch)

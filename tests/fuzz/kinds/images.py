@@ -65,7 +65,7 @@ def altered(rng: Random, seeds: Seeds) -> tuple[bytes, str]:
             if way is None or rng.random() < 0.3:
                 raise ValueError
             content, note = way(content, rng)
-        except (ValueError, IndexError, struct.error):  # damaged before, or no such way
+        except Exception:  # damaged before, or no such way
             content, note = damage(content, rng, rng.choice(seeds.all("images")).read_bytes())
         notes.append(note)
     return content, ": ".join([notes[0], ", ".join(notes[1:])])
