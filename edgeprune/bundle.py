@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from edgeprune import contract
+from edgeprune import contract, graph_contract, onnx_file
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.files import replaced
 from edgeprune.generation import Sampling
@@ -240,7 +240,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool | None = None) -> Bundle:
-        """Read a bundle and check every file's size, and its hash.
+        """Read a bundle; check every file's size, and its hash, and that the graphs are its own.
 
         Hashing 14 GB at every start would cost a device ten seconds, so `verify` None hashes files
         up to QUICK bytes only; True hashes all, False none.
@@ -254,6 +254,13 @@ class Bundle:
             except OSError as error:
                 raise BundleError(
                     f"{path / name} cannot be read ({error.strerror}); copy the bundle again"
+                ) from error
+        for name in graph_contract.GRAPHS:
+            try:
+                graph_contract.check_graph(manifest, name, onnx_file.read(path / name))
+            except ValueError as error:
+                raise BundleError(
+                    f"{path / name} is not the graph of {MANIFEST} ({error}); export it again"
                 ) from error
         return cls(path, manifest)
 

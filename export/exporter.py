@@ -16,6 +16,7 @@ import torch
 
 from edgeprune.bundle import (
     MANIFEST,
+    Bundle,
     DecoderRecord,
     ImageRecord,
     Manifest,
@@ -26,7 +27,7 @@ from edgeprune.bundle import (
     check_target,
     record_files,
 )
-from edgeprune.errors import ExportError, SpecError
+from edgeprune.errors import BundleError, ExportError, SpecError
 from edgeprune.export import parity, precision
 from edgeprune.export.dialects import Dialect, for_target
 from edgeprune.export.dialogue import Graphs
@@ -157,11 +158,23 @@ def export(
             report("hash files", 0, 1)
             manifest = _manifest(request, adapter, policy, records, graphs, draft, checked)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            _open_again(draft)
     except OSError as error:
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
     return Exported(request.output, manifest, records.notes)
+
+
+def _open_again(draft: Path) -> None:
+    """ExportError where the runtime would refuse what was written."""
+    try:
+        Bundle.open(draft, verify=False)
+    except BundleError as error:
+        raise ExportError(
+            f"the export wrote a bundle that edgeprune itself does not open ({error}); please"
+            " report it: edgeprune/contract.py says what a bundle may hold"
+        ) from error
 
 
 def _write_graphs(

@@ -10,7 +10,6 @@ Other added tokens ("<ref>") become their ids.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from edgeprune.bundle import DATE, TextRecord
 from edgeprune.errors import BundleError, InputError
+from edgeprune.runtime.tokenizer import SafeTokenizer
 
 IMAGE = "<image>"
 """What a user types where the picture belongs, whatever the model's own image token is called."""
@@ -40,19 +39,19 @@ class Prompter:
     """The tokenizer and the conversation template of one bundle."""
 
     def __init__(self, tokenizer_file: Path | str, record: TextRecord) -> None:
-        self._tokenizer = _open(tokenizer_file)
+        self._tokenizer = SafeTokenizer.open(tokenizer_file)
         self._record = record
-        added = self._tokenizer.get_added_tokens_decoder()
+        added = self._tokenizer.added
         _check_record(record, added.keys(), tokenizer_file)
         before, after = record.around_image
         self._image = before + added[record.image_token_id].content + after
-        unknown = {token.id for token in self._tokenizer.model.tokenize(_NO_CHARACTER)}
+        unknown = self._tokenizer.ids_of_word(_NO_CHARACTER)
         unknown -= set(record.eos_token_ids)
         self._control = added.keys() - unknown - set(record.user_tokens)
         # tokens after which the text so far may still change, or has not changed
         self._pending = {i for i, token in added.items() if token.special}
         for byte in range(256):
-            if (token := self._tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
+            if (token := self._tokenizer.id_of(f"<0x{byte:02X}>")) is not None:
                 self._pending.add(token)
 
     def first_turn(self, prompt: str, system: str | None = None) -> tuple[Tokens, Tokens]:
@@ -73,6 +72,11 @@ class Prompter:
             template = _IMAGE_LINE.sub("", template)
         typed = {"prompt": pieces, "system": [system or ""]}
         ids = self._encode(self._segments(template, typed), self._start)
+        if self._record.image_token_id not in ids:
+            raise BundleError(
+                "tokenizer.json does not read the bundle's image token as one token; export the"
+                " bundle again"
+            )
         place = ids.index(self._record.image_token_id)
         return _row(ids[:place]), _row(ids[place + 1 :])
 
@@ -84,7 +88,7 @@ class Prompter:
             )
         _check(prompt)
         segments = self._segments(self._record.next, {"prompt": [prompt]})
-        return _row(self._encode(segments, self._follow))
+        return _row(self._encode(segments, self._continue))
 
     def _with_system(self, system: str) -> str:
         _check_text(system, "system text")
@@ -111,7 +115,7 @@ class Prompter:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of an answer, without control tokens."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._tokenizer.decode(ids)
 
     def pieces(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of an answer as it grows; the pieces joined are `decode` of all ids.
@@ -142,7 +146,8 @@ class Prompter:
         if self._controls(ids) != wanted:
             ids = encode(segments[0][0])
             for text, typed in segments[1:]:
-                ids += _follow(self._typed if typed else self._marked, text)
+                tokenizer = self._without_controls if typed else self._tokenizer
+                ids += _follow(tokenizer.encode, text)
         if self._controls(ids) != wanted:
             raise InputError(
                 "the prompt holds a control token of this model that its tokenizer cannot read as"
@@ -154,34 +159,15 @@ class Prompter:
         return [i for i in ids if i in self._control]
 
     def _start(self, text: str) -> list[int]:
-        special = self._record.add_special_tokens
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        return self._tokenizer.encode(text, special=self._record.add_special_tokens)
 
-    def _follow(self, text: str) -> list[int]:
-        return _follow(self._marked, text)
-
-    def _marked(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _typed(self, text: str) -> list[int]:
-        """Ids of a text in which control tokens are letters."""
-        tokenizer, number = self._without_controls
-        found = tokenizer.encode(text, add_special_tokens=False).ids
-        return [number.get(i, i) for i in found]
+    def _continue(self, text: str) -> list[int]:
+        return _follow(self._tokenizer.encode, text)
 
     @cached_property
-    def _without_controls(self) -> tuple[Tokenizer, dict[int, int]]:
-        """The tokenizer without its control tokens, and for its added tokens our ids."""
-        content = json.loads(self._tokenizer.to_str())
-        content["added_tokens"] = [
-            token for token in content["added_tokens"] if token["id"] not in self._control
-        ]
-        content["post_processor"] = None  # which may name control tokens
-        tokenizer = Tokenizer.from_str(json.dumps(content))
-        added = self._tokenizer.get_added_tokens_decoder()
-        ours = {token.content: number for number, token in added.items()}
-        left = tokenizer.get_added_tokens_decoder()
-        return tokenizer, {number: ours[token.content] for number, token in left.items()}
+    def _without_controls(self) -> SafeTokenizer:
+        """What reads a user's text, in which control tokens are letters."""
+        return self._tokenizer.without(self._control)
 
 
 def _follow(encode: Callable[[str], list[int]], text: str) -> list[int]:
@@ -191,18 +177,6 @@ def _follow(encode: Callable[[str], list[int]], text: str) -> list[int]:
         if both[: len(alone)] == alone:
             return both[len(alone) :]
     return encode(text)
-
-
-def _open(tokenizer_file: Path | str) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the library raises nothing narrower
-        raise BundleError(
-            f"{tokenizer_file} is missing or damaged ({error}); export the bundle again"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _check_record(record: TextRecord, added: Collection[int], tokenizer_file: Path | str) -> None:

@@ -56,20 +56,8 @@ BANNED = {
     "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values(), *ABOVE},
 }
 CORE = {
-    *(
-        "bundle",
-        "contract",
-        "cost",
-        "errors",
-        "files",
-        "generation",
-        "graphs",
-        "hints",
-        "memory",
-        "records",
-        "spec",
-    ),
-    *("tiling", "versions"),
+    *("bundle", "contract", "cost", "errors", "files", "generation", "graph_contract", "graphs"),
+    *("hints", "memory", "onnx_file", "protobuf", "records", "spec", "tiling", "versions"),
 }
 """Modules at the package's root that use the standard library alone, so that runtime may too."""
 IMAGING = {"images", "rgb"}

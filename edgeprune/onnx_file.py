@@ -1,0 +1,211 @@
+"""What an ONNX file of a bundle is made of, read without an onnx package and without its weights.
+
+The reader knows the fields that exports write and refuses all others by name: bodies of control
+flow, functions, training, sparse tensors, operators of other domains. So nothing that an engine
+would run stays unseen. It goes four messages deep, never calls itself, and reads a bounded number
+of fields. A field that may stand once and stands twice is refused too: parsers disagree on those.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgeprune.protobuf import BYTES, FIXED32, FIXED64, VARINT, fields, signed, varint
+
+FIELDS = 3_000_000
+"""Fields read at most. A 7B decoder with plain operators has some 200,000."""
+NUMBERS = {1: "fp32", 6: "int32", 7: "int64", 9: "bool", 10: "fp16", 16: "bf16"}
+"""TensorProto.DataType, as far as inputs and outputs have them."""
+
+Found = dict[int, list[memoryview | int]]  # values of a message by the field's number
+Known = Mapping[int, tuple[int, ...]]  # wire types by the field's number
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A kind of message: its fields, those that may stand many times, and names of refused ones."""
+
+    title: str
+    once: Known
+    many: Known = field(default_factory=dict)
+    refused: Mapping[int, str] = field(default_factory=dict)
+
+
+_B, _V, _LIST = (BYTES,), (VARINT,), (BYTES, VARINT)  # a list of numbers is packed or not
+_MODEL = _Message(
+    "model",
+    {1: _V, 2: _B, 3: _B, 4: _B, 5: _V, 6: _B, 7: _B},
+    {8: _B, 14: _B},
+    {20: "training", 25: "functions", 26: "devices"},
+)
+_OPSET = _Message("opset", {1: _B, 2: _V})
+_GRAPH = _Message(
+    "graph",
+    {2: _B, 10: _B},
+    {1: _B, 5: _B, 11: _B, 12: _B, 13: _B, 16: _B},
+    {14: "quantization annotations", 15: "sparse tensors"},
+)
+_NODE = _Message(
+    "node",
+    {3: _B, 4: _B, 6: _B, 7: _B},
+    {1: _B, 2: _B, 5: _B, 9: _B},
+    {8: "functions", 10: "devices"},
+)
+_ATTRIBUTE = _Message(
+    "attribute",
+    {1: _B, 2: (FIXED32,), 3: _V, 4: _B, 5: _B, 13: _B, 20: _V},
+    {7: (BYTES, FIXED32), 8: _LIST, 9: _B},
+    {
+        6: "bodies of control flow",
+        11: "bodies of control flow",
+        21: "functions",
+        22: "sparse tensors",
+        23: "sparse tensors",
+    },
+)
+_TENSOR = _Message(
+    "tensor",
+    {2: _V, 8: _B, 9: _B, 12: _B, 14: _V},
+    {
+        1: _LIST,
+        4: (BYTES, FIXED32),
+        5: _LIST,
+        7: _LIST,
+        10: (BYTES, FIXED64),
+        11: _LIST,
+        13: _B,
+        16: _B,
+    },
+    {3: "segments", 6: "texts"},
+)
+_ENTRY = _Message("entry", {1: _B, 2: _B})
+_VALUE = _Message("input or output", {1: _B, 2: _B, 3: _B}, {4: _B})
+_TYPE = _Message("type", {1: _B, 6: _B}, refused={4: "sequences", 5: "maps", 9: "optional values"})
+_TENSOR_TYPE = _Message("tensor type", {1: _V, 2: _B})
+_SHAPE = _Message("shape", {}, {1: _B})
+_SIZE = _Message("size", {1: _V, 2: _B, 3: _B})
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An input or output of a graph; a size that is open has a name."""
+
+    name: str
+    dtype: str
+    sizes: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(map(str, self.sizes))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxFile:
+    """One graph: its opset, its operators, its ends, and the files in which its weights lie."""
+
+    opset: int
+    operators: frozenset[str]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    files: frozenset[str]
+
+
+def read(file: Path) -> OnnxFile:
+    """Read a file; ValueError where it is no ONNX model, or has what no export writes."""
+    with file.open("rb") as stream:
+        if not file.stat().st_size:
+            raise ValueError("it is empty")
+        return _Reader().model(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
+class _Reader:
+    """Counts the fields that were read."""
+
+    def __init__(self) -> None:
+        self._left = FIELDS
+
+    def model(self, message: memoryview) -> OnnxFile:
+        found = self._found(message, _MODEL)
+        opsets = [self._found(view, _OPSET) for view in _views(found, 8)]
+        if len(opsets) != 1 or _text(opsets[0], 1):
+            raise ValueError("it has operators of several domains")
+        (graph,) = _views(found, 7) or [memoryview(b"")]
+        parts = self._found(graph, _GRAPH)
+        tensors, operators = _views(parts, 5), set[str]()
+        for view in _views(parts, 1):
+            node = self._found(view, _NODE)
+            if domain := _text(node, 7):
+                raise ValueError(f"it has the operator {domain}.{_text(node, 4)}")
+            operators.add(_text(node, 4))
+            tensors += self._tensors(node)
+        return OnnxFile(
+            _number(opsets[0], 2),
+            frozenset(operators),
+            tuple(map(self._value, _views(parts, 11))),
+            tuple(map(self._value, _views(parts, 12))),
+            frozenset(name for view in tensors for name in self._files(view)),
+        )
+
+    def _tensors(self, node: Found) -> list[memoryview]:
+        """The constants among a node's attributes."""
+        attributes = (self._found(view, _ATTRIBUTE) for view in _views(node, 5))
+        return [tensor for attribute in attributes for tensor in _views(attribute, 5)]
+
+    def _files(self, tensor: memoryview) -> Iterator[str]:
+        """The files in which a tensor's bytes lie; none where they are in the graph."""
+        found = self._found(tensor, _TENSOR)
+        entries = [self._found(view, _ENTRY) for view in _views(found, 13)]
+        named = [_text(entry, 2) for entry in entries if _text(entry, 1) == "location"]
+        if len(named) > 1 or bool(named) != bool(entries or _number(found, 14)):
+            raise ValueError(f"it has the tensor {_text(found, 8)!r}, which lies in no one file")
+        yield from named
+
+    def _value(self, message: memoryview) -> Value:
+        value = self._found(message, _VALUE)
+        kind = self._inner(self._inner(value, 2, _TYPE), 1, _TENSOR_TYPE)
+        shape = self._inner(kind, 2, _SHAPE)
+        number = _number(kind, 1)
+        sizes = tuple(self._size(view) for view in _views(shape, 1))
+        return Value(_text(value, 1), NUMBERS.get(number, f"type {number}"), sizes)
+
+    def _size(self, message: memoryview) -> int | str:
+        found = self._found(message, _SIZE)
+        return signed(_number(found, 1)) if 1 in found else _text(found, 2)
+
+    def _inner(self, found: Found, number: int, kind: _Message) -> Found:
+        views = _views(found, number)
+        return self._found(views[0], kind) if views else {}
+
+    def _found(self, message: memoryview, kind: _Message) -> Found:
+        """The values of a message; ValueError at a field that no export writes."""
+        found: Found = {}
+        for number, wire, _, begin, end in fields(message):
+            self._left -= 1
+            if self._left < 0:
+                raise ValueError(f"it has more than {FIELDS:,} fields")
+            if number in kind.refused:
+                raise ValueError(f"it has {kind.refused[number]}")
+            if wire not in (kind.once.get(number) or kind.many.get(number, ())):
+                raise ValueError(f"a {kind.title} has a field {number} of wire type {wire}")
+            values = found.setdefault(number, [])
+            if values and number in kind.once:
+                raise ValueError(f"a {kind.title} has its field {number} twice")
+            values.append(varint(message, begin)[0] if wire == VARINT else message[begin:end])
+        return found
+
+
+def _views(found: Found, number: int) -> list[memoryview]:
+    return [value for value in found.get(number, []) if isinstance(value, memoryview)]
+
+
+def _text(found: Found, number: int) -> str:
+    """A text, empty where there is none; ValueError where it is not UTF-8."""
+    views = _views(found, number)
+    return bytes(views[0]).decode() if views else ""
+
+
+def _number(found: Found, number: int) -> int:
+    values = found.get(number, [])
+    return values[0] if values and isinstance(values[0], int) else 0
