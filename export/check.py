@@ -82,15 +82,20 @@ def check_graph(file: Path) -> list[Verdict]:
     BundleError where the file is no ONNX model.
     """
     try:
-        model = onnx.load(file, load_external_data=False)
+        model = onnx.load(file, format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise BundleError(f"{file} is no ONNX model ({error}); export it again") from error
-    return check_model(model)
+    if not model.graph.node:
+        raise BundleError(f"{file} is no ONNX model (it has no nodes); export it again")
+    return check_model(model, file.parent)
 
 
-def check_model(model: Any) -> list[Verdict]:
-    """What every target says of a model, whose weights need not be loaded."""
-    problems = list(find(Graph.of(model)))
+def check_model(model: Any, folder: Path | None = None) -> list[Verdict]:
+    """What every target says of a model, whose weights need not be loaded.
+
+    `folder` is where its external data lie: sizes are read from there, weights never.
+    """
+    problems = list(find(Graph.of(model, folder)))
     return [
         Verdict(
             target,
@@ -104,8 +109,8 @@ def check_model(model: Any) -> list[Verdict]:
 def find(graph: Graph) -> Iterator[Problem]:
     """Everything that some version refuses."""
     yield from _opset(graph)
-    for node in graph.nodes:
-        name = node.name or node.output[0]
+    for number, node in enumerate(graph.nodes):
+        name = node.name or next(iter(node.output), "") or f"node {number}"
         place = f"{name} ({node.op_type})"
         types = OPERATORS.get(node.op_type, "")
         if node.domain or not types:
@@ -135,8 +140,10 @@ def _opset(graph: Graph) -> Iterator[Problem]:
 
 def _data_type(graph: Graph, node: Node) -> str:
     """The name of the element type that a node works on, empty where it is not known."""
-    name = graph.given(node, _DATA.get(node.op_type, 0)) or node.output[0]
+    name = graph.given(node, _DATA.get(node.op_type, 0)) or next(iter(node.output), "")
     number = graph.types.get(name, 0)
+    if number not in onnx.TensorProto.DataType.values():
+        return f"element type {number}"
     return str(onnx.TensorProto.DataType.Name(number)) if number else ""
 
 

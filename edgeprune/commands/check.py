@@ -29,12 +29,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "check",
         help="tell which engines take a bundle, or what this machine can do",
-        description="With a bundle: which versions of TensorRT, TensorRT-RTX and ONNX Runtime take"
-        " its graphs, and where one does not, which node and why. With --memory: what --model"
+        description="With a bundle, or an ONNX file of any origin: which versions of TensorRT,"
+        " TensorRT-RTX and ONNX Runtime take its graphs, and where one does not, which node and"
+        " why. With --memory: what --model"
         " needs on Jetson Orin modules. With neither: what can be built and run on this machine,"
         " and what to install.",
     )
-    command.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="exported folder")
+    command.add_argument(
+        "bundle", nargs="?", type=Path, metavar="BUNDLE", help="exported folder, or FILE.onnx"
+    )
     command.add_argument(
         "--target",
         action="append",
@@ -78,43 +81,62 @@ def run(args: argparse.Namespace) -> int:
 
 def _bundle(path: Path, asked: list[str]) -> Report:
     from edgeprune.bundle import Bundle
-    from edgeprune.export import check  # needs onnx
-    from edgeprune.export.rules import TARGETS
     from edgeprune.runtime import parsers
+
+    _check_targets(asked)
+    if path.is_file():
+        return _report(path.name, [path], [], asked)
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    head = f"{manifest.name}: {manifest.dialect}, opset {manifest.opset}, {manifest.dtype}"
+    files, cpu = [bundle.file(name) for name in GRAPHS], manifest.target == "cpu"
+    record, text = _report(manifest.name, files, parsers.ask(bundle), asked, for_a_cpu=cpu)
+    return record, f"{head}\n{text}"
+
+
+def _check_targets(asked: list[str]) -> None:
+    from edgeprune.export.rules import TARGETS
 
     known = [name for target in TARGETS for name in target.names]
     if unknown := [name for name in asked if name not in known]:
         raise SpecError(f"there is no target {unknown[0]!r}; choose: {', '.join(known)}")
-    bundle = Bundle.open(path)
-    verdicts = [check.check_graph(bundle.file(name)) for name in GRAPHS]
-    here, manifest = parsers.ask(bundle), bundle.manifest
-    rows = [_row(pair, here, manifest.target) for pair in zip(*verdicts, strict=True)]
+
+
+def _report(
+    name: str, files: list[Path], here: list[Parser], asked: list[str], *, for_a_cpu: bool = False
+) -> Report:
+    """What every target says of some graphs, and which of those that were asked about refuse."""
+    from edgeprune.export import check  # needs onnx
+
+    verdicts = [check.check_graph(file) for file in files]
+    names = [file.name for file in files]
+    rows = [_row(names, found, here, for_a_cpu) for found in zip(*verdicts, strict=True)]
     refused = [row["title"] for row in rows if {*asked} & {*row["names"]} and not row["accepted"]]
-    head = f"{manifest.name}: {manifest.dialect}, opset {manifest.opset}, {manifest.dtype}"
     answers = [("yes" if r["accepted"] else "no", r["title"], r["first"]) for r in rows]
     reasons = dict.fromkeys(reason for row in rows for reason in row["reasons"])
     said = [f"{parser.title}, asked here: {_said(parser)}" for parser in here]
-    lines = [head, _common.table(answers), *(f"- {reason}" for reason in reasons), *said]
     record = {
-        "bundle": manifest.name,
+        "bundle": name,
         "targets": rows,
         "asked_here": {parser.title: _said(parser) for parser in here},
         "refused": refused,
     }
-    return record, "\n".join(lines)
+    return record, "\n".join([_common.table(answers), *(f"- {r}" for r in reasons), *said])
 
 
-def _row(verdicts: tuple[Verdict, ...], here: list[Parser], exported_for: str) -> dict[str, Any]:
-    """What one target says of both graphs; a parser of that version that is here has a say too."""
+def _row(
+    names: list[str], verdicts: tuple[Verdict, ...], here: list[Parser], for_a_cpu: bool
+) -> dict[str, Any]:
+    """What one target says of the graphs; a parser of that version that is here has a say too."""
     target = verdicts[0].target
-    reasons = [r for name, v in zip(GRAPHS, verdicts, strict=True) for r in _reasons(name, v)]
+    reasons = [r for name, v in zip(names, verdicts, strict=True) for r in _reasons(name, v)]
     release = ".".join(map(str, target.version)) + "."
     for parser in here:
         same = parser.engine == target.engine and parser.version.startswith(release)
         if same and parser.asked and parser.refusal:
             reasons.append(f"{parser.title} itself: {parser.refusal}")
     firsts = [verdict.first for verdict in verdicts]
-    if target.engine != "ort" and exported_for == "cpu":
+    if target.engine != "ort" and for_a_cpu:
         reasons.append(FOR_A_CPU)
         firsts.append(None)
     known = [first for first in firsts if first is not None]
