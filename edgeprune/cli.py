@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from edgeprune import __version__
+from edgeprune import __version__, terminal
 from edgeprune.commands import bench, build, calibrate, check, compare, export, listing, run, show
 from edgeprune.errors import EdgepruneError
 from edgeprune.hints import install
@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
     """Refuses a command line in one line, as everything else is refused."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"edgeprune: {' '.join(message.split())}; see: {self.prog} --help\n")
+        text = terminal.printable(" ".join(message.split()))
+        self.exit(2, f"edgeprune: {text}; see: {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,39 +53,56 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 2 after an error, or 130 when interrupted."""
-    args = parser().parse_args(argv)
+    debug = bool(os.environ.get(DEBUG))
+    try:
+        with terminal.plain_streams(native=debug):
+            return _main(argv, debug)
+    except EdgepruneError as error:  # of the streams themselves
+        terminal.note(f"edgeprune: {error}")
+        return 2
+
+
+def _main(argv: Sequence[str] | None, debug: bool) -> int:
     with suppress(ValueError):  # not the main thread; else `kill` cleans up as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        args = _parsed(argv)
         code: int = args.run(args)
         print(end="", flush=True)  # what cannot be written is known now, not at exit
         return code
     except BrokenPipeError:  # the reader of stdout has gone: `edgeprune ... | head`
         return 0
     except KeyboardInterrupt:
-        print("edgeprune: interrupted; nothing half-written is left", file=sys.stderr)
+        terminal.note("edgeprune: interrupted; nothing half-written is left")
         return 130
     except ModuleNotFoundError as error:
         needed = (error.name or "").partition(".")[0]
-        if needed not in EXTRAS or os.environ.get(DEBUG):
+        if needed not in EXTRAS or debug:
             raise
-        print(f"edgeprune: {EXTRAS[needed]}", file=sys.stderr)
+        terminal.note(f"edgeprune: {EXTRAS[needed]}")
         return 2
     except (EdgepruneError, OSError, MemoryError) as error:
-        if os.environ.get(DEBUG):
+        if debug:
             traceback.print_exc()
-        line = " ".join(str(error).split()) or type(error).__name__
-        print(f"edgeprune: {line}", file=sys.stderr)
+        terminal.note(f"edgeprune: {' '.join(str(error).split()) or type(error).__name__}")
         return 2
     finally:
         _settle_output()
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return parser().parse_args(argv)
+    except SystemExit:
+        print(end="", flush=True)  # help that finds no room is an error too
+        raise
 
 
 def _settle_output() -> None:
     """Write stdout out, or drop what it does not take: Python would fail over it at exit."""
     try:
         print(end="", flush=True)
-    except OSError:
+    except (EdgepruneError, OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -96,7 +95,7 @@ def monitor(trt: Any, step: str, report: Report) -> Any:
 
 def compiled(builder: Any, network: Any, config: Any, watch: Any) -> Any:
     """The serialized engine, or None where the builder fails; Ctrl-C ends it at its next step."""
-    with _interrupts_noted() as noted, _muted():
+    with _interrupts_noted() as noted:
         watch.stop = noted
         plan = builder.build_serialized_network(network, config)
     if noted:
@@ -117,19 +116,6 @@ def _interrupts_noted() -> Iterator[list[int]]:
     finally:
         for watched, handler in kept.items():
             signal.signal(watched, handler)
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """Drop what is written to file descriptor 2: the compiler prints its errors there itself."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def strongly_typed(trt: Any) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -202,3 +204,109 @@ def test_what_check_refuses(
     damaged = copy_bundle() / "decoder.onnx"
     damaged.write_bytes(b"\xff" * damaged.stat().st_size)
     assert "decoder.onnx" in refused("check", damaged.parent)
+
+
+def graph_of(nodes: list[Any], tensors: Sequence[Any] = ()) -> Any:
+    """A model from x [4, 4] and k [1] to y."""
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, (4, 4))]
+    ends.append(helper.make_tensor_value_info("k", TensorProto.INT64, (1,)))
+    out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "hostile", ends, out, initializer=tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+
+
+def chain(operator: str, length: int, first: str) -> list[Any]:
+    """`length` nodes, each of the one before, twice; their last value is `last`."""
+    names = [first, *(f"v{n}" for n in range(length - 1)), "last"]
+    return [helper.make_node(operator, [name, name], [after]) for name, after in pairwise(names)]
+
+
+def topk(size: str) -> Any:
+    return helper.make_node("TopK", ["x", size], ["y", "at"], name="it")
+
+
+def beside(location: str) -> Any:
+    tensor = TensorProto(name="size", data_type=TensorProto.INT64, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, text in (("location", location), ("offset", "0"), ("length", "8")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, text
+    return tensor
+
+
+def untyped(model: Any) -> Any:
+    model.graph.node[0].attribute.add(name="to")
+    return model
+
+
+def of_type(model: Any, number: int) -> Any:
+    model.graph.input[0].type.tensor_type.elem_type = number
+    return model
+
+
+SIZE = helper.make_tensor("k0", TensorProto.INT64, [1], [5000])
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "doubled": (graph_of([*chain("Add", 4000, "k0"), topk("last")], [SIZE]), ""),
+    "deep": (graph_of([*chain("Min", 4000, "k0"), topk("last")], [SIZE]), "at most 3840"),
+    "cycle": (
+        graph_of([helper.make_node("Min", ["last", "k"], ["last"]), topk("last")]),
+        "",
+    ),
+    "constant without a value": (
+        graph_of([helper.make_node("Constant", [], ["c"]), topk("c")]),
+        "",
+    ),
+    "constant without an output": (
+        graph_of([helper.make_node("Constant", [], [], value=SIZE), topk("k")]),
+        "",
+    ),
+    "no outputs": (graph_of([helper.make_node("Det", ["x"], [])]), "node 0 (Det)"),
+    "nothing at all": (graph_of([onnx.NodeProto()]), "node 0 ()"),
+    "unknown type": (of_type(graph_of([topk("k")]), 99), "TopK takes no element type 99"),
+    "attribute without a type": (untyped(graph_of([helper.make_node("Cast", ["x"], ["y"])])), ""),
+    "sizes of no size": (
+        graph_of([topk("k0")], [TensorProto(name="k0", data_type=7, dims=[1], raw_data=b"abc")]),
+        "",
+    ),
+    "sizes without end": (
+        graph_of([topk("k0")], [TensorProto(name="k0", data_type=7, dims=[1 << 40])]),
+        "",
+    ),
+    "negative sizes": (
+        graph_of([topk("k0")], [TensorProto(name="k0", data_type=7, dims=[-1])]),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "says"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_file_of_any_origin(
+    model: Any, says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A verdict, at once; what TensorRT's tables say of it where there is something to say."""
+    (tmp_path / "any.onnx").write_bytes(model.SerializeToString())
+    assert main(["check", str(tmp_path / "any.onnx")]) == 0
+    out, err = capfd.readouterr()
+    assert "ONNX Runtime 1.31" in out and says in out and not err
+
+
+def test_a_size_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read where it lies beside the graph, and nowhere else."""
+    (graphs := tmp_path / "graphs").mkdir()
+    for folder in (tmp_path, graphs):
+        (folder / "size.bin").write_bytes((5000).to_bytes(8, "little"))
+    (graphs / "link.bin").symlink_to(tmp_path / "size.bin")
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    for location in ("size.bin", "../size.bin", str(tmp_path / "size.bin"), "link.bin", "no", "\0"):
+        (file := graphs / "any.onnx").write_bytes(
+            graph_of([topk("size")], [beside(location)]).SerializeToString()
+        )
+        told[location] = any("3840" in p.says for v in check_graph(file) for p in v.problems)
+    assert [location for location, found in told.items() if found] == ["size.bin"]
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"\x08\x01", b"\xff" * 99], ids=range(4))
+def test_a_file_that_is_no_model(data: bytes, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "any.onnx").write_bytes(data)
+    assert "any.onnx is no ONNX model (" in refused("check", tmp_path / "any.onnx")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from edgeprune import terminal
 from edgeprune.commands import _common
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         result = bench(request, lambda done, total: bar("laps", done, total))
     print(table(result))
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
-    print(f"median (p10-p90) of {args.laps} laps; {machine}", file=sys.stderr)
+    terminal.note(f"median (p10-p90) of {args.laps} laps; {machine}")
     if args.json:
         _common.write_output(args.json, result.to_json() + "\n")
     if args.figure:

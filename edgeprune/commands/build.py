@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from edgeprune import terminal
 
 if TYPE_CHECKING:
     from edgeprune.runtime.build import Built
@@ -54,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
         compute=tuple(dict.fromkeys(name.upper() for name in args.compute)),
         force=args.force,
     )
-    # A stream of its own, because stderr is muted while the compiler works.
-    with os.fdopen(os.dup(2), "w") as terminal, Bar(terminal) as bar:
+    with Bar() as bar:
         built = build(request, bar)
-    print(_summary(built), file=sys.stderr)
+    terminal.note(_summary(built))
     print(built.path)
     return 0
 

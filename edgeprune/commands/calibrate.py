@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from edgeprune import terminal
 from edgeprune.commands import _common
 
 
@@ -40,9 +40,8 @@ def run(args: argparse.Namespace) -> int:
         schedule = calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)
     _common.write_output(args.output, schedule.to_json())
     print(" ".join(str(count) for count in schedule.counts))
-    print(
+    terminal.note(
         f"CR {schedule.cr_reached:.3f}, objective {schedule.objective:.4g}; no schedule can be"
-        f" below {schedule.bound:.4g}; written to {args.output}",
-        file=sys.stderr,
+        f" below {schedule.bound:.4g}; written to {args.output}"
     )
     return 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune import terminal
 from edgeprune.commands import _common
 from edgeprune.errors import SpecError
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         comparison = compare(request, bar, partial(_tell, bar))
     written = _write(comparison, args.output)
     print(comparison.to_markdown(), end="")
-    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
+    terminal.note(f"written: {', '.join(map(str, written))}")
     if comparison.failed:
         raise SpecError(
             f"{len(comparison.failed)} of {len(request.cells)} cells failed, the others are"
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell(bar: Bar, line: str) -> None:
     bar.clear()
-    print(f"edgeprune: {line}", file=sys.stderr)
+    terminal.note(f"edgeprune: {line}")
 
 
 def _request(args: argparse.Namespace) -> CompareRequest:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune import terminal
 from edgeprune.commands import _common
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     with Bar() as bar:
         exported = make(recipe, bar)
-    print(_summary(exported, time.perf_counter() - started), file=sys.stderr)
+    terminal.note(_summary(exported, time.perf_counter() - started))
     print(exported.path)
     return 0
 

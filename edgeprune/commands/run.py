@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune import terminal
 from edgeprune.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
     assert session.answer is not None
     if not args.json:
         print(flush=True)
-    print(_summary(session, session.answer, turn), file=sys.stderr)
+    terminal.note(_summary(session, session.answer, turn))
     return session.answer
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune import terminal
 from edgeprune.commands import _common
 from edgeprune.errors import InputError
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     sheet = figure(levels, sites, prune, args.prompt, said, font=args.font)
     image_files.save(sheet, args.output, args.scale)
     for note in (*read.warnings, *answer.remarks):
-        print(f"note: {note}", file=sys.stderr)
+        terminal.note(f"note: {note}")
     print(args.output)
     return 0
 
