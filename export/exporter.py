@@ -173,7 +173,7 @@ def _open_again(draft: Path) -> None:
     except BundleError as error:
         raise ExportError(
             f"the export wrote a bundle that edgeprune itself does not open ({error}); please"
-            " report it: edgeprune/contract.py says what a bundle may hold"
+            " report it: edgeprune/graph_contract.py says what a bundle may hold"
         ) from error
 
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 
 from edgeprune import onnx_file
 from edgeprune.bundle import Bundle, sha256
-from edgeprune.contract import DECODER, OPERATORS, VISION
 from edgeprune.errors import BundleError
+from edgeprune.graph_contract import DECODER, OPERATORS, VISION
 from edgeprune.protobuf import written
 from tests.conftest import Refused
 from tests.test_errors_bundle import QUESTION
