@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from edgeprune import contract, graph_contract, onnx_file
 from edgeprune.errors import BundleError, SpecError
-from edgeprune.files import replaced
+from edgeprune.files import obstacle, real, replaced
 from edgeprune.generation import Sampling
 from edgeprune.graphs import DECODER, VISION, GraphRecord
 from edgeprune.records import (
@@ -309,7 +309,7 @@ def _check_file(folder: Path, name: str, record: FileRecord, *, hashed: bool) ->
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise BundleError(f"{folder / MANIFEST} names {name!r}, a path that leaves the bundle")
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not real(file).is_relative_to(real(folder)):
         raise BundleError(f"{file} is a link that leaves the bundle; copy the file in its place")
     if not file.is_file():
         raise BundleError(f"{file} is missing; copy the whole bundle or export it again")
@@ -346,13 +346,12 @@ def check_target(target: Path) -> None:
             f"a bundle is a new folder, {target} has no name of its own; choose another --output,"
             f" such as {target / 'bundle'}"
         )
-    if target.exists() and not target.is_dir():
-        raise BundleError(f"{target} is a file, a bundle is a folder; choose another --output")
+    if why := obstacle(target):
+        raise BundleError(f"{target} cannot be written: {why}; choose another --output")
+    if os.path.lexists(target) and not target.is_dir():
+        raise BundleError(f"{target} is no folder, which a bundle is; choose another --output")
     if target.is_dir() and any(target.iterdir()) and not _is_bundle(target):
         raise BundleError(f"{target} exists and is no bundle; choose another --output")
-    place = next(folder for folder in target.absolute().parents if folder.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise BundleError(f"nothing can be written in {place}; choose another --output")
 
 
 def _is_bundle(folder: Path) -> bool:

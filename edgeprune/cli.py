@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
@@ -91,8 +92,12 @@ def _main(argv: Sequence[str] | None, debug: bool) -> int:
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    top = parser()
+    for argument in sys.argv[1:] if argv is None else argv:
+        if re.fullmatch("(--[^=]+=|-[a-z]=?)--", argument):  # argparse makes a list of it
+            top.error(f"{argument!r} gives an option no value")
     try:
-        return parser().parse_args(argv)
+        return top.parse_args(argv)
     except SystemExit:
         print(end="", flush=True)  # help that finds no room is an error too
         raise

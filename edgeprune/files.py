@@ -1,11 +1,14 @@
 """Files and folders written whole or not at all: under a hidden name beside their place, renamed.
 
 Renaming is what makes it so: at every moment there is the old one or the new one, and what a
-process that was killed left half-written never has the name that others read.
+process that was killed left half-written never has the name that others read. Where Linux can
+exchange two folders at once, there is no moment without one.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import glob
 import os
 import shutil
@@ -20,6 +23,7 @@ from edgeprune.errors import SpecError
 if sys.platform != "win32":
     import fcntl
 
+DRAFT = ".draft-"
 KEPT = "old"
 """In a draft's folder, what the draft is to replace."""
 
@@ -35,7 +39,7 @@ def write_whole(file: Path, data: bytes) -> None:
         if file.exists() and not file.is_file():
             file.write_bytes(data)
             return
-        target = file.resolve()
+        target = real(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         draft = Path(name)
@@ -56,57 +60,132 @@ def unwritable(file: Path, why: str) -> SpecError:
     return SpecError(f"{file} cannot be written ({why}); choose another place")
 
 
+def real(path: Path) -> Path:
+    """A path without links; one whose links run in a circle stays as it is."""
+    return Path(os.path.realpath(path))
+
+
+def obstacle(target: Path) -> str:
+    """Why nothing can be written at a path, as far as can be seen now; empty where it can be."""
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    place = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    if not place.is_dir():
+        return f"{place} is no folder"
+    if not os.access(place, os.W_OK):
+        return f"nothing can be written in {place}"
+    names = target.absolute().relative_to(place).parts
+    longest = os.pathconf(place, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    draft = len(os.fsencode(_prefix(target))) + 8
+    if max(draft, *(len(os.fsencode(name)) for name in names)) > longest:
+        return f"a name of it is too long, beyond {longest} bytes with what a draft adds"
+    try:
+        target.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a circle of links; all of it longer than any path may be
+        return error.strerror or str(error)
+    return ""
+
+
 @contextmanager
 def replaced(target: Path) -> Iterator[Path]:
     """A new folder that becomes `target` when the block ends well, and vanishes otherwise.
 
-    What a process that was killed left behind is swept by the next one to the same place.
+    Of several processes that replace one target the last to end is the one that stays. What a
+    process that was killed left behind is swept by the next one to the same place.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
-    work = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    lock = _lock(work)
+    work, lock = _workshop(target)
     try:
         draft = work / "new"
         draft.mkdir()
         yield draft
-        if target.exists():
-            target.rename(work / KEPT)
-        draft.rename(target)
+        _put(draft, target, work / KEPT)
     finally:
         _discard(work, target)
         if lock is not None:
             os.close(lock)
 
 
+def _put(draft: Path, target: Path, kept: Path) -> None:
+    """Rename a draft into its place; what stands there is in `kept` or in the draft's place."""
+    while not _exchange(draft, target):
+        try:
+            draft.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        else:
+            return
+        shutil.rmtree(kept, ignore_errors=True)  # another process came in between
+        with suppress(FileNotFoundError):
+            target.rename(kept)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places at one moment; False where one is absent or nothing can do it."""
+    if sys.platform != "linux":
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # a C library without it
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
 def _prefix(target: Path) -> str:
-    return f".{target.name}.draft-"
+    return f".{target.name}{DRAFT}"
+
+
+def _workshop(target: Path) -> tuple[Path, int | None]:
+    """A folder beside a target for its draft, and the lock that tells others to leave it."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        try:
+            return work, _lock(work)
+        except BlockingIOError:  # another process took it for a dead one's, and removes it
+            continue
+        except FileNotFoundError:
+            continue
 
 
 def _discard(work: Path, target: Path) -> None:
     """Remove a draft; what it was to replace goes back where nothing has come in its place."""
     if (work / KEPT).exists() and not target.exists():
-        (work / KEPT).rename(target)
+        with suppress(OSError):  # something has come just now
+            (work / KEPT).rename(target)
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _sweep(target: Path) -> None:
     """Remove drafts for `target` whose process no longer runs: nobody holds their lock."""
     for work in target.parent.glob(f"{glob.escape(_prefix(target))}????????"):
-        lock = _lock(work)
-        if lock is not None:
-            _discard(work, target)
-            os.close(lock)
+        with suppress(OSError):  # held, or removed by another process
+            lock = _lock(work)
+            if lock is not None:
+                _discard(work, target)
+                os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder until closed or until this process ends; None where that cannot be done."""
+    """Lock a folder until closed or until this process ends; None where nothing can be locked.
+
+    BlockingIOError where another process holds it, FileNotFoundError where it is gone.
+    """
     if sys.platform == "win32":
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        folder.stat()
+    except OSError as error:
         os.close(descriptor)
-        return None
+        if isinstance(error, (BlockingIOError, FileNotFoundError)):
+            raise
+        return None  # a file system without locks
     return descriptor

@@ -18,6 +18,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, shape_inference
 
+from edgeprune.files import real
+
 Node = Any  # onnx.NodeProto; onnx has no types of its own
 
 WHOLE = {TensorProto.INT64: ("<i8", "int64_data"), TensorProto.INT32: ("<i4", "int32_data")}
@@ -166,8 +168,8 @@ def _outside(tensor: Any, folder: Path | None, length: int) -> bytes:
     if folder is None:
         return b""
     with suppress(OSError, ValueError):
-        file = (folder / entries.get("location", "")).resolve()
-        if file.is_relative_to(folder.resolve()) and file.is_file():
+        file = real(folder / entries.get("location", ""))
+        if file.is_relative_to(real(folder)) and file.is_file():
             with file.open("rb") as stream:
                 stream.seek(int(entries.get("offset", "0")))
                 found: bytes = stream.read(length)

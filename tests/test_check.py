@@ -21,6 +21,7 @@ from edgeprune.export.rules import OPSETS, RULES, TARGETS, Version
 from edgeprune.runtime import parsers
 from edgeprune.runtime import trt as seam
 from tests.conftest import Refused
+from tests.hostile import edit_graph
 from tests.rule_graphs import Case, cases
 
 CASES = {f"{case.operator} {case.says}": case for case in cases()}
@@ -164,6 +165,7 @@ def test_a_bundle_for_the_cpu_is_for_no_tensorrt(
 ) -> None:
     bundle = tmp_path / "b"
     shutil.copytree(tiny_jetpack7, bundle)
+    edit_graph(bundle, "decoder.onnx", lambda model: model.graph.output.pop(1))  # `token`
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"target": "cpu"}))
     assert main(["check", str(bundle), "--target", "rtx"]) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,28 +12,15 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgeprune import onnx_file
-from edgeprune.bundle import Bundle, sha256
+from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError
 from edgeprune.graph_contract import DECODER, OPERATORS, VISION
 from edgeprune.protobuf import written
 from tests.conftest import Refused
+from tests.hostile import edit_graph, end, replace_file, set_size
 from tests.test_errors_bundle import QUESTION
 
 Copy = Callable[[], Path]
-
-
-def replace_file(bundle: Path, name: str, data: bytes) -> None:
-    """Another file under the same name, with the hash that the manifest then needs."""
-    (bundle / name).write_bytes(data)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": len(data), "sha256": sha256(bundle / name)}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-
-
-def edit_graph(bundle: Path, name: str, change: Callable[[Any], object]) -> None:
-    model = onnx.load(bundle / name, load_external_data=False)
-    change(model)
-    replace_file(bundle, name, model.SerializeToString())
 
 
 def value(name: str, kind: int = TensorProto.FLOAT, sizes: Any = (1,)) -> Any:
@@ -61,17 +47,6 @@ def add_node(*arguments: Any, **options: Any) -> Callable[[Any], object]:
 
 def add_weight(location: str) -> Callable[[Any], object]:
     return lambda model: model.graph.initializer.append(outside(location))
-
-
-def end(kind: str, name: str) -> Callable[[Any], Any]:
-    return lambda model: next(v for v in getattr(model.graph, kind) if v.name == name)
-
-
-def set_size(kind: str, name: str, place: int, size: int) -> Callable[[Any], object]:
-    def change(model: Any) -> None:
-        end(kind, name)(model).type.tensor_type.shape.dim[place].dim_value = size
-
-    return change
 
 
 def function(model: Any) -> None:

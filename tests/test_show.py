@@ -27,6 +27,7 @@ from edgeprune.errors import BundleError, SpecError
 from edgeprune.images import read_image
 from edgeprune.runtime import Answer, Session, Timings
 from edgeprune.spec import Stage
+from tests.hostile import edit_graph, set_size
 
 SCENES = sorted((Path(__file__).parents[1] / "edgeprune/demo/samples").glob("*.png"))
 QUESTION = "what color is the star ?"
@@ -288,6 +289,8 @@ def test_a_bundle_that_takes_no_single_picture(
     refused: Refused,
 ) -> None:
     file = copy_bundle() / "manifest.json"
+    tiles = next(iter(takes.values()))
+    edit_graph(file.parent, "vision.onnx", set_size("input", "pixels", 0, tiles))
     manifest = json.loads(file.read_text())
     manifest["image"] |= takes
     file.write_text(json.dumps(manifest))

@@ -15,7 +15,7 @@ from edgeprune.errors import BundleError, InputError
 from edgeprune.runtime import tokenizer
 from edgeprune.runtime.tokenizer import SafeTokenizer
 from tests.conftest import Refused
-from tests.test_contract import replace_file
+from tests.hostile import replace_file
 from tests.test_errors_bundle import QUESTION
 
 Copy = Callable[[], Path]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.errors import SpecError
-from edgeprune.files import unwritable, write_whole
+from edgeprune.files import obstacle, real, unwritable, write_whole
 from edgeprune.tiling import Size
 
 if TYPE_CHECKING:
@@ -124,13 +124,15 @@ def check_output(file: Path) -> None:
     """Make the folder of a result; SpecError, before anything slow, where it cannot be written."""
     if file.is_dir():
         raise SpecError(f"the result goes to a file, {file} is a folder; name a file in it")
+    if why := obstacle(file):
+        raise unwritable(file, why)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(file, error.strerror or str(error)) from error
     places = [file] if file.exists() else []
     if file.is_file() or not places:  # its draft lies beside it; a device has none
-        places.append(file.resolve().parent)
+        places.append(real(file).parent)
     if not all(os.access(place, os.W_OK) for place in places):
         raise unwritable(file, "no permission")
 
