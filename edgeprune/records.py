@@ -142,17 +142,32 @@ def build(kind: Any, value: Any, place: str) -> Any:
             return value
         raise TypeError(f"{place} is one of {', '.join(map(str, inner))}; got {_shown(value)}")
     elif origin is dict and isinstance(value, dict):
-        return {k: build(inner[1], v, f"{place}.{k}") for k, v in value.items()}
+        return {
+            build(inner[0], k, place): build(inner[1], v, f"{place}.{k}") for k, v in value.items()
+        }
     elif kind is Any or _plain(kind, value):
         return value
     raise TypeError(f"{place} cannot be {_shown(value)}")
 
 
 def _plain(kind: Any, value: Any) -> bool:
-    """Whether a value is of a plain type: a whole number is a float too, true is no number."""
+    """Whether a value is of a plain type: a whole number is a float too, true is no number.
+
+    A text is such as UTF-8 can write, without NUL.
+    """
     if kind is float:
         return type(value) is int or (type(value) is float and math.isfinite(value))
+    if type(value) is str:  # what follows hands it to systems that want it so
+        return kind is str and "\0" not in value and _encodes(value)
     return type(value) is kind
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first(kinds: tuple[Any, ...], value: Any, place: str) -> Any:

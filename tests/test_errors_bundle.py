@@ -126,7 +126,8 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "parent": (_name_file("../passwd"), "names '../passwd', a path that leaves the bundle"),
     "absolute": (_name_file("/etc/passwd"), "names '/etc/passwd', a path that leaves"),
     "windows": (_name_file("..\\passwd"), "a path that leaves the bundle"),
-    "nul": (_name_file("a\0b"), "a path that leaves the bundle"),
+    "nul": (_name_file("a\0b"), r'manifest.files cannot be "a\u0000b"'),
+    "no text": (lambda d: d.update(name="\ud800"), r'manifest.name cannot be "\ud800"'),
 }
 
 

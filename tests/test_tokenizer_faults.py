@@ -140,20 +140,20 @@ def test_a_text_that_takes_for_ever(
     monkeypatch.setattr(tokenizer, "SECONDS", 0.2)
     start = time.monotonic()
     with pytest.raises(BundleError, match=r"cannot read this prompt \(it took longer than 0.2 s\)"):
-        SafeTokenizer(file).encode(("a" * 20 + "b") * 20)
+        SafeTokenizer.open(file).encode(("a" * 20 + "b") * 20)
     assert time.monotonic() - start < 60  # where it is not stopped: some 20 times as long
 
 
 def test_limits(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     monkeypatch.setattr(tokenizer, "TEXT", 1000)
     with pytest.raises(InputError, match=r"has 1,001 characters, at most 1,000 are read"):
-        SafeTokenizer(tiny_bundle / "tokenizer.json").encode("a" * 1001)
+        SafeTokenizer.open(tiny_bundle / "tokenizer.json").encode("a" * 1001)
     monkeypatch.setattr(tokenizer, "TOKENIZER_BYTES", 100)
     assert "bytes, at most 100 are read" in refused("run", tiny_bundle, *QUESTION)
 
 
 def test_an_interrupt_stays_one(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    safe = SafeTokenizer(tiny_bundle / "tokenizer.json")
+    safe = SafeTokenizer.open(tiny_bundle / "tokenizer.json")
 
     def interrupted(*_: object) -> list[int]:
         raise KeyboardInterrupt
