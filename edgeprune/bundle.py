@@ -35,6 +35,7 @@ from edgeprune.records import (
     OneOf,
     Side,
     build,
+    is_utf8,
     parse,
 )
 from edgeprune.spec import Plan, Stage
@@ -270,6 +271,8 @@ class Bundle:
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
+    if not is_utf8(str(path)):
+        raise BundleError(f"the name of {path} is not UTF-8, which engines want; rename the folder")
     if not file.is_file():
         raise BundleError(
             f"{path} is no bundle: it has no {MANIFEST}. Write one with: edgeprune export"

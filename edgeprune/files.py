@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeprune.errors import SpecError
+from edgeprune.records import is_utf8
 
 if sys.platform != "win32":
     import fcntl
@@ -67,9 +68,7 @@ def real(path: Path) -> Path:
 
 def obstacle(target: Path) -> str:
     """Why nothing can be written at a path, as far as can be seen now; empty where it can be."""
-    try:
-        str(target).encode()
-    except UnicodeEncodeError:
+    if not is_utf8(str(target)):
         return "its name is not UTF-8"
     place = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
     if not place.is_dir():

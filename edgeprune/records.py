@@ -158,11 +158,12 @@ def _plain(kind: Any, value: Any) -> bool:
     if kind is float:
         return type(value) is int or (type(value) is float and math.isfinite(value))
     if type(value) is str:  # what follows hands it to systems that want it so
-        return kind is str and "\0" not in value and _encodes(value)
+        return kind is str and "\0" not in value and is_utf8(value)
     return type(value) is kind
 
 
-def _encodes(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can write a text; of a path, whether its bytes are UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

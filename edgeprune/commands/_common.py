@@ -122,10 +122,10 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 def check_output(file: Path) -> None:
     """Make the folder of a result; SpecError, before anything slow, where it cannot be written."""
-    if file.is_dir():
-        raise SpecError(f"the result goes to a file, {file} is a folder; name a file in it")
     if why := obstacle(file):
         raise unwritable(file, why)
+    if file.is_dir():
+        raise SpecError(f"the result goes to a file, {file} is a folder; name a file in it")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
