@@ -6,20 +6,43 @@ the hash finds damage, not malice. Delete engines/ of a bundle from others and b
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from edgeprune.bundle import Bundle, sha256
+from edgeprune.bundle import Bundle, Bytes, Hash, sha256
 from edgeprune.errors import BackendError
+from edgeprune.records import Amount, Between, Count, build, parse
 
 ENGINES, RECORD = "engines", "engine.json"
 GRAPHS = ("vision.onnx", "decoder.onnx", "weights.bin")
-NEEDED = (
-    *("backend", "version", "dtype", "graphs", "compute", "gpu"),
-    *("text_capacity", "capacities"),
-)
+
+Range = tuple[Amount, Amount, Amount]  # least, usual, most
+
+
+@dataclass(frozen=True)
+class _EngineRecord:
+    """What engine.json says of one engine, as far as it is used."""
+
+    bytes: Bytes
+    sha256: Hash
+    seconds: Annotated[float, Between(0, 1e9)]
+    profiles: dict[str, dict[str, Range]]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The whole of engine.json, as far as it is used."""
+
+    backend: str
+    version: str
+    dtype: str
+    compute: tuple[str, ...]
+    gpu: str | None
+    text_capacity: Count
+    capacities: tuple[Count, ...]
+    graphs: dict[str, str]
+    engines: dict[str, _EngineRecord]
 
 
 @dataclass(frozen=True)
@@ -66,12 +89,12 @@ def find(bundle: Bundle, machine: Machine) -> Engines:
 def read(folder: Path) -> Engines | None:
     """A folder whose record can be read, or None."""
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        [engine["sha256"] for engine in (record["engines"][n] for n in ("vision", "decoder"))]
-        [record[name] for name in NEEDED]
+        record: dict[str, Any] = parse((folder / RECORD).read_text(encoding="utf-8"))
+        read = build(_Record, record, RECORD)
+        [read.engines["decoder"].profiles["prefill"][name] for name in ("prefix", "text")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Engines(folder, record)
+    return Engines(folder, record) if set(read.engines) == {"vision", "decoder"} else None
 
 
 def whole(engines: Engines) -> bool:
@@ -95,7 +118,8 @@ def _plain(compute: str) -> str:
 def unfit(engines: Engines, bundle: Bundle, machine: Machine) -> str:
     """Why engines may not run here, or nothing; what is quick to see is looked at first."""
     record = engines.record
-    if record["graphs"] != graphs(bundle) or record["dtype"] != bundle.manifest.dtype:
+    same = record["graphs"] == graphs(bundle) and record["dtype"] == bundle.manifest.dtype
+    if not same or len(record["capacities"]) != bundle.manifest.decoder.layers:
         return "was built from other graphs"
     if record["version"] != machine.version:
         return f"was built with {machine.title} {record['version']}, this is {machine.version}"

@@ -180,6 +180,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no record": (lambda f: (f / "engine.json").unlink(), "has no engines for TensorRT"),
     "damaged record": (lambda f: (f / "engine.json").write_text("{"), "has no engines for"),
     "no capacities": (lambda f: _lacking(f, "capacities"), "has no engines for TensorRT"),
+    "other layers": (lambda f: _record(f, capacities=[1]), "was built from other graphs"),
+    "no number": (lambda f: _record(f, text_capacity="many"), "has no engines for TensorRT"),
+    "endless text": (lambda f: _record(f, text_capacity=1 << 62), "has no engines for TensorRT"),
+    "no text": (lambda f: _record(f, text_capacity=0), "has no engines for TensorRT"),
+    "another engine": (lambda f: _record(f, engines={"../../x": {}}), "has no engines for"),
+    "no engines": (lambda f: _record(f, engines=[]), "has no engines for TensorRT"),
+    "deep": (lambda f: (f / "engine.json").write_text("[" * 100_000), "has no engines for"),
     "other backend": (lambda f: _record(f, backend="trt-rtx"), "has no engines for TensorRT"),
 }
 

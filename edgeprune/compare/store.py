@@ -31,7 +31,7 @@ class Store:
         try:
             record = json.loads(self._file(name).read_text(encoding="utf-8"))
             found: dict[str, Any] | None = record["content"] if record["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return found
 
