@@ -274,6 +274,10 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         graph_of([topk("k0")], [TensorProto(name="k0", data_type=7, dims=[1 << 40])]),
         "",
     ),
+    "endless outputs": (
+        graph_of([helper.make_node("Split", ["x"], ["y"], num_outputs=1 << 62)]),
+        "",
+    ),
     "negative sizes": (
         graph_of([topk("k0")], [TensorProto(name="k0", data_type=7, dims=[-1])]),
         "",
