@@ -19,6 +19,7 @@ from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import BundleError
 from edgeprune.export import dialects, exporter
 from edgeprune.records import DEPTH, Between
+from tests.hostile import edit_graph
 
 QUESTION = ["--image", SAMPLES_DIR / "scene-1.png", "--prompt", "what color is the star ?"]
 
@@ -121,7 +122,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "wrong template": (lambda d: d["text"].update(first="USER:"), "do not fit"),
     "wrong sizes": (
         lambda d: d["decoder"].update(kv_heads=4),
-        "ONNX Runtime failed in decoder.onnx",
+        "past_key.0 is fp32 [1, 2, capacity.0, 16], the manifest says fp32 [1, 4, any, 16]",
     ),
     "parent": (_name_file("../passwd"), "names '../passwd', a path that leaves the bundle"),
     "absolute": (_name_file("/etc/passwd"), "names '/etc/passwd', a path that leaves"),
@@ -175,7 +176,15 @@ def test_what_is_no_bundle_at_all(tmp_path: Path, refused: Refused) -> None:
 def test_a_bundle_that_the_engine_does_not_run(
     copy_bundle: Callable[[], Path], refused: Refused
 ) -> None:
-    _edit(bundle := copy_bundle(), lambda data: data.update(dtype="bf16"))
+    def halve(model: Any) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            kind = value.type.tensor_type
+            kind.elem_type = 16 if kind.elem_type == 1 else kind.elem_type  # bfloat16, float32
+
+    bundle = copy_bundle()
+    for name in ("vision.onnx", "decoder.onnx"):
+        edit_graph(bundle, name, halve)
+    _edit(bundle, lambda data: data.update(dtype="bf16"))
     assert "export it again with --dtype fp16" in refused("run", bundle, *QUESTION)
 
 
