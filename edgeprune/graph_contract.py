@@ -78,7 +78,9 @@ def _decoder_ends(manifest: Manifest) -> tuple[Ends, Ends]:
     outputs: Ends = {"logits": (element, (1, 1, record.vocabulary))}
     if manifest.target != "cpu":
         outputs["token"] = ("int64", (1, 1))
-    outputs |= dict.fromkeys(manifest.prune.kept_outputs, ("int64", (None,)))
+    stages = [stage for stage in manifest.prune.stages if stage.in_decoder]
+    for kept, stage in zip(manifest.prune.kept_outputs, stages, strict=True):
+        outputs[kept] = "int64", (None if stage.survivors else 0,)
     cache = element, (1, record.kv_heads, None, record.head_size)
     for layer in range(record.layers):
         for kind in ("key", "value"):
