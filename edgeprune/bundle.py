@@ -295,6 +295,7 @@ def _read_manifest(path: Path) -> Manifest:
         if absent := [name for name in NEEDED if name not in manifest.files]:
             raise ValueError(f"files lacks {', '.join(absent)}")
         contract.check_sizes(manifest)
+        graph_contract.check_signature(manifest)
     except (TypeError, ValueError, SpecError) as error:
         raise BundleError(f"{file} is damaged ({error}); export the bundle again") from error
     return manifest

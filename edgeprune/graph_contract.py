@@ -1,21 +1,24 @@
 """What a bundle's graphs may be: looked at before an engine sees them, whenever a bundle is opened.
 
-A bundle may come from anybody. What holds here the runtime takes for granted: names, sizes and
-element types of inputs and outputs are the manifest's; operators only compute; weights lie in no
-file but the bundle's own.
+A bundle may come from anybody. What holds here the runtime takes for granted: the signature that
+the manifest lists is that of its sizes, and that of the graphs; operators only compute; weights lie
+in no file but the bundle's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from edgeprune.graphs import DECODER, VISION, TensorRecord
+from edgeprune.lowering import TARGETS
 from edgeprune.onnx_file import OnnxFile, Value
 
 if TYPE_CHECKING:
     from edgeprune.bundle import Manifest
 
 WEIGHTS = "weights.bin"
-GRAPHS = VISION, DECODER = "vision.onnx", "decoder.onnx"
+GRAPHS = VISION, DECODER
 _OPERATORS = """
     Abs Add And ArgMax ArgMin Attention AveragePool Cast Ceil Clip Concat Constant
     ConstantOfShape Conv Cos CumSum DequantizeLinear Div Einsum Equal Erf Exp Expand EyeLike
@@ -30,8 +33,18 @@ _OPERATORS = """
 OPERATORS = frozenset(_OPERATORS.split())
 """What a graph may be made of: what exports write, and its like. Nothing loops, calls or draws."""
 
-Sizes = tuple[int | None, ...]  # None: open, known when the graph runs
-Ends = dict[str, tuple[str, Sizes]]  # element type and sizes, by name
+Sizes = tuple[int | str, ...]  # a size that is open until the graph runs has a name
+Ends = dict[tuple[str, int | None], tuple[str, Sizes]]  # role, layer: element type, sizes
+
+
+def check_signature(manifest: Manifest) -> None:
+    """ValueError where the inputs and outputs that a manifest lists contradict its sizes."""
+    if sorted(manifest.graphs) != sorted(GRAPHS):
+        raise ValueError(f"graphs are {', '.join(GRAPHS)}, not {', '.join(manifest.graphs)}")
+    for name, ends in ((VISION, _vision(manifest)), (DECODER, _decoder(manifest))):
+        graph = manifest.graphs[name]
+        for found, wanted in zip((graph.inputs, graph.outputs), ends, strict=True):
+            _check_ends(f"{name} lists", found, wanted)
 
 
 def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
@@ -42,57 +55,67 @@ def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
         raise ValueError(f"it has weights in {min(outside)!r}, not in {WEIGHTS}")
     if graph.opset != manifest.opset:
         raise ValueError(f"its opset is {graph.opset}, the manifest says {manifest.opset}")
-    inputs, outputs = _vision(manifest) if name == VISION else _decoder_ends(manifest)
-    for kind, wanted, found in (
-        ("input", inputs, graph.inputs),
-        ("output", outputs, graph.outputs),
-    ):
-        names = [value.name for value in found]
-        if sorted(names) != sorted(wanted):
-            odd = {*names} ^ {*wanted} or {one for one in names if names.count(one) > 1}
-            raise ValueError(f"its {kind}s differ from the manifest's in {min(odd)!r}")
-        for value in found:
-            _check_end(kind, value, *wanted[value.name])
+    record = manifest.graphs[name]
+    for listed, found in ((record.inputs, graph.inputs), (record.outputs, graph.outputs)):
+        wanted = [Value(tensor.name, tensor.dtype, tensor.dims) for tensor in listed]
+        for one, other in zip(found, wanted, strict=False):
+            if one != other:
+                raise ValueError(f"it has {one.name}: {one}, the manifest {other.name}: {other}")
+        if len(found) != len(wanted):
+            more = max(found, tuple(wanted), key=len)
+            odd = more[min(len(found), len(wanted))]
+            raise ValueError(f"it or the manifest lacks {odd.name}")
+
+
+def _check_ends(title: str, found: Sequence[TensorRecord], wanted: Ends) -> None:
+    """ValueError unless tensors are of the roles, types and sizes that they have to be."""
+    if len({tensor.name for tensor in found}) != len(found):
+        raise ValueError(f"{title} two tensors of one name")
+    left = dict(wanted)
+    for tensor in found:
+        if (tensor.role, tensor.layer) not in left:
+            raise ValueError(f"{title} {tensor.name} as {_role(tensor.role, tensor.layer)}")
+        dtype, sizes = left.pop((tensor.role, tensor.layer))
+        if (tensor.dtype, tensor.dims) != (dtype, sizes):
+            shown, right = Value("", tensor.dtype, tensor.dims), Value("", dtype, sizes)
+            raise ValueError(f"{title} {tensor.name} as {shown}, its sizes say {right}")
+    if left:
+        raise ValueError(f"{title} no {_role(*next(iter(left)))}")
+
+
+def _role(role: str, layer: int | None) -> str:
+    return role if layer is None else f"{role} of layer {layer}"
 
 
 def _vision(manifest: Manifest) -> tuple[Ends, Ends]:
     element, encoded = manifest.dtype, manifest.prune.encoded
     outputs: Ends = {
-        "visual": (element, (1, encoded, manifest.decoder.width)),
-        "kept": ("int64", (encoded,)),
+        ("visual", None): (element, (1, encoded, manifest.decoder.width)),
+        ("visual_indices", None): ("int64", (encoded,)),
     }
-    return {"pixels": (element, manifest.image.shape)}, outputs
+    return {("pixels", None): (element, manifest.image.shape)}, outputs
 
 
-def _decoder_ends(manifest: Manifest) -> tuple[Ends, Ends]:
+def _decoder(manifest: Manifest) -> tuple[Ends, Ends]:
     record, element = manifest.decoder, manifest.dtype
     inputs: Ends = {
-        "prefix_ids": ("int64", (1, None)),
-        "visual": (element, (1, None, record.width)),
-        "text_ids": ("int64", (1, None)),
-        "position": ("int64", (1,)),
-        "lengths": ("int64", (record.layers,)),
+        ("prefix_ids", None): ("int64", (1, "prefix")),
+        ("visual", None): (element, (1, "visual", record.width)),
+        ("text_ids", None): ("int64", (1, "text")),
+        ("position", None): ("int64", (1,)),
+        ("lengths", None): ("int64", (record.layers,)),
     }
-    if record.span is not None:
-        inputs["places"] = ("int64", (None,))
-    outputs: Ends = {"logits": (element, (1, 1, record.vocabulary))}
-    if manifest.target != "cpu":
-        outputs["token"] = ("int64", (1, 1))
-    stages = [stage for stage in manifest.prune.stages if stage.in_decoder]
-    for kept, stage in zip(manifest.prune.kept_outputs, stages, strict=True):
-        outputs[kept] = "int64", (None if stage.survivors else 0,)
-    cache = element, (1, record.kv_heads, None, record.head_size)
-    for layer in range(record.layers):
+    if manifest.graphs[DECODER].input("visual_indices") is not None:  # under M-RoPE alone
+        inputs["visual_indices", None] = "int64", ("visual",)
+    outputs: Ends = {("logits", None): (element, (1, 1, record.vocabulary))}
+    if TARGETS[manifest.target].token:
+        outputs["token", None] = "int64", (1, 1)
+    for stage in manifest.prune.plan.in_decoder:
+        outputs["kept", stage.layer] = "int64", (f"kept.{stage.layer}" if stage.survivors else 0,)
+    before, after = ("past", "present") if record.cache == "grow" else ("capacity", "capacity")
+    for layer in range(1, record.layers + 1):
         for kind in ("key", "value"):
-            inputs[f"past_{kind}.{layer}"] = outputs[f"present_{kind}.{layer}"] = cache
+            for ends, name, slots in ((inputs, "past", before), (outputs, "present", after)):
+                sizes = 1, record.kv_heads, f"{slots}.{layer - 1}", record.head_size
+                ends[f"{name}_{kind}", layer] = element, sizes
     return inputs, outputs
-
-
-def _check_end(kind: str, value: Value, dtype: str, sizes: Sizes) -> None:
-    fits = len(value.sizes) == len(sizes) and all(
-        isinstance(found, str) if wanted is None else found == wanted
-        for found, wanted in zip(value.sizes, sizes, strict=False)
-    )
-    if value.dtype != dtype or not fits:
-        wanted = f"{dtype} [{', '.join('any' if size is None else str(size) for size in sizes)}]"
-        raise ValueError(f"its {kind} {value.name} is {value}, the manifest says {wanted}")

@@ -106,32 +106,36 @@ GRAPHS: dict[str, tuple[str, Callable[[Any], object], str]] = {
         "'stolen', which lies in no one file",
     ),
     "opset": (VISION, lambda m: setattr(m.opset_import[0], "version", 23), "opset is 23, the"),
-    "no input": (DECODER, lambda m: m.graph.input.pop(), "inputs differ from the manifest's in"),
-    "more outputs": (DECODER, lambda m: m.graph.output.append(value("more")), "in 'more'"),
+    "no input": (DECODER, lambda m: m.graph.input.pop(), "it or the manifest lacks past_value.2"),
+    "more outputs": (
+        DECODER,
+        lambda m: m.graph.output.append(value("more")),
+        "it or the manifest lacks more",
+    ),
     "an output twice": (
         VISION,
         lambda m: m.graph.output.append(m.graph.output[0]),
-        "outputs differ from the manifest's in 'visual'",
+        "it or the manifest lacks visual",
     ),
     "vocabulary": (
         DECODER,
         set_size("output", "logits", 2, 1 << 40),
-        "its output logits is fp32 [1, 1, 1099511627776], the manifest says fp32 [1, 1, 66]",
+        "logits: fp32 [1, 1, 1099511627776], the manifest logits: fp32 [1, 1, 66]",
     ),
     "pixels": (
         VISION,
         set_size("input", "pixels", 0, 1000),
-        "its input pixels is fp32 [1000, 3, 56, 56], the manifest says fp32 [1, 3, 56, 56]",
+        "pixels: fp32 [1000, 3, 56, 56], the manifest pixels: fp32 [1, 3, 56, 56]",
     ),
     "frozen": (
         DECODER,
         set_size("input", "text_ids", 1, 7),
-        "its input text_ids is int64 [1, 7], the manifest says int64 [1, any]",
+        "it has text_ids: int64 [1, 7], the manifest text_ids: int64 [1, text]",
     ),
     "type": (
         VISION,
-        lambda m: setattr(end("output", "kept")(m).type.tensor_type, "elem_type", 8),
-        "its output kept is type 8 [16], the manifest says int64 [16]",
+        lambda m: setattr(end("output", "visual_indices")(m).type.tensor_type, "elem_type", 8),
+        "it has visual_indices: type 8 [16], the manifest visual_indices: int64 [16]",
     ),
 }
 
