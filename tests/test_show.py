@@ -293,6 +293,7 @@ def test_a_bundle_that_takes_no_single_picture(
     edit_graph(file.parent, "vision.onnx", set_size("input", "pixels", 0, tiles))
     manifest = json.loads(file.read_text())
     manifest["image"] |= takes
+    manifest["graphs"]["vision.onnx"]["inputs"][0]["dims"][0] = tiles
     file.write_text(json.dumps(manifest))
     asked = ["--image", SCENES[0], "--prompt", QUESTION, "-o", tmp_path / "out.png"]
     for bundles in ([file.parent], [demo_dense, "--dense", file.parent]):
