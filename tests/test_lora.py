@@ -172,6 +172,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "tokens": ({"trainable_token_indices": [1]}, {}, "says trainable_token_indices [1]"),
     "lone": ({}, {"gate.lora_A.weight": noise(4, 32)}, "has one of two factors of gate.weight"),
     "bias of B": ({}, {"lm_head.lora_B.bias": noise(72)}, "lora_B.bias, which is not supported"),
+    "alpha": ({"lora_alpha": "much"}, {}, "lora_alpha or alpha_pattern is wrong (could not"),
+    "pattern": ({"alpha_pattern": {"(": 1}}, {}, "lora_alpha or alpha_pattern is wrong (miss"),
+    "int8": ({}, {"a.lora_A.weight": torch.ones(1).char()}, "a.lora_A.weight is stored as I8"),
     "misshapen": ({}, factors("lm_head", 31, 72), "makes lm_head.weight [72, 31], the checkpoint"),
     "elsewhere": ({}, factors("model.gate", 8, 8), "changes model.gate.weight, which this model"),
 }

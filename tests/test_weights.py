@@ -135,8 +135,11 @@ def test_weights_in_another_form_are_refused(
     assert refused("models", *command) == said
 
 
-def test_the_authors_own_layout_is_told_with_its_converter(folder: Path, refused: Refused) -> None:
-    config = {"model_type": "llava", "mm_vision_tower": "openai/clip", "mm_projector_type": "mlp"}
+@pytest.mark.parametrize("kind", ["llava", "llava_llama", "llava_qwen"])
+def test_the_authors_own_layout_is_told_with_its_converter(
+    kind: str, folder: Path, refused: Refused
+) -> None:
+    config = {"model_type": kind, "mm_vision_tower": "openai/clip", "mm_projector_type": "mlp"}
     (folder / "config.json").write_text(json.dumps(config))
     said = refused("models", "--model", folder)
     assert "the layout of the LLaVA authors' code (mm_vision_tower in config.json)" in said

@@ -13,6 +13,7 @@ from typing import Any
 from edgeprune.errors import ModelError
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._checkpoint import Checkpoint, locate
+from edgeprune.models._format import check_format
 from edgeprune.models._lora import base_of
 from edgeprune.models._media import Asked
 from edgeprune.models._stored import read_json
@@ -63,7 +64,9 @@ def open_model(
     folder, lora = locate(model, revision), None
     if not (folder / "config.json").is_file():
         folder, lora = base_of(folder, locate), folder
-    family = _family(model, read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    check_format(folder, config)
+    family = _family(model, config)
     checkpoint = Checkpoint.open(folder, lora)
     adapter: Adapter = import_module(f"{__name__}.{family}").Adapter(checkpoint, asked)
     if adapter.shape.visual_tokens >= adapter.shape.max_positions:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import ModelError, SpecError
-from edgeprune.models._format import check_format
 from edgeprune.models._lora import CONFIG, WEIGHTS, Lora
 from edgeprune.models._stored import TensorFiles, line, read_json, tensors_of
 
@@ -86,7 +85,6 @@ class Checkpoint(TensorFiles):
     def open(cls, folder: Path, adapter: Path | None = None) -> Checkpoint:
         """A folder's checkpoint, with the adapter in it or in a folder of its own."""
         config = read_json(folder / "config.json")
-        check_format(folder, config)
         return cls(_weights(folder), folder, config, Lora.open(adapter or folder))
 
     @cached_property

@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from edgeprune.errors import EdgepruneError, ModelError
-from edgeprune.models._stored import TensorFiles, read_json, tensors_of
+from edgeprune.models._format import check_stored
+from edgeprune.models._stored import TensorFiles, brief, read_json, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it first, with merge_and_unload() of peft, and export the merged model"
@@ -38,6 +39,8 @@ _STARTS = (None, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
 _WHOLE = re.compile(r"\.base_layer\.|\.modules_to_save\.(?:default\.)?")
 
+Alphas = tuple[tuple[re.Pattern[str], float], ...]
+
 
 @dataclass(frozen=True)
 class Lora(TensorFiles):
@@ -46,6 +49,7 @@ class Lora(TensorFiles):
     config: Mapping[str, Any] = field(default_factory=dict)
     factors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # tensor: A, B
     whole: Mapping[str, str] = field(default_factory=dict)  # tensor: what replaces it
+    alphas: Alphas = ()
 
     @classmethod
     def open(cls, folder: Path) -> Lora | None:
@@ -59,22 +63,9 @@ class Lora(TensorFiles):
                 f"{folder / CONFIG} stands without {WEIGHTS}; download the adapter again (of"
                 " adapters, only safetensors are read)"
             )
-        files, factors, whole = tensors_of([folder / WEIGHTS]), dict[str, dict[str, str]](), {}
-        for name in files:
-            tensor = name.removeprefix("base_model.model.")
-            if match := _FACTOR.match(tensor):
-                factors.setdefault(f"{match[1]}.weight", {})[match[2]] = name
-            elif "lora_" in tensor or "trainable_tokens" in tensor:
-                raise ModelError(
-                    f"{folder / WEIGHTS} holds {name}, which is not supported; {MERGE}"
-                )
-            else:
-                whole[_WHOLE.sub(".", tensor)] = name
-        if lone := [tensor for tensor, pair in factors.items() if len(pair) != 2]:
-            raise ModelError(
-                f"{folder / WEIGHTS} has one of two factors of {lone[0]} only; {MERGE}"
-            )
-        return cls(files, config, factors, whole)
+        tensors = TensorFiles(tensors_of([folder / WEIGHTS]))
+        factors, whole = _sorted(folder / WEIGHTS, tensors)
+        return cls(tensors.files, config, factors, whole, _alphas(folder / CONFIG, config))
 
     @property
     def changes(self) -> set[str]:
@@ -102,11 +93,7 @@ class Lora(TensorFiles):
         return base.float() + self._scale(name.removesuffix(".weight"), len(first)) * change
 
     def _scale(self, module: str, rank: int) -> float:
-        alpha = float(self.config.get("lora_alpha", 8))
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = float(value)
-                break
+        alpha = next(alpha for pattern, alpha in self.alphas if pattern.match(module))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _fitting(self, name: str, tensor: Tensor, base: Tensor) -> Tensor:
@@ -124,6 +111,23 @@ class Lora(TensorFiles):
         return f"the LoRA adapter beside the weights ({', '.join(parts)}) is merged into them"
 
 
+def _sorted(file: Path, tensors: TensorFiles) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """An adapter's tensors by what they change: pairs of factors, and whole tensors."""
+    factors, whole = dict[str, dict[str, str]](), dict[str, str]()
+    for name in tensors.files:
+        check_stored(file, name, tensors.dtype(name), ())
+        tensor = name.removeprefix("base_model.model.")
+        if match := _FACTOR.match(tensor):
+            factors.setdefault(f"{match[1]}.weight", {})[match[2]] = name
+        elif "lora_" in tensor or "trainable_tokens" in tensor:
+            raise ModelError(f"{file} holds {name}, which is not supported; {MERGE}")
+        else:
+            whole[_WHOLE.sub(".", tensor)] = name
+    if lone := [tensor for tensor, pair in factors.items() if len(pair) != 2]:
+        raise ModelError(f"{file} has one of two factors of {lone[0]} only; {MERGE}")
+    return factors, whole
+
+
 def _refuse(file: Path, config: Mapping[str, Any]) -> None:
     """ModelError where an adapter is no LoRA, or of a kind that W + s B A does not describe."""
     if (kind := config.get("peft_type")) != "LORA":
@@ -137,6 +141,18 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if name not in _DECIDED and value not in (None, False, [], {}):
             raise ModelError(f"{file} says {name} {value!r}, which is not supported; {MERGE}")
+
+
+def _alphas(file: Path, config: Mapping[str, Any]) -> Alphas:
+    """The alpha of a module is that of the first pattern that its name matches, as in peft."""
+    try:
+        patterns = (config.get("alpha_pattern") or {}).items()
+        named = [(re.compile(rf"(.*\.)?({key})$"), float(alpha)) for key, alpha in patterns]
+        return *named, (re.compile(""), float(config.get("lora_alpha", 8)))
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ModelError(
+            f"{file}: lora_alpha or alpha_pattern is wrong ({brief(error)})"
+        ) from error
 
 
 TEXTS = ("tokenizer.json", "preprocessor_config.json", "processor_config.json")
