@@ -353,7 +353,8 @@ def check_target(target: Path) -> None:
     if why := obstacle(target):
         raise BundleError(f"{target} cannot be written: {why}; choose another --output")
     if os.path.lexists(target) and not target.is_dir():
-        raise BundleError(f"{target} is no folder, which a bundle is; choose another --output")
+        kind = "a link that leads nowhere" if target.is_symlink() else "a file"
+        raise BundleError(f"{target} is {kind}, a bundle is a folder; choose another --output")
     if target.is_dir() and any(target.iterdir()) and not _is_bundle(target):
         raise BundleError(f"{target} exists and is no bundle; choose another --output")
 

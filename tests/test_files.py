@@ -213,7 +213,7 @@ def test_a_place_where_nothing_can_be_written_is_found_before_any_work(
 @posix
 def test_a_link_that_leads_nowhere_is_no_place_for_a_bundle(tmp_path: Path) -> None:
     (link := tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match="is no folder, which a bundle is"):
+    with pytest.raises(BundleError, match="is a link that leads nowhere, a bundle is a folder"):
         check_target(link)
 
 
