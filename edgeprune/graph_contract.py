@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.bin"
 GRAPHS = VISION, DECODER
 _OPERATORS = """
-    Abs Add And ArgMax ArgMin Attention AveragePool Cast Ceil Clip Concat Constant
+    Abs Add And ArgMax ArgMin Attention AveragePool Cast CastLike Ceil Clip Concat Constant
     ConstantOfShape Conv Cos CumSum DequantizeLinear Div Einsum Equal Erf Exp Expand EyeLike
-    Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity IsInf
-    IsNaN LayerNormalization Less LessOrEqual Log LogSoftmax MatMul Max Mean Min Mod Mul Neg Not
-    OneHot Or Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2
-    ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu
-    Reshape RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice
-    Softmax Softplus Split Sqrt Squeeze Sub Sum Swish Tanh TensorScatter Tile TopK Transpose
-    Trilu Unsqueeze Where Xor
+    Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool Greater
+    GreaterOrEqual Identity IsInf IsNaN LayerNormalization Less LessOrEqual Log LogSoftmax
+    MatMul Max MaxPool Mean Min Mod Mul Neg Not OneHot Or Pad Pow QuantizeLinear
+    RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax
+    ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize
+    RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice Softmax
+    Softplus Split Sqrt Squeeze Sub Sum Swish Tanh TensorScatter Tile TopK Transpose Trilu
+    Unsqueeze Where Xor
 """
 OPERATORS = frozenset(_OPERATORS.split())
 """What a graph may be made of: what exports write, and its like. Nothing loops, calls or draws."""
