@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeprune.cost import Sizes, kv_bytes
+from edgeprune.lowering import DTYPES, TARGETS
 
 GB = 10**9
 SYSTEM = 5 * GB // 2
 """For the system, CUDA and the engine's own code: an estimate, not measured."""
 DEVICES = {"8 GB": 8 * GB, "16 GB": 16 * GB, "32 GB": 32 * GB, "64 GB": 64 * GB}
 """Jetson Orin modules by memory, which CPU and GPU share."""
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-KINDS = (("jetpack7", "fp16"), ("jetpack7", "bf16"), ("jetpack6", "fp16"), ("jetpack6", "fp32"))
-"""Targets and dtypes of which engines are built."""
+KINDS = tuple((name, dtype) for name in ("jetpack7", "jetpack6") for dtype in TARGETS[name].engines)
+"""Targets and dtypes of which a Jetson builds engines."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def budget(
     sizes: Sizes, elements: int, counts: Sequence[int], text: int, target: str, dtype: str
 ) -> Budget:
     """For `elements` weights, `text` text tokens and counts[l] visual ones in layer l + 1."""
-    element, plain = BYTES[dtype], target == "jetpack6"
+    element, plain = DTYPES[dtype].bytes, TARGETS[target].dialect == "jetpack6"
     copies = 2 if plain else 1
     caches = tuple(copies * kv_bytes(sizes, [count], text, element) for count in counts)
     tokens = max(counts) + text

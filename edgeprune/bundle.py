@@ -26,6 +26,7 @@ from edgeprune.errors import BundleError, SpecError
 from edgeprune.files import obstacle, real, replaced
 from edgeprune.generation import Sampling
 from edgeprune.graphs import DECODER, VISION, GraphRecord
+from edgeprune.lowering import DTYPES, TARGETS
 from edgeprune.records import (
     Amount,
     Between,
@@ -52,9 +53,7 @@ NEEDED = ("vision.onnx", "decoder.onnx", "weights.bin", "tokenizer.json")
 DATE = re.compile(r"\{now:((?:%-?[A-Za-z]|[^%{}]){1,64})\}")
 """The hole of a prompt's template for the date of the day on which it is written."""
 
-TARGETS = ("cpu", "cuda", "rtx", "jetpack7", "jetpack6")
-DIALECTS = ("modern", "jetpack7", "jetpack6")
-DTYPES = ("fp32", "fp16", "bf16")
+DIALECTS = tuple(dict.fromkeys(target.dialect for target in TARGETS.values()))
 CACHES = ("in-place", "grow")
 """In place: present is past, written at lengths. Where caches grow, present is longer than past."""
 
@@ -204,9 +203,9 @@ class Manifest:
     name: str
     model: str
     family: str
-    target: Annotated[str, OneOf(TARGETS)]
+    target: Annotated[str, OneOf(tuple(TARGETS))]
     dialect: Annotated[str, OneOf(DIALECTS)]
-    dtype: Annotated[str, OneOf(DTYPES)]
+    dtype: Annotated[str, OneOf(tuple(DTYPES))]
     opset: Few
     prune: PruneRecord
     decoder: DecoderRecord

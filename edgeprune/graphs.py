@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated
 
+from edgeprune.lowering import DTYPES
 from edgeprune.records import Amount, Few, Matches, OneOf
 
 ROLES = {
@@ -32,7 +33,7 @@ ROLES = {
 """What a tensor of a graph is for. The runtime knows these; others are refused by name."""
 
 VISION, DECODER = "vision.onnx", "decoder.onnx"
-SIZES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}  # bytes
+SIZES = {**{dtype.name: dtype.bytes for dtype in DTYPES.values()}, "int64": 8}  # bytes
 
 Size = Amount | Annotated[str, Matches(r"[a-z]+(\.\d{1,4})?", "the name of an open size")]
 

@@ -60,8 +60,8 @@ TARGETS = {
     target.name: target
     for target in (
         Target("cpu", "modern", "fp32", (), token=False),
-        Target("cuda", "modern", "fp16", ()),
         # TensorRT has no float32 kernel for its Attention operator.
+        Target("cuda", "modern", "fp16", ("fp16", "bf16")),
         Target("rtx", "modern", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
         Target("jetpack7", "jetpack7", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
         Target("jetpack6", "jetpack6", "fp16", ("fp16", "bf16", "fp32"), TENSORRT_TOPK),

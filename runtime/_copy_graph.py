@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgeprune.lowering import DTYPES
+
 INPUT, SPARE, OUTPUT = "cached", "spare", "longer"
 """[1, heads, n, head], int64 [4] (the shape of the zeros behind it), and the two joined."""
 
-_ELEMENTS = {np.dtype(np.float32): 1, np.dtype(np.float16): 10}  # TensorProto.DataType
+_ELEMENTS = {np.dtype(dtype.stored): dtype.onnx for dtype in DTYPES.values()}
 _INT64, _IR_VERSION, _OPSET = 7, 8, 13
 _INT, _TENSOR = 2, 4  # AttributeProto.AttributeType
 

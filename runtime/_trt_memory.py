@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from edgeprune.bundle import Manifest
 from edgeprune.graphs import TensorRecord
-from edgeprune.runtime import elements, gpu
+from edgeprune.lowering import DTYPES
+from edgeprune.runtime import gpu
 from edgeprune.runtime.backend import Ids
 
 ALIGNMENT = 256  # bytes; TensorRT wants inputs and outputs so
@@ -25,7 +26,7 @@ class Block:
     ) -> None:
         record = manifest.decoder
         self.grows, self.record = record.cache == "grow", record
-        row = record.kv_heads * record.head_size * elements.SIZES[manifest.dtype]
+        row = record.kv_heads * record.head_size * DTYPES[manifest.dtype].bytes
         self.bytes = (2 if self.grows else 1) * sum(2 * n * row for n in capacities)
         self.pairs = {
             cache: (at[cache.past.name], at[(cache.present if self.grows else cache.past).name])
@@ -81,7 +82,7 @@ def image_sizes(manifest: Manifest) -> dict[str, int]:
 def cache_sizes(manifest: Manifest, capacities: Sequence[int]) -> dict[str, int]:
     """Bytes of one dialogue's caches, by the input's name; by the output's too where they grow."""
     record, sizes = manifest.decoder, dict[str, int]()
-    row = record.kv_heads * record.head_size * elements.SIZES[manifest.dtype]
+    row = record.kv_heads * record.head_size * DTYPES[manifest.dtype].bytes
     for cache in manifest.graph.caches:
         ends = (cache.past, cache.present) if record.cache == "grow" else (cache.past,)
         sizes |= {end.name: capacities[cache.index] * row for end in ends}

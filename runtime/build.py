@@ -20,12 +20,12 @@ from typing import Any
 from edgeprune.bundle import Bundle, Manifest, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
 from edgeprune.files import replaced
+from edgeprune.lowering import TARGETS
 from edgeprune.runtime import trt as seam
 from edgeprune.runtime._static import with_sizes
 from edgeprune.runtime.engines import ENGINES, GRAPHS, RECORD, graphs, read, whole
 from edgeprune.runtime.text import Prompter
 
-DTYPES = ("fp16", "bf16")  # TensorRT has no fp32 kernel for its attention operator
 TEXT_CAPACITY = 512  # tokens of text, prompts and answers together, that the caches hold
 PREFIX = 64  # tokens before the picture, at least
 STEP = 128  # tokens that the decode profile takes at most: one token exactly stores weights twice
@@ -121,7 +121,7 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
             f"{request.bundle} was exported for ONNX Runtime on a CPU; export it again with"
             " --target rtx, jetpack7 or jetpack6"
         )
-    if manifest.dtype not in DTYPES and manifest.decoder.cache == "in-place":
+    if manifest.dtype not in TARGETS[manifest.target].engines:
         raise BackendError(
             f"{request.bundle} is {manifest.dtype}, TensorRT's attention is fp16 or bf16;"
             " export it again with --dtype fp16 (or --target rtx)"

@@ -7,14 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
-STORED = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+from edgeprune.lowering import DTYPES
+
+
+def stored_type(dtype: str) -> np.dtype[Any]:
+    """numpy's type of the elements, or of their bits where numpy does not know them."""
+    return np.dtype(DTYPES[dtype].stored)
 
 
 def to_stored(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     """Float32 numbers rounded to `dtype` (to the nearest, ties to even) and laid out as stored."""
     if dtype != "bf16":
-        return np.ascontiguousarray(values, STORED[dtype])
+        return np.ascontiguousarray(values, stored_type(dtype))
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.hints import install
-from edgeprune.runtime import _caches
+from edgeprune.runtime import _caches, elements
 from edgeprune.runtime._caches import OrtCaches
 from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output, likeliest
 
-ELEMENTS = {"fp32": np.float32, "fp16": np.float16}
+RUNS = ("fp32", "fp16")
+"""Dtypes of the bundles that ONNX Runtime has kernels for."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -32,13 +33,14 @@ class OrtBackend:
             raise SpecError(f"--threads is at least 1; got {threads}")
         ort = _import()
         manifest = bundle.manifest
-        if manifest.dtype not in ELEMENTS:
+        if manifest.dtype not in RUNS:
             raise BackendError(
                 f"ONNX Runtime runs fp32 and fp16 bundles, {bundle.path} is {manifest.dtype};"
                 " export it again with --dtype fp16"
             )
         self.name = f"ort-{device}"
-        self.record, self.element, self.device = manifest.decoder, ELEMENTS[manifest.dtype], device
+        self.record, self.device = manifest.decoder, device
+        self.element = elements.stored_type(manifest.dtype).type
         self._graph = manifest.graph
         options = ort.SessionOptions()
         if threads is not None:

@@ -168,7 +168,7 @@ class TrtBackend:
 
     def _logits(self) -> NDArray[Any]:
         """Those of the last call, [vocabulary]."""
-        stored = np.zeros(self.record.vocabulary, elements.STORED[self.dtype])
+        stored = np.zeros(self.record.vocabulary, elements.stored_type(self.dtype))
         self.device.download(stored, self.at["logits"])
         self.device.wait()
         return elements.from_stored(stored, self.dtype)

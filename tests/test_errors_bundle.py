@@ -13,10 +13,11 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 from conftest import Refused
 
-from edgeprune.bundle import CACHES, DIALECTS, DTYPES, NEEDED, SCHEMA, TARGETS, Bundle, Manifest
+from edgeprune.bundle import CACHES, DIALECTS, NEEDED, SCHEMA, Bundle, Manifest
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import BundleError
+from edgeprune.lowering import DTYPES, TARGETS
 from edgeprune.export import dialects, exporter
 from edgeprune.records import DEPTH, Between
 from tests.hostile import edit_graph

@@ -25,7 +25,8 @@ from edgeprune.bench import agreement, worker
 from edgeprune.bench.agreement import Agreement, Answer
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
-from edgeprune.runtime import backends, elements, machine
+from edgeprune.lowering import DTYPES
+from edgeprune.runtime import backends, machine
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class _WorkerProcess:
 
     def row(self) -> Row:
         record, prune, text = self.manifest.decoder, self.manifest.prune, self.request.text_tokens
-        new, element = self.request.new_tokens, elements.SIZES[self.manifest.dtype]
+        new, element = self.request.new_tokens, DTYPES[self.manifest.dtype].bytes
         vision, prefill, decode = zip(*(lap["seconds"] for lap in self.laps), strict=True)
         peaks = [lap["peak_bytes"] for lap in self.laps if lap["peak_bytes"] is not None]
         return Row(

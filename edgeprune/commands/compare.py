@@ -109,7 +109,7 @@ def _request(args: argparse.Namespace) -> CompareRequest:
     from edgeprune.compare.race import Race
     from edgeprune.export.exporter import lowering
     from edgeprune.recipe import Recipe
-    from edgeprune.runtime.ort import ELEMENTS
+    from edgeprune.runtime.ort import RUNS
     from edgeprune.spec import PruneSpec
 
     recipe = Recipe(
@@ -123,8 +123,8 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         image_dir=args.image_dir,
     )
     _, dtype = lowering(recipe.target, recipe.dtype)  # which refuses what it does not know
-    if dtype not in ELEMENTS:
-        raise SpecError(f"compare asks ONNX Runtime, which runs {', '.join(ELEMENTS)}; got {dtype}")
+    if dtype not in RUNS:
+        raise SpecError(f"compare asks ONNX Runtime, which runs {', '.join(RUNS)}; got {dtype}")
     questions = Questions(args.questions, args.questions_file, args.questions_image_dir)
     return CompareRequest(
         folder=args.output,

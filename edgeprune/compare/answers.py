@@ -9,14 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from edgeprune import cost
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.store import key_of
 from edgeprune.errors import BackendError, SpecError
+from edgeprune.lowering import DTYPES
 from edgeprune.runtime import Sampling, Session, backends
-from edgeprune.runtime.ort import ELEMENTS
 from edgeprune.versions import installed
 
 PACKAGES = ("edgeprune", "onnxruntime", "numpy", "pillow", "tokenizers")
@@ -80,7 +78,7 @@ class Asking:
         tick(len(said) % EVERY)
         record, prune = session.manifest.decoder, session.manifest.prune
         text = statistics.median_low(lengths)
-        element = np.dtype(ELEMENTS[session.manifest.dtype]).itemsize
+        element = DTYPES[session.manifest.dtype].bytes
         stored = cost.kv_bytes(record, prune.counts, text, element)
         shares = {kind: right[kind] for kind in asked}
         return Answered(shares, dict(asked), said, marks, text, stored)
