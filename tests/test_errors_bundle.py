@@ -17,8 +17,8 @@ from edgeprune.bundle import CACHES, DIALECTS, NEEDED, SCHEMA, Bundle, Manifest
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import BundleError
-from edgeprune.lowering import DTYPES, TARGETS
 from edgeprune.export import dialects, exporter
+from edgeprune.lowering import DTYPES, TARGETS
 from edgeprune.records import DEPTH, Between
 from tests.hostile import edit_graph
 

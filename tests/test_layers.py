@@ -57,7 +57,17 @@ BANNED = {
 }
 CORE = {
     *("bundle", "contract", "cost", "errors", "files", "generation", "graph_contract", "graphs"),
-    *("hints", "lowering", "memory", "onnx_file", "protobuf", "records", "spec", "tiling", "versions"),
+    *(
+        "hints",
+        "lowering",
+        "memory",
+        "onnx_file",
+        "protobuf",
+        "records",
+        "spec",
+        "tiling",
+        "versions",
+    ),
 }
 """Modules at the package's root that use the standard library alone, so that runtime may too."""
 IMAGING = {"images", "rgb"}
