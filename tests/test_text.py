@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from text_cases import DEMO, MARKS, SOURCES, case
 
@@ -41,7 +41,9 @@ texts = st.lists(words, min_size=1, max_size=9).map("".join).filter(str.strip)
 @settings(max_examples=25, deadline=None)
 @given(prompt=texts | st.text(min_size=1, max_size=20).filter(str.strip))
 def test_any_prompt_is_that_of_transformers(name: str, prompt: str) -> None:
+    """But for control tokens, which stay text: hypothesis tries texts of our own sources too."""
     checked = case(name)
+    assume(not any(token in prompt for token in checked.processor.tokenizer.all_special_tokens))
     assert checked.first(prompt) == checked.reference([("user", prompt)])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from edgeprune.export.trace import _trace
+from edgeprune.export.trace import End, _trace
 from edgeprune.policies import _clusters, _diverse, _raters, _select
 from edgeprune.policies._sizes import least
 from tests.graphs import NEVER
@@ -52,13 +52,17 @@ class Pairs(nn.Module):
         return _diverse.without_pairs(tokens, order, self.count)
 
 
+def _ends(names: list[str]) -> list[End]:
+    return [End(name, name) for name in names]
+
+
 def _run(module: nn.Module, examples: tuple[Tensor, ...], *calls: tuple[Tensor, ...]) -> Any:
     """The outputs of the module's graph for each of some inputs, and the operators it has."""
     shapes = tuple({0: Dim.DYNAMIC} for _ in examples) if len(examples) > 1 else None
     outputs = module(*examples)
     names = [f"output{n}" for n in range(len(outputs) if isinstance(outputs, tuple) else 1)]
     inputs = ["tokens", "text"][: len(examples)]
-    graph = _trace(module, examples, shapes, inputs, names, 24)
+    graph = _trace(module, examples, shapes, _ends(inputs), _ends(names), 24)
     data = ir.to_proto(graph).SerializeToString()
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     feeds = [{n: x.numpy() for n, x in zip(inputs, call, strict=True)} for call in calls]
