@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -122,7 +122,8 @@ class Adapter:
         return Vision(self.vision_config, policy, plan, ops)
 
     def decoder(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Decoder:
-        return Decoder(self.decoder_config, policy, plan, ops)
+        config = replace(self.decoder_config, tile_of=self.vision_config.layout.group_of)
+        return Decoder(config, policy, plan, ops)
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """Names under which checkpoints of this family store a parameter, likeliest first."""

@@ -46,6 +46,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     head_norms: bool = False  # RMS norms of queries and keys, head by head
     mrope: MRope | None = None  # None: one position a token
+    tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,15 @@ class Prune(nn.Module):
 class PruneInput(nn.Module):
     """Keeps the visual tokens that a policy chooses by the text, before the first layer."""
 
-    def __init__(self, policy: Policy, stage: Stage, encoded: int) -> None:
+    def __init__(
+        self, policy: Policy, stage: Stage, encoded: int, tile_of: tuple[int, ...]
+    ) -> None:
         super().__init__()
-        self.policy, self.stage, self.encoded = policy, stage, encoded
+        self.policy, self.stage, self.encoded, self.tile_of = policy, stage, encoded, tile_of
 
     def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """[1, V, width], [1, T, width] -> the survivors, and whose of the V places they take."""
-        signals = InputSignals(visual, self.encoded, text)
+        signals = InputSignals(visual, self.encoded, text, self.tile_of)
         chosen = self.policy.input(signals, self.stage, _live(self.stage, visual.shape[1]))
         return chosen.of(visual), chosen.at
 
@@ -195,7 +198,9 @@ class Decoder(Tabled):
         if not config.tied:
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         stage = plan.with_text()
-        self.prune_input = PruneInput(policy, stage, plan.encoded) if stage else None
+        self.prune_input = (
+            PruneInput(policy, stage, plan.encoded, config.tile_of) if stage else None
+        )
         sites = range(2, config.layers + 1)
         stages = {layer: plan.entering_layer(layer) for layer in sites}
         self.prune = nn.ModuleDict({str(n): Prune(policy, s) for n, s in stages.items() if s})

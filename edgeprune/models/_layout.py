@@ -82,6 +82,23 @@ class Layout:
         """Positions of all others among the V visual tokens."""
         return tuple(i for i, source in enumerate(self.order) if source >= 0)
 
+    @property
+    def tile_of(self) -> tuple[int, ...]:
+        """Of each token of a tile, in reading order, the tile; empty where there is one tile."""
+        size = self.tile_grid[0] * self.tile_grid[1]
+        return tuple(o // size for o in self.order if o >= 0) if self.tiles > 1 else ()
+
+    @property
+    def group_of(self) -> tuple[int, ...]:
+        """The same of all V visual tokens; a fixed one counts to the tile that is read before it,
+        or to the first."""
+        if self.tiles == 1:
+            return ()
+        size, groups = self.tile_grid[0] * self.tile_grid[1], list[int]()
+        for source in self.order:
+            groups.append(source // size if source >= 0 else (groups or [0])[-1])
+        return tuple(groups)
+
     def ids(self, token: int) -> tuple[int, ...]:
         """Ids of the V visual tokens in transformers' `input_ids`: `token`, or text between
         pictures."""

@@ -154,7 +154,14 @@ class Vision(nn.Module):
         features = layout.tokens(self.projector(seen.features) if layout.late else seen.features)
         grid = (1, features.shape[1]) if layout.fixed else layout.grid
         return VisionSignals(
-            features, seen.query, seen.key, grid, seen.cls, layout.mean, cls_stays=layout.cls
+            features,
+            seen.query,
+            seen.key,
+            grid,
+            seen.cls,
+            layout.mean,
+            cls_stays=layout.cls,
+            tile_of=layout.tile_of,
         )
 
     def entry_scores(self, pixels: Tensor) -> Tensor:

@@ -16,6 +16,14 @@ def others(chosen: Tensor, count: int) -> Tensor:
     return top(-taken, count - chosen.shape[0])
 
 
+def split(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The `keep` tokens with the largest scores and all others, each rising: [n] -> int64."""
+    if keep == 0:
+        return torch.arange(0), torch.arange(scores.shape[0])
+    best = top(scores, keep)
+    return best, others(best, scores.shape[0])
+
+
 def join(similar: Tensor) -> Tensor:
     """Each token joins the target that it is most like: [k, n] -> members [k, n], 1 or 0.
 

@@ -65,6 +65,7 @@ class VisionSignals:
     pool: Callable[[Tensor], Tensor] | None = None  # mean over each token's patches:
     # [tiles, patches, ...] -> [N, ...]; None where tokens are the patches of one tile
     cls_stays: bool = False  # whether every tile's [CLS] goes on, whatever is pruned
+    tile_of: tuple[int, ...] = ()  # of each of the N tokens, its tile; empty where there is one
 
     def cls_features(self) -> Tensor:
         """The block's output for the [CLS] of each tile: [1, tiles, width]."""
@@ -146,6 +147,7 @@ class InputSignals:
     visual: Tensor  # [1, n, D]; n = 0 in decode steps and later turns
     visual_tokens: int  # n of a picture, known before tracing
     text: Tensor | None = None  # [1, T, D], after the picture; only at stages with `text`
+    tile_of: tuple[int, ...] = ()  # of each visual token, its tile; empty where there is one
 
     def question(self) -> Tensor:
         """Embeddings of the text after the picture: [T, D]."""

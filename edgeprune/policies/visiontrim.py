@@ -5,6 +5,8 @@ into complement tokens, which follow: its centres are the tokens most alike to t
 token joins the centre that relates to the text as it does, and each round adds to a centre what
 its members say. A quarter of all tokens are complement tokens, as in the paper's 144 + 48.
 Positions are renumbered, since tokens leave before the decoder.
+Of several tiles (crops, images, frames) each has its share of both, as in the paper's tables.
+`tiles=joint` ranks and merges all tokens together.
 
 `variant=released`, what the released code computes: DVTS is the mean of [CLS] attention and of the
 attention received from the other patches, each divided by its length; a token's likeness to the
@@ -14,24 +16,32 @@ the text, and a round adds the plain mean of a centre's members.
 weighted by the other's share of the variance; a token's likeness to the text is its mean share of
 each text token's softmax over all tokens; it joins by the product of softmaxes over the text, and a
 round adds the mean weighted by that product.
+LTAM as printed is one constant but at the borders (a softmax averaged over its own support): it is
+the released code's, which the code itself then overwrites. The mean over 3 x 3 patches of
+-(feature distance)^2 / variance - (distance)^2 / (2 variance), 0 outside, goes through a softmax
+over all patches, and both scores through another one before they are weighted.
 
-Deviations: the paper's text branch reads CLIP's text tower and its projection of visual tokens,
-which no checkpoint of the supported families holds; here the text is the embeddings that the
-decoder reads after the picture and a visual token is what the projector makes of it, so the merge
-is in the decoder's graph and comes after the projector, not before. LTAM as printed is one constant
-but at the borders (a softmax averaged over its own support): it is the released code's, the mean
-over 3 x 3 patches of -(feature distance / variance)^2 - (distance / variance)^2 / 2, 0 outside,
-then a softmax over all patches. The softmax of Eq. 8 is over the visual tokens, since over the text
-it would be one constant. Centres are normalised anew in each round.
-The second stage, in the decoder, is off: the paper names neither its layer nor its count, and the
-released code has it commented out. `llm` names a layer after which the tokens with the most mean
-softmax(h_t h_v / sqrt(D)) go on (Eq. 13, over the visual tokens for the same reason) and none is
-merged; `llm_share` of the tokens that entered. Where an encoder has no [CLS], received attention
-alone counts.
+Deviations:
+- The text branch reads CLIP's text tower and its projection of visual tokens, which no checkpoint
+  of the supported families holds. Here the text is the embeddings that the decoder reads after the
+  image and a visual token is what the projector makes of it. So the merge is in the decoder's graph
+  and comes after the projector, not before, and the text includes the end of the chat template.
+- The released code scales cosines by CLIP's temperature, which changes no choice, and lets a
+  centre's length grow with the rounds; here centres are normalised anew in each round.
+- The softmax of Eq. 8 is over the visual tokens, since over the text it would be one constant.
+- The second stage, in the decoder, is off: the paper names neither its layer nor its count, and the
+  released code has it commented out. `llm` names a layer after which the tokens with the most mean
+  softmax(h_t h_v / sqrt(D)) go on (Eq. 13, over the visual tokens for the same reason) and none is
+  merged; `llm_share` of the tokens that entered.
+- Of several tiles, the complement tokens of all follow the dominant tokens of all; in the released
+  code each crop's follow its own. That code cannot merge by text for LLaVA-NeXT, and here models
+  with newlines between tiles are refused.
+- Where an encoder has no [CLS], received attention alone counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,22 +53,27 @@ from edgeprune.policies import _policy
 from edgeprune.policies._clusters import average
 from edgeprune.policies._counts import listed
 from edgeprune.policies._locality import locality
-from edgeprune.policies._merge import join, others
+from edgeprune.policies._merge import join, split
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._raters import likeness
 from edgeprune.policies._select import top, unit
 from edgeprune.policies._signals import LEAST, InputSignals, LayerSignals, VisionSignals
 from edgeprune.policies._sizes import least
 from edgeprune.policies._steps import layer_of
+from edgeprune.policies._tiles import among_all, check_tiles, part, parts, shared, together
 from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget
 
 VARIANTS = ("released", "paper")
+
+Scores = Callable[[Sequence[int]], Tensor]
+"""Of the tokens at some places, how dominant they are among each other: float32 [n]."""
 
 
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     variant: str = "released"  # what is computed: released or paper
     complement: float = 0.25  # share of the tokens that are merged around the text: 48 of 192
+    tiles: str = "each"  # each tile has its share of the tokens; joint: they compete for all
     counts: str = "auto"  # or the tokens that stay, such as 192; with llm too, such as 192/96
     rounds: int = 3  # in which the centres take in their members
     llm: str = "off"  # or a layer after which the decoder prunes once more; auto: half of all
@@ -79,6 +94,7 @@ class Policy(_policy.Policy):
                 raise SpecError(f"--set {name}= is a share between 0 and 1; got {share:g}")
         if self.rounds < 1:
             raise SpecError(f"--set rounds= is at least 1; got {self.rounds}")
+        check_tiles(self.tiles)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if shape.separators:
@@ -103,20 +119,35 @@ class Policy(_policy.Policy):
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         scores = self._released(signals) if self.variant == "released" else self._paper(signals)
-        best = top(scores, stage.lead or stage.keep)
-        if not stage.lead:
-            return Selection(best)
-        return Selection(torch.cat([best, others(best, scores.shape[0])]))
+        count, keep = signals.features.shape[1], stage.lead or stage.keep
+        groups = parts(signals.tile_of, count, self.tiles)
+        dominant, rest = list[Tensor](), list[Tensor]()
+        for own, share in zip(groups, shared(keep, list(map(len, groups))), strict=True):
+            best, left = split(scores(own), share)
+            if share:
+                dominant.append(among_all(best, own, count))
+            rest.append(among_all(left, own, count))
+        first = together(dominant)
+        return Selection(torch.cat([first, *rest]) if stage.lead else first)
 
     def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
         visual, text = signals.visual[0].float(), signals.question().float()
-        others = least(signals.visual_tokens - stage.keep, visual.shape[0])
-        dominant = visual.narrow(0, 0, live.keep)
-        rest = visual.narrow(0, live.keep, others)
-        centres, tokens = self._gathered(rest, text, live.merged)
-        places = torch.arange(live.keep, device=visual.device)
-        at = torch.cat([places, centres + live.keep])
-        return Selection(at, torch.cat([dominant, tokens])[None])
+        count, start = visual.shape[0], live.keep
+        sizes = [len(own) for own in parts(signals.tile_of, signals.visual_tokens, self.tiles)]
+        left = [size - kept for size, kept in zip(sizes, shared(stage.keep, sizes), strict=True)]
+        at, tokens = (
+            [torch.arange(live.keep, device=visual.device)],
+            [visual.narrow(0, 0, live.keep)],
+        )
+        for others, merged in zip(left, shared(stage.merged, left), strict=True):
+            size = least(others, count)
+            if merged:
+                rest = visual.narrow(0, start, size)
+                centres, made = self._gathered(rest, text, least(merged, count))
+                at.append(centres + start)
+                tokens.append(made)
+            start = start + size
+        return Selection(torch.cat(at), torch.cat(tokens)[None])
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         visual, text = signals.visual[0].float(), signals.text[0].float()
@@ -139,22 +170,32 @@ class Policy(_policy.Policy):
         later = round((total - last * entering) / (layers - last))
         return entering, min(entering, max(1, later)), last
 
-    def _released(self, signals: VisionSignals) -> Tensor:
-        """[CLS] attention and attention from other patches, both of length 1: [N]."""
-        received = _unit(signals.received_attention(from_others=True))
-        if signals.cls is None:
-            return received
-        return (_unit(signals.cls_attention()) + received) / 2
+    def _released(self, signals: VisionSignals) -> Scores:
+        """[CLS] attention and attention from other patches, both of length 1."""
+        received = signals.received_attention(from_others=True)
+        wide = None if signals.cls is None else signals.cls_attention()
 
-    def _paper(self, signals: VisionSignals) -> Tensor:
-        """Eq. 6: S = a S_g + (1 - a) S_l, a = var(S_l) / (var(S_g) + var(S_l)): [N].
+        def scores(own: Sequence[int]) -> Tensor:
+            among = _unit(part(received, own))
+            return among if wide is None else (_unit(part(wide, own)) + among) / 2
+
+        return scores
+
+    def _paper(self, signals: VisionSignals) -> Scores:
+        """Eq. 6: S = a S_g + (1 - a) S_l, a = var(S_l) / (var(S_g) + var(S_l)).
 
         LTAM ends in a softmax, and the code takes one of either score before it weighs them.
         """
-        wide = signals.salience().softmax(0)
-        near = locality(signals.features[0], signals.grid).softmax(0).softmax(0)
-        share = near.var() / (wide.var() + near.var()).clamp(min=1e-30)
-        return share * wide + (1 - share) * near
+        salience, features, (rows, columns) = signals.salience(), signals.features[0], signals.grid
+
+        def scores(own: Sequence[int]) -> Tensor:
+            grid = rows * len(own) // features.shape[0], columns  # tiles stand below each other
+            wide = part(salience, own).softmax(0)
+            near = locality(part(features, own), grid).softmax(0).softmax(0)
+            share = near.var() / (wide.var() + near.var()).clamp(min=1e-30)
+            return share * wide + (1 - share) * near
+
+        return scores
 
     def _gathered(self, rest: Tensor, text: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Centres int64 [count], rising, and complement tokens [count, D] of the rest [n, D]."""

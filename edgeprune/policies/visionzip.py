@@ -7,10 +7,15 @@ tokens come last; positions are renumbered, since tokens leave before the decode
 `variant=released` adds the mean of those that joined to the target, as the released code does;
 `variant=paper` takes the average of all, the target among them.
 The shares are those of the paper's 54 + 10 tokens at every ratio.
-Deviations: where an encoder has no [CLS], the attention that a patch receives takes its place and
-no such token goes on; nor does one where the projector reads several patches as one, which [CLS]
-has no part in, nor a second time where the model itself reads [CLS]. Of a picture in tiles every
-tile's [CLS] goes on.
+Of several tiles (crops, images, frames) each has its share of dominant and of contextual tokens and
+its own [CLS], as in the released code. `tiles=joint` ranks and merges all tokens together.
+
+Deviations:
+- Where an encoder has no [CLS], the attention that a patch receives takes its place and no such
+  token goes on; nor does one where the projector reads several patches as one, which [CLS] has no
+  part in, nor a second time where the model itself reads [CLS].
+- The released code leaves out LLaVA-NeXT's newline tokens; here they stay and count.
+- For Qwen2-VL the ports of others put a merged token in its target's place; here it comes last.
 """
 
 from __future__ import annotations
@@ -25,10 +30,18 @@ from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._clusters import average
 from edgeprune.policies._counts import ratio
-from edgeprune.policies._merge import join, others
+from edgeprune.policies._merge import join, split
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._select import top, unit
+from edgeprune.policies._select import unit
 from edgeprune.policies._signals import VisionSignals
+from edgeprune.policies._tiles import (
+    among_all,
+    check_tiles,
+    part,
+    parts,
+    shared,
+    together,
+)
 from edgeprune.spec import ModelShape, Plan, Stage, merging_plan
 
 VARIANTS = ("released", "paper")
@@ -38,6 +51,7 @@ VARIANTS = ("released", "paper")
 class Policy(_policy.Policy):
     contextual: float = 0.15625  # share of the tokens that are merged: 10 of 64
     variant: str = "released"  # how they are: released or paper
+    tiles: str = "each"  # each tile has its share of the tokens; joint: they compete for all
     counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
 
     paper: ClassVar[str] = "VisionZip: Longer is Better but Not Necessary in Vision Language Models"
@@ -51,22 +65,29 @@ class Policy(_policy.Policy):
             raise SpecError(f"--set contextual= is a share below 1; got {self.contextual:g}")
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+        check_tiles(self.tiles)
         return merging_plan(shape, ratio(self.counts, shape, cr), self.contextual)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
-        features, count = signals.features, signals.features.shape[1]
-        cls = self._cls(signals, stage.keep)
-        best = top(signals.salience(), stage.keep - cls.shape[1])
-        places = torch.full((cls.shape[1],), count, device=best.device)
-        parts, at = [cls, features.index_select(1, best)], [places, best]
-        if stage.merged:
-            rest = others(best, count)
-            tokens, centres = self._contextual(
-                features[0].index_select(0, rest), signals.keys().index_select(0, rest), stage
-            )
-            parts.append(tokens[None].to(features.dtype))
-            at.append(rest.index_select(0, centres))
-        return Selection(torch.cat(at), torch.cat(parts, dim=1))
+        features, scores = signals.features[0], signals.salience()
+        cls, count = self._cls(signals, stage.keep), scores.shape[0]
+        groups = parts(signals.tile_of, count, self.tiles)
+        totals = shared(stage.survivors - cls.shape[1], [len(places) for places in groups])
+        dominant, at, tokens = list[Tensor](), list[Tensor](), list[Tensor]()
+        for own, total, merged in zip(groups, totals, shared(stage.merged, totals), strict=True):
+            best, rest = split(part(scores, own), total - merged)
+            if total > merged:
+                dominant.append(among_all(best, own, count))
+            if merged:
+                rest = among_all(rest, own, count)
+                keys = signals.keys().index_select(0, rest)
+                means, centres = self._contextual(features.index_select(0, rest), keys, merged)
+                tokens.append(means.to(features.dtype))
+                at.append(rest.index_select(0, centres))
+        first = together(dominant)
+        behind = torch.full((cls.shape[1],), count, device=first.device)
+        kept = cls[0], features.index_select(0, first)
+        return Selection(torch.cat([behind, first, *at]), torch.cat([*kept, *tokens])[None])
 
     def _cls(self, signals: VisionSignals, keep: int) -> Tensor:
         """The [CLS] features that go on: [1, tiles, width], or none."""
@@ -77,13 +98,12 @@ class Policy(_policy.Policy):
             return features[:, :0]
         return signals.cls_features()
 
-    def _contextual(self, tokens: Tensor, keys: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
+    def _contextual(self, tokens: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, Tensor]:
         """[n, width], [n, head] -> merged tokens float32 [merged, width], targets int64 [merged].
 
         The targets are every s-th of the n, s = n // merged, from the first on.
         """
-        step = tokens.shape[0] // stage.merged
-        chosen = torch.arange(stage.merged, device=tokens.device) * step
+        chosen = torch.arange(merged, device=tokens.device) * (tokens.shape[0] // merged)
         similar = unit(keys.index_select(0, chosen)) @ unit(keys).T
         places = torch.arange(tokens.shape[0], device=tokens.device)
         own = (chosen[:, None] == places[None, :]).float()

@@ -6,17 +6,24 @@ lose repeats in passes: of the patches at even places in the list, the 8 whose f
 alike (cosine) to one at an odd place go, until T are left in all. Those that stay move in front of
 the odd ones, the most alike first, which pairs them anew. Survivors keep reading order and
 positions are renumbered, since tokens leave before the decoder.
-Deviations: the released code fails where a list has an odd length or a pass would drop more than
-there are at even places; here the even ones may be one more, and all of them may go. Where an
-encoder has no [CLS], the attention that a patch receives from the others takes its place.
+Of several tiles (crops, images, frames) each has its share of the tokens, as in the released code,
+which takes T of each crop. `tiles=joint` ranks and pairs all tokens together.
+
+Deviations:
+- The released code fails where a list has an odd length or a pass would drop more than there are at
+  even places; here the even ones may be one more, and all of them may go.
+- Where an encoder has no [CLS], the attention that a patch receives takes its place.
+- LLaVA-NeXT's newline tokens stay, whatever is pruned, and count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
@@ -26,12 +33,14 @@ from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import ascending, ranked
 from edgeprune.policies._signals import VisionSignals
 from edgeprune.policies._steps import check_ranked
+from edgeprune.policies._tiles import check_tiles, of_each, part, parts
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 
 
 @dataclass(frozen=True)
 class Policy(_policy.Policy):
     important: float = 0.5  # share of the tokens that stay for their attention
+    tiles: str = "each"  # each tile has its share of the tokens; joint: they compete for all
     counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
 
     paper: ClassVar[str] = (
@@ -44,17 +53,25 @@ class Policy(_policy.Policy):
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not 0 <= self.important <= 1:
             raise SpecError(f"--set important= is a share from 0 to 1; got {self.important:g}")
+        check_tiles(self.tiles)
         plan = flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
         if plan.stages:
             check_ranked("vispruner", shape.visual_tokens)
         return plan
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
-        features = signals.features[0]
-        order = ranked(signals.salience(), features.shape[0])
-        important = int(self.important * stage.keep)
+        features, scores = signals.features[0], signals.salience()
+        groups = parts(signals.tile_of, scores.shape[0], self.tiles)
+
+        def choose(own: Sequence[int], keep: int) -> Tensor:
+            return self._chosen(part(features, own), part(scores, own), keep)
+
+        return Selection(of_each(groups, stage.keep, choose))
+
+    def _chosen(self, features: Tensor, scores: Tensor, keep: int) -> Tensor:
+        """Of the tokens of one tile: [n, width], [n] -> int64 [keep], rising."""
+        order, important = ranked(scores, scores.shape[0]), int(self.important * keep)
         kept, rest = order[:important], order[important:]
-        if important < stage.keep:
-            others = without_pairs(features, rest, stage.keep - important)
-            kept = torch.cat([kept, others])
-        return Selection(ascending(kept))
+        if important < keep:
+            kept = torch.cat([kept, without_pairs(features, rest, keep - important)])
+        return ascending(kept)
