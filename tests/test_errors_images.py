@@ -97,6 +97,25 @@ def test_a_rotated_picture_is_seen_upright(
     assert _ids(tiny_bundle, lying, capfd) == _ids(tiny_bundle, SCENE, capfd)
 
 
+def test_what_was_done_to_an_image_is_told(
+    tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sign = Image.new("RGBA", (90, 60), (0, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    sign.save(file := tmp_path / "sign.png", exif=exif)
+    wanted = [
+        "transparent parts of the image are shown on white",
+        "the image is turned by 180 degrees, as its orientation tag says",
+    ]
+    capfd.readouterr()
+    assert main(["run", str(tiny_bundle), "--image", str(file), *QUESTION]) == 0
+    told = capfd.readouterr().err
+    assert all(f"note: {line}\n" in told for line in wanted)
+    assert main(["run", str(tiny_bundle), "--image", str(file), *QUESTION, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["turns"][0]["remarks"] == wanted
+
+
 def test_a_prompt_needs_no_image_slot_and_may_hold_one(
     tiny_bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
