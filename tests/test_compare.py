@@ -26,7 +26,14 @@ from edgeprune.compare.cells import Cell, grid
 from edgeprune.compare.comparing import CompareRequest, answers, compare
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.race import Race
-from edgeprune.compare.results import Comparison, Missing, Result, accuracy_table, overview_table
+from edgeprune.compare.results import (
+    Comparison,
+    Missing,
+    Result,
+    accuracy_table,
+    overview_table,
+    time_table,
+)
 from edgeprune.compare.store import Store, key_of
 from edgeprune.demo.questions import KINDS, held_out
 from edgeprune.errors import EdgepruneError, InputError, SpecError
@@ -328,6 +335,29 @@ def test_draws_share_a_row_and_the_best_comes_first() -> None:
     assert cells[4] == ["random", "4", "55.0 (50.0 to 60.0)", "55.0", "55.0"]
     assert cells[3][2] == "90.0 ± 4.2"
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_method_of_which_a_part_is_replaced_is_marked_in_every_table() -> None:
+    """CDPruner's and VisionTrim's text branch: no supported checkpoint holds CLIP's text tower."""
+    methods = ("none", "cdpruner", "visiontrim variant=paper", "divprune", "was-a-method")
+    cells = tuple(result(name, 4, 180) for name in methods)
+    found = Comparison({"questions": 200, "model": "m"}, cells)
+    for table in (accuracy_table(cells), overview_table(cells), time_table(cells)):
+        names = {line.split("|")[1].strip() for line in table.splitlines()[2:]}
+        assert names == {
+            "none",
+            "cdpruner *",
+            "visiontrim variant=paper *",
+            "divprune",
+            "was-a-method",
+        }
+    text = found.to_markdown()
+    assert "\\* A part of the published method is replaced:\n\n- cdpruner: " in text
+    assert "- visiontrim: the decoder's text embeddings in place of CLIP's text tower.\n" in text
+    rows = list(csv.DictReader(found.to_csv().splitlines()))
+    assert [bool(row["stands_in"]) for row in rows] == [False, True, True, False, False]
+    plain = Comparison({"questions": 200, "model": "m"}, (result("divprune", 4, 180),))
+    assert "replaced" not in plain.to_markdown() and "stands_in" not in plain.to_csv()
 
 
 def test_an_overview_has_a_row_per_method_and_a_column_per_ratio() -> None:

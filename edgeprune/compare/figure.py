@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from edgeprune.compare.answers import wilson
 from edgeprune.compare.cells import DENSE
 from edgeprune.compare.labels import Box, column, placed
-from edgeprune.compare.results import Comparison, Result, grouped
+from edgeprune.compare.results import Comparison, Result, grouped, marked
 from edgeprune.drawing.canvas import GHOST, INK, PAPER, QUIET, Colour, Pen, Point, Sheet
 
 WIDTH, HEIGHT, MARGIN = 1200, 800, 40  # in pixels at scale 1
@@ -86,7 +86,7 @@ def figure(comparison: Comparison) -> Sheet:
     for curve in curves:
         _draw(sheet, axes, curve, ratios)
     _names(sheet, axes, curves, dense)
-    _legend(sheet, axes, ratios)
+    _legend(sheet, axes, ratios, starred=any(marked(c.name) != c.name for c in curves))
     return sheet
 
 
@@ -212,7 +212,8 @@ def _names(sheet: Sheet, axes: Axes, curves: Sequence[Curve], dense: Mark | None
     """
     lines = [[axes.at(mark.x, mark.y) for mark in curve.marks] for curve in curves]
     names = [
-        (c.name, c.marks[-1].cr, c.colour, line) for c, line in zip(curves, lines, strict=True)
+        (marked(c.name), c.marks[-1].cr, c.colour, line)
+        for c, line in zip(curves, lines, strict=True)
     ]
     names.reverse()  # the best choose their places first
     most = max((cr for _, cr, _, _ in names), default=0)
@@ -237,11 +238,13 @@ def _names(sheet: Sheet, axes: Axes, curves: Sequence[Curve], dense: Mark | None
         sheet.text(box.left, box.bottom - 5, name, SIZE, shown, halo=2)
 
 
-def _legend(sheet: Sheet, axes: Axes, ratios: Sequence[float]) -> None:
-    """Which sign is which ratio."""
+def _legend(sheet: Sheet, axes: Axes, ratios: Sequence[float], *, starred: bool) -> None:
+    """Which sign is which ratio, and what a star is."""
     x, y = axes.box.left, axes.box.bottom + 52
     for number, ratio in enumerate(ratios):
         name = f"CR {ratio:g}"
         _sign(sheet, x + 6, y - 6, number, QUIET, 5)
         sheet.text(x + 18, y, name, SIZE, QUIET)
         x += 18 + sheet.pen.length(name, SIZE) + 24
+    if starred:
+        sheet.text(x, y, "* a part of the published method is replaced", SIZE, QUIET)

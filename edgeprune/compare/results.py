@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune import policies
 from edgeprune.compare.answers import wilson
 from edgeprune.compare.cells import DENSE
 
@@ -112,6 +113,9 @@ class Comparison:
             if cells:
                 lines = [[c.method, _ratio(c.cr_asked), c.why] for c in cells]
                 parts.append(f"{title}\n\n{_table(['method', 'CR asked', 'why'], lines)}")
+        if replaced := replacements(cell.method for cell in self.cells):
+            notes = "\n".join(f"- {name}: {what}." for name, what in replaced.items())
+            parts.append(f"\\* A part of the published method is replaced:\n\n{notes}")
         return "\n\n".join(parts) + "\n"
 
     def _caption(self) -> str:
@@ -126,6 +130,21 @@ _TIMES = (
     "Milliseconds, median (p10-p90) of laps in turn, decode per token; speed-up of prefill over"
     " the dense model, lap by lap; KV cache once the prompt is read."
 )
+
+
+def replacements(labels: Iterable[str]) -> dict[str, str]:
+    """By method, what stands in for a part of it as published; those of which none does left out.
+
+    Labels are methods with what is not their default; one that is no longer there is passed over.
+    """
+    methods = dict.fromkeys(label.partition(" ")[0] for label in labels)
+    found = {name: policies.load(name).stands_in for name in methods if name in policies.names()}
+    return {name: what for name, what in found.items() if what}
+
+
+def marked(label: str) -> str:
+    """A method's label, with a star where something stands in for a part of the method."""
+    return f"{label} *" if replacements([label]) else label
 
 
 def overview_table(cells: Iterable[Result]) -> str:
@@ -143,7 +162,7 @@ def overview_table(cells: Iterable[Result]) -> str:
 
     methods.sort(key=total, reverse=True)
     lines = [
-        [method, *(_overall(found.get((method, cr), []), cr) for cr in ratios)]
+        [marked(method), *(_overall(found.get((method, cr), []), cr) for cr in ratios)]
         for method in methods
     ]
     dense = [
@@ -177,7 +196,7 @@ def accuracy_table(cells: Iterable[Result]) -> str:
         if len(group) > 1:
             means = (statistics.mean(c.right[k] / c.asked[k] for c in group) for k in kinds)
             shares = [f"{100 * mean:.1f}" for mean in means]
-        lines.append([one.method, _ratio(one.cr), _overall(group, one.cr), *shares])
+        lines.append([marked(one.method), _ratio(one.cr), _overall(group, one.cr), *shares])
     return _table(["method", "CR", "overall", *kinds], lines)
 
 
@@ -191,7 +210,7 @@ def time_table(cells: Iterable[Result]) -> str:
         speedup = statistics.median(base / other for base, other in ratios)
         spreads = [_spread(cell.laps[part]) for part in PARTS]
         memory = f"{cell.kv_bytes / 1e3:,.0f}"
-        lines.append([cell.method, _ratio(cell.cr), *spreads, f"{speedup:.2f}", memory])
+        lines.append([marked(cell.method), _ratio(cell.cr), *spreads, f"{speedup:.2f}", memory])
     return _table(["method", "CR", *PARTS, "speed-up", "KV kB"], lines)
 
 
@@ -226,9 +245,12 @@ def _spread(values: Sequence[float]) -> str:
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
-def _shown(cell: Result) -> dict[str, float]:
+def _shown(cell: Result) -> dict[str, object]:
+    """What follows from a cell's numbers and its method."""
     low, high = wilson(*cell.total)
-    return {"accuracy": round(cell.share, 5), "low": round(low, 5), "high": round(high, 5)}
+    shares = {"accuracy": round(cell.share, 5), "low": round(low, 5), "high": round(high, 5)}
+    replaced = list(replacements([cell.method]).values())
+    return {**shares, **({"stands_in": replaced[0]} if replaced else {})}
 
 
 def _row(cell: Result) -> dict[str, object]:

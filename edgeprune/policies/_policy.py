@@ -65,6 +65,7 @@ class Policy:
     summary: ClassVar[str] = ""
     sites: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()  # beside the picture: text, [CLS], calibration
+    stands_in: ClassVar[str] = ""  # what is here in place of a part of the published method
     reads_text: ClassVar[bool] = False  # whether what stays of an image depends on the text
 
     def __init_subclass__(cls) -> None:

@@ -52,6 +52,7 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "tokens near the question and unlike each other, by a determinant"
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ("text",)
+    stands_in: ClassVar[str] = "the decoder's text embeddings in place of CLIP's text tower"
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         check_tiles(self.tiles)

@@ -85,6 +85,7 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "important tokens, and the others gathered around the question"
     sites: ClassVar[tuple[str, ...]] = ("vision", "input", "layer")
     needs: ClassVar[tuple[str, ...]] = ("text",)
+    stands_in: ClassVar[str] = "the decoder's text embeddings in place of CLIP's text tower"
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
