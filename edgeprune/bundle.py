@@ -65,6 +65,7 @@ Level = Annotated[float, Between(-1e6, 1e6)]
 Scale = Annotated[float, Between(1e-6, 1e6)]
 Share = Annotated[float, Between(0, 1)]
 Difference = Annotated[float, Between(0, 1e6)]
+Magnitude = Annotated[float, Between(0, 1e39)]
 Rgb = tuple[_Byte, _Byte, _Byte]
 Filter = Annotated[int, Between(0, 5)]  # Pillow's numbers
 
@@ -197,6 +198,23 @@ class ParityRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RangeRecord:
+    """How near what a bundle holds in float16 comes to the largest float16 number, 65,504.
+
+    Magnitudes are those of the float32 model over all samples; the model rounded to float16 after
+    each operator was finite on them too.
+    """
+
+    samples: Amount
+    limit: Magnitude
+    peak: Magnitude  # the largest
+    where: str  # it is, such as `decoder layers.1 gate * up`
+    sample: Count  # that has it, from 1
+    margin: Magnitude  # limit / peak
+    float32: tuple[str, ...] = ()  # parts that compute in float32, `decoder.layers.1.mlp.product`
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The whole of manifest.json."""
 
@@ -215,6 +233,7 @@ class Manifest:
     files: dict[str, FileRecord]
     parity: ParityRecord
     versions: dict[str, str]
+    range: RangeRecord | None = None  # None: the dtype is not fp16, or no sample was looked at
     schema: Count = SCHEMA
 
     @property

@@ -18,6 +18,7 @@ from edgeprune.export.exporter import (
     Exported,
     ExportRequest,
     export,
+    lowering,
     preflight,
     read_records,
 )
@@ -44,6 +45,7 @@ class Recipe:
     frames: int | None = None  # of a video, in place of pictures
     target: str = "cpu"
     dtype: str | None = None  # None: the target's own
+    keep_fp32: str = "none"  # auto: in fp16, parts that float16 cannot hold stay in float32
     parity: int | None = None  # samples of the check; None: 8, where there is memory for it
     schedule: Path | None = None  # a file in place of a calibration
     samples: int = 100
@@ -92,6 +94,7 @@ def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exp
     check_reach(spec, adapter.shape)
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.target, recipe.dtype, adapter, compared=not why)
+    _check_keep(recipe, why)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is told before minutes of calibration
     schedule = _schedule(recipe, adapter, policy, processor, report)
@@ -107,6 +110,7 @@ def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exp
         dtype=recipe.dtype,
         schedule=schedule.record() if schedule else None,
         no_parity=why,
+        keep_fp32=recipe.keep_fp32,
     )
     prompts = _prompts(samples, recipe, adapter, processor)
     return export(request, adapter, policy, processor, prompts, report)
@@ -156,6 +160,20 @@ def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:
         need = needed_bytes(adapter, element=parity.BYTES) / 1e9
         return 0, f"the eager reference needs {need:.0f} GB of memory, more than is free"
     return asked or 8, ""
+
+
+def _check_keep(recipe: Recipe, why: str) -> None:
+    """SpecError where parts are to stay in float32 and none can, or none can be found."""
+    if recipe.keep_fp32 == "none":
+        return
+    dtype = lowering(recipe.target, recipe.dtype)[1]
+    if dtype != "fp16":
+        raise SpecError(f"--keep-fp32 is for fp16, this export is {dtype}; leave it out")
+    if why:
+        raise SpecError(
+            f"--keep-fp32 auto measures on the samples of the parity check, which is {why}; give"
+            " --parity N"
+        )
 
 
 def _prompts(

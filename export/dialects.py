@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import SpecError
-from edgeprune.models._ops import TorchOps, scalar
+from edgeprune.models._ops import TorchOps, attention, attention_to_all, cast, visible
 
 
 class ModernOps(TorchOps):
     """Opset-24 operators; only for tracing, their results are empty."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return _emit("RMSNormalization", [x, weight], x, epsilon=eps, stash_type=1)
+        inputs: list[Tensor | None] = [x, cast(weight, x.dtype)]
+        normed = _emit("RMSNormalization", inputs, x, epsilon=eps, stash_type=1)
+        return cast(normed, weight.dtype)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         return _emit("RotaryEmbedding", [x, cos, sin, positions], x)
@@ -61,33 +63,12 @@ class Jetpack6Ops(TorchOps):
         return torch.cat([past, new], dim=2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
-        """Query heads that share a key stand below each other, so no key is repeated."""
-        _, heads, new, size = query.shape
-        kv_heads = key.shape[1]
-        group = heads // kv_heads
-        seen = visible(new, key.shape[2], start)
-        hidden = torch.where(seen, 0.0, torch.finfo(query.dtype).min).to(query.dtype)  # [S, length]
-        if group > 1:
-            query, hidden = query.reshape(1, kv_heads, group * new, size), hidden.repeat(group, 1)
-        scores = (query * scalar(size**-0.5, query)) @ key.transpose(-1, -2) + hidden
-        mixed: Tensor = scores.softmax(-1) @ value
-        return mixed.reshape(1, heads, new, size)
+        return attention(query, key, value, start)
 
     def attend_all(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        scale = scalar(query.shape[-1] ** -0.5, query)
-        scores = (query * scale) @ key.transpose(-1, -2)
-        if bias is not None:
-            scores = scores + bias
-        mixed: Tensor = scores.softmax(-1) @ value
-        return mixed
-
-
-def visible(new: int, slots: int, start: Tensor) -> Tensor:
-    """Which cache slots each of `new` tokens sees, the first at slot `start`: bool [new, slots]."""
-    rows = start + torch.arange(new, device=start.device)
-    return torch.arange(slots, device=start.device)[None, :] <= rows[:, None]
+        return attention_to_all(query, key, value, bias)
 
 
 def _emit(

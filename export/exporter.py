@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import onnx
-import onnx_ir as ir
 import torch
 
 from edgeprune.bundle import (
@@ -22,32 +18,28 @@ from edgeprune.bundle import (
     Manifest,
     ParityRecord,
     PruneRecord,
+    RangeRecord,
     TextRecord,
     atomic_folder,
     check_target,
     record_files,
 )
 from edgeprune.errors import BundleError, ExportError, SpecError
-from edgeprune.export import parity, precision
+from edgeprune.export import ranges
+from edgeprune.export.comparison import compare
 from edgeprune.export.dialects import Dialect, for_target
-from edgeprune.export.dialogue import Graphs
 from edgeprune.export.generation import read_generation
 from edgeprune.export.preprocess import image_record
-from edgeprune.export.prompts import read_text, save_tokenizer
-from edgeprune.export.trace import decoder_graph, hollow, vision_graph
-from edgeprune.export.upcast import upcast
-from edgeprune.export.weights import WeightsFile
-from edgeprune.graphs import DECODER, VISION, GraphRecord
+from edgeprune.export.prompts import read_text
+from edgeprune.export.writing import copy_text, modules_of, write_graphs
+from edgeprune.graphs import DECODER, GraphRecord
 from edgeprune.models import Adapter
-from edgeprune.models._layers import set_tables
 from edgeprune.models._processor import Processor, Prompt
-from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.versions import installed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TEXT_FILES = ("chat_template.jinja", "generation_config.json")
 PACKAGES = ("edgeprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 Report = Callable[[str, int, int], None]  # step, done, total
@@ -65,6 +57,7 @@ class ExportRequest:
     dtype: str | None = None
     schedule: dict[str, Any] | None = None
     no_parity: str = ""  # why parity is not checked; empty where it is
+    keep_fp32: str = "none"  # or auto: parts that float16 cannot hold stay in float32
 
     @property
     def lowering(self) -> tuple[Dialect, str]:
@@ -146,24 +139,28 @@ def export(
     preflight(request.output, request.target, request.dtype, adapter, compared=compared)
     dialect, dtype = request.lowering
     records = read_records(adapter, processor)
+    samples = [] if request.no_parity else list(prompts)
+    proven, remarks = _prove(request, adapter, policy, samples, report)
+    wide = proven.float32 if proven else ()
     try:
         with atomic_folder(request.output) as draft:
-            graphs = _write_graphs(
-                draft, request.plan, adapter, policy, dialect, DTYPES[dtype], report
-            )
-            _copy_text(adapter.checkpoint.folder, draft, processor)
-            checked = _check(
-                draft, request, adapter, policy, DTYPES[dtype], graphs[DECODER], prompts, report
-            )
+            modules = modules_of(request.plan, adapter, policy, dialect, DTYPES[dtype], wide)
+            graphs = write_graphs(draft, modules, adapter, dialect, DTYPES[dtype], report)
+            copy_text(adapter.checkpoint.folder, draft, processor)
+            checked = ParityRecord(0, request.no_parity)
+            if not request.no_parity:
+                models = adapter, policy, request.plan
+                record = graphs[DECODER]
+                checked = compare(draft, record, *models, DTYPES[dtype], wide, samples, report)
             report("hash files", 0, 1)
-            manifest = _manifest(request, adapter, policy, records, graphs, draft, checked)
+            manifest = _manifest(request, adapter, policy, records, graphs, draft, checked, proven)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             _open_again(draft)
     except OSError as error:
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    return Exported(request.output, manifest, records.notes)
+    return Exported(request.output, manifest, (*records.notes, *remarks))
 
 
 def _open_again(draft: Path) -> None:
@@ -177,82 +174,17 @@ def _open_again(draft: Path) -> None:
         ) from error
 
 
-def _write_graphs(
-    draft: Path,
-    plan: Plan,
-    adapter: Adapter,
-    policy: Policy,
-    dialect: Dialect,
-    dtype: torch.dtype,
-    report: Report,
-) -> dict[str, GraphRecord]:
-    """Trace both graphs and write them with their weights; what the manifest says of them."""
-    ops = dialect.ops()
-    with torch.device("meta"):
-        vision, decoder = adapter.vision(policy, plan, ops), adapter.decoder(policy, plan, ops)
-    hollow(vision, dtype)
-    hollow(decoder, dtype)
-    for module in (vision, decoder):
-        set_tables(module, dtype)
-        adapter.sources(module)  # a tensor that is missing or misshapen is named now
-    report("trace vision", 0, 1)
-    graphs = {VISION: vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
-    report("trace decoder", 0, 1)
-    graphs[DECODER] = decoder_graph(decoder, dtype, dialect)
-    with WeightsFile(draft) as weights:
-        for name, module in ((VISION, vision), (DECODER, decoder)):
-            step = partial(report, f"{name.removesuffix('.onnx')} weights")
-            weights.fill(graphs[name].model, module, adapter, dtype, step)
-    for name, traced in graphs.items():
-        model = traced.model
-        model.producer_name, model.producer_version = "edgeprune", installed("edgeprune")
-        ir.save(model, draft / name)
-        onnx.checker.check_model(str(draft / name))
-    return {name: traced.record for name, traced in graphs.items()}
-
-
-def _copy_text(folder: Path, draft: Path, processor: Processor) -> None:
-    """The checkpoint's text files, and the tokenizer as transformers runs it."""
-    for name in TEXT_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, draft / name)
-    save_tokenizer(processor, draft / "tokenizer.json")
-
-
-def _check(
-    draft: Path,
+def _prove(
     request: ExportRequest,
     adapter: Adapter,
     policy: Policy,
-    dtype: torch.dtype,
-    record: GraphRecord,  # of decoder.onnx
-    prompts: Iterable[Prompt],
+    samples: Sequence[Prompt],
     report: Report,
-) -> ParityRecord:
-    """Compare the draft with the eager model; ParityError where it is not the same."""
-    if request.no_parity:
-        return ParityRecord(0, request.no_parity)
-    report("load the eager reference", 0, 1)
-    reference = Reference.build(adapter, policy, request.plan)
-    chosen = list(prompts)
-
-    def compared(done: int) -> None:
-        report("parity", done, len(chosen))
-
-    if dtype == torch.float32:
-        return parity.check(Graphs(draft, record, reference.decoder), reference, chosen, compared)
-    half = Reference.build(adapter, policy, request.plan, dtype)
-    runs = dtype in precision.RUNS
-    exported = Graphs(draft, record, half.decoder, dtype) if runs else None
-    eager, graph = precision.measure(exported, reference, half, chosen, compared)
-    del exported
-    del half
-    reference.round_weights(dtype)
-    with TemporaryDirectory(dir=draft) as folder:
-        upcast(draft, Path(folder))
-        copied = Graphs(Path(folder), record, reference.decoder)
-        checked = parity.check(copied, reference, chosen, compared)
-    return replace(checked, eager=eager, graph=graph)
+) -> tuple[RangeRecord | None, tuple[str, ...]]:
+    """What float16 holds of the model, and remarks; None where that is not asked."""
+    if request.lowering[1] != "fp16" or request.no_parity:
+        return None, ()
+    return ranges.prove(adapter, policy, request.plan, samples, request.keep_fp32, report)
 
 
 def _manifest(
@@ -263,6 +195,7 @@ def _manifest(
     graphs: dict[str, GraphRecord],
     draft: Path,
     checked: ParityRecord,
+    proven: RangeRecord | None,
 ) -> Manifest:
     dialect, dtype = request.lowering
     return Manifest(
@@ -281,6 +214,7 @@ def _manifest(
         files=record_files(draft),
         parity=checked,
         versions={package: installed(package) for package in PACKAGES},
+        range=proven,
     )
 
 

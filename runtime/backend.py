@@ -19,7 +19,7 @@ Ids = NDArray[np.int64]
 
 NOT_FINITE = (
     "the decoder returned logits that are not finite, so the answer ends here; try another picture"
-    " or prompt, or export again with --dtype bf16 or --dtype fp32"
+    " or prompt, or export again with --keep-fp32 auto, --dtype bf16 or --dtype fp32"
 )
 
 

@@ -11,7 +11,7 @@ from edgeprune import terminal
 from edgeprune.commands import _common
 
 if TYPE_CHECKING:
-    from edgeprune.bundle import DistanceRecord, ParityRecord
+    from edgeprune.bundle import DistanceRecord, ParityRecord, RangeRecord
     from edgeprune.export.exporter import Exported
     from edgeprune.recipe import Recipe
 
@@ -32,6 +32,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--target", default="cpu", help="cpu (default), cuda, rtx, jetpack7 or jetpack6"
     )
     command.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the target's)")
+    command.add_argument(
+        "--keep-fp32",
+        choices=("none", "auto"),
+        default="none",
+        help="auto: in fp16, parts of the model that pass 65,504 stay in float32, found on the"
+        " samples of the parity check (default none: such a model is refused)",
+    )
     command.add_argument(
         "--parity",
         type=int,
@@ -67,6 +74,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         frames=args.frames,
         target=args.target,
         dtype=args.dtype,
+        keep_fp32=args.keep_fp32,
         parity=args.parity,
         schedule=args.schedule,
         samples=args.samples,
@@ -90,12 +98,25 @@ def _summary(exported: Exported, seconds: float) -> str:
             f" {prune.schedule['bound']:.4g}"
         )
     lines += _parity_lines(manifest.parity, manifest.dtype)
+    if manifest.range:
+        lines += _range_lines(manifest.range)
     graphs = ("vision.onnx", "decoder.onnx", "weights.bin")
     lines.append(", ".join(f"{name} {sizes[name]:.2f} MB" for name in graphs))
     lines += [f"note: {note}" for note in exported.notes]
     lines.append(f"{manifest.dtype}, opset {manifest.opset}, {seconds:.1f} s")
     lines.append(f"next: edgeprune run {exported.path} --image PICTURE --prompt QUESTION")
     return "\n".join(lines)
+
+
+def _range_lines(record: RangeRecord) -> list[str]:
+    """What float16 holds, and what stays in float32."""
+    from edgeprune.export.ranges import summary
+
+    kept = [f"in float32: {', '.join(summary(record))}"] if record.float32 else []
+    return [
+        f"range: {record.peak:.3g} at most ({record.where}), fp16 ends at {record.limit:,.0f}",
+        *kept,
+    ]
 
 
 def _parity_lines(record: ParityRecord, dtype: str) -> list[str]:

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._layers import HeadNorm, Linear, Scale, Tabled, join_heads, split_heads
+from edgeprune.models._layers import (
+    CausalScores,
+    HeadNorm,
+    Linear,
+    Narrow,
+    Product,
+    Scale,
+    Sum,
+    Tabled,
+    join_heads,
+    split_heads,
+)
 from edgeprune.models._mrope import MRope
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._rope import Rope
@@ -81,9 +92,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.query = Linear(config.width, inner, config.qkv_bias)
-        self.key = Linear(config.width, kv_inner, config.qkv_bias)
-        self.value = Linear(config.width, kv_inner, config.qkv_bias)
+        self.query = Narrow(config.width, inner, config.qkv_bias)
+        self.key = Narrow(config.width, kv_inner, config.qkv_bias)
+        self.value = Narrow(config.width, kv_inner, config.qkv_bias)
         self.output = Linear(inner, config.width, config.output_bias)
         norm = (config.head_size, config.eps)
         self.query_norm = HeadNorm(*norm) if config.head_norms else nn.Identity()
@@ -104,10 +115,11 @@ class MLP(nn.Module):
         super().__init__()
         self.gate = Linear(config.width, config.mlp_width, config.mlp_bias)
         self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.product = Product()
         self.down = Linear(config.mlp_width, config.width, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        down: Tensor = self.down(self.product(F.silu(self.gate(x)), self.up(x)))
         return down
 
 
@@ -117,8 +129,10 @@ class DecoderLayer(nn.Module):
         self.eps, self.ops = config.eps, ops
         self.attention_norm = Scale(config.width)
         self.attention = Attention(config)
+        self.scores = CausalScores(ops)
         self.mlp_norm = Scale(config.width)
         self.mlp = MLP(config)
+        self.residual = Sum()
 
     def forward(
         self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
@@ -132,9 +146,10 @@ class DecoderLayer(nn.Module):
         rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
         keys = ops.write(cache.key, rotated_key, cache.length)
         values = ops.write(cache.value, value, cache.length)
-        mixed = ops.attend(rotated_query, keys, values, cache.length)
-        hidden = hidden + self.attention.output(join_heads(mixed))
-        hidden = hidden + self.mlp(ops.rms_norm(hidden, self.mlp_norm.weight, self.eps))
+        mixed = self.scores(rotated_query, keys, values, cache.length)
+        hidden = self.residual(hidden, self.attention.output(join_heads(mixed)))
+        normed = ops.rms_norm(hidden, self.mlp_norm.weight, self.eps)
+        hidden = self.residual(hidden, self.mlp(normed))
         seen = Seen(query, key, rotated_query, rotated_key)
         return hidden, Cache(keys, values, cache.length), seen
 

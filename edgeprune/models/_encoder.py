@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._layers import Gain, Linear, RMSNorm, join_heads, split_heads
+from edgeprune.models._layers import (
+    Gain,
+    LayerNorm,
+    Linear,
+    Narrow,
+    RMSNorm,
+    Scores,
+    Sum,
+    common,
+    join_heads,
+    split_heads,
+)
 from edgeprune.models._ops import TorchOps, scalar
 from edgeprune.policies._policy import Fold
 from edgeprune.policies._signals import BlockSignals
@@ -116,20 +127,22 @@ Folding = Callable[[Tensor], Fold | None]
 class Block(nn.Module):
     def __init__(self, config: EncoderConfig, ops: TorchOps) -> None:
         super().__init__()
-        self.config, self.ops = config, ops
-        width, normed = config.width, RMSNorm if config.rms_norm else nn.LayerNorm
+        self.config = config
+        width, normed = config.width, RMSNorm if config.rms_norm else LayerNorm
         self.attention_norm = normed(width, config.eps)
-        self.query = Linear(width, width, config.qkv_bias)
-        self.key = Linear(width, width, config.qkv_bias)
-        self.value = Linear(width, width, config.qkv_bias)
+        self.query = Narrow(width, width, config.qkv_bias)
+        self.key = Narrow(width, width, config.qkv_bias)
+        self.value = Narrow(width, width, config.qkv_bias)
         self.query_norm = RMSNorm(width, 1e-6) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(width, 1e-6) if config.qk_norm else nn.Identity()
+        self.scores = Scores(ops)
         self.output = Linear(width, width, bias=True)
         self.attention_gain = Gain(width) if config.gain else nn.Identity()
         self.mlp_norm = normed(width, config.eps)
         self.up = Linear(width, config.mlp_width, bias=True)
         self.down = Linear(config.mlp_width, width, bias=True)
         self.mlp_gain = Gain(width) if config.gain else nn.Identity()
+        self.residual = Sum()
 
     def forward(
         self, x: Tensor, groups: Groups | None, fold: Folding
@@ -138,18 +151,19 @@ class Block(nn.Module):
 
         S' < S where `fold` merges tokens, which it does between attention and MLP.
         """
-        normed, ops, heads = self.attention_norm(x), self.ops, self.config.heads
+        normed, heads = self.attention_norm(x), self.config.heads
         query = split_heads(self.query_norm(self.query(normed)), heads)
         key = split_heads(self.key_norm(self.key(normed)), heads)
         value = split_heads(self.value(normed), heads)
-        bias = None if groups is None else groups.bias(x.dtype)
-        mixed = self.output(join_heads(ops.attend_all(query, key, value, bias)))
-        x = x + self.attention_gain(mixed)
+        bias = None if groups is None else groups.bias(query.dtype)
+        mixed = self.output(join_heads(self.scores(query, key, value, bias)))
+        x = self.residual(x, self.attention_gain(mixed))
         if (folded := fold(key)) is not None:
             groups = groups or Groups.of(x)
             x, groups = groups.folded(x, folded)
         activation = ACTIVATIONS[self.config.activation]
-        x = x + self.mlp_gain(self.down(activation(self.up(self.mlp_norm(x)))))
+        mapped = self.down(activation(self.up(self.mlp_norm(x))))
+        x = self.residual(x, self.mlp_gain(mapped))
         return x, query, key, groups
 
 
@@ -164,9 +178,9 @@ class Encoder(nn.Module):
         self.patch = nn.Conv2d(3, config.width, config.patch, config.patch, bias=config.patch_bias)
         self.position = nn.Parameter(torch.empty(positions, config.width))
         norm = (config.width, config.eps)
-        self.pre_norm = nn.LayerNorm(*norm) if config.pre_norm else nn.Identity()
+        self.pre_norm = LayerNorm(*norm) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.blocks))
-        self.post_norm = nn.LayerNorm(*norm) if config.post_norm else nn.Identity()
+        self.post_norm = LayerNorm(*norm) if config.post_norm else nn.Identity()
 
     def forward(
         self, pixels: Tensor, fold: Callable[[BlockSignals], Fold | None] | None = None
@@ -184,7 +198,8 @@ class Encoder(nn.Module):
             if number in joined:
                 states[number] = x
         x, first = self.post_norm(x), int(self.cls is not None)
-        x = torch.cat([states[number] for number in joined], dim=-1) if joined else x
+        if joined:
+            x = torch.cat(common(False, *(states[number] for number in joined)), dim=-1)
         cls = x[:, :1] if first else None
         at = None if groups is None else groups.places[first:] - first
         return Encoded(x[:, first:], cls, query, key, at)

@@ -1,12 +1,27 @@
-"""Parameters of the layers that every model shares."""
+"""The layers that every model shares, and which of them may stay in float32 in half precision."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeprune.models._ops import TorchOps, cast
 
 
-class Linear(nn.Module):
+class Part(nn.Module):
+    """A part of a model that may compute in float32 where the rest is in half precision.
+
+    Its result is float32 then. Whatever reads it casts it, unless it is such a part itself or adds
+    it to others: a sum or product of two dtypes is float32.
+    """
+
+    wide = False  # has no effect in a float32 model
+
+
+class Linear(Part):
     """y = x W + b with W stored [in, out], as MatMul reads it: no transpose is left in a graph."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
@@ -14,9 +29,84 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(inputs, outputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return torch.float32 if self.wide else self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = x @ self.weight
-        return product if self.bias is None else product + self.bias
+        product: Tensor = cast(x, self.dtype) @ cast(self.weight, self.dtype)
+        return product if self.bias is None else product + cast(self.bias, self.dtype)
+
+
+class Narrow(Linear):
+    """A Linear that is never `wide`: what reads it has a fixed dtype, as a cache has."""
+
+
+class Sum(Part):
+    """A residual connection: from a float32 branch on, the residual stream is float32."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        x, branch = common(self.wide, x, branch)
+        return x + branch
+
+
+class Product(Part):
+    """Element by element: gate * up."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = common(self.wide, a, b)
+        return a * b
+
+
+def parts(name: str, module: nn.Module) -> dict[str, Part]:
+    """The parts of a module that may stay in float32, by path below `name`."""
+    found = module.named_modules(prefix=name)
+    return {
+        path: part
+        for path, part in found
+        if isinstance(part, Part) and not isinstance(part, Narrow)
+    }
+
+
+def widen(name: str, module: nn.Module, paths: Collection[str]) -> None:
+    """Let those parts compute in float32 whose paths are given, and no others."""
+    for path, part in parts(name, module).items():
+        part.wide = path in paths
+
+
+def common(wide: bool, *tensors: Tensor) -> list[Tensor]:
+    """Tensors in the one dtype that holds them all, float32 if `wide`."""
+    dtype = torch.float32 if wide else tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [cast(tensor, dtype) for tensor in tensors]
+
+
+class CausalScores(Part):
+    """Attention to a cache; its scores may stay in float32."""
+
+    def __init__(self, ops: TorchOps) -> None:
+        super().__init__()
+        self.ops = ops
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+        attend = self.ops.attend_wide if self.wide else self.ops.attend
+        return attend(query, key, value, start)
+
+
+class Scores(Part):
+    """Attention of all to all; its scores may stay in float32."""
+
+    def __init__(self, ops: TorchOps) -> None:
+        super().__init__()
+        self.ops = ops
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        attend = self.ops.attend_all_wide if self.wide else self.ops.attend_all
+        return attend(query, key, value, bias)
 
 
 class Scale(nn.Module):
@@ -62,7 +152,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        return self.weight * cast(scaled, self.weight.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm in the dtype of what it reads; its result has the weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
+        normed = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return cast(normed, self.weight.dtype)
 
 
 class HeadNorm(RMSNorm):
@@ -74,7 +173,7 @@ class HeadNorm(RMSNorm):
         return super().forward(x.view(batch, length, width // size, size)).flatten(2)
 
 
-class Gain(nn.Module):
+class Gain(Part):
     """A learned factor for each channel."""
 
     def __init__(self, width: int) -> None:
@@ -82,4 +181,5 @@ class Gain(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
+        x, weight = common(self.wide, x, self.weight)
+        return x * weight

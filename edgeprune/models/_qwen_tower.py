@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.models._encoder import ACTIVATIONS, Encoded
-from edgeprune.models._layers import Linear, Scale, Tabled, join_heads, split_heads
+from edgeprune.models._layers import (
+    LayerNorm,
+    Linear,
+    Narrow,
+    Product,
+    Scale,
+    Scores,
+    Sum,
+    Tabled,
+    join_heads,
+    split_heads,
+)
 from edgeprune.models._ops import TorchOps
 
 EPS = 1e-6
@@ -120,9 +131,10 @@ class GatedMLP(MLP):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__(config)
         self.gate = Linear(config.width, config.mlp_width, bias=True)
+        self.product = Product()
 
     def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
+        down: Tensor = self.down(self.product(self.activation(self.gate(x)), self.up(x)))
         return down
 
 
@@ -131,10 +143,12 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.runs, self.ops = config, runs, ops
         self.attention_norm = _norm(config, ops)
-        self.qkv = Linear(config.width, 3 * config.width, bias=True)
+        self.qkv = Narrow(config.width, 3 * config.width, bias=True)
+        self.scores = Scores(ops)
         self.output = Linear(config.width, config.width, bias=True)
         self.mlp_norm = _norm(config, ops)
         self.mlp = GatedMLP(config) if config.gated else MLP(config)
+        self.residual = Sum()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output [tiles, N, width], query and key of the last run [windows, heads, n, head]."""
@@ -147,8 +161,8 @@ class Block(nn.Module):
             mixed.append(attended)
             start = end
         joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
-        x = x + self.output(joined)
-        return x + self.mlp(self.mlp_norm(x)), query, key
+        x = self.residual(x, self.output(joined))
+        return self.residual(x, self.mlp(self.mlp_norm(x))), query, key
 
     def _attend(
         self, qkv: Tensor, rows: Tensor, cos: Tensor, sin: Tensor
@@ -164,7 +178,7 @@ class Block(nn.Module):
         rows = rows.repeat(tiles, 1)
         query = ops.rotate(query, cos, sin, rows)
         key = ops.rotate(key, cos, sin, rows)
-        mixed = join_heads(ops.attend_all(query, key, value))
+        mixed = join_heads(self.scores(query, key, value))
         return mixed.reshape(tiles, windows * patches, width), query, key
 
 
@@ -231,4 +245,4 @@ class RMSNorm(Scale):
 
 
 def _norm(config: TowerConfig, ops: TorchOps) -> nn.Module:
-    return RMSNorm(config.width, ops) if config.gated else nn.LayerNorm(config.width, EPS)
+    return RMSNorm(config.width, ops) if config.gated else LayerNorm(config.width, EPS)

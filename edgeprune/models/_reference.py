@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._decoder import Decoder
+from edgeprune.models._layers import Narrow, Part, parts, widen
+from edgeprune.models._ops import TorchOps
 from edgeprune.models._processor import Prompt
 from edgeprune.policies import Policy
 from edgeprune.spec import Plan
@@ -38,10 +40,12 @@ class Reference:
         plan: Plan,
         dtype: torch.dtype = torch.float32,
         decoder: type[Decoder] | None = None,
+        ops: TorchOps | None = None,
     ) -> Reference:
         """Load a checkpoint's weights into fresh modules."""
         with torch.device("meta"):
-            vision, traced = adapter.vision(policy, plan), adapter.decoder(policy, plan)
+            vision = adapter.vision(policy, plan, ops)
+            traced = adapter.decoder(policy, plan, ops)
             if decoder is not None:
                 traced = decoder(traced.config, policy, plan)
         adapter.load(vision, dtype)
@@ -55,6 +59,22 @@ class Reference:
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():
                     tensor.copy_(tensor.to(dtype))
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What may stay in float32, by path, in the order of the model."""
+        return parts("vision", self.vision) | parts("decoder", self.decoder)
+
+    def is_narrow(self, path: str) -> bool:
+        """Whether a module computes what is held in the model's dtype, as in a cache."""
+        tower, _, rest = path.partition(".")
+        owner = {"vision": self.vision, "decoder": self.decoder}.get(tower)
+        return owner is not None and isinstance(owner.get_submodule(rest), Narrow)
+
+    def widen(self, paths: Collection[str]) -> None:
+        """Let the parts of these paths compute in float32."""
+        widen("vision", self.vision, paths)
+        widen("decoder", self.decoder, paths)
 
     def restart(self) -> None:
         """Forget everything."""

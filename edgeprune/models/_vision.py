@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
-from edgeprune.models._layers import Linear
+from edgeprune.models._layers import LayerNorm, Linear
 from edgeprune.models._layout import Layout
-from edgeprune.models._ops import TorchOps
+from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.policies import Policy
 from edgeprune.policies._select import ranked
@@ -42,7 +42,7 @@ class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(config.inputs) if config.norm else nn.Identity()
+        self.norm = LayerNorm(config.inputs) if config.norm else nn.Identity()
         hidden = config.hidden or config.output
         self.first = Linear(config.inputs, hidden, config.bias)
         self.second = Linear(hidden, config.output, config.bias)
@@ -50,7 +50,7 @@ class Projector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         activation = ACTIVATIONS[self.config.activation]
         projected: Tensor = self.second(activation(self.first(self.norm(features))))
-        return projected
+        return cast(projected, self.second.weight.dtype)
 
 
 class Fixed(nn.Module):

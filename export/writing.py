@@ -1,0 +1,83 @@
+"""The files of a draft: both graphs with their weights, and the checkpoint's text files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from edgeprune.export.dialects import Dialect
+from edgeprune.export.prompts import save_tokenizer
+from edgeprune.export.trace import decoder_graph, hollow, vision_graph
+from edgeprune.export.weights import WeightsFile
+from edgeprune.graphs import DECODER, VISION, GraphRecord
+from edgeprune.models import Adapter
+from edgeprune.models._decoder import Decoder
+from edgeprune.models._layers import set_tables, widen
+from edgeprune.models._processor import Processor
+from edgeprune.policies import Policy
+from edgeprune.spec import Plan
+from edgeprune.versions import installed
+
+Report = Callable[[str, int, int], None]  # step, done, total
+TEXT_FILES = ("chat_template.jinja", "generation_config.json")
+
+
+def modules_of(
+    plan: Plan,
+    adapter: Adapter,
+    policy: Policy,
+    dialect: Dialect,
+    dtype: torch.dtype,
+    wide: Collection[str],
+) -> tuple[nn.Module, Decoder]:
+    """Vision and decoder as they are traced, without their weights; `wide` parts in float32."""
+    ops = dialect.ops()
+    with torch.device("meta"):
+        vision, decoder = adapter.vision(policy, plan, ops), adapter.decoder(policy, plan, ops)
+    for name, module in (("vision", vision), ("decoder", decoder)):
+        hollow(module, dtype)
+        set_tables(module, dtype)
+        widen(name, module, wide)
+        adapter.sources(module)  # a tensor that is missing or misshapen is named now
+    return vision, decoder
+
+
+def write_graphs(
+    draft: Path,
+    modules: tuple[nn.Module, Decoder],
+    adapter: Adapter,
+    dialect: Dialect,
+    dtype: torch.dtype,
+    report: Report,
+) -> dict[str, GraphRecord]:
+    """Trace both graphs and write them with their weights; what the manifest says of them."""
+    vision, decoder = modules
+    report("trace vision", 0, 1)
+    graphs = {VISION: vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
+    report("trace decoder", 0, 1)
+    graphs[DECODER] = decoder_graph(decoder, dtype, dialect)
+    with WeightsFile(draft) as weights:
+        for name, module in ((VISION, vision), (DECODER, decoder)):
+            step = partial(report, f"{name.removesuffix('.onnx')} weights")
+            weights.fill(graphs[name].model, module, adapter, dtype, step)
+    for name, traced in graphs.items():
+        model = traced.model
+        model.producer_name, model.producer_version = "edgeprune", installed("edgeprune")
+        ir.save(model, draft / name)
+        onnx.checker.check_model(str(draft / name))
+    return {name: traced.record for name, traced in graphs.items()}
+
+
+def copy_text(folder: Path, draft: Path, processor: Processor) -> None:
+    """The checkpoint's text files, and the tokenizer as transformers runs it."""
+    for name in TEXT_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, draft / name)
+    save_tokenizer(processor, draft / "tokenizer.json")
