@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
+    GenerationConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -58,6 +60,21 @@ IMAGES = (
 )
 VIDEOS = IMAGES.replace("image", "video")
 QUESTION = "what color is the star ?"
+SETTINGS = {  # of generation, as a checkpoint may ship them; Qwen2.5-VL's penalty is among them
+    "repetition_penalty": 1.05,
+    "no_repeat_ngram_size": 6,
+    "min_new_tokens": 40,
+    "bad_words_ids": [[13], [14, 15]],
+    "suppress_tokens": [9, 10],
+    "begin_suppress_tokens": [11, 12],
+    "eos_token_id": 2,
+}
+
+
+def with_settings(checkpoint: Path) -> GenerationConfig:
+    """A checkpoint's own settings of generation, now SETTINGS."""
+    (checkpoint / "generation_config.json").write_text(json.dumps(SETTINGS))
+    return GenerationConfig.from_pretrained(checkpoint)
 
 
 @dataclass(frozen=True)

@@ -76,17 +76,18 @@ def inputs(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) ->
     }
 
 
-def generated(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) -> list[int]:
-    """32 greedy tokens of transformers' model."""
+def generated(
+    adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor, **options: Any
+) -> list[int]:
+    """32 greedy tokens of transformers' model, unless by the options."""
     folder = adapter.checkpoint.folder
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     given = inputs(adapter, images, pixels)
     found = model.generate(
         **given,
         attention_mask=torch.ones_like(given["input_ids"]),
-        max_new_tokens=32,
+        **(options or {"max_new_tokens": 32, "eos_token_id": None}),
         do_sample=False,
-        eos_token_id=None,
         pad_token_id=0,
     )
     said: list[int] = found[0, given["input_ids"].shape[1] :].tolist()

@@ -97,19 +97,23 @@ class Opened:
         else:
             self.family = LLAVAS[case.family](num_hidden_layers=layers)
             self.family.save(folder)
+        self.settings = families.with_settings(folder)
         self.question = qwen.QUESTION if case.family in QWENS else QUESTION
         self.adapter: Adapter = open_model(str(folder), **case.asked)
 
     def shown(self, shape: Size) -> list[Image.Image]:
         return [picture(shape, seed) for seed in range(self.adapter.shown)]
 
-    def theirs(self, images: list[Image.Image], session: Session) -> list[int]:
-        """32 greedy tokens of transformers' model."""
+    def theirs(self, images: list[Image.Image], session: Session, *, own: bool) -> list[int]:
+        """Greedy tokens of transformers' model: 32, or 64 by the checkpoint's own settings."""
         pixels = torch.from_numpy(media.prepare(images, session.manifest.image).pixels)
         if self.case.family in QWENS:
-            return qwen.generated(self.adapter, images, pixels)
+            options = {"generation_config": self.settings, "max_new_tokens": 64} if own else {}
+            return qwen.generated(self.adapter, images, pixels, **options)
         given = self._seen(images, pixels)
-        return generated(self.family, self.adapter, prompted(self.adapter, pixels.numpy()), **given)
+        prompt = prompted(self.adapter, pixels.numpy())
+        options = {"settings": self.settings, "tokens": 64} if own else {}
+        return generated(self.family, self.adapter, prompt, **options, **given)
 
     def _seen(self, images: list[Image.Image], pixels: torch.Tensor) -> Any:
         if self.adapter.asked.frames is None:
@@ -142,11 +146,15 @@ def test_a_dense_bundle_answers_as_transformers_does(case: Case, tmp_path: Path)
     session = opened.bundle(PruneSpec("none"), plan, tmp_path)
     for size in case.shapes:
         images = opened.shown(size)
-        wanted = opened.theirs(images, session)
+        wanted = opened.theirs(images, session, own=False)
         assert len(wanted) == 32
         answer = session.ask(images, opened.question, Sampling(max_new_tokens=32))
         assert list(answer.ids) == said(wanted, session)
         assert answer.remarks == ()
+        own = opened.theirs(images, session, own=True)
+        longer = replace(session.sampling, max_new_tokens=64)
+        assert list(session.ask(images, opened.question, longer).ids) == own
+        assert len(own) >= 40 and own[:32] != wanted
 
 
 @pytest.mark.parametrize("method", PAPERS)

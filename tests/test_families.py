@@ -7,8 +7,10 @@ into tiles, three shapes of it are tried.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
@@ -87,20 +89,29 @@ def block(adapter: Adapter) -> list[int]:
     ]
 
 
-def generated(family: Family, adapter: Adapter, prompt: Prompt, **seen: Any) -> list[int]:
-    """32 greedy tokens of transformers' model."""
+def generated(
+    family: Family,
+    adapter: Adapter,
+    prompt: Prompt,
+    *,
+    settings: GenerationConfig | None = None,
+    tokens: int = 32,
+    **seen: Any,
+) -> list[int]:
+    """Greedy tokens of transformers' model."""
     ids = torch.cat([prompt.prefix_ids, torch.tensor([block(adapter)]), prompt.text_ids], dim=1)
     known = ("pixel_values", "pixel_values_videos", "image_sizes", "batch_num_images")
     found = family.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         **{name: value for name, value in seen.items() if name in known},
-        max_new_tokens=32,
+        max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
+        generation_config=settings,
     )
     said: list[int] = found[0, ids.shape[1] :].tolist()
-    assert len(said) == 32
+    assert len(said) == tokens
     return said
 
 
@@ -143,16 +154,24 @@ def test_other_families_see_and_answer_as_transformers_does(
 def test_a_dense_bundle_answers_as_transformers_does(
     family: Family, checkpoint: Path, tmp_path: Path
 ) -> None:
+    """Plainly, and by the checkpoint's own settings of generation."""
+    checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    settings = families.with_settings(checkpoint)
     size = family.sizes[1]
     spec = PruneSpec("none")
     recipe = Recipe(spec, tmp_path / "dense", str(checkpoint), image_size=size, parity=1)
     exported = make_bundle(recipe)
     image, session = picture(size), Session.open(exported.path)
     adapter, pixels = ours(family, checkpoint, image)
-    wanted = generated(family, adapter, prompted(adapter, pixels), **family.look(image))
+    answers = partial(generated, family, adapter, prompted(adapter, pixels), **family.look(image))
+    wanted = answers()
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
     assert list(answer.ids) == wanted
     assert answer.remarks == ()
+    own = answers(settings=settings, tokens=64)
+    answer = session.ask(image, QUESTION, replace(session.sampling, max_new_tokens=64))
+    assert list(answer.ids) == own
+    assert own[:32] != wanted
 
 
 def pruned(checkpoint: Path, size: Size, method: str, folder: Path) -> Exported:

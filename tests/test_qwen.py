@@ -35,6 +35,7 @@ from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.images import remarks, to_pixels
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size, rounds_to
+from tests.families import with_settings
 from tests.qwen import PICTURES, QUESTION, picture, plain_checkpoint, windowed_checkpoint
 
 
@@ -68,15 +69,16 @@ def inputs(adapter: Adapter, prompt: Prompt, image: Image.Image) -> dict[str, An
     return {**encoded, "input_ids": ids, "mm_token_type_ids": kinds}
 
 
-def their_answer(model: Any, adapter: Adapter, prompt: Prompt, image: Image.Image) -> list[int]:
-    """32 greedy tokens."""
+def their_answer(
+    model: Any, adapter: Adapter, prompt: Prompt, image: Image.Image, **options: Any
+) -> list[int]:
+    """32 greedy tokens, unless by the options."""
     given = inputs(adapter, prompt, image)
     ids = model.generate(
         **given,
         attention_mask=torch.ones_like(given["input_ids"]),
-        max_new_tokens=32,
+        **(options or {"max_new_tokens": 32, "eos_token_id": None}),
         do_sample=False,
-        eos_token_id=None,
         pad_token_id=0,
     )
     return ids[0, given["input_ids"].shape[1] :].tolist()
@@ -221,7 +223,9 @@ def agree(bundle: Path, reference: Reference, adapter: Adapter) -> Session:
 
 
 def test_a_bundle_answers_as_transformers(checkpoint: Path, theirs: Any, tmp_path: Path) -> None:
-    """From a picture to 32 tokens: pixels, prompt, positions, graphs."""
+    """From a picture to 64 tokens: pixels, prompt, positions, graphs, settings of generation."""
+    checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    settings = with_settings(checkpoint)
     bundle, reference, adapter = exported(checkpoint, PruneSpec("none"), tmp_path)
     session, image = agree(bundle, reference, adapter), picture(*PICTURES["196x140"])
     prompt = Processor(adapter)(image, QUESTION)
@@ -229,6 +233,11 @@ def test_a_bundle_answers_as_transformers(checkpoint: Path, theirs: Any, tmp_pat
     wanted = their_answer(theirs, adapter, prompt, image)
     assert session.manifest.text.eos_token_ids[0] not in wanted
     assert list(answer.ids) == wanted
+    options = {"generation_config": settings, "max_new_tokens": 64}
+    own = their_answer(theirs, adapter, prompt, image, **options)
+    answer = session.ask(image, QUESTION, replace(session.sampling, max_new_tokens=64))
+    assert list(answer.ids) == own and len(own) >= 40
+    assert own[:32] != wanted
 
 
 def test_pruning_in_both_graphs_agrees_with_the_reference(tmp_path: Path) -> None:
