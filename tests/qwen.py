@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from benchmarks.qwen_shapes import QwenShape, write
 from edgeprune.models import Adapter
@@ -77,16 +77,20 @@ def inputs(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) ->
 
 
 def generated(
-    adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor, **options: Any
+    adapter: Adapter,
+    images: list[Image.Image],
+    pixels: torch.Tensor,
+    settings: GenerationConfig | None = None,
 ) -> list[int]:
-    """32 greedy tokens of transformers' model, unless by the options."""
+    """Greedy tokens of transformers' model: 32 without an end, or 64 by the settings."""
     folder = adapter.checkpoint.folder
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config = settings or GenerationConfig()  # in place of the checkpoint's own
     given = inputs(adapter, images, pixels)
     found = model.generate(
         **given,
         attention_mask=torch.ones_like(given["input_ids"]),
-        **(options or {"max_new_tokens": 32, "eos_token_id": None}),
+        max_new_tokens=64 if settings else 32,
         do_sample=False,
         pad_token_id=0,
     )

@@ -108,8 +108,8 @@ class Opened:
         """Greedy tokens of transformers' model: 32, or 64 by the checkpoint's own settings."""
         pixels = torch.from_numpy(media.prepare(images, session.manifest.image).pixels)
         if self.case.family in QWENS:
-            options = {"generation_config": self.settings, "max_new_tokens": 64} if own else {}
-            return qwen.generated(self.adapter, images, pixels, **options)
+            settings = self.settings if own else None
+            return qwen.generated(self.adapter, images, pixels, settings)
         given = self._seen(images, pixels)
         prompt = prompted(self.adapter, pixels.numpy())
         options = {"settings": self.settings, "tokens": 64} if own else {}

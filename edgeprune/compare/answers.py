@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import cost
@@ -14,7 +14,7 @@ from edgeprune.compare.questions import Questions
 from edgeprune.compare.store import key_of
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.lowering import DTYPES
-from edgeprune.runtime import Sampling, Session, backends
+from edgeprune.runtime import Session, backends
 from edgeprune.versions import installed
 
 PACKAGES = ("edgeprune", "onnxruntime", "numpy", "pillow", "tokenizers")
@@ -60,9 +60,10 @@ class Asking:
         )
 
     def ask(self, bundle: Path, tick: Callable[[int], None] = lambda done: None) -> Answered:
-        """Every question, greedily; `tick` is told how many more have been answered."""
+        """Every question, greedily and else by the checkpoint's own settings of generation; `tick`
+        is told how many more have been answered."""
         session = Session.open(bundle, backend=self.backend, threads=1)  # cores have other bundles
-        sampling = Sampling(max_new_tokens=self.max_new_tokens)
+        sampling = replace(session.sampling, temperature=0.0, max_new_tokens=self.max_new_tokens)
         right, asked = Counter[str](), Counter[str]()
         lengths, said, marks = list[int](), list[str](), ""
         for question in self.questions:
