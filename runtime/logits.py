@@ -65,12 +65,12 @@ def min_new_tokens(scores: Scores, count: int, context: Context) -> None:
         _forbid(scores, context.ends)
 
 
-def suppress_tokens(scores: Scores, tokens: Sequence[int], context: Context) -> None:
+def suppress_tokens(scores: Scores, tokens: Ids, context: Context) -> None:
     """These tokens are never taken."""
     _forbid(scores, tokens)
 
 
-def begin_suppress_tokens(scores: Scores, tokens: Sequence[int], context: Context) -> None:
+def begin_suppress_tokens(scores: Scores, tokens: Ids, context: Context) -> None:
     """These tokens are not the first of an answer."""
     if not context.answered:
         _forbid(scores, tokens)
@@ -91,16 +91,17 @@ PROCESSORS: tuple[Processor, ...] = (
 
 
 def active(sampling: Sampling) -> list[tuple[Processor, Any]]:
-    """The processors that a sampling turns on, each with its setting."""
-    neutral = Sampling()
-    settings = [(processor, processor.__name__) for processor in PROCESSORS]
-    return [
-        (processor, getattr(sampling, name))
-        for processor, name in settings
-        if getattr(sampling, name) != getattr(neutral, name)
-    ]
+    """The processors that a sampling turns on, each with its setting; ids are arrays."""
+    neutral, found = Sampling(), []
+    for processor in PROCESSORS:
+        setting = getattr(sampling, processor.__name__)
+        if setting != getattr(neutral, processor.__name__):
+            ids = isinstance(setting, tuple) and processor is not bad_words_ids
+            found.append((processor, np.array(setting) if ids else setting))
+    return found
 
 
 def _forbid(scores: Scores, ids: Sequence[int] | Ids) -> None:
     """Ids that the model has no logit for are left alone, as in transformers."""
-    scores[[i for i in ids if i < scores.size]] = -np.inf
+    ids = np.asarray(ids, np.int64)
+    scores[ids[ids < scores.size]] = -np.inf

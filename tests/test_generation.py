@@ -126,7 +126,7 @@ UNUSABLE: dict[str, dict[str, Any]] = {
     'max_new_tokens cannot be "64"': {"max_new_tokens": "64"},
     "do_sample is true or false; got 'yes'": {"do_sample": "yes"},
     "bad_words_ids has the id 99, the model has 66 tokens": {"bad_words_ids": [[1, 99]]},
-    "bad_words_ids is a tuple of tuples of token ids": {"bad_words_ids": [[]]},
+    "bad_words_ids is a tuple of 16384 tuples of token ids at most": {"bad_words_ids": [[]]},
     "suppress_tokens cannot be 5": {"suppress_tokens": 5},
     "suppress_tokens is from 0 to 16,777,216; got -1": {"suppress_tokens": [-1]},
 }

@@ -71,14 +71,15 @@ def test_a_processor_is_that_of_transformers(name: str, data: st.DataObject, see
     wanted = theirs(name, value, prompt)(torch.tensor([ids]), torch.from_numpy(logits)[None])[0]
     (processor,) = (p for p in ours.PROCESSORS if p.__name__ == name)
     found = logits.copy()
-    processor(found, value, ours.Context(np.array(ids), len(ids) - prompt, ENDS))
+    given_ids = np.array(value) if name.endswith("suppress_tokens") else value
+    processor(found, given_ids, ours.Context(np.array(ids), len(ids) - prompt, ENDS))
     np.testing.assert_array_equal(found, wanted.numpy())
 
 
 def test_every_setting_of_transformers_is_a_processor_here() -> None:
     assert [p.__name__ for p in ours.PROCESSORS] == list(SETTINGS)
     assert {p.__name__ for p in ours.PROCESSORS} <= {field.name for field in fields(Sampling)}
-    on = {"repetition_penalty": 1.1, "min_length": 3, "suppress_tokens": (1,)}
+    on = {"repetition_penalty": 1.1, "min_length": 3, "bad_words_ids": ((1,),)}
     found = {p.__name__: value for p, value in ours.active(Sampling(**on, temperature=1.0))}
     assert found == on and ours.active(Sampling(temperature=0.5, top_k=3)) == []
 

@@ -140,6 +140,8 @@ NONSENSE: list[dict[str, Any]] = [
     {"begin_suppress_tokens": ("a",)},
     {"bad_words_ids": ((),)},
     {"bad_words_ids": (3,)},
+    {"bad_words_ids": ((3,),) * 20_000},
+    {"suppress_tokens": (1 << 70,)},
 ]
 
 
