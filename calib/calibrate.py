@@ -24,6 +24,13 @@ from edgeprune.policies import Policy
 
 Report = Callable[[str, int, int], None]
 CACHE = "EDGEPRUNE_CACHE"
+EVIDENCE = 2
+"""Raised where images are read, or prompts written, in another way: old evidence is made anew."""
+PROMPT_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+"""Files of a checkpoint, beside the weights, that decide what a sample is."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +133,17 @@ def _samples(
 def _key(request: CalibrationRequest, adapter: Adapter, policy: Policy) -> str:
     """Names evidence by all that it depends on: weights, what a prompt shows, method with options,
     samples, and this version of edgeprune."""
-    parts = [__version__, adapter.checkpoint.fingerprint()]
+    folder = adapter.checkpoint.folder
+    parts = [__version__, f"evidence {EVIDENCE}", adapter.checkpoint.fingerprint()]
+    parts += [f"{name} {_digest(folder / name)}" for name in PROMPT_FILES]
     parts.append(f"{type(policy).__module__}:{policy}")
     parts.append(f"{adapter.pixels} {adapter.tiling} {adapter.asked}")
     parts.append(f"{request.samples} of {_samples_fingerprint(request)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
 
 
 def _samples_fingerprint(request: CalibrationRequest) -> str:

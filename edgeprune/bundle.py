@@ -277,7 +277,7 @@ class Bundle:
         for name in graph_contract.GRAPHS:
             try:
                 graph_contract.check_graph(manifest, name, onnx_file.read(path / name))
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise BundleError(
                     f"{path / name} is not the graph of {MANIFEST} ({error}); export it again"
                 ) from error

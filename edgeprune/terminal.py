@@ -27,8 +27,9 @@ def printable(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """A line, or some, for people, beside what stdout takes."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """A line, or some, for people, beside what stdout takes; lost where stderr is full."""
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Printable:

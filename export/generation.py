@@ -126,9 +126,14 @@ def generation(
     notes += [
         f"generation setting {name} = {_short(value)} is left out"
         for name, value in given.items()
-        if name not in HONOURED | IDLE and value not in (False, [], {}, "", NEUTRAL.get(name))
+        if name not in HONOURED | IDLE and not _is_neutral(value, NEUTRAL.get(name))
     ]
     return Generation(sampling, ends, tuple(notes))
+
+
+def _is_neutral(value: Any, neutral: Any) -> bool:
+    """Whether a setting changes nothing; 0 is a value, although it equals False."""
+    return value is False or value in ([], {}, "") or (value == neutral and neutral is not None)
 
 
 def _sampling(given: dict[str, Any], shape: ModelShape, place: str, notes: list[str]) -> Sampling:

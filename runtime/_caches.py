@@ -67,6 +67,7 @@ class OrtCaches:
         self.values: dict[str, Any] = {}  # by the name of the input
         self.capacities = [0] * record.layers
         self.step: Any = None  # a decode step bound to these blocks
+        self.closed = False
 
     def reserve(self, lengths: Ids, filled: Ids) -> None:
         """Hold `filled` tokens in each layer, and not many more; of those that are cached, the
@@ -74,6 +75,7 @@ class OrtCaches:
         for layer, (held, needed) in enumerate(zip(lengths.tolist(), filled.tolist(), strict=True)):
             capacity, now = needed + -needed % STEP, self.capacities[layer]
             if now < capacity or (now > capacity + STEP and not held):
+                self.capacities[layer] = 0  # until keys and values are both as long
                 for cache in self.caches:
                     if cache.index == layer:
                         source = self.values.get(cache.past.name)
@@ -101,7 +103,7 @@ class OrtCaches:
         return sum(2 * self.blocks * capacity * row for capacity in self.capacities)
 
     def close(self) -> None:
-        self.values, self.step = {}, None
+        self.values, self.step, self.closed = {}, None, True
 
     def _fill(self, name: str, source: Any, held: int, capacity: int) -> None:
         """A new block of `capacity` tokens, at its start the first `held` of another."""

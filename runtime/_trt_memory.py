@@ -50,7 +50,7 @@ class TrtCaches:
     """A block for as long as one dialogue has it; closed or dropped, it goes to the next one."""
 
     def __init__(self, block: Block, spare: list[Block]) -> None:
-        self.block = block
+        self.block, self.closed = block, False
         self._release = weakref.finalize(self, spare.append, block)
         self._release.atexit = False
 
@@ -58,6 +58,7 @@ class TrtCaches:
         return self.block.bytes
 
     def close(self) -> None:
+        self.closed = True
         self._release()
 
 

@@ -72,13 +72,14 @@ class Output:
 
 
 def likeliest(logits: NDArray[Any]) -> int:
-    """What `Output.likeliest` is; numpy takes what is not a number for the largest."""
-    token = int(logits.argmax())
-    return token if np.isfinite(logits[token]) else -1
+    """What `Output.likeliest` is: -1 where any logit is infinite or not a number."""
+    return int(logits.argmax()) if np.isfinite(logits).all() else -1
 
 
 class Caches(Protocol):
     """Keys and values of one dialogue, on one backend; batch 1."""
+
+    closed: bool  # whether they were given back
 
     def bytes(self) -> int:
         """Bytes that they take now."""
@@ -123,6 +124,8 @@ class Backend(Protocol[C]):
 
 class FakeCaches:
     """Caches that hold nothing."""
+
+    closed = False
 
     def bytes(self) -> int:
         return 0

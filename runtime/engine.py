@@ -18,7 +18,7 @@ from edgeprune.errors import CapacityError, SessionError
 from edgeprune.runtime import backends, media
 from edgeprune.runtime.backend import Backend, Caches, DecoderInputs, EncodedImage, Ids, Output
 from edgeprune.runtime.media import Shown
-from edgeprune.runtime.sequence import Sequence
+from edgeprune.runtime.sequence import CLOSED, Sequence
 from edgeprune.runtime.text import Prompter
 
 
@@ -77,14 +77,19 @@ class Engine:
 
     def run(self, inputs: DecoderInputs, caches: Caches) -> Output:
         """One call of the decoder, for a sequence."""
-        if inputs.image is not None and inputs.image.engine is not self:
-            raise SessionError("the image was encoded by another engine; encode it with this one")
-        with self._call():
+        if inputs.image is not None:
+            self.check_own(inputs.image)
+        with self._call(caches):
             return self.backend.run(inputs, caches)
+
+    def check_own(self, image: EncodedImage) -> None:
+        """SessionError unless this engine encoded the image."""
+        if image.engine is not self:
+            raise SessionError("the image was encoded by another engine; encode it with this one")
 
     def copy(self, caches: Caches, lengths: Ids) -> Caches:
         """Caches that hold the same tokens, for a sequence."""
-        with self._call():
+        with self._call(caches):
             copied: Caches = self.backend.copy(caches, lengths)
             return copied
 
@@ -137,8 +142,11 @@ class Engine:
         return room
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
+    def _call(self, caches: Caches | None = None) -> Iterator[None]:
+        """One call at a time; SessionError where engine or caches were closed before its turn."""
         with self._lock:
             if self._closed:
                 raise SessionError("this engine is closed; open the bundle again")
+            if caches is not None and caches.closed:
+                raise SessionError(CLOSED)
             yield

@@ -116,7 +116,7 @@ class StopWatcher:
 
 def _checked(logits: ArrayLike) -> NDArray[np.float32]:
     scores = np.asarray(logits, np.float32)
-    if not np.isfinite(scores.max()):  # also where any is not a number
+    if not np.isfinite(scores).all():
         raise BackendError(NOT_FINITE)
     return scores
 

@@ -153,6 +153,7 @@ class Session:
         text = prefix_ids.size + text_ids.size
         room = self._room(text, sampling, first=True)
         if isinstance(shown, EncodedImage):
+            engine.check_own(shown)
             image, loaded = shown, clock()
         else:
             prepared = prepare(shown, self.manifest.image)

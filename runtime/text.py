@@ -183,7 +183,8 @@ def _check_record(record: TextRecord, added: Collection[int], tokenizer_file: Pa
     places = [(record.first, "{image}"), (record.first, "{prompt}"), (record.next, "{prompt}")]
     if record.with_system:
         places += [(record.with_system, f"{{{hole}}}") for hole in ("image", "prompt", "system")]
-    if record.image_token_id not in added or any(text.count(part) != 1 for text, part in places):
+    odd = "{system}" in record.first + record.next  # only the other template has that hole
+    if odd or record.image_token_id not in added or any(t.count(p) != 1 for t, p in places):
         raise BundleError(
             f"{tokenizer_file} and the bundle's prompt template do not fit; export the bundle again"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import terminal
-from edgeprune.errors import BackendError, InputError
+from edgeprune.errors import EdgepruneError, InputError
 
 if TYPE_CHECKING:
     from edgeprune.runtime import Answer, Session
@@ -143,7 +143,7 @@ def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
             if not args.json:
                 print(piece, end="", flush=True)
                 begun = True
-    except BackendError:
+    except EdgepruneError:
         print(end="\n" if begun else "", flush=True)  # the error has a line of its own
         raise
     assert session.answer is not None

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeprune import cost
+from edgeprune import cost, runtime
 from edgeprune.compare.questions import Questions
-from edgeprune.compare.store import key_of
+from edgeprune.compare.store import key_of, source
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.lowering import DTYPES
 from edgeprune.runtime import Session, backends
@@ -55,9 +55,8 @@ class Asking:
     def key(self, bundle: str) -> str:
         """Names the answers of a bundle by all that decides them."""
         versions = {name: installed(name) for name in PACKAGES}
-        return key_of(
-            bundle, self.questions.fingerprint, self.backend, self.max_new_tokens, versions
-        )
+        asked = self.questions.fingerprint, self.backend, self.max_new_tokens
+        return key_of(bundle, *asked, source(runtime), versions)
 
     def ask(self, bundle: Path, tick: Callable[[int], None] = lambda done: None) -> Answered:
         """Every question, greedily and else by the checkpoint's own settings of generation; `tick`

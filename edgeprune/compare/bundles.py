@@ -14,13 +14,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
-import edgeprune
 from edgeprune import calib, export, models, policies
 from edgeprune.bundle import Bundle, Manifest
 from edgeprune.compare.cells import Cell
-from edgeprune.compare.store import Store, key_of
+from edgeprune.compare.store import Store, key_of, source
 from edgeprune.errors import BundleError, ScheduleError, SpecError
 from edgeprune.models import open_model
 from edgeprune.recipe import Recipe, make
@@ -135,13 +133,5 @@ def _checkpoint(model: str, revision: str | None) -> str:
 @cache
 def code() -> str:
     """Of the source that decides what a bundle holds, and the versions of what it stands on."""
-    root = Path(edgeprune.__file__).parent
-    files = [file for package in (calib, export, models, policies) for file in _sources(package)]
-    digest = hashlib.sha256()
-    for file in (*sorted(root.glob("*.py")), *files):
-        digest.update(file.read_bytes())
-    return key_of(digest.hexdigest(), {name: installed(name) for name in PACKAGES})
-
-
-def _sources(package: ModuleType) -> list[Path]:
-    return sorted(Path(package.__path__[0]).rglob("*.py"))
+    versions = {name: installed(name) for name in PACKAGES}
+    return key_of(source(calib, export, models, policies), versions)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import edgeprune
 from edgeprune.files import write_whole
 
 
@@ -18,6 +21,15 @@ def key_of(*parts: object) -> str:
     """One hash over whatever JSON can hold."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def source(*packages: ModuleType) -> str:
+    """One hash over the source of packages, and of the modules beside them that all share."""
+    digest = hashlib.sha256()
+    files = [sorted(Path(package.__path__[0]).rglob("*.py")) for package in packages]
+    for file in chain(sorted(Path(edgeprune.__file__).parent.glob("*.py")), *files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

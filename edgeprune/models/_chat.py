@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgeprune.errors import ModelError
 from edgeprune.models._media import RUN, Media
-from edgeprune.models._stored import brief, read_json
+from edgeprune.models._stored import brief, read_json, read_text
 from edgeprune.models._tokenizer import read_tokenizer
 
 FIRST, LATER = "USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:"
@@ -80,7 +80,7 @@ def assumed(family: str, pictures: int) -> tuple[str, str]:
 def _processors_template(folder: Path) -> str | None:
     """The chat template of a processor, which goes before its tokenizer's."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     if (folder / "chat_template.json").is_file():
         return str(read_json(folder / "chat_template.json").get("chat_template", "")) or None
     return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edgeprune.errors import EdgepruneError, ModelError
 from edgeprune.models._format import check_stored
-from edgeprune.models._stored import TensorFiles, brief, read_json, tensors_of
+from edgeprune.models._stored import TensorFiles, brief, read_json, read_text, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it first, with merge_and_unload() of peft, and export the merged model"
@@ -108,7 +108,7 @@ class Lora(TensorFiles):
         """What was merged, for people."""
         parts = [f"{len(self.factors)} products of rank {self.config.get('r')}"]
         parts += [f"{len(self.whole)} whole tensors"] if self.whole else []
-        return f"the LoRA adapter beside the weights ({', '.join(parts)}) is merged into them"
+        return f"the LoRA adapter ({', '.join(parts)}) is merged into the weights"
 
 
 def _sorted(file: Path, tensors: TensorFiles) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -192,7 +192,7 @@ def _json(file: Path) -> dict[str, Any] | None:
 def _template(folder: Path) -> str:
     """The chat template of a folder, wherever it stands; empty where there is none."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if template := (_json(folder / name) or {}).get("chat_template"):
             return str(template)

@@ -96,6 +96,14 @@ def _names(file: Path) -> list[str]:
         ) from error
 
 
+def read_text(file: Path) -> str:
+    """A text of the checkpoint; ModelError with the file's name where it is damaged."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read ({line(error)}); download it again") from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of the checkpoint; ModelError with the file's name where it is damaged."""
     try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from edgeprune.errors import ModelError
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._format import UNWRAP, is_wrapped
-from edgeprune.models._lora import MERGE, WEIGHTS
+from edgeprune.models._lora import MERGE
 
 _SPARE = re.compile(
     r"rotary_emb\.inv_freq$"  # computed from config.json
@@ -42,7 +42,7 @@ def told(
     if lora is not None:
         if lost := sorted(name for name in lora.changes - changed if not spare(name)):
             raise ModelError(
-                f"{checkpoint.folder / WEIGHTS} changes {shortened(lost)}, which this model has"
+                f"{next(iter(lora.files.values()))} changes {shortened(lost)}, which this model has"
                 f" not; {MERGE}"
             )
         lines.append(str(lora))
