@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from edgeprune.bundle import Bundle
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import BackendError, CapacityError, InputError, SessionError
 from edgeprune.runtime import Engine, Sampling, Sequence, Session, backends
+from edgeprune.runtime.backend import DecoderInputs
+from edgeprune.runtime.sequence import NO_IDS
 from tests.fake_gpu import FakeGpu, pretend
 from tests.frozen import frozen
 
@@ -51,12 +54,14 @@ def tiny_jetpack6(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_jetpack7: Path, tiny_jetpack6: Path) -> dict[str, Path]:
+def bundles(
+    tiny_jetpack7: Path, tiny_jetpack6: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Caches that are written in place under UTP, caches that grow without pruning."""
-    found = {"in-place": tiny_jetpack7, "grow": tiny_jetpack6}
+    copy = Path(shutil.copytree(tiny_jetpack7, tmp_path_factory.mktemp("engine") / "tiny"))
+    found = {"in-place": copy, "grow": tiny_jetpack6}
     for bundle, backend in zip(found.values(), ("trt", "trt-rtx"), strict=True):
-        if not (bundle / "engines" / f"{backend}-pretended").exists():
-            pretend(bundle, backend)
+        pretend(bundle, backend)
     return found
 
 
@@ -378,6 +383,20 @@ def test_an_image_is_not_forked_where_the_method_reads_the_text(pruned: Place) -
     assert session.sequence.fork().position == 0
 
 
+def test_caches_that_were_closed_before_their_turn_are_not_read(place: Place) -> None:
+    """Another thread may close a dialogue while its call waits for the engine."""
+    engine = place.engine()
+    caches = engine.backend.caches()
+    lengths = np.zeros(engine.manifest.decoder.layers, np.int64)
+    ids = np.array([[5]])
+    inputs = DecoderInputs(NO_IDS, ids, None, 0, lengths, lengths + 1)
+    engine.run(inputs, caches)
+    caches.close()
+    for use in (lambda: engine.run(inputs, caches), lambda: engine.copy(caches, lengths)):
+        with pytest.raises(SessionError, match="this dialogue is closed"):
+            use()
+
+
 def test_an_image_is_encoded_once_for_several_questions(place: Place) -> None:
     engine, sampling = place.engine(), Sampling(max_new_tokens=6)
     first, second = Session(engine), Session(engine)
@@ -392,6 +411,8 @@ def test_an_image_is_encoded_once_for_several_questions(place: Place) -> None:
         assert answer.vision_kept.tolist() == wanted.vision_kept.tolist()
     with pytest.raises(SessionError, match="encoded by another engine"):
         alone.ask(image, NEXT)
+    asked, other = alone.follow_up(NEXT, sampling), second.follow_up(NEXT, sampling)
+    assert asked.ids == other.ids, "what was refused left the dialogue as it was"
 
 
 @pytest.mark.parametrize(("kind", "backend"), PLACES[2:])

@@ -80,6 +80,7 @@ def test_every_other_setting_of_transformers_is_told() -> None:
     for name in {*names, "a_setting_of_tomorrow"}:
         (note,) = read({name: 17}).notes
         assert note == f"generation setting {name} = 17 is left out"
+    assert read({"forced_eos_token_id": 0}).notes, "0 is a token, although it equals False"
 
 
 def test_settings_are_either_followed_or_idle_or_told() -> None:

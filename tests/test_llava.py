@@ -178,8 +178,8 @@ def test_pruned_tokens_are_as_if_masked(tmp_path: Path) -> None:
     [
         ({"hidden_act": "gelu"}, "activation 'gelu' in the decoder"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "yarn",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "proportional",
         ),
     ],
 )

@@ -265,6 +265,7 @@ def test_a_bundle_whose_parts_do_not_fit_is_refused(tmp_path: Path) -> None:
         replace(record, image_token_id=60_000),
         replace(record, first="{prompt}"),
         replace(record, next="{prompt} {prompt}"),
+        replace(record, next="{system} {prompt}"),
     ):
         with pytest.raises(BundleError, match="do not fit"):
             Prompter(DEMO / "tokenizer.json", changed)
