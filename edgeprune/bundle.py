@@ -60,6 +60,7 @@ CACHES = ("in-place", "grow")
 _Byte = Annotated[int, Between(0, 255)]
 Bytes = Annotated[int, Between(0, 1 << 50)]
 Hash = Annotated[str, Matches("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")]
+Seed = Annotated[int, Between(0, (1 << 63) - 1)]
 Ratio = Annotated[float, Between(1, 1 << 24)]
 Level = Annotated[float, Between(-1e6, 1e6)]
 Scale = Annotated[float, Between(1e-6, 1e6)]
@@ -90,6 +91,7 @@ class PruneRecord:
     counts: tuple[Amount, ...]  # r_1 ... r_L
     stages: tuple[Stage, ...]  # where tokens leave, in the order in which they meet them
     reads_text: bool  # whether what stays of an image depends on the text that is read with it
+    seed: Seed | None  # of a method that draws, None of others
     options: dict[str, str] = field(default_factory=dict)
     schedule: dict[str, Any] | None = None
 

@@ -37,7 +37,7 @@ class Recipe:
     """A model, a method and its ratio, what to calibrate on, and how to lower the graphs."""
 
     spec: PruneSpec
-    output: Path | None = None  # None: out/MODEL-METHOD-crCR
+    output: Path | None = None  # None: out/MODEL-METHOD-crCR, with -seedN where one is drawn with
     model: str = "demo"
     revision: str | None = None
     image_size: Size | None = None  # of the pictures to freeze for; None: the family's default
@@ -73,9 +73,9 @@ class Recipe:
         if self.output is not None:
             return self.output
         stem, spec = self.model_name.rpartition("/")[2], self.spec
-        return Path("out") / (
-            f"{stem}-{spec.method}" + (f"-cr{spec.cr:.4g}" if spec.cr != 1 else "")
-        )
+        ratio = f"-cr{spec.cr:.4g}" if spec.cr != 1 else ""
+        seed = policies.seed_of(policies.make(spec))
+        return Path("out") / f"{stem}-{spec.method}{ratio}{f'-seed{seed}' if seed else ''}"
 
 
 def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exported:

@@ -20,9 +20,6 @@ Positions = Literal["keep", "renumber"]
 AUTO = "auto"
 """The value of an option that a method settles by itself."""
 
-TOPK_LIMIT = 3840
-"""TensorRT's TopK refuses a larger K, in every version up to 11."""
-
 
 @dataclass(frozen=True, slots=True)
 class PruneSpec:
@@ -112,11 +109,6 @@ class Plan:
             if stage.survivors > live or min(stage.keep, stage.merged) < 0:
                 raise SpecError(
                     f"a stage cannot leave {stage.survivors} visual tokens where {live} are alive"
-                )
-            if stage.survivors > TOPK_LIMIT:
-                raise SpecError(
-                    f"TensorRT selects at most {TOPK_LIMIT} tokens at once, the plan keeps"
-                    f" {stage.survivors}; use a smaller input or a larger --cr"
                 )
             live, layer = stage.survivors, stage.layer
 

@@ -33,9 +33,10 @@ from edgeprune.export.preprocess import image_record
 from edgeprune.export.prompts import read_text
 from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import DECODER, GraphRecord
+from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter
 from edgeprune.models._processor import Processor, Prompt
-from edgeprune.policies import Policy
+from edgeprune.policies import Policy, seed_of
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.versions import installed
 
@@ -102,6 +103,16 @@ def preflight(
         )
 
 
+def check_topk(method: str, ranked: int, target: str) -> None:
+    """SpecError where a method puts more tokens in order at once than a target's engines can."""
+    limit = TARGETS[target].topk_limit
+    if limit is not None and ranked > limit:
+        raise SpecError(
+            f"method {method} ranks {ranked} visual tokens at once, engines of --target {target}"
+            f" rank {limit} at most; use a smaller image, a larger --cr or another method"
+        )
+
+
 @dataclass(frozen=True)
 class Records:
     """What the checkpoint's small files decide of a bundle, and what to tell of the checkpoint."""
@@ -137,6 +148,7 @@ def export(
     """Trace, write weights, check parity, and rename the whole into place."""
     compared = not request.no_parity
     preflight(request.output, request.target, request.dtype, adapter, compared=compared)
+    check_topk(request.spec.method, policy.largest_topk(request.plan), request.target)
     dialect, dtype = request.lowering
     records = read_records(adapter, processor)
     samples = [] if request.no_parity else list(prompts)
@@ -229,6 +241,7 @@ def _prune_record(request: ExportRequest, adapter: Adapter, policy: Policy) -> P
         counts=plan.counts,
         stages=plan.stages,
         reads_text=policy.reads_text and bool(plan.in_decoder),
+        seed=seed_of(policy),
         options=dict(spec.options),
         schedule=request.schedule,
     )

@@ -128,9 +128,11 @@ def settled(model: Any) -> Any:
     return model.eval()
 
 
-def internvl(side: int = 56, **text: Any) -> Family:
-    """Tiles of 56 pixels, 4 tokens each; the decoder is Qwen2."""
+def internvl(side: int = 56, rms_norms: bool = False, **text: Any) -> Family:
+    """Tiles of 56 pixels, 4 tokens each; the decoder is Qwen2. `rms_norms`: as in InternViT-6B."""
+    norms = {"norm_type": "rms_norm", "use_qk_norm": True} if rms_norms else {}
     vision = InternVLVisionConfig(
+        **norms,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

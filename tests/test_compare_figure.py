@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+import math
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.compare.figure import PALETTE, figure
+from edgeprune.compare.figure import PALETTE, figure, ticks
 from edgeprune.compare.labels import Box, column, placed, spread
 from edgeprune.compare.results import Comparison, Result
 from edgeprune.drawing import png
@@ -106,3 +107,18 @@ def test_the_part_of_a_line_in_a_box() -> None:
     assert box.within((0, 0), (100, 0)) == 0
     assert box.within((10, 10), (20, 20)) == pytest.approx(200**0.5)
     assert box.within((0, 40), (40, 0)) == pytest.approx(200**0.5)
+
+
+@given(st.floats(0.01, 1000), st.floats(1.05, 200))
+def test_numbers_stand_over_the_whole_of_an_axis(low: float, factor: float) -> None:
+    """Nowhere is there more than half of the axis without one, nor two too near each other."""
+    high, most = low * factor, 26
+    at = [math.log(value / low) / math.log(factor) for value in ticks(low, high, most)]
+    assert all(0 <= place <= 1 for place in at)
+    gaps = [after - before for before, after in pairwise([0, *at, 1])]
+    assert max(gaps) <= 0.5
+    assert min(gaps[1:-1], default=1) >= 0.999 / most
+
+
+def test_an_axis_to_18_milliseconds_has_a_number_above_10() -> None:
+    assert ticks(2, 18.5, 26) == [2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18]

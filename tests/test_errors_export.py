@@ -9,16 +9,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import onnxruntime
 import pytest
-from conftest import Refused
+from conftest import TINY, Refused
 
+from benchmarks.shapes import write
 from edgeprune.bundle import Bundle, atomic_folder
 from edgeprune.cli import main
 from edgeprune.errors import BundleError
+from edgeprune.export.exporter import check_topk
+from edgeprune.spec import flat_plan
 
 if sys.platform != "win32":
     import resource
@@ -226,3 +230,14 @@ def test_what_the_exporter_assumed_is_told(
     assert out == f"{tmp_path / 'bundle'}\n"
     assert "note: the checkpoint has no chat template; LLaVA-1.5's is used" in err
     assert "the bf16 graph itself was not run: ONNX Runtime has no kernels for it" in err
+
+
+def test_more_tokens_than_a_targets_engines_can_rank(tmp_path: Path, refused: Refused) -> None:
+    """Of TensorRT alone: a plan for ONNX Runtime may keep as many as there are."""
+    checkpoint = write(replace(TINY, image=882), tmp_path / "wide")  # 3,969 visual tokens
+    options = ["--model", checkpoint, "--method", "uniform", "--cr", "1.02", "-o", tmp_path / "b"]
+    line = refused("export", *options, "--target", "rtx")
+    assert "method uniform ranks 3891 visual tokens at once" in line
+    assert "engines of --target rtx rank 3840 at most; use a smaller image" in line
+    for target in ("cpu", "cuda"):
+        check_topk("uniform", flat_plan(8000, 24, 2).entering, target)

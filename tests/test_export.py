@@ -22,6 +22,7 @@ from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
+from tests.conftest import Refused
 from tests.frozen import compared
 from tests.graphs import NEVER, sized_by_data
 
@@ -152,3 +153,17 @@ def test_a_graph_that_disagrees_is_found_out(demo_utp: Path) -> None:
     prompts = [sample.prompt for sample in demo_samples(processor, 4)]
     with pytest.raises(ParityError):
         parity.check(compared(demo_utp, reference), reference, prompts)
+
+
+def test_a_bundle_tells_the_seed_that_its_tokens_were_drawn_with(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["export", "--model", str(tiny_checkpoint), "--cr", "2", "--parity", "0", "--method"]
+    for options, seed in ((["--seed", "7"], 7), (["--set", "seed=8"], 8), ([], 0)):
+        assert main([*command, "random", *options]) == 0
+        ending = f"-seed{seed}" if seed else ""
+        assert Bundle.open(Path(f"out/tiny-random-cr2{ending}")).manifest.prune.seed == seed
+    assert main([*command, "uniform", "--seed", "7"]) == 0
+    assert Bundle.open(Path("out/tiny-uniform-cr2")).manifest.prune.seed is None
+    assert "a whole number from 0, below 2^63; got -1" in refused(*command, "random", "--seed=-1")

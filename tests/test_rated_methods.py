@@ -15,7 +15,7 @@ from edgeprune import policies
 from edgeprune.errors import SpecError
 from edgeprune.policies._signals import InputSignals, VisionSignals
 from edgeprune.policies._steps import falling, geometric, recycled, with_merged
-from edgeprune.spec import TOPK_LIMIT, ModelShape, Plan, PruneSpec, Stage, plan_from_counts
+from edgeprune.spec import ModelShape, Plan, PruneSpec, Stage, plan_from_counts
 from tests.test_clusters import _merged
 from tests.test_diverse import _cosines, _determinant_oracle, _unlike_oracle, _without_pairs_oracle
 from tests.test_policies import _signals
@@ -197,7 +197,7 @@ def test_falling_counts_are_as_near_as_steps_of_one_bring_them(first, layers, ra
     assert abs(sum(counts) - wanted) <= layers
 
 
-@given(st.integers(2, TOPK_LIMIT), st.data())
+@given(st.integers(2, 3840), st.data())
 def test_merged_tokens_are_sparsevlms_share_of_those_that_go(live: int, data) -> None:
     survivors = data.draw(st.integers(1, live - 1))
     plan = with_merged(plan_from_counts(live, (live, survivors)))
@@ -252,7 +252,8 @@ def test_options_out_of_range_are_refused(method: str, options: dict[str, str], 
 
 
 @pytest.mark.parametrize("method", ["sparsevlm", "polymorphic", "vispruner"])
-def test_more_tokens_than_can_be_ranked_are_refused(method: str) -> None:
+def test_tokens_that_go_are_ranked_too(method: str) -> None:
     shape = replace(SEVEN, visual_tokens=4000, grid=(1, 4000))
-    with pytest.raises(SpecError, match="TensorRT at most 3840"):
-        policies.make(PruneSpec(method, 4)).plan(shape, 4)
+    policy = policies.make(PruneSpec(method, 4))
+    assert policy.largest_topk(policy.plan(shape, 4)) == 4000
+    assert policy.largest_topk(Plan(4000, 32)) == 0, "nothing is pruned"

@@ -27,7 +27,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _common.add_method(command)
     _common.add_calibration(command)
     command.add_argument("--schedule", type=Path, metavar="FILE", help="solved before: calibrate")
-    command.add_argument("-o", "--output", type=Path, help="default out/MODEL-METHOD-crCR")
+    command.add_argument("-o", "--output", type=Path, help="default out/MODEL-METHOD-crCR(-seedN)")
     command.add_argument(
         "--target", default="cpu", help="cpu (default), cuda, rtx, jetpack7 or jetpack6"
     )

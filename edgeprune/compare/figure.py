@@ -25,6 +25,12 @@ PALETTE: tuple[Colour, ...] = (
 )
 """Told apart with every kind of colour vision (Okabe and Ito); for the methods most often right."""
 FAINT: Colour = (173, 179, 186)
+ONE_DIGIT = (1, 5, 2, 3, 7, 4, 6, 8, 9)
+"""First digits of the numbers on an axis, the roundest first."""
+TWO_DIGITS = (1.5, 2.5, 1.2, *(n / 10 for n in range(10, 100)))
+THREE_DIGITS = tuple(n / 100 for n in range(100, 1000))
+SPACES = ((ONE_DIGIT, 1), (TWO_DIGITS, 2), (THREE_DIGITS, 4))
+"""How many ticks a gap has room for at least, before a number of so many digits goes there."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def _axes(dense: Mark | None, curves: Iterable[Curve]) -> Axes:
     room = max(right / left, 1.2)  # on the left for names
     most = max(100 - mark.low for mark in marks)
     least = max(min(100 - mark.high for mark in marks), 0.3)
-    box = Box(MARGIN + 40, MARGIN + 104, WIDTH - 2 * MARGIN - 60, HEIGHT - 2 * MARGIN - 160)
+    box = Box(MARGIN + 54, MARGIN + 104, WIDTH - 2 * MARGIN - 74, HEIGHT - 2 * MARGIN - 160)
     return Axes((left / room**0.2, right * room**0.05), (1.1 * most, 0.95 * least), box)
 
 
@@ -148,28 +154,33 @@ def _frame(sheet: Sheet, axes: Axes, comparison: Comparison, timed: bool) -> Non
     unit = "prefill, ms" if timed else "visual tokens computed, %"
     below = box.right - sheet.pen.length(unit, SIZE)
     sheet.text(below, box.bottom + 52, unit, SIZE, QUIET)
-    for wrong in _ticks(axes.wrong[1], axes.wrong[0], box.height / 20):
+    for wrong in ticks(axes.wrong[1], axes.wrong[0], box.height / 20):
         y = axes.at(axes.x[0], 100 - wrong)[1]
         sheet.line([(box.left, y), (box.right, y)], GHOST, 1)
         name = f"{100 - wrong:g}"
         sheet.text(box.left - 10 - sheet.pen.length(name, SIZE), y + 6, name, SIZE)
     sheet.line([(box.left, box.bottom), (box.right, box.bottom)], INK, 1)
-    for value in _ticks(*axes.x, box.width / 40):
+    for value in ticks(*axes.x, box.width / 40):
         x = axes.at(value, 0)[0]
         sheet.line([(x, box.bottom), (x, box.bottom + 6)], INK, 1)
         name = f"{value:g}"
         sheet.text(x - sheet.pen.length(name, SIZE) / 2, box.bottom + 25, name, SIZE)
 
 
-def _ticks(low: float, high: float, most: float) -> list[float]:
-    """Round numbers on a logarithmic axis that has room for `most`, the roundest first."""
+def ticks(low: float, high: float, most: float) -> list[float]:
+    """Round numbers over the whole of a logarithmic axis that has room for `most`, in order.
+
+    Digits 1 to 9 first, the roundest first; where they leave a gap of several ticks, as between 10
+    and 20, numbers of two and of three digits.
+    """
     found: list[float] = []
     apart = math.log(high / low) / most
-    for digit in (1, 5, 2, 3, 7, 4, 6, 8, 9):
-        for value in (digit * 10.0**power for power in range(-3, 6)):
-            free = all(abs(math.log(value / other)) >= apart for other in found)
-            found += [value] if low <= value <= high and free else []
-    return found
+    for digits, gap in SPACES:
+        for value in (digit * 10.0**power for digit in digits for power in range(-3, 6)):
+            near = (abs(math.log(value / other)) for other in found)
+            if low <= value <= high and all(distance >= gap * apart for distance in near):
+                found.append(value)
+    return sorted(found)
 
 
 def _reference(sheet: Sheet, axes: Axes, dense: Mark) -> None:

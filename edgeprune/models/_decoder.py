@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from edgeprune.models._layers import (
     CausalScores,
-    HeadNorm,
     Linear,
     Narrow,
     Product,
+    RMSNorm,
     Scale,
     Sum,
     Tabled,
@@ -88,7 +88,7 @@ class Seen:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, ops: TorchOps) -> None:
         super().__init__()
         self.config = config
         inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
@@ -96,16 +96,16 @@ class Attention(nn.Module):
         self.key = Narrow(config.width, kv_inner, config.qkv_bias)
         self.value = Narrow(config.width, kv_inner, config.qkv_bias)
         self.output = Linear(inner, config.width, config.output_bias)
-        norm = (config.head_size, config.eps)
-        self.query_norm = HeadNorm(*norm) if config.head_norms else nn.Identity()
-        self.key_norm = HeadNorm(*norm) if config.head_norms else nn.Identity()
+        norm = (config.head_size, config.eps, ops)
+        self.query_norm = RMSNorm(*norm) if config.head_norms else nn.Identity()
+        self.key_norm = RMSNorm(*norm) if config.head_norms else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, [1, heads, S, head], no positions yet."""
         kv_heads = self.config.kv_heads
         return (
-            split_heads(self.query_norm(self.query(x)), self.config.heads),
-            split_heads(self.key_norm(self.key(x)), kv_heads),
+            self.query_norm(split_heads(self.query(x), self.config.heads)),
+            self.key_norm(split_heads(self.key(x), kv_heads)),
             split_heads(self.value(x), kv_heads),
         )
 
@@ -128,7 +128,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.eps, self.ops = config.eps, ops
         self.attention_norm = Scale(config.width)
-        self.attention = Attention(config)
+        self.attention = Attention(config, ops)
         self.scores = CausalScores(ops)
         self.mlp_norm = Scale(config.width)
         self.mlp = MLP(config)

@@ -128,17 +128,17 @@ class Block(nn.Module):
     def __init__(self, config: EncoderConfig, ops: TorchOps) -> None:
         super().__init__()
         self.config = config
-        width, normed = config.width, RMSNorm if config.rms_norm else LayerNorm
-        self.attention_norm = normed(width, config.eps)
+        width, norm = config.width, (config.width, config.eps)
+        self.attention_norm = RMSNorm(*norm, ops) if config.rms_norm else LayerNorm(*norm)
         self.query = Narrow(width, width, config.qkv_bias)
         self.key = Narrow(width, width, config.qkv_bias)
         self.value = Narrow(width, width, config.qkv_bias)
-        self.query_norm = RMSNorm(width, 1e-6) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(width, 1e-6) if config.qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(width, 1e-6, ops) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(width, 1e-6, ops) if config.qk_norm else nn.Identity()
         self.scores = Scores(ops)
         self.output = Linear(width, width, bias=True)
         self.attention_gain = Gain(width) if config.gain else nn.Identity()
-        self.mlp_norm = normed(width, config.eps)
+        self.mlp_norm = RMSNorm(*norm, ops) if config.rms_norm else LayerNorm(*norm)
         self.up = Linear(width, config.mlp_width, bias=True)
         self.down = Linear(config.mlp_width, width, bias=True)
         self.mlp_gain = Gain(width) if config.gain else nn.Identity()

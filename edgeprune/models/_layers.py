@@ -142,17 +142,15 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32, from plain operators."""
+class RMSNorm(Scale):
+    """x / rms(x) * weight over the last axis, by the dialect's operator."""
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+    def __init__(self, width: int, eps: float, ops: TorchOps) -> None:
+        super().__init__(width)
+        self.eps, self.ops = eps, ops
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * cast(scaled, self.weight.dtype)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -162,15 +160,6 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
         normed = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         return cast(normed, self.weight.dtype)
-
-
-class HeadNorm(RMSNorm):
-    """The same over each head's part of the last axis, with one weight for all heads."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        size = self.weight.shape[0]
-        return super().forward(x.view(batch, length, width // size, size)).flatten(2)
 
 
 class Gain(Part):

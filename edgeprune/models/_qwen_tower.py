@@ -20,7 +20,7 @@ from edgeprune.models._layers import (
     Linear,
     Narrow,
     Product,
-    Scale,
+    RMSNorm,
     Scores,
     Sum,
     Tabled,
@@ -235,14 +235,5 @@ class QwenTower(Tabled):
         return spans.transpose(1, 2).flatten(1, 2)
 
 
-class RMSNorm(Scale):
-    def __init__(self, width: int, ops: TorchOps) -> None:
-        super().__init__(width)
-        self.ops = ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, EPS)
-
-
 def _norm(config: TowerConfig, ops: TorchOps) -> nn.Module:
-    return RMSNorm(config.width, ops) if config.gated else LayerNorm(config.width, EPS)
+    return RMSNorm(config.width, EPS, ops) if config.gated else LayerNorm(config.width, EPS)

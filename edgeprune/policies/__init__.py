@@ -44,6 +44,12 @@ def make(spec: PruneSpec) -> Policy:
     return cls(**values)
 
 
+def seed_of(policy: Policy) -> int | None:
+    """The seed of a method that draws, None of others."""
+    seed: int | None = getattr(policy, "seed", None)
+    return seed
+
+
 def _parse(name: str, text: str, default: object) -> object:
     if isinstance(default, bool):
         if text not in ("on", "off"):

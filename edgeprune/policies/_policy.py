@@ -79,6 +79,10 @@ class Policy:
         """Stages for a model and a compression ratio; SpecError where it cannot be reached."""
         raise NotImplementedError
 
+    def largest_topk(self, plan: Plan) -> int:
+        """How many tokens the method puts in order at once, at most; a target may have a limit."""
+        return max((stage.survivors for stage in plan.stages), default=0)
+
     def fold(self, signals: BlockSignals, stage: Stage) -> Fold | None:
         """What an encoder block merges between attention and MLP, at a stage with site `block`;
         stage.merged patches leave the last block."""

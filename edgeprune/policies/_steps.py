@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from edgeprune.errors import SpecError
-from edgeprune.spec import TOPK_LIMIT, ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
+from edgeprune.spec import ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
 
 MOST_DROPS = 8  # `_near` tries 3 counts after each
 
@@ -128,15 +128,6 @@ def placed(plan: Plan, positions: str, shape: ModelShape, *, renumber: bool) -> 
         return plan
     stages = (replace(s, renumber=True) if s.site == "layer" else s for s in plan.stages)
     return replace(plan, stages=tuple(stages))
-
-
-def check_ranked(method: str, tokens: int) -> None:
-    """SpecError where a method has to put more tokens in order than TensorRT can."""
-    if tokens > TOPK_LIMIT:
-        raise SpecError(
-            f"method {method} ranks {tokens} visual tokens, TensorRT at most {TOPK_LIMIT}; use a"
-            " smaller input or choose another method, such as fastervlm"
-        )
 
 
 def recycled(live: int, keep: int) -> int:

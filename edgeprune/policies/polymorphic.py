@@ -38,7 +38,6 @@ from edgeprune.policies._raters import likeness, rated, raters
 from edgeprune.policies._recycle import recycle
 from edgeprune.policies._signals import LayerSignals, VisionSignals
 from edgeprune.policies._steps import (
-    check_ranked,
     falling,
     geometric,
     parse,
@@ -73,9 +72,10 @@ class Policy(_policy.Policy):
             raise SpecError(f"--set enter= is a number from 1 to {layers}; got {self.enter:g}")
         drops = scaled(DEPTHS, layers) if self.stages == AUTO else parse(self.stages, layers)
         plan = plan_from_counts(tokens, self._counts(shape, drops, cr))
-        if plan.stages:
-            check_ranked("polymorphic", tokens)
         return _merging_first(with_merged(plan))
+
+    def largest_topk(self, plan: Plan) -> int:
+        return plan.visual_tokens if plan.stages else 0  # those that go are in order too
 
     def _counts(self, shape: ModelShape, drops: tuple[int, ...], cr: float) -> tuple[int, ...]:
         """r_1 ... r_L."""

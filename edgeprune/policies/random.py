@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
@@ -22,6 +23,10 @@ class Policy(_policy.Policy):
 
     summary: ClassVar[str] = "control: random tokens, drawn once at export"
     sites: ClassVar[tuple[str, ...]] = ("vision",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise SpecError(f"--seed is a whole number from 0, below 2^63; got {self.seed}")
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))

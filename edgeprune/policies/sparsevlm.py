@@ -47,7 +47,6 @@ from edgeprune.policies._recycle import recycle
 from edgeprune.policies._select import ranked
 from edgeprune.policies._signals import LayerSignals
 from edgeprune.policies._steps import (
-    check_ranked,
     falling,
     geometric,
     parse,
@@ -95,9 +94,13 @@ class Policy(_policy.Policy):
             counts = falling(tokens, layers, drops, wanted)
         plan = plan_from_counts(tokens, counts)
         if self.version == "1.5":
-            check_ranked("sparsevlm", tokens)
             plan = with_merged(plan)
         return placed(plan, self.positions, shape, renumber=self.version == "1.5")
+
+    def largest_topk(self, plan: Plan) -> int:
+        if self.version != "1.5":
+            return super().largest_topk(plan)
+        return plan.visual_tokens if plan.stages else 0  # those that go are in order too
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         scores = self.record(stage.layer - 1, signals)

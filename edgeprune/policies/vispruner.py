@@ -32,7 +32,6 @@ from edgeprune.policies._diverse import without_pairs
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import ascending, ranked
 from edgeprune.policies._signals import VisionSignals
-from edgeprune.policies._steps import check_ranked
 from edgeprune.policies._tiles import check_tiles, of_each, part, parts
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 
@@ -54,10 +53,10 @@ class Policy(_policy.Policy):
         if not 0 <= self.important <= 1:
             raise SpecError(f"--set important= is a share from 0 to 1; got {self.important:g}")
         check_tiles(self.tiles)
-        plan = flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
-        if plan.stages:
-            check_ranked("vispruner", shape.visual_tokens)
-        return plan
+        return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
+
+    def largest_topk(self, plan: Plan) -> int:
+        return plan.visual_tokens if plan.stages else 0  # those that go are in order too
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         features, scores = signals.features[0], signals.salience()
