@@ -41,6 +41,7 @@ def test_a_method_tells_its_paper_options_and_deviations(
     assert (sys.modules[policy.__module__].__doc__ or "!").strip() in text
     for option in fields(policy):
         assert f"--set {option.name}=" in text
+    assert ("Of every method:\n- Counts are fixed" in text) == (name != "none")
 
 
 def test_options_are_told_with_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:

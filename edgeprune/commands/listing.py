@@ -116,6 +116,8 @@ def _described(name: str, policy: type[Policy]) -> str:
     import re
     import sys
 
+    from edgeprune.policies._policy import EVERY
+
     source = inspect.getsource(policy)
     lines = [
         name,
@@ -129,7 +131,7 @@ def _described(name: str, policy: type[Policy]) -> str:
         label = "" if number else "options"
         lines.append(f"{label:<10} --set {option}" + (f"  {comment[1]}" if comment else ""))
     text = inspect.getdoc(sys.modules[policy.__module__]) or ""
-    return "\n".join([*lines, "", text])
+    return "\n".join([*lines, "", text, *(["", EVERY.rstrip()] if policy.sites else [])])
 
 
 def run_models(args: argparse.Namespace) -> int:

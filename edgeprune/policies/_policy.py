@@ -11,6 +11,16 @@ from edgeprune.errors import SpecError
 from edgeprune.policies._signals import BlockSignals, InputSignals, LayerSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage
 
+EVERY = """Of every method:
+- Counts are fixed at export, the same for every image. What stays is chosen once, when an image is
+  read; decode steps and later turns choose nothing.
+- Scores are float32 in every graph. Of equal ones the lower position comes first; PyTorch, which
+  the released codes use, promises no order.
+- Tokens that leave before the decoder leave no gap in positions, but under M-RoPE (Qwen-VL), where
+  each keeps its row and column.
+"""
+"""What holds of all methods alike, and so stands in no method's file."""
+
 
 class Counts(Protocol):
     """A solved schedule: r_1 ... r_L."""

@@ -5,10 +5,13 @@ become pivots, 4 of each. Pivot after pivot, the visual ones first, takes the fr
 least alike (cosine of hidden states) to it, each an equal share of the budget; the visual pivots
 stay too. Layers 1..K see every visual token, all others the R that stay, and R follows from the CR:
 (V L / CR - K V) / (L - K). Positions are kept.
-Deviations: the released code goes through pivots in the order of a hash table, here they go by the
-size of their keys; it applies the decoder's last norm, whose weights a site does not see, before it
-takes cosines; its shares are floor(M / 8) of a number M given beside the reduction, here they add
-up to R. With fewer text tokens than pivots the last text token is a pivot again.
+
+Deviations:
+- The released code goes through pivots in the order of a hash table, here they go by the size of
+  their keys.
+- It applies the decoder's last norm, whose weights a site does not see, before it takes cosines.
+- Its shares are floor(M / 8) of a number M given beside the reduction; here they add up to R.
+- With fewer text tokens than pivots the last text token is a pivot again.
 """
 
 from __future__ import annotations

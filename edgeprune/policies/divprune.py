@@ -1,11 +1,13 @@
 """DivPrune: the tokens that lie furthest apart, whatever the question is.
 
-Max-min diversity of the projected tokens with distance 1 - cosine: the first
-token is the one whose nearest neighbour is furthest, each next one that whose nearest chosen token
-is furthest. Survivors keep reading order; positions are renumbered, since tokens leave before the
-decoder. It runs in the vision graph, after the projector.
-Deviation: a chosen token is never chosen again; the released code repeats tokens once no direction
-is new.
+Max-min diversity of the projected tokens with distance 1 - cosine: the first token is the one whose
+nearest neighbour is furthest, each next one that whose nearest chosen token is furthest. Survivors
+keep reading order; positions are renumbered, since tokens leave before the decoder. It runs in the
+vision graph, after the projector. All crops are one pool, newline tokens too, as in the released
+code.
+
+Deviation:
+- A chosen token is never chosen again; the released code repeats tokens once no direction is new.
 """
 
 from __future__ import annotations

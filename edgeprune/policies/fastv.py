@@ -3,9 +3,12 @@
 The score is the last prompt token's attention after the softmax, head mean, in layer K. Layers 1..K
 see every visual token, all others see the R that stay, and R follows from the CR:
 (V L / CR - K V) / (L - K). Positions are kept.
-Deviations: the paper gives K and R, here K is given and R solved for; the set is chosen once, at
-prefill, as in the released code with a KV cache, where the paper chooses again at each step; the
-released code's second run of layer K is left out, since it only repeats keys in the cache.
+
+Deviations:
+- The paper gives K and R; here K is given and R solved for, unless `counts=` gives it.
+- The set is chosen once, at prefill, as in the released code with a KV cache; the paper chooses
+  again at each step.
+- The released code with a KV cache runs layer K twice and caches its keys twice; here once.
 """
 
 from __future__ import annotations

@@ -3,11 +3,15 @@
 Layers 1..K see all V tokens. Then their hidden states, in reading order, are cut into R runs of
 equal length and each run becomes its mean, at the position of its token floor((S - 1) / 2) of S.
 R follows from the CR: (V L / CR - K V) / (L - K). K is 2 of 32 layers, scaled to L.
-Nothing is scored, so no text is needed and no picture is treated unlike another.
-Deviations: the paper trains with this compression and evaluates some of its models with none; here
-it is applied to a model that was not trained for it, as UTP's comparison does. The released code
-cuts runs of a whole number of tokens and leaves out what remains; here the runs of one picture may
-differ by one token, so that every count can be reached and no token is left out.
+Nothing is scored, so no text is needed and no image is treated unlike another.
+
+Deviations:
+- The paper trains with this compression and evaluates some of its models with none; here it is
+  applied to a model that was not trained for it, as UTP's comparison does.
+- UTP's comparison does not say its K and S; K = 2 with S = 5 is what CR 4 gives.
+- The released code cuts runs of a whole number of tokens and leaves out what remains; here the runs
+  of one image may differ by one token, so that every count can be reached and none is left out.
+- It averages positions in fp16, which is off by one above 2,048; here they are integers.
 """
 
 from __future__ import annotations

@@ -8,14 +8,18 @@ of V T^T / sqrt(d), from hidden states. Text tokens with more than the mean of M
 visual token's score is its mean over the raters. The tokens that go are merged by such clusters.
 The counts, merged tokens included, are N, qN, q^2 N, q^3 N with N twice the budget, and q is solved
 for the CR.
-Open in the paper, chosen here: the quantiles of Eq. (12) are q; of the p tokens that go,
-floor((floor(0.3 p) + 1) / 10) + 1 means stay, as in SparseVLM; the text is what follows the
-picture; the nearest neighbours of Eq. (3) are as many as the clusters. Kept tokens come first, in
-reading order, then merged ones, the most prominent centre's first; in the decoder positions stay, a
-merged token's being its centre's.
-score=attention takes the raters' attention in the layer in place of M, as SparseVLM does.
+`score=attention` takes the raters' attention in the layer in place of M, as SparseVLM does.
 
-Deviations from the paper; there is no released code:
+Open in the paper, chosen here; there is no released code:
+- The quantiles of Eq. (12) are q.
+- Of the p tokens that go, floor((floor(0.3 p) + 1) / 10) + 1 means stay, as in SparseVLM.
+- The text is what follows the image.
+- The nearest neighbours of Eq. (3) are as many as the clusters.
+- Kept tokens come first, in reading order, then merged ones, the most prominent centre's first.
+- In the decoder positions are kept; a merged token's is its centre's.
+- Of several tiles (crops, images, frames) all tokens are ranked together.
+
+Deviations from the paper:
 - Eq. (4) and (8), said to be equivalent to Eq. (3) and (7), are not, and are left out.
 - Eq. (5), as printed no condition at all, is read as the least distance to a denser token.
 - The paper drops after layers 3, 7 and 16 of 40 too, and 3, 7 and 13 of 28: `stages=3,7,13`.

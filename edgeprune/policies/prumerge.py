@@ -6,10 +6,15 @@ weighted by their attention. They go on by falling attention; positions are renu
 `variant=released`: the weighted sum is added to the token, and one more token follows, the sum of
 all that were not chosen by their attention; its place is that of the largest of them.
 `variant=paper`: the token and its neighbours are averaged by their attention, nothing follows.
-Deviations: the paper's count follows outliers of the attention (more than 1.5 interquartile ranges
-above the third quartile), which no static graph can; here the CR decides. The released code reads
-the tower's last block, the paper the last but one, which is the last that is run here. Where an
-encoder has no [CLS], the attention that a patch receives takes its place.
+
+Deviations:
+- The paper's count follows outliers of the attention (more than 1.5 interquartile ranges above the
+  third quartile), which no static graph can; here the CR decides.
+- The released code reads queries and keys of the tower's last block; here, as in the paper, they
+  are those of the last but one, which is the last that is run.
+- Of several tiles (crops, images, frames) all tokens are ranked together; the released code fails
+  on more than one.
+- Where an encoder has no [CLS], the attention that a patch receives takes its place.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ A quarter of the chosen tokens have the most [CLS] attention, as PruMerge's: k o
 on a grid over the whole image, in reading order: tokens 0, s, 2s, ... below N - 1, s = floor(
 floor(N / k) / 3), less those that were chosen before. All take in their neighbours as in PruMerge;
 see `edgeprune methods prumerge`, its deviations too.
-Deviation: in the released code k follows outliers of the attention and the count what the grid
-adds, so that both differ from image to image. Here both counts are fixed. A quarter is what the
-paper's mean counts are, 36 of 144 at CR 4, where that grid adds 107 on average. Where it adds more
-than there is room for, those with the least attention are left out; where it adds fewer, the tokens
-with the most attention fill up.
+
+Deviation:
+- In the released code k follows outliers of the attention and the count what the grid adds, so that
+  both differ from image to image. Here both are fixed. A quarter is what the paper's mean counts
+  are, 36 of 144 at CR 4, where that grid adds about 107. Where it adds more than there is room for,
+  those with the least attention are left out; where fewer, those with the most attention fill up.
 """
 
 from __future__ import annotations

@@ -9,9 +9,13 @@ is left of the first set and then the second; positions are renumbered.
 The CR sets the number of patches that leave the encoder; what has to go is spread evenly over its
 blocks, earlier where a late block could not halve so many. A block merges half of its patches at
 most, so a shallow encoder limits the CR.
-Deviations: a ratio r for each block follows from the CR, where the paper gives r; where there is no
-[CLS], the rest of the first set keeps its order too, which the released code sorts by likeness.
 The encoder becomes cheaper too, which the CR does not count.
+
+Deviations:
+- How many each block merges follows from the CR; the paper gives r.
+- Where there is no [CLS], the rest of the first set keeps its order too; the released code sorts it
+  by likeness.
+- The blocks behind the one whose output the projector reads are not run, so they merge nothing.
 """
 
 from __future__ import annotations

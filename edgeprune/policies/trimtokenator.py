@@ -5,8 +5,13 @@ mean Euclidean distance to the text's embeddings. Diversity (Sec. 4.3, Eq. 8-16)
 token of least mean cosine to all, then again and again that of least mean cosine to those chosen.
 Both in the decoder's input space, so it runs in the decoder graph, before layer 1; a decode step
 passes its greedy steps with nothing to choose from.
-Open in the paper, chosen here: the text is what follows the picture, the template's end included;
-survivors keep reading order and positions are renumbered. There is no released code.
+
+Open in the paper, chosen here; there is no released code:
+- The text is what follows the image, the template's end included.
+- Distances are those of Eq. 3; Appendix B derives with their squares, which order otherwise.
+- Survivors keep reading order and positions are renumbered.
+- Where more tokens stay than alignment would leave, alignment alone chooses.
+- Of several tiles (crops, images, frames) all tokens are one pool.
 """
 
 from __future__ import annotations

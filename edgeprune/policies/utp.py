@@ -1,17 +1,28 @@
 """UTP, unbiased token pruning: what to prune by position-agnostic attention, where by a schedule.
 
 URE (Sec. 3.2, Eq. 2): in the first layers the last prompt token's attention is scored with every
-visual token at one position, the middle of the picture, so that nearness earns nothing.
+visual token at one position, the middle of the image, so that nearness earns nothing.
 UTR (Sec. 3.3, Eq. 3-5): r_2 ... r_L from an integer program over calibration samples.
-Above CR 4 the picture enters the decoder with r_1 = 4V / CR tokens, chosen by [CLS] attention
+Above CR 4 the image enters the decoder with r_1 = 4V / CR tokens, chosen by [CLS] attention
 (by received attention where the encoder has no [CLS]).
-Positions inside the decoder are kept. The paper's budget V*L/CR - V presumes r_1 = V; here r_1
-is what really enters, so that the CR asked for is the CR reached.
 
 Ablations of the paper: `ure=off` scores with plain attention everywhere; `utr=off` calibrates
 nothing and prunes once, after layer K, as the paper's baseline FastV does (Table 2); `position` is
 where URE puts all visual tokens, `none` leaves rotary embedding out of its attention (Tables 3, 4).
-Above CR 4 `utr=off` too enters with 4V / CR tokens, which the paper does not do.
+
+Deviations:
+- The paper's budget V*L/CR - V presumes r_1 = V; here r_1 is what really enters, so that the CR
+  asked for is the CR reached.
+- Above CR 4 `utr=off` too enters with 4V / CR tokens, which the paper does not do.
+
+Open in the paper, chosen here; there is no released code:
+- Positions inside the decoder are kept.
+- One schedule is best for the sum over all samples. `--solver paper` averages the best ones of each
+  sample, `--solver exact` proves the optimum.
+- The output feature whose angle is ell_l is the last prompt token's, after the final norm.
+- In the first layers calibration collects the position-agnostic attention that will be used there.
+- Under M-RoPE the middle is taken of each of the three positions.
+- Of several tiles (crops, images, frames) all tokens are ranked together.
 """
 
 from __future__ import annotations

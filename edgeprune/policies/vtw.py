@@ -3,7 +3,9 @@
 Nothing is scored: K layers see all V tokens, the others none, so CR = L / K and only
 L ratios exist. K = round(L / CR); a CR that is further than one token per layer from L / K is
 refused, and the refusal names its two neighbours. Positions are kept.
-Deviation: the paper finds K by the KL divergence of outputs on samples, here the CR decides.
+
+Deviation:
+- The paper finds K by the KL divergence of outputs on samples; here the CR decides.
 """
 
 from __future__ import annotations
