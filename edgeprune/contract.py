@@ -6,17 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-from edgeprune.graphs import DECODER, VISION, GraphRecord, TensorRecord
 from edgeprune.records import Between, build
 
 if TYPE_CHECKING:
     from edgeprune.bundle import DecoderRecord, ImageRecord, Manifest, PruneRecord, TextRecord
 
-NEEDED = {
-    VISION: (("pixels",), ("visual", "visual_indices")),
-    DECODER: (("prefix_ids", "visual", "text_ids", "position", "lengths"), ("logits",)),
-}
-"""Roles of inputs and outputs that every bundle has, beside the caches."""
 PIXELS = 1 << 28
 """Numbers that the vision graph takes at most: 1 GB of float32."""
 ENLARGED = 4
@@ -30,7 +24,6 @@ def check_sizes(manifest: Manifest) -> None:
         *_decoder(manifest.decoder),
         *_image(manifest.image),
         *_text(manifest.text, manifest.decoder.vocabulary, manifest.prune.visual_tokens),
-        *_graphs(manifest.graphs, manifest.decoder.layers),
     )
     if wrong:
         raise ValueError("; ".join(wrong))
@@ -53,33 +46,6 @@ def _prune(prune: PruneRecord, layers: int) -> Iterator[str]:
         yield f"a grid of {rows} x {columns} has not {prune.visual_tokens} tokens"
     if loss := (prune.schedule or {}).get("loss"):
         build(tuple[Annotated[float, Between(0, 1e9)], ...], loss, "manifest.prune.schedule.loss")
-
-
-def _graphs(graphs: dict[str, GraphRecord], layers: int) -> Iterator[str]:
-    """Both graphs have the inputs and outputs that the runtime cannot do without."""
-    if graphs.keys() != NEEDED.keys():
-        yield f"graphs are {', '.join(NEEDED)}, not {', '.join(graphs)}"
-        return
-    for name, (inputs, outputs) in NEEDED.items():
-        graph = graphs[name]
-        for needed, tensors in ((inputs, graph.inputs), (outputs, graph.outputs)):
-            roles = [tensor.role for tensor in tensors]
-            if lost := [role for role in needed if role not in roles]:
-                yield f"{name} has no {lost[0]}"
-    read, written = (
-        sorted(
-            (tensor.role.partition("_")[2], tensor.layer or 0)
-            for tensor in tensors
-            if _cache(tensor)
-        )
-        for tensors in (graphs[DECODER].inputs, graphs[DECODER].outputs)
-    )
-    if read != written or read != [(k, n) for k in ("key", "value") for n in range(1, layers + 1)]:
-        yield f"{DECODER} has not one cache of keys and one of values for each of {layers} layers"
-
-
-def _cache(tensor: TensorRecord) -> bool:
-    return tensor.role.startswith(("past_", "present_"))
 
 
 def _decoder(record: DecoderRecord) -> Iterator[str]:

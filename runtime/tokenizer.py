@@ -25,8 +25,8 @@ PART_BYTES = 4 << 20
 """A normalizer, pre-tokenizer, post-processor or decoder is no larger; one of T5 takes 0.4 MB."""
 GROWTH = 64
 """A text is made so many times longer at most by what replaces characters."""
-SECONDS = 30.0
-"""What a text may take to become ids; a page takes a millisecond."""
+SECONDS = 5.0
+"""What a piece of a prompt may take to become ids; a page takes a millisecond."""
 TEXT = 1 << 20
 """Characters of a text at most."""
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
