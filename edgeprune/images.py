@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 import stat
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -41,7 +38,6 @@ ANIMATED = ("GIF", "PNG", "TIFF", "WEBP", "AVIF")
 """Formats that hold frames or pages. A phone's JPEG with a preview beside the photo is no such."""
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs goes to stderr
-_ONE_AT_A_TIME = threading.Lock()
 
 ImageSource = Path | str | bytes | NDArray[Any] | Image.Image
 """A path, the bytes of a file, an array [height, width] or [height, width, channels], Pillow's."""
@@ -121,8 +117,7 @@ def _read(source: ImageSource) -> RgbImage:
     if isinstance(source, np.ndarray):
         return _converted("the image", _from_array(source))
     if isinstance(source, Image.Image):
-        with _silenced() if source.format == "TIFF" else nullcontext():  # may be read only now
-            return _converted("the image", source)
+        return _converted("the image", source)
     if isinstance(source, bytes):
         if not source:
             raise InputError("the image is empty (0 bytes); give the bytes of an image file")
@@ -133,12 +128,7 @@ def _read(source: ImageSource) -> RgbImage:
 
 
 def _opened(name: str, stream: IO[bytes]) -> RgbImage:
-    tiff = stream.read(2) in (b"II", b"MM")
-    stream.seek(0)
-    with (
-        _silenced() if tiff else nullcontext(),
-        Image.open(stream, formats=FORMATS) as image,  # reads the header only
-    ):
+    with Image.open(stream, formats=FORMATS) as image:  # reads the header only
         if image.format in ("JPEG", "MPO"):
             _check_scans(name, stream, image.width * image.height)
         found = _converted(name, image)
@@ -151,19 +141,6 @@ def _opened(name: str, stream: IO[bytes]) -> RgbImage:
     return RgbImage(
         found.image, (*found.warnings, "the image holds several frames; the first one is used")
     )
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """libtiff writes what is wrong with a file straight to stderr; we say it in one line."""
-    with _ONE_AT_A_TIME, ExitStack() as undo:
-        with suppress(OSError):  # stderr may be closed
-            kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            undo.callback(os.close, kept)
-            undo.callback(os.dup2, kept, 2)
-            os.dup2(nowhere, 2)
-            os.close(nowhere)
-        yield
 
 
 def _check_scans(name: str, stream: IO[bytes], pixels: int) -> None:

@@ -138,6 +138,8 @@ class _Reader:
             node = self._found(view, _NODE)
             if domain := _text(node, 7):
                 raise ValueError(f"it has the operator {domain}.{_text(node, 4)}")
+            if not any(map(len, _views(node, 2))):
+                raise ValueError(f"it has a node of the operator {_text(node, 4)} without outputs")
             operators.add(_text(node, 4))
             tensors += self._tensors(node)
         return OnnxFile(

@@ -79,6 +79,11 @@ GRAPHS: dict[str, tuple[str, Callable[[Any], object], str]] = {
         lambda m: m.opset_import.append(helper.make_opsetid("com.microsoft", 1)),
         "operators of several domains",
     ),
+    "a node without outputs": (
+        DECODER,
+        lambda m: m.graph.node[5].ClearField("output"),
+        "without outputs",
+    ),
     "functions": (DECODER, function, "it has functions"),
     "training": (VISION, lambda m: m.training_info.add(), "it has training"),
     "sparse": (

@@ -40,6 +40,14 @@ def _huge(file: Path) -> None:
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
+def _deflated(file: Path) -> None:
+    """A TIFF whose rows are damaged, of which libtiff tells by itself."""
+    Image.linear_gradient("L").save(file, "TIFF", compression="tiff_adobe_deflate")
+    content = bytearray(file.read_bytes())
+    content[100:200] = bytes(100)
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("write", "says"),
     [
@@ -51,10 +59,11 @@ def _huge(file: Path) -> None:
         (lambda f: f.mkdir(), "is a folder; name one image file in it"),
         (lambda f: None, "there is no image at"),
         (_cut, "it is damaged, cut short or not yours to read; copy it again"),
+        (_deflated, "cannot be read as an image (decoder error"),
         (_huge, "has 400,000,000 pixels, at most 100,000,000 are read"),
         (lambda f: Image.new("1", (40_000, 1)).save(f), "too long and narrow"),
     ],
-    ids=["text", "empty", "folder", "missing", "truncated", "huge", "narrow"],
+    ids=["text", "empty", "folder", "missing", "truncated", "deflated", "huge", "narrow"],
 )
 def test_pictures_that_cannot_be_used(
     write: Any, says: str, tiny_bundle: Path, tmp_path: Path, refused: Refused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -36,14 +35,16 @@ def command(*arguments: object) -> Callable[[], int]:
 def reader(read: Callable[[], object]) -> Callable[[], int]:
     """A reader by itself, whose command would go on for seconds with what it has read."""
     from edgeprune.errors import EdgepruneError
+    from edgeprune.terminal import note, plain_streams
 
     def run() -> int:
-        try:
-            read()
-        except EdgepruneError as error:
-            print(f"edgeprune: {error}", file=sys.stderr)
-            return 2
-        return 0
+        with plain_streams(native=False):
+            try:
+                read()
+            except EdgepruneError as error:
+                note(f"edgeprune: {error}")
+                return 2
+            return 0
 
     return run
 
