@@ -18,10 +18,10 @@ from edgeprune.export.exporter import (
     Exported,
     ExportRequest,
     export,
-    lowering,
     preflight,
     read_records,
 )
+from edgeprune.lowering import resolve
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -166,7 +166,7 @@ def _check_keep(recipe: Recipe, why: str) -> None:
     """SpecError where parts are to stay in float32 and none can, or none can be found."""
     if recipe.keep_fp32 == "none":
         return
-    dtype = lowering(recipe.target, recipe.dtype)[1]
+    dtype = resolve(recipe.target, recipe.dtype).dtype.name
     if dtype != "fp16":
         raise SpecError(f"--keep-fp32 is for fp16, this export is {dtype}; leave it out")
     if why:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from edgeprune.errors import SpecError
+from edgeprune.lowering import Lowering
 from edgeprune.models._ops import TorchOps, attention, attention_to_all, cast, visible
 
 
@@ -103,17 +103,9 @@ MODERN = Dialect("modern", 24, ModernOps, "in-place")
 JETPACK7 = Dialect("jetpack7", 24, Jetpack7Ops, "in-place")
 JETPACK6 = Dialect("jetpack6", 18, Jetpack6Ops, "grow")
 
-_TARGETS = {
-    "cpu": (replace(MODERN, token=False), "fp32"),
-    "cuda": (MODERN, "fp16"),
-    "rtx": (MODERN, "fp16"),
-    "jetpack7": (JETPACK7, "fp16"),  # TensorRT 10.15 and 10.16
-    "jetpack6": (JETPACK6, "fp16"),  # TensorRT 10.3
-}
+DIALECTS = {dialect.name: dialect for dialect in (MODERN, JETPACK7, JETPACK6)}
 
 
-def for_target(target: str) -> tuple[Dialect, str]:
-    """The dialect and the default dtype of a target."""
-    if target not in _TARGETS:
-        raise SpecError(f"there is no target {target!r}; choose one of: {', '.join(_TARGETS)}")
-    return _TARGETS[target]
+def dialect_of(lowering: Lowering) -> Dialect:
+    """The dialect of a target."""
+    return replace(DIALECTS[lowering.target.dialect], token=lowering.target.token)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgeprune.bundle import (
     MANIFEST,
     Bundle,
@@ -27,20 +25,20 @@ from edgeprune.bundle import (
 from edgeprune.errors import BundleError, ExportError, SpecError
 from edgeprune.export import ranges
 from edgeprune.export.comparison import compare
-from edgeprune.export.dialects import Dialect, for_target
+from edgeprune.export.dialects import dialect_of
 from edgeprune.export.generation import read_generation
 from edgeprune.export.preprocess import image_record
 from edgeprune.export.prompts import read_text
 from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import DECODER, GraphRecord
-from edgeprune.lowering import TARGETS
+from edgeprune.lowering import DTYPES, TARGETS, Lowering, resolve
 from edgeprune.models import Adapter
 from edgeprune.models._processor import Processor, Prompt
+from edgeprune.models._rounding import TORCH
 from edgeprune.policies import Policy, seed_of
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.versions import installed
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("edgeprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 Report = Callable[[str, int, int], None]  # step, done, total
@@ -61,8 +59,8 @@ class ExportRequest:
     keep_fp32: str = "none"  # or auto: parts that float16 cannot hold stay in float32
 
     @property
-    def lowering(self) -> tuple[Dialect, str]:
-        return lowering(self.target, self.dtype)
+    def lowering(self) -> Lowering:
+        return resolve(self.target, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,6 @@ class Exported:
     notes: tuple[str, ...] = ()  # what was assumed or left out of the checkpoint
 
 
-def lowering(target: str, dtype: str | None) -> tuple[Dialect, str]:
-    """The dialect of a target and the dtype asked for, or the target's own."""
-    dialect, default = for_target(target)
-    chosen = dtype or default
-    if chosen not in DTYPES:
-        raise SpecError(f"--dtype is one of {', '.join(DTYPES)}; got {chosen!r}")
-    return dialect, chosen
-
-
 def preflight(
     output: Path, target: str, dtype: str | None, adapter: Adapter, *, compared: bool
 ) -> None:
@@ -90,11 +79,11 @@ def preflight(
 
     A half-precision bundle that is `compared` needs disk for its float32 copy too.
     """
-    chosen = DTYPES[lowering(target, dtype)[1]]
+    chosen = resolve(target, dtype).dtype
     check_target(output)
     place = next(folder for folder in output.absolute().parents if folder.exists())
-    copy = torch.float32.itemsize if compared and chosen != torch.float32 else 0
-    need = adapter.checkpoint.elements() * (chosen.itemsize + copy)
+    copy = DTYPES["fp32"].bytes if compared and chosen.name != "fp32" else 0
+    need = adapter.checkpoint.elements() * (chosen.bytes + copy)
     disk = shutil.disk_usage(place)
     if need > disk.free and disk.total:  # some file systems count nothing
         raise ExportError(
@@ -149,21 +138,21 @@ def export(
     compared = not request.no_parity
     preflight(request.output, request.target, request.dtype, adapter, compared=compared)
     check_topk(request.spec.method, policy.largest_topk(request.plan), request.target)
-    dialect, dtype = request.lowering
+    dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
     samples = [] if request.no_parity else list(prompts)
     proven, remarks = _prove(request, adapter, policy, samples, report)
     wide = proven.float32 if proven else ()
     try:
         with atomic_folder(request.output) as draft:
-            modules = modules_of(request.plan, adapter, policy, dialect, DTYPES[dtype], wide)
-            graphs = write_graphs(draft, modules, adapter, dialect, DTYPES[dtype], report)
+            modules = modules_of(request.plan, adapter, policy, dialect, dtype, wide)
+            graphs = write_graphs(draft, modules, adapter, dialect, dtype, report)
             copy_text(adapter.checkpoint.folder, draft, processor)
             checked = ParityRecord(0, request.no_parity)
             if not request.no_parity:
                 models = adapter, policy, request.plan
                 record = graphs[DECODER]
-                checked = compare(draft, record, *models, DTYPES[dtype], wide, samples, report)
+                checked = compare(draft, record, *models, dtype, wide, samples, report)
             report("hash files", 0, 1)
             manifest = _manifest(request, adapter, policy, records, graphs, draft, checked, proven)
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -194,7 +183,7 @@ def _prove(
     report: Report,
 ) -> tuple[RangeRecord | None, tuple[str, ...]]:
     """What float16 holds of the model, and remarks; None where that is not asked."""
-    if request.lowering[1] != "fp16" or request.no_parity:
+    if request.lowering.dtype.name != "fp16" or request.no_parity:
         return None, ()
     return ranges.prove(adapter, policy, request.plan, samples, request.keep_fp32, report)
 
@@ -209,14 +198,14 @@ def _manifest(
     checked: ParityRecord,
     proven: RangeRecord | None,
 ) -> Manifest:
-    dialect, dtype = request.lowering
+    dialect = dialect_of(request.lowering)
     return Manifest(
         name=request.output.name,
         model=request.model,
         family=adapter.shape.family,
         target=request.target,
         dialect=dialect.name,
-        dtype=dtype,
+        dtype=request.lowering.dtype.name,
         opset=dialect.opset,
         prune=_prune_record(request, adapter, policy),
         decoder=_decoder_record(adapter, request.plan, dialect.cache),

@@ -25,6 +25,7 @@ from edgeprune.errors import ParityError
 from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
+from edgeprune.models._rounding import NAMES
 from edgeprune.spec import Plan
 
 LOGITS_LIMIT = 0.25
@@ -103,7 +104,7 @@ def measure(
 
 
 def _name(half: Reference) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16"}[half.dtype]
+    return NAMES[half.dtype]
 
 
 def _advice(half: Reference) -> str:

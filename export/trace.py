@@ -23,13 +23,12 @@ from edgeprune.export.assumptions import Sizes, check_sizes
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.passes import add_token, clean
 from edgeprune.graphs import GraphRecord, TensorRecord
+from edgeprune.lowering import DTYPES
 from edgeprune.models._decoder import Decoder
 from edgeprune.spec import Plan
 
 _DTYPES = {
-    ir.DataType.FLOAT: "fp32",
-    ir.DataType.FLOAT16: "fp16",
-    ir.DataType.BFLOAT16: "bf16",
+    **{ir.DataType(dtype.onnx): dtype.name for dtype in DTYPES.values()},
     ir.DataType.INT64: "int64",
 }
 

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ExportError
+from edgeprune.lowering import DTYPES
 from edgeprune.models import Adapter
+from edgeprune.models._rounding import NAMES
 
 WEIGHTS = "weights.bin"
 ALIGNMENT = 4096  # a page, so that a runtime may map tensors in place
 INLINE = 1 << 20  # bytes; constants of the graph, such as indices, stay in it below this
-
-_TYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-}
 
 Progress = Callable[[int, int], None]
 
@@ -70,7 +66,7 @@ class WeightsFile:
             WEIGHTS,
             offset,
             data.nbytes,
-            _TYPES[data.dtype],
+            ir.DataType(DTYPES[NAMES[data.dtype]].onnx),
             shape=ir.Shape(data.shape),
             name=name,
             base_dir=self.folder,

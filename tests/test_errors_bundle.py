@@ -17,8 +17,9 @@ from edgeprune.bundle import CACHES, DIALECTS, NEEDED, SCHEMA, Bundle, Manifest
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import BundleError
-from edgeprune.export import dialects, exporter
-from edgeprune.lowering import DTYPES, TARGETS
+from edgeprune.export import dialects
+from edgeprune.lowering import DTYPES, TARGETS, resolve
+from edgeprune.models._rounding import TORCH
 from edgeprune.records import DEPTH, Between
 from tests.hostile import edit_graph
 
@@ -315,8 +316,7 @@ def test_what_a_newer_version_adds_is_ignored(
 
 
 def test_the_names_of_a_manifest_are_those_of_the_exporter() -> None:
-    assert sorted(TARGETS) == sorted(dialects._TARGETS)
-    made = [dialects.for_target(name) for name in TARGETS]
-    assert {dialect.name for dialect, _ in made} == {*DIALECTS}
-    assert {dialect.cache for dialect, _ in made} == {*CACHES}
-    assert {*exporter.DTYPES} == {*DTYPES}
+    made = [dialects.dialect_of(resolve(name)) for name in TARGETS]
+    assert {dialect.name for dialect in made} == {*DIALECTS} == {*dialects.DIALECTS}
+    assert {dialect.cache for dialect in made} == {*CACHES}
+    assert {*TORCH} == {*DTYPES}

@@ -107,7 +107,7 @@ def _request(args: argparse.Namespace) -> CompareRequest:
     from edgeprune.compare.comparing import CompareRequest
     from edgeprune.compare.questions import Questions
     from edgeprune.compare.race import Race
-    from edgeprune.export.exporter import lowering
+    from edgeprune.lowering import resolve
     from edgeprune.recipe import Recipe
     from edgeprune.runtime.ort import RUNS
     from edgeprune.spec import PruneSpec
@@ -122,7 +122,7 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         samples_file=args.samples_file,
         image_dir=args.image_dir,
     )
-    _, dtype = lowering(recipe.target, recipe.dtype)  # which refuses what it does not know
+    dtype = resolve(recipe.target, recipe.dtype).dtype.name  # refuses what it does not know
     if dtype not in RUNS:
         raise SpecError(f"compare asks ONNX Runtime, which runs {', '.join(RUNS)}; got {dtype}")
     questions = Questions(args.questions, args.questions_file, args.questions_image_dir)

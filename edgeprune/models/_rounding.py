@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError
+from edgeprune.lowering import DTYPES
 
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TORCH: dict[str, torch.dtype] = {d.name: getattr(torch, d.torch) for d in DTYPES.values()}
+"""torch's dtypes by our names."""
+NAMES = {dtype: name for name, dtype in TORCH.items()}
 WIDER = {torch.float16: "--dtype bf16 or --dtype fp32", torch.bfloat16: "--dtype fp32"}
 """What takes the numbers that a dtype cannot."""
 
