@@ -46,7 +46,7 @@ MODEL = "demo"
 
 @dataclass(frozen=True)
 class Check:
-    """A method at a ratio; differences are shares of the largest value where that is above 1."""
+    """A method at a ratio; differences are shares of the largest value."""
 
     method: str
     cr_asked: float

@@ -184,7 +184,7 @@ class ParityRecord:
     Graphs and eager reference, both computing in float32 with the bundle's rounded weights: `ties`
     of the samples keep other tokens, and the reference does too where it is rounded otherwise; the
     others keep the same, their visual tokens and logits differ by at most `visual` and `logits`, as
-    a share of the largest value where that is above 1. In half precision also the distances to the
+    a share of the largest value. In half precision also the distances to the
     float32 model: of the `eager` model that rounds after each operator, and of the `graph` in ONNX
     Runtime's CPU provider, which keeps float32 between many fp16 nodes and has no kernels for bf16.
     """

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from edgeprune.bundle import ParityRecord
 from edgeprune.export import parity, precision
 from edgeprune.export.dialogue import Graphs
-from edgeprune.export.upcast import upcast
 from edgeprune.graphs import GraphRecord
 from edgeprune.models import Adapter
 from edgeprune.models._processor import Prompt
@@ -49,9 +47,5 @@ def compare(
     rounded = Graphs(draft, record, half.decoder, dtype) if runs else None
     eager, graph = precision.measure(rounded, reference, half, samples, compared)
     del half, rounded
-    reference.round_weights(dtype)
-    with TemporaryDirectory(dir=draft) as folder:
-        upcast(draft, Path(folder))
-        copied = Graphs(Path(folder), record, reference.decoder)
-        checked = parity.check(copied, reference, samples, compared)
+    checked = parity.check_copy(draft, record, reference, dtype, samples, compared)
     return replace(checked, eager=eager, graph=graph)

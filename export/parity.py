@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -22,12 +24,17 @@ from torch import Tensor
 from edgeprune.bundle import ParityRecord
 from edgeprune.errors import ParityError
 from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play
+from edgeprune.export.upcast import upcast
+from edgeprune.graphs import GraphRecord
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.spec import Plan
 
 TOLERANCE = 1e-4
-"""Largest difference of two values, as a share of the largest of them where that is above 1."""
+"""Largest difference of two values, as a share of the largest of them."""
+
+TINY = 1e-30
+"""What is smaller than this counts as nothing."""
 
 NUDGES = 192
 """So many times pixels are changed by rounding before a difference is called one: where a greedy
@@ -81,6 +88,21 @@ def check(
     return ParityRecord(done, "", len(differing), visual, logits, TOLERANCE)
 
 
+def check_copy(
+    folder: Path,
+    record: GraphRecord,  # of decoder.onnx
+    reference: Reference,
+    dtype: torch.dtype,
+    prompts: Iterable[Prompt],
+    progress: Callable[[int], None] = lambda done: None,
+) -> ParityRecord:
+    """Compare a float32 copy of half-precision graphs; the reference's weights are rounded."""
+    reference.round_weights(dtype)
+    with TemporaryDirectory(dir=folder) as copy:
+        upcast(folder, Path(copy))
+        return check(Graphs(Path(copy), record, reference.decoder), reference, prompts, progress)
+
+
 def _merges(plan: Plan) -> bool:
     """Whether tokens are merged: then equal places may stand for other averages."""
     return any(stage.merged or stage.site == "block" for stage in plan.stages)
@@ -117,8 +139,8 @@ def _worst(found: Outcome, wanted: Outcome) -> float:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, as a share of the largest value where that is above 1."""
-    scale = max(1.0, float(wanted.abs().max()))
+    """Largest difference, as a share of the largest value: none is too small to be compared."""
+    scale = max(TINY, float(wanted.abs().max()))
     return float((wanted - found).abs().max()) / scale
 
 
