@@ -16,10 +16,10 @@ from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.errors import ParityError
 from edgeprune.export import parity
-from edgeprune.export.exporter import DTYPES
 from edgeprune.models import open_model
 from edgeprune.models._processor import random_prompt
 from edgeprune.models._reference import Reference
+from edgeprune.models._rounding import TORCH
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec
 from tests.families import llava
@@ -79,7 +79,7 @@ def test_a_small_fault_in_one_tensor_is_found_in_every_dtype(
 
     def check() -> None:
         reference = Reference.build(adapter, make(spec), manifest.prune.plan)
-        parity.check_copy(bundle, manifest.graph, reference, DTYPES[dtype], prompts)
+        parity.check_copy(bundle, manifest.graph, reference, TORCH[dtype], prompts)
 
     check()
     for name in ("layers.1.mlp.down.weight", "layers.2.attention.query.weight"):
@@ -129,7 +129,7 @@ def test_a_model_that_overflows_is_refused_in_fp16_alone(
     model, output = edited(_times(part, 1e5, row=5)), tmp_path / "bundle"
     command = ["export", "--model", model, *METHOD, "-o", output]
     line = refused(*command, "--target", "cuda")
-    assert "not finite" in line and "--dtype bf16 or fp32" in line
+    assert "fp16 ends at 65,504" in line and "--dtype bf16" in line
     assert not output.exists()
     assert main([str(word) for word in [*command, "--target", "rtx", "--dtype", "bf16"]]) == 0
     assert Bundle.open(output).manifest.parity.ties == 0

@@ -142,7 +142,7 @@ def test_what_is_not_finite_is_a_failure_by_name(check: Check, value: float, whe
 )
 def test_many_close_choices_are_ties_together(kept: tuple[list[int], ...], among: bool) -> None:
     def outcome(*kept: list[int], logit: float = 0.0) -> Outcome:
-        logits = (torch.tensor([logit]),)
+        logits = (torch.tensor([1.0, logit]),)
         return Outcome(tuple(map(torch.tensor, kept)), torch.zeros(1, 1, 1), logits)
 
     others = [
