@@ -21,7 +21,6 @@ from edgeprune.bench.bench import Absent, BenchResult, Laps, Row
 from edgeprune.bench.figure import figure
 from edgeprune.bench.table import HEADS, table
 from edgeprune.bench.worker import BenchWorker
-from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.drawing import png
 from edgeprune.runtime import gpu
@@ -65,7 +64,7 @@ def test_a_bundle_says_the_same_on_two_backends(
     bundle = Path(shutil.copytree(tiny_jetpack7, tmp_path / "tiny"))
     pretend(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=VERSION))
-    monkeypatch.setattr(gpu, "connect", lambda kind: FakeGpu(Bundle.open(bundle), COMPUTE))
+    monkeypatch.setattr(gpu, "connect", lambda kind: FakeGpu(COMPUTE))
     monkeypatch.setattr(power, "find", lambda gpu: Steady() if gpu else None)
     ours, theirs = (BenchWorker(bundle, name, 16, 6, None) for name in ("trt", "ort-cpu"))
     found = compare("tiny", "trt", ours.answer(), "ort-cpu", theirs.answer())

@@ -44,7 +44,7 @@ def _deflated(file: Path) -> None:
     """A TIFF whose rows are damaged, of which libtiff tells by itself."""
     Image.linear_gradient("L").save(file, "TIFF", compression="tiff_adobe_deflate")
     content = bytearray(file.read_bytes())
-    content[100:200] = bytes(100)
+    content[20:300] = bytes(280)
     file.write_bytes(content)
 
 

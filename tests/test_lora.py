@@ -127,7 +127,7 @@ def test_an_adapter_beside_the_weights_is_merged(
     assert answers_as(changed(family, tensors, scale), family, folder)
     assert not answers_as(family.model, family, folder), "the adapter changes the answer"
     count = sum("lora_A" in name for name in tensors)
-    said = f"the LoRA adapter beside the weights ({count} products of rank 4) is merged into them"
+    said = f"the LoRA adapter ({count} products of rank 4) is merged into the weights"
     assert open_model(str(folder)).remarks == (said,)
 
 
@@ -162,7 +162,7 @@ def test_export_says_that_it_merged(
     adapt(folder, LINEAR)
     options = ["--model", str(folder), "--method", "none", "--parity", "1"]
     assert main(["export", *options, "-o", str(tmp_path / "bundle")]) == 0
-    assert "note: the LoRA adapter beside the weights (3 products" in capfd.readouterr().err
+    assert "note: the LoRA adapter (3 products" in capfd.readouterr().err
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
