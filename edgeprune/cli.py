@@ -94,6 +94,8 @@ def _main(argv: Sequence[str] | None, debug: bool) -> int:
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     top = parser()
     for argument in sys.argv[1:] if argv is None else argv:
+        if "\0" in argument:
+            top.error(f"{argument!r} holds a NUL character, which no path or text may")
         if re.fullmatch("(--[^=]+=|-[a-z]=?)--", argument):  # argparse makes a list of it
             top.error(f"{argument!r} gives an option no value")
     try:

@@ -238,3 +238,17 @@ def test_threads_have_a_bound(number: str, tiny_bundle: Path, refused: Refused) 
 @pytest.mark.parametrize("option", ["--samples=--", "--cr=--", "-o--", "-o=--", "--set=--"])
 def test_an_option_without_a_value(option: str, refused: Refused) -> None:
     assert f"{option!r} gives an option no value" in refused("export", option)
+
+
+def test_an_argument_with_a_nul_is_refused(refused: Refused) -> None:
+    line = refused("export", "--samples-file", "a\0b")
+    assert "'a\\x00b' holds a NUL character" in line
+
+
+@pytest.mark.parametrize("number", [0, -1, 4097, 10**20])
+@pytest.mark.parametrize("option", ["--pictures", "--frames"])
+def test_numbers_of_images_and_frames_have_bounds(
+    option: str, number: int, refused: Refused
+) -> None:
+    line = refused("models", "--model", "demo", option, number)
+    assert f"are from 1 to 4,096; got {number}" in line

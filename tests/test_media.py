@@ -140,7 +140,7 @@ def test_what_a_family_cannot_be_frozen_for_is_refused(
 
 
 def test_nothing_to_show_is_refused() -> None:
-    with pytest.raises(SpecError, match="at least 1"):
+    with pytest.raises(SpecError, match="from 1 to 4,096"):
         Asked(frames=0)
 
 

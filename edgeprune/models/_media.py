@@ -8,6 +8,8 @@ from typing import Any
 from edgeprune.errors import SpecError
 from edgeprune.tiling import Size
 
+MOST = 4096
+"""Images or frames of a prompt; a bundle's manifest takes no more."""
 RUN = "{}"
 """In a spelling, a run of visual tokens."""
 
@@ -21,8 +23,9 @@ class Asked:
     frames: int | None = None  # of a video in place of pictures
 
     def __post_init__(self) -> None:
-        if self.pictures < 1 or (self.frames is not None and self.frames < 1):
-            raise SpecError("--pictures and --frames are at least 1")
+        asked = (self.pictures, 1 if self.frames is None else self.frames)
+        if wrong := [number for number in asked if not 1 <= number <= MOST]:
+            raise SpecError(f"--pictures and --frames are from 1 to {MOST:,}; got {wrong[0]}")
         if self.pictures > 1 and self.frames is not None:
             raise SpecError("a bundle takes pictures or a video: leave out --pictures or --frames")
 
