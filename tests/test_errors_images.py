@@ -42,9 +42,9 @@ def _huge(file: Path) -> None:
 
 def _deflated(file: Path) -> None:
     """A TIFF whose rows are damaged, of which libtiff tells by itself."""
-    Image.linear_gradient("L").save(file, "TIFF", compression="tiff_adobe_deflate")
+    Image.effect_noise((90, 90), 50).save(file, "TIFF", compression="tiff_adobe_deflate")
     content = bytearray(file.read_bytes())
-    content[20:300] = bytes(280)
+    content[8:20] = bytes(12)
     file.write_bytes(content)
 
 

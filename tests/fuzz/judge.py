@@ -98,7 +98,7 @@ class _Worker:
             self._replace()
         self.served += 1
         self.line.send(one)
-        made = self._receive(60, Made)
+        made = self._receive(300, Made)
         if not isinstance(made, Made):
             raise RuntimeError(f"input {one} was not made: {made}")
         seen = self._receive(self.owner.seconds, Seen)
