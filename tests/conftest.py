@@ -61,6 +61,15 @@ def tiny_jetpack7(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     return frozen(folder, "utp", 2, model=tiny_checkpoint, target="jetpack7", dtype="fp16")
 
 
+@pytest.fixture(scope="session")
+def tiny_jetpack6(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, dense, in fp16 for JetPack 6: its caches grow at every call."""
+    from tests.frozen import frozen
+
+    folder = tmp_path_factory.mktemp("jetpack6") / "tiny"
+    return frozen(folder, "none", model=tiny_checkpoint, target="jetpack6", dtype="fp16")
+
+
 @pytest.fixture
 def copy_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[[], Path]:
     """Makes a copy of the tiny bundle that a test may damage."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -15,13 +16,14 @@ import pytest
 from PIL import Image
 
 from edgeprune.bundle import Bundle
+from edgeprune.cli import main
+from edgeprune.demo import SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import BackendError, CapacityError, InputError, SessionError
 from edgeprune.runtime import Engine, Sampling, Sequence, Session, backends
 from edgeprune.runtime.backend import DecoderInputs
 from edgeprune.runtime.sequence import NO_IDS
 from tests.fake_gpu import FakeGpu, pretend
-from tests.frozen import frozen
 
 NEXT = "how many circles are there ?"
 ASKS = 600
@@ -44,13 +46,6 @@ class Place:
     def session(self) -> Session:
         """On an engine of its own."""
         return Session(self.engine())
-
-
-@pytest.fixture(scope="module")
-def tiny_jetpack6(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dense tiny checkpoint, whose caches grow at every call."""
-    folder = tmp_path_factory.mktemp("jetpack6") / "tiny"
-    return frozen(folder, "none", model=tiny_checkpoint, target="jetpack6", dtype="fp16")
 
 
 @pytest.fixture(scope="module")
@@ -445,3 +440,17 @@ def test_too_little_memory_for_a_second_dialogue(
         engine.sequence()
     held.pop().close()
     engine.sequence()
+
+
+def test_warming_up_takes_no_more_positions_than_a_model_has(
+    copy_checkpoint: Callable[[], Path], tmp_path: Path
+) -> None:
+    """100 positions, 16 of them an image's; `run` warms up where it compares bundles."""
+    checkpoint, bundle = copy_checkpoint(), str(tmp_path / "short")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 100
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    export = ["export", "--model", str(checkpoint), "--method", "none", "--parity", "0"]
+    assert main([*export, "-o", bundle]) == 0
+    asked = ["--image", str(SAMPLES_DIR / "scene-1.png"), "--prompt", NEXT]
+    assert main(["run", bundle, bundle, *asked]) == 0
