@@ -32,7 +32,7 @@ class Device:
     copier: Any  # an InferenceSession of `copy_graph`
 
     @classmethod
-    def open(cls, ort: Any, name: str, element: type, providers: list[str]) -> Device:
+    def open(cls, ort: Any, name: str, element: type, providers: list[Any]) -> Device:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         copier = ort.InferenceSession(copy_graph(element), options, providers)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,14 @@ class OrtBackend:
     text_capacity: int | None = None
     build_seconds: float | None = None
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        threads: int | None = None,
+        profile: Path | None = None,
+    ) -> None:
+        """`profile`: where ONNX Runtime writes what each node took, to files of this prefix."""
         if threads is not None and threads < 1:
             raise SpecError(f"--threads is at least 1; got {threads}")
         ort = _import()
@@ -45,6 +54,8 @@ class OrtBackend:
         options = ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
         providers = _providers(ort, device)
         self._vision = _session(ort, bundle, "vision.onnx", options, providers)
         self._decoder = _session(ort, bundle, "decoder.onnx", options, providers)
@@ -168,14 +179,25 @@ def _import() -> Any:
     return onnxruntime
 
 
-def _providers(ort: Any, device: str) -> list[str]:
+def _providers(ort: Any, device: str) -> list[Any]:
+    """Names of providers, or names with options: float32 products stay in float32, not TF32."""
     wanted = PROVIDERS[device]
     if wanted not in ort.get_available_providers():
         raise BackendError(
             f"this ONNX Runtime has no {wanted}, only {', '.join(ort.get_available_providers())};"
             f" pip uninstall onnxruntime, then {install('gpu')}"
         )
-    return [wanted] if device == "cpu" else [wanted, PROVIDERS["cpu"]]
+    if device == "cpu":
+        return [wanted]
+    _preload(ort)
+    return [(wanted, {"use_tf32": "0"}), PROVIDERS["cpu"]]
+
+
+def _preload(ort: Any) -> None:
+    """Load CUDA's libraries from the packages that pip installs, where no loader looks for them."""
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(StringIO()):  # it prints what is not there, and may be elsewhere
+            ort.preload_dlls()
 
 
 @contextmanager
@@ -194,7 +216,7 @@ def _refusals(what: str) -> Iterator[None]:
         ) from error
 
 
-def _session(ort: Any, bundle: Bundle, name: str, options: Any, providers: list[str]) -> Any:
+def _session(ort: Any, bundle: Bundle, name: str, options: Any, providers: list[Any]) -> Any:
     try:
         session = ort.InferenceSession(os.fspath(bundle.file(name)), options, providers)
     except Exception as error:  # onnxruntime raises a kind per status code
@@ -202,9 +224,10 @@ def _session(ort: Any, bundle: Bundle, name: str, options: Any, providers: list[
         raise BackendError(
             f"ONNX Runtime {ort.__version__} refuses {bundle.file(name)}: {said}"
         ) from error
-    if session.get_providers()[0] != providers[0]:
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != wanted:
         raise BackendError(
-            f"{providers[0]} could not start (ONNX Runtime fell back to"
+            f"{wanted} could not start (ONNX Runtime fell back to"
             f" {session.get_providers()[0]}); check the GPU's driver and CUDA libraries"
         )
     return session

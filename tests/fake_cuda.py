@@ -88,8 +88,10 @@ class Binding:
 
 
 class InferenceSession:
-    def __init__(self, cuda: FakeCuda, model: Any, options: Any, providers: Sequence[str]) -> None:
-        assert list(providers) == PROVIDERS
+    def __init__(self, cuda: FakeCuda, model: Any, options: Any, providers: Sequence[Any]) -> None:
+        (name, settings), spare = providers
+        assert [name, spare] == PROVIDERS
+        assert settings == {"use_tf32": "0"}, "float32 is float32"
         self.cuda = cuda
         self.inner = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
 
@@ -117,7 +119,7 @@ class FakeCuda:
     def __post_init__(self) -> None:
         self.OrtValue = self
 
-    def InferenceSession(self, model: Any, options: Any, providers: Sequence[str]) -> Any:  # noqa: N802
+    def InferenceSession(self, model: Any, options: Any, providers: Sequence[Any]) -> Any:  # noqa: N802
         return InferenceSession(self, model, options, providers)
 
     def get_available_providers(self) -> list[str]:

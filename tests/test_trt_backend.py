@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError
@@ -416,19 +415,3 @@ def test_bfloat16_is_rounded_to_the_nearest() -> None:
     np.testing.assert_array_equal(elements.from_stored(stored, "bf16"), wanted.float().numpy())
     half = elements.to_stored(values[:-1], "fp16")
     np.testing.assert_array_equal(half, values[:-1].astype(np.float16))
-
-
-@pytest.mark.gpu
-def test_a_real_gpu_answers_as_onnx_runtime_does(tmp_path: Path) -> None:
-    """Greedy tokens of 100 questions; on whichever of TensorRT and TensorRT-RTX is installed."""
-    from edgeprune.runtime import trt
-
-    backend = trt.installed()
-    bundle = frozen(tmp_path / "demo", "utp", 4, target="rtx", dtype="fp16")
-    assert main(["build", str(bundle), "--backend", backend]) == 0
-    ours, theirs = Session.open(bundle, backend=backend), Session.open(bundle)
-    same = sum(
-        ours.ask(image, question.text).ids == theirs.ask(image, question.text).ids
-        for image, question in held_out(100)
-    )
-    assert same == 100

@@ -1,0 +1,1 @@
+"""Latency and agreement of every engine on a machine with an NVIDIA GPU."""

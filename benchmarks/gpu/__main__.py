@@ -1,0 +1,3 @@
+from benchmarks.gpu.main import main
+
+main()

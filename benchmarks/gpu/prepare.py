@@ -1,0 +1,69 @@
+"""Bundles of the cells without their weights, and of the demo with them; needs torch, no GPU."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu import hollow
+from benchmarks.gpu.cells import Cell
+from benchmarks.shapes import write
+from benchmarks.speed import declining
+from edgeprune.errors import SpecError
+from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._processor import Processor
+from edgeprune.policies import make, names
+from edgeprune.spec import PruneSpec, plan_from_counts
+
+DEMO, DEMO_CR = "demo", 4
+
+
+def prepare(cells: Sequence[Cell], folder: Path) -> None:
+    """Export each cell that is not there, from a checkpoint of zeros, and take out its weights."""
+    for cell in cells:
+        if (folder / cell.name / hollow.NOTES).is_file():
+            continue
+        begin = time.perf_counter()
+        work = folder / ".work"
+        try:
+            hollow.empty(_export(cell, work))
+            (work / cell.name).rename(folder / cell.name)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        print(f"{cell.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def _export(cell: Cell, work: Path) -> Path:
+    """A bundle of one cell with a made-up schedule, its weights zeros."""
+    adapter = open_model(str(write(cell.sized, work / "checkpoint", sparse=True)))
+    assert adapter.shape.visual_tokens == cell.visual
+    return _bundle(adapter, PruneSpec(cell.method, cell.cr), work / cell.name, cell.target)
+
+
+def prepare_demo(folder: Path, methods: Sequence[str] = ()) -> None:
+    """Export the demo model, weights and all, with every method that takes this ratio."""
+    adapter = open_model("demo")
+    for method in methods or names():
+        output = folder / f"{DEMO}-{method}"
+        if output.exists():
+            continue
+        try:
+            _bundle(adapter, PruneSpec(method, 1 if method == "none" else DEMO_CR), output, "cuda")
+        except SpecError as error:
+            print(f"{method}: {error}", flush=True)
+
+
+def _bundle(adapter: Adapter, spec: PruneSpec, output: Path, target: str) -> Path:
+    """A float16 bundle; a schedule that a method wants is made up."""
+    policy, shape = make(spec), adapter.shape
+    if policy.first(shape, spec.cr) is None:
+        plan = policy.plan(shape, spec.cr)
+    else:
+        counts = declining(shape.visual_tokens, shape.layers, spec.cr)
+        plan = plan_from_counts(shape.visual_tokens, counts)
+    why = "it is compared on the GPU"
+    request = ExportRequest(output.name, spec, plan, output, target, "fp16", no_parity=why)
+    return export(request, adapter, policy, Processor(adapter), []).path

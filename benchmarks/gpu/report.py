@@ -1,0 +1,109 @@
+"""The results of a run as a table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD = (
+    "model and image",
+    "engine",
+    "method",
+    "vision ms",
+    "prefill ms",
+    "TTFT ms",
+    "decode ms",
+    "prefill x",
+    "limit x",
+    "TTFT x",
+    "memory GB",
+    "J",
+)
+
+
+def table(results: Path) -> str:
+    """A Markdown table, and below it what could not be run."""
+    rows = list(_rows(results))
+    lines = [HEAD, tuple("---" for _ in HEAD), *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    failed = [
+        f"- {file.stem}: {found['failed'].splitlines()[-1]}"
+        for file, found in _files(results, "*")
+        if "failed" in found
+    ]
+    return "\n".join([text, "", *failed])
+
+
+def _rows(results: Path) -> Iterator[tuple[str, ...]]:
+    eager = {
+        told["cell"]: told
+        for _, found in _files(results, "eager-*")
+        for told in found.get("cells", [])
+    }
+    for _, found in _files(results, "bench-*"):
+        rows = found.get("rows", [])
+        for row in rows:
+            if told := eager.pop(row["name"], None):
+                yield _eager(told)
+            yield _row(row, rows[0])
+    yield from map(_eager, eager.values())
+
+
+def _files(results: Path, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for file in sorted(results.glob(f"{pattern}.json"), key=lambda file: file.stat().st_mtime):
+        yield file, json.loads(file.read_text())
+
+
+def _row(row: dict[str, Any], first: dict[str, Any]) -> tuple[str, ...]:
+    laps, base = row["laps"], first["laps"]
+    whole = _sums(laps)
+    return (
+        *_named(row["name"]),
+        row["backend"],
+        _method(row["name"]),
+        _spread(laps["vision"]),
+        _spread(laps["prefill"]),
+        _spread(whole),
+        _spread(laps["decode"]),
+        f"{_ratio(base['prefill'], laps['prefill']):.2f}",
+        f"{first['prefill_operations'] / row['prefill_operations']:.2f}",
+        f"{_ratio(_sums(base), whole):.2f}",
+        "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
+        "-" if row["joules"] is None else f"{statistics.median(row['joules']):.1f}",
+    )
+
+
+def _eager(told: dict[str, Any]) -> tuple[str, ...]:
+    parts = [told["vision"], told["prefill"], told["vision"] + told["prefill"], told["decode"]]
+    peak = told["peak_bytes"]
+    memory = "-" if peak is None else f"{peak / 1e9:.2f}"
+    numbers = [f"{1e3 * part:.2f}" for part in parts]
+    name = told["cell"]
+    return (*_named(name), "eager", _method(name), *numbers, "", "", "", memory, "")
+
+
+def _named(cell: str) -> tuple[str]:
+    shape, visual, *_ = cell.split("-")
+    return (f"{shape}, {int(visual):,} + 64",)
+
+
+def _method(cell: str) -> str:
+    _, _, *method, target = cell.split("-")
+    return "-".join(method) + ("" if target == "cuda" else f" ({target})")
+
+
+def _sums(laps: dict[str, Sequence[float]]) -> list[float]:
+    return [a + b for a, b in zip(laps["vision"], laps["prefill"], strict=True)]
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    """Median, and the tenth and ninetieth percentile, in milliseconds."""
+    low, *_, high = statistics.quantiles(seconds, n=10, method="inclusive")
+    return f"{1e3 * statistics.median(seconds):.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})"
+
+
+def _ratio(first: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(first, other, strict=True))
