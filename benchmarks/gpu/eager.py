@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -172,7 +173,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     torch.set_default_device(args.device)
-    found = [measure(known[name], args.laps, args.new_tokens, args.device) for name in args.cells]
+    found = []
+    for name in args.cells:
+        found.append(measure(known[name], args.laps, args.new_tokens, args.device))
+        print(found[-1], file=sys.stderr, flush=True)
     rates = ceilings(args.device)
     print(json.dumps({"torch": torch.__version__, "ceilings": rates, "cells": found}))
 
