@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NoReturn
 
 from edgeprune import __version__, terminal
 from edgeprune.commands import bench, build, calibrate, check, compare, export, listing, run, show
 from edgeprune.errors import EdgepruneError
 from edgeprune.hints import install
+from edgeprune.interrupts import interruptible
 
 DEBUG = "EDGEPRUNE_DEBUG"
 
@@ -56,21 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 2 after an error, or 130 when interrupted."""
     debug = bool(os.environ.get(DEBUG))
     try:
-        with terminal.plain_streams(native=debug):
-            return _main(argv, debug)
-    except EdgepruneError as error:  # of the streams themselves
-        terminal.note(f"edgeprune: {error}")
-        return 2
-
-
-def _main(argv: Sequence[str] | None, debug: bool) -> int:
-    with suppress(ValueError):  # not the main thread; else `kill` cleans up as Ctrl-C does
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        args = _parsed(argv)
-        code: int = args.run(args)
-        print(end="", flush=True)  # what cannot be written is known now, not at exit
-        return code
+        with interruptible(), terminal.plain_streams(native=debug):
+            return _run(argv)
     except BrokenPipeError:  # the reader of stdout has gone: `edgeprune ... | head`
         return 0
     except KeyboardInterrupt:
@@ -87,6 +73,14 @@ def _main(argv: Sequence[str] | None, debug: bool) -> int:
             traceback.print_exc()
         terminal.note(f"edgeprune: {' '.join(str(error).split()) or type(error).__name__}")
         return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parsed(argv)
+        code: int = args.run(args)
+        print(end="", flush=True)  # what cannot be written is known now, not at exit
+        return code
     finally:
         _settle_output()
 

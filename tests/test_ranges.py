@@ -195,8 +195,8 @@ def test_greedy_answers_are_those_of_float32(
 
 
 def assert_greedy(model: Path, bundle: Path, wide: tuple[str, ...]) -> None:
-    """64 greedy tokens of float32 are the bundle's too, wherever float32 is surer of them than
-    half precision is far from it; that is so at nine steps of ten at least."""
+    """64 greedy tokens of float32 are the bundle's too, at each step at which float32 is surer of
+    its token than half precision is far from it; those are nine steps of ten at least."""
     adapter, policy = open_model(str(model)), make(PruneSpec("none", 1))
     plan = policy.plan(adapter.shape, 1)
     exact = Reference.build(adapter, policy, plan)
@@ -209,10 +209,11 @@ def assert_greedy(model: Path, bundle: Path, wide: tuple[str, ...]) -> None:
     tokens = [int(logits.argmax()) for logits in wanted]
     eager = [half.prefill(prompt).logits]
     eager += [half.step(torch.tensor([[token]])).logits for token in tokens[:-1]]
-    distance = max(float((e - w).abs().max()) for e, w in zip(eager, wanted, strict=True))
+    far = [float((e - w).abs().max()) for e, w in zip(eager, wanted, strict=True)]
     best = [logits.topk(2).values for logits in wanted]
-    sure = [float(first - second) > distance for first, second in best]
-    assert sum(sure) >= 0.9 * TOKENS, f"{sum(sure)} of {TOKENS} steps"
+    sure = [float(b[0] - b[1]) > distance for b, distance in zip(best, far, strict=True)]
+    print(f"float32 is sure of {sum(sure)} of {TOKENS} tokens, {max(far):.1e} apart at most")
+    assert sum(sure) >= 0.9 * TOKENS
     found = forced(bundle, prompt, tokens)
     assert [f for f, s in zip(found, sure, strict=True) if s] == [
         t for t, s in zip(tokens, sure, strict=True) if s
@@ -249,7 +250,7 @@ def test_every_method_is_proven_and_runs_with_a_float32_stream(
     method: str, planted: Tree, tmp_path: Path
 ) -> None:
     """What a method computes is float32 anyway: nothing of it is near the limit."""
-    cr = 1.0 if method == "none" else 1.5
+    cr = 1.0 if method == "none" else 1.4
     options = ["--model", str(planted["residual"]), "--method", method, "--cr", str(cr)]
     folder = tmp_path / "bundle"
     command = ["export", *options, "--target", "jetpack6", "--keep-fp32", "auto", "-o", str(folder)]
