@@ -365,5 +365,6 @@ def test_training_runs_from_start_to_end(tmp_path: Path) -> None:
     }  # fmt: skip
     result = json.loads((out / "validation.json").read_text())
     assert sum(result["asked"].values()) == 16 * PER_SCENE
-    stages = {json.loads(line).get("stage") for line in (out / "log.jsonl").open()}
+    lines = (out / "log.jsonl").read_text().splitlines()
+    stages = {json.loads(line).get("stage") for line in lines}
     assert {"language", "vision", "joint"} <= stages

@@ -21,30 +21,29 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.scenes576 import symbols
 from benchmarks.scenes576.decoder import Lora, unpacked
-from benchmarks.scenes576.losses import (
-    Model,
-    Scores,
-    answer_loss,
-    joint_loss,
-    language_loss,
-    vision_loss,
-)
-from benchmarks.scenes576.pools import PER_SCENE, SLOT, Batch, Makers, Plan, Pool, Reader, Resident
-from benchmarks.scenes576.questions import KINDS
+from benchmarks.scenes576.losses import Model, Scores, joint_loss, language_loss, vision_loss
+from benchmarks.scenes576.pools import SLOT, Makers, Plan, Pool, Reader, Resident
 from benchmarks.scenes576.scenes import GRID
 from benchmarks.scenes576.tower import Sight, TowerShape
+from benchmarks.scenes576.trainer import (
+    BEGAN,
+    Options,
+    Rescue,
+    Trainer,
+    follow,
+    record,
+    save,
+    validate,
+)
 
-BEGAN = time.monotonic()
 PIECES = ("decoder-1.safetensors", "decoder-2.safetensors")
 SHARES = {"language": 0.42, "vision": 0.18, "joint": 0.40}
 RESERVE = 9.0  # seconds at the end, for validation and the last files; at most a tenth of all
@@ -56,179 +55,22 @@ LEAST_STEPS = 40  # on a grid
 SCENES_TO_START = 64  # of a pool
 
 
-@dataclass
-class Options:
-    """Sizes and rates of a run."""
-
-    minutes: float
-    out: Path
-    carry: Path
-    device: torch.device
-    workers: int
-    scenes: int  # drawn for training
-    symbolic: int  # made for each coarse grid
-    checked: int  # scenes of the validation
-    slots: int  # questions of a scene in one step
-    tokens: int  # of a step, at most
-    images: int  # of a step of the vision stage
-    most: int  # scenes of a step of the language stage
-    rank: int
-    alpha: float
-    rate: float  # of the LoRA factors
-    vision_rate: float
-    joint_rate: float  # of tower and projector in the joint stage
-    seed: int
-    shares: dict[str, float]
-
-
-@dataclass
-class Trainer:
-    """One run under way."""
-
-    options: Options
-    model: Model
-    pools: dict[str, Resident]
-    rng: torch.Generator
-    steps: int = 0
-    saved: float = 0.0
-    logged: float = 0.0
-    ema: float = 0.0
-    best: float = 0.0
-    window: int = 0
-    skipped: int = 0
-    scores: Scores = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scores = Scores.fresh(self.options.device)
-        self.saved = self.logged = time.monotonic()
-
-    def batch(self, name: str, scenes: int, slots: int) -> Batch:
-        """Random scenes of a pool."""
-        pool = self.pools[name]
-        device = self.options.device
-        rows = torch.randint(pool.scenes, (scenes,), generator=self.rng, device=device)
-        return pool.batch(rows, slots, self.rng)
-
-    def update(self, loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
-        """One step; a loss or gradient that is not finite changes nothing."""
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        parts = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parts, 1.0)
-        if bool(torch.isfinite(norm)):
-            for optimizer in optimizers:
-                optimizer.step()
-        else:
-            self.skipped += 1
-        self.steps += 1
-        self.window += 1
-
-    def say(self, stage: str, every: float = 5.0, **more: Any) -> None:
-        """Log the scores since the last time, where that is long enough ago."""
-        now = time.monotonic()
-        if now - self.logged < every:
-            return
-        line = {
-            "seconds": round(now - BEGAN, 1),
-            "stage": stage,
-            "step": self.steps,
-            "steps_per_s": round(self.window / (now - self.logged), 2),
-            **more,
-            **self.scores.summary(),
-        }
-        if self.options.device.type == "cuda":
-            line["gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-        if self.skipped:
-            line["skipped"] = self.skipped
-        record(self.options.out, line)
-        self.scores = Scores.fresh(self.options.device)
-        self.logged, self.window = time.monotonic(), 0
-
-    def keep(self, every: float = 30.0, check: bool = False) -> None:
-        """Save the state, where the last time is long enough ago and it has not got worse."""
-        if time.monotonic() - self.saved < every:
-            return
-        if check:
-            right = validate(self, 32, 8)[0]["all"]
-            record(self.options.out, {"seconds": round(time.monotonic() - BEGAN, 1),
-                                      "validation": right})  # fmt: skip
-            if right < self.best - 0.08:
-                self.saved = time.monotonic()
-                return
-            self.best = max(self.best, right)
-        save(self)
-        self.saved = time.monotonic()
-
-
-def record(out: Path, line: dict[str, Any]) -> None:
-    """One line to the log and to the terminal."""
-    text = json.dumps(line)
-    with (out / "log.jsonl").open("a") as file:
-        file.write(text + "\n")
-    print(text, flush=True)
-
-
-def save(trainer: Trainer) -> None:
-    """Write weights and settings; a file is replaced at once."""
-    out, model = trainer.options.out, trainer.model
-    for name, tensors in (
-        ("vision.safetensors", model.sight.state()),
-        ("adapter_model.safetensors", model.lora.state()),
-    ):
-        save_file(tensors, out / "fresh", metadata={"format": "pt"})
-        (out / "fresh").replace(out / name)
-    settings = {"tower": asdict(model.sight.vision_tower.shape)}
-    (out / "settings.json").write_text(json.dumps(settings, indent=1))
-    (out / "adapter_config.json").write_text(json.dumps(model.lora.config(), indent=1))
-
-
-@torch.no_grad()
-def validate(
-    trainer: Trainer, scenes: int, slots: int = PER_SCENE, ideal: bool = False
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Share of right answers of each kind and of all, on validation scenes; questions of each kind.
-
-    A right answer is right in every token given the ones before, which is what greedy decoding
-    needs.
-    """
-    model, pool = trainer.model, trainer.pools["validation"]
-    pool.bring(1.0)
-    scores = Scores.fresh(trainer.options.device)
-    weights = model.lora.merged(model.decoder)
-    length = GRID * GRID + slots * SLOT
-    size = max(1, trainer.options.tokens // length)
-    for first in range(0, min(scenes, pool.scenes), size):
-        rows = torch.arange(first, min(first + size, scenes, pool.scenes),
-                            device=trainer.options.device)  # fmt: skip
-        batch = pool.batch(rows, slots, None)
-        assert batch.pixels is not None
-        if ideal:
-            tokens = model.table.ideal(batch.symbols)
-        else:
-            tokens = model.sight(batch.pixels, model.dtype)[0]
-        answer_loss(model, weights, tokens, batch, scores)
-    asked = dict(zip(KINDS, (int(n) for n in scores.asked.tolist()), strict=True))
-    found = scores.summary()
-    found["all"] = round(float(scores.right.sum() / scores.asked.sum().clamp(min=1)), 4)
-    return found, asked
-
-
 def fused(device: torch.device) -> dict[str, Any]:
     """Arguments of AdamW."""
     return {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": device.type == "cuda"}
 
 
 def language_rate(options: Options, now: float, start: float, end: float) -> float:
-    """Learning rate of the factors: warm-up, level, linear decay over the last quarter of all."""
+    """Learning rate of the factors: warm-up, level, linear decay over the second half of all."""
     progress = (now - start) / (end - start)
-    return options.rate * max(0.01, min(1.0, progress / 0.01, (1 - progress) / 0.3))
+    return options.rate * max(0.01, min(1.0, progress / 0.01, (1 - progress) / 0.5))
 
 
 def language_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: float, until: float,
                    end: float) -> None:  # fmt: skip
     """Answers from ideal tokens on a growing grid."""
     options, at, steps = trainer.options, 0, 0
+    factors = list(trainer.model.lora.parameters())
     while (now := time.monotonic()) < until:
         progress = (now - begin) / (until - begin)
         share, grid, most = CURRICULUM[at]
@@ -236,7 +78,7 @@ def language_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: fl
             progress > share or (steps >= LEAST_STEPS and trainer.ema > ENOUGH)
         ):
             trainer.say("language", 0.0, grid=grid, most=most, ema=round(trainer.ema, 3))
-            at, steps, trainer.ema = at + 1, 0, 0.0
+            at, steps, trainer.ema, trainer.rescue.top = at + 1, 0, 0.0, 0.0
             continue
         name = "drawn" if grid == GRID else f"{grid}x{grid}-{most}"
         pool = trainer.pools[name]
@@ -246,25 +88,15 @@ def language_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: fl
         batch = trainer.batch(name, max(1, min(options.most, options.tokens // length)),
                               options.slots)  # fmt: skip
         for group in optimizer.param_groups:
-            group["lr"] = language_rate(options, now, begin, end)
+            group["lr"] = trainer.rescue.scale * language_rate(options, now, begin, end)
         fresh = Scores.fresh(options.device)
         loss = language_loss(trainer.model, batch, min(1.0, progress / 0.6), trainer.rng, fresh)
         trainer.update(loss, [optimizer])
-        merge(trainer, fresh)
+        follow(trainer, fresh, factors)
         steps += 1
         trainer.pools["drawn"].bring(0.01)
         trainer.say("language", grid=grid, most=most, drawn=trainer.pools["drawn"].scenes)
         trainer.keep()
-
-
-def merge(trainer: Trainer, fresh: Scores) -> None:
-    """Add a step's scores to those of the log, and follow the share of right answers."""
-    trainer.scores.right += fresh.right
-    trainer.scores.asked += fresh.asked
-    for name, values in fresh.means.items():
-        trainer.scores.means.setdefault(name, []).extend(values)
-    right = float(fresh.right.sum() / fresh.asked.sum().clamp(min=1))
-    trainer.ema += (right - trainer.ema) * (0.08 if trainer.ema else 1.0)
 
 
 def vision_stage(trainer: Trainer, begin: float, until: float) -> None:
@@ -299,6 +131,8 @@ def joint_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: float
     options, model = trainer.options, trainer.model
     parts = [*model.sight.parameters(), *model.heads.parameters()]
     adam = torch.optim.AdamW(parts, lr=options.joint_rate, **fused(options.device))
+    trained = [*model.lora.parameters(), *parts]
+    trainer.ema, trainer.rescue = 0.0, Rescue(trainer.rescue.scale)
     length = GRID * GRID + options.slots * SLOT
     scenes = max(1, options.tokens // length)
     pool = trainer.pools["drawn"]
@@ -306,11 +140,13 @@ def joint_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: float
     while (now := time.monotonic()) < until:
         progress = (now - begin) / (until - begin)
         for group in optimizer.param_groups:
-            group["lr"] = language_rate(options, now, start, until)
+            group["lr"] = trainer.rescue.scale * language_rate(options, now, start, until)
         for group in adam.param_groups:
             group["lr"] = options.joint_rate * max(0.02, min(1.0, progress / 0.03, 1 - progress))
         batch = trainer.batch("drawn", scenes, options.slots)
-        trainer.update(joint_loss(model, batch, trainer.scores), [optimizer, adam])
+        fresh = Scores.fresh(options.device)
+        trainer.update(joint_loss(model, batch, fresh), [optimizer, adam])
+        follow(trainer, fresh, trained)
         pool.bring(0.02)
         trainer.say("joint", drawn=pool.scenes)
         trainer.keep(check=True)
@@ -418,7 +254,7 @@ def parse() -> Options:
     parser.add_argument("--scenes", type=int, default=40000)
     parser.add_argument("--symbolic", type=int, default=6144)
     parser.add_argument("--checked", type=int, default=256)
-    parser.add_argument("--slots", type=int, default=10)
+    parser.add_argument("--slots", type=int, default=14)
     parser.add_argument("--tokens", type=int, default=27000)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--most", type=int, default=48)
