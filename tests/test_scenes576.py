@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -358,7 +358,8 @@ def test_training_runs_from_start_to_end(tmp_path: Path) -> None:
                "--carry", str(tmp_path / "carry"), "--out", str(out), "--workers", "1",
                "--scenes", "64", "--symbolic", "64", "--checked", "16", "--tokens", "2600",
                "--images", "8", "--most", "8", "--slots", "4", "--rank", "4"]  # fmt: skip
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], timeout=300)
+    root = Path(__file__).parents[1]
+    subprocess.run(command, check=True, cwd=root, timeout=300)
     assert {f.name for f in out.iterdir()} == {
         "vision.safetensors", "adapter_model.safetensors", "adapter_config.json", "settings.json",
         "log.jsonl", "validation.json",
@@ -368,3 +369,10 @@ def test_training_runs_from_start_to_end(tmp_path: Path) -> None:
     lines = (out / "log.jsonl").read_text().splitlines()
     stages = {json.loads(line).get("stage") for line in lines}
     assert {"language", "vision", "joint"} <= stages
+    command[command.index(str(out))] = str(tmp_path / "more")
+    more = ["--resume", str(out), "--shares", "0,0,1", "--joint-rate", "0", "--rate", "0"]
+    subprocess.run([*command, *more], check=True, cwd=root, timeout=300)
+    for name in ("vision.safetensors", "adapter_model.safetensors"):
+        first, second = (load_file(folder / name) for folder in (out, tmp_path / "more"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scenes576.pack FOLDER
 
-writes FOLDER/decoder-1.safetensors and decoder-2.safetensors (under 50 MB each), the package's own
-4- and 8-bit blocks stacked over the layers, and FOLDER/tokenizer.json. It needs the packages that
-`benchmarks.real_lm` names.
+writes FOLDER/decoder-*.safetensors (two of 47 and 50 MB, or with --pieces 3 of at most 34 MB), the
+package's own 4- and 8-bit blocks stacked over the layers, and FOLDER/tokenizer.json. It needs the
+packages that `benchmarks.real_lm` names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ STORED = {
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
 }
-PIECES = ("decoder-1.safetensors", "decoder-2.safetensors")
+PIECES = {
+    2: (("embed", *MATRICES[:4]), MATRICES[4:]),
+    3: (("embed",), (*MATRICES[:4], "down_proj"), ("gate_proj", "up_proj")),
+}
+"""Which matrices go into which file."""
 
 
 def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -41,7 +45,7 @@ def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def write(folder: Path) -> list[Path]:
+def write(folder: Path, pieces: int = 2) -> list[Path]:
     """Write the pieces and the tokenizer; ModelError where a package is missing."""
     if absent := real_lm.missing():
         raise ModelError(f"{', '.join(absent)} are missing: {real_lm.INSTALL}")
@@ -64,8 +68,8 @@ def write(folder: Path) -> list[Path]:
             rows = [halves_apart(r, int(heads if name == "q_proj" else kv_heads)) for r in rows]
         stacks[name] = np.stack(rows)
     norms = [[tensors[f"blk.{i}.{n}_norm.weight"] for n in ("attn", "ffn")] for i in range(layers)]
+    stacks["embed"] = np.array(tensors["token_embd.weight"])
     rest = {
-        "embed": np.array(tensors["token_embd.weight"]),
         "norms": np.array(norms, dtype=np.float32),
         "last_norm": np.array(tensors["output_norm.weight"]),
         "settings": np.array(
@@ -77,11 +81,11 @@ def write(folder: Path) -> list[Path]:
             ]
         ),
     }
-    mlp = {name: stacks.pop(name) for name in MATRICES[4:]}
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / piece for piece in PIECES]
-    for path, content in zip(written, (stacks | rest, mlp), strict=True):
-        save_file(content, path)
+    written = []
+    for number, names in enumerate(PIECES[pieces], start=1):
+        written.append(folder / f"decoder-{number}.safetensors")
+        save_file({name: stacks[name] for name in names} | rest, written[-1])
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     real_lm.add_image_token(tokenizer)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -91,7 +95,9 @@ def write(folder: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
-    for path in write(parser.parse_args().folder):
+    parser.add_argument("--pieces", type=int, default=2, choices=sorted(PIECES))
+    args = parser.parse_args()
+    for path in write(args.folder, args.pieces):
         print(path, path.stat().st_size)
 
 

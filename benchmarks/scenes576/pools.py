@@ -215,7 +215,7 @@ class Resident:
         """Copy finished chunks over, for about this long."""
         began, ready = time.monotonic(), self.pool.chunks_ready
         while self.chunks < ready and time.monotonic() - began < seconds:
-            end = min(ready, self.chunks + 16)
+            end = min(ready, self.chunks + 6)
             part = slice(self.chunks * CHUNK, end * CHUNK)
             for name, tensor in self.tensors.items():
                 tensor[part].copy_(torch.from_numpy(self.pool.arrays[name][part]))

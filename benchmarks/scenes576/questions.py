@@ -180,7 +180,8 @@ def ask(
 ) -> list[Question]:
     """`count` random questions about one scene, kinds and answers as even as it allows.
 
-    A kind that is listed twice in `among` is asked twice as often.
+    A kind that is listed twice in `among` is asked twice as often. Half of the counts are the
+    scene's largest, since small ones are in every scene.
     """
     by_kind: dict[str, dict[str, list[Question]]] = {}
     for kind in dict.fromkeys(among):
@@ -189,8 +190,10 @@ def ask(
     kinds = [kind for kind in among if kind in by_kind]
     chosen: list[Question] = []
     while len(chosen) < count:
-        by_answer = list(by_kind[kinds[rng.integers(len(kinds))]].values())
-        matching = by_answer[rng.integers(len(by_answer))]
+        kind = kinds[rng.integers(len(kinds))]
+        answers = sorted(by_kind[kind])
+        largest = kind == "count" and rng.random() < 0.5
+        matching = by_kind[kind][answers[-1 if largest else rng.integers(len(answers))]]
         chosen.append(matching[rng.integers(len(matching))])
     return chosen
 

@@ -10,7 +10,8 @@ Three stages, each a share of the time:
 
 Other processes draw scenes from the start. State is saved every 30 seconds. OUT then holds
 vision.safetensors (tower and projector), adapter_model.safetensors, adapter_config.json,
-settings.json, log.jsonl and, at the end, validation.json.
+settings.json, log.jsonl and, at the end, validation.json. `--resume OUT --shares 0,0,1` goes on
+from there with the last stage.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.scenes576 import symbols
-from benchmarks.scenes576.decoder import Lora, unpacked
+from benchmarks.scenes576.decoder import Lora, adapter_tensors, unpacked
 from benchmarks.scenes576.losses import Model, Scores, joint_loss, language_loss, vision_loss
 from benchmarks.scenes576.pools import SLOT, Makers, Plan, Pool, Reader, Resident
 from benchmarks.scenes576.scenes import GRID
@@ -44,7 +46,6 @@ from benchmarks.scenes576.trainer import (
     validate,
 )
 
-PIECES = ("decoder-1.safetensors", "decoder-2.safetensors")
 SHARES = {"language": 0.42, "vision": 0.18, "joint": 0.40}
 RESERVE = 9.0  # seconds at the end, for validation and the last files; at most a tenth of all
 # Share of the language stage after which a grid ends, its patches per side, most objects.
@@ -179,7 +180,7 @@ def plans(options: Options) -> list[Plan]:
 
 def build(options: Options, reader: Reader) -> Model:
     """The language model with fresh factors, a fresh tower and projector, on the device."""
-    cpu = unpacked([options.carry / piece for piece in PIECES])
+    cpu = unpacked(sorted(options.carry.glob("decoder-*.safetensors")))
     table = symbols.make_table(cpu.embed, reader.word, options.seed)
     on_gpu = options.device.type == "cuda"
     lora = Lora(cpu, options.rank, options.alpha, options.seed)
@@ -187,6 +188,10 @@ def build(options: Options, reader: Reader) -> Model:
     shape = TowerShape()
     sight = Sight(shape, decoder.width, options.seed)
     heads = nn.ModuleList(nn.Linear(shape.width, symbols.PRESENT) for _ in range(2))
+    if options.resume is not None:
+        adapter_tensors(load_file(options.resume / "adapter_model.safetensors"), lora)
+        stored = load_file(options.resume / "vision.safetensors")
+        sight.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     rows, places = (t.to(options.device) for t in (table.rows, table.places))
     prefix = torch.tensor(reader.prefix(), device=options.device)
     modules = (m.to(options.device) for m in (lora, sight, heads))
@@ -260,10 +265,11 @@ def parse() -> Options:
     parser.add_argument("--most", type=int, default=48)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=32.0)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--vision-rate", type=float, default=3e-3)
     parser.add_argument("--joint-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="OUT of a run to go on from")
     parser.add_argument("--shares", default="0.42,0.18,0.40", help="language, vision, joint")
     args = vars(parser.parse_args())
     args["device"] = torch.device(args["device"])

@@ -43,6 +43,7 @@ class Options:
     vision_rate: float
     joint_rate: float  # of tower and projector in the joint stage
     seed: int
+    resume: Path | None  # what an earlier run wrote
     shares: dict[str, float]
 
 
