@@ -32,9 +32,10 @@ class ModernOps(TorchOps):
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
         return _emit("TensorScatter", [past, new, start], past, axis=2, mode="linear")
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
-        filled = start + query.shape[2]
-        inputs = [query, key, value, None, None, None, filled]
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+    ) -> Tensor:
+        inputs = [query, key, value, None, None, None, end]
         return _emit("Attention", inputs, query, is_causal=1)
 
     def attend_all(
@@ -51,7 +52,9 @@ def _with(bias: Tensor | None, *inputs: Tensor) -> list[Tensor | None]:
 class Jetpack7Ops(ModernOps):
     """As ModernOps, but what a token may see is written out: bool [1, 1, S, capacity]."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+    ) -> Tensor:
         mask = visible(query.shape[2], key.shape[2], start)[None, None]
         return _emit("Attention", [query, key, value, mask], query)
 
@@ -62,7 +65,9 @@ class Jetpack6Ops(TorchOps):
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
         return torch.cat([past, new], dim=2)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+    ) -> Tensor:
         return attention(query, key, value, start)
 
     def attend_all(

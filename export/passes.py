@@ -28,6 +28,7 @@ def clean(model: ir.Model, weights: Collection[str]) -> None:
     common.InlinePass()(model)
     optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=foldable)
     widen_choices(model.graph)
+    drop_idle(model.graph)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     name_nodes(model)
@@ -93,6 +94,27 @@ def widen_choices(graph: ir.Graph) -> None:
         found.shape = None
         graph.insert_before(node, [first, widened])
         graph.insert_after(node, narrowed)
+
+
+def drop_idle(graph: ir.Graph) -> None:
+    """Drop casts to the dtype that a value has, and reshapes of a vector to a vector."""
+    for node in list(graph):
+        value = node.inputs[0] if node.inputs else None
+        if value is None or not (_recasts(node, value) or _flattens(node, value)):
+            continue
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        graph.remove(node, safe=True)
+
+
+def _recasts(node: ir.Node, value: ir.Value) -> bool:
+    return node.op_type == "Cast" and node.attributes["to"].as_int() == value.dtype
+
+
+def _flattens(node: ir.Node, value: ir.Value) -> bool:
+    if node.op_type != "Reshape" or value.shape is None or len(value.shape) != 1:
+        return False
+    size = ir.convenience.get_const_tensor(node.inputs[1])
+    return size is not None and size.numpy().tolist() == [-1]
 
 
 def name_nodes(model: ir.Model) -> None:

@@ -245,6 +245,28 @@ def test_samples_are_of_one_block() -> None:
     assert sampler.most_bytes == meter.asked
 
 
+def test_memory_of_other_programs_is_not_counted() -> None:
+    """Bundles of one bench lie on the card together; each is told what it holds itself."""
+
+    class Card(Steady):
+        used = 100
+
+        def used_bytes(self) -> int:
+            return self.used
+
+    card = Card()
+    one, other = power.Sampler(card), power.Sampler(card)
+    with one:
+        card.used += 10
+    with other:
+        card.used += 50
+    with one:  # its caches grow
+        card.used += 3
+    with other:
+        pass
+    assert (one.most_bytes, other.most_bytes) == (13, 50)
+
+
 def test_a_sensor_that_does_not_answer_is_passed_over(tmp_path: Path) -> None:
     class Moody(Steady):
         def __init__(self, answers: int) -> None:

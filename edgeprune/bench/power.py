@@ -132,18 +132,23 @@ def nvml(load: Callable[[str], Any] = ctypes.CDLL) -> Nvml | None:
 
 
 class Sampler:
-    """Looks at a meter again and again, in a thread of its own, while a `with` block runs."""
+    """Looks at a meter again and again, in a thread of its own, while a `with` block runs.
+
+    A meter tells what all programs use. What comes and goes during the blocks is ours, what does
+    between them is others'; so only one program may be in a block at a time.
+    """
 
     def __init__(self, meter: Meter, period: float = PERIOD) -> None:
         self.meter, self.period = meter, period
-        self.before = meter.used_bytes()
-        self.most_bytes = 0  # in use, beyond what was before
+        self.most_bytes = 0  # held at once
+        self._held = self._others = 0
         self._watts: list[float] = []
         self._over = threading.Event()
 
     def __enter__(self) -> Sampler:
         self._watts.clear()
         self._over.clear()
+        self._others = self.meter.used_bytes() - self._held
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
         return self
@@ -151,6 +156,8 @@ class Sampler:
     def __exit__(self, *raised: object) -> None:
         self._over.set()
         self._thread.join()
+        self._held = self.meter.used_bytes() - self._others
+        self.most_bytes = max(self.most_bytes, self._held)
 
     def watts(self) -> float | None:
         """The mean of the last block; None where the meter never answered."""
@@ -160,6 +167,6 @@ class Sampler:
         while True:
             with suppress(OSError):  # a look that fails is one less
                 self._watts.append(self.meter.watts())
-                self.most_bytes = max(self.most_bytes, self.meter.used_bytes() - self.before)
+                self.most_bytes = max(self.most_bytes, self.meter.used_bytes() - self._others)
             if self._over.wait(self.period):
                 return

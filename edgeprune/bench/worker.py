@@ -37,7 +37,8 @@ class BenchWorker:
         meter = power.find(backend != "ort-cpu")
         self.sampler = power.Sampler(meter) if meter else None
         started = time.perf_counter()
-        self.engine = Engine.open(path, backend, threads=threads, verify=False)
+        with self.sampler or nullcontext():
+            self.engine = Engine.open(path, backend, threads=threads, verify=False)
         self.manifest, self.sequence = self.engine.manifest, self.engine.sequence()
         self.load_seconds = time.perf_counter() - started
         self.text_tokens, self.new_tokens = text_tokens, new_tokens

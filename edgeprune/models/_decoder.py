@@ -70,11 +70,13 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer, [1, kv_heads, capacity, head], and its length, int64 [1]."""
+    """Keys and values of one layer, [1, kv_heads, capacity, head]; int64 [1] each, how many tokens
+    it holds before a call and after it."""
 
     key: Tensor
     value: Tensor
-    length: Tensor
+    start: Tensor
+    end: Tensor
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,14 @@ class DecoderLayer(nn.Module):
         )
         rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
         rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
-        keys = ops.write(cache.key, rotated_key, cache.length)
-        values = ops.write(cache.value, value, cache.length)
-        mixed = self.scores(rotated_query, keys, values, cache.length)
+        keys = ops.write(cache.key, rotated_key, cache.start)
+        values = ops.write(cache.value, value, cache.start)
+        mixed = self.scores(rotated_query, keys, values, cache.start, cache.end)
         hidden = self.residual(hidden, self.attention.output(join_heads(mixed)))
         normed = ops.rms_norm(hidden, self.mlp_norm.weight, self.eps)
         hidden = self.residual(hidden, self.mlp(normed))
         seen = Seen(query, key, rotated_query, rotated_key)
-        return hidden, Cache(keys, values, cache.length), seen
+        return hidden, Cache(keys, values, cache.start, cache.end), seen
 
 
 class Prune(nn.Module):
@@ -255,6 +257,7 @@ class Decoder(Tabled):
         hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
         rotary, positions, anchors = self._place(position, segments, visual_indices)
+        filled = lengths + self._new(segments)
         entered, keys, values = segments.visual, list[Tensor](), list[Tensor]()
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
@@ -266,7 +269,8 @@ class Decoder(Tabled):
                 kept.append(chosen)
                 if site.stage.renumber:
                     positions = self._slots(lengths[index : index + 1], segments)
-            cache = Cache(past_keys[index], past_values[index], lengths[index : index + 1])
+            start, end = (held[index : index + 1] for held in (lengths, filled))
+            cache = Cache(past_keys[index], past_values[index], start, end)
             hidden, present, seen = layer(hidden, positions, rotary, cache)
             keys.append(present.key)
             values.append(present.value)
@@ -299,6 +303,15 @@ class Decoder(Tabled):
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
         rows = torch.arange(segments.total + 3, device=first.device)  # of this call alone
         return rotary, rows[None, :-3], Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
+
+    def _new(self, segments: Segments) -> Tensor:
+        """How many tokens a call adds to each layer's cache: int64 [layers].
+
+        In one piece, so that a GPU gets these sizes in one copy and not in one for each layer.
+        """
+        visual = torch.scalar_tensor(segments.visual, dtype=torch.int64)
+        text = torch.scalar_tensor(segments.prefix + segments.text, dtype=torch.int64)
+        return torch.minimum(torch.tensor(self.plan.counts), visual) + text
 
     def _slots(self, length: Tensor, segments: Segments) -> Tensor:
         """Rows of the rotary tables for tokens that stand where the cache holds them: [1, S]."""

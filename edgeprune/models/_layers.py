@@ -90,9 +90,11 @@ class CausalScores(Part):
         super().__init__()
         self.ops = ops
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+    ) -> Tensor:
         attend = self.ops.attend_wide if self.wide else self.ops.attend
-        return attend(query, key, value, start)
+        return attend(query, key, value, start, end)
 
 
 class Scores(Part):
@@ -133,13 +135,14 @@ def set_tables(module: nn.Module, dtype: torch.dtype) -> None:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[batch, S, heads * head] -> [batch, heads, S, head]."""
-    batch, length, width = x.shape
-    return x.view(batch, length, heads, width // heads).transpose(1, 2)
+    batch, _, width = x.shape
+    return x.view(batch, -1, heads, width // heads).transpose(1, 2)
 
 
 def join_heads(x: Tensor) -> Tensor:
     """[batch, heads, S, head] -> [batch, S, heads * head]."""
-    return x.transpose(1, 2).flatten(2)
+    batch, heads, _, size = x.shape
+    return x.transpose(1, 2).contiguous().view(batch, -1, heads * size)
 
 
 class RMSNorm(Scale):

@@ -2,7 +2,8 @@
 
 `TorchOps` is the eager reference. A dialect of `edgeprune.export` subclasses it and replaces what
 it has a better operator for. Queries, keys, values and caches are [1, heads, tokens, head]. A
-call writes its S tokens into a cache at slot `start` and attends to `start + S` of them.
+call writes its S tokens into a cache at slot `start` and attends to the `end` = start + S that it
+then holds; both are int64 [1].
 
 In half precision a few parts of a model may stay in float32 (`Part.wide` of `_layers`). What their
 operations then are is written here once, from operators that every dialect has.
@@ -45,7 +46,9 @@ class TorchOps:
         at = start + torch.arange(new.shape[2], device=new.device)
         return past.index_copy(2, at, new)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+    ) -> Tensor:
         """Causal attention of the new tokens to the cache; query heads may share a key's."""
         mask = visible(query.shape[2], key.shape[2], start)
         grouped = query.shape[1] != key.shape[1]
@@ -57,7 +60,9 @@ class TorchOps:
         """Full attention, no cache: the vision encoder's; `bias` [S, S] is added to the logits."""
         return F.scaled_dot_product_attention(query, key, value, bias)
 
-    def attend_wide(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+    def attend_wide(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+    ) -> Tensor:
         """As `attend`, with scores and softmax in float32."""
         return attention(query.float(), key.float(), value, start)
 

@@ -65,9 +65,11 @@ Peaks = dict[Key, Peak]
 class ScoredOps(TorchOps):
     """Computes attention scores apart as well: inside torch's attention they cannot be seen."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+    ) -> Tensor:
         scores(query, key)
-        return super().attend(query, key, value, start)
+        return super().attend(query, key, value, start, end)
 
     def attend_all(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.policies._select import ranked
+from edgeprune.policies._sizes import total
 
 FAR = 1e12
 """A squared distance beyond that of any two tokens."""
@@ -38,7 +39,7 @@ def distances(tokens: Tensor) -> Tensor:
     product = wide @ wide.T
     places = torch.arange(tokens.shape[0], device=tokens.device)
     itself = (places[:, None] == places[None, :]).float()
-    lengths = (product * itself).sum(1)
+    lengths = total(product * itself, 1)
     squares = lengths[:, None] + lengths[None, :] - (product + product.T)
     return squares.clamp(min=0) * (1 - itself) / tokens.shape[1]
 
@@ -51,7 +52,7 @@ def density_peaks(apart: Tensor, count: int) -> Tensor:
     rho_i * delta_i, delta_i the least distance to a denser token, beyond all where none is denser.
     Both in logarithms, which order alike, so that no density runs out of digits.
     """
-    sparsity = apart.topk(count, largest=False).values.mean(1)
+    sparsity = total(apart.topk(count, largest=False).values, 1) / count
     denser = sparsity[None, :] < sparsity[:, None]
     reach = torch.where(denser, apart, FAR)
     nearest = torch.cat([reach, apart.new_full((apart.shape[0], 1), FAR)], dim=1).amin(1)
@@ -76,5 +77,5 @@ def average(members: Tensor, tokens: Tensor, weights: Tensor | None = None) -> T
     A cluster without members, or whose weights are all 0, gives zeros: it adds nothing.
     """
     shares = members if weights is None else members * weights.float()
-    total = shares.sum(1, keepdim=True)
-    return shares @ tokens.float() / torch.where(total > 0, total, 1)
+    mass = total(shares, 1, keepdim=True)
+    return shares @ tokens.float() / torch.where(mass > 0, mass, 1)

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from edgeprune.policies._select import ranked, top
 from edgeprune.policies._signals import LEAST
+from edgeprune.policies._sizes import total
 
 
 def others(chosen: Tensor, count: int) -> Tensor:
     """The positions of 0 .. count - 1 that are not among k chosen: int64 [k] -> [count - k]."""
     places = torch.arange(count, device=chosen.device)
-    taken = (chosen[:, None] == places[None, :]).float().sum(0)
+    taken = total((chosen[:, None] == places[None, :]).float(), 0)
     return top(-taken, count - chosen.shape[0])
 
 

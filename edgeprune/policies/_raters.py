@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from edgeprune.policies._sizes import total
+
 MARGIN = 1e-6
 """By how much, relatively, a share must pass the mean: rounding alone makes no rater."""
 
@@ -22,8 +24,8 @@ def raters(shares: Tensor) -> Tensor:
     R holds the text tokens with more than the mean likeness to all visual tokens, which is 1 / T;
     where none has more, all are raters.
     """
-    total = shares.sum(0)
-    chosen = (total > total.mean() * (1 + MARGIN)).float()
+    given = total(shares, 0)
+    chosen = (given > given.mean() * (1 + MARGIN)).float()
     chosen = chosen + (chosen.sum() == 0).float()
     return chosen / chosen.sum()
 

@@ -7,6 +7,7 @@ of its example, takes every size for 2 or more, and freezes one that is exactly 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def least(count: int, live: int) -> int:
@@ -26,3 +27,13 @@ def least(count: int, live: int) -> int:
     torch._check(value >= 0)  # type: ignore[no-untyped-call]
     torch._check(value <= live)  # type: ignore[no-untyped-call]
     return value
+
+
+def total(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """x.sum(dim) where that dimension may have no element, as in a decode step.
+
+    ONNX Runtime's kernels for CUDA refuse to reduce it; one row of zeros more, and there is one.
+    """
+    shape = list(x.shape)
+    shape[dim] = 1
+    return torch.cat([x, x.new_zeros(shape)], dim).sum(dim, keepdim)

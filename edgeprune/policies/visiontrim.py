@@ -58,7 +58,7 @@ from edgeprune.policies._policy import Selection
 from edgeprune.policies._raters import likeness
 from edgeprune.policies._select import top, unit
 from edgeprune.policies._signals import LEAST, InputSignals, LayerSignals, VisionSignals
-from edgeprune.policies._sizes import least
+from edgeprune.policies._sizes import least, total
 from edgeprune.policies._steps import layer_of
 from edgeprune.policies._tiles import among_all, check_tiles, part, parts, shared, together
 from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget
@@ -205,7 +205,7 @@ class Policy(_policy.Policy):
         centres = top(alike, count)
         tokens = rest.index_select(0, centres)
         places = torch.arange(rest.shape[0], device=rest.device)
-        free = 1 - (centres[:, None] == places[None, :]).float().sum(0)
+        free = 1 - total((centres[:, None] == places[None, :]).float(), 0)
         members, weights = self._related(rest, text), None
         for _ in range(self.rounds):
             products = self._related(tokens, text) @ members.T  # [count, n]
