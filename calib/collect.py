@@ -45,11 +45,12 @@ class Recorder(Decoder):
 
         `text` [L - 1, S, width] holds the text tokens' hidden states that enter layer l.
         """
-        rotary, batch = Rotary(self.cos, self.sin), text[:0]
+        rotary, batch, length = Rotary(self.cos, self.sin), text[:0], text.shape[1]
+        start, end = torch.tensor([0]), torch.tensor([length])
         for index in range(1, self.config.layers):
             batch = torch.cat([batch, text[index - 1 : index]])  # one more has begun
-            shape = (len(batch), self.config.kv_heads, text.shape[1], self.config.head_size)
-            empty = Cache(batch.new_zeros(shape), batch.new_zeros(shape), torch.zeros(1).long())
+            shape = (len(batch), self.config.kv_heads, length, self.config.head_size)
+            empty = Cache(batch.new_zeros(shape), batch.new_zeros(shape), start, end)
             batch, _, _ = self.layers[index](batch, rows, rotary, empty)
         return self.feature(batch)
 

@@ -113,7 +113,8 @@ def _recasts(node: ir.Node, value: ir.Value) -> bool:
 def _flattens(node: ir.Node, value: ir.Value) -> bool:
     if node.op_type != "Reshape" or value.shape is None or len(value.shape) != 1:
         return False
-    size = ir.convenience.get_const_tensor(node.inputs[1])
+    shape = node.inputs[1]
+    size = None if shape is None else ir.convenience.get_const_tensor(shape)
     return size is not None and size.numpy().tolist() == [-1]
 
 
