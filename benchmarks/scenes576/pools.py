@@ -25,7 +25,7 @@ from benchmarks.scenes576.questions import KINDS, Question, ask
 from benchmarks.scenes576.scenes import GRID, SIZE, Scene, coverage, draw, generator, make_scene
 
 IMAGE = "<image>"
-SLOT = 26  # tokens of a question with its answer, at most
+SLOT = 22  # tokens of a question with its answer, at most
 ANSWER = 3  # tokens of an answer and its end, at most
 PER_SCENE = 24  # questions made for a scene
 CHUNK = 16  # scenes between two reports

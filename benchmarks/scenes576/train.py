@@ -234,6 +234,9 @@ def _train(options: Options, reader: Reader, pools: list[Pool]) -> dict[str, Any
     rest = second - first
     guarded(trainer, lambda: language_stage(trainer, optimizer, begin, first, end - rest))
     trainer.say("language", 0.0)
+    if options.shares["language"]:
+        right, _ = validate(trainer, min(64, options.checked), ideal=True)
+        record(options.out, {"stage": "language", "validation": right})
     guarded(trainer, lambda: vision_stage(trainer, first, second))
     trainer.say("vision", 0.0)
     guarded(trainer, lambda: joint_stage(trainer, optimizer, second, end, begin + rest))
@@ -256,7 +259,7 @@ def parse() -> Options:
     parser.add_argument("--carry", type=Path, required=True, help="what `pack` wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--scenes", type=int, default=40000)
+    parser.add_argument("--scenes", type=int, default=60000)
     parser.add_argument("--symbolic", type=int, default=6144)
     parser.add_argument("--checked", type=int, default=256)
     parser.add_argument("--slots", type=int, default=14)
