@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -178,6 +179,7 @@ class Makers:
 
 
 def _work(pools: list[Pool], number: int, workers: int, reader: Reader) -> None:
+    os.nice(5)  # training goes first
     for pool in pools:
         for chunk in range(number, len(pool.ready), workers):
             pool.fill(chunk, reader)

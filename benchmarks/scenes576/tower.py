@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.scenes576.scenes import GRID, PATCH, SIZE
+from benchmarks.scenes576.symbols import place_waves
 
 MEAN, STD = 0.5, 0.25  # of a pixel's value, 0 to 1, as the processor normalises it
 
@@ -52,7 +53,10 @@ class Tower(nn.Module):
         self.embeddings.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
         self.embeddings.patch_embedding = nn.Conv2d(3, width, PATCH, PATCH, bias=False)
         self.embeddings.position_embedding = nn.Embedding(GRID * GRID + 1, width)
-        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
+        with torch.no_grad():  # places are known from the start; the first row is [CLS]'s
+            waves = place_waves(GRID)
+            directions = torch.randn(waves.shape[1], width) * 0.4 / waves.norm(dim=1).mean()
+            self.embeddings.position_embedding.weight[1:] = waves @ directions
         self.pre_layrnorm = nn.LayerNorm(width)  # transformers' spelling
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList([_Layer(shape) for _ in range(shape.layers)])

@@ -207,6 +207,7 @@ def train(options: Options) -> dict[str, Any]:
     """Run all stages; what validation says."""
     options.out.mkdir(parents=True, exist_ok=True)
     if options.device.type == "cuda":
+        torch.set_num_threads(2)  # the other cores draw
         torch.backends.cuda.enable_cudnn_sdp(False)  # flash for images, memory-efficient for text
     reader = Reader(options.carry / "tokenizer.json")
     pools = [Pool.make(plan) for plan in plans(options)]
@@ -254,11 +255,12 @@ def _train(options: Options, reader: Reader, pools: list[Pool]) -> dict[str, Any
 def parse() -> Options:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    cores = len(os.sched_getaffinity(0))
     parser.add_argument("--minutes", type=float, required=True, help="from start to last file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--carry", type=Path, required=True, help="what `pack` wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--workers", type=int, default=max(1, min(14, cores - 2)))
     parser.add_argument("--scenes", type=int, default=60000)
     parser.add_argument("--symbolic", type=int, default=6144)
     parser.add_argument("--checked", type=int, default=256)
