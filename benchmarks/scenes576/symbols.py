@@ -43,7 +43,7 @@ PRESENT = len(PAIRS) + 20  # what [CLS] is trained to know: pairs, then tens, th
 LENGTH = 2.3  # of a row, and of a place: that of the embeddings of these words
 _FREQUENCIES = (1, 2, 4, 8)
 WAVES = 2 * (1 + 2 * len(_FREQUENCIES))
-AMONG = (*KINDS, "presence", "count", "relation", "relation")
+AMONG = (*KINDS, "count", "relation", "read")
 
 
 @dataclass
