@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.cells import cells, tiny
+
 HEAD = (
     "model and image",
     "engine",
@@ -26,7 +28,7 @@ HEAD = (
 
 def table(results: Path) -> str:
     """A Markdown table, and below it what could not be run."""
-    rows = list(_rows(results))
+    rows = [row for _, row in sorted(_rows(results))]
     lines = [HEAD, tuple("---" for _ in HEAD), *rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     failed = [
@@ -37,7 +39,9 @@ def table(results: Path) -> str:
     return "\n".join([text, "", *failed])
 
 
-def _rows(results: Path) -> Iterator[tuple[str, ...]]:
+def _rows(results: Path) -> Iterator[tuple[tuple[int, str], tuple[str, ...]]]:
+    """Lines of the table, each with its place: cells in their order, eager torch first."""
+    order = {cell.name: place for place, cell in enumerate((*cells(), *tiny()))}
     eager = {
         told["cell"]: told
         for _, found in _files(results, "eager-*")
@@ -47,13 +51,14 @@ def _rows(results: Path) -> Iterator[tuple[str, ...]]:
         rows = found.get("rows", [])
         for row in rows:
             if told := eager.pop(row["name"], None):
-                yield _eager(told)
-            yield _row(row, rows[0])
-    yield from map(_eager, eager.values())
+                yield (order[row["name"]], ""), _eager(told)
+            yield (order[row["name"]], row["backend"]), _row(row, rows[0])
+    for name, told in eager.items():
+        yield (order[name], ""), _eager(told)
 
 
 def _files(results: Path, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for file in sorted(results.glob(f"{pattern}.json"), key=lambda file: file.stat().st_mtime):
+    for file in sorted(results.glob(f"{pattern}.json")):
         yield file, json.loads(file.read_text())
 
 
