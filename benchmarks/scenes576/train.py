@@ -51,7 +51,7 @@ RESERVE = 9.0  # seconds at the end, for validation and the last files; at most 
 # Share of the language stage after which a grid ends, its patches per side, most objects.
 CURRICULUM = ((0.12, 4, 3), (0.22, 4, 5), (0.32, 6, 6), (0.42, 8, 8), (0.54, 12, 10),
               (0.64, 16, 10), (1.0, GRID, 10))  # fmt: skip
-ENOUGH = 0.93  # share of right answers at which a grid ends before its time
+ENOUGH = 0.9  # share of right answers at which a grid ends before its time
 LEAST_STEPS = 40  # on a grid
 SCENES_TO_START = 64  # of a pool
 
