@@ -198,6 +198,25 @@ class Batch:
     pixels: Tensor | None  # uint8 [batch, SIZE, SIZE, 3]
 
 
+def empty_batch(scenes: int, slots: int, device: torch.device) -> Batch:
+    """Bare ground and questions of zeros, each answered by token 0."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(scenes, *shape, dtype=dtype, device=device)
+
+    bare = zeros(GRID * GRID, 5, dtype=torch.uint8)
+    bare[..., 4] = symbols.GROUND
+    return Batch(
+        symbols=bare,
+        present=zeros(symbols.PRESENT, dtype=torch.float32),
+        ids=zeros(slots, SLOT),
+        columns=zeros(slots, ANSWER),
+        targets=zeros(slots, ANSWER),
+        kinds=zeros(slots),
+        pixels=zeros(SIZE, SIZE, 3, dtype=torch.uint8),
+    )
+
+
 class Resident:
     """A pool's scenes on the device, as far as they are made and brought over."""
 

@@ -32,7 +32,7 @@ from torch import nn
 from benchmarks.scenes576 import symbols
 from benchmarks.scenes576.decoder import Lora, adapter_tensors, unpacked
 from benchmarks.scenes576.losses import Model, Scores, joint_loss, language_loss, vision_loss
-from benchmarks.scenes576.pools import SLOT, Makers, Plan, Pool, Reader, Resident
+from benchmarks.scenes576.pools import SLOT, Makers, Plan, Pool, Reader, Resident, empty_batch
 from benchmarks.scenes576.scenes import GRID
 from benchmarks.scenes576.tower import Sight, TowerShape
 from benchmarks.scenes576.trainer import (
@@ -46,11 +46,11 @@ from benchmarks.scenes576.trainer import (
     validate,
 )
 
-SHARES = {"language": 0.42, "vision": 0.18, "joint": 0.40}
+SHARES = {"language": 0.40, "vision": 0.20, "joint": 0.40}
 RESERVE = 9.0  # seconds at the end, for validation and the last files; at most a tenth of all
 # Share of the language stage after which a grid ends, its patches per side, most objects.
-CURRICULUM = ((0.12, 4, 3), (0.22, 4, 5), (0.32, 6, 6), (0.42, 8, 8), (0.54, 12, 10),
-              (0.64, 16, 10), (1.0, GRID, 10))  # fmt: skip
+CURRICULUM = ((0.10, 4, 3), (0.18, 4, 5), (0.27, 6, 6), (0.36, 8, 8), (0.48, 12, 10),
+              (0.60, 16, 10), (1.0, GRID, 10))  # fmt: skip
 ENOUGH = 0.9  # share of right answers at which a grid ends before its time
 LEAST_STEPS = 40  # on a grid
 SCENES_TO_START = 64  # of a pool
@@ -100,8 +100,8 @@ def language_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: fl
         trainer.keep()
 
 
-def vision_stage(trainer: Trainer, begin: float, until: float) -> None:
-    """Ideal tokens from pixels; Muon for matrices inside layers, AdamW for the rest."""
+def vision_optimizers(trainer: Trainer) -> list[torch.optim.Optimizer]:
+    """Muon for matrices inside layers and the projector, AdamW for the rest."""
     options, model = trainer.options, trainer.model
     named = [*model.sight.named_parameters(), *model.heads.named_parameters()]
     hidden = [p for n, p in named if p.ndim == 2 and ("layers." in n or "projector" in n)]
@@ -109,18 +109,24 @@ def vision_stage(trainer: Trainer, begin: float, until: float) -> None:
     rest = [p for _, p in named if id(p) not in ids]
     muon = torch.optim.Muon(hidden, lr=options.vision_rate, weight_decay=0.02,
                             adjust_lr_fn="match_rms_adamw", ns_steps=5)  # fmt: skip
-    adam = torch.optim.AdamW(rest, lr=options.vision_rate, **fused(options.device))
+    return [muon, torch.optim.AdamW(rest, lr=options.vision_rate, **fused(options.device))]
+
+
+def vision_stage(trainer: Trainer, begin: float, until: float) -> None:
+    """Ideal tokens from pixels."""
+    options, model = trainer.options, trainer.model
+    optimizers = vision_optimizers(trainer)
     pool = trainer.pools["drawn"]
     pool.wait(SCENES_TO_START)
     while (now := time.monotonic()) < until:
         progress = (now - begin) / (until - begin)
-        for optimizer in (muon, adam):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = options.vision_rate * max(
                     0.02, min(1.0, progress / 0.03, (1 - progress) / 0.5)
                 )
         batch = trainer.batch("drawn", options.images, 1)
-        trainer.update(vision_loss(model, batch, trainer.scores), [muon, adam])
+        trainer.update(vision_loss(model, batch, trainer.scores), optimizers)
         pool.bring(0.02)
         trainer.say("vision", drawn=pool.scenes)
         trainer.keep()
@@ -153,17 +159,47 @@ def joint_stage(trainer: Trainer, optimizer: torch.optim.Optimizer, begin: float
         trainer.keep(check=True)
 
 
+def rehearse(trainer: Trainer) -> None:
+    """One step of every stage on an empty batch that changes nothing: an error shows at once."""
+    options, model = trainer.options, trainer.model
+    length = GRID * GRID + options.slots * SLOT
+    while True:
+        try:
+            scenes = max(1, options.tokens // length)
+            batch = empty_batch(scenes, options.slots, options.device)
+            nothing = [torch.optim.AdamW(model.lora.parameters(), lr=0.0, **fused(options.device))]
+            scores = Scores.fresh(options.device)
+            trainer.update(language_loss(model, batch, 1.0, trainer.rng, scores), nothing)
+            trainer.update(joint_loss(model, batch, scores), nothing)
+            still = vision_optimizers(trainer)
+            for optimizer in still:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.0
+            batch = empty_batch(options.images, 1, options.device)
+            trainer.update(vision_loss(model, batch, scores), still)
+            break
+        except torch.OutOfMemoryError:
+            fewer(options)
+    for part in (model.lora, model.sight, model.heads):
+        part.zero_grad()
+    trainer.steps = trainer.window = trainer.skipped = 0
+
+
+def fewer(options: Options) -> None:
+    """Half as much a step, after an error for lack of memory."""
+    options.tokens, options.images = options.tokens // 2, options.images // 2
+    options.most = max(1, options.most // 2)
+    torch.cuda.empty_cache()
+    print(f"out of memory: {options.tokens} tokens a step", flush=True)
+
+
 def guarded(trainer: Trainer, stage: Callable[[], None]) -> None:
     """Run a stage; where the memory is too small, with fewer scenes; an error ends it alone."""
     for _ in range(3):
         try:
             return stage()
         except torch.OutOfMemoryError:
-            options = trainer.options
-            options.tokens, options.images = options.tokens // 2, options.images // 2
-            options.most = max(1, options.most // 2)
-            torch.cuda.empty_cache()
-            print(f"out of memory: {options.tokens} tokens a step", flush=True)
+            fewer(trainer.options)
         except Exception:
             traceback.print_exc()
             return None
@@ -226,6 +262,7 @@ def _train(options: Options, reader: Reader, pools: list[Pool]) -> dict[str, Any
     trainer = Trainer(options, model, residents, rng)
     optimizer = torch.optim.AdamW(model.lora.parameters(), lr=options.rate,
                                   **fused(options.device))  # fmt: skip
+    rehearse(trainer)
     begin, end = time.monotonic(), BEGAN + 60 * options.minutes
     end -= min(RESERVE, 6 * options.minutes)
     first = begin + options.shares["language"] * (end - begin)
@@ -275,7 +312,7 @@ def parse() -> Options:
     parser.add_argument("--joint-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="OUT of a run to go on from")
-    parser.add_argument("--shares", default="0.42,0.18,0.40", help="language, vision, joint")
+    parser.add_argument("--shares", default="0.40,0.20,0.40", help="language, vision, joint")
     args = vars(parser.parse_args())
     args["device"] = torch.device(args["device"])
     shares = [float(part) for part in args["shares"].split(",")]
