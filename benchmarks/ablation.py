@@ -15,12 +15,12 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgeprune._progress import Bar
 from edgeprune.compare.answers import Answered, Asking, difference
 from edgeprune.compare.cells import DENSE, Cell, grid
 from edgeprune.compare.comparing import CompareRequest, answers, compare
 from edgeprune.compare.questions import HELD_OUT, Questions
 from edgeprune.files import write_whole
+from edgeprune.progress import Bar
 from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
 

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from edgeprune import policies
-from edgeprune._progress import Bar
 from edgeprune.bundle import Bundle
 from edgeprune.compare.bundles import Bundles, code
 from edgeprune.compare.cells import DENSE, Cell, grid
@@ -37,6 +36,7 @@ from edgeprune.files import write_whole
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
+from edgeprune.progress import Bar
 from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
 from edgeprune.versions import installed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from edgeprune.models import Adapter
 from edgeprune.models._memory import check_memory
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
+from edgeprune.progress import Progress, silent
 
-Report = Callable[[str, int, int], None]
 CACHE = "EDGEPRUNE_CACHE"
 EVIDENCE = 2
 """Raised where images are read, or prompts written, in another way: old evidence is made anew."""
@@ -66,7 +66,7 @@ def calibrate(
     adapter: Adapter,
     policy: Policy,
     processor: Processor,
-    report: Report = lambda step, done, total: None,
+    report: Progress = silent,
 ) -> Schedule:
     """The schedule of a policy for a model; read from the cache where it was solved before."""
     first = policy.first(adapter.shape, request.cr)
@@ -97,7 +97,7 @@ def _evidence(
     policy: Policy,
     processor: Processor,
     key: str,
-    report: Report,
+    report: Progress,
 ) -> Evidence:
     stored = request.folder / f"{key}.npz"
     if stored.is_file():

@@ -4,7 +4,7 @@ exports. Calibration and export know nothing of each other: they meet here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,10 +26,9 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.policies import Policy
+from edgeprune.progress import Progress, silent
 from edgeprune.spec import ModelShape, PruneSpec, check_cr, check_reach, check_separators
 from edgeprune.tiling import Size
-
-Report = Callable[[str, int, int], None]  # step, done, total
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Recipe:
         return Path("out") / f"{stem}-{spec.method}{ratio}{f'-seed{seed}' if seed else ''}"
 
 
-def make(recipe: Recipe, report: Report = lambda step, done, total: None) -> Exported:
+def make(recipe: Recipe, report: Progress = silent) -> Exported:
     """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be."""
     spec, policy = recipe.spec, policies.make(recipe.spec)
     adapter = open_model(
@@ -128,7 +127,7 @@ def with_reached_ratio(spec: PruneSpec, policy: Policy, shape: ModelShape) -> Pr
 
 
 def _schedule(
-    recipe: Recipe, adapter: Adapter, policy: Policy, processor: Processor, report: Report
+    recipe: Recipe, adapter: Adapter, policy: Policy, processor: Processor, report: Progress
 ) -> Schedule | None:
     """The schedule of a method that needs one: a file's, or calibrated now."""
     spec = recipe.spec

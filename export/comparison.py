@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from edgeprune.models import Adapter
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
+from edgeprune.progress import Progress
 from edgeprune.spec import Plan
 
 
@@ -28,7 +29,7 @@ def compare(
     dtype: torch.dtype,
     wide: Collection[str],
     samples: Sequence[Prompt],
-    report: Callable[[str, int, int], None],
+    report: Progress,
 ) -> ParityRecord:
     """Compare a draft, `record` its decoder's, with the eager model, whose parts `wide` compute in
     float32; ParityError where it is not the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,11 @@ from edgeprune.models import Adapter
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.policies import Policy, seed_of
+from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.versions import installed
 
 PACKAGES = ("edgeprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-
-Report = Callable[[str, int, int], None]  # step, done, total
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def export(
     policy: Policy,
     processor: Processor,
     prompts: Iterable[Prompt],
-    report: Report = lambda step, done, total: None,
+    report: Progress = silent,
 ) -> Exported:
     """Trace, write weights, check parity, and rename the whole into place."""
     compared = not request.no_parity
@@ -180,7 +179,7 @@ def _prove(
     adapter: Adapter,
     policy: Policy,
     samples: Sequence[Prompt],
-    report: Report,
+    report: Progress,
 ) -> tuple[RangeRecord | None, tuple[str, ...]]:
     """What float16 holds of the model, and remarks; None where that is not asked."""
     if request.lowering.dtype.name != "fp16" or request.no_parity:

@@ -11,7 +11,7 @@ cannot show what a device does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -31,6 +31,7 @@ from edgeprune.models._ranges import (
 )
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
+from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan
 
 LIMIT = torch.finfo(torch.float16).max
@@ -46,8 +47,6 @@ STREAM = ("residual", "output", "down", "attention_gain", "mlp_gain")
 
 TITLES = {"product": "gate * up", "scores": "attention scores"}
 
-Report = Callable[[str, int, int], None]  # step, done, total
-
 
 def prove(
     adapter: Adapter,
@@ -55,7 +54,7 @@ def prove(
     plan: Plan,
     prompts: Sequence[Prompt],
     keep: str,
-    report: Report = lambda step, done, total: None,
+    report: Progress = silent,
 ) -> tuple[RangeRecord, tuple[str, ...]]:
     """What float16 holds of a model, and remarks; ExportError where it does not hold all.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from edgeprune.models._decoder import Decoder
 from edgeprune.models._layers import set_tables, widen
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
+from edgeprune.progress import Progress
 from edgeprune.spec import Plan
 from edgeprune.versions import installed
 
-Report = Callable[[str, int, int], None]  # step, done, total
 TEXT_FILES = ("chat_template.jinja", "generation_config.json")
 
 
@@ -55,7 +55,7 @@ def write_graphs(
     adapter: Adapter,
     dialect: Dialect,
     dtype: torch.dtype,
-    report: Report,
+    report: Progress,
 ) -> dict[str, GraphRecord]:
     """Trace both graphs and write them with their weights; what the manifest says of them."""
     vision, decoder = modules

@@ -76,6 +76,15 @@ def likeliest(logits: NDArray[Any]) -> int:
     return int(logits.argmax()) if np.isfinite(logits).all() else -1
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a caller knows of a backend before a bundle is opened on it."""
+
+    dtypes: tuple[str, ...]  # of bundles that it runs
+    gpu: bool
+    engines: bool  # runs what `edgeprune build` made, not the graphs themselves
+
+
 class Caches(Protocol):
     """Keys and values of one dialogue, on one backend; batch 1."""
 

@@ -21,6 +21,7 @@ from edgeprune.bundle import Bundle, Manifest, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
 from edgeprune.files import replaced
 from edgeprune.lowering import TARGETS
+from edgeprune.progress import Progress, silent
 from edgeprune.runtime import trt as seam
 from edgeprune.runtime._static import with_sizes
 from edgeprune.runtime.engines import ENGINES, GRAPHS, RECORD, graphs, read, whole
@@ -80,7 +81,7 @@ class Built:
     found: bool = False
 
 
-def build(request: BuildRequest, report: seam.Report = lambda step, done, total: None) -> Built:
+def build(request: BuildRequest, report: Progress = silent) -> Built:
     """Compile a bundle, unless the same engines are there and whole."""
     trt = seam.load(request.backend)
     bundle = Bundle.open(request.bundle, verify=True)
@@ -178,9 +179,7 @@ def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
 class _Builder:
     """One TensorRT builder for both graphs of a bundle."""
 
-    def __init__(
-        self, trt: Any, request: BuildRequest, bundle: Bundle, report: seam.Report
-    ) -> None:
+    def __init__(self, trt: Any, request: BuildRequest, bundle: Bundle, report: Progress) -> None:
         self.trt, self.request, self.bundle, self.report = trt, request, bundle, report
         self.title = f"{seam.TITLES[request.backend]} {trt.__version__}"
         self.logger = seam.quiet_logger(trt)

@@ -43,7 +43,7 @@ class Engine:
         verify: bool | None = None,
     ) -> Engine:
         """Open a bundle on a backend of `backends.NAMES`; `verify` as in Bundle.open."""
-        backends.check(backend)
+        backends.find(backend)
         bundle = Bundle.open(path, verify=verify)
         return cls(bundle, backends.make(bundle, backend, threads))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from edgeprune.errors import BackendError
 from edgeprune.graphs import GraphRecord
 from edgeprune.hints import install
+from edgeprune.progress import Progress
 from edgeprune.runtime import machine
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
@@ -22,8 +23,6 @@ _INSTALL = {
     "trt-rtx": install("trt-rtx"),
 }
 _NO_DRIVER = "CUDA driver version is insufficient"  # said in passing where there is no GPU
-
-Report = Callable[[str, int, int], None]  # step, done, total
 
 
 def installed() -> str:
@@ -68,7 +67,7 @@ def quiet_logger(trt: Any) -> Any:
     return Quiet()
 
 
-def monitor(trt: Any, step: str, report: Report) -> Any:
+def monitor(trt: Any, step: str, report: Progress) -> Any:
     """Reports the outermost phases of a build as they go."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

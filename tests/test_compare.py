@@ -424,7 +424,7 @@ def test_requests_that_cannot_be_met(refused: Refused, tmp_path: Path) -> None:
     assert "no backend 'abacus'" in refused(*base, "--backend", "abacus")
     assert "asks on ort-cpu or ort-cuda; got trt-rtx" in refused(*base, "--backend", "trt-rtx")
     assert "--dtype is one of" in refused(*base, "--dtype", "fp7")
-    assert "runs fp32, fp16; got bf16" in refused(*base, "--dtype", "bf16")
+    assert "runs fp32, fp16, not bf16" in refused(*base, "--dtype", "bf16")
     assert "nosuch.jsonl cannot be read" in refused(*base, "--questions-file", "nosuch.jsonl")
     for alone in ("--questions-image-dir", "--image-dir"):
         assert f"{alone} is the folder of" in refused(*base, alone, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from edgeprune.demo.questions import held_out
 from edgeprune.runtime import Engine, Sampling, Session
-from edgeprune.runtime._caches import STEP
+from edgeprune.runtime.backends._caches import STEP
 from tests.fake_cuda import FakeCuda
 
 PROMPT = 20
@@ -19,7 +19,7 @@ PROMPT = 20
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr("edgeprune.runtime.ort._import", lambda: fake)
+    monkeypatch.setattr("edgeprune.runtime.backends._ort._import", lambda: fake)
     return fake
 
 
@@ -51,7 +51,7 @@ def test_a_step_moves_a_token_and_growing_moves_nothing(bundle: Path, cuda: Fake
 def test_answers_are_those_on_a_cpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stale input or a cache that was not copied would change them."""
     wanted = _dialogue(Session.open(bundle))
-    monkeypatch.setattr("edgeprune.runtime.ort._import", FakeCuda)
+    monkeypatch.setattr("edgeprune.runtime.backends._ort._import", FakeCuda)
     assert _dialogue(Session.open(bundle, backend="ort-cuda")) == wanted
 
 

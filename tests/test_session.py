@@ -19,9 +19,10 @@ from edgeprune.cli import main
 from edgeprune.demo import MODEL_DIR, SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError, InputError
-from edgeprune.runtime import Engine, Sampling, Session, _caches, backends
-from edgeprune.runtime._caches import STEP
+from edgeprune.runtime import Engine, Sampling, Session, backends
 from edgeprune.runtime.backend import FakeBackend
+from edgeprune.runtime.backends import _caches
+from edgeprune.runtime.backends._caches import STEP
 
 QUESTION = "what color is the star ?"
 SCENE = SAMPLES_DIR / "scene-1.png"

@@ -19,8 +19,8 @@ import numpy as np
 
 from edgeprune.bench.worker import PREFIX
 from edgeprune.bundle import Bundle
+from edgeprune.runtime.backends._ort import OrtBackend
 from edgeprune.runtime.engine import Engine
-from edgeprune.runtime.ort import OrtBackend
 
 TEXT = 64
 CALLS = ("vision", "prefill", "decode")

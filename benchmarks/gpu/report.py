@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.cells import cells, tiny
+from edgeprune.tables import markdown, spread
 
 HEAD = (
     "model and image",
@@ -29,8 +30,7 @@ HEAD = (
 def table(results: Path) -> str:
     """A Markdown table, and below it what could not be run."""
     rows = [row for _, row in sorted(_rows(results))]
-    lines = [HEAD, tuple("---" for _ in HEAD), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = markdown(HEAD, rows)
     failed = [
         f"- {file.stem}: {found['failed'].splitlines()[-1]}"
         for file, found in _files(results, "*")
@@ -69,10 +69,10 @@ def _row(row: dict[str, Any], first: dict[str, Any]) -> tuple[str, ...]:
         *_named(row["name"]),
         row["backend"],
         _method(row["name"]),
-        _spread(laps["vision"]),
-        _spread(laps["prefill"]),
-        _spread(whole),
-        _spread(laps["decode"]),
+        _milliseconds(laps["vision"]),
+        _milliseconds(laps["prefill"]),
+        _milliseconds(whole),
+        _milliseconds(laps["decode"]),
         f"{_ratio(base['prefill'], laps['prefill']):.2f}",
         f"{first['prefill_operations'] / row['prefill_operations']:.2f}",
         f"{_ratio(_sums(base), whole):.2f}",
@@ -104,11 +104,9 @@ def _sums(laps: dict[str, Sequence[float]]) -> list[float]:
     return [a + b for a, b in zip(laps["vision"], laps["prefill"], strict=True)]
 
 
-def _spread(seconds: Sequence[float]) -> str:
-    """Median, and the tenth and ninetieth percentile, in milliseconds."""
-    low, *_, high = statistics.quantiles(seconds, n=10, method="inclusive")
-    return f"{1e3 * statistics.median(seconds):.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})"
-
-
 def _ratio(first: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(first, other, strict=True))
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return spread([1e3 * lap for lap in seconds])

@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from benchmarks.peers.entry import Entry
 from benchmarks.peers.job import SHAPE
+from edgeprune.tables import plain, spread
 
 
 def summary(heats: Sequence[Sequence[Entry]], request: argparse.Namespace) -> dict[str, Any]:
@@ -51,16 +52,14 @@ def table(heat: Sequence[Entry]) -> str:
             [
                 entry.name,
                 str(entry.job.tokens),
-                _spread([1e3 * s for s in entry.prefill], "{:.1f}"),
-                _spread(_ratios(first.prefill, entry.prefill), "{:.3f}"),
-                _spread([1e3 * s for s in entry.decode], "{:.2f}"),
-                _spread(_ratios(first.decode, entry.decode), "{:.3f}"),
+                spread([1e3 * s for s in entry.prefill], ".1f"),
+                spread(_ratios(first.prefill, entry.prefill), ".3f"),
+                spread([1e3 * s for s in entry.decode], ".2f"),
+                spread(_ratios(first.decode, entry.decode), ".3f"),
                 "pruned" if entry.pruned else f"{entry.difference:.0e}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    table = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*table, _verdict(heat, "prefill"), _verdict(heat, "decode")])
+    return "\n".join([plain(lines, left=0), _verdict(heat, "prefill"), _verdict(heat, "decode")])
 
 
 def _verdict(heat: Sequence[Entry], phase: str) -> str:
@@ -77,11 +76,6 @@ def _ratios(first: Sequence[float], other: Sequence[float]) -> list[float]:
 
 def _quantile(numbers: Sequence[float], at: float) -> float:
     return float(np.quantile(numbers, at))
-
-
-def _spread(numbers: Sequence[float], form: str) -> str:
-    low, middle, high = (form.format(_quantile(numbers, at)) for at in (0.1, 0.5, 0.9))
-    return f"{middle} ({low}-{high})"
 
 
 def _processor() -> str:

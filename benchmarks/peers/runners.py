@@ -13,7 +13,7 @@ from safetensors import safe_open
 from benchmarks.peers.job import PREFIX, STATIC, TEXT, Array, Ids, Job
 from edgeprune.bundle import Bundle
 from edgeprune.runtime.backend import DecoderInputs, EncodedImage
-from edgeprune.runtime.ort import OrtBackend
+from edgeprune.runtime.backends._ort import OrtBackend
 
 
 class Runner(Protocol):

@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from edgeprune.bench.agreement import Agreement, Answer
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.lowering import DTYPES
+from edgeprune.progress import Progress, silent
 from edgeprune.runtime import backends, machine
 
 
@@ -47,7 +48,7 @@ class BenchRequest:
             if (found := getattr(self, name)) < number:
                 raise SpecError(f"--{name.replace('_', '-')} is at least {number}; got {found}")
         for backend in self.backends:
-            backends.check(backend)
+            backends.find(backend)
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,7 @@ class BenchResult:
         return json.dumps(asdict(self))
 
 
-def bench(
-    request: BenchRequest, progress: Callable[[int, int], None] = lambda done, total: None
-) -> BenchResult:
+def bench(request: BenchRequest, report: Progress = silent) -> BenchResult:
     """Time every bundle on every backend, interleaved; the first is what ratios are taken to."""
     total = request.warmup + request.laps
     with ExitStack() as stack:
@@ -123,7 +122,7 @@ def bench(
         for lap in range(total):
             for process in workers:
                 process.lap(keep=lap >= request.warmup)
-            progress(lap + 1, total)
+            report("laps", lap + 1, total)
         rows = tuple(process.row() for process in workers)
     plain = asdict(request) | {"bundles": [path.name for path in request.bundles]}
     return BenchResult(rows, absent, agreements, plain, _machine())
@@ -179,7 +178,7 @@ class _WorkerProcess:
             "backend": self.backend,
             "text_tokens": request.text_tokens,
             "new_tokens": request.new_tokens,
-            "threads": request.threads if self.backend == "ort-cpu" else None,
+            "threads": None if backends.find(self.backend).gpu else request.threads,
         }
         self.loaded = self._ask(json.dumps(started))
 

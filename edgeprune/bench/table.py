@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
-
 from edgeprune.bench.bench import BenchResult, Row
+from edgeprune.tables import plain, spread
 
 HEADS = (
     "bundle",
@@ -33,16 +32,9 @@ def table(result: BenchResult) -> str:
     """Medians with p10-p90; ratios, lap by lap, to the first bundle on the same backend."""
     first: dict[str, Row] = {}
     lines = [HEADS, *(_cells(row, first.setdefault(row.backend, row)) for row in result.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = ["  ".join(_padded(line, widths)) for line in lines]
     agree = [one.line() for one in result.agreements]
     absent = [f"not run: {one.name} on {one.backend}: {one.why}" for one in result.absent]
-    return "\n".join([*aligned, *agree, *absent])
-
-
-def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    cells = zip(line, widths, strict=True)
-    return [c.ljust(w) if place < 2 else c.rjust(w) for place, (c, w) in enumerate(cells)]
+    return "\n".join([plain(lines, left=2), *agree, *absent])
 
 
 def _cells(row: Row, first: Row) -> tuple[str, ...]:
@@ -51,10 +43,10 @@ def _cells(row: Row, first: Row) -> tuple[str, ...]:
     return (
         row.name,
         row.backend,
-        _spread(row.laps.vision),
-        _spread(row.laps.prefill),
+        _milliseconds(row.laps.vision),
+        _milliseconds(row.laps.prefill),
         f"{1e3 * row.first_token:.2f}",
-        _spread(row.laps.decode),
+        _milliseconds(row.laps.decode),
         f"{1 / statistics.median(row.laps.decode):.1f}",
         f"{row.kv_bytes / 1e6:.2f}",
         "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
@@ -73,6 +65,5 @@ def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(b / o for b, o in zip(base, other, strict=True))
 
 
-def _spread(seconds: Sequence[float]) -> str:
-    low, middle, high = (1e3 * float(q) for q in np.quantile(seconds, [0.1, 0.5, 0.9]))
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return spread([1e3 * lap for lap in seconds])

@@ -21,6 +21,7 @@ from edgeprune import memory
 from edgeprune.bench import power
 from edgeprune.bench.agreement import Answer, pack
 from edgeprune.errors import CapacityError, EdgepruneError
+from edgeprune.runtime import backends
 from edgeprune.runtime.backend import EncodedImage, Output
 from edgeprune.runtime.engine import Engine
 
@@ -34,7 +35,8 @@ class BenchWorker:
     def __init__(
         self, path: Path, backend: str, text_tokens: int, new_tokens: int, threads: int | None
     ) -> None:
-        meter = power.find(backend != "ort-cpu")
+        self.gpu = backends.find(backend).gpu
+        meter = power.find(self.gpu)
         self.sampler = power.Sampler(meter) if meter else None
         started = time.perf_counter()
         with self.sampler or nullcontext():
@@ -88,7 +90,7 @@ class BenchWorker:
 
     def _peak_bytes(self) -> int | None:
         """What the process holds; on a GPU, what that holds more than before the bundle."""
-        if self.engine.backend.name == "ort-cpu":
+        if not self.gpu:
             return memory.peak_bytes()
         return self.sampler.most_bytes if self.sampler else None
 

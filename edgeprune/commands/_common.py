@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,13 +110,6 @@ def spec(args: argparse.Namespace) -> PruneSpec:
     asked = PruneSpec(args.method, seed=args.seed, options=options)
     default = 1.0 if args.method == "none" or asked.exact else 4.0
     return replace(asked, cr=default if args.cr is None else args.cr)
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of equally many cells, its columns aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def check_output(file: Path) -> None:

@@ -38,10 +38,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune._progress import Bar
     from edgeprune.bench.bench import BenchRequest, bench
     from edgeprune.bench.table import table
     from edgeprune.drawing.image_files import check_target
+    from edgeprune.progress import Bar
 
     request = BenchRequest(
         bundles=tuple(args.bundles),
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if file:
             _common.check_output(file)
     with Bar() as bar:
-        result = bench(request, lambda done, total: bar("laps", done, total))
+        result = bench(request, bar)
     print(table(result))
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     terminal.note(f"median (p10-p90) of {args.laps} laps; {machine}")

@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune._progress import Bar
+    from edgeprune.progress import Bar
     from edgeprune.runtime import trt
     from edgeprune.runtime.build import BuildRequest, build
 

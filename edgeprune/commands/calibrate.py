@@ -25,9 +25,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from edgeprune import policies
-    from edgeprune._progress import Bar
     from edgeprune.calib.calibrate import calibrate
     from edgeprune.models._processor import Processor
+    from edgeprune.progress import Bar
     from edgeprune.spec import check_reach
 
     spec = _common.spec(args)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands import _common
 from edgeprune.errors import SpecError
+from edgeprune.tables import plain
 
 if TYPE_CHECKING:
     from edgeprune.export.check import Problem, Verdict
@@ -121,7 +122,7 @@ def _report(
         "asked_here": {parser.title: _said(parser) for parser in here},
         "refused": refused,
     }
-    return record, "\n".join([_common.table(answers), *(f"- {r}" for r in reasons), *said])
+    return record, "\n".join([plain(answers), *(f"- {r}" for r in reasons), *said])
 
 
 def _row(
@@ -199,7 +200,7 @@ def _memory(args: argparse.Namespace) -> Report:
         f" {SYSTEM / GB:g} GB are left for the system, CUDA and the engine's code, an estimate"
     )
     record = {"budgets": [asdict(b) | {"total": b.total} for b in found], "note": note}
-    return record, _common.table(rows) + "\n" + note
+    return record, plain(rows) + "\n" + note
 
 
 def _machine() -> Report:
@@ -222,4 +223,4 @@ def _machine() -> Report:
         *((a.what, "yes" if a.possible else f"no: {a.why}") for a in abilities),
     ]
     record = asdict(machine) | {"abilities": [asdict(ability) for ability in abilities]}
-    return record, _common.table(rows)
+    return record, plain(rows)

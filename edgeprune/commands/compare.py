@@ -13,9 +13,9 @@ from edgeprune.commands import _common
 from edgeprune.errors import SpecError
 
 if TYPE_CHECKING:
-    from edgeprune._progress import Bar
     from edgeprune.compare.comparing import CompareRequest
     from edgeprune.compare.results import Comparison
+    from edgeprune.progress import Bar
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -77,8 +77,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune._progress import Bar
     from edgeprune.compare.comparing import compare
+    from edgeprune.progress import Bar
 
     request = _request(args)
     len(request.asking.questions)  # a wrong file is told now, and so is a wrong folder
@@ -109,7 +109,7 @@ def _request(args: argparse.Namespace) -> CompareRequest:
     from edgeprune.compare.race import Race
     from edgeprune.lowering import resolve
     from edgeprune.recipe import Recipe
-    from edgeprune.runtime.ort import RUNS
+    from edgeprune.runtime import backends
     from edgeprune.spec import PruneSpec
 
     recipe = Recipe(
@@ -123,8 +123,10 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         image_dir=args.image_dir,
     )
     dtype = resolve(recipe.target, recipe.dtype).dtype.name  # refuses what it does not know
-    if dtype not in RUNS:
-        raise SpecError(f"compare asks ONNX Runtime, which runs {', '.join(RUNS)}; got {dtype}")
+    if dtype not in (runs := backends.find(args.backend).dtypes):
+        raise SpecError(
+            f"{args.backend} runs {', '.join(runs)}, not {dtype}; choose another --dtype"
+        )
     questions = Questions(args.questions, args.questions_file, args.questions_image_dir)
     return CompareRequest(
         folder=args.output,

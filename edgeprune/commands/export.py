@@ -49,7 +49,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune._progress import Bar
+    from edgeprune.progress import Bar
     from edgeprune.recipe import make
 
     started = time.perf_counter()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgeprune.commands import _common
 from edgeprune.errors import SpecError
+from edgeprune.tables import plain
 
 if TYPE_CHECKING:
     from edgeprune.models import Adapter
@@ -55,14 +56,14 @@ def run_methods(args: argparse.Namespace) -> int:
         print(_described(args.name, policies.load(args.name)))
         return 0
     if args.model:
-        print(_common.table(_verdicts(args)))
+        print(plain(_verdicts(args)))
         return 0
     rows = [("method", "prunes at", "needs", "what stays")]
     for name in policies.names():
         policy = policies.load(name)
         sites, needs = ", ".join(policy.sites), ", ".join(policy.needs)
         rows.append((name, sites or "-", needs or "-", policy.summary))
-    print(_common.table(rows))
+    print(plain(rows))
     return 0
 
 
@@ -146,7 +147,7 @@ def run_models(args: argparse.Namespace) -> int:
 
         adapter = _common.model(args)
         notes = read_records(adapter, Processor(adapter)).notes  # or what export would refuse
-        print(_common.table([*_sizes(adapter), *(("note", note) for note in notes)]))
+        print(plain([*_sizes(adapter), *(("note", note) for note in notes)]))
         return 0
     rows = []
     for name in models.names():
@@ -156,7 +157,7 @@ def run_models(args: argparse.Namespace) -> int:
     for other in models.ELSEWHERE:
         why = f"not in transformers; nearest is {other.nearest}"
         rows.append(("-", f"{other.name}: {why}"))
-    print(_common.table(rows))
+    print(plain(rows))
     return 0
 
 

@@ -43,8 +43,7 @@ class Asking:
     max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
-        backends.check(self.backend)
-        if not self.backend.startswith("ort-"):
+        if backends.find(self.backend).engines:
             raise BackendError(
                 f"compare asks on ort-cpu or ort-cuda; got {self.backend}, whose engines are"
                 " built and timed bundle by bundle: edgeprune build, edgeprune bench"

@@ -20,9 +20,9 @@ from edgeprune.compare.results import Comparison, Missing, Result
 from edgeprune.compare.store import Store
 from edgeprune.compare.workers import each
 from edgeprune.errors import ExportError
+from edgeprune.progress import Progress, silent
 from edgeprune.recipe import Recipe
 
-Report = Callable[[str, int, int], None]  # step, done, total
 Tick = Callable[[int], None]
 
 
@@ -49,7 +49,7 @@ class CompareRequest:
 
 def compare(
     request: CompareRequest,
-    report: Report = lambda step, done, total: None,
+    report: Progress = silent,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Make and ask every bundle, time them all, put the results together; `tell` of failures.
@@ -80,7 +80,7 @@ def answers(request: CompareRequest) -> dict[Cell, Answered]:
 
 
 def _answer(
-    request: CompareRequest, report: Report, tell: Callable[[str], None]
+    request: CompareRequest, report: Progress, tell: Callable[[str], None]
 ) -> dict[Cell, str]:
     """Put the answers of every cell on disk; why there are none, for each that failed."""
     size = len(request.asking.questions)
@@ -122,7 +122,7 @@ def _stored(request: CompareRequest, cell: Cell) -> Answered | None:
 
 
 def _times(
-    request: CompareRequest, answered: dict[Cell, Answered], report: Report
+    request: CompareRequest, answered: dict[Cell, Answered], report: Progress
 ) -> dict[str, Any]:
     """Laps of one bundle for each method and ratio, and the machine; read where stored."""
     assert request.race is not None
@@ -137,7 +137,7 @@ def _times(
             if why:
                 raise ExportError(f"{cell.name} was there and cannot be made again: {why}")
         paths = [request.bundles.path(cell) for cell in timed]
-        found = request.race.run(paths, text_tokens, partial(report, "laps"))
+        found = request.race.run(paths, text_tokens, report)
         request.store.write("times", key, found)
     return found
 
@@ -190,7 +190,7 @@ def _setup(
 class _Progress:
     """Counts what several processes tell."""
 
-    report: Report
+    report: Progress
     step: str
     total: int
     done: int = 0

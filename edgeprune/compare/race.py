@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from edgeprune.bench.bench import BenchRequest, bench
 from edgeprune.compare.store import key_of
 from edgeprune.errors import SpecError
+from edgeprune.progress import Progress, silent
 from edgeprune.versions import installed
 
 
@@ -36,7 +37,7 @@ class Race:
         self,
         bundles: Sequence[Path],
         text_tokens: int,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        report: Progress = silent,
     ) -> dict[str, Any]:
         """Milliseconds of every lap by bundle's name, {vision, prefill, decode}; decode per token.
 
@@ -51,7 +52,7 @@ class Race:
             laps=self.laps,
             threads=self.threads,
         )
-        result = bench(request, progress)
+        result = bench(request, report)
         laps = {
             path.name: {part: _milliseconds(seconds) for part, seconds in asdict(row.laps).items()}
             for path, row in zip(bundles, result.rows, strict=True)

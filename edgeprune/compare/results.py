@@ -16,6 +16,7 @@ import numpy as np
 from edgeprune import policies
 from edgeprune.compare.answers import wilson
 from edgeprune.compare.cells import DENSE
+from edgeprune.tables import markdown, spread
 
 PARTS = ("vision", "prefill", "decode")
 
@@ -112,7 +113,7 @@ class Comparison:
         for title, cells in (("Out of reach:", self.out_of_reach), ("Failed:", self.failed)):
             if cells:
                 lines = [[c.method, _ratio(c.cr_asked), c.why] for c in cells]
-                parts.append(f"{title}\n\n{_table(['method', 'CR asked', 'why'], lines)}")
+                parts.append(f"{title}\n\n{markdown(['method', 'CR asked', 'why'], lines)}")
         if replaced := replacements(cell.method for cell in self.cells):
             notes = "\n".join(f"- {name}: {what}." for name, what in replaced.items())
             parts.append(f"\\* A part of the published method is replaced:\n\n{notes}")
@@ -170,7 +171,7 @@ def overview_table(cells: Iterable[Result]) -> str:
         for group in found.values()
         if group[0].method == DENSE
     ]
-    return _table(["method", *(f"CR {_ratio(cr)}" for cr in ratios)], [*dense, *lines])
+    return markdown(["method", *(f"CR {_ratio(cr)}" for cr in ratios)], [*dense, *lines])
 
 
 def _overall(group: Sequence[Result], cr: float) -> str:
@@ -197,7 +198,7 @@ def accuracy_table(cells: Iterable[Result]) -> str:
             means = (statistics.mean(c.right[k] / c.asked[k] for c in group) for k in kinds)
             shares = [f"{100 * mean:.1f}" for mean in means]
         lines.append([marked(one.method), _ratio(one.cr), _overall(group, one.cr), *shares])
-    return _table(["method", "CR", "overall", *kinds], lines)
+    return markdown(["method", "CR", "overall", *kinds], lines)
 
 
 def time_table(cells: Iterable[Result]) -> str:
@@ -208,10 +209,10 @@ def time_table(cells: Iterable[Result]) -> str:
     for cell in timed:
         ratios = zip(dense.laps["prefill"], cell.laps["prefill"], strict=True)
         speedup = statistics.median(base / other for base, other in ratios)
-        spreads = [_spread(cell.laps[part]) for part in PARTS]
+        spreads = [spread(cell.laps[part]) for part in PARTS]
         memory = f"{cell.kv_bytes / 1e3:,.0f}"
         lines.append([marked(cell.method), _ratio(cell.cr), *spreads, f"{speedup:.2f}", memory])
-    return _table(["method", "CR", *PARTS, "speed-up", "KV kB"], lines)
+    return markdown(["method", "CR", *PARTS, "speed-up", "KV kB"], lines)
 
 
 def grouped(cells: Iterable[Result]) -> list[list[Result]]:
@@ -223,14 +224,6 @@ def grouped(cells: Iterable[Result]) -> list[list[Result]]:
     return sorted(groups, key=lambda g: (g[0].cr_asked, -statistics.mean(c.share for c in g)))
 
 
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown whose columns stand below each other in a terminal too."""
-    widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]
-    rows = [heads, ["-" * width for width in widths], *lines]
-    cells = ([c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows)
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
 def _ratio(cr: float) -> str:
     return f"{cr:.2f}".rstrip("0").rstrip(".")
 
@@ -238,11 +231,6 @@ def _ratio(cr: float) -> str:
 def _interval(right: int, asked: int) -> str:
     low, high = wilson(right, asked)
     return f"{100 * right / asked:.1f} ± {50 * (high - low):.1f}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def _shown(cell: Result) -> dict[str, object]:

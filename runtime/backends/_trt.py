@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, CapacityError
 from edgeprune.runtime import elements, engines, gpu, trt
-from edgeprune.runtime._trt_memory import (
+from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output
+from edgeprune.runtime.backends._trt_memory import (
     ALIGNMENT,
     WORD,
     Block,
@@ -33,8 +34,9 @@ from edgeprune.runtime._trt_memory import (
     step_bytes,
     survivors,
 )
-from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output
 
+RUNS = ("fp32", "fp16", "bf16")
+"""Dtypes of the bundles that it runs, where the target has engines of them."""
 ADVICE = {
     "prefix": "put <image> earlier in it",
     "text": "shorten it, or build with a larger --text-capacity",

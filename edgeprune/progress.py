@@ -1,9 +1,17 @@
-"""Progress on stderr: a bar where somebody watches, nothing where nobody does."""
+"""Progress: what long work tells of itself, and a bar on stderr where somebody watches."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TextIO
+
+Progress = Callable[[str, int, int], None]
+"""Told the step, how much of it is done, and how much there is."""
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 class Bar:

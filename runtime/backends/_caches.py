@@ -15,8 +15,8 @@ import numpy as np
 
 from edgeprune.bundle import DecoderRecord
 from edgeprune.graphs import CacheRecord
-from edgeprune.runtime._copy_graph import INPUT, OUTPUT, SPARE, copy_graph
 from edgeprune.runtime.backend import Ids
+from edgeprune.runtime.backends._copy_graph import INPUT, OUTPUT, SPARE, copy_graph
 
 STEP = 64
 """Caches hold a multiple of so many tokens."""

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.hints import install
-from edgeprune.runtime import _caches, elements
-from edgeprune.runtime._caches import OrtCaches
+from edgeprune.runtime import elements
 from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output, likeliest
+from edgeprune.runtime.backends import _caches
+from edgeprune.runtime.backends._caches import OrtCaches
 
 RUNS = ("fp32", "fp16")
 """Dtypes of the bundles that ONNX Runtime has kernels for."""
