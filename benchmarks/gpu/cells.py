@@ -32,6 +32,7 @@ class Cell:
     method: str
     cr: float
     target: str = "cuda"
+    sites: int | None = None  # layers at which tokens go; None: nearly every one
 
     @property
     def visual(self) -> int:
@@ -40,6 +41,7 @@ class Cell:
     @property
     def name(self) -> str:
         method = "dense" if self.method == "none" else f"{self.method}-cr{self.cr:g}"
+        method += "" if self.sites is None else f"-sites{self.sites}"
         return f"{self.shape}-{self.visual}-{method}-{self.target}"
 
     @property
@@ -62,6 +64,7 @@ def tiny() -> list[Cell]:
 def _methods(shape: str, side: int) -> Iterator[Cell]:
     yield Cell(shape, side, "none", 1)
     yield Cell(shape, side, "utp", 4)
+    yield Cell(shape, side, "utp", 4, sites=4)
     if shape != "2b":
         yield Cell(shape, side, "utp", 16)
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import report
 from benchmarks.gpu.cells import Cell, cells, tiny
 from benchmarks.gpu.steps import Request, run
+from edgeprune.bundle import MANIFEST
 
 
 def _arguments() -> argparse.Namespace:
@@ -46,6 +48,14 @@ def _chosen(args: argparse.Namespace) -> tuple[Cell, ...]:
     return tuple(cell for cell in every if args.only in cell.name)
 
 
+def _prepared(chosen: Sequence[Cell], folder: Path) -> tuple[Cell, ...]:
+    """Those whose bundle is there; the others are told."""
+    there = tuple(cell for cell in chosen if (folder / cell.name / MANIFEST).is_file())
+    if missing := [cell.name for cell in chosen if cell not in there]:
+        print(f"not prepared: {', '.join(missing)}", flush=True)
+    return there
+
+
 def main() -> None:
     args = _arguments()
     if args.command == "table":
@@ -60,7 +70,7 @@ def main() -> None:
         backends = ("ort-cpu",) if args.dry else tuple(args.backends)
         run(
             Request(
-                _chosen(args),
+                _prepared(_chosen(args), args.prepared),
                 args.prepared,
                 args.results,
                 backends,

@@ -16,7 +16,7 @@ from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make, names
-from edgeprune.spec import PruneSpec, plan_from_counts
+from edgeprune.spec import PruneSpec, budget, plan_from_counts
 
 DEMO, DEMO_CR = "demo", 4
 
@@ -40,7 +40,8 @@ def _export(cell: Cell, work: Path) -> Path:
     """A bundle of one cell with a made-up schedule, its weights zeros."""
     adapter = open_model(str(write(cell.sized, work / "checkpoint", sparse=True)))
     assert adapter.shape.visual_tokens == cell.visual
-    return _bundle(adapter, PruneSpec(cell.method, cell.cr), work / cell.name, cell.target)
+    spec = PruneSpec(cell.method, cell.cr)
+    return _bundle(adapter, spec, work / cell.name, cell.target, cell.sites)
 
 
 def prepare_demo(folder: Path, methods: Sequence[str] = ()) -> None:
@@ -56,14 +57,30 @@ def prepare_demo(folder: Path, methods: Sequence[str] = ()) -> None:
             print(f"{method}: {error}", flush=True)
 
 
-def _bundle(adapter: Adapter, spec: PruneSpec, output: Path, target: str) -> Path:
+def stepped(visual: int, layers: int, cr: float, sites: int) -> tuple[int, ...]:
+    """A schedule that falls at so many layers, evenly apart behind the second, by one factor."""
+    falls = [2 + round(site * (layers - 2) / sites) for site in range(sites)]
+    step = [sum(layer >= fall for fall in falls) for layer in range(layers)]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        factor = (low + high) / 2
+        total = sum(round(visual * factor**n) for n in step)
+        low, high = (factor, high) if total <= budget(visual, layers, cr) else (low, factor)
+    return tuple(round(visual * low**n) for n in step)
+
+
+def _bundle(
+    adapter: Adapter, spec: PruneSpec, output: Path, target: str, sites: int | None = None
+) -> Path:
     """A float16 bundle; a schedule that a method wants is made up."""
     policy, shape = make(spec), adapter.shape
     if policy.first(shape, spec.cr) is None:
         plan = policy.plan(shape, spec.cr)
     else:
-        counts = declining(shape.visual_tokens, shape.layers, spec.cr)
-        plan = plan_from_counts(shape.visual_tokens, counts)
+        visual, layers = shape.visual_tokens, shape.layers
+        made = declining(visual, layers, spec.cr)
+        counts = made if sites is None else stepped(visual, layers, spec.cr, sites)
+        plan = plan_from_counts(visual, counts)
     why = "it is compared on the GPU"
     request = ExportRequest(output.name, spec, plan, output, target, "fp16", no_parity=why)
     return export(request, adapter, policy, Processor(adapter), []).path
