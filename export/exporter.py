@@ -27,7 +27,6 @@ from edgeprune.export import ranges
 from edgeprune.export.comparison import compare
 from edgeprune.export.dialects import dialect_of
 from edgeprune.export.generation import read_generation
-from edgeprune.export.preprocess import image_record
 from edgeprune.export.prompts import read_text
 from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import DECODER, GraphRecord
@@ -115,7 +114,7 @@ def read_records(adapter: Adapter, processor: Processor) -> Records:
     folder, config, media = adapter.checkpoint.folder, adapter.config, adapter.media
     generation = read_generation(folder, config, processor.tokenizer, adapter.shape)
     image = replace(
-        image_record(processor, adapter.tiling, adapter.frozen),
+        adapter.image_record(processor),
         pictures=adapter.asked.pictures,
         frames=adapter.asked.frames,
     )

@@ -41,7 +41,7 @@ def read_text(
     image = ImageToken.of(tokenizer, config, media)
     if media is not None:
         token_text(tokenizer, media.token)
-    found = templates(source, tokenizer, config, image)
+    found = templates(source, tokenizer, image)
     written = [found.first, found.following, found.with_system]
     around = media.around if media else ("", "")
     check_rows(tokenizer, [*written, *around], rows)

@@ -18,8 +18,8 @@ from typing import Any
 
 from edgeprune.bundle import DATE
 from edgeprune.errors import ModelError
-from edgeprune.models._chat import assumed
-from edgeprune.models._media import Media
+from edgeprune.models._chat import known
+from edgeprune.models._media import Media, Turns
 
 Turn = tuple[str, list[str]]  # role, and texts of which one may be the image token
 
@@ -52,12 +52,14 @@ class ImageToken:
     text: str
     part: str = "image"
     count: int = 1
+    assumed: Turns | None = None  # how a dialogue is written where there is no template
 
     @classmethod
     def of(cls, tokenizer: Any, config: Any, media: Media | None) -> ImageToken:
         if media is None:
             return cls(token_text(tokenizer, getattr(config, "image_token_id", None)))
-        return cls(token_text(tokenizer, media.placeholder), media.part, media.count)
+        text = token_text(tokenizer, media.placeholder)
+        return cls(text, media.part, media.count, media.assumed)
 
 
 def token_text(tokenizer: Any, wanted: int | None) -> str:
@@ -71,17 +73,17 @@ def token_text(tokenizer: Any, wanted: int | None) -> str:
     return str(token)
 
 
-def templates(source: Any, tokenizer: Any, config: Any, image: ImageToken) -> Templates:
+def templates(source: Any, tokenizer: Any, image: ImageToken) -> Templates:
     """The template of a processor or a tokenizer with holes; ModelError where it cannot be frozen.
 
-    A LLaVA checkpoint without a chat template gets that of LLaVA-1.5; `notes` says so.
+    A checkpoint without a chat template gets what its family assumes; `notes` says so.
     """
     owner = template_owner(source)
     if owner is None:
-        assumed_first, later = assumed(config.model_type, image.count)
-        later = (tokenizer.eos_token or "") + later
-        told = "the checkpoint has no chat template; LLaVA-1.5's is used"
-        return Templates(assumed_first, later, "{system} " + assumed_first, (told,))
+        turns = known(image.assumed)
+        later = (tokenizer.eos_token or "") + turns.later
+        told = f"the checkpoint has no chat template; {turns.source}'s is used"
+        return Templates(turns.first, later, "{system} " + turns.first, (told,))
     renderer = _Renderer(owner, image)
     first = renderer.first("{prompt}")
     if first is None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
-from edgeprune.models import ELSEWHERE
+from edgeprune.models import elsewhere
 from tests import families
 from tests.clips import clip
 from tests.families import QUESTION
@@ -23,7 +23,7 @@ SCENE = SAMPLES_DIR / "scene-1.png"
 PROMPT = ["--prompt", QUESTION, "--max-new-tokens", "2"]
 
 
-@pytest.mark.parametrize("other", ELSEWHERE, ids=lambda other: other.architecture)
+@pytest.mark.parametrize("other", elsewhere(), ids=lambda other: other.architecture)
 def test_a_family_that_transformers_lacks_is_told_with_the_nearest(
     other: Any, tmp_path: Path, refused: Refused
 ) -> None:

@@ -23,7 +23,6 @@ from transformers import GenerationConfig, LlamaConfig, MistralConfig, Qwen2Conf
 from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.exporter import Exported, ExportRequest, export
-from edgeprune.export.preprocess import image_record
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -67,7 +66,7 @@ def picture(size: Size, seed: int = 0) -> Image.Image:
 def ours(family: Family, checkpoint: Path, image: Image.Image) -> tuple[Adapter, np.ndarray]:
     """The adapter frozen for a picture's size, and the pixels that the runtime makes of it."""
     adapter = open_model(str(checkpoint), size=family.frozen(Size(image.height, image.width)))
-    record = image_record(Processor(adapter), adapter.tiling)
+    record = adapter.image_record(Processor(adapter))
     assert record.shape == adapter.pixels
     return adapter, to_pixels(image, record)
 
@@ -100,7 +99,13 @@ def generated(
 ) -> list[int]:
     """Greedy tokens of transformers' model."""
     ids = torch.cat([prompt.prefix_ids, torch.tensor([block(adapter)]), prompt.text_ids], dim=1)
-    known = ("pixel_values", "pixel_values_videos", "image_sizes", "batch_num_images")
+    known = (
+        "pixel_values",
+        "pixel_values_videos",
+        "image_sizes",
+        "batch_num_images",
+        "pixel_attention_mask",
+    )
     found = family.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -231,7 +236,7 @@ def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
 ) -> None:
     wide, tall = family.sizes[1], family.sizes[2]
     adapter = open_model(str(checkpoint), size=wide)
-    record = image_record(family.image_processor, adapter.tiling)
+    record = adapter.image_record(family.image_processor)
     assert to_pixels(picture(tall), record).shape == adapter.pixels
     assert "black borders" in remarks(picture(tall), record)[0]
     assert remarks(picture(Size(2 * wide.height, 2 * wide.width)), record) == ()

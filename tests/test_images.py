@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +26,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from edgeprune import images, rgb
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError, ModelError
-from edgeprune.export.preprocess import image_record
 from edgeprune.images import image_in, read_image
+from edgeprune.models._image_record import padded, plain, read_image_processor
 from edgeprune.runtime.images import to_pixels
 
 
@@ -48,6 +49,12 @@ PROCESSORS = {
     "raw levels": CLIPImageProcessorPil(**square_of(20), do_rescale=False, do_normalize=False),
     "bilinear": CLIPImageProcessorPil(**square_of(50), resample=2, rescale_factor=1 / 127.5),
 }
+READERS = {
+    "CLIPImageProcessor": plain,
+    "SiglipImageProcessor": plain,
+    "LlavaImageProcessor": padded,
+}
+image_record = partial(read_image_processor, readers=READERS)
 PLAIN = image_record(PROCESSORS["demo"])
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from edgeprune.bundle import Bundle
 from edgeprune.errors import InputError, SpecError
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.export.preprocess import image_record
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._media import Asked
 from edgeprune.models._processor import Processor, random_prompt
@@ -77,7 +76,7 @@ def shown(case: Case, adapter: Adapter) -> list[Image.Image]:
 
 def taken(adapter: Adapter, images: list[Image.Image]) -> np.ndarray:
     """Pixels as the runtime makes them."""
-    record = image_record(Processor(adapter), adapter.tiling)
+    record = adapter.image_record(Processor(adapter))
     return media.prepare(images, replace(record, pictures=len(images))).pixels
 
 

@@ -24,7 +24,6 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from edgeprune.commands._common import image_size
 from edgeprune.errors import InputError, ModelError
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.export.preprocess import image_record
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._mrope import Grid, MRope
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -106,7 +105,7 @@ def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, th
 def test_pixels_are_those_of_the_processor(size: str, plain: Path) -> None:
     adapter, image = open_model(str(plain), size=image_size(size)), picture(*PICTURES[size])
     processor = Processor(adapter)
-    record = image_record(processor, frozen=adapter.frozen)
+    record = adapter.image_record(processor)
     wanted = adapter._raster(processor.image_processor(image, return_tensors="pt")["pixel_values"])
     assert wanted.shape == adapter.pixels == record.shape
     np.testing.assert_array_equal(to_pixels(image, record), wanted)
@@ -126,7 +125,7 @@ def test_what_the_processor_makes_of_a_picture_fits(width: int, height: int, tok
 def test_another_shape_is_fitted_with_black_bars_and_said(plain: Path) -> None:
     adapter = open_model(str(plain), size=Size(112, 224))
     processor = Processor(adapter)
-    record = image_record(processor, frozen=adapter.frozen)
+    record = adapter.image_record(processor)
     image = picture(224, 224)
     pixels = to_pixels(image, record)
     assert torch.equal(processor(image, QUESTION).pixels, torch.from_numpy(pixels))

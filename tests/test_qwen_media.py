@@ -13,7 +13,6 @@ from conftest import Refused
 from PIL import Image
 
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.export.preprocess import image_record
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._mrope import Grid, MRope
 from edgeprune.models._processor import Processor, random_prompt
@@ -45,7 +44,7 @@ def opened(checkpoint: Path, asked: str) -> tuple[Adapter, list[Image.Image]]:
 
 def seen(adapter: Adapter, images: list[Image.Image]) -> torch.Tensor:
     """Pixels as the runtime makes them."""
-    record = image_record(Processor(adapter), frozen=adapter.frozen)
+    record = adapter.image_record(Processor(adapter))
     pixels = torch.from_numpy(media.prepare(images, replace(record, pictures=len(images))).pixels)
     assert pixels.shape == adapter.pixels
     return pixels

@@ -41,7 +41,7 @@ def of_family(folder: Path, family: str) -> Path:
 
 @pytest.mark.parametrize("family", ["llava_next_video", "video_llava", "internvl"])
 def test_what_transformers_builds_anew_is_read_as_stored(family: str, folder: Path) -> None:
-    chat = Chat(of_family(folder, family), family)
+    chat = Chat(of_family(folder, family))
     stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(folder)
     assert chat.tokenizer.encode(PROMPT) == stored.encode(PROMPT).ids != theirs.encode(PROMPT)

@@ -154,7 +154,7 @@ def run_models(args: argparse.Namespace) -> int:
         summary = (import_module(f"edgeprune.models.{name}").__doc__ or "").strip()
         rows.append((name, summary.splitlines()[0]))
     rows.append(("demo", "the embedded demo checkpoint, a small trained LLaVA: --model demo"))
-    for other in models.ELSEWHERE:
+    for other in models.elsewhere():
         why = f"not in transformers; nearest is {other.nearest}"
         rows.append(("-", f"{other.name}: {why}"))
     print(plain(rows))

@@ -1,11 +1,11 @@
 """Model families, one file each: the file name is the `model_type` of the checkpoint's config.json.
 
-A file holds one class `Adapter`. Adding a family is adding a file.
+A file holds one class `Adapter`, which answers the steps of `_family.py`. Families are found by
+their files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -13,34 +13,30 @@ from typing import Any
 from edgeprune.errors import ModelError
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._checkpoint import Checkpoint, locate
+from edgeprune.models._family import Elsewhere
 from edgeprune.models._format import check_format
 from edgeprune.models._lora import base_of
 from edgeprune.models._media import Asked
 from edgeprune.models._stored import read_json
 from edgeprune.tiling import Size
 
-__all__ = ["ELSEWHERE", "Adapter", "Checkpoint", "names", "open_model"]
-
-
-@dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """A family that transformers does not implement: no code of a checkpoint is ever run."""
-
-    name: str
-    architecture: str
-    nearest: str
-
-
-ELSEWHERE = (
-    Elsewhere("Qwen-VL (the first)", "QWenLMHeadModel", "qwen2_vl"),
-    Elsewhere("CogVLM", "CogVLMForCausalLM", "llava_next"),
-    Elsewhere("InternVL in its own code", "InternVLChatModel", "internvl, the -hf checkpoints"),
-)
+__all__ = ["Adapter", "Checkpoint", "elsewhere", "load", "names", "open_model"]
 
 
 def names() -> list[str]:
     """Every family, sorted; imports none of them."""
     return sorted(module.name for module in iter_modules(__path__) if module.name[0] != "_")
+
+
+def load(name: str) -> type[Adapter]:
+    """The class of a family, by the name of its file."""
+    found: type[Adapter] = import_module(f"{__name__}.{name}").Adapter
+    return found
+
+
+def elsewhere() -> list[Elsewhere]:
+    """Checkpoints that transformers does not implement, each with its nearest family."""
+    return [other for name in names() for other in load(name).elsewhere]
 
 
 def open_model(
@@ -66,9 +62,7 @@ def open_model(
         folder, lora = base_of(folder, locate), folder
     config = read_json(folder / "config.json")
     check_format(folder, config)
-    family = _family(model, config)
-    checkpoint = Checkpoint.open(folder, lora)
-    adapter: Adapter = import_module(f"{__name__}.{family}").Adapter(checkpoint, asked)
+    adapter = _family_of(model, config)(Checkpoint.open(folder, lora), asked)
     if adapter.shape.visual_tokens >= adapter.shape.max_positions:
         raise ModelError(
             f"a picture of this size has {adapter.shape.visual_tokens} visual tokens, the decoder"
@@ -79,18 +73,21 @@ def open_model(
     return adapter
 
 
-def _family(model: str, config: dict[str, Any]) -> str:
-    """The file here that reads a checkpoint; ModelError names the nearest where there is none."""
-    family = str(config.get("model_type") or "")
-    if family in names():
-        return family
-    for other in ELSEWHERE:
+def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
+    """The class here that reads a checkpoint; ModelError names the nearest where there is none."""
+    kind = str(config.get("model_type") or "")
+    if kind in names():
+        return load(kind)
+    for found in map(load, names()):
+        if kind in found.model_types:
+            return found
+    for other in elsewhere():
         if other.architecture in (config.get("architectures") or ()):
             raise ModelError(
                 f"{model} is {other.name}, whose code is in the checkpoint and not in transformers;"
                 f" the nearest family that edgeprune knows is {other.nearest}"
             )
     raise ModelError(
-        f"{model} is a {family or 'checkpoint without model_type'}; edgeprune knows:"
+        f"{model} is a {kind or 'checkpoint without model_type'}; edgeprune knows:"
         f" {', '.join(names())}"
     )

@@ -1,32 +1,26 @@
-"""What a model family answers: its sizes, its two modules, and where their weights are stored."""
+"""The modules of a checkpoint and their weights: where they are stored, and how they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
-from edgeprune.models._chat import Chat
-from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._decoder import Decoder, DecoderConfig
+from edgeprune.models._decoder import Decoder
+from edgeprune.models._family import Family
 from edgeprune.models._format import check_stored, why_missing
 from edgeprune.models._layers import Linear, set_tables
 from edgeprune.models._lora import MERGE
-from edgeprune.models._media import Asked, Media
-from edgeprune.models._names import CLIP, stored_names
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._rounding import rounded
-from edgeprune.models._unread import is_spare, told
-from edgeprune.models._vision import Vision, VisionConfig
+from edgeprune.models._unread import told
+from edgeprune.models._vision import Vision
 from edgeprune.policies import Policy, make
-from edgeprune.spec import ModelShape, Plan, PruneSpec
-from edgeprune.tiling import Size, Tiling, fitted
+from edgeprune.spec import Plan, PruneSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,82 +34,8 @@ class Source:
     change: str = ""  # the adapter's name of the tensor, where a LoRA adapter changes it
 
 
-class Adapter:
-    """Base of all families; never built itself."""
-
-    tower: ClassVar[Mapping[str, str]] = CLIP
-    """How the checkpoint names the parameters of the vision tower."""
-
-    stem: str = "vision_tower"
-    """How it names the tower itself."""
-
-    media: Media
-    tiling: Tiling | None = None  # the tiles that a picture is cut into, where it is
-    frozen: Size | None = None  # the size of pictures, where the processor leaves it open
-    vision_config: VisionConfig
-    decoder_config: DecoderConfig
-
-    def __init__(self, checkpoint: Checkpoint, config: Any, asked: Asked) -> None:
-        self.checkpoint = checkpoint
-        self.config = config  # transformers', of the family
-        self.asked = asked
-        self.media = Media.pictures(config, asked.pictures)
-
-    @property
-    def shape(self) -> ModelShape:
-        decoder, layout = self.decoder_config, self.vision_config.layout
-        encoder = self.vision_config.encoder
-        return ModelShape(
-            family=self.config.model_type,
-            visual_tokens=layout.visual_tokens,
-            grid=layout.grid,
-            layers=decoder.layers,
-            width=decoder.width,
-            mlp_width=decoder.mlp_width,
-            attention_heads=decoder.heads,
-            kv_heads=decoder.kv_heads,
-            head_size=decoder.head_size,
-            vocabulary=decoder.vocabulary,
-            max_positions=decoder.max_positions,
-            has_cls=encoder.cls,
-            separators=len(layout.fixed),
-            mrope=decoder.mrope is not None,
-            blocks=encoder.merging_blocks if layout.is_plain else 0,
-        )
-
-    @property
-    def image_token_id(self) -> int:
-        return self.media.token
-
-    @property
-    def shown(self) -> int:
-        """Pictures or frames of a prompt."""
-        return self.asked.frames or self.asked.pictures
-
-    def between(self) -> list[list[int]]:
-        """Ids of the text between the runs of visual tokens of a prompt; none where there is one
-        run alone."""
-        if self.media.runs == 1:
-            return []
-        chat = Chat(self.checkpoint.folder, self.config.model_type)
-        return chat.split(self.media, "?")[1]
-
-    @property
-    def pixels(self) -> tuple[int, ...]:
-        """Shape of what the vision graph takes: [tiles, 3, height, width]."""
-        return self.vision_config.layout.tiles, 3, *self.vision_config.encoder.size
-
-    def picture_processor(self, own: Callable[[], Any]) -> Any:
-        """What treats each picture or frame: the checkpoint's own image processor, which `own`
-        reads, unless it does otherwise with one picture alone."""
-        return own()
-
-    def look(self, image_processor: Any, image: Image.Image) -> Tensor:
-        """A picture through the checkpoint's own image processor: float32, of shape `pixels`."""
-        if self.tiling is not None:
-            image = on_canvas(image, Size(self.tiling.height, self.tiling.width))
-        found: Tensor = image_processor(image, return_tensors="pt")["pixel_values"]
-        return found.float().flatten(0, -4)
+class Adapter(Family):
+    """Base of all families' adapters: the steps of Family, the two modules and their weights."""
 
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
@@ -124,10 +44,6 @@ class Adapter:
     def decoder(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Decoder:
         config = replace(self.decoder_config, tile_of=self.vision_config.layout.group_of)
         return Decoder(config, policy, plan, ops)
-
-    def names(self, parameter: str) -> tuple[str, ...]:
-        """Names under which checkpoints of this family store a parameter, likeliest first."""
-        return stored_names(parameter, self.tower, self.stem)
 
     def sources(self, module: nn.Module) -> dict[str, Source]:
         """For each parameter of a module of ours, its tensor in the checkpoint."""
@@ -200,11 +116,8 @@ class Adapter:
         sources = [source for module in modules for source in self.sources(module).values()]
         parameters = (name for module in modules for name, _ in module.named_parameters())
         read = {stored for parameter in parameters for stored in self._names(parameter)}
-        return told(self.checkpoint, read, {s.change for s in sources}, self.is_spare)
-
-    def is_spare(self, name: str) -> bool:
-        """Whether checkpoints of the family store a tensor that no graph of a bundle needs."""
-        return is_spare(name, self.vision_config.encoder.blocks)
+        changed = {source.change for source in sources}
+        return (*self.notes(), *told(self.checkpoint, read, changed, self.is_spare))
 
     def _rows(self, parameter: str) -> tuple[int, ...]:
         """Which rows of a stored tensor a parameter is; none where it is the whole."""
@@ -235,15 +148,6 @@ class Adapter:
 def _is_linear(module: nn.Module, parameter: str) -> bool:
     owner, _, leaf = parameter.rpartition(".")
     return leaf == "weight" and isinstance(module.get_submodule(owner), Linear)
-
-
-def on_canvas(image: Image.Image, size: Size) -> Image.Image:
-    """A picture fitted into another size, its aspect ratio kept, the rest black."""
-    height, width = fitted(Size(image.height, image.width), size)
-    canvas = Image.new("RGB", (size.width, size.height))
-    at = (size.width - width) // 2, (size.height - height) // 2
-    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), at)
-    return canvas
 
 
 def _alike(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError
-from edgeprune.models._media import RUN, Media
+from edgeprune.models._media import RUN, Media, Turns
 from edgeprune.models._stored import brief, read_json, read_text
 from edgeprune.models._tokenizer import read_tokenizer
-
-FIRST, LATER = "USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:"
-"""A first turn and a later one as LLaVA-1.5's template writes them."""
 
 
 class Chat:
     """Reads tokenizer and template by themselves: none of a checkpoint's code is run."""
 
-    def __init__(self, folder: Path, family: str) -> None:
-        self.family = family
+    def __init__(self, folder: Path) -> None:
         self.tokenizer, self.remarks = read_tokenizer(folder)
         if template := _processors_template(folder):
             self.tokenizer.chat_template = template
@@ -38,7 +34,7 @@ class Chat:
     def _written(self, media: Media, question: str, placeholder: str) -> str:
         """The prompt as the template writes it; ModelError where it cannot."""
         if not self.tokenizer.chat_template:
-            first, _ = assumed(self.family, media.count)
+            first = known(media.assumed).first
             return first.replace("{image}", placeholder).replace("{prompt}", question)
         content = [{"type": media.part}] * media.count + [{"type": "text", "text": question}]
         try:
@@ -70,11 +66,11 @@ class Chat:
         return str(self.tokenizer.convert_ids_to_tokens(number))
 
 
-def assumed(family: str, pictures: int) -> tuple[str, str]:
-    """FIRST and LATER, for a checkpoint without a template; ModelError where they do not suit."""
-    if family != "llava" or pictures > 1:
+def known(assumed: Turns | None) -> Turns:
+    """What to assume for a checkpoint without a template; ModelError where that is not known."""
+    if assumed is None:
         raise ModelError("the checkpoint has no chat template; add chat_template.jinja to it")
-    return FIRST, LATER
+    return assumed
 
 
 def _processors_template(folder: Path) -> str | None:

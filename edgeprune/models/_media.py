@@ -29,16 +29,32 @@ class Asked:
         if self.pictures > 1 and self.frames is not None:
             raise SpecError("a bundle takes pictures or a video: leave out --pictures or --frames")
 
-    def allow(
-        self, family: str, *, pictures: bool = False, frames: bool = False, sized: bool = False
-    ) -> None:
-        """SpecError where a family cannot have what is asked; `sized` frames are of any size."""
-        if self.pictures > 1 and not pictures:
+    def check(self, family: str, takes: Takes) -> None:
+        """SpecError where a family does not take what is asked."""
+        if self.pictures > 1 and not takes.several:
             raise SpecError(f"{family} bundles take one picture, --pictures asks for more")
-        if self.frames is not None and not frames:
+        if self.frames is not None and not takes.frames:
             raise SpecError(f"{family} bundles take pictures, not videos; leave out --frames")
-        if self.frames is not None and self.size is not None and not sized:
+        if self.frames is not None and self.size is not None and not takes.sized_frames:
             raise SpecError("frames have the model's own size; leave out --image-size")
+
+
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """What a family can be asked for beside one image."""
+
+    several: bool = True  # images in a prompt
+    frames: bool = False  # a video in place of images
+    sized_frames: bool = False  # of a size that the user chooses
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """How a dialogue is written where a checkpoint has no chat template."""
+
+    first: str  # holds {image} and {prompt}
+    later: str  # holds {prompt}
+    source: str  # whose template it is, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +66,15 @@ class Media:
     part: str = "image"  # their type among the contents of a message: image or video
     count: int = 1
     spelled: str = RUN  # what the checkpoint's processor puts in a placeholder's place
+    assumed: Turns | None = None  # for one image, where a checkpoint has no chat template
 
     @classmethod
-    def pictures(cls, config: Any, count: int, spelled: str = RUN) -> Media:
+    def images(
+        cls, config: Any, count: int, spelled: str = RUN, assumed: Turns | None = None
+    ) -> Media:
         token = int(config.image_token_id)
-        return cls(token, token, count=count, spelled=spelled)
+        assumed = assumed if count == 1 else None
+        return cls(token, token, count=count, spelled=spelled, assumed=assumed)
 
     @property
     def around(self) -> tuple[str, str]:

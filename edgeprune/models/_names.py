@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 LLAMA = {
     r"^embedding\.": "embed_tokens.",
@@ -41,56 +42,56 @@ CLIP = {
 }
 """CLIP and SigLIP vision tower parameters, below the tower's stem."""
 
-INTERNVIT = {
-    r"^cls$": "embeddings.cls_token",
-    r"^patch\.": "embeddings.patch_embeddings.projection.",
-    r"^position$": "embeddings.position_embeddings",
-    r"^post_norm\.": "layernorm.",
-    r"^blocks\.": "encoder.layer.",
-    r"\.query\.": ".attention.q_proj.",
-    r"\.key\.": ".attention.k_proj.",
-    r"\.value\.": ".attention.v_proj.",
-    r"\.query_norm\.": ".attention.q_norm.",
-    r"\.key_norm\.": ".attention.k_norm.",
-    r"\.output\.": ".attention.projection_layer.",
-    r"\.attention_gain\.weight$": ".lambda_1",
-    r"\.mlp_gain\.weight$": ".lambda_2",
-    r"\.attention_norm\.": ".layernorm_before.",
-    r"\.mlp_norm\.": ".layernorm_after.",
-    r"\.up\.": ".mlp.fc1.",
-    r"\.down\.": ".mlp.fc2.",
-}
-"""InternViT's, in transformers' own layout."""
-
 PROJECTOR = {
     r"^norm\.": "layer_norm.",
     r"^first\.": "linear_1.",
     r"^second\.": "linear_2.",
 }
-"""Below multi_modal_projector."""
-
-# transformers has written these families under several stems over the years; all are read.
-_TEXT = ("language_model.model.", "model.language_model.", "language_model.")
-_TOWER = ("{}.vision_model.", "model.{}.vision_model.", "{}.", "model.{}.")
-_PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
+"""Projector parameters, below its stem."""
 
 
-def stored_names(
-    parameter: str, tower: Mapping[str, str], stem: str = "vision_tower"
-) -> tuple[str, ...]:
-    """A parameter's names in checkpoints of a vision tower, a projector and a decoder."""
-    owner, _, rest = parameter.partition(".")
-    if owner == "encoder":
-        return tuple(place.format(stem) + translate(rest, tower) for place in _TOWER)
-    if owner == "projector":
-        return tuple(stem + translate(rest, PROJECTOR) for stem in _PROJECTOR)
-    if parameter == "fixed.newline":
-        return "image_newline", "model.image_newline"
-    if parameter == "fixed.text":
-        parameter = "embedding.weight"
-    if owner == "head":
-        return "lm_head.weight", "language_model.lm_head.weight"
-    return tuple(stem + translate(parameter, LLAMA) for stem in _TEXT)
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """How the checkpoints of a family name our parameters.
+
+    Each part of a model has a table for what stands below its stem, and the stems under which
+    checkpoints have stored it over the years, likeliest first; all are read. The defaults are those
+    of a CLIP or SigLIP tower, a projector of two layers and a LLaMA-like decoder.
+    """
+
+    tower: Mapping[str, str] = field(default_factory=lambda: CLIP)
+    tower_stems: tuple[str, ...] = (
+        "vision_tower.vision_model.",
+        "model.vision_tower.vision_model.",
+        "vision_tower.",
+        "model.vision_tower.",
+    )
+    projector: Mapping[str, str] = field(default_factory=lambda: PROJECTOR)
+    projector_stems: tuple[str, ...] = ("multi_modal_projector.", "model.multi_modal_projector.")
+    decoder: Mapping[str, str] = field(default_factory=lambda: LLAMA)
+    decoder_stems: tuple[str, ...] = (
+        "language_model.model.",
+        "model.language_model.",
+        "language_model.",
+    )
+    head: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight")
+    newline: tuple[str, ...] = ("image_newline", "model.image_newline")
+
+    def of(self, parameter: str) -> tuple[str, ...]:
+        """The names of one parameter of a vision or a decoder module, likeliest first."""
+        owner, _, rest = parameter.partition(".")
+        if owner == "head":
+            return self.head
+        if parameter == "fixed.newline":
+            return self.newline
+        stems, table = self.decoder_stems, self.decoder
+        if owner == "encoder":
+            stems, table = self.tower_stems, self.tower
+        elif owner == "projector":
+            stems, table = self.projector_stems, self.projector
+        else:  # text between images is of the decoder's embedding
+            rest = "embedding.weight" if parameter == "fixed.text" else parameter
+        return tuple(stem + translate(rest, table) for stem in stems)
 
 
 def translate(name: str, table: Mapping[str, str]) -> str:

@@ -38,8 +38,8 @@ class Processor:
 
     def __init__(self, adapter: Adapter) -> None:
         folder = adapter.checkpoint.folder
-        self.chat, self.adapter = Chat(folder, adapter.config.model_type), adapter
-        self.image_processor: Any = adapter.picture_processor(partial(_image_processor, folder))
+        self.chat, self.adapter = Chat(folder), adapter
+        self.image_processor: Any = adapter.image_processor(partial(_image_processor, folder))
 
     @property
     def tokenizer(self) -> Any:

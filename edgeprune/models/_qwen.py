@@ -6,7 +6,9 @@ such square is one visual token. A video has one for each square of each pair of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -14,80 +16,99 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.models import _adapter
-from edgeprune.models._adapter import on_canvas
-from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._decoder import DecoderConfig
 from edgeprune.models._encoder import ACTIVATIONS
+from edgeprune.models._family import on_canvas
+from edgeprune.models._image_record import Reader, rounded_size
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import Asked
+from edgeprune.models._media import Media, Takes
 from edgeprune.models._mrope import Grid, MRope
-from edgeprune.models._names import LLAMA, translate
+from edgeprune.models._names import TensorNames
 from edgeprune.models._qwen_tower import TowerConfig
-from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import is_tied, read_config, refuse
 from edgeprune.models._video import video
-from edgeprune.models._vision import ProjectorConfig, VisionConfig
+from edgeprune.models._vision import ProjectorConfig
 from edgeprune.tiling import Size, rounds_to
 
 DEFAULT = Size(448, 448)
 
 
 _TOWER = {
-    r"^encoder\.patch\.": "patch_embed.proj.",
-    r"^encoder\.post_norm\.": "merger.ln_q.",
-    r"^encoder\.blocks\.": "blocks.",
+    r"^patch\.": "patch_embed.proj.",
+    r"^post_norm\.": "merger.ln_q.",
     r"\.attention_norm\.": ".norm1.",
     r"\.mlp_norm\.": ".norm2.",
     r"\.qkv\.": ".attn.qkv.",
     r"\.output\.": ".attn.proj.",
-    r"^projector\.first\.": "merger.mlp.0.",
-    r"^projector\.second\.": "merger.mlp.2.",
 }
 _PLAIN_MLP = {r"\.mlp\.up\.": ".mlp.fc1.", r"\.mlp\.down\.": ".mlp.fc2."}
 _GATED_MLP = {r"\.mlp\.(gate|up|down)\.": r".mlp.\1_proj."}
+_PROJECTOR = {r"^first\.": "merger.mlp.0.", r"^second\.": "merger.mlp.2."}
 
 
 class Adapter(_adapter.Adapter):
     """Base of the two families; never built itself."""
 
+    takes: ClassVar[Takes] = Takes(frames=True, sized_frames=True)
     gated: ClassVar[bool]
+    frozen: Size
+    encoder: TowerConfig
 
-    def __init__(self, checkpoint: Checkpoint, kind: Any, asked: Asked) -> None:
-        config = read_config(checkpoint, kind)
-        super().__init__(checkpoint, config, asked)
-        _refuse(config)
-        asked.allow(config.model_type, pictures=True, frames=True, sized=True)
-        merge = config.vision_config.spatial_merge_size
-        self.frozen, self.step = asked.size or DEFAULT, config.vision_config.patch_size * merge
-        grid = _grid(config, self.frozen, self.step)
-        encoder = replace(
-            self.tower_config(config.vision_config, *grid), still=asked.frames is None
-        )
-        inputs, output = merge**2 * encoder.width, config.text_config.hidden_size
-        projector = ProjectorConfig(inputs, output, "gelu", hidden=inputs)
-        layout, mrope = self._shown(encoder, merge)
-        self.vision_config = VisionConfig(encoder, projector, layout)
-        text = decoder_config(config.text_config, is_tied(checkpoint, config))
-        self.decoder_config = replace(text, mrope=mrope)
+    def demands(self) -> dict[str, bool]:
+        return _demands(self.config)
 
-    def _shown(self, encoder: TowerConfig, merge: int) -> tuple[Layout, MRope]:
-        """The visual tokens of a prompt, and where they stand."""
+    @property
+    def _merge(self) -> int:
+        """Patches a side that become one token."""
+        return int(self.config.vision_config.spatial_merge_size)
+
+    @property
+    def _step(self) -> int:
+        """Pixels a side of a token."""
+        return int(self.config.vision_config.patch_size) * self._merge
+
+    def read_size(self) -> Size:
+        return self.asked.size or DEFAULT
+
+    def read_encoder(self) -> TowerConfig:
+        rows, columns = _grid(self.config, self.frozen, self._step)
+        encoder = self.tower_config(self.config.vision_config, rows, columns)
+        return replace(encoder, still=self.asked.frames is None)
+
+    def read_media(self) -> Media:
+        return super().read_media() if self.asked.frames is None else video(self.config)
+
+    def read_layout(self) -> Layout:
+        encoder, merge = self.encoder, self._merge
+        if self.asked.frames is None:
+            layout = Layout.plain(encoder.rows, merge, across=encoder.columns)
+            return layout.chained(self.between)
+        return Layout.plain(encoder.rows, merge, self._spans(), encoder.columns)
+
+    def read_projector(self) -> ProjectorConfig:
+        inputs = self._merge**2 * self.encoder.width
+        return ProjectorConfig(inputs, self.config.text_config.hidden_size, "gelu", hidden=inputs)
+
+    def read_decoder(self) -> DecoderConfig:
+        """With the positions of what a prompt shows."""
         rope = self.config.text_config.rope_parameters
         sections = tuple(rope.get("mrope_section", (16, 24, 24)))
-        grid = Grid(encoder.rows // merge, encoder.columns // merge)
-        if self.asked.frames is None:
-            between = self.between()
-            layout = Layout.plain(encoder.rows, merge, across=encoder.columns).chained(between)
-            others = (part for text in between for part in (len(text), grid))
-            return layout, MRope.of(sections, grid, *others)
-        spans, rest = divmod(self.asked.frames, encoder.frames)
+        grid = Grid(self.encoder.rows // self._merge, self.encoder.columns // self._merge)
+        others: tuple[int | Grid, ...] = ()
+        if self.asked.frames is not None:
+            grid = grid._replace(times=self.times(self._spans()))
+        else:
+            others = tuple(part for text in self.between for part in (len(text), grid))
+        return replace(super().read_decoder(), mrope=MRope.of(sections, grid, *others))
+
+    def _spans(self) -> int:
+        """Groups of frames that are one in time, of a video."""
+        spans, rest = divmod(self.shown, self.encoder.frames)
         if rest:
             raise SpecError(
-                f"--frames of a {self.config.model_type} is a multiple of {encoder.frames}; got"
-                f" {self.asked.frames}"
+                f"--frames of a {self.config.model_type} is a multiple of {self.encoder.frames};"
+                f" got {self.asked.frames}"
             )
-        self.media = video(self.config)
-        layout = Layout.plain(encoder.rows, merge, spans, encoder.columns)
-        return layout, MRope.of(sections, grid._replace(times=self.times(spans)))
+        return spans
 
     def times(self, spans: int) -> tuple[int, ...]:
         """The position in time of each span of frames of a video."""
@@ -102,9 +123,8 @@ class Adapter(_adapter.Adapter):
         raise NotImplementedError
 
     def look(self, image_processor: Any, image: Image.Image) -> Tensor:
-        assert self.frozen is not None
         height, width = self.frozen
-        if rounds_to(Size(image.height, image.width), self.frozen, self.step):
+        if rounds_to(Size(image.height, image.width), self.frozen, self._step):
             image = image.resize((width, height), image_processor.resample)
         else:
             image = on_canvas(image, self.frozen)
@@ -113,23 +133,25 @@ class Adapter(_adapter.Adapter):
 
     def _raster(self, patches: Tensor) -> Tensor:
         """Patches in the order of merging, each of equal frames: [n, ...] -> [1, 3, H, W]."""
-        encoder, merge = self.vision_config.encoder, self.vision_config.layout.merge
-        rows, columns = (length // self.step for length in encoder.size)
+        encoder, merge = self.encoder, self._merge
+        rows, columns = (length // self._step for length in encoder.size)
         split = patches.view(rows, columns, merge, merge, 3, -1, encoder.patch, encoder.patch)
         still = split[:, :, :, :, :, 0]  # [rows, columns, merge, merge, 3, patch, patch]
         return still.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, *encoder.size)
 
-    def names(self, parameter: str) -> tuple[str, ...]:
-        owner = parameter.partition(".")[0]
-        if owner == "head":
-            return ("lm_head.weight",)
-        if owner in ("encoder", "projector"):
-            table = _TOWER | (_GATED_MLP if self.gated else _PLAIN_MLP)
-            stem = translate(parameter, table)
-            return f"visual.{stem}", f"model.visual.{stem}"
-        embedding = parameter == "fixed.text"  # text between pictures
-        stem = translate("embedding.weight" if embedding else parameter, LLAMA)
-        return f"model.{stem}", f"model.language_model.{stem}"
+    def tensor_names(self) -> TensorNames:
+        stems = "visual.", "model.visual."
+        return TensorNames(
+            tower=_TOWER | (_GATED_MLP if self.gated else _PLAIN_MLP),
+            tower_stems=stems,
+            projector=_PROJECTOR,
+            projector_stems=stems,
+            decoder_stems=("model.", "model.language_model."),
+            head=("lm_head.weight",),
+        )
+
+    def image_readers(self) -> Mapping[str, Reader]:
+        return {"Qwen2VLImageProcessor": partial(rounded_size, frozen=self.frozen)}
 
 
 def _grid(config: Any, size: Size, step: int) -> tuple[int, int]:
@@ -144,21 +166,17 @@ def _grid(config: Any, size: Size, step: int) -> tuple[int, int]:
     return size.height // patch, size.width // patch
 
 
-def _refuse(config: Any) -> None:
-    """Name what a config asks for and this adapter does not do."""
+def _demands(config: Any) -> dict[str, bool]:
     vision, text = config.vision_config, config.text_config
     kind = vision.rope_parameters["rope_type"]
     head_size = text.hidden_size // text.num_attention_heads
     sections = text.rope_parameters.get("mrope_section", (16, 24, 24))
-    refuse(
-        config,
-        {
-            f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
-            f"patch_size {vision.patch_size}": isinstance(vision.patch_size, int),
-            f"temporal_patch_size {vision.temporal_patch_size}": vision.temporal_patch_size == 2,
-            f"{vision.in_channels} colours": vision.in_channels == 3,
-            f"rope_type {kind!r} in the vision tower": kind == "axial",
-            f"mrope_section {list(sections)}": 2 * sum(sections) == head_size,
-            "sliding windows in the decoder": set(text.layer_types) == {"full_attention"},
-        },
-    )
+    return {
+        f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
+        f"patch_size {vision.patch_size}": isinstance(vision.patch_size, int),
+        f"temporal_patch_size {vision.temporal_patch_size}": vision.temporal_patch_size == 2,
+        f"{vision.in_channels} colours": vision.in_channels == 3,
+        f"rope_type {kind!r} in the vision tower": kind == "axial",
+        f"mrope_section {list(sections)}": 2 * sum(sections) == head_size,
+        "sliding windows in the decoder": set(text.layer_types) == {"full_attention"},
+    }

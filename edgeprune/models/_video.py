@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._image_record import Reader, plain
 from edgeprune.models._media import Media
 from edgeprune.models._stored import read_json
 
@@ -20,6 +21,10 @@ SETTINGS = (
     "image_mean",
     "image_std",
 )
+
+
+FRAME_READERS: dict[str, Reader] = {"CLIPImageProcessor": plain}
+"""Of the image processors that the functions below give."""
 
 
 def video(config: Any) -> Media:

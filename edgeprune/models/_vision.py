@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,19 @@ from edgeprune.policies._signals import InputSignals, VisionSignals
 from edgeprune.spec import Plan, Stage
 
 
+class ProjectorLike(Protocol):
+    """A description of a projector, of any structure."""
+
+    @property
+    def output(self) -> int:
+        """Width of the decoder."""
+        ...
+
+    def build(self) -> nn.Module:
+        """Module: features [1, n, inputs] -> tokens [1, n, output] in the dtype of its weights."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ProjectorConfig:
     """Two linear layers from the encoder's width to the decoder's."""
@@ -30,11 +44,14 @@ class ProjectorConfig:
     norm: bool = False  # a layer norm before the first
     hidden: int | None = None  # between the two; None: as output
 
+    def build(self) -> Projector:
+        return Projector(self)
+
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
     encoder: EncoderConfig | TowerConfig
-    projector: ProjectorConfig
+    projector: ProjectorLike
     layout: Layout
 
 
@@ -111,7 +128,7 @@ class Vision(nn.Module):
         super().__init__()
         self.config, self.policy, self.plan = config, policy, plan
         self.encoder = config.encoder.build(ops or TorchOps())
-        self.projector = Projector(config.projector)
+        self.projector = config.projector.build()
         layout = config.layout
         self.fixed = Fixed(layout, config.projector.output) if layout.fixed else None
 

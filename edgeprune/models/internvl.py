@@ -2,63 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 from edgeprune.models import _adapter
 from edgeprune.models._chat import Chat
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._family import Elsewhere
+from edgeprune.models._image_record import Reader, tiled
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import RUN, Asked, Media
-from edgeprune.models._names import INTERNVIT
+from edgeprune.models._media import RUN, Media, Takes
+from edgeprune.models._names import TensorNames
 from edgeprune.models._stored import read_json
-from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import is_tied, projector, read_config, refuse
-from edgeprune.models._video import frame_processor
-from edgeprune.models._vision import VisionConfig
+from edgeprune.models._towers import projector
+from edgeprune.models._video import FRAME_READERS, frame_processor
+from edgeprune.models._vision import ProjectorConfig
 from edgeprune.tiling import Size, Tiling, grids, stretch_grid
 
 PICTURE = f"<img>{RUN}</img>"
 
 
-class Adapter(_adapter.Adapter):
-    tower = INTERNVIT
+TOWER = {
+    r"^cls$": "embeddings.cls_token",
+    r"^patch\.": "embeddings.patch_embeddings.projection.",
+    r"^position$": "embeddings.position_embeddings",
+    r"^post_norm\.": "layernorm.",
+    r"^blocks\.": "encoder.layer.",
+    r"\.query\.": ".attention.q_proj.",
+    r"\.key\.": ".attention.k_proj.",
+    r"\.value\.": ".attention.v_proj.",
+    r"\.query_norm\.": ".attention.q_norm.",
+    r"\.key_norm\.": ".attention.k_norm.",
+    r"\.output\.": ".attention.projection_layer.",
+    r"\.attention_gain\.weight$": ".lambda_1",
+    r"\.mlp_gain\.weight$": ".lambda_2",
+    r"\.attention_norm\.": ".layernorm_before.",
+    r"\.mlp_norm\.": ".layernorm_after.",
+    r"\.up\.": ".mlp.fc1.",
+    r"\.down\.": ".mlp.fc2.",
+}
+"""Parameters of the vision tower, in transformers' own layout."""
 
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+
+class Adapter(_adapter.Adapter):
+    """An image is cut into tiles; a frame of a video is one tile with text before it."""
+
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
+        Elsewhere("InternVL in its own code", "InternVLChatModel", "internvl, the -hf checkpoints"),
+    )
+    takes: ClassVar[Takes] = Takes(frames=True)
+    encoder: EncoderConfig
+
+    def config_class(self) -> Any:
         from transformers import InternVLConfig
 
-        asked.allow("internvl", pictures=True, frames=True)
-        config = read_config(checkpoint, InternVLConfig)
-        super().__init__(checkpoint, config, asked)
-        _refuse(config)
-        encoder, merge = _encoder(config), round(1 / config.downsample_ratio)
-        self.media, layout = self._shown(encoder, merge)
-        width = merge**2 * encoder.width
-        self.vision_config = VisionConfig(encoder, projector(config, width, norm=True), layout)
-        self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
+        return InternVLConfig
 
-    def _shown(self, encoder: EncoderConfig, merge: int) -> tuple[Media, Layout]:
-        """Tiles of each picture, or the frames of a video, a tile each with text before it."""
+    def demands(self) -> dict[str, bool]:
+        return _demands(self.config)
+
+    @property
+    def _merge(self) -> int:
+        """Patches a side that become one token."""
+        ratio: float = self.config.downsample_ratio
+        return round(1 / ratio)
+
+    def read_encoder(self) -> EncoderConfig:
+        return _encoder(self.config)
+
+    def read_tiling(self) -> Tiling | None:
+        if self.asked.frames is not None:
+            return None
+        return _tiling(self.checkpoint, self.encoder, self._merge, self.asked.size)
+
+    def read_media(self) -> Media:
         if self.asked.frames is None:
-            self.tiling = _tiling(self.checkpoint, encoder, merge, self.asked.size)
-            self.media = Media.pictures(self.config, self.asked.pictures, PICTURE)
-            one = Layout.plain(encoder.side, merge, self.tiling.tiles)
-        else:
-            self.media = self._video(self.asked.frames)
-            one = Layout.plain(encoder.side, merge)
-        return self.media, one.chained(self.between())
-
-    def _video(self, frames: int) -> Media:
-        tokenizer = Chat(self.checkpoint.folder, self.config.model_type).tokenizer
+            return Media.images(self.config, self.asked.pictures, PICTURE)
+        tokenizer = Chat(self.checkpoint.folder).tokenizer
         placeholder = tokenizer.convert_tokens_to_ids(tokenizer.video_token)
-        spelled = "\n".join(f"Frame{i}: {PICTURE}" for i in range(1, frames + 1))
+        spelled = "\n".join(f"Frame{i}: {PICTURE}" for i in range(1, self.asked.frames + 1))
         return Media(placeholder, int(self.config.image_token_id), "video", spelled=spelled)
 
-    def picture_processor(self, own: Callable[[], Any]) -> Any:
+    def read_layout(self) -> Layout:
+        tiles = self.tiling.tiles if self.tiling else 1
+        return Layout.plain(self.encoder.side, self._merge, tiles).chained(self.between)
+
+    def read_projector(self) -> ProjectorConfig:
+        return projector(self.config, self._merge**2 * self.encoder.width, norm=True)
+
+    def tensor_names(self) -> TensorNames:
+        return TensorNames(tower=TOWER)
+
+    def image_readers(self) -> Mapping[str, Reader]:
+        if self.tiling is None:
+            return FRAME_READERS
+        return {"GotOcr2ImageProcessor": partial(tiled, tiling=self.tiling)}
+
+    def image_processor(self, own: Callable[[], Any]) -> Any:
         """The family's processor in transformers asks its image processor for tiles, whatever the
         settings say: published ones have `crop_to_patches` false."""
-        if self.asked.frames is not None:
+        if self.tiling is None:
             return frame_processor(self.checkpoint)
         processor = own()
         processor.crop_to_patches = True
@@ -116,21 +161,18 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return {}
 
 
-def _refuse(config: Any) -> None:
+def _demands(config: Any) -> dict[str, bool]:
     vision, layer = config.vision_config, config.vision_feature_layer
     ratio = config.downsample_ratio
-    refuse(
-        config,
-        {
-            f"a {vision.model_type} vision tower": vision.model_type == "internvl_vision",
-            f"vision_feature_layer {layer}": layer == -1,
-            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}": (
-                config.vision_feature_select_strategy == "default"
-            ),
-            f"downsample_ratio {ratio}": ratio in (1, 0.5, 0.25),
-            f"tiles of {list(vision.image_size)} pixels": len(set(vision.image_size)) == 1,
-            f"patches of {list(vision.patch_size)} pixels": len(set(vision.patch_size)) == 1,
-            f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
-            "no position embeddings": vision.use_absolute_position_embeddings,
-        },
-    )
+    return {
+        f"a {vision.model_type} vision tower": vision.model_type == "internvl_vision",
+        f"vision_feature_layer {layer}": layer == -1,
+        f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}": (
+            config.vision_feature_select_strategy == "default"
+        ),
+        f"downsample_ratio {ratio}": ratio in (1, 0.5, 0.25),
+        f"tiles of {list(vision.image_size)} pixels": len(set(vision.image_size)) == 1,
+        f"patches of {list(vision.patch_size)} pixels": len(set(vision.patch_size)) == 1,
+        f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
+        "no position embeddings": vision.use_absolute_position_embeddings,
+    }

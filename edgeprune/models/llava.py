@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from edgeprune.models import _adapter
-from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._media import Asked
-from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import (
-    clip_or_siglip,
-    is_tied,
-    one_size,
-    one_tile,
-    projector,
-    read_config,
-)
-from edgeprune.models._vision import VisionConfig
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from edgeprune.models import _llava
+from edgeprune.models._image_record import Reader, padded, plain
+from edgeprune.models._layout import Layout
+from edgeprune.models._media import Media, Turns
+from edgeprune.models._towers import one_size, one_tile
+
+TURNS = Turns("USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:", "LLaVA-1.5")
+"""As the published template writes them; older checkpoints have none."""
 
 
-class Adapter(_adapter.Adapter):
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+class Adapter(_llava.Adapter):
+    reads_cls: ClassVar[bool] = True
+
+    def config_class(self) -> Any:
         from transformers import LlavaConfig
 
-        asked.allow("llava", pictures=True)
-        config = read_config(checkpoint, LlavaConfig)
-        super().__init__(checkpoint, config, asked)
-        encoder = clip_or_siglip(config, cls=True)
-        one_size(asked.size, encoder.image)
-        layout = one_tile(config, encoder.side).chained(self.between())
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
-        self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
+        return LlavaConfig
+
+    def read_media(self) -> Media:
+        return Media.images(self.config, self.asked.pictures, assumed=TURNS)
+
+    def read_layout(self) -> Layout:
+        one_size(self.asked.size, self.encoder.image)
+        return one_tile(self.config, self.encoder.side).chained(self.between)
+
+    def image_readers(self) -> Mapping[str, Reader]:
+        return {
+            "CLIPImageProcessor": plain,
+            "LlavaImageProcessor": padded,
+            "SiglipImageProcessor": plain,
+        }

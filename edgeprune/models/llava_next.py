@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from edgeprune.models import _adapter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+from edgeprune.models import _llava
 from edgeprune.models._anyres import anyres_layout, anyres_tiling
-from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._media import Asked
-from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import clip_or_siglip, is_tied, projector, read_config
-from edgeprune.models._vision import VisionConfig
-from edgeprune.tiling import Size
+from edgeprune.models._family import Elsewhere
+from edgeprune.models._image_record import Reader, tiled
+from edgeprune.models._layout import Layout
+from edgeprune.tiling import Size, Tiling
 
 
-class Adapter(_adapter.Adapter):
-    """Frozen for pictures of 2 x 2 tiles unless another size is asked for."""
+class Adapter(_llava.Adapter):
+    """Frozen for images of 2 x 2 tiles unless another size is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
+        Elsewhere("CogVLM", "CogVLMForCausalLM", "llava_next"),
+    )
+    tiling: Tiling
+
+    def config_class(self) -> Any:
         from transformers import LlavaNextConfig
 
-        asked.allow("llava_next", pictures=True)
-        config = read_config(checkpoint, LlavaNextConfig)
-        super().__init__(checkpoint, config, asked)
-        encoder = clip_or_siglip(config)
-        size = asked.size or Size(2 * encoder.image, 2 * encoder.image)
-        self.tiling = anyres_tiling(config.image_grid_pinpoints, encoder, size)
-        layout = anyres_layout(self.tiling).chained(self.between())
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
-        self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
+        return LlavaNextConfig
+
+    def read_tiling(self) -> Tiling:
+        size = self.asked.size or Size(2 * self.encoder.image, 2 * self.encoder.image)
+        return anyres_tiling(self.config.image_grid_pinpoints, self.encoder, size)
+
+    def read_layout(self) -> Layout:
+        return anyres_layout(self.tiling).chained(self.between)
+
+    def image_readers(self) -> Mapping[str, Reader]:
+        return {"LlavaNextImageProcessor": partial(tiled, tiling=self.tiling)}

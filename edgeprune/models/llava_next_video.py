@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
-from edgeprune.models import _adapter
+from edgeprune.models import _llava
 from edgeprune.models._anyres import anyres_layout, anyres_tiling
-from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._image_record import Reader, tiled
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import Asked
-from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import clip_or_siglip, is_tied, projector, read_config, refuse
-from edgeprune.models._video import frame_processor, video
-from edgeprune.models._vision import VisionConfig
-from edgeprune.tiling import Size
+from edgeprune.models._media import Media, Takes
+from edgeprune.models._towers import refuse
+from edgeprune.models._video import FRAME_READERS, frame_processor, video
+from edgeprune.tiling import Size, Tiling
 
 
-class Adapter(_adapter.Adapter):
-    """Frozen for pictures of 2 x 2 tiles unless another size, or a video, is asked for."""
+class Adapter(_llava.Adapter):
+    """Frozen for images of 2 x 2 tiles unless another size, or a video, is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+    takes: ClassVar[Takes] = Takes(frames=True)
+
+    def config_class(self) -> Any:
         from transformers import LlavaNextVideoConfig
 
-        asked.allow("llava_next_video", pictures=True, frames=True)
-        config = read_config(checkpoint, LlavaNextVideoConfig)
-        super().__init__(checkpoint, config, asked)
-        encoder = clip_or_siglip(config)
-        if asked.frames is None:
-            size = asked.size or Size(2 * encoder.image, 2 * encoder.image)
-            self.tiling = anyres_tiling(config.image_grid_pinpoints, encoder, size)
-            layout = anyres_layout(self.tiling).chained(self.between())
-        else:
-            self.media = video(config)
-            layout = _frames(config, encoder.side, asked.frames)
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
-        self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
+        return LlavaNextVideoConfig
 
-    def picture_processor(self, own: Callable[[], Any]) -> Any:
-        return own() if self.asked.frames is None else frame_processor(self.checkpoint)
+    def read_tiling(self) -> Tiling | None:
+        if self.asked.frames is not None:
+            return None
+        size = self.asked.size or Size(2 * self.encoder.image, 2 * self.encoder.image)
+        return anyres_tiling(self.config.image_grid_pinpoints, self.encoder, size)
+
+    def read_media(self) -> Media:
+        return super().read_media() if self.tiling else video(self.config)
+
+    def read_layout(self) -> Layout:
+        if self.tiling is not None:
+            return anyres_layout(self.tiling).chained(self.between)
+        return _frames(self.config, self.encoder.side, self.shown)
+
+    def image_readers(self) -> Mapping[str, Reader]:
+        if self.tiling is None:
+            return FRAME_READERS
+        return {"LlavaNextImageProcessor": partial(tiled, tiling=self.tiling)}
+
+    def image_processor(self, own: Callable[[], Any]) -> Any:
+        return own() if self.tiling else frame_processor(self.checkpoint)
 
 
 def _frames(config: Any, side: int, frames: int) -> Layout:

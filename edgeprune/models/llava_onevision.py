@@ -3,56 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 from edgeprune.errors import SpecError
-from edgeprune.models import _adapter
+from edgeprune.models import _llava
 from edgeprune.models._anyres import anyres_layout, anyres_tiling
-from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._encoder import EncoderConfig
+from edgeprune.models._image_record import Reader, padded, tiled
 from edgeprune.models._layout import NEWLINE, Layout
-from edgeprune.models._media import Asked
-from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import clip_or_siglip, is_tied, one_size, projector, read_config
-from edgeprune.models._video import SETTINGS, frame_processor, video
-from edgeprune.models._vision import VisionConfig
+from edgeprune.models._media import Media, Takes
+from edgeprune.models._towers import one_size
+from edgeprune.models._video import FRAME_READERS, SETTINGS, frame_processor, video
 from edgeprune.tiling import Size, Tiling, shown
 
 
-class Adapter(_adapter.Adapter):
-    """Frozen for pictures of one tile, seen twice, unless another size is asked for."""
+class Adapter(_llava.Adapter):
+    """Frozen for images of one tile, seen twice, unless another size is asked for.
 
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+    Several images in a prompt are not cut into tiles.
+    """
+
+    takes: ClassVar[Takes] = Takes(frames=True)
+
+    def config_class(self) -> Any:
         from transformers import LlavaOnevisionConfig
 
-        asked.allow("llava_onevision", pictures=True, frames=True)
-        config = read_config(checkpoint, LlavaOnevisionConfig)
-        super().__init__(checkpoint, config, asked)
-        encoder = clip_or_siglip(config)
-        layout = self._layout(encoder)
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
-        self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
+        return LlavaOnevisionConfig
 
-    def _layout(self, encoder: EncoderConfig) -> Layout:
-        """Tiles of one picture; of several pictures or frames no tiles, but a newline at the end of
-        each picture, or of the video, whose frames are resized to a quarter of the tokens."""
+    def read_tiling(self) -> Tiling | None:
+        side = self.encoder.image
         if self.asked.frames is not None:
-            self.media = video(self.config)
-            return _ended(Layout.plain(encoder.side, 2, self.asked.frames, pool="resize"))
+            return None
         if self.asked.pictures > 1:
-            one_size(self.asked.size, encoder.image)
-            return _ended(Layout.plain(encoder.side)).chained(self.between())
-        size = self.asked.size or Size(encoder.image, encoder.image)
-        self.tiling = anyres_tiling(self.config.image_grid_pinpoints, encoder, size)
-        _check_shrinking(self.tiling, self.config.vision_aspect_ratio)
-        return anyres_layout(self.tiling)
+            one_size(self.asked.size, side)
+            return None
+        size = self.asked.size or Size(side, side)
+        tiling = anyres_tiling(self.config.image_grid_pinpoints, self.encoder, size)
+        _check_shrinking(tiling, self.config.vision_aspect_ratio)
+        return tiling
 
-    def picture_processor(self, own: Callable[[], Any]) -> Any:
+    def read_media(self) -> Media:
+        return super().read_media() if self.asked.frames is None else video(self.config)
+
+    def read_layout(self) -> Layout:
+        """Of several images or frames no tiles, but a newline at the end of each image, or of the
+        video, whose frames are resized to a quarter of the tokens."""
+        if self.tiling is not None:
+            return anyres_layout(self.tiling)
+        if self.asked.frames is not None:
+            return _ended(Layout.plain(self.encoder.side, 2, self.asked.frames, pool="resize"))
+        return _ended(Layout.plain(self.encoder.side)).chained(self.between)
+
+    def image_readers(self) -> Mapping[str, Reader]:
+        if self.asked.frames is not None:
+            return FRAME_READERS
+        if self.tiling is None:
+            return {"LlavaImageProcessor": padded}  # see square_processor
+        return {"LlavaOnevisionImageProcessor": partial(tiled, tiling=self.tiling)}
+
+    def image_processor(self, own: Callable[[], Any]) -> Any:
         if self.asked.frames is not None:
             return frame_processor(self.checkpoint)
-        return square_processor(own()) if self.asked.pictures > 1 else own()
+        return own() if self.tiling else square_processor(own())
 
 
 def _ended(layout: Layout) -> Layout:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
-from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._media import Asked
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._towers import refuse
 
@@ -17,10 +15,10 @@ FPS = 2
 class Adapter(_qwen.Adapter):
     gated: ClassVar[bool] = True
 
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+    def config_class(self) -> Any:
         from transformers import Qwen2_5_VLConfig
 
-        super().__init__(checkpoint, Qwen2_5_VLConfig, asked)
+        return Qwen2_5_VLConfig
 
     def times(self, spans: int) -> tuple[int, ...]:
         vision = self.config.vision_config

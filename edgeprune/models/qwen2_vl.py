@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
-from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._media import Asked
+from edgeprune.models._family import Elsewhere
 from edgeprune.models._qwen_tower import TowerConfig
 
 
 class Adapter(_qwen.Adapter):
     gated: ClassVar[bool] = False
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
+        Elsewhere("Qwen-VL (the first)", "QWenLMHeadModel", "qwen2_vl"),
+    )
 
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+    def config_class(self) -> Any:
         from transformers import Qwen2VLConfig
 
-        super().__init__(checkpoint, Qwen2VLConfig, asked)
+        return Qwen2VLConfig
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
         return TowerConfig(

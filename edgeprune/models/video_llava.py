@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
-from edgeprune.models import _adapter
-from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models import _llava
+from edgeprune.models._image_record import Reader
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import Asked
-from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import (
-    clip_or_siglip,
-    is_tied,
-    one_size,
-    one_tile,
-    projector,
-    read_config,
-)
-from edgeprune.models._video import clip_processor, frame_processor, video
-from edgeprune.models._vision import VisionConfig
+from edgeprune.models._media import Media, Takes
+from edgeprune.models._names import TensorNames
+from edgeprune.models._towers import one_size, one_tile
+from edgeprune.models._video import FRAME_READERS, clip_processor, frame_processor, video
 
 
-class Adapter(_adapter.Adapter):
-    """One tower for pictures, another for videos: 257 tokens a frame, 2,056 of the usual 8."""
+class Adapter(_llava.Adapter):
+    """One tower for images, another for videos: 257 tokens a frame, 2,056 of the usual 8."""
 
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+    takes: ClassVar[Takes] = Takes(frames=True)
+    reads_cls: ClassVar[bool] = True
+
+    def config_class(self) -> Any:
         from transformers import VideoLlavaConfig
 
-        asked.allow("video_llava", pictures=True, frames=True)
-        config = read_config(checkpoint, VideoLlavaConfig)
-        super().__init__(checkpoint, config, asked)
-        encoder = clip_or_siglip(config, cls=True)
-        one_size(asked.size, encoder.image)
-        if asked.frames is None:
-            self.stem = "image_tower"
-            layout = one_tile(config, encoder.side).chained(self.between())
-        else:
-            self.stem, self.media = "video_tower", video(config)
-            layout = Layout.with_cls(encoder.side, asked.frames)
-        self.vision_config = VisionConfig(encoder, projector(config, encoder.features), layout)
-        self.decoder_config = decoder_config(config.text_config, is_tied(checkpoint, config))
+        return VideoLlavaConfig
+
+    def read_media(self) -> Media:
+        return super().read_media() if self.asked.frames is None else video(self.config)
+
+    def read_layout(self) -> Layout:
+        one_size(self.asked.size, self.encoder.image)
+        if self.asked.frames is not None:
+            return Layout.with_cls(self.encoder.side, self.asked.frames)
+        return one_tile(self.config, self.encoder.side).chained(self.between)
+
+    @property
+    def _tower(self) -> str:
+        return "image_tower" if self.asked.frames is None else "video_tower"
+
+    def tensor_names(self) -> TensorNames:
+        below = f"{self._tower}.vision_model.", f"{self._tower}."
+        return TensorNames(
+            tower_stems=tuple(top + stem for stem in below for top in ("", "model."))
+        )
 
     def is_spare(self, name: str) -> bool:
         """The other tower too."""
-        return ("_tower." in name and f"{self.stem}." not in name) or super().is_spare(name)
+        return ("_tower." in name and f"{self._tower}." not in name) or super().is_spare(name)
 
-    def picture_processor(self, own: Callable[[], Any]) -> Any:
-        """CLIP's, which does the same as the family's own, a picture or a frame at a time."""
-        return (
-            clip_processor(own()) if self.asked.frames is None else frame_processor(self.checkpoint)
-        )
+    def image_readers(self) -> Mapping[str, Reader]:
+        return FRAME_READERS
+
+    def image_processor(self, own: Callable[[], Any]) -> Any:
+        """CLIP's, which does the same as the family's own, an image or a frame at a time."""
+        if self.asked.frames is None:
+            return clip_processor(own())
+        return frame_processor(self.checkpoint)

@@ -1,0 +1,211 @@
+"""A model family: the steps from a checkpoint's config.json to the modules that are exported.
+
+A family's file holds a class `Adapter` that says of each step what its checkpoints do. Steps that
+most families share have a default. Nothing outside of that file knows the family by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor
+
+from edgeprune.bundle import ImageRecord
+from edgeprune.models._chat import Chat
+from edgeprune.models._checkpoint import Checkpoint
+from edgeprune.models._decoder import DecoderConfig
+from edgeprune.models._encoder import EncoderConfig
+from edgeprune.models._image_record import Reader, read_image_processor
+from edgeprune.models._layout import Layout
+from edgeprune.models._media import Asked, Media, Takes
+from edgeprune.models._names import TensorNames
+from edgeprune.models._qwen_tower import TowerConfig
+from edgeprune.models._text import decoder_config
+from edgeprune.models._towers import is_tied, read_config, refuse
+from edgeprune.models._unread import is_spare
+from edgeprune.models._vision import ProjectorLike, VisionConfig
+from edgeprune.spec import ModelShape
+from edgeprune.tiling import Size, Tiling, fitted
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Checkpoints that transformers does not implement: no code of a checkpoint is ever run."""
+
+    name: str
+    architecture: str  # as config.json names it
+    nearest: str  # what edgeprune has in their place
+
+
+class Family(ABC):
+    """The steps, in the order in which they are taken; later ones may use what earlier ones gave.
+
+    Each `read_` step looks at `checkpoint`, its `config` and what is `asked`, and refuses by name
+    what it cannot do: with a ModelError what the checkpoint has, with a SpecError what is asked.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """Values of config.json's `model_type` that the family reads beside its file's name."""
+
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = ()
+    """Checkpoints with code of their own for which this is the nearest family."""
+
+    takes: ClassVar[Takes] = Takes()
+    """What can be asked for beside one image."""
+
+    checkpoint: Checkpoint
+    config: Any  # transformers', of the family
+    asked: Asked
+    frozen: Size | None  # the size of images, where the processor leaves it open
+    encoder: EncoderConfig | TowerConfig
+    tiling: Tiling | None  # the tiles that an image is cut into, where it is
+    media: Media
+    vision_config: VisionConfig
+    decoder_config: DecoderConfig
+
+    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+        self.checkpoint, self.asked = checkpoint, asked
+        self.config = read_config(checkpoint, self.config_class())
+        asked.check(self.config.model_type, self.takes)
+        refuse(self.config, self.demands())
+        self.frozen = self.read_size()
+        self.encoder = self.read_encoder()
+        self.tiling = self.read_tiling()
+        self.media = self.read_media()
+        layout = self.read_layout()
+        self.vision_config = VisionConfig(self.encoder, self.read_projector(), layout)
+        self.decoder_config = self.read_decoder()
+
+    @abstractmethod
+    def config_class(self) -> Any:
+        """transformers' class of config.json; imported here, since that takes long."""
+
+    def demands(self) -> dict[str, bool]:
+        """What the config asks for, in words, and whether the steps below do that. Where one is
+        False, the checkpoint is refused and the words are shown."""
+        return {}
+
+    def read_size(self) -> Size | None:
+        """The size of images, where the image processor leaves it open and a bundle freezes it."""
+        return None
+
+    @abstractmethod
+    def read_encoder(self) -> EncoderConfig | TowerConfig:
+        """The vision tower, cut after the last block that the projector reads."""
+
+    def read_tiling(self) -> Tiling | None:
+        """The tiles that the image processor cuts an image into; None: it is one."""
+        return None
+
+    def read_media(self) -> Media:
+        """What a prompt shows, and how chat template and processor spell it."""
+        return Media.images(self.config, self.asked.pictures)
+
+    @abstractmethod
+    def read_layout(self) -> Layout:
+        """Which of what the tower gives stands where among the V visual tokens."""
+
+    @abstractmethod
+    def read_projector(self) -> ProjectorLike:
+        """From the tower's features to the decoder's width."""
+
+    def read_decoder(self) -> DecoderConfig:
+        """The language model."""
+        return decoder_config(self.config.text_config, is_tied(self.checkpoint, self.config))
+
+    def tensor_names(self) -> TensorNames:
+        """How checkpoints name the parameters."""
+        return TensorNames()
+
+    def is_spare(self, name: str) -> bool:
+        """Whether checkpoints of the family store a tensor that no graph of a bundle needs."""
+        return is_spare(name, self.vision_config.encoder.blocks)
+
+    @abstractmethod
+    def image_readers(self) -> Mapping[str, Reader]:
+        """For each class of image processor that the family is published with, what freezes it.
+
+        Classes are named without `Fast` and `Pil`; readers are those of `_image_record.py`.
+        """
+
+    def image_processor(self, own: Callable[[], Any]) -> Any:
+        """What treats each image or frame: the checkpoint's own image processor, which `own`
+        reads, unless it does otherwise with one image alone."""
+        return own()
+
+    def notes(self) -> tuple[str, ...]:
+        """What an export of this family leaves out or decides, for people; one sentence each."""
+        return ()
+
+    @property
+    def shape(self) -> ModelShape:
+        decoder, layout = self.decoder_config, self.vision_config.layout
+        encoder = self.vision_config.encoder
+        return ModelShape(
+            family=self.config.model_type,
+            visual_tokens=layout.visual_tokens,
+            grid=layout.grid,
+            layers=decoder.layers,
+            width=decoder.width,
+            mlp_width=decoder.mlp_width,
+            attention_heads=decoder.heads,
+            kv_heads=decoder.kv_heads,
+            head_size=decoder.head_size,
+            vocabulary=decoder.vocabulary,
+            max_positions=decoder.max_positions,
+            has_cls=encoder.cls,
+            separators=len(layout.fixed),
+            mrope=decoder.mrope is not None,
+            blocks=encoder.merging_blocks if layout.is_plain else 0,
+        )
+
+    @property
+    def image_token_id(self) -> int:
+        return self.media.token
+
+    @property
+    def shown(self) -> int:
+        """Images or frames of a prompt."""
+        return self.asked.frames or self.asked.pictures
+
+    @cached_property
+    def between(self) -> list[list[int]]:
+        """Ids of the text between the runs of visual tokens of a prompt; none where there is one
+        run alone."""
+        if self.media.runs == 1:
+            return []
+        return Chat(self.checkpoint.folder).split(self.media, "?")[1]
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Shape of what the vision graph takes: [tiles, 3, height, width]."""
+        return self.vision_config.layout.tiles, 3, *self.vision_config.encoder.size
+
+    def image_record(self, processor: Any) -> ImageRecord:
+        """What the image processor, or that of a processor, does to one image or frame."""
+        return read_image_processor(processor, self.image_readers())
+
+    def look(self, image_processor: Any, image: Image.Image) -> Tensor:
+        """An image through the checkpoint's own image processor: float32, of shape `pixels`."""
+        if self.tiling is not None:
+            image = on_canvas(image, Size(self.tiling.height, self.tiling.width))
+        found: Tensor = image_processor(image, return_tensors="pt")["pixel_values"]
+        return found.float().flatten(0, -4)
+
+    def names(self, parameter: str) -> tuple[str, ...]:
+        """Names under which checkpoints of this family store a parameter, likeliest first."""
+        return self.tensor_names().of(parameter)
+
+
+def on_canvas(image: Image.Image, size: Size) -> Image.Image:
+    """An image fitted into another size, its aspect ratio kept, the rest black."""
+    height, width = fitted(Size(image.height, image.width), size)
+    canvas = Image.new("RGB", (size.width, size.height))
+    at = (size.width - width) // 2, (size.height - height) // 2
+    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), at)
+    return canvas
