@@ -84,16 +84,21 @@ def _reduced(node: onnx.NodeProto, shape: tuple[int, ...], model: onnx.ModelProt
 
 
 def test_sizes_reach_a_gpu_in_few_copies(demo_utp: Path) -> None:
-    """Sizes are computed on the host; each that a tensor on the GPU meets is a copy and a wait."""
+    """Sizes are computed on the host; each that a tensor on the GPU meets is a copy and a wait.
+
+    ONNX Runtime computes on the host whatever follows from sizes, constants and inputs alone.
+    """
     graph = onnx.load(demo_utp / "decoder.onnx", load_external_data=False).graph
     fixed = {tensor.name for tensor in graph.initializer}
     fixed |= {name for n in graph.node if n.op_type == "Constant" for name in n.output}
+    inputs = {value.name for value in graph.input}
     host, copied = set[str](), set[str]()
     for node in graph.node:
         rest = [name for name in node.input if name and name not in fixed]
-        if node.op_type == "Shape" or (rest and host.issuperset(rest) and node.op_type != "Range"):
+        sizes = host.intersection(rest) and host.issuperset({*rest} - inputs)
+        if node.op_type == "Shape" or (sizes and node.op_type != "Range"):
             host.update(node.output)
             continue
-        sizes = SIZES.get(node.op_type, [])
-        copied |= {name for i, name in enumerate(node.input) if name in host and i not in sizes}
-    assert len(copied) <= 3, copied
+        taken = SIZES.get(node.op_type, [])
+        copied |= {name for i, name in enumerate(node.input) if name in host and i not in taken}
+    assert len(copied) <= 4, copied

@@ -257,7 +257,9 @@ class Decoder(Tabled):
         hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
         rotary, positions, anchors = self._place(position, segments, visual_indices)
-        filled = lengths + self._new(segments)
+        # Through an index, which keeps the sum where the lengths are: sums of inputs and sizes are
+        # moved to the CPU by ONNX Runtime, and each layer's part of them would be copied back.
+        filled = lengths.index_select(0, torch.arange(self.config.layers)) + self._new(segments)
         entered, keys, values = segments.visual, list[Tensor](), list[Tensor]()
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
