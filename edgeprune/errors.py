@@ -18,6 +18,9 @@ wanted, what was found and what to do.
 
 from __future__ import annotations
 
+LONGEST = 400
+"""Letters of another package's error that are passed on; ONNX Runtime lists a thousand inputs."""
+
 
 class EdgepruneError(Exception):
     """Base of all errors below; catch this one to catch them all."""
@@ -61,3 +64,9 @@ class SessionError(EdgepruneError):
 
 class BackendError(EdgepruneError):
     """An inference engine that is missing or refuses to work."""
+
+
+def brief(error: object) -> str:
+    """What an error of another package says, in one line; the end of a long one is left out."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."

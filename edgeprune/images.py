@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from edgeprune.errors import InputError
+from edgeprune.errors import InputError, brief
 from edgeprune.rgb import to_rgb
 
 MAX_PIXELS = 100_000_000
@@ -74,7 +74,7 @@ def read_image(source: ImageSource) -> RgbImage:
         found = next(iter(re.findall(r"\d+", str(error))), "0")  # Pillow says how many first
         raise InputError(_too_large(name, f"{int(found):,}")) from error
     except Exception as error:  # a decoder may raise anything on a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = brief(error)
         raise InputError(
             f"{name} cannot be read as an image ({reason}): it is damaged, cut short or not yours"
             " to read; copy it again"

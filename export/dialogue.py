@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeprune.errors import ParityError
+from edgeprune.errors import ParityError, brief
 from edgeprune.graphs import DECODER, VISION, GraphRecord
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._processor import Prompt
@@ -135,7 +135,7 @@ def _told(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # onnxruntime raises a kind per status code
         raise ParityError(
-            f"ONNX Runtime {what} an exported graph ({error}); nothing was written. {REPORT}"
+            f"ONNX Runtime {what} an exported graph ({brief(error)}); nothing was written. {REPORT}"
         ) from error
 
 

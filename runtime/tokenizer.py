@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from edgeprune.errors import BundleError, InputError
+from edgeprune.errors import BundleError, InputError, brief
 
 TOKENIZER_BYTES = 128 << 20
 """A larger file is not read: 256,000 words with their merges take 34 MB."""
@@ -115,8 +115,7 @@ def _guarded(file: Path, fault: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise BundleError(f"{file} {fault} ({reason}); export the bundle again") from error
+        raise BundleError(f"{file} {fault} ({brief(error)}); export the bundle again") from error
 
 
 def _ids(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:

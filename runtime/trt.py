@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from edgeprune.errors import BackendError
+from edgeprune.errors import BackendError, brief
 from edgeprune.graphs import GraphRecord
 from edgeprune.hints import install
 from edgeprune.progress import Progress
@@ -133,7 +133,7 @@ def refusals(parser: Any) -> str:
         operator = error.node_operator()
         place = f"node {error.node_name()} ({operator}): " if operator else ""
         found.append(f"{place}{text}")
-    return "; ".join(found) or "no reason given"
+    return brief("; ".join(found) or "no reason given")
 
 
 def let_fall_back(trt: Any, network: Any) -> None:

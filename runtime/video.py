@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from edgeprune.errors import BackendError, InputError
+from edgeprune.errors import BackendError, InputError, brief
 from edgeprune.hints import install
 from edgeprune.images import RgbImage, check_file
 from edgeprune.rgb import TURNS
@@ -53,7 +53,7 @@ def read_frames(path: Path | str, count: int, take: Callable[[RgbImage], T]) -> 
     except (InputError, BackendError):
         raise
     except Exception as error:  # PyAV raises more than its own errors on a damaged file
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = brief(getattr(error, "strerror", None) or error)
         raise InputError(
             f"{path} cannot be read as a video ({reason}): it is damaged, in a format that is not"
             f" read, or its frames have more than {MAX_FRAME_PIXELS:,} pixels; convert it to an MP4"

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.export._graph import Graph
 from edgeprune.export.check import check_graph, check_model, find
@@ -189,12 +190,33 @@ def test_an_installed_parser_has_a_say(
 def test_a_parser_is_not_asked_where_weights_do_not_fit(
     tiny_jetpack7: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgeprune.bundle import Bundle
-
+    if sys.platform != "linux":
+        pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr("edgeprune.memory.available_bytes", lambda: 1000)
-    for parser in parsers.ask(Bundle.open(tiny_jetpack7)):
-        assert not parser.asked
-        assert "are free" in parser.refusal
+    asked, refusal = parsers.answer(seam.load("trt-rtx"), Bundle.open(tiny_jetpack7))
+    assert not asked and "are free" in refusal
+
+
+def test_a_parser_that_dies_of_a_graph_is_told(
+    tiny_jetpack7: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorRT-RTX 1.7.1's is ended by SIGSEGV where k of a TopK is a list that the graph makes."""
+    if sys.platform != "linux":
+        pytest.importorskip("tensorrt_rtx")
+
+    def swap(model: Any) -> None:
+        tops = [node for node in model.graph.node if node.op_type == "TopK"]
+        tops[1].input[:] = reversed(tops[1].input)
+
+    bundle = Path(shutil.copytree(tiny_jetpack7, tmp_path / "bundle"))
+    edit_graph(bundle, "decoder.onnx", swap)
+    assert main(["check", str(bundle), "--target", "jetpack7"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        said.startswith("TensorRT-RTX ") and "its parser died of this bundle (exit code -" in said
+    )
+    assert main(["check", str(tiny_jetpack7)]) == 0
+    assert capsys.readouterr().out.endswith(", asked here: takes both graphs\n")
 
 
 def test_what_check_refuses(

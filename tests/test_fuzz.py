@@ -37,9 +37,9 @@ def run(seeds: Path, inputs: int, kinds: list[str], workers: int = 1) -> list[Ve
     return Judge(seeds, seed=1).run(asked, workers, lambda verdict: None)
 
 
-def test_every_way_of_going_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for trap, wrong in {**TRAPS, "right": ""}.items():
-        monkeypatch.setenv("TRAP", trap)
+def test_every_way_of_going_wrong_is_seen(tmp_path: Path) -> None:
+    for trap, wrong in {**TRAPS, "right": "", "limit": ""}.items():
+        (tmp_path / "trap").write_text(trap)
         judge = Judge(tmp_path, seed=0, seconds=1 if trap == "sleeps" else 10)
         (verdict,) = judge.run([("_traps", 0)], tell=lambda verdict: None)
         assert verdict.wrong.startswith(wrong) and bool(verdict.wrong) == bool(wrong), trap

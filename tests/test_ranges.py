@@ -12,6 +12,7 @@ import torch
 
 from edgeprune import policies
 from edgeprune.bundle import Bundle, RangeRecord
+from edgeprune.calib.schedule import Schedule
 from edgeprune.cli import main
 from edgeprune.errors import ExportError, ModelError
 from edgeprune.export import ranges
@@ -252,9 +253,21 @@ def test_every_method_is_proven_and_runs_with_a_float32_stream(
     """What a method computes is float32 anyway: nothing of it is near the limit."""
     cr = 1.0 if method == "none" else 1.4
     options = ["--model", str(planted["residual"]), "--method", method, "--cr", str(cr)]
+    if method == "utp":
+        options += ["--schedule", str(schedule(tmp_path / "schedule.json", (9, 5, 5), cr))]
     folder = tmp_path / "bundle"
     command = ["export", *options, "--target", "jetpack6", "--keep-fp32", "auto", "-o", str(folder)]
     assert main(command) == 0
     record = Bundle.open(folder).manifest.range
     assert record is not None
     assert "decoder.layers.2.residual" in record.float32
+
+
+def schedule(file: Path, counts: tuple[int, ...], cr: float) -> Path:
+    """A schedule that nothing was measured for."""
+    made = Schedule(
+        counts, 0.0, 0.0, "joint", visual_tokens=counts[0], cr=cr, sample_ids=(), evidence_hash="",
+        versions={}, seconds=0.0,
+    )  # fmt: skip
+    file.write_text(made.to_json())
+    return file

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgeprune.errors import ModelError
+from edgeprune.errors import ModelError, brief
 from edgeprune.models._media import RUN, Media, Turns
-from edgeprune.models._stored import brief, read_json, read_text
+from edgeprune.models._stored import read_json, read_text
 from edgeprune.models._tokenizer import read_tokenizer
 
 

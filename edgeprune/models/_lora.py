@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from edgeprune.errors import EdgepruneError, ModelError
+from edgeprune.errors import EdgepruneError, ModelError, brief
 from edgeprune.models._format import check_stored
-from edgeprune.models._stored import TensorFiles, brief, read_json, read_text, tensors_of
+from edgeprune.models._stored import TensorFiles, read_json, read_text, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it first, with merge_and_unload() of peft, and export the merged model"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from edgeprune.errors import ModelError
+from edgeprune.errors import ModelError, brief
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._chat import Chat
-from edgeprune.models._stored import brief, read_json
+from edgeprune.models._stored import read_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

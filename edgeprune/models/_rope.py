@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeprune.errors import ModelError
-from edgeprune.models._stored import brief
+from edgeprune.errors import ModelError, brief
 
 KINDS = ("default", "dynamic", "linear", "llama3", "yarn", "longrope")
 """Values of `rope_type` that are supported."""

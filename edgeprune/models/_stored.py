@@ -16,9 +16,6 @@ from torch import Tensor
 
 from edgeprune.errors import ModelError
 
-LONGEST = 200
-"""Letters of another package's error that are passed on."""
-
 
 @dataclass(frozen=True)
 class TensorFiles:
@@ -113,12 +110,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelError(f"{file} is not a JSON object; download it again")
     return data
-
-
-def brief(error: BaseException) -> str:
-    """What an error of another package says, in one line; the end of a long one is left out."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."
 
 
 def line(error: BaseException) -> str:

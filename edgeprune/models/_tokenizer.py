@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import ModelError
-from edgeprune.models._stored import brief
+from edgeprune.errors import ModelError, brief
 
 _PROBE = "\nWhat is it? It's 3  é女\n"
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeprune.errors import ModelError, SpecError
+from edgeprune.errors import ModelError, SpecError, brief
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._layout import Layout
-from edgeprune.models._stored import brief
 from edgeprune.models._vision import ProjectorConfig
 from edgeprune.tiling import Size
 

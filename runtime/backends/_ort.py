@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
-from edgeprune.errors import BackendError, SpecError
+from edgeprune.errors import BackendError, SpecError, brief
 from edgeprune.hints import install
 from edgeprune.runtime import elements
 from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output, likeliest
@@ -210,10 +210,9 @@ def _refusals(what: str) -> Iterator[None]:
         theirs = type(error).__module__.startswith("onnxruntime")
         if not theirs and not isinstance(error, (RuntimeError, ValueError, MemoryError)):
             raise
-        said = " ".join(str(error).split())
         raise BackendError(
-            f"ONNX Runtime failed in {what} ({said}); where memory is short, shorten the prompt"
-            " or export with a larger --cr"
+            f"ONNX Runtime failed in {what} ({brief(error)}); where memory is short, shorten the"
+            " prompt or export with a larger --cr"
         ) from error
 
 
@@ -221,9 +220,8 @@ def _session(ort: Any, bundle: Bundle, name: str, options: Any, providers: list[
     try:
         session = ort.InferenceSession(os.fspath(bundle.file(name)), options, providers)
     except Exception as error:  # onnxruntime raises a kind per status code
-        said = " ".join(str(error).split())
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} refuses {bundle.file(name)}: {said}"
+            f"ONNX Runtime {ort.__version__} refuses {bundle.file(name)}: {brief(error)}"
         ) from error
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:

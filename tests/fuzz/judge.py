@@ -8,12 +8,12 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.fuzz.worker import Made, Seen, clock, serve
+from tests.fuzz.worker import LOADED, MEMORY, Made, Seen, clock, serve
 
 SECONDS = 10.0
-MEMORY = 2_000_000_000
 LINE = re.compile(r"edgeprune: [^\n]+\n")
 ANSWERED = re.compile(r"^\S+ \(ort-cpu\)\n(    .*\n)+")
 """What `run` says of a first answer, before it refuses the next question."""
@@ -91,7 +91,7 @@ class _Worker:
 
     def __init__(self, judge: Judge) -> None:
         self.owner, self.served = judge, LIFE
-        self.process: multiprocessing.Process | None = None
+        self.process: BaseProcess | None = None
 
     def judge(self, one: Input) -> Verdict:
         if self.served >= LIFE or self.process is None:
@@ -130,10 +130,11 @@ class _Worker:
 
     def _replace(self) -> None:
         self.stop()
-        spawn = multiprocessing.get_context("spawn")
-        self.line, theirs = spawn.Pipe()
+        context = multiprocessing.get_context("forkserver")  # which loads libraries once
+        context.set_forkserver_preload([*LOADED, serve.__module__])
+        self.line, theirs = context.Pipe()
         owner = self.owner
-        self.process = spawn.Process(
+        self.process = context.Process(
             target=serve, args=(theirs, owner.seeds, owner.seed, owner.keep), daemon=True
         )
         self.process.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,12 @@ from tests.fuzz.seeds import Seeds
 
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
 """What Python audits of other programs and addresses."""
-OURS = "edgeprune.bench.worker"
-"""The one program that a command starts by itself: `bench` has one for each bundle."""
+OURS = "edgeprune.bench.worker", "edgeprune.runtime.parsers"
+"""The programs that commands start by themselves."""
+MEMORY = 2_000_000_000
+"""Bytes that a process may use."""
+LOADED = ("torch", "transformers", "onnx", "onnxruntime", "tokenizers", "PIL.Image", "av")
+"""What takes addresses without using memory: it is loaded before these are limited."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Watch:
     opened: list[str] = field(default_factory=list)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in STARTS and OURS not in str(arguments[1:2]):
+        if event in STARTS and not any(name in str(arguments[1:2]) for name in OURS):
             self.started.append(event)
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
             self.opened.append(os.fsdecode(arguments[0]))
@@ -78,6 +84,7 @@ def serve(connection: Connection, seeds: Path, seed: int, keep: Path | None) -> 
     """Answer every (kind, number) with a Made and a Seen, until None comes."""
     from edgeprune.errors import EdgepruneError
 
+    limit_memory()
     watch = Watch()
     sys.addaudithook(watch.audit)
     EdgepruneError.__init__ = watch.initialiser()  # type: ignore[method-assign]
@@ -100,6 +107,16 @@ def serve(connection: Connection, seeds: Path, seed: int, keep: Path | None) -> 
             os.chdir(scratch)
             if keep is None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def limit_memory() -> None:
+    """Let allocations fail beyond MEMORY, as `ulimit -v` does that the documents tell of."""
+    for name in LOADED:
+        import_module(name)
+    pages = [int(word) for word in Path("/proc/self/statm").read_text().split()]
+    addresses, resident = (4096 * count for count in pages[:2])
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (addresses + MEMORY - resident, hard))
 
 
 def _run(case: Case, watch: Watch, error: Path) -> Seen:

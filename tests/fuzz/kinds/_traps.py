@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tests.fuzz.seeds import Seeds
 
 def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
     (folder / "barred").touch()
-    name = os.environ["TRAP"]
+    name = (seeds.folder / "trap").read_text()
     return Case(TRAPS[name], name, True, name == "taken", (folder / "barred",))
 
 
@@ -32,8 +33,19 @@ def _sleeps() -> int:
 
 
 def _fills_memory() -> int:
+    """Where no limit catches it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     held = b"x" * 2_300_000_000
     return 2 * (len(held) == 0)
+
+
+def _asks_for_memory() -> int:
+    """Where the limit catches it."""
+    try:
+        return len(b"x" * 2_300_000_000)
+    except MemoryError:
+        return _says("edgeprune: no memory\n")()
 
 
 def _raises() -> int:
@@ -62,6 +74,7 @@ TRAPS: dict[str, Callable[[], int]] = {
     "dies": _dies,
     "sleeps": _sleeps,
     "memory": _fills_memory,
+    "limit": _asks_for_memory,
     "raises": _raises,
     "starts": _starts,
     "opens": _opens,
