@@ -1,6 +1,6 @@
 """The wire format of protobuf: a run of fields, each a key (number << 3 | wire type) and a value.
 
-Enough of it to read an ONNX file where no onnx package is, without copying what is skipped.
+Enough of it to read and write ONNX files where no onnx package is, without copying what is skipped.
 """
 
 from __future__ import annotations
@@ -50,8 +50,17 @@ def signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def written(value: int) -> bytes:
-    """A number as a varint."""
+def integer(number: int, value: int) -> bytes:
+    """The field of this number with a value of at least 0."""
+    return _varint(number << 3 | VARINT) + _varint(value)
+
+
+def block(number: int, data: bytes) -> bytes:
+    """The field of this number with bytes: a text, a message, numbers without keys."""
+    return _varint(number << 3 | BYTES) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
     groups = []
     while True:
         value, group = value >> 7, value & 0x7F

@@ -139,6 +139,15 @@ def _told(what: str) -> Iterator[None]:
         ) from error
 
 
+def require_finite(outcome: Outcome, name: str, sample: int, advice: str) -> None:
+    """ParityError that names the first infinity or NaN of what an engine made of a sample."""
+    if where := outcome.not_finite():
+        raise ParityError(
+            f"{name} gives {where} that are not finite on sample {sample}; nothing was written:"
+            f" {advice}"
+        )
+
+
 def play(
     engine: Reference | Graphs, prompt: Prompt, token: Tensor | None = None
 ) -> tuple[Outcome, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from edgeprune.bundle import ParityRecord
 from edgeprune.errors import ParityError
-from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play
+from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play, require_finite
 from edgeprune.export.upcast import upcast
 from edgeprune.graphs import GraphRecord
 from edgeprune.models._processor import Prompt
@@ -43,6 +43,9 @@ order has gone down to little, one in twenty was seen to turn a choice as anothe
 MOST_TIES = 1 / 3
 """Of the samples, at most. A tie is compared with a nudged reference only, so most samples must be
 compared with the reference itself; a graph that chooses wrongly differs on more than this."""
+
+WEIGHTS = "check the checkpoint's weights for infinities, NaN and values that the dtype cannot hold"
+"""What to do where numbers are not finite in float32."""
 
 BYTES = 8
 """Memory for each weight: the eager model in float32, and its graph, or in half precision first the
@@ -72,7 +75,8 @@ def check(
         done += 1
         wanted, token = play(reference, prompt)
         found, _ = play(graphs, prompt, token)
-        _require_finite(found, wanted, done)
+        require_finite(wanted, "the eager reference in float32", done, WEIGHTS)
+        require_finite(found, "the exported graph in float32", done, WEIGHTS)
         if found.keeps_as(wanted) and (agree(found, wanted) or not _merges(plan)):
             _require_agreement(found, wanted)
             visual = max(visual, difference(found.visual, wanted.visual))
@@ -106,17 +110,6 @@ def check_copy(
 def _merges(plan: Plan) -> bool:
     """Whether tokens are merged: then equal places may stand for other averages."""
     return any(stage.merged or stage.site == "block" for stage in plan.stages)
-
-
-def _require_finite(found: Outcome, wanted: Outcome, sample: int) -> None:
-    """ParityError that names the first infinity or NaN, the reference's before the graph's."""
-    for name, outcome in (("eager reference", wanted), ("exported graph", found)):
-        if where := outcome.not_finite():
-            raise ParityError(
-                f"the {name}'s {where} are not finite on sample {sample}, in float32; nothing was"
-                " written. Check the checkpoint's weights for infinities, NaN and values that the"
-                " dtype cannot hold"
-            )
 
 
 def _require_agreement(found: Outcome, wanted: Outcome) -> None:

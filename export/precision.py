@@ -22,7 +22,7 @@ from torch import Tensor
 
 from edgeprune.bundle import DistanceRecord
 from edgeprune.errors import ParityError
-from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play
+from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play, require_finite
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.models._rounding import NAMES
@@ -90,10 +90,10 @@ def measure(
     engines += [(graph, graphs, "the exported graph")] if graphs else []
     for number, prompt in enumerate(prompts, 1):
         wanted, token = play(reference, prompt)
-        _require_finite(wanted, "the float32 model", number, "check the checkpoint's weights")
+        require_finite(wanted, "the float32 model", number, "check the checkpoint's weights")
         for tally, engine, name in engines:
             found, _ = play(engine, prompt, token)
-            _require_finite(found, f"{name} in {_name(half)}", number, _advice(half))
+            require_finite(found, f"{name} in {_name(half)}", number, _advice(half))
             tally.add(found, wanted, plan)
         progress(number)
     _require_near(eager, half)
@@ -114,14 +114,6 @@ def _advice(half: Reference) -> str:
 def _distance(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference, in standard deviations of `wanted`."""
     return float((found - wanted).square().mean().sqrt() / wanted.std().clamp(min=1e-30))
-
-
-def _require_finite(outcome: Outcome, name: str, sample: int, advice: str) -> None:
-    if where := outcome.not_finite():
-        raise ParityError(
-            f"{name} gives {where} that are not finite on sample {sample}; nothing was written:"
-            f" {advice}"
-        )
 
 
 def _require_near(eager: Tally, half: Reference) -> None:

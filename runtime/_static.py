@@ -41,8 +41,7 @@ def _size(message: memoryview, sizes: Mapping[str, int], used: set[str]) -> byte
         name = bytes(message[begin:end]).decode() if number == _SIZE_NAME else ""
         if name in sizes:
             used.add(name)
-            key = protobuf.written(_SIZE << 3 | protobuf.VARINT)
-            return key + protobuf.written(sizes[name])
+            return protobuf.integer(_SIZE, sizes[name])
     return bytes(message)
 
 
@@ -51,9 +50,7 @@ def _edited(message: memoryview, edits: Mapping[int, Edit]) -> bytes:
     parts: list[bytes | memoryview] = []
     for number, kind, start, begin, end in protobuf.fields(message):
         if number in edits and kind == protobuf.BYTES:
-            changed = edits[number](message[begin:end])
-            parts.append(protobuf.written(number << 3 | protobuf.BYTES))
-            parts += protobuf.written(len(changed)), changed
+            parts.append(protobuf.block(number, edits[number](message[begin:end])))
         else:
             parts.append(message[start:end])
     return b"".join(parts)

@@ -25,6 +25,8 @@ PART_BYTES = 4 << 20
 """A normalizer, pre-tokenizer, post-processor or decoder is no larger; one of T5 takes 0.4 MB."""
 GROWTH = 64
 """A text is made so many times longer at most by what replaces characters."""
+LAST = 1 << 24
+"""The largest id: the library lists all that lie between two, which takes 4 bytes each and more."""
 SECONDS = 5.0
 """What a piece of a prompt may take to become ids; a page takes a millisecond."""
 TEXT = 1 << 20
@@ -55,6 +57,8 @@ class SafeTokenizer:
     def without(self, added: Collection[int]) -> SafeTokenizer:
         """The same, but that some added tokens are texts like any other."""
         with _guarded(self._file, "cannot be changed"):
+            if (last := max(self._tokenizer.get_vocab().values(), default=0)) > LAST:
+                raise ValueError(f"its largest id is {last:,}, at most {LAST:,} is read")
             content = json.loads(self._tokenizer.to_str())
             kept = [token for token in content["added_tokens"] if token["id"] not in added]
             content |= {"added_tokens": kept, "post_processor": None}  # it may name the others

@@ -15,7 +15,7 @@ from edgeprune import onnx_file
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError
 from edgeprune.graph_contract import DECODER, OPERATORS, VISION
-from edgeprune.protobuf import written
+from edgeprune.protobuf import block
 from tests.conftest import Refused
 from tests.hostile import edit_graph, end, replace_file, set_size
 from tests.test_errors_bundle import QUESTION
@@ -167,10 +167,6 @@ def test_no_command_opens_such_a_graph(copy_bundle: Copy, refused: Refused) -> N
         assert says in refused(command, bundle)
 
 
-def field(number: int, data: bytes) -> bytes:
-    return written(number << 3 | 2) + written(len(data)) + data
-
-
 def graph_of(data: bytes) -> bytes:
     return onnx.ModelProto.FromString(data).graph.SerializeToString()
 
@@ -179,11 +175,11 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "it is empty"),
     "cut": (lambda data: data[: len(data) // 2], "is cut off"),
     "text": (lambda data: b"no graph at all", "is not the graph of"),
-    "two graphs": (lambda data: data + field(7, graph_of(data)), "a model has its field 7 twice"),
+    "two graphs": (lambda data: data + block(7, graph_of(data)), "a model has its field 7 twice"),
     "a group": (lambda data: data + b"\x0b\x0c", "starts no protobuf field"),
-    "another field": (lambda data: data + field(99, b""), "field 99 of wire type 2"),
+    "another field": (lambda data: data + block(99, b""), "field 99 of wire type 2"),
     "another type": (lambda data: data + b"\x38\x01", "field 7 of wire type 0"),
-    "no text": (lambda data: data + field(8, field(1, b"\xff")), "is not the graph of"),
+    "no text": (lambda data: data + block(8, block(1, b"\xff")), "is not the graph of"),
     "endless number": (lambda data: data + b"\x08" + b"\xff" * 20, "has no end"),
     "longer than all": (lambda data: data + b"\x12\xff\xff\xff\xff\xff\xff\xff\x7f", "is cut off"),
 }

@@ -99,6 +99,14 @@ def test_a_tokenizer_that_no_export_writes(
     assert says in line, line
 
 
+def test_ids_with_two_thousand_million_between_them(copy_bundle: Copy, refused: Refused) -> None:
+    data = json.loads(((bundle := copy_bundle()) / "tokenizer.json").read_text())
+    data["model"]["vocab"]["star"] = 2**31 - 1
+    replace_file(bundle, "tokenizer.json", json.dumps(data).encode())
+    line = refused("run", bundle, *QUESTION[:2], "--prompt", "what is </s> ?")
+    assert "(its largest id is 2,147,483,647, at most 16,777,216 is read)" in line
+
+
 def test_an_image_token_that_another_token_swallows(copy_bundle: Copy, refused: Refused) -> None:
     data = json.loads(((bundle := copy_bundle()) / "tokenizer.json").read_text())
     longer = {**data["added_tokens"][0], "id": 66, "content": "USER: <image>"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._decoder import Decoder
-from edgeprune.models._layers import Narrow, Part, parts, widen
+from edgeprune.models._layers import Linear, Narrow, Part, parts, widen
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._processor import Prompt
 from edgeprune.policies import Policy
@@ -48,8 +48,10 @@ class Reference:
             traced = adapter.decoder(policy, plan, ops)
             if decoder is not None:
                 traced = decoder(traced.config, policy, plan)
-        adapter.load(vision, dtype)
-        adapter.load(traced, dtype)
+        for module in (vision, traced):
+            adapter.load(module, dtype)
+            if dtype == torch.float16:
+                _by_output(module)
         return cls(vision, traced)
 
     @torch.no_grad()
@@ -128,3 +130,11 @@ class Reference:
                 break
             logits = self.step(torch.tensor([ids[-1:]])).logits
         return ids
+
+
+def _by_output(module: nn.Module) -> None:
+    """Lay out each product's weights output by output: torch multiplies fp16 matrices on a CPU ten
+    times as fast so."""
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.weight.data = part.weight.data.t().contiguous().t()

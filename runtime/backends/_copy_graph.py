@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgeprune.lowering import DTYPES
+from edgeprune.protobuf import block, integer
 
 INPUT, SPARE, OUTPUT = "cached", "spare", "longer"
 """[1, heads, n, head], int64 [4] (the shape of the zeros behind it), and the two joined."""
@@ -22,45 +23,32 @@ _INT, _TENSOR = 2, 4  # AttributeProto.AttributeType
 def copy_graph(element: type) -> bytes:
     """A ModelProto for caches of one numpy type: Concat(cached, ConstantOfShape(spare)), axis 2."""
     kind = np.dtype(element)
-    zero = _int(1, 1) + _int(2, _ELEMENTS[kind]) + _bytes(9, bytes(kind.itemsize))
+    zero = integer(1, 1) + integer(2, _ELEMENTS[kind]) + block(9, bytes(kind.itemsize))
     nodes = (
-        _node("ConstantOfShape", (SPARE,), "zeros", _attribute("value", _bytes(5, zero), _TENSOR)),
-        _node("Concat", (INPUT, "zeros"), OUTPUT, _attribute("axis", _int(3, 2), _INT)),
+        _node("ConstantOfShape", (SPARE,), "zeros", _attribute("value", block(5, zero), _TENSOR)),
+        _node("Concat", (INPUT, "zeros"), OUTPUT, _attribute("axis", integer(3, 2), _INT)),
     )
-    graph = b"".join(_bytes(1, node) for node in nodes) + _text(2, "copy")
-    graph += _bytes(11, _value(INPUT, _ELEMENTS[kind], ("1", "heads", "n", "head")))
-    graph += _bytes(11, _value(SPARE, _INT64, ("rank",)))
-    graph += _bytes(12, _value(OUTPUT, _ELEMENTS[kind], ("1", "heads", "m", "head")))
-    return _int(1, _IR_VERSION) + _bytes(7, graph) + _bytes(8, _int(2, _OPSET))
+    graph = b"".join(block(1, node) for node in nodes) + _text(2, "copy")
+    graph += block(11, _value(INPUT, _ELEMENTS[kind], ("1", "heads", "n", "head")))
+    graph += block(11, _value(SPARE, _INT64, ("rank",)))
+    graph += block(12, _value(OUTPUT, _ELEMENTS[kind], ("1", "heads", "m", "head")))
+    return integer(1, _IR_VERSION) + block(7, graph) + block(8, integer(2, _OPSET))
 
 
 def _node(operator: str, inputs: tuple[str, ...], output: str, attribute: bytes) -> bytes:
     names = b"".join(_text(1, name) for name in inputs) + _text(2, output)
-    return names + _text(4, operator) + _bytes(5, attribute)
+    return names + _text(4, operator) + block(5, attribute)
 
 
 def _attribute(name: str, value: bytes, kind: int) -> bytes:
-    return _text(1, name) + value + _int(20, kind)
+    return _text(1, name) + value + integer(20, kind)
 
 
 def _value(name: str, element: int, dims: tuple[str, ...]) -> bytes:
     """A ValueInfoProto; every dimension is symbolic."""
-    shape = b"".join(_bytes(1, _text(2, dim)) for dim in dims)
-    return _text(1, name) + _bytes(2, _bytes(1, _int(1, element) + _bytes(2, shape)))
+    shape = b"".join(block(1, _text(2, dim)) for dim in dims)
+    return _text(1, name) + block(2, block(1, integer(1, element) + block(2, shape)))
 
 
 def _text(field: int, text: str) -> bytes:
-    return _bytes(field, text.encode())
-
-
-def _bytes(field: int, data: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
-
-
-def _int(field: int, number: int) -> bytes:
-    return _varint(field << 3) + _varint(number)
-
-
-def _varint(number: int) -> bytes:
-    low, rest = number & 0x7F, number >> 7
-    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
+    return block(field, text.encode())
