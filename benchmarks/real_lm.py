@@ -57,7 +57,8 @@ def write(folder: Path, samples: int = 24) -> Path:
     model, tokenizer = llava(demo.config.vision_config)
     model.model.vision_tower.load_state_dict(demo.model.vision_tower.state_dict())
     images = [image for image, _ in calibration_samples(8)]
-    _scale(model.model, images, float(model.get_input_embeddings().weight.norm(dim=1).median()))
+    embeddings = model.get_input_embeddings().weight.detach()
+    _scale(model.model, images, float(embeddings.norm(dim=1).median()))
     save(model, tokenizer, folder)
     write_samples(folder, samples)
     return folder
