@@ -69,6 +69,7 @@ Difference = Annotated[float, Between(0, 1e6)]
 Magnitude = Annotated[float, Between(0, 1e39)]
 Rgb = tuple[_Byte, _Byte, _Byte]
 Filter = Annotated[int, Between(0, 5)]  # Pillow's numbers
+LongestEdge = Annotated[int, Between(1, 4096)]  # pixels; its square is held in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,8 @@ class ImageRecord:
     std: tuple[Scale, Scale, Scale]
     pad_to_square: Rgb | None = None  # colour of the padding, before resizing
     tiling: Tiling | None = None  # cut into tiles of height x width, which are pixels [tiles, ...]
+    longest_edge: LongestEdge | None = None  # pixels of the longer side, which a picture is resized
+    # to first: the ratio is kept, the other side rounded down and made even
     step: Side | None = None  # the model takes any multiple of so many pixels, the bundle one size
     pictures: Few = 1  # in a prompt
     frames: Count | None = None  # of a video, in place of pictures

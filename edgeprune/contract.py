@@ -61,6 +61,8 @@ def _image(record: ImageRecord) -> Iterator[str]:
         yield f"{record.pictures} pictures of a video"
     if record.step is not None and any(side % record.step for side in frozen):
         yield f"{record.height} x {record.width} pixels are not multiples of {record.step}"
+    if record.longest_edge is not None and not isinstance(record.resize, tuple):
+        yield f"a longest edge of {record.longest_edge} pixels, and no size that follows"
     if (tiling := record.tiling) is not None:
         if frozen != (tiling.tile, tiling.tile) or (record.resize, record.crop) != (None, None):
             yield f"tiles of {tiling.tile} pixels, images of {record.height} x {record.width}"

@@ -24,6 +24,9 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
     if record.tiling is not None:
         views = cut(image, record.tiling, record.resample)
         return np.concatenate([_normalise(np.asarray(view), record) for view in views])
+    if record.longest_edge is not None:
+        size = _longest(image.size, record.longest_edge)
+        image = image.resize(size, Image.Resampling(record.resample))
     if record.pad_to_square is not None:
         image = _pad_to_square(image, record.pad_to_square)
     if record.step is not None and not _rounds(image, record):
@@ -79,6 +82,18 @@ def _resized(size: tuple[int, int], resize: tuple[int, int] | int) -> tuple[int,
     new_size = (resize, long) if width <= height else (long, resize)
     _check_shape(size, new_size)
     return new_size
+
+
+def _longest(size: tuple[int, int], edge: int) -> tuple[int, int]:
+    """(width, height) with a longer side of `edge` pixels; the other is rounded down, then up to an
+    even number."""
+    width, height = size
+    ratio = width / height
+    if width >= height:
+        other = int(edge / ratio)
+        return edge, max(1, other + other % 2)
+    other = int(edge * ratio)
+    return max(1, other + other % 2), edge
 
 
 def _check_shape(size: tuple[int, int], new_size: tuple[int, int]) -> None:

@@ -12,6 +12,9 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
     GenerationConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3VisionConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -26,18 +29,23 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     Qwen2Config,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMVisionConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
     VideoLlavaImageProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from edgeprune.demo import MODEL_DIR
 from edgeprune.tiling import Size
@@ -96,6 +104,8 @@ class Family:
             options["return_legacy_image_output"] = False
         if self.name == "internvl":  # as its processor asks, whatever the settings say
             options["crop_to_patches"] = True
+        if self.name in ("smolvlm", "idefics3"):
+            options["do_image_splitting"] = False
         return self.image_processor(images, return_tensors="pt", **options)
 
     def frozen(self, size: Size) -> Size | None:
@@ -253,3 +263,58 @@ def video_llava(**text: Any) -> Family:
     model = settled(VideoLlavaForConditionalGeneration(config))
     tokens = {"video_token": "<video>"}
     return Family("video_llava", model, processor, "<image>", tokens, SHAPES, tiled=False)
+
+
+SMOL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 48,
+    "patch_size": 6,
+}
+
+
+def smolvlm(**text: Any) -> Family:
+    """One tile of 48 pixels, 16 tokens; as SmolVLM2 is published."""
+    return _smol("smolvlm", text)
+
+
+def idefics3(**text: Any) -> Family:
+    """The same as SmolVLM and Idefics3 are published."""
+    return _smol("idefics3", text)
+
+
+def _smol(name: str, text: dict[str, Any]) -> Family:
+    vision, config, model, processor = {
+        "smolvlm": (
+            SmolVLMVisionConfig,
+            SmolVLMConfig,
+            SmolVLMForConditionalGeneration,
+            SmolVLMImageProcessorPil,
+        ),
+        "idefics3": (
+            Idefics3VisionConfig,
+            Idefics3Config,
+            Idefics3ForConditionalGeneration,
+            Idefics3ImageProcessorPil,
+        ),
+    }[name]
+    found = config(
+        vision_config=vision(**SMOL),
+        text_config=LlamaConfig(**{**TEXT, **text}),
+        scale_factor=2,
+        image_token_id=4,
+    )
+    edges = {"size": {"longest_edge": 192}, "max_image_size": {"longest_edge": 48}}
+    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    tokens = {"fake_token": "<fake_token_around_image>", "global_token": "<global-img>"}
+    return Family(
+        name,
+        settled(model(found)),
+        processor(**edges, **means),
+        "<image>",
+        tokens,
+        (Size(84, 84), Size(60, 101), Size(211, 41)),
+        tiled=False,
+    )

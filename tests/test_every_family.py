@@ -44,12 +44,14 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "llava_next_video": families.llava_next_video,
     "video_llava": families.video_llava,
     "internvl": partial(families.internvl, side=112),  # text between frames is less than CR 4
+    "smolvlm": families.smolvlm,
+    "idefics3": families.idefics3,
 }
 QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
     "qwen2_5_vl": qwen.windowed_checkpoint,
 }
-NO_VIDEO = ("llava", "llava_next")
+NO_VIDEO = ("llava", "llava_next", "smolvlm", "idefics3")
 QWEN_SHAPES = tuple(Size(int(h), int(w)) for w, h in (s.split("x") for s in qwen.PICTURES))
 
 

@@ -1,0 +1,160 @@
+"""SmolVLM, SmolVLM2 and Idefics3 (types `smolvlm`, `idefics3`): SigLIP, pixel shuffle, one tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.bundle import ImageRecord
+from edgeprune.models import _adapter
+from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._image_record import Reader, count, levels, resample, unsupported
+from edgeprune.models._layers import Linear
+from edgeprune.models._layout import Layout
+from edgeprune.models._media import RUN, Media
+from edgeprune.models._names import TensorNames
+from edgeprune.models._ops import cast
+from edgeprune.models._towers import one_size
+
+IMAGE = f"<fake_token_around_image><global-img>{RUN}<fake_token_around_image>"
+"""How the processor spells an image of one tile."""
+LONGEST = 4096
+"""Pixels of the longest side to which the image processor resizes at most."""
+
+
+class Adapter(_adapter.Adapter):
+    """An image is one tile: the processor's image splitting is off.
+
+    The tower is SigLIP's. Its position grid, made for tiles that are partly padding, gives a whole
+    tile the positions in order.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
+    encoder: EncoderConfig
+
+    def config_class(self) -> Any:
+        from transformers import Idefics3Config, SmolVLMConfig
+
+        first = self.checkpoint.config["model_type"] == "idefics3"
+        return Idefics3Config if first else SmolVLMConfig
+
+    def demands(self) -> dict[str, bool]:
+        vision, merge = self.config.vision_config, self.config.scale_factor
+        sides = vision.image_size, vision.patch_size
+        whole = all(isinstance(side, int) for side in sides)
+        patches = vision.image_size // vision.patch_size if whole else 0
+        return {
+            f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
+            f"{vision.num_channels} colours": vision.num_channels == 3,
+            f"tiles of {sides[0]} pixels with patches of {sides[1]}": whole and in_order(patches),
+            f"scale_factor {merge} for {patches} x {patches} patches": patches % merge == 0,
+        }
+
+    def read_encoder(self) -> EncoderConfig:
+        vision = self.config.vision_config
+        return EncoderConfig(
+            blocks=vision.num_hidden_layers,
+            width=vision.hidden_size,
+            mlp_width=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            image=vision.image_size,
+            patch=vision.patch_size,
+            eps=vision.layer_norm_eps,
+            activation=vision.hidden_act,
+            cls=False,
+            patch_bias=True,
+            post_norm=True,
+        )
+
+    def read_media(self) -> Media:
+        return Media.images(self.config, self.asked.pictures, IMAGE)
+
+    def read_layout(self) -> Layout:
+        one_size(self.asked.size, self.encoder.image)
+        return Layout.plain(self.encoder.side, self.config.scale_factor).chained(self.between)
+
+    def read_projector(self) -> Connector:
+        inputs = self.config.scale_factor**2 * self.encoder.width
+        return Connector(inputs, self.config.text_config.hidden_size)
+
+    def tensor_names(self) -> TensorNames:
+        return TensorNames(
+            tower_stems=("model.vision_model.",),
+            projector={r"^linear\.": "modality_projection.proj."},
+            projector_stems=("model.connector.",),
+            decoder_stems=("model.text_model.",),
+            head=("lm_head.weight",),
+        )
+
+    def image_readers(self) -> Mapping[str, Reader]:
+        reader = partial(squeezed, side=self.encoder.image)
+        return {"SmolVLMImageProcessor": reader, "Idefics3ImageProcessor": reader}
+
+    def image_processor(self, own: Callable[[], Any]) -> Any:
+        processor = own()
+        processor.do_image_splitting = False
+        return processor
+
+    def notes(self) -> tuple[str, ...]:
+        side = self.encoder.image
+        return (
+            f"an image is one tile of {side} x {side} pixels: image splitting, which published"
+            " processors do, is off",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Connector:
+    """One linear layer from merged patches to the decoder's width."""
+
+    inputs: int
+    output: int
+
+    def build(self) -> nn.Module:
+        return _Connector(self)
+
+
+class _Connector(nn.Module):
+    def __init__(self, config: Connector) -> None:
+        super().__init__()
+        self.linear = Linear(config.inputs, config.output)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return cast(self.linear(features), self.linear.weight.dtype)
+
+
+def squeezed(processor: Any, side: int) -> ImageRecord:
+    """Of a processor that resizes an image to a longest edge, then to a tile, whatever its shape.
+
+    What it pads is nothing then, and its mask of pixels is all ones.
+    """
+    longest = None
+    if processor.do_resize:
+        longest = count("size", dict(processor.size).get("longest_edge"))
+        if longest > LONGEST:
+            raise unsupported("size", longest, f"a longest edge of at most {LONGEST} pixels")
+    tile = dict(processor.max_image_size).get("longest_edge")
+    if tile != side:
+        raise unsupported("max_image_size", tile, f"the encoder's {side} pixels a side")
+    values, size = levels(processor), (side, side)
+    how = resample(processor.resample)
+    return ImageRecord(side, side, size, how, None, *values, longest_edge=longest)
+
+
+def in_order(patches: int) -> bool:
+    """Whether the tower gives each of so many patches a side a position of its own.
+
+    Positions are read off coordinates in float32, which for some numbers fall on the wrong side of
+    a boundary.
+    """
+    if patches < 1:
+        return False
+    coordinates = (torch.arange(patches) * (1.0 / torch.tensor(patches))).clamp(max=1 - 1e-6)
+    boundaries = torch.arange(1 / patches, 1.0, 1 / patches)
+    found = torch.bucketize(coordinates, boundaries, right=True)
+    return torch.equal(found, torch.arange(patches))
