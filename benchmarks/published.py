@@ -20,6 +20,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3VisionConfig,
     InternVLConfig,
     InternVLVisionConfig,
     LlamaConfig,
@@ -33,6 +35,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -58,6 +61,7 @@ class Published:
     image_processor: Callable[[], Any]
     size: Size | None = None
     frames: int | None = None  # of a video in place of a picture
+    tokens: tuple[str, ...] = ()  # that stand around a picture
 
     def write(self, folder: Path, *, sparse: bool = True) -> Path:
         """A checkpoint in the layout that transformers saves, its weights a hole in a file."""
@@ -82,7 +86,9 @@ class Published:
 
     def _write_tokenizer(self, folder: Path) -> None:
         """The demo's, for a video with a placeholder for one."""
-        tokens = {} if self.frames is None else {"video_token": "<video>"}
+        tokens = {f"around_{i}": token for i, token in enumerate(self.tokens)}
+        if self.frames is not None:
+            tokens = {"video_token": "<video>"}
         tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, extra_special_tokens=tokens)
         if self.frames is not None:
             tokenizer.chat_template = str(tokenizer.chat_template).replace("image", "video")
@@ -174,6 +180,26 @@ def _internvl3_8b() -> InternVLConfig:
     )
 
 
+def _smolvlm_256m() -> Idefics3Config:
+    vision = Idefics3VisionConfig(
+        hidden_size=768, num_attention_heads=12, image_size=512, patch_size=16
+    )
+    text = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49280,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )
+    return Idefics3Config(
+        vision_config=vision, text_config=text, scale_factor=4, image_token_id=IMAGE_TOKEN
+    )
+
+
 def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
@@ -184,6 +210,15 @@ def _clip_processor() -> Any:
 
 def _next_processor() -> Any:
     return LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=_square(336))
+
+
+def _idefics3_processor() -> Any:
+    return Idefics3ImageProcessorPil(
+        size={"longest_edge": 2048},
+        max_image_size={"longest_edge": 512},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
 
 
 def _internvl_processor() -> Any:
@@ -202,6 +237,11 @@ PUBLISHED: dict[str, Published | QwenShape] = {
         lambda: _onevision(28, 3584, 18944, (28, 4), False), LlavaOnevisionImageProcessorPil
     ),
     "internvl3-8b": Published(_internvl3_8b, _internvl_processor),
+    "smolvlm-256m": Published(
+        _smolvlm_256m,
+        _idefics3_processor,
+        tokens=("<fake_token_around_image>", "<global-img>"),
+    ),
     **SHAPES,
 }
 
