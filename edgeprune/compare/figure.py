@@ -1,4 +1,4 @@
-"""The figure: right answers against prefill time, a line for each method, its name at its end."""
+"""The figure: accuracy against prefill time, a line for each method, its name at its end."""
 
 from __future__ import annotations
 
@@ -142,15 +142,16 @@ def _axes(dense: Mark | None, curves: Iterable[Curve]) -> Axes:
 def _frame(sheet: Sheet, axes: Axes, comparison: Comparison, timed: bool) -> None:
     """Title, grid and numbers."""
     setup, box = comparison.setup, axes.box
-    sheet.text(MARGIN, MARGIN + 24, "Right answers against prefill time", 28, bold=True)
+    against = "prefill time" if timed else "visual tokens computed"
+    sheet.text(MARGIN, MARGIN + 24, f"Accuracy against {against}", 28, bold=True)
     told = f"{setup['model']}, {setup['questions']:,} questions to each bundle"
     if timed:
         told += f", {setup['race']['laps']} laps in turn"
-    told += "; bars are 95% intervals; axes are logarithmic, in time and in errors"
+    told += "; bars are 95% intervals; axes are logarithmic, the vertical one in errors"
     sheet.text(
         MARGIN, MARGIN + 54, sheet.pen.wrap(told, SIZE, WIDTH - 2 * MARGIN, 1)[0], SIZE, QUIET
     )
-    sheet.text(MARGIN, box.top - 16, "right, %", SIZE, QUIET)
+    sheet.text(MARGIN, box.top - 16, "accuracy, %", SIZE, QUIET)
     unit = "prefill, ms" if timed else "visual tokens computed, %"
     below = box.right - sheet.pen.length(unit, SIZE)
     sheet.text(below, box.bottom + 52, unit, SIZE, QUIET)
