@@ -38,7 +38,8 @@ class Recorder(Decoder):
 
     def feature(self, hidden: Tensor) -> Tensor:
         """Output feature of the last token after the final norm: [n, S, width] -> [n, width]."""
-        return self.ops.rms_norm(hidden[:, -1], self.norm.weight, self.config.eps).float()
+        feature: Tensor = self.norm(hidden[:, -1])
+        return feature.float()
 
     def without_vision(self, text: Tensor, rows: Tensor) -> Tensor:
         """Features [L - 1, width] when layers l .. L, l = 2 .. L, see text tokens only.
@@ -47,7 +48,7 @@ class Recorder(Decoder):
         """
         rotary, batch, length = Rotary(self.cos, self.sin), text[:0], text.shape[1]
         start, end = torch.tensor([0]), torch.tensor([length])
-        for index in range(1, self.config.layers):
+        for index in range(1, len(self.layers)):
             batch = torch.cat([batch, text[index - 1 : index]])  # one more has begun
             shape = (len(batch), self.config.kv_heads, length, self.config.head_size)
             empty = Cache(batch.new_zeros(shape), batch.new_zeros(shape), start, end)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.lowering import Lowering
-from edgeprune.models._ops import TorchOps, attention, attention_to_all, cast, visible
+from edgeprune.models._ops import Causal, TorchOps, attention, cast
 
 
 class ModernOps(TorchOps):
@@ -33,30 +33,41 @@ class ModernOps(TorchOps):
         return _emit("TensorScatter", [past, new, start], past, axis=2, mode="linear")
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Causal | Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        inputs = [query, key, value, None, None, None, end]
-        return _emit("Attention", inputs, query, is_causal=1)
-
-    def attend_all(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        return _emit("Attention", _with(bias, query, key, value), query)
-
-
-def _with(bias: Tensor | None, *inputs: Tensor) -> list[Tensor | None]:
-    """Inputs of Attention, and what is added to its logits if anything is."""
-    return [*inputs] if bias is None else [*inputs, bias]
+        scaled = {} if scale is None else {"scale": scale}
+        inputs: list[Tensor | None] = [query, key, value]
+        if isinstance(mask, Causal) and mask.window is None:
+            inputs += [None, None, None, mask.end]
+            return _emit("Attention", inputs, query, is_causal=1, **scaled)
+        if mask is not None:
+            inputs.append(_written(mask, query, key))
+        return _emit("Attention", inputs, query, **scaled)
 
 
 class Jetpack7Ops(ModernOps):
-    """As ModernOps, but what a token may see is written out: bool [1, 1, S, capacity]."""
+    """As ModernOps, but what a token may see is always written out."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Causal | Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        mask = visible(query.shape[2], key.shape[2], start)[None, None]
-        return _emit("Attention", [query, key, value, mask], query)
+        written = None if mask is None else _written(mask, query, key)
+        return super().attend(query, key, value, written, scale)
+
+
+def _written(mask: Causal | Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """An input of Attention: what a token may see, bool [1, 1, S, capacity], or a bias."""
+    return mask.seen(query, key)[None, None] if isinstance(mask, Causal) else mask
 
 
 class Jetpack6Ops(TorchOps):
@@ -66,14 +77,14 @@ class Jetpack6Ops(TorchOps):
         return torch.cat([past, new], dim=2)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Causal | Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        return attention(query, key, value, start)
-
-    def attend_all(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        return attention_to_all(query, key, value, bias)
+        return attention(query, key, value, mask, scale)
 
 
 def _emit(

@@ -90,7 +90,7 @@ class Graphs:
             index = cache.index
             sizes = {f"capacity.{index}": self.plan.counts[index] + self.room, f"past.{index}": 0}
             self.caches.append(torch.zeros(cache.past.shape(sizes), dtype=self.dtype).numpy())
-        self.lengths, self.position = np.zeros(self.config.layers, np.int64), 0
+        self.lengths, self.position = np.zeros(len(self.config.layers), np.int64), 0
         with _told("cannot run"):
             visual, kept = self.vision.run(None, {"pixels": prompt.pixels.to(self.dtype).numpy()})
         self.visual, self.vision_kept = torch.from_numpy(visual), torch.from_numpy(kept)

@@ -73,9 +73,9 @@ def vision_graph(module: nn.Module, shape: Sequence[int], dtype: torch.dtype, op
 def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Traced:
     """One graph for prefill, decode and later turns; see Decoder.forward for the shapes."""
     config, plan = decoder.config, decoder.plan
-    layers = range(config.layers)
+    layers = range(len(config.layers))
     dynamic = {1: Dim.DYNAMIC}
-    cache = [{2: Dim.DYNAMIC}] * config.layers
+    cache = [{2: Dim.DYNAMIC}] * len(layers)
     shapes: Shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
     plain = ("prefix_ids", "visual", "text_ids", "position", "lengths")
     inputs, outputs = [End(name, name) for name in plain], [End("logits", "logits")]
@@ -101,7 +101,7 @@ def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
     """Inputs whose sizes are all different and above 1, so that none is taken for a constant."""
     config, prefix, text = decoder.config, 5, 7
     visual = max(2, decoder.plan.encoded)
-    capacities = [visual + 37 + layer for layer in range(config.layers)]
+    capacities = [visual + 37 + layer for layer in range(len(config.layers))]
     shapes = [(1, config.kv_heads, capacity, config.head_size) for capacity in capacities]
     caches = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     return (
@@ -109,7 +109,7 @@ def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
         torch.zeros(1, visual, config.width, dtype=dtype),
         torch.zeros(1, text, dtype=torch.int64),
         torch.zeros(1, dtype=torch.int64),
-        torch.zeros(config.layers, dtype=torch.int64),
+        torch.zeros(len(caches), dtype=torch.int64),
         caches,
         [c.clone() for c in caches],
     )

@@ -88,8 +88,8 @@ def test_a_group_of_equal_patches_attends_as_they_would() -> None:
     key[:, :, 3], value[:, :, 3] = key[:, :, 1], value[:, :, 1]
     groups = Groups(torch.tensor([[1.0], [2], [1]]), torch.arange(3))
     three = (query[:, :, :3], key[:, :, :3], value[:, :, :3])
-    ours = TorchOps().attend_all(*three, bias=groups.bias(query.dtype))
-    theirs = TorchOps().attend_all(query, key, value)[:, :, :3]
+    ours = TorchOps().attend(*three, groups.bias(query.dtype))
+    theirs = TorchOps().attend(query, key, value)[:, :, :3]
     torch.testing.assert_close(ours, theirs)
 
 

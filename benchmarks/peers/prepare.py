@@ -64,7 +64,9 @@ def _export(checkpoint: Path, output: Path, method: str, plan: Plan, cr: float) 
     if (output / MANIFEST).is_file():
         return
     adapter: Any = open_model(str(checkpoint))
-    adapter.decoder_config = replace(adapter.decoder_config, output_bias=False)
+    decoder = adapter.decoder_config
+    layers = tuple(replace(layer, output_bias=False) for layer in decoder.layers)
+    adapter.decoder_config = replace(decoder, layers=layers)
     spec = PruneSpec(method, cr)
     processor = Processor(adapter)
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]

@@ -13,22 +13,21 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._layers import (
-    CausalScores,
     Linear,
     Narrow,
     Product,
     RMSNorm,
-    Scale,
+    Scores,
     Sum,
     Tabled,
     join_heads,
     split_heads,
 )
 from edgeprune.models._mrope import MRope
-from edgeprune.models._ops import TorchOps
+from edgeprune.models._ops import Causal, TorchOps
 from edgeprune.models._rope import Rope
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
@@ -38,10 +37,23 @@ from edgeprune.spec import Plan, Stage
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """Sizes of a LLaMA-like decoder: RMS norm, rotary halves, gated SiLU MLP, optional biases."""
+class LayerConfig:
+    """What may differ between the layers of one decoder, and between kinds of decoder."""
 
-    layers: int
+    activation: str = "silu"  # of the MLP's gate
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norms of queries and keys, head by head
+    scale: float | None = None  # of products of queries and keys; None: head_size ** -0.5
+    window: int | None = None  # how many tokens of its cache a token sees, itself the last
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """A LLaMA-like decoder: RMS norms before attention and a gated MLP, rotary halves."""
+
+    layers: tuple[LayerConfig, ...]
     width: int
     mlp_width: int
     heads: int
@@ -52,10 +64,6 @@ class DecoderConfig:
     max_positions: int
     rope: Rope
     tied: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    head_norms: bool = False  # RMS norms of queries and keys, head by head
     mrope: MRope | None = None  # None: one position a token
     tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
 
@@ -90,17 +98,17 @@ class Seen:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig, ops: TorchOps) -> None:
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
         super().__init__()
         self.config = config
         inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.query = Narrow(config.width, inner, config.qkv_bias)
-        self.key = Narrow(config.width, kv_inner, config.qkv_bias)
-        self.value = Narrow(config.width, kv_inner, config.qkv_bias)
-        self.output = Linear(inner, config.width, config.output_bias)
+        self.query = Narrow(config.width, inner, ops, layer.qkv_bias)
+        self.key = Narrow(config.width, kv_inner, ops, layer.qkv_bias)
+        self.value = Narrow(config.width, kv_inner, ops, layer.qkv_bias)
+        self.output = Linear(inner, config.width, ops, layer.output_bias)
         norm = (config.head_size, config.eps, ops)
-        self.query_norm = RMSNorm(*norm) if config.head_norms else nn.Identity()
-        self.key_norm = RMSNorm(*norm) if config.head_norms else nn.Identity()
+        self.query_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, [1, heads, S, head], no positions yet."""
@@ -113,27 +121,28 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
         super().__init__()
-        self.gate = Linear(config.width, config.mlp_width, config.mlp_bias)
-        self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.activation = ACTIVATIONS[layer.activation]
+        self.gate = Linear(config.width, config.mlp_width, ops, layer.mlp_bias)
+        self.up = Linear(config.width, config.mlp_width, ops, layer.mlp_bias)
         self.product = Product()
-        self.down = Linear(config.mlp_width, config.width, config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, ops, layer.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.down(self.product(F.silu(self.gate(x)), self.up(x)))
+        down: Tensor = self.down(self.product(self.activation(self.gate(x)), self.up(x)))
         return down
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, ops: TorchOps) -> None:
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
         super().__init__()
-        self.eps, self.ops = config.eps, ops
-        self.attention_norm = Scale(config.width)
-        self.attention = Attention(config, ops)
-        self.scores = CausalScores(ops)
-        self.mlp_norm = Scale(config.width)
-        self.mlp = MLP(config)
+        self.window, self.ops = layer.window, ops
+        self.attention_norm = RMSNorm(config.width, config.eps, ops)
+        self.attention = Attention(config, layer, ops)
+        self.scores = Scores(ops, layer.scale)
+        self.mlp_norm = RMSNorm(config.width, config.eps, ops)
+        self.mlp = MLP(config, layer, ops)
         self.residual = Sum()
 
     def forward(
@@ -141,17 +150,15 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Cache, Seen]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
         ops = self.ops
-        query, key, value = self.attention.project(
-            ops.rms_norm(hidden, self.attention_norm.weight, self.eps)
-        )
+        query, key, value = self.attention.project(self.attention_norm(hidden))
         rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
         rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
         keys = ops.write(cache.key, rotated_key, cache.start)
         values = ops.write(cache.value, value, cache.start)
-        mixed = self.scores(rotated_query, keys, values, cache.start, cache.end)
+        causal = Causal(cache.start, cache.end, self.window)
+        mixed = self.scores(rotated_query, keys, values, causal)
         hidden = self.residual(hidden, self.attention.output(join_heads(mixed)))
-        normed = ops.rms_norm(hidden, self.mlp_norm.weight, self.eps)
-        hidden = self.residual(hidden, self.mlp(normed))
+        hidden = self.residual(hidden, self.mlp(self.mlp_norm(hidden)))
         seen = Seen(query, key, rotated_query, rotated_key)
         return hidden, Cache(keys, values, cache.start, cache.end), seen
 
@@ -210,15 +217,15 @@ class Decoder(Tabled):
         self.config, self.policy, self.plan = config, policy, plan
         self.ops = ops = ops or TorchOps()
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.layers))
-        self.norm = Scale(config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in config.layers)
+        self.norm = RMSNorm(config.width, config.eps, ops)
         if not config.tied:
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         stage = plan.with_text()
         self.prune_input = (
             PruneInput(policy, stage, plan.encoded, config.tile_of) if stage else None
         )
-        sites = range(2, config.layers + 1)
+        sites = range(2, len(config.layers) + 1)
         stages = {layer: plan.entering_layer(layer) for layer in sites}
         self.prune = nn.ModuleDict({str(n): Prune(policy, s) for n, s in stages.items() if s})
         self.register_buffer("cos", torch.empty(0), persistent=False)
@@ -342,6 +349,7 @@ class Decoder(Tabled):
             cos=rotary.cos,
             sin=rotary.sin,
             factor=self.config.rope.factor,
+            scale=self.config.layers[index].scale,
             rows=rows,
             anchors=anchors,
             visual_tokens=self.plan.counts[index],
@@ -358,9 +366,9 @@ class Decoder(Tabled):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[1, S, width] -> [1, 1, vocabulary]: only the last token reaches the output head."""
-        last = self.ops.rms_norm(self.ops.last(hidden), self.norm.weight, self.config.eps)
+        last: Tensor = self.norm(self.ops.last(hidden))
         weight = self.embedding.weight if self.config.tied else self.head.weight
-        return F.linear(last[0], weight)[None]
+        return self.ops.linear(last[0], weight, transposed=True)[None]
 
 
 def _live(stage: Stage, entered: int) -> Stage:

@@ -128,19 +128,19 @@ class Block(nn.Module):
     def __init__(self, config: EncoderConfig, ops: TorchOps) -> None:
         super().__init__()
         self.config = config
-        width, norm = config.width, (config.width, config.eps)
-        self.attention_norm = RMSNorm(*norm, ops) if config.rms_norm else LayerNorm(*norm)
-        self.query = Narrow(width, width, config.qkv_bias)
-        self.key = Narrow(width, width, config.qkv_bias)
-        self.value = Narrow(width, width, config.qkv_bias)
+        width, norm = config.width, RMSNorm if config.rms_norm else LayerNorm
+        self.attention_norm = norm(width, config.eps, ops)
+        self.query = Narrow(width, width, ops, config.qkv_bias)
+        self.key = Narrow(width, width, ops, config.qkv_bias)
+        self.value = Narrow(width, width, ops, config.qkv_bias)
         self.query_norm = RMSNorm(width, 1e-6, ops) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(width, 1e-6, ops) if config.qk_norm else nn.Identity()
         self.scores = Scores(ops)
-        self.output = Linear(width, width, bias=True)
+        self.output = Linear(width, width, ops, bias=True)
         self.attention_gain = Gain(width) if config.gain else nn.Identity()
-        self.mlp_norm = RMSNorm(*norm, ops) if config.rms_norm else LayerNorm(*norm)
-        self.up = Linear(width, config.mlp_width, bias=True)
-        self.down = Linear(config.mlp_width, width, bias=True)
+        self.mlp_norm = norm(width, config.eps, ops)
+        self.up = Linear(width, config.mlp_width, ops, bias=True)
+        self.down = Linear(config.mlp_width, width, ops, bias=True)
         self.mlp_gain = Gain(width) if config.gain else nn.Identity()
         self.residual = Sum()
 
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         self.cls = nn.Parameter(torch.empty(config.width)) if config.cls else None
         self.patch = nn.Conv2d(3, config.width, config.patch, config.patch, bias=config.patch_bias)
         self.position = nn.Parameter(torch.empty(positions, config.width))
-        norm = (config.width, config.eps)
+        norm = (config.width, config.eps, ops)
         self.pre_norm = LayerNorm(*norm) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.blocks))
         self.post_norm = LayerNorm(*norm) if config.post_norm else nn.Identity()

@@ -150,7 +150,7 @@ class Family(ABC):
             family=self.config.model_type,
             visual_tokens=layout.visual_tokens,
             grid=layout.grid,
-            layers=decoder.layers,
+            layers=len(decoder.layers),
             width=decoder.width,
             mlp_width=decoder.mlp_width,
             attention_heads=decoder.heads,

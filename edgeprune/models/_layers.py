@@ -6,9 +6,8 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from edgeprune.models._ops import TorchOps, cast
+from edgeprune.models._ops import Causal, TorchOps, cast
 
 
 class Part(nn.Module):
@@ -24,8 +23,9 @@ class Part(nn.Module):
 class Linear(Part):
     """y = x W + b with W stored [in, out], as MatMul reads it: no transpose is left in a graph."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, ops: TorchOps, bias: bool = False) -> None:
         super().__init__()
+        self.ops = ops
         self.weight = nn.Parameter(torch.empty(inputs, outputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
@@ -35,8 +35,9 @@ class Linear(Part):
         return torch.float32 if self.wide else self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = cast(x, self.dtype) @ cast(self.weight, self.dtype)
-        return product if self.bias is None else product + cast(self.bias, self.dtype)
+        dtype = self.dtype
+        bias = None if self.bias is None else cast(self.bias, dtype)
+        return self.ops.linear(cast(x, dtype), cast(self.weight, dtype), bias)
 
 
 class Narrow(Linear):
@@ -83,40 +84,18 @@ def common(wide: bool, *tensors: Tensor) -> list[Tensor]:
     return [cast(tensor, dtype) for tensor in tensors]
 
 
-class CausalScores(Part):
-    """Attention to a cache; its scores may stay in float32."""
+class Scores(Part):
+    """Attention; its scores may stay in float32."""
 
-    def __init__(self, ops: TorchOps) -> None:
+    def __init__(self, ops: TorchOps, scale: float | None = None) -> None:
         super().__init__()
-        self.ops = ops
+        self.ops, self.scale = ops, scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Causal | Tensor | None = None
     ) -> Tensor:
         attend = self.ops.attend_wide if self.wide else self.ops.attend
-        return attend(query, key, value, start, end)
-
-
-class Scores(Part):
-    """Attention of all to all; its scores may stay in float32."""
-
-    def __init__(self, ops: TorchOps) -> None:
-        super().__init__()
-        self.ops = ops
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        attend = self.ops.attend_all_wide if self.wide else self.ops.attend_all
-        return attend(query, key, value, bias)
-
-
-class Scale(nn.Module):
-    """The weight of a norm; the dialect's operator applies it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        return attend(query, key, value, mask, self.scale)
 
 
 class Tabled(nn.Module):
@@ -145,24 +124,28 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().view(batch, -1, heads * size)
 
 
-class RMSNorm(Scale):
-    """x / rms(x) * weight over the last axis, by the dialect's operator."""
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis."""
 
     def __init__(self, width: int, eps: float, ops: TorchOps) -> None:
-        super().__init__(width)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
         self.eps, self.ops = eps, ops
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
-class LayerNorm(nn.LayerNorm):
-    """A layer norm in the dtype of what it reads; its result has the weight's."""
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / deviation(x) * weight + bias over the last axis."""
+
+    def __init__(self, width: int, eps: float, ops: TorchOps) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
+        self.eps, self.ops = eps, ops
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
-        normed = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-        return cast(normed, self.weight.dtype)
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Gain(Part):

@@ -1,15 +1,18 @@
-"""The few operations that a graph dialect may lower in its own way; here in plain torch.
+"""The operations that a graph dialect may lower in its own way; here in plain torch.
 
-`TorchOps` is the eager reference. A dialect of `edgeprune.export` subclasses it and replaces what
-it has a better operator for. Queries, keys, values and caches are [1, heads, tokens, head]. A
-call writes its S tokens into a cache at slot `start` and attends to the `end` = start + S that it
-then holds; both are int64 [1].
+`TorchOps` is the eager reference. Every product with a weight, every norm and every attention of a
+model is a call of it. A dialect of `edgeprune.export` subclasses it and replaces what it has a
+better operator for. Queries, keys, values and caches are [1, heads, tokens, head]. A call writes
+its S tokens into a cache at slot `start` and attends to the `end` = start + S that it then holds;
+both are int64 [1].
 
 In half precision a few parts of a model may stay in float32 (`Part.wide` of `_layers`). What their
 operations then are is written here once, from operators that every dialect has.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,8 +28,46 @@ def scalar(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value).to(like.dtype)
 
 
+@dataclass(frozen=True)
+class Causal:
+    """New tokens see the slots of a cache up to their own."""
+
+    start: Tensor  # int64 [1], the slot of the first new token
+    end: Tensor  # int64 [1], how many slots are filled, the new tokens' among them
+    window: int | None = None  # how many slots a token sees, its own the last; None: all up to it
+
+    def seen(self, query: Tensor, key: Tensor) -> Tensor:
+        """Which of n slots each of S new tokens sees: bool [S, n]."""
+        rows = (self.start + torch.arange(query.shape[2], device=query.device))[:, None]
+        slots = torch.arange(key.shape[2], device=query.device)[None, :]
+        seen = slots <= rows
+        return seen if self.window is None else seen & (slots > rows - self.window)
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor:
+        """The same as what is added to the logits of `scores`: [S, n], or of the query heads that
+        share a key [group * S, n]."""
+        seen, group = self.seen(query, key), query.shape[1] // key.shape[1]
+        hidden = cast(torch.where(seen, 0.0, torch.finfo(query.dtype).min), query.dtype)
+        return hidden if group == 1 else hidden.repeat(group, 1)
+
+
 class TorchOps:
     """Plain torch, any shape, no assumption about tracing."""
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    ) -> Tensor:
+        """x W + b, all of one dtype. W is [in, out], as MatMul reads it, or where `transposed`
+        [out, in], as an embedding that is the output head too."""
+        if transposed:
+            return F.linear(x, weight, bias)
+        product: Tensor = x @ weight
+        return product if bias is None else product + bias
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """A layer norm over the last axis, in the dtype of `x`; its result has the weight's."""
+        scaled = cast(weight, x.dtype), cast(bias, x.dtype)
+        return cast(F.layer_norm(x, weight.shape, *scaled, eps), weight.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight over the last axis, computed in float32, in the weight's dtype."""
@@ -47,31 +88,37 @@ class TorchOps:
         return past.index_copy(2, at, new)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Causal | Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        """Causal attention of the new tokens to the cache; query heads may share a key's."""
-        mask = visible(query.shape[2], key.shape[2], start)
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
+        """Attention, whose products are multiplied by `scale` or by head ** -0.5.
 
-    def attend_all(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """Full attention, no cache: the vision encoder's; `bias` [S, S] is added to the logits."""
-        return F.scaled_dot_product_attention(query, key, value, bias)
+        A `mask` says what the new tokens see of a cache, or is a bias [S, n] that is added to the
+        logits; without one all see all. Query heads may share a key's.
+        """
+        grouped = query.shape[1] != key.shape[1]
+        if isinstance(mask, Causal):
+            mask = mask.seen(query, key)
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, scale=scale, enable_gqa=grouped
+        )
 
     def attend_wide(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Causal | Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """As `attend`, with scores and softmax in float32."""
-        return attention(query.float(), key.float(), value, start)
-
-    def attend_all_wide(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """As `attend_all`, with scores and softmax in float32."""
-        bias = None if bias is None else bias.float()
-        return attention_to_all(query.float(), key.float(), value, bias)
+        if isinstance(mask, Tensor):
+            mask = mask.float()
+        return attention(query.float(), key.float(), value, mask, scale)
 
     def last(self, x: Tensor) -> Tensor:
         """The last token: [1, S, width] -> [1, 1, width]."""
@@ -83,13 +130,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def visible(new: int, slots: int, start: Tensor) -> Tensor:
-    """Which cache slots each of `new` tokens sees, the first at slot `start`: bool [new, slots]."""
-    rows = start + torch.arange(new, device=start.device)
-    return torch.arange(slots, device=start.device)[None, :] <= rows[:, None]
-
-
-def scores(query: Tensor, key: Tensor) -> Tensor:
+def scores(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
     """Scaled products in the dtype of both; query heads that share a key stand below each other, so
     that no key is repeated: [b, heads, S, d], [b, kv_heads, n, d] -> [b, kv_heads, group * S, n].
     """
@@ -97,25 +138,24 @@ def scores(query: Tensor, key: Tensor) -> Tensor:
     kv_heads = key.shape[1]
     if heads != kv_heads:
         query = query.reshape(batch, kv_heads, heads // kv_heads * new, size)
-    products: Tensor = (query * scalar(size**-0.5, query)) @ key.transpose(-1, -2)
+    products: Tensor = (
+        query * scalar(size**-0.5 if scale is None else scale, query)
+    ) @ key.transpose(-1, -2)
     return products
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, start: Tensor) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Causal | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """TorchOps.attend from products and a softmax, scores in the dtype of query and key."""
-    _, heads, new, size = query.shape
-    seen = visible(new, key.shape[2], start)
-    hidden = cast(torch.where(seen, 0.0, torch.finfo(query.dtype).min), query.dtype)  # [S, n]
-    if heads != key.shape[1]:
-        hidden = hidden.repeat(heads // key.shape[1], 1)
-    weights = (scores(query, key) + hidden).softmax(-1)
+    cached = isinstance(mask, Causal)
+    if isinstance(mask, Causal):
+        mask = mask.bias(query, key)
+    logits = scores(query, key, scale)
+    weights = (logits if mask is None else logits + mask).softmax(-1)
     mixed: Tensor = cast(weights, value.dtype) @ value
-    return mixed.reshape(1, heads, new, size)
-
-
-def attention_to_all(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """TorchOps.attend_all from products and a softmax, scores in the dtype of query and key."""
-    logits = scores(query, key)
-    weights = (logits if bias is None else logits + bias).softmax(-1)
-    mixed: Tensor = cast(weights, value.dtype) @ value
-    return mixed
+    return mixed.reshape(1, *query.shape[1:]) if cached else mixed

@@ -116,11 +116,11 @@ class TowerConfig:
 
 
 class MLP(nn.Module):
-    def __init__(self, config: TowerConfig) -> None:
+    def __init__(self, config: TowerConfig, ops: TorchOps) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.up = Linear(config.width, config.mlp_width, bias=True)
-        self.down = Linear(config.mlp_width, config.width, bias=True)
+        self.up = Linear(config.width, config.mlp_width, ops, bias=True)
+        self.down = Linear(config.mlp_width, config.width, ops, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         down: Tensor = self.down(self.activation(self.up(x)))
@@ -128,9 +128,9 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__(config)
-        self.gate = Linear(config.width, config.mlp_width, bias=True)
+    def __init__(self, config: TowerConfig, ops: TorchOps) -> None:
+        super().__init__(config, ops)
+        self.gate = Linear(config.width, config.mlp_width, ops, bias=True)
         self.product = Product()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,11 +143,11 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.runs, self.ops = config, runs, ops
         self.attention_norm = _norm(config, ops)
-        self.qkv = Narrow(config.width, 3 * config.width, bias=True)
+        self.qkv = Narrow(config.width, 3 * config.width, ops, bias=True)
         self.scores = Scores(ops)
-        self.output = Linear(config.width, config.width, bias=True)
+        self.output = Linear(config.width, config.width, ops, bias=True)
         self.mlp_norm = _norm(config, ops)
-        self.mlp = GatedMLP(config) if config.gated else MLP(config)
+        self.mlp = (GatedMLP if config.gated else MLP)(config, ops)
         self.residual = Sum()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,4 +236,4 @@ class QwenTower(Tabled):
 
 
 def _norm(config: TowerConfig, ops: TorchOps) -> nn.Module:
-    return RMSNorm(config.width, EPS, ops) if config.gated else LayerNorm(config.width, EPS)
+    return (RMSNorm if config.gated else LayerNorm)(config.width, EPS, ops)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeprune.models._layers import Linear
-from edgeprune.models._ops import TorchOps, scores
+from edgeprune.models._ops import Causal, TorchOps, scores
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 
@@ -66,16 +66,15 @@ class ScoredOps(TorchOps):
     """Computes attention scores apart as well: inside torch's attention they cannot be seen."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Causal | Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        scores(query, key)
-        return super().attend(query, key, value, start, end)
-
-    def attend_all(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        scores(query, key)
-        return super().attend_all(query, key, value, bias)
+        scores(query, key, scale)
+        return super().attend(query, key, value, mask, scale)
 
 
 class Meter(TorchDispatchMode):

@@ -85,7 +85,7 @@ class Reference:
         shapes = [(1, config.kv_heads, n + self.room, config.head_size) for n in counts]
         self.keys = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
-        self.lengths = torch.zeros(config.layers, dtype=torch.int64)
+        self.lengths = torch.zeros(len(counts), dtype=torch.int64)
         self.position = 0
         self.visual = torch.empty(1, 0, config.width, dtype=self.dtype)
         self.vision_kept = torch.empty(0, dtype=torch.int64)

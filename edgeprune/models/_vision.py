@@ -28,7 +28,7 @@ class ProjectorLike(Protocol):
         """Width of the decoder."""
         ...
 
-    def build(self) -> nn.Module:
+    def build(self, ops: TorchOps) -> nn.Module:
         """Module: features [1, n, inputs] -> tokens [1, n, output] in the dtype of its weights."""
         ...
 
@@ -44,8 +44,8 @@ class ProjectorConfig:
     norm: bool = False  # a layer norm before the first
     hidden: int | None = None  # between the two; None: as output
 
-    def build(self) -> Projector:
-        return Projector(self)
+    def build(self, ops: TorchOps) -> Projector:
+        return Projector(self, ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,13 @@ class VisionConfig:
 
 
 class Projector(nn.Module):
-    def __init__(self, config: ProjectorConfig) -> None:
+    def __init__(self, config: ProjectorConfig, ops: TorchOps) -> None:
         super().__init__()
         self.config = config
-        self.norm = LayerNorm(config.inputs) if config.norm else nn.Identity()
+        self.norm = LayerNorm(config.inputs, 1e-5, ops) if config.norm else nn.Identity()
         hidden = config.hidden or config.output
-        self.first = Linear(config.inputs, hidden, config.bias)
-        self.second = Linear(hidden, config.output, config.bias)
+        self.first = Linear(config.inputs, hidden, ops, config.bias)
+        self.second = Linear(hidden, config.output, ops, config.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         activation = ACTIVATIONS[self.config.activation]
@@ -127,8 +127,9 @@ class Vision(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.policy, self.plan = config, policy, plan
-        self.encoder = config.encoder.build(ops or TorchOps())
-        self.projector = config.projector.build()
+        ops = ops or TorchOps()
+        self.encoder = config.encoder.build(ops)
+        self.projector = config.projector.build(ops)
         layout = config.layout
         self.fixed = Fixed(layout, config.projector.output) if layout.fixed else None
 

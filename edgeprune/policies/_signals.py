@@ -131,11 +131,12 @@ class VisionSignals:
         return self.cls
 
 
-def dot(query: Tensor, key: Tensor) -> Tensor:
-    """Scaled dot products of queries [1, heads, R, head] with keys [1, kv_heads, S, head] of their
-    group: float32 [1, kv_heads, group * R, S]."""
+def dot(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+    """Dot products of queries [1, heads, R, head] with keys [1, kv_heads, S, head] of their group,
+    times `scale` or head ** -0.5: float32 [1, kv_heads, group * R, S]."""
     size = key.shape[-1]
-    grouped = query.float().reshape(1, key.shape[1], -1, size) * size**-0.5
+    scale = size**-0.5 if scale is None else scale
+    grouped = query.float().reshape(1, key.shape[1], -1, size) * scale
     products: Tensor = grouped @ key.float().transpose(-1, -2)
     return products
 
@@ -191,6 +192,7 @@ class LayerSignals:
     visual_tokens: int  # of a picture, that entered this layer, known before tracing
     inputs: InputSignals  # what entered layer 1
     factor: float = 1.0  # of the rotary tables, beside 1 where a model's context is stretched
+    scale: float | None = None  # of products of queries and keys; None: head ** -0.5
 
     @property
     def visual(self) -> Tensor:
@@ -210,23 +212,27 @@ class LayerSignals:
         rotary tables (UTP, Eq. 2); text tokens keep theirs, so they still share the softmax.
         """
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        logits = dot(self.rotated_query[:, :, -1:], self.rotated_key)  # [1, kv_heads, group, S]
+        logits = dot(
+            self.rotated_query[:, :, -1:], self.rotated_key, self.scale
+        )  # [1, kv_heads, group, S]
         if agnostic is not None:
-            moved = dot(self._query_against(agnostic), self.key[:, :, start:end])
+            moved = dot(self._query_against(agnostic), self.key[:, :, start:end], self.scale)
             logits = torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
 
     def last_query_likeness(self) -> Tensor:
         """As the last token's attention, were there no rotary embedding at all: [visual]."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        return dot(self.query[:, :, -1:], self.key).softmax(-1).mean((0, 1, 2))[start:end]
+        return (
+            dot(self.query[:, :, -1:], self.key, self.scale).softmax(-1).mean((0, 1, 2))[start:end]
+        )
 
     def text_attention(self) -> Tensor:
         """Attention of each text token after the picture to each visual token, the softmax over all
         tokens up to itself: float32 [heads, T, n]."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
         queries = self.rotated_query[:, :, end:]
-        logits = dot(queries, self.rotated_key)
+        logits = dot(queries, self.rotated_key, self.scale)
         logits = logits.reshape(queries.shape[1], self.segments.text, self.segments.total)
         places = torch.arange(self.segments.total, device=logits.device)
         later = places[None, :] > places[end:, None]
