@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GenerationConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
@@ -245,7 +252,14 @@ def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
 
 
 DECODERS = {
-    "llama": LlamaConfig(**TEXT, attention_bias=True),
+    "granite": GraniteConfig(
+        **TEXT,
+        embedding_multiplier=12,
+        residual_multiplier=0.22,
+        attention_multiplier=0.6,
+        logits_scaling=8,
+    ),
+    "llama": LlamaConfig(**TEXT, attention_bias=True, hidden_act="gelu_pytorch_tanh"),
     "mistral": MistralConfig(**TEXT, sliding_window=400),
     "qwen2": Qwen2Config(**TEXT, attention_bias=True, mlp_bias=True),  # which its class ignores
     "qwen3": Qwen3Config(**TEXT, head_dim=16),
@@ -256,6 +270,22 @@ DECODERS = {
 def test_decoders_of_other_kinds_answer_as_transformers_does(name: str, tmp_path: Path) -> None:
     family = families.internvl(config=DECODERS[name])
     test_dense_answers_are_those_of_transformers(family, family.save(tmp_path))
+
+
+def test_windows_of_some_layers_are_those_of_transformers(tmp_path: Path) -> None:
+    """6 tokens in the second of three layers; the image alone has 4, the question more."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=6, layer_types=kinds)
+    family, image = families.internvl(config=config), picture(Size(56, 56))
+    checkpoint = families.internvl().save(tmp_path)  # of the same weights, without windows
+    adapter, pixels = ours(families.internvl(), checkpoint, image)
+    prompt = prompted(adapter, pixels)
+    wanted = generated(family, adapter, prompt, **family.look(image))
+    assert answered(adapter, prompt) != wanted
+    layers = list(adapter.decoder_config.layers)
+    layers[1] = replace(layers[1], window=6)
+    adapter.decoder_config = replace(adapter.decoder_config, layers=tuple(layers))
+    assert answered(adapter, prompt) == wanted
 
 
 def test_a_sliding_window_shorter_than_a_picture_is_refused(tmp_path: Path) -> None:

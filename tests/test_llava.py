@@ -176,7 +176,7 @@ def test_pruned_tokens_are_as_if_masked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "gelu"}, "activation 'gelu' in the decoder"),
+        ({"hidden_act": "relu"}, "activation 'relu' in the decoder"),
         (
             {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
             "proportional",

@@ -24,14 +24,25 @@ from edgeprune.spec import Plan, PruneSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where a parameter comes from: a tensor's name, and whether it is stored the other way."""
+class Stored:
+    """How checkpoints of a family store a weight W: tensors T that stand one below the other, and
+    W = factor * T + offset."""
 
-    name: str
-    shape: tuple[int, ...]  # as stored, but for axes of length 1
-    transposed: bool
-    rows: tuple[int, ...] = ()  # only these
-    change: str = ""  # the adapter's name of the tensor, where a LoRA adapter changes it
+    parts: tuple[tuple[str, ...], ...]  # of each tensor its names, likeliest first
+    rows: tuple[int, ...] = ()  # only these of a single tensor; (): all
+    factor: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a parameter comes from in one checkpoint."""
+
+    names: tuple[str, ...]  # the tensors, one below the other
+    changes: tuple[str, ...]  # of each, the LoRA adapter's name of it; "" where there is no change
+    shape: tuple[int, ...]  # of them together, but for axes of length 1
+    transposed: bool  # whether the module wants it the other way
+    stored: Stored
 
 
 class Adapter(Family):
@@ -45,35 +56,40 @@ class Adapter(Family):
         config = replace(self.decoder_config, tile_of=self.vision_config.layout.group_of)
         return Decoder(config, policy, plan, ops)
 
+    def stored(self, parameter: str) -> Stored:
+        """How checkpoints of this family store a parameter: of a tied embedding, under the names of
+        the head too."""
+        names, config = self.names(parameter), self.decoder_config
+        if parameter in ("embedding.weight", "fixed.text") and config.tied:
+            names += self.names("head.weight")
+        rows = self.vision_config.layout.text if parameter == "fixed.text" else ()
+        return Stored((names,), rows, *config.rescaling(parameter))
+
     def sources(self, module: nn.Module) -> dict[str, Source]:
-        """For each parameter of a module of ours, its tensor in the checkpoint."""
-        found = {}
-        for name, parameter in module.named_parameters():
-            source = self._source(name, parameter, _is_linear(module, name))
-            found[name] = source
-        return found
+        """For each parameter of a module of ours, its tensors in the checkpoint."""
+        return {
+            name: self._source(name, parameter, _is_linear(module, name))
+            for name, parameter in module.named_parameters()
+        }
 
     def _source(self, name: str, parameter: Tensor, transposed: bool) -> Source:
-        names, checkpoint = self._names(name), self.checkpoint
-        stored = self._stored(names)
-        check_stored(
-            checkpoint.files[stored],
-            stored,
-            checkpoint.dtype(stored),
-            checkpoint.leaves[stored.rpartition(".")[0]],
-        )
-        shape, rows = checkpoint.shape(stored), self._rows(name)
-        if rows:
-            shape = len(rows), *shape[1:]
+        stored, checkpoint = self.stored(name), self.checkpoint
+        names = tuple(map(self._found, stored.parts))
+        for tensor in names:
+            leaves = checkpoint.leaves[tensor.rpartition(".")[0]]
+            check_stored(checkpoint.files[tensor], tensor, checkpoint.dtype(tensor), leaves)
+        shape = _together([checkpoint.shape(tensor) for tensor in names], len(stored.rows))
         wanted = tuple(parameter.shape)[::-1] if transposed else tuple(parameter.shape)
-        if not _alike(shape, wanted):
+        if shape is None or not _alike(shape, wanted):
+            shapes = " and ".join(f"{tensor} is {[*checkpoint.shape(tensor)]}" for tensor in names)
             raise ModelError(
-                f"{checkpoint.files[stored].name}: {stored} is {list(shape)},"
+                f"{checkpoint.files[names[0]].name}: {shapes},"
                 f" config.json says {list(wanted)}; the two are not of one checkpoint"
             )
-        return Source(stored, wanted, transposed, rows, self._change(name, names))
+        changes = tuple(self._change(name, part) for part in stored.parts)
+        return Source(names, changes, wanted, transposed, stored)
 
-    def _stored(self, names: tuple[str, ...]) -> str:
+    def _found(self, names: tuple[str, ...]) -> str:
         """Under which of its names a tensor is stored; where under several, they must be equal."""
         files, folder = self.checkpoint.files, self.checkpoint.folder
         found = [name for name in names if name in files]
@@ -86,15 +102,6 @@ class Adapter(Family):
                     " differ; remove the one that is not meant"
                 )
         return found[0]
-
-    def _names(self, parameter: str) -> tuple[str, ...]:
-        """Names under which a parameter may be stored: of a tied embedding, those of the head
-        too."""
-        names = self.names(parameter)
-        embedding = parameter in ("embedding.weight", "fixed.text")
-        return (
-            names + self.names("head.weight") if embedding and self.decoder_config.tied else names
-        )
 
     def _change(self, parameter: str, names: tuple[str, ...]) -> str:
         """The adapter's name of a tensor that it changes, else empty."""
@@ -115,25 +122,32 @@ class Adapter(Family):
             modules = self.vision(policy, plan), self.decoder(policy, plan)
         sources = [source for module in modules for source in self.sources(module).values()]
         parameters = (name for module in modules for name, _ in module.named_parameters())
-        read = {stored for parameter in parameters for stored in self._names(parameter)}
-        changed = {source.change for source in sources}
+        parts = (part for parameter in parameters for part in self.stored(parameter).parts)
+        read = {name for part in parts for name in part}
+        changed = {change for source in sources for change in source.changes}
         return (*self.notes(), *told(self.checkpoint, read, changed, self.is_spare))
-
-    def _rows(self, parameter: str) -> tuple[int, ...]:
-        """Which rows of a stored tensor a parameter is; none where it is the whole."""
-        return self.vision_config.layout.text if parameter == "fixed.text" else ()
 
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
         """One parameter, laid out and rounded as a module of ours wants it; ModelError where the
         checkpoint holds a number that is not finite or that does not fit the dtype."""
-        tensor = self.checkpoint.read(source.name)
-        if source.change and self.checkpoint.lora is not None:
-            tensor = self.checkpoint.lora.merged(source.change, tensor)
-        if source.rows:
-            tensor = tensor[list(source.rows)]
-        where = f"{self.checkpoint.files[source.name].name}: {source.name}"
-        tensor = rounded(tensor, dtype, where).reshape(source.shape)
-        return tensor.t().contiguous() if source.transposed else tensor.contiguous()
+        tensors = zip(source.names, source.changes, strict=True)
+        parts = (self._part(name, change, source.stored, dtype) for name, change in tensors)
+        whole = next(parts)
+        if len(source.names) > 1:
+            whole = torch.cat([whole, *parts])
+        whole = whole.reshape(source.shape)
+        return whole.t().contiguous() if source.transposed else whole.contiguous()
+
+    def _part(self, name: str, change: str, stored: Stored, dtype: torch.dtype) -> Tensor:
+        """One stored tensor as a parameter has it, in a dtype."""
+        tensor = self.checkpoint.read(name)
+        if change and self.checkpoint.lora is not None:
+            tensor = self.checkpoint.lora.merged(change, tensor)
+        if stored.rows:
+            tensor = tensor[list(stored.rows)]
+        if (stored.factor, stored.offset) != (1, 0):
+            tensor = tensor.float() * stored.factor + stored.offset
+        return rounded(tensor, dtype, f"{self.checkpoint.files[name].name}: {name}")
 
     def load(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Fill a module built on the meta device with weights; returns it ready to run."""
@@ -148,6 +162,14 @@ class Adapter(Family):
 def _is_linear(module: nn.Module, parameter: str) -> bool:
     owner, _, leaf = parameter.rpartition(".")
     return leaf == "weight" and isinstance(module.get_submodule(owner), Linear)
+
+
+def _together(shapes: list[tuple[int, ...]], rows: int) -> tuple[int, ...] | None:
+    """The shape of tensors one below the other, or of some rows of one; None where they differ."""
+    first = shapes[0]
+    if any(shape[1:] != first[1:] for shape in shapes):
+        return None
+    return (rows or sum(shape[0] for shape in shapes), *first[1:]) if first else first
 
 
 def _alike(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

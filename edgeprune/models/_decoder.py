@@ -8,6 +8,7 @@ positions go with them. Every layer has its own cache and its own length.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +51,15 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Rescale:
+    """Parameters whose names begin with a pattern are factor * (what is stored) + offset."""
+
+    pattern: str
+    factor: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A LLaMA-like decoder: RMS norms before attention and a gated MLP, rotary halves."""
 
@@ -66,6 +76,12 @@ class DecoderConfig:
     tied: bool = False
     mrope: MRope | None = None  # None: one position a token
     tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
+    rescaled: tuple[Rescale, ...] = ()  # the first that matches a parameter holds
+
+    def rescaling(self, parameter: str) -> tuple[float, float]:
+        """Factor and offset with which a parameter of the decoder is read."""
+        held = (r for r in self.rescaled if re.match(r.pattern, parameter))
+        return next(((r.factor, r.offset) for r in held), (1.0, 0.0))
 
 
 @dataclass(frozen=True)

@@ -7,34 +7,58 @@ from dataclasses import replace
 from typing import Any
 
 from edgeprune.errors import ModelError
-from edgeprune.models._decoder import DecoderConfig, LayerConfig
+from edgeprune.models._decoder import DecoderConfig, LayerConfig, Rescale
 from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._rope import read_rope
 
+Kind = Callable[[Any, DecoderConfig], DecoderConfig]
+"""From a text config, and the plain decoder of its sizes, to the decoder of one kind."""
 
-def _plain(text: Any) -> LayerConfig:
-    return LayerConfig(activation=text.hidden_act)
+
+def _plain(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    return decoder
 
 
-def _biased(text: Any) -> LayerConfig:
-    """As the config says; the other classes of transformers do not look at it."""
+def _biased(text: Any, decoder: DecoderConfig) -> DecoderConfig:
     bias = text.attention_bias
-    return replace(_plain(text), qkv_bias=bias, output_bias=bias)
+    return _layers(decoder, qkv_bias=bias, output_bias=bias)
 
 
-def _llama(text: Any) -> LayerConfig:
-    return replace(_biased(text), mlp_bias=text.mlp_bias)
+def _llama(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    return _layers(_biased(text, decoder), mlp_bias=text.mlp_bias)
 
 
-def _qwen2(text: Any) -> LayerConfig:
-    return replace(_plain(text), qkv_bias=True)
+def _qwen2(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    return _layers(decoder, qkv_bias=True)  # whatever the config says
 
 
-def _qwen3(text: Any) -> LayerConfig:
-    return replace(_biased(text), qk_norm=True)
+def _qwen3(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    return _layers(_biased(text, decoder), qk_norm=True)
 
 
-DECODERS: dict[str, Callable[[Any], LayerConfig]] = {
+def _granite(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    """LLaMA with four factors: m of the embeddings, r of both branches, those of attention and of
+    the logits.
+
+    The residual stream is held divided by m: norms do not see that, but for their eps, which is
+    divided by m^2, and branches have the factor r / m. So the graph is LLaMA's.
+    """
+    m, r = text.embedding_multiplier, text.residual_multiplier
+    rescaled = (
+        Rescale(r"layers\.\d+\.(attention\.output|mlp\.down)\.", r / m),
+        Rescale(r"norm\.", 1 / text.logits_scaling),
+    )
+    llama = _layers(_llama(text, decoder), scale=text.attention_multiplier)
+    return replace(llama, eps=decoder.eps / m**2, rescaled=rescaled)
+
+
+def _layers(decoder: DecoderConfig, **changes: Any) -> DecoderConfig:
+    """The same changes of all layers."""
+    return replace(decoder, layers=tuple(replace(layer, **changes) for layer in decoder.layers))
+
+
+DECODERS: dict[str, Kind] = {
+    "granite": _granite,
     "llama": _llama,
     "mistral": _plain,
     "qwen2": _qwen2,
@@ -42,7 +66,7 @@ DECODERS: dict[str, Callable[[Any], LayerConfig]] = {
     "qwen2_5_vl_text": _qwen2,
     "qwen3": _qwen3,
 }
-"""By `model_type` of a text config: what the layers of the kind are, by that config."""
+"""By `model_type` of a text config."""
 
 
 def decoder_config(text: Any, tied: bool) -> DecoderConfig:
@@ -54,8 +78,8 @@ def decoder_config(text: Any, tied: bool) -> DecoderConfig:
         raise ModelError(f"activation {text.hidden_act!r} in the decoder is not supported")
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     positions = _positions(text)
-    return DecoderConfig(
-        layers=(DECODERS[kind](text),) * text.num_hidden_layers,
+    plain = DecoderConfig(
+        layers=(LayerConfig(text.hidden_act),) * text.num_hidden_layers,
         width=text.hidden_size,
         mlp_width=text.intermediate_size,
         heads=text.num_attention_heads,
@@ -67,6 +91,7 @@ def decoder_config(text: Any, tied: bool) -> DecoderConfig:
         rope=read_rope(text, head_size, positions),
         tied=tied,
     )
+    return DECODERS[kind](text, plain)
 
 
 def _positions(text: Any) -> int:
