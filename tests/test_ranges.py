@@ -159,7 +159,7 @@ def test_a_norm_below_the_smallest_number_is_told(planted: Tree, tmp_path: Path)
     (model / "config.json").write_text(json.dumps(config))
     _, remarks = proven(model, "none")
     (remark,) = remarks
-    assert "decoder layers.0 (norm): a mean square is" in remark
+    assert "decoder layers.0 attention_norm: a mean square is" in remark
 
 
 def test_the_command_refuses_by_name_and_keeps_parts_in_float32(
