@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgeprune.models import open_model
-from edgeprune.models._adapter import Stored
+from edgeprune.models._names import Stored
 from edgeprune.models.llava import Adapter
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec

@@ -15,23 +15,13 @@ from edgeprune.models._family import Family
 from edgeprune.models._format import check_stored, why_missing
 from edgeprune.models._layers import Linear, set_tables
 from edgeprune.models._lora import MERGE
+from edgeprune.models._names import Stored
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._rounding import rounded
 from edgeprune.models._unread import told
 from edgeprune.models._vision import Vision
 from edgeprune.policies import Policy, make
 from edgeprune.spec import Plan, PruneSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """How checkpoints of a family store a weight W: tensors T that stand one below the other, and
-    W = factor * T + offset."""
-
-    parts: tuple[tuple[str, ...], ...]  # of each tensor its names, likeliest first
-    rows: tuple[int, ...] = ()  # only these of a single tensor; (): all
-    factor: float = 1.0
-    offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +45,6 @@ class Adapter(Family):
     def decoder(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Decoder:
         config = replace(self.decoder_config, tile_of=self.vision_config.layout.group_of)
         return Decoder(config, policy, plan, ops)
-
-    def stored(self, parameter: str) -> Stored:
-        """How checkpoints of this family store a parameter: of a tied embedding, under the names of
-        the head too."""
-        names, config = self.names(parameter), self.decoder_config
-        if parameter in ("embedding.weight", "fixed.text") and config.tied:
-            names += self.names("head.weight")
-        rows = self.vision_config.layout.text if parameter == "fixed.text" else ()
-        return Stored((names,), rows, *config.rescaling(parameter))
 
     def sources(self, module: nn.Module) -> dict[str, Source]:
         """For each parameter of a module of ours, its tensors in the checkpoint."""
@@ -121,9 +102,7 @@ class Adapter(Family):
         with torch.device("meta"):
             modules = self.vision(policy, plan), self.decoder(policy, plan)
         sources = [source for module in modules for source in self.sources(module).values()]
-        parameters = (name for module in modules for name, _ in module.named_parameters())
-        parts = (part for parameter in parameters for part in self.stored(parameter).parts)
-        read = {name for part in parts for name in part}
+        read = {name for source in sources for part in source.stored.parts for name in part}
         changed = {change for source in sources for change in source.changes}
         return (*self.notes(), *told(self.checkpoint, read, changed, self.is_spare))
 

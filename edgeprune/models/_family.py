@@ -23,7 +23,7 @@ from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._image_record import Reader, read_image_processor
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Asked, Media, Takes
-from edgeprune.models._names import TensorNames
+from edgeprune.models._names import Stored, TensorNames
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._text import decoder_config
 from edgeprune.models._towers import is_tied, read_config, refuse
@@ -121,6 +121,15 @@ class Family(ABC):
     def tensor_names(self) -> TensorNames:
         """How checkpoints name the parameters."""
         return TensorNames()
+
+    def stored(self, parameter: str) -> Stored:
+        """How checkpoints of this family store a parameter: of a tied embedding, under the names of
+        the head too."""
+        names, config = self.names(parameter), self.decoder_config
+        if parameter in ("embedding.weight", "fixed.text") and config.tied:
+            names += self.names("head.weight")
+        rows = self.vision_config.layout.text if parameter == "fixed.text" else ()
+        return Stored((names,), rows, *config.rescaling(parameter))
 
     def is_spare(self, name: str) -> bool:
         """Whether checkpoints of the family store a tensor that no graph of a bundle needs."""

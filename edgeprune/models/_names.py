@@ -94,6 +94,17 @@ class TensorNames:
         return tuple(stem + translate(rest, table) for stem in stems)
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How checkpoints of a family store a weight W: tensors T that stand one below the other, and
+    W = factor * T + offset."""
+
+    parts: tuple[tuple[str, ...], ...]  # of each tensor its names, likeliest first
+    rows: tuple[int, ...] = ()  # only these of a single tensor; (): all
+    factor: float = 1.0
+    offset: float = 0.0
+
+
 def translate(name: str, table: Mapping[str, str]) -> str:
     """Every rule of a table applied in turn."""
     for pattern, theirs in table.items():
