@@ -38,10 +38,11 @@ class Causal:
 
     def seen(self, query: Tensor, key: Tensor) -> Tensor:
         """Which of n slots each of S new tokens sees: bool [S, n]."""
-        rows = (self.start + torch.arange(query.shape[2], device=query.device))[:, None]
-        slots = torch.arange(key.shape[2], device=query.device)[None, :]
-        seen = slots <= rows
-        return seen if self.window is None else seen & (slots > rows - self.window)
+        new, slots = query.shape[2], key.shape[2]
+        rows = self.start + torch.arange(new, device=query.device)
+        columns = torch.arange(slots, device=query.device)[None, :]
+        seen = columns <= rows[:, None]
+        return seen if self.window is None else seen & (columns > rows[:, None] - self.window)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
         """The same as what is added to the logits of `scores`: [S, n], or of the query heads that
