@@ -282,7 +282,7 @@ class Decoder(Tabled):
         rotary, positions, anchors = self._place(position, segments, visual_indices)
         # Through an index, which keeps the sum where the lengths are: sums of inputs and sizes are
         # moved to the CPU by ONNX Runtime, and each layer's part of them would be copied back.
-        filled = lengths.index_select(0, torch.arange(self.config.layers)) + self._new(segments)
+        filled = lengths.index_select(0, torch.arange(len(self.layers))) + self._new(segments)
         entered, keys, values = segments.visual, list[Tensor](), list[Tensor]()
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
