@@ -18,7 +18,7 @@ from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import RUN, Media
 from edgeprune.models._names import TensorNames
-from edgeprune.models._ops import cast
+from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._towers import one_size
 
 IMAGE = f"<fake_token_around_image><global-img>{RUN}<fake_token_around_image>"
@@ -115,14 +115,14 @@ class Connector:
     inputs: int
     output: int
 
-    def build(self) -> nn.Module:
-        return _Connector(self)
+    def build(self, ops: TorchOps) -> nn.Module:
+        return _Connector(self, ops)
 
 
 class _Connector(nn.Module):
-    def __init__(self, config: Connector) -> None:
+    def __init__(self, config: Connector, ops: TorchOps) -> None:
         super().__init__()
-        self.linear = Linear(config.inputs, config.output)
+        self.linear = Linear(config.inputs, config.output, ops)
 
     def forward(self, features: Tensor) -> Tensor:
         return cast(self.linear(features), self.linear.weight.dtype)
