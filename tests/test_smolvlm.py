@@ -210,7 +210,7 @@ def test_a_config_of_transformers_4_is_read_as_well(idefics3: Path, tmp_path: Pa
     assert (encoder.blocks, encoder.mlp_width, encoder.side, encoder.eps) == (12, 3072, 32, 1e-6)
     assert encoder.activation == "gelu_pytorch_tanh"
     assert adapter.shape.visual_tokens == 64 and adapter.shape.grid == (8, 8)
-    assert (decoder.layers, decoder.heads, decoder.kv_heads, decoder.eps) == (30, 9, 3, 1e-5)
+    assert (len(decoder.layers), decoder.heads, decoder.kv_heads, decoder.eps) == (30, 9, 3, 1e-5)
     assert not decoder.tied
 
 
