@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgeprune.lowering import DTYPES
 from edgeprune.protobuf import BYTES, FIXED32, FIXED64, VARINT, fields, signed, varint
 
 FIELDS = 3_000_000
 """Fields read at most. A 7B decoder with plain operators has some 200,000."""
-NUMBERS = {1: "fp32", 6: "int32", 7: "int64", 9: "bool", 10: "fp16", 16: "bf16"}
+NUMBERS = {d.onnx: d.name for d in DTYPES.values()} | {6: "int32", 7: "int64", 9: "bool"}
 """TensorProto.DataType, as far as inputs and outputs have them."""
 
 Found = dict[int, list[memoryview | int]]  # values of a message by the field's number

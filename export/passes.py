@@ -134,7 +134,7 @@ def _module_path(namespace: str) -> list[str]:
     names = [name for name, _, kind in modules if name and _is_module(kind)]
     if not names:
         return []
-    path = re.sub(r"^prune\.(\d+)", lambda m: f"layers.{int(m[1]) - 1}.prune", names[-1])
+    path = re.sub(r"^prune\.(\d+)", r"layers.\1.prune", names[-1])
     return (
         re.sub(r"^((?:layers|encoder\.blocks)\.\d+)\.", r"\1/", path).replace("/", "\0").split("\0")
     )

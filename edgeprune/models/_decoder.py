@@ -241,9 +241,8 @@ class Decoder(Tabled):
         self.prune_input = (
             PruneInput(policy, stage, plan.encoded, config.tile_of) if stage else None
         )
-        sites = range(2, len(config.layers) + 1)
-        stages = {layer: plan.entering_layer(layer) for layer in sites}
-        self.prune = nn.ModuleDict({str(n): Prune(policy, s) for n, s in stages.items() if s})
+        stages = {index: plan.entering_layer(index + 1) for index in range(1, len(config.layers))}
+        self.prune = nn.ModuleDict({str(i): Prune(policy, s) for i, s in stages.items() if s})
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self.cos: Tensor
@@ -286,8 +285,8 @@ class Decoder(Tabled):
         entered, keys, values = segments.visual, list[Tensor](), list[Tensor]()
         signals: LayerSignals | None = None
         for index, layer in enumerate(self.layers):
-            if signals is not None and str(index + 1) in self.prune:
-                site = self._site(index + 1)
+            if signals is not None and str(index) in self.prune:
+                site = self._site(index)
                 live = _live(site.stage, entered)
                 hidden, positions, chosen = site(hidden, positions, signals, live)
                 segments = Segments(segments.prefix, live.survivors, segments.text)
@@ -372,8 +371,8 @@ class Decoder(Tabled):
             inputs=inputs,
         )
 
-    def _site(self, layer: int) -> Prune:
-        site = self.prune[str(layer)]
+    def _site(self, index: int) -> Prune:
+        site = self.prune[str(index)]
         assert isinstance(site, Prune)  # ModuleDict forgets what it holds
         return site
 
