@@ -216,6 +216,11 @@ def test_a_config_of_transformers_4_is_read_as_well(idefics3: Path, tmp_path: Pa
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "merge": (lambda c: c.update(scale_factor=3), "scale_factor 3 for 8 x 8 patches"),
+    "no merge": (lambda c: c.update(scale_factor=0), "scale_factor 0 for 8 x 8 patches"),
+    "patch": (
+        lambda c: c["vision_config"].update(patch_size=0),
+        "tiles of 48 pixels with patches of 0",
+    ),
     "grid": (
         lambda c: c["vision_config"].update(image_size=114),
         "tiles of 114 pixels with patches of 6",
@@ -288,10 +293,11 @@ def test_every_stored_tensor_is_read(idefics3: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "utp"])
 @pytest.mark.parametrize("target", ["cuda", "rtx", "jetpack7", "jetpack6"])
-def test_engines_take_it(target: str, method: str, idefics3: Path, tmp_path: Path) -> None:
+def test_engines_take_it(target: str, method: str, tmp_path: Path) -> None:
     """`check` accepts the bundle, and TensorRT-RTX compiles that for RTX cards."""
+    model = families.idefics3(num_hidden_layers=5).save(tmp_path / "deep")
     cr, options = (4 if method == "utp" else 1), {"target": target, "dtype": "fp16"}
-    bundle = frozen(tmp_path / "b", method, cr, model=idefics3, **options)
+    bundle = frozen(tmp_path / "b", method, cr, model=model, **options)
     assert main(["check", str(bundle), "--target", target]) == 0
     if target == "rtx":
         pytest.importorskip("tensorrt_rtx")

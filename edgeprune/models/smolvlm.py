@@ -46,13 +46,14 @@ class Adapter(_adapter.Adapter):
     def demands(self) -> dict[str, bool]:
         vision, merge = self.config.vision_config, self.config.scale_factor
         sides = vision.image_size, vision.patch_size
-        whole = all(isinstance(side, int) for side in sides)
+        whole = all(isinstance(side, int) and side > 0 for side in sides)
         patches = vision.image_size // vision.patch_size if whole else 0
         return {
             f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
             f"{vision.num_channels} colours": vision.num_channels == 3,
             f"tiles of {sides[0]} pixels with patches of {sides[1]}": whole and in_order(patches),
-            f"scale_factor {merge} for {patches} x {patches} patches": patches % merge == 0,
+            f"scale_factor {merge} for {patches} x {patches} patches": merge > 0
+            and patches % merge == 0,
         }
 
     def read_encoder(self) -> EncoderConfig:
