@@ -301,6 +301,6 @@ def test_engines_take_it(target: str, method: str, tmp_path: Path) -> None:
     assert main(["check", str(bundle), "--target", target]) == 0
     if target == "rtx":
         pytest.importorskip("tensorrt_rtx")
-        assert main(["build", str(bundle), "--backend", "trt-rtx"]) == 0
+        assert main(["build", str(bundle), "--backend", "trt-rtx", "--text-capacity", "64"]) == 0
         (folder,) = (bundle / "engines").iterdir()
         assert (folder / "engine.json").is_file()

@@ -55,6 +55,9 @@ class Family(ABC):
     elsewhere: ClassVar[tuple[Elsewhere, ...]] = ()
     """Checkpoints with code of their own for which this is the nearest family."""
 
+    decoder_kind: ClassVar[str | None] = None
+    """The kind of decoder in `_text.py`, where `text_config` has a type of the family's own."""
+
     takes: ClassVar[Takes] = Takes()
     """What can be asked for beside one image."""
 
@@ -116,7 +119,8 @@ class Family(ABC):
 
     def read_decoder(self) -> DecoderConfig:
         """The language model."""
-        return decoder_config(self.config.text_config, is_tied(self.checkpoint, self.config))
+        tied = is_tied(self.checkpoint, self.config)
+        return decoder_config(self.config.text_config, tied, self.decoder_kind)
 
     def tensor_names(self) -> TensorNames:
         """How checkpoints name the parameters."""

@@ -49,6 +49,7 @@ class Adapter(_adapter.Adapter):
     """Base of the two families; never built itself."""
 
     takes: ClassVar[Takes] = Takes(frames=True, sized_frames=True)
+    decoder_kind: ClassVar[str | None] = "qwen2"
     gated: ClassVar[bool]
     frozen: Size
     encoder: TowerConfig

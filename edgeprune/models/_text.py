@@ -62,16 +62,16 @@ DECODERS: dict[str, Kind] = {
     "llama": _llama,
     "mistral": _plain,
     "qwen2": _qwen2,
-    "qwen2_vl_text": _qwen2,
-    "qwen2_5_vl_text": _qwen2,
     "qwen3": _qwen3,
 }
-"""By `model_type` of a text config."""
+"""By `model_type` of a text config; a family with text configs of its own says of what kind they
+are."""
 
 
-def decoder_config(text: Any, tied: bool) -> DecoderConfig:
-    """Sizes of a decoder; ModelError names what it asks for and is not supported."""
-    kind = text.model_type
+def decoder_config(text: Any, tied: bool, kind: str | None = None) -> DecoderConfig:
+    """Sizes of a decoder of some kind, or of the one that the config names; ModelError names what
+    it asks for and is not supported."""
+    kind = kind or text.model_type
     if kind not in DECODERS:
         raise ModelError(f"this checkpoint has a {kind} decoder; supported: {', '.join(DECODERS)}")
     if text.hidden_act not in ACTIVATIONS:
