@@ -58,8 +58,8 @@ def _layers(decoder: DecoderConfig, **changes: Any) -> DecoderConfig:
 
 
 DECODERS: dict[str, Kind] = {
-    "granite": _granite,
     "llama": _llama,
+    "granite": _granite,
     "mistral": _plain,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
