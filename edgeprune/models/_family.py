@@ -18,7 +18,7 @@ from torch import Tensor
 from edgeprune.bundle import ImageRecord
 from edgeprune.models._chat import Chat
 from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._decoder import DecoderConfig
+from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._image_record import Reader, read_image_processor
 from edgeprune.models._layout import Layout

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.models import _adapter
-from edgeprune.models._decoder import DecoderConfig
+from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._family import on_canvas
 from edgeprune.models._image_record import Reader, rounded_size

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgeprune.errors import ModelError
-from edgeprune.models._decoder import DecoderConfig, LayerConfig, Rescale
+from edgeprune.models._decoder_config import DecoderConfig, LayerConfig, Rescale
 from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._rope import read_rope
 

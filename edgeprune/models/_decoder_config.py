@@ -1,0 +1,56 @@
+"""What a decoder is, as data: its sizes, its layers, and how its weights are read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from edgeprune.models._mrope import MRope
+from edgeprune.models._rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """What may differ between the layers of one decoder, and between kinds of decoder."""
+
+    activation: str = "silu"  # of the MLP's gate
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norms of queries and keys, head by head
+    scale: float | None = None  # of products of queries and keys; None: head_size ** -0.5
+    window: int | None = None  # how many tokens of its cache a token sees, itself the last
+
+
+@dataclass(frozen=True, slots=True)
+class Rescale:
+    """Parameters whose names begin with a pattern are factor * (what is stored) + offset."""
+
+    pattern: str
+    factor: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """A LLaMA-like decoder: RMS norms before attention and a gated MLP, rotary halves."""
+
+    layers: tuple[LayerConfig, ...]
+    width: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    eps: float
+    max_positions: int
+    rope: Rope
+    tied: bool = False
+    mrope: MRope | None = None  # None: one position a token
+    tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
+    rescaled: tuple[Rescale, ...] = ()  # the first that matches a parameter holds
+
+    def rescaling(self, parameter: str) -> tuple[float, float]:
+        """Factor and offset with which a parameter of the decoder is read."""
+        held = (r for r in self.rescaled if re.match(r.pattern, parameter))
+        return next(((r.factor, r.offset) for r in held), (1.0, 0.0))
