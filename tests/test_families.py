@@ -31,11 +31,13 @@ from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.exporter import Exported, ExportRequest, export
 from edgeprune.models import Adapter, open_model
+from edgeprune.models._decoder import Decoder
 from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.models._vision import Fixed
 from edgeprune.policies import make, names
+from edgeprune.policies._signals import LayerSignals
 from edgeprune.recipe import Recipe
 from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime import Session
@@ -270,6 +272,27 @@ DECODERS = {
 def test_decoders_of_other_kinds_answer_as_transformers_does(name: str, tmp_path: Path) -> None:
     family = families.internvl(config=DECODERS[name])
     test_dense_answers_are_those_of_transformers(family, family.save(tmp_path))
+
+
+def test_a_policy_sees_attention_with_the_scale_of_the_layer(tmp_path: Path) -> None:
+    """Granite's is 0.6, and not 8 ** -0.5."""
+    family = families.internvl(config=DECODERS["granite"])
+    adapter, pixels = ours(family, family.save(tmp_path), picture(family.sizes[0]))
+    heard: list[LayerSignals] = []
+
+    class Listening(Decoder):
+        def observe(self, layer: int, signals: LayerSignals) -> None:
+            heard.append(signals)
+
+    plan, prompt = Plan(adapter.shape.visual_tokens, 3), prompted(adapter, pixels)
+    Reference.build(adapter, make(PruneSpec("none")), plan, decoder=Listening).prefill(prompt)
+    assert len(heard) == 3
+    for signals in heard:
+        keys = signals.rotated_key[0].repeat_interleave(2, 0)  # two heads share one
+        logits = 0.6 * (signals.rotated_query[0, :, -1:] * keys).sum(-1)
+        first = signals.segments.prefix
+        wanted = logits.softmax(-1).mean(0)[first : first + plan.visual_tokens]
+        torch.testing.assert_close(signals.last_query_attention(), wanted)
 
 
 def test_windows_of_some_layers_are_those_of_transformers(tmp_path: Path) -> None:
