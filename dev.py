@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The repository's two commands; needs Python 3.11+ and pip only, makes an environment in .venv.
 
-python3 dev.py demo    install, export the demo model dense and pruned, ask both about a picture
+python3 dev.py demo    install, export the demo model dense and pruned, ask both about an image
 python3 dev.py test    install what tests need and run every check and test
 """
 

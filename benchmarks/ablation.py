@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgeprune.compare.answers import Answered, Asking, difference
+from edgeprune.compare.answers import EvalRequest, EvalResult, difference
 from edgeprune.compare.cells import DENSE, Cell, grid
 from edgeprune.compare.comparing import CompareRequest, answers, compare
 from edgeprune.compare.questions import HELD_OUT, Questions
@@ -77,7 +77,7 @@ class Row:
 
 
 def rows(
-    variants: tuple[Variant, ...], cr: float, found: dict[tuple[str, float], Answered]
+    variants: tuple[Variant, ...], cr: float, found: dict[tuple[str, float], EvalResult]
 ) -> list[Row]:
     """The rows of one table at one ratio."""
     base, dense_paper = found[BASELINE, cr], variants[0].paper
@@ -124,8 +124,8 @@ def main() -> None:
         folder=args.output,
         cells=tuple(grid([DENSE, *methods], ratios, 1)),
         recipe=Recipe(PruneSpec(DENSE), parity=4),
-        asking=Asking(Questions(args.questions)),
-        race=None,
+        evaluation=EvalRequest(Questions(args.questions)),
+        timing=None,
         jobs=args.jobs,
     )
     with Bar() as bar:

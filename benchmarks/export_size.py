@@ -89,7 +89,7 @@ def refusals(bundle: Path, target: str) -> list[str]:
     verdicts = [v for graph in GRAPHS for v in check_graph(bundle / graph)]
     own = [verdict for verdict in verdicts if target in verdict.target.names]
     assert len(own) == len(GRAPHS)
-    return sorted({problem.says for verdict in own for problem in verdict.problems})
+    return sorted({problem.message for verdict in own for problem in verdict.problems})
 
 
 def row(found: dict[str, Any]) -> str:

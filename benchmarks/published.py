@@ -55,13 +55,13 @@ VIDEO_TOKEN = 66  # the first that it has not
 
 @dataclass(frozen=True)
 class Published:
-    """One model: config and image processor, and the picture size that papers use."""
+    """One model: config and image processor, and the image size that papers use."""
 
     config: Callable[[], Any]
     image_processor: Callable[[], Any]
     size: Size | None = None
-    frames: int | None = None  # of a video in place of a picture
-    tokens: tuple[str, ...] = ()  # that stand around a picture
+    frames: int | None = None  # of a video in place of an image
+    tokens: tuple[str, ...] = ()  # that stand around an image
 
     def write(self, folder: Path, *, sparse: bool = True) -> Path:
         """A checkpoint in the layout that transformers saves, its weights a hole in a file."""

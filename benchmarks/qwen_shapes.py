@@ -24,7 +24,7 @@ from edgeprune.tiling import Size
 
 Sizes = Iterator[tuple[str, tuple[int, ...]]]
 
-PICTURE = Size(672, 672)  # 576 visual tokens
+IMAGE = Size(672, 672)  # 576 visual tokens
 PATCH, FRAMES, MERGE, WINDOW = 14, 2, 2, 112
 SPECIAL = (
     "<|endoftext|>",
@@ -73,20 +73,20 @@ class QwenShape:
     vision_mlp: int = 5120
     vision_heads: int = 16
     full: tuple[int, ...] = (7, 15, 23, 31)  # Qwen2.5-VL: blocks with full attention
-    size: Size | None = None  # of pictures; None: the family's default
+    size: Size | None = None  # of images; None: the family's default
 
     def write(self, folder: Path, *, sparse: bool = True) -> Path:
         """A checkpoint in the published layout, its weights a hole in a file."""
         return write(self, folder, sparse=sparse)
 
     def open(self, folder: Path) -> Adapter:
-        """The checkpoint, frozen for pictures of this size."""
+        """The checkpoint, frozen for images of this size."""
         return open_model(str(folder), size=self.size)
 
 
 SHAPES = {
-    "qwen2-vl-2b": QwenShape(28, 1536, 8960, 12, 2, 151936, tied=True, size=PICTURE),
-    "qwen2-vl-7b": QwenShape(28, 3584, 18944, 28, 4, 152064, size=PICTURE),
+    "qwen2-vl-2b": QwenShape(28, 1536, 8960, 12, 2, 151936, tied=True, size=IMAGE),
+    "qwen2-vl-7b": QwenShape(28, 3584, 18944, 28, 4, 152064, size=IMAGE),
     "qwen2.5-vl-7b": QwenShape(
         28,
         3584,
@@ -97,7 +97,7 @@ SHAPES = {
         positions=128000,
         windowed=True,
         vision_mlp=3420,
-        size=PICTURE,
+        size=IMAGE,
     ),
 }
 

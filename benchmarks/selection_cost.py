@@ -28,8 +28,8 @@ from benchmarks.speed import declining
 from edgeprune import policies
 from edgeprune.bundle import Bundle
 from edgeprune.compare.bundles import code
-from edgeprune.compare.race import Race
 from edgeprune.compare.store import Store, key_of
+from edgeprune.compare.timing import TimingRequest
 from edgeprune.errors import SpecError
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.files import write_whole
@@ -91,7 +91,7 @@ def plan_of(policy: Policy, adapter: Adapter, cr: float) -> Plan:
     return policy.plan(shape, cr, SimpleNamespace(counts=counts))
 
 
-def measure(name: str, checkpoint: str, cr: float, work: Path, race: Race) -> Cost:
+def measure(name: str, checkpoint: str, cr: float, work: Path, timing: TimingRequest) -> Cost:
     """Export a method and its twin, time them, profile them where need be, delete them."""
     spec, adapter = PruneSpec(name, cr), open_model(checkpoint)
     policy = policies.make(spec)
@@ -102,7 +102,7 @@ def measure(name: str, checkpoint: str, cr: float, work: Path, race: Race) -> Co
         for title, chosen in pair.items():
             request = ExportRequest(title, spec, plan, paths[title], no_parity="for timing alone")
             export(request, adapter, chosen, Processor(adapter), ())
-        laps = race.run(list(paths.values()), TEXT)["laps"]
+        laps = timing.run(list(paths.values()), TEXT)["laps"]
         cost = _cost(name, plan, laps[name], laps["twin"])
         if cost.too_much:
             cost = Cost(**{**asdict(cost), "profile": compared(paths[name], paths["twin"])})
@@ -224,13 +224,14 @@ def main() -> None:
     if args.shape != "demo" and not (args.work / args.shape / "config.json").is_file():
         write(SHAPES[args.shape], args.work / args.shape)
     names = policies.names() if args.methods == "all" else args.methods.split(",")
-    store, race, costs = Store(args.work / "costs"), Race(laps=args.laps, new_tokens=1), []
+    store, costs = Store(args.work / "costs"), []
+    timing = TimingRequest(laps=args.laps, new_tokens=1)
     for name in (name for name in names if name != "none"):
-        key = key_of(args.shape, name, args.cr, asdict(race), code())
+        key = key_of(args.shape, name, args.cr, asdict(timing), code())
         stored = store.read(f"{args.shape}-{name}-cr{args.cr:g}", key)
         if stored is None:
             try:
-                cost = measure(name, checkpoint, args.cr, args.work / "bundles", race)
+                cost = measure(name, checkpoint, args.cr, args.work / "bundles", timing)
             except SpecError as error:
                 print(f"{name}: {error}")
                 continue

@@ -124,7 +124,7 @@ def _samples(
 
     if adapter.checkpoint.folder.resolve() != MODEL_DIR.resolve():
         raise SpecError(
-            "this method calibrates on pictures with questions: give --samples-file FILE (LLaVA-"
+            "this method calibrates on images with questions: give --samples-file FILE (LLaVA-"
             "Instruct JSON) and --image-dir DIR, or a finished --schedule FILE"
         )
     return demo_samples(processor, request.samples)

@@ -90,7 +90,7 @@ def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _text_only(decoder: Recorder, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Hidden states entering layers 2 .. L without the picture's, and their rows of the rotary
+    """Hidden states entering layers 2 .. L without the image's, and their rows of the rotary
     tables, which are those of their true positions."""
     prefix, visual = prompt.prefix_ids.shape[1], decoder.plan.visual_tokens
     before, after = torch.arange(prefix), torch.arange(prefix, prefix + prompt.text_ids.shape[1])

@@ -42,7 +42,7 @@ from edgeprune.records import (
 from edgeprune.spec import Plan, Stage
 from edgeprune.tiling import Tiling
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 QUICK = 256 << 20
 """Files up to so many bytes are hashed whenever a bundle is opened."""
@@ -125,7 +125,7 @@ class DecoderRecord:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """How a picture becomes pixels [tiles, 3, height, width]; the checkpoint's own processor."""
+    """How an image becomes pixels [tiles, 3, height, width]; the checkpoint's own processor."""
 
     height: Side
     width: Side
@@ -137,17 +137,17 @@ class ImageRecord:
     std: tuple[Scale, Scale, Scale]
     pad_to_square: Rgb | None = None  # colour of the padding, before resizing
     tiling: Tiling | None = None  # cut into tiles of height x width, which are pixels [tiles, ...]
-    longest_edge: LongestEdge | None = None  # pixels of the longer side, which a picture is resized
+    longest_edge: LongestEdge | None = None  # pixels of the longer side, which an image is resized
     # to first: the ratio is kept, the other side rounded down and made even
     step: Side | None = None  # the model takes any multiple of so many pixels, the bundle one size
-    pictures: Few = 1  # in a prompt
-    frames: Count | None = None  # of a video, in place of pictures
+    images: Few = 1  # in a prompt
+    frames: Count | None = None  # of a video, in place of images
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the pixels."""
         tiles = self.tiling.tiles if self.tiling else 1
-        return tiles * (self.frames or self.pictures), 3, self.height, self.width
+        return tiles * (self.frames or self.images), 3, self.height, self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class TextRecord:
     image_token_id: Amount
     eos_token_ids: tuple[Amount, ...]
     generation: Sampling = field(default_factory=Sampling)  # the checkpoint's defaults
-    around_image: tuple[str, str] = ("", "")  # text before and after the picture's tokens
+    around_image: tuple[str, str] = ("", "")  # text before and after the image's tokens
     visual_ids: tuple[tuple[Amount, Count], ...] = ()  # ids that transformers has for the V visual
     # tokens, as runs: id, how often
     user_tokens: tuple[Amount, ...] = ()  # added tokens that a user may type; all others stay text

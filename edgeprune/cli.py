@@ -17,7 +17,7 @@ from typing import NoReturn
 from edgeprune import __version__, terminal
 from edgeprune.commands import bench, build, calibrate, check, compare, export, listing, run, show
 from edgeprune.errors import EdgepruneError
-from edgeprune.hints import install
+from edgeprune.install_hints import install
 from edgeprune.interrupts import interruptible
 
 DEBUG = "EDGEPRUNE_DEBUG"

@@ -57,8 +57,8 @@ def _image(record: ImageRecord) -> Iterator[str]:
     frozen = record.height, record.width
     if (numbers := math.prod(record.shape)) > PIXELS:
         yield f"images of {numbers:,} numbers, at most {PIXELS:,} are taken"
-    if record.frames is not None and record.pictures != 1:
-        yield f"{record.pictures} pictures of a video"
+    if record.frames is not None and record.images != 1:
+        yield f"{record.images} images of a video"
     if record.step is not None and any(side % record.step for side in frozen):
         yield f"{record.height} x {record.width} pixels are not multiples of {record.step}"
     if record.longest_edge is not None and not isinstance(record.resize, tuple):

@@ -7,7 +7,7 @@ EdgepruneError
 ├── ExportError      a graph that could not be written
 │   └── ParityError  a graph that disagrees with its eager reference
 ├── BundleError      a bundle that is missing, altered or newer than this version
-├── InputError       a picture or a prompt that cannot be used
+├── InputError       an image or a prompt that cannot be used
 ├── CapacityError    more tokens than the KV cache or the positions allow
 ├── SessionError     a dialogue that is closed, broken off, or used from two places at once
 └── BackendError     an inference engine that is missing or refuses
@@ -51,7 +51,7 @@ class BundleError(EdgepruneError):
 
 
 class InputError(EdgepruneError):
-    """A picture or a prompt that cannot be used."""
+    """An image or a prompt that cannot be used."""
 
 
 class CapacityError(EdgepruneError):

@@ -39,9 +39,9 @@ class Recipe:
     output: Path | None = None  # None: out/MODEL-METHOD-crCR, with -seedN where one is drawn with
     model: str = "demo"
     revision: str | None = None
-    image_size: Size | None = None  # of the pictures to freeze for; None: the family's default
-    shown: int = 1  # pictures in a prompt
-    frames: int | None = None  # of a video, in place of pictures
+    image_size: Size | None = None  # of the images to freeze for; None: the family's default
+    num_images: int = 1  # images in a prompt
+    frames: int | None = None  # of a video, in place of images
     target: str = "cpu"
     dtype: str | None = None  # None: the target's own
     keep_fp32: str = "none"  # auto: in fp16, parts that float16 cannot hold stay in float32
@@ -57,8 +57,8 @@ class Recipe:
         check_image_dir(self.image_dir, self.samples_file)
 
     @property
-    def pictures(self) -> Path | None:
-        """Where the pictures of `samples_file` are."""
+    def sample_images(self) -> Path | None:
+        """Where the images of `samples_file` are."""
         return self.image_dir or (self.samples_file.parent if self.samples_file else None)
 
     @property
@@ -84,7 +84,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         recipe.model,
         recipe.revision,
         size=recipe.image_size,
-        pictures=recipe.shown,
+        images=recipe.num_images,
         frames=recipe.frames,
     )
     if spec.exact:
@@ -179,8 +179,8 @@ def _prompts(
     count: int, recipe: Recipe, adapter: Adapter, processor: Processor
 ) -> Iterable[Prompt]:
     """The demo's own scenes, the user's calibration samples, or noise."""
-    if recipe.samples_file is not None and recipe.pictures is not None:
-        found = user_samples(processor, recipe.samples_file, recipe.pictures, count)
+    if recipe.samples_file is not None and recipe.sample_images is not None:
+        found = user_samples(processor, recipe.samples_file, recipe.sample_images, count)
         return [sample.prompt for sample in found]
     if recipe.model == "demo":
         return [sample.prompt for sample in demo_samples(processor, count)]

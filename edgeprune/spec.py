@@ -202,7 +202,7 @@ def check_separators(plan: Plan, shape: ModelShape) -> None:
         if stage.survivors <= shape.separators:
             raise SpecError(
                 f"this model puts {shape.separators} tokens of its own between those of the"
-                f" picture, so {stage.survivors} are too few; choose a smaller --cr"
+                f" image, so {stage.survivors} are too few; choose a smaller --cr"
             )
 
 

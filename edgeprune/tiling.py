@@ -1,6 +1,6 @@
-"""How a picture is cut into tiles: the arithmetic that an export freezes and a runtime repeats.
+"""How an image is cut into tiles: the arithmetic that an export freezes and a runtime repeats.
 
-Two ways are known. `stretch` (InternVL): the picture is made exactly as large as a grid of tiles,
+Two ways are known. `stretch` (InternVL): the image is made exactly as large as a grid of tiles,
 the grid of the nearest aspect ratio. `fit` (LLaVA-NeXT, LLaVA-OneVision): it is made as large as it
 can be inside the grid and padded; whole rows or columns of tokens that show padding are left out.
 """
@@ -29,16 +29,16 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The tiles of a bundle: rows x columns of them, and the whole picture as one more."""
+    """The tiles of a bundle: rows x columns of them, and the whole image as one more."""
 
     kind: Annotated[str, OneOf(("stretch", "fit"))]
     rows: Few
     columns: Few
-    height: Side  # of the pictures that the bundle is frozen for, pixels
+    height: Side  # of the images that the bundle is frozen for, pixels
     width: Side
     tile: Side  # pixels a side
     tokens: Few  # visual tokens a side of a tile
-    overview: Annotated[str, OneOf(("first", "last", "none"))]  # where the whole picture stands
+    overview: Annotated[str, OneOf(("first", "last", "none"))]  # where the whole image stands
     ratios: tuple[AspectRatio, ...] = ()  # stretch: columns / rows of every grid to choose from
 
     @property
@@ -57,7 +57,7 @@ class Tiling:
         return Size(self.rows * self.tokens, self.columns * self.tokens)
 
     def suits(self, height: int, width: int) -> bool:
-        """Whether a picture of such a shape gives the tokens that the bundle has."""
+        """Whether an image of such a shape gives the tokens that the bundle has."""
         if self.kind == "stretch":
             ratio = self.columns / self.rows
             return self.tiles == 1 or ratio in nearest(width / height, self.ratios)
@@ -65,13 +65,13 @@ class Tiling:
         return shown(self.grid, Size(height, width)) == shown(self.grid, frozen)
 
 
-def rounds_to(picture: Size, frozen: Size, step: int) -> bool:
-    """Whether Qwen-VL's processor would make a picture `frozen` at some scale.
+def rounds_to(image: Size, frozen: Size, step: int) -> bool:
+    """Whether Qwen-VL's processor would make an image `frozen` at some scale.
 
-    It scales a picture and rounds both sides to multiples of `step`: to the nearest, or both down
+    It scales an image and rounds both sides to multiples of `step`: to the nearest, or both down
     or both up where the number of pixels is bounded. So each has to come that near its frozen one.
     """
-    sides = list(zip(frozen, picture, strict=True))
+    sides = list(zip(frozen, image, strict=True))
     for below, above in ((step / 2, step / 2), (0, step), (step, 0)):
         least = max((side - below) / own for side, own in sides)
         most = min((side + above) / own for side, own in sides)
@@ -80,10 +80,10 @@ def rounds_to(picture: Size, frozen: Size, step: int) -> bool:
     return False
 
 
-def rounded(picture: Size, pixels: int, step: int) -> Size:
-    """A picture's shape in multiples of `step`, with about so many pixels."""
-    scale = math.sqrt(pixels / (picture.height * picture.width))
-    height, width = (max(1, round(side * scale / step)) * step for side in picture)
+def rounded(image: Size, pixels: int, step: int) -> Size:
+    """An image's shape in multiples of `step`, with about so many pixels."""
+    scale = math.sqrt(pixels / (image.height * image.width))
+    height, width = (max(1, round(side * scale / step)) * step for side in image)
     return Size(height, width)
 
 
@@ -93,12 +93,12 @@ def nearest(ratio: float, ratios: Iterable[float]) -> list[float]:
     return [other for other in ratios if abs(ratio - other) == least]
 
 
-def stretch_grid(picture: Size, tile: int, least: int, most: int) -> Size:
+def stretch_grid(image: Size, tile: int, least: int, most: int) -> Size:
     """Rows and columns of the grid that InternVL's processor chooses, of `least` to `most` tiles.
 
-    Of grids with the same ratio the larger, unless the picture has less than half of its pixels.
+    Of grids with the same ratio the larger, unless the image has less than half of its pixels.
     """
-    ratio, area = picture.width / picture.height, picture.width * picture.height
+    ratio, area = image.width / image.height, image.width * image.height
     best, difference = Size(1, 1), math.inf
     for grid in grids(least, most):
         found = abs(ratio - grid.width / grid.height)
@@ -116,35 +116,35 @@ def grids(least: int, most: int) -> list[Size]:
     return sorted(fitting, key=lambda grid: grid.height * grid.width)
 
 
-def fit_canvas(picture: Size, choices: Iterable[Size]) -> Size:
-    """The canvas that LLaVA-NeXT's processor chooses: the most of the picture's pixels, then the
+def fit_canvas(image: Size, choices: Iterable[Size]) -> Size:
+    """The canvas that LLaVA-NeXT's processor chooses: the most of the image's pixels, then the
     least waste."""
     best, most, wasted = None, 0, math.inf
     for choice in choices:
-        scale = min(choice.width / picture.width, choice.height / picture.height)
-        inside = int(picture.width * scale) * int(picture.height * scale)
-        useful = min(inside, picture.width * picture.height)
+        scale = min(choice.width / image.width, choice.height / image.height)
+        inside = int(image.width * scale) * int(image.height * scale)
+        useful = min(inside, image.width * image.height)
         waste = choice.width * choice.height - useful
         if useful > most or (useful == most and waste < wasted):
             best, most, wasted = choice, useful, waste
-    assert best is not None  # a picture has pixels
+    assert best is not None  # an image has pixels
     return best
 
 
-def fitted(picture: Size, canvas: Size) -> Size:
-    """A picture's size when it is as large as it can be inside a canvas."""
-    across, down = canvas.width / picture.width, canvas.height / picture.height
+def fitted(image: Size, canvas: Size) -> Size:
+    """An image's size when it is as large as it can be inside a canvas."""
+    across, down = canvas.width / image.width, canvas.height / image.height
     if across < down:
-        return Size(min(math.ceil(picture.height * across), canvas.height), canvas.width)
-    return Size(canvas.height, min(math.ceil(picture.width * down), canvas.width))
+        return Size(min(math.ceil(image.height * across), canvas.height), canvas.width)
+    return Size(canvas.height, min(math.ceil(image.width * down), canvas.width))
 
 
-def shown(grid: Size, picture: Size) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the tokens of a grid that show a picture fitted into it."""
-    if picture.width / picture.height > grid.width / grid.height:
-        height = int(round(picture.height * (grid.width / picture.width), 7))
+def shown(grid: Size, image: Size) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the tokens of a grid that show an image fitted into it."""
+    if image.width / image.height > grid.width / grid.height:
+        height = int(round(image.height * (grid.width / image.width), 7))
         margin = (grid.height - height) // 2
         return margin, 0, grid.height - 2 * margin, grid.width
-    width = int(round(picture.width * (grid.height / picture.height), 7))
+    width = int(round(image.width * (grid.height / image.height), 7))
     margin = (grid.width - width) // 2
     return 0, margin, grid.height, grid.width - 2 * margin

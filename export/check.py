@@ -45,7 +45,7 @@ class Problem:
     """A node that is refused, the rule, the first version of the same engine that takes it."""
 
     node: str
-    says: str
+    message: str
     source: str
     since: dict[str, Version | None]
 
@@ -115,20 +115,20 @@ def find(graph: Graph) -> Iterator[Problem]:
         types = OPERATORS.get(node.op_type, "")
         if node.domain or not types:
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-            says = f"{operator} is no operator that the parser knows"
-            yield Problem(place, says, OPS_10_15, dict(NEVER))
+            message = f"{operator} is no operator that the parser knows"
+            yield Problem(place, message, OPS_10_15, dict(NEVER))
             continue
         if node.op_type in ADDED:
             since, source = ADDED[node.op_type]
             yield Problem(place, f"{node.op_type} is not known yet", source, dict(since))
         kind = _data_type(graph, node)
         if kind and not set(_LETTERS.get(kind, "")) & set(types):
-            says = f"{node.op_type} takes no {kind.lower()}"
-            yield Problem(place, says, OPS_10_15, dict(NEVER))
+            message = f"{node.op_type} takes no {kind.lower()}"
+            yield Problem(place, message, OPS_10_15, dict(NEVER))
         for rule in RULES:
             if node.op_type in rule.operators and rule.broken(graph, node):
-                says = f"{node.op_type} {rule.says}"
-                yield Problem(place, says, rule.source, dict(rule.since))
+                message = f"{node.op_type} {rule.message}"
+                yield Problem(place, message, rule.source, dict(rule.since))
 
 
 def _opset(graph: Graph) -> Iterator[Problem]:

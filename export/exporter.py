@@ -81,7 +81,7 @@ def preflight(
     check_target(output)
     place = next(folder for folder in output.absolute().parents if folder.exists())
     copy = DTYPES["fp32"].bytes if compared and chosen.name != "fp32" else 0
-    need = adapter.checkpoint.elements() * (chosen.bytes + copy)
+    need = adapter.checkpoint.num_parameters() * (chosen.bytes + copy)
     disk = shutil.disk_usage(place)
     if need > disk.free and disk.total:  # some file systems count nothing
         raise ExportError(
@@ -115,7 +115,7 @@ def read_records(adapter: Adapter, processor: Processor) -> Records:
     generation = read_generation(folder, config, processor.tokenizer, adapter.shape)
     image = replace(
         adapter.image_record(processor),
-        pictures=adapter.asked.pictures,
+        images=adapter.asked.images,
         frames=adapter.asked.frames,
     )
     visual_ids = adapter.vision_config.layout.ids(media.token)

@@ -35,7 +35,7 @@ def read_text(
     """Freeze the prompt format of a processor or a tokenizer; ModelError where it cannot be.
 
     `rows` is how many tokens the embedding has. `media` says what prompts show, None for one
-    picture; `visual_ids` [V] is what transformers has in `input_ids` for it.
+    image; `visual_ids` [V] is what transformers has in `input_ids` for it.
     """
     tokenizer = _tokenizer(source)
     image = ImageToken.of(tokenizer, config, media)

@@ -40,7 +40,7 @@ class Rule:
     """What versions before `since` refuse: nodes of these operators that are `broken`."""
 
     operators: tuple[str, ...]
-    says: str
+    message: str
     broken: Callable[[Graph, Node], bool]
     since: Since
     source: str

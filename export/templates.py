@@ -47,7 +47,7 @@ class Templates:
 
 @dataclass(frozen=True, slots=True)
 class ImageToken:
-    """What a template writes for a picture or a video, and how many stand in a prompt."""
+    """What a template writes for an image or a video, and how many stand in a prompt."""
 
     text: str
     part: str = "image"
@@ -123,7 +123,7 @@ class _Renderer:
     image: ImageToken
 
     def first(self, prompt: str, system: list[Turn] | None = None) -> str | None:
-        """A first turn, with {image} for all that stands from the first picture to the last."""
+        """A first turn, with {image} for all that stands from the first image to the last."""
         token, count = self.image.text, self.image.count
         wanted = [prompt, *(text for _, texts in system or [] for text in texts)]
         for text in self.rendered([*(system or []), ("user", [token] * count + [prompt])]):

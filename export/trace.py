@@ -35,7 +35,7 @@ _DTYPES = {
 Shapes = Any  # torch.export's nested description of dynamic dimensions
 
 
-def hollow(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def strip_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace a meta module's parameters by stand-ins of the same shape and no size."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):

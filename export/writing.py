@@ -14,12 +14,12 @@ from torch import nn
 
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.prompts import save_tokenizer
-from edgeprune.export.trace import decoder_graph, hollow, vision_graph
+from edgeprune.export.trace import decoder_graph, strip_weights, vision_graph
 from edgeprune.export.weights import WeightsFile
 from edgeprune.graphs import DECODER, VISION, GraphRecord
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
-from edgeprune.models._layers import set_tables, widen
+from edgeprune.models._layers import compute_buffers, widen
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress
@@ -42,8 +42,8 @@ def modules_of(
     with torch.device("meta"):
         vision, decoder = adapter.vision(policy, plan, ops), adapter.decoder(policy, plan, ops)
     for name, module in (("vision", vision), ("decoder", decoder)):
-        hollow(module, dtype)
-        set_tables(module, dtype)
+        strip_weights(module, dtype)
+        compute_buffers(module, dtype)
         widen(name, module, wide)
         adapter.sources(module)  # a tensor that is missing or misshapen is named now
     return vision, decoder

@@ -1,4 +1,4 @@
-"""The torch-free runtime: opens a bundle and answers questions about pictures.
+"""The torch-free runtime: opens a bundle and answers questions about images.
 
 from edgeprune.runtime import Session
 

@@ -34,7 +34,7 @@ class Answer:
     vision_kept: Ids  # of the V tokens, those whose places the encoder's survivors took; V: [CLS]
     layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
     prompt_tokens: int
-    remarks: tuple[str, ...] = ()  # of the picture, such as that its shape is not the bundle's
+    remarks: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
 
 
 @dataclass

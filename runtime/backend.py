@@ -18,7 +18,7 @@ from edgeprune.errors import BackendError
 Ids = NDArray[np.int64]
 
 NOT_FINITE = (
-    "the decoder returned logits that are not finite, so the answer ends here; try another picture"
+    "the decoder returned logits that are not finite, so the answer ends here; try another image"
     " or prompt, or export again with --keep-fp32 auto, --dtype bf16 or --dtype fp32"
 )
 

@@ -23,12 +23,12 @@ from edgeprune.files import replaced
 from edgeprune.lowering import TARGETS
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import trt as seam
-from edgeprune.runtime._static import with_sizes
 from edgeprune.runtime.engines import ENGINES, GRAPHS, RECORD, graphs, read, whole
+from edgeprune.runtime.onnx_dims import with_sizes
 from edgeprune.runtime.text import Prompter
 
 TEXT_CAPACITY = 512  # tokens of text, prompts and answers together, that the caches hold
-PREFIX = 64  # tokens before the picture, at least
+PREFIX = 64  # tokens before the image, at least
 STEP = 128  # tokens that the decode profile takes at most: one token exactly stores weights twice
 
 Range = tuple[int, int, int]  # least, usual, most
@@ -131,12 +131,12 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
     if request.text_capacity > most:
         raise CapacityError(
             f"--text-capacity {request.text_capacity} is more than the {most} text tokens that"
-            f" the model's {manifest.decoder.max_positions} positions leave beside the picture"
+            f" the model's {manifest.decoder.max_positions} positions leave beside the image"
         )
 
 
 def _profiles(bundle: Bundle, request: BuildRequest, growing: Sequence[int]) -> dict[str, Profile]:
-    """Prefill takes later turns too, so it may have no picture; both ranges end at one token.
+    """Prefill takes later turns too, so it may have no image; both ranges end at one token.
 
     `growing` has the most tokens of each layer's cache where that is longer from call to call.
     """
@@ -145,7 +145,7 @@ def _profiles(bundle: Bundle, request: BuildRequest, growing: Sequence[int]) -> 
     prefix = prompter.first_turn("?")[0].size
     if prefix >= most:
         raise CapacityError(
-            f"--text-capacity {most} leaves no room: {prefix} tokens stand before the picture"
+            f"--text-capacity {most} leaves no room: {prefix} tokens stand before the image"
         )
     longest = min(max(PREFIX, prefix), most)
     return {

@@ -122,7 +122,7 @@ class Engine:
         taken = position + text + span
         if taken >= most:
             raise CapacityError(
-                f"the dialogue takes {taken} positions (the picture's included) and needs room for"
+                f"the dialogue takes {taken} positions (the image's included) and needs room for"
                 f" an answer, the model has {most} positions; shorten the prompt"
             )
         room, left = most - taken, f"positions left of {most}"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgeprune import memory
 from edgeprune.errors import BackendError
-from edgeprune.hints import CUDA_PYTHON, install
+from edgeprune.install_hints import CUDA_PYTHON, install
 from edgeprune.runtime import machine
 from edgeprune.runtime import trt as seam
 

@@ -37,25 +37,25 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
         image = _center_crop(image, record.crop)
     if (image.height, image.width) != (record.height, record.width):
         raise InputError(
-            f"this bundle takes pictures of {record.width} x {record.height} (width x height), this"
+            f"this bundle takes images of {record.width} x {record.height} (width x height), this"
             f" one gives {image.width} x {image.height}; resize or crop it first"
         )
     return _normalise(np.asarray(image), record)
 
 
 def remarks(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
-    """What a user should know of how a picture is taken; InputError where it cannot be."""
-    picture, tiling = Size(image.height, image.width), record.tiling
+    """What a user should know of how an image is taken; InputError where it cannot be."""
+    given, tiling = Size(image.height, image.width), record.tiling
     if tiling is not None:
-        frozen, better = Size(tiling.height, tiling.width), picture
-        suits = tiling.suits(*picture)
+        frozen, better = Size(tiling.height, tiling.width), given
+        suits = tiling.suits(*given)
     elif record.step is not None:
         frozen = Size(record.height, record.width)
-        better = rounded(picture, frozen.height * frozen.width, record.step)
+        better = rounded(given, frozen.height * frozen.width, record.step)
         suits = _rounds(image, record)
     else:
         return ()
-    found = remark(picture, frozen, better, suits=suits)
+    found = remark(given, frozen, better, suits=suits)
     return (found,) if found else ()
 
 
@@ -99,13 +99,13 @@ def _longest(size: tuple[int, int], edge: int) -> tuple[int, int]:
 def _check_shape(size: tuple[int, int], new_size: tuple[int, int]) -> None:
     if math.prod(new_size) > MAX_PIXELS:
         raise InputError(
-            f"a picture of {size[0]:,} x {size[1]:,} pixels is too long and narrow: it would become"
+            f"an image of {size[0]:,} x {size[1]:,} pixels is too long and narrow: it would become"
             f" {new_size[0]:,} x {new_size[1]:,}; cut it into pieces"
         )
 
 
 def _center_crop(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
-    """The middle (height, width); where the picture is smaller, the rest is black."""
+    """The middle (height, width); where the image is smaller, the rest is black."""
     height, width = crop
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))

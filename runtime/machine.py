@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import memory
-from edgeprune.hints import CUDA_PYTHON, install
+from edgeprune.install_hints import CUDA_PYTHON, install
 
 JETPACKS = {
     "36.3.0": "6.0",

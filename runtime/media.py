@@ -43,9 +43,9 @@ def prepare(shown: Shown, record: ImageRecord) -> Prepared:
 
 def check_count(found: int, record: ImageRecord) -> None:
     """InputError unless there are as many images or frames as a bundle takes."""
-    wanted = record.frames or record.pictures
+    wanted = record.frames or record.images
     if found != wanted:
-        what, option = ("frames", "--frames") if record.frames else ("pictures", "--pictures")
+        what, option = ("frames", "--frames") if record.frames else ("images", "--num-images")
         raise InputError(
             f"this bundle takes {wanted} {what if wanted > 1 else what[:-1]}, got {found}; give as"
             f" many, or export with {option} {found}"

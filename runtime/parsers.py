@@ -20,7 +20,7 @@ from edgeprune import memory
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError
 from edgeprune.runtime import trt as seam
-from edgeprune.runtime._static import with_sizes
+from edgeprune.runtime.onnx_dims import with_sizes
 
 SPARE = 64
 """Text tokens that the caches hold for the question; a parser wants a number."""

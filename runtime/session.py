@@ -72,7 +72,7 @@ class Session:
         self.close()
 
     def reset(self) -> None:
-        """Forget the picture and the dialogue."""
+        """Forget the image and the dialogue."""
         with self._alone():
             self._reset()
 
@@ -101,7 +101,7 @@ class Session:
         sampling: Sampling | None = None,
         system: str | None = None,
     ) -> Answer:
-        """Answer a question about a picture, or what else the bundle takes; a new dialogue.
+        """Answer a question about an image, or what else the bundle takes; a new dialogue.
 
         `system` is a system message in place of the chat template's own.
         """
@@ -109,7 +109,7 @@ class Session:
             return self._whole(self._first_turn(shown, prompt, sampling, system))
 
     def follow_up(self, prompt: str, sampling: Sampling | None = None) -> Answer:
-        """Answer a further question about the same picture, on the same caches."""
+        """Answer a further question about the same image, on the same caches."""
         with self._alone():
             return self._whole(self._next_turn(prompt, sampling))
 
@@ -146,7 +146,7 @@ class Session:
         sampling: Sampling | None,
         system: str | None,
     ) -> Turn:
-        """A question about a picture, which is encoded; what is refused leaves all as it was."""
+        """A question about an image, which is encoded; what is refused leaves all as it was."""
         clock, engine = time.perf_counter, self.engine
         started = clock()
         prefix_ids, text_ids = self._prompter.first_turn(prompt, system)
@@ -169,7 +169,7 @@ class Session:
         sequence = self.sequence
         sequence.check()
         if not sequence.position:
-            raise InputError("a follow-up needs a first answer: call ask with a picture before it")
+            raise InputError("a follow-up needs a first answer: call ask with an image before it")
         started = time.perf_counter()
         text_ids = self._prompter.next_turn(prompt)
         text = len(sequence.pending) + text_ids.size

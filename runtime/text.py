@@ -24,7 +24,7 @@ from edgeprune.errors import BundleError, InputError
 from edgeprune.runtime.tokenizer import SafeTokenizer
 
 IMAGE = "<image>"
-"""What a user types where the picture belongs, whatever the model's own image token is called."""
+"""What a user types where the image belongs, whatever the model's own image token is called."""
 
 _IMAGE_LINE = re.compile(r"\{image\}\n?")
 _HOLE = re.compile(r"\{(prompt|system)\}")
@@ -84,7 +84,7 @@ class Prompter:
         """Ids of a further question, [1, T], to follow the answer's ids (without the final eos)."""
         if IMAGE in prompt:
             raise InputError(
-                f"only the first prompt may hold {IMAGE}; ask about a new picture in a new session"
+                f"only the first prompt may hold {IMAGE}; ask about a new image in a new session"
             )
         _check(prompt)
         segments = self._segments(self._record.next, {"prompt": [prompt]})
@@ -101,7 +101,7 @@ class Prompter:
         return self._record.with_system
 
     def _segments(self, template: str, typed: dict[str, list[str]]) -> list[Segment]:
-        """The text of a turn; a picture stands between the pieces that a user typed."""
+        """The text of a turn; an image stands between the pieces that a user typed."""
         template = DATE.sub(lambda now: time.strftime(now[1]), template)
         template, *parts = _HOLE.split(template.replace("{image}", self._image))
         found: list[Segment] = [(template, False)]
@@ -192,7 +192,7 @@ def _check_record(record: TextRecord, added: Collection[int], tokenizer_file: Pa
 
 def _check(prompt: str) -> None:
     if not prompt.strip():
-        raise InputError("the prompt is empty; ask something about the picture")
+        raise InputError("the prompt is empty; ask something about the image")
     _check_text(prompt, "prompt")
 
 

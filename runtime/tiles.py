@@ -1,6 +1,6 @@
-"""A picture -> the tiles of a bundle, as the checkpoint's own processor would cut it.
+"""An image -> the tiles of a bundle, as the checkpoint's own processor would cut it.
 
-A bundle's grid is frozen. A picture whose shape asks for another grid is fitted into the picture
+A bundle's grid is frozen. An image whose shape asks for another grid is fitted into the image
 size that the bundle is frozen for, its aspect ratio kept, on black; `remark` says so.
 """
 
@@ -12,11 +12,11 @@ from edgeprune.errors import InputError
 from edgeprune.tiling import Size, Tiling, fitted
 
 EXTREME = 8
-"""A picture so many times longer than the frozen shape is refused: next to nothing is left."""
+"""An image so many times longer than the frozen shape is refused: next to nothing is left."""
 
 
 def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
-    """Tiles row by row, the whole picture first or last where the family has it: RGB."""
+    """Tiles row by row, the whole image first or last where the family has it: RGB."""
     if not tiling.suits(image.height, image.width):
         image = on_black(image, Size(tiling.height, tiling.width), resample)
     canvas, side = tiling.canvas, tiling.tile
@@ -36,26 +36,26 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     return [overview, *tiles] if tiling.overview == "first" else [*tiles, overview]
 
 
-def remark(picture: Size, frozen: Size, better: Size, *, suits: bool) -> str:
-    """What is done with a picture that does not suit the frozen shape; else nothing.
+def remark(given: Size, frozen: Size, better: Size, *, suits: bool) -> str:
+    """What is done with an image that does not suit the frozen shape; else nothing.
 
-    `better` is the size to export a bundle for, where there are more such pictures.
+    `better` is the size to export a bundle for, where there are more such images.
     """
     ratio = frozen.width / frozen.height
-    off = max(picture.width / picture.height / ratio, ratio * picture.height / picture.width)
+    off = max(given.width / given.height / ratio, ratio * given.height / given.width)
     asked = f"--image-size {better.width}x{better.height}"
     if off > EXTREME:
         raise InputError(
-            f"a picture of {picture.width:,} x {picture.height:,} pixels is too long and narrow for"
+            f"an image of {given.width:,} x {given.height:,} pixels is too long and narrow for"
             f" this bundle, made for {frozen.width} x {frozen.height}; cut it, or export with"
             f" {asked}"
         )
     if suits:
         return ""
     return (
-        f"the picture's shape, {picture.width} x {picture.height}, is not the bundle's,"
+        f"the image's shape, {given.width} x {given.height}, is not the bundle's,"
         f" {frozen.width} x {frozen.height}: {1 - 1 / off:.0%} of the tokens show black borders;"
-        f" for such pictures export with {asked}"
+        f" for such images export with {asked}"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgeprune.errors import BackendError, brief
 from edgeprune.graphs import GraphRecord
-from edgeprune.hints import install
+from edgeprune.install_hints import install
 from edgeprune.progress import Progress
 from edgeprune.runtime import machine
 

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.errors import BackendError, InputError, brief
-from edgeprune.hints import install
 from edgeprune.images import RgbImage, check_file
+from edgeprune.install_hints import install
 from edgeprune.rgb import TURNS
 
 FORMATS = (

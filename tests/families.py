@@ -87,7 +87,7 @@ def with_settings(checkpoint: Path) -> GenerationConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """One family's tiny model, and picture sizes whose tiles differ."""
+    """One family's tiny model, and image sizes whose tiles differ."""
 
     name: str
     model: Any
@@ -98,7 +98,7 @@ class Family:
     tiled: bool = True  # whether a bundle is frozen for one of these sizes
 
     def look(self, images: Any) -> Any:
-        """What transformers' own image processor makes of pictures."""
+        """What transformers' own image processor makes of images."""
         options = {}
         if self.name == "video_llava":  # deprecates an old name of its result
             options["return_legacy_image_output"] = False
@@ -109,7 +109,7 @@ class Family:
         return self.image_processor(images, return_tensors="pt", **options)
 
     def frozen(self, size: Size) -> Size | None:
-        """The size to freeze a bundle for pictures of `size` for."""
+        """The size to freeze a bundle for images of `size` for."""
         return size if self.tiled else None
 
     def save(self, folder: Path) -> Path:
@@ -181,7 +181,7 @@ SHAPES = Size(84, 84), Size(60, 100), Size(110, 41)
 
 
 def llava(**text: Any) -> Family:
-    """Pictures of 42 pixels, 9 tokens each, cut out of the middle."""
+    """Images of 42 pixels, 9 tokens each, cut out of the middle."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
         text_config=LlamaConfig(**{**TEXT, **text}),
@@ -229,7 +229,7 @@ def llava_onevision(**text: Any) -> Family:
 
 
 def llava_next_video(**text: Any) -> Family:
-    """Videos of 56-pixel frames, 4 tokens each; pictures as llava_next."""
+    """Videos of 56-pixel frames, 4 tokens each; images as llava_next."""
     tower = {**TOWER, "image_size": 56}
     grids = [[h * 56 // 42, w * 56 // 42] for h, w in GRIDS]
     config = LlavaNextVideoConfig(
@@ -250,7 +250,7 @@ def llava_next_video(**text: Any) -> Family:
 
 
 def video_llava(**text: Any) -> Family:
-    """Videos of 42-pixel frames, 9 patches and [CLS] each; pictures of as many patches."""
+    """Videos of 42-pixel frames, 9 patches and [CLS] each; images of as many patches."""
     config = VideoLlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER, projection_dim=32),
         text_config=LlamaConfig(**{**TEXT, **text}),

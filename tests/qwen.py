@@ -1,4 +1,4 @@
-"""Tiny random Qwen2-VL and Qwen2.5-VL checkpoints, pictures, and what transformers answers."""
+"""Tiny random Qwen2-VL and Qwen2.5-VL checkpoints, images, and what transformers answers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TINY = QwenShape(
     vision_heads=2,
     full=(1,),
 )
-# pictures (width, height) that the processor makes these sizes of; windows are 112 pixels a side
-PICTURES = {"224x112": (220, 118), "84x168": (90, 160), "196x140": (190, 150)}
+# images (width, height) that the processor makes these sizes of; windows are 112 pixels a side
+IMAGES = {"224x112": (220, 118), "84x168": (90, 160), "196x140": (190, 150)}
 QUESTION = "what is it ?"
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def drawn_image(width: int, height: int, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 

@@ -30,4 +30,4 @@ def test_engines_take_a_family(family: str, target: str, tmp_path: Path) -> None
     bundle = frozen(tmp_path / "b", "utp", 2, model=tmp_path / "tiny", target=target, dtype="fp16")
     for graph in ("vision.onnx", "decoder.onnx"):
         (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
-        assert not verdict.problems, verdict.problems[0].says
+        assert not verdict.problems, verdict.problems[0].message

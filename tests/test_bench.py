@@ -46,9 +46,9 @@ def test_backends_that_are_not_here_are_listed(
     assert [len(times) for times in record["rows"][0]["laps"].values()] == [2, 2, 2]
     assert record["rows"][0]["peak_bytes"] > 10**6
     assert all(one["why"] for one in record["absent"])
-    with Image.open(tmp_path / "bench.png") as picture:
-        assert picture.width == 1200
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 4
+    with Image.open(tmp_path / "bench.png") as image:
+        assert image.width == 1200
+        assert len(np.unique(np.asarray(image.convert("L")))) > 4
 
 
 def test_one_backend_that_is_not_here_is_an_error(tiny_jetpack7: Path, refused: Refused) -> None:
@@ -139,10 +139,10 @@ def test_the_table_and_the_figure() -> None:
     assert (engine["prefill x"], engine["build s"], engine["J"]) == ("1.00", "61.0", "2.00")
     assert "dense on trt against ort-cpu: 1 of 1 greedy tokens" in lines[4]
     assert lines[5] == "not run: pruned on trt: no engines; build them"
-    picture = np.asarray(png.render(figure(result)))
-    assert picture.shape[1] == 1200
+    image = np.asarray(png.render(figure(result)))
+    assert image.shape[1] == 1200
     taller = np.asarray(png.render(figure(BenchResult(rows, (), (), {"new_tokens": 4}, {}))))
-    assert picture.shape[0] - taller.shape[0] == 44, "what could not run has a line of its own"
+    assert image.shape[0] - taller.shape[0] == 44, "what could not run has a line of its own"
 
 
 def hwmon(root: Path, chip: str, rails: dict[str, tuple[int, int]], number: int = 0) -> None:

@@ -19,8 +19,8 @@ import pytest
 
 from edgeprune.bundle import MANIFEST, Bundle, record_files, sha256
 from edgeprune.cli import main
-from edgeprune.runtime._static import with_sizes
 from edgeprune.runtime.build import BuildRequest, build
+from edgeprune.runtime.onnx_dims import with_sizes
 from tests.conftest import Refused
 from tests.frozen import frozen
 
@@ -223,7 +223,7 @@ def test_the_cpu_targets_graphs_are_refused(tiny_bundle: Path, refused: Refused)
     ("option", "value", "wanted"),
     [
         ("--text-capacity", 0, "at least 1"),
-        ("--text-capacity", 2, "before the picture"),
+        ("--text-capacity", 2, "before the image"),
         ("--text-capacity", 100_000, "positions"),
         ("--compute", "SM10", "SM120"),
     ],

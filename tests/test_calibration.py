@@ -121,7 +121,7 @@ def test_entry_scores_are_the_cls_attention_of_the_block_that_is_read(demo: Demo
 
 @pytest.fixture
 def instruct(tmp_path: Path) -> Path:
-    """Five LLaVA-Instruct records with pictures beside them; the path of the JSON file."""
+    """Five LLaVA-Instruct records with images beside them; the path of the JSON file."""
     records = []
     for number in range(5):
         noise = np.random.default_rng(number).integers(0, 255, (70, 90, 3), dtype=np.uint8)
@@ -220,14 +220,14 @@ def test_what_is_damaged_in_the_cache_is_made_again(
         assert _again([*options, "--cr", 2], tmp_path / "second.json") == counts
 
 
-def test_a_schedule_for_pictures_is_none_for_frames(instruct: Path, tmp_path: Path) -> None:
-    """Four pictures and four frames have the same pixels, but other visual tokens."""
+def test_a_schedule_for_images_is_none_for_frames(instruct: Path, tmp_path: Path) -> None:
+    """Four images and four frames have the same pixels, but other visual tokens."""
     checkpoint = plain_checkpoint(tmp_path / "qwen")
     options = ["--model", checkpoint, "--samples-file", instruct, "--samples", 1, "--cr", 2]
     options += ["--method", "utp", "--image-size", "140x196"]
-    pictures = _again([*options, "--pictures", 4], tmp_path / "pictures.json")
+    images = _again([*options, "--num-images", 4], tmp_path / "images.json")
     frames = _again([*options, "--frames", 4], tmp_path / "frames.json")
-    assert sum(pictures) > sum(frames)
+    assert sum(images) > sum(frames)
 
 
 def test_another_version_measures_again(

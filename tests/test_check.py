@@ -36,12 +36,12 @@ def verdict(model: Any) -> str:
 
 def broken(case: Case) -> list[Any]:
     """The rules that a case is about."""
-    return [r for r in RULES if case.operator in r.operators and case.says in r.says]
+    return [r for r in RULES if case.operator in r.operators and case.says in r.message]
 
 
 def test_every_rule_has_a_graph_that_breaks_it() -> None:
     covered = [rule for case in CASES.values() for rule in broken(case)]
-    assert sorted(rule.says for rule in covered) == sorted(rule.says for rule in RULES)
+    assert sorted(rule.message for rule in covered) == sorted(rule.message for rule in RULES)
     assert all(rule.source for rule in RULES)
 
 
@@ -50,7 +50,7 @@ def test_a_graph_that_breaks_one_rule(case: Case) -> None:
     assert verdict(case.graph(broken=True)) == case.verdict
     good = dict(zip((t.names[0] for t in TARGETS), verdict(case.graph(broken=False)), strict=True))
     assert all(good[name] == "+" for name in ("trt-11.5", "trt-rtx-1.7", "ort-1.31"))
-    (problem,) = (p for p in find(Graph.of(case.graph(broken=True))) if case.says in p.says)
+    (problem,) = (p for p in find(Graph.of(case.graph(broken=True))) if case.says in p.message)
     assert problem.node == f"it ({case.operator})"
     assert problem.source
 
@@ -118,7 +118,7 @@ def test_operators_and_element_types(
 ) -> None:
     model = one_node(operator, kind, 18, domain)
     assert verdict(model) == verdict_is
-    assert any(says in problem.says for problem in check_model(model)[0].problems)
+    assert any(says in problem.message for problem in check_model(model)[0].problems)
 
 
 def test_branches_are_looked_into() -> None:
@@ -331,7 +331,7 @@ def test_a_size_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (file := graphs / "any.onnx").write_bytes(
             graph_of([topk("size")], [beside(location)]).SerializeToString()
         )
-        told[location] = any("3840" in p.says for v in check_graph(file) for p in v.problems)
+        told[location] = any("3840" in p.message for v in check_graph(file) for p in v.problems)
     assert [location for location, found in told.items() if found] == ["size.bin"]
 
 

@@ -21,11 +21,10 @@ from edgeprune import recipe as recipes
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.cli import main
 from edgeprune.compare import bundles
-from edgeprune.compare.answers import Answered, Asking, difference, wilson
+from edgeprune.compare.answers import EvalRequest, EvalResult, difference, wilson
 from edgeprune.compare.cells import Cell, grid
 from edgeprune.compare.comparing import CompareRequest, answers, compare
 from edgeprune.compare.questions import Questions
-from edgeprune.compare.race import Race
 from edgeprune.compare.results import (
     Comparison,
     Missing,
@@ -35,6 +34,7 @@ from edgeprune.compare.results import (
     time_table,
 )
 from edgeprune.compare.store import Store, key_of
+from edgeprune.compare.timing import TimingRequest
 from edgeprune.demo.questions import KINDS, held_out
 from edgeprune.errors import EdgepruneError, InputError, SpecError
 from edgeprune.export.exporter import Exported
@@ -151,7 +151,7 @@ def test_own_questions_are_read_with_their_kinds(own: Path) -> None:
         ("count", ("0", "1")),
     ]
     assert len(Questions(2, own)) == len(list(Questions(2, own))) == 2
-    elsewhere = own.parent / "pictures"
+    elsewhere = own.parent / "images"
     elsewhere.mkdir()
     with pytest.raises(
         InputError, match=r"own\.jsonl:1: there is no image at .*--questions-image-dir"
@@ -159,7 +159,7 @@ def test_own_questions_are_read_with_their_kinds(own: Path) -> None:
         list(Questions(file=own, image_dir=elsewhere))
 
 
-def test_the_fingerprint_is_of_questions_and_pictures(own: Path) -> None:
+def test_the_fingerprint_is_of_questions_and_images(own: Path) -> None:
     before = Questions(file=own).fingerprint
     assert Questions(file=own).fingerprint == before != Questions(2, own).fingerprint
     Image.new("RGB", (60, 60), "green").save(own.parent / "b.png")
@@ -197,8 +197,8 @@ def ready(
         folder=tmp_path / "compared",
         cells=tuple(grid(["none", "utp"], [4], 1)),
         recipe=Recipe(PruneSpec("none")),
-        asking=Asking(Questions(ASKED)),
-        race=Race(laps=2, new_tokens=2, threads=1),
+        evaluation=EvalRequest(Questions(ASKED)),
+        timing=TimingRequest(laps=2, new_tokens=2, threads=1),
     )
     return lambda **changes: replace(base, **changes)
 
@@ -241,37 +241,37 @@ def test_a_comparison_counts_what_bundles_answer(
 def test_a_second_run_does_what_is_missing_alone(
     ready: Callable[..., CompareRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = ready(race=None, keep_bundles=True)
+    request = ready(timing=None, keep_bundles=True)
     first = compare(request)
     assert (request.folder / "bundles" / "utp-cr4" / MANIFEST).is_file()
     with monkeypatch.context() as patch:
-        patch.setattr(Asking, "ask", never)
+        patch.setattr(EvalRequest, "ask", never)
         patch.setattr(bundles, "make", never)
         assert compare(request) == first
     (request.folder / "cells" / "utp-cr4.answers.json").unlink()
     asked: list[str] = []
 
-    def ask(self: Asking, path: Path, tick: object) -> Answered:
+    def ask(self: EvalRequest, path: Path, tick: object) -> EvalResult:
         asked.append(path.name)
-        return Answered({"color": 1}, {"color": 1}, ["red"], "1", 9, 9)
+        return EvalResult({"color": 1}, {"color": 1}, ["red"], "1", 9, 9)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Asking, "ask", ask)
+        patch.setattr(EvalRequest, "ask", ask)
         patch.setattr(bundles, "make", never)
         compare(request)
     assert asked == ["utp-cr4"]
-    more = replace(request, asking=Asking(Questions(ASKED + 1)))
+    more = replace(request, evaluation=EvalRequest(Questions(ASKED + 1)))
     assert all(sum(cell.asked.values()) == ASKED + 1 for cell in compare(more).cells)
 
 
 def test_a_bundle_made_again_to_the_same_bytes_is_not_asked_again(
     ready: Callable[..., CompareRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = ready(race=None)
+    request = ready(timing=None)
     first = compare(request)
     for file in (request.folder / "cells").glob("*.bundle.json"):
         file.unlink()
-    monkeypatch.setattr(Asking, "ask", never)
+    monkeypatch.setattr(EvalRequest, "ask", never)
     assert compare(request) == first
 
 
@@ -281,13 +281,13 @@ def test_what_cannot_be_and_what_fails_are_told_apart(
     cells = tuple(grid(["fastv", "utp"], [8, 4], 1))
     request = ready(cells=tuple(c for c in cells if c.name in ("none-cr1", "fastv-cr8", "utp-cr4")))
 
-    def ask(self: Asking, path: Path, tick: object) -> Answered:
+    def ask(self: EvalRequest, path: Path, tick: object) -> EvalResult:
         if path.name == "utp-cr4":
             raise EdgepruneError("the disk\nis full")
-        return Answered({"color": 1}, {"color": 1}, ["red"], "1", 9, 9)
+        return EvalResult({"color": 1}, {"color": 1}, ["red"], "1", 9, 9)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Asking, "ask", ask)
+        patch.setattr(EvalRequest, "ask", ask)
         told: list[str] = []
         found = compare(request, tell=told.append)
     assert told == ["utp-cr4 failed: the disk is full"]
@@ -405,8 +405,8 @@ def test_the_command_on_a_user_s_own_model_and_questions(
     found = Comparison.from_json((folder / "compare.json").read_text())
     assert [cell.method for cell in found.cells] == ["none", "uniform", "utp"]
     assert found.cells[0].asked == {"all": 2, "count": 1}
-    with Image.open(folder / "compare.png") as picture:
-        assert picture.size == (1200, 800)
+    with Image.open(folder / "compare.png") as image:
+        assert image.size == (1200, 800)
     assert {f.name for f in folder.iterdir()} == {
         "cells",
         *(f"compare.{kind}" for kind in ("json", "csv", "md", "png", "svg")),

@@ -36,12 +36,12 @@ def comparison(methods: int, ratios: int, timed: bool) -> Comparison:
 @pytest.mark.parametrize("timed", [True, False])
 @pytest.mark.parametrize(("methods", "ratios"), [(0, 0), (1, 1), (3, 4), (25, 4), (2, 9)])
 def test_any_number_of_lines_fits(methods: int, ratios: int, timed: bool) -> None:
-    picture = np.asarray(png.render(figure(comparison(methods, ratios, timed))))
-    assert picture.shape == (800, 1200, 3)
-    border = picture.copy()
+    image = np.asarray(png.render(figure(comparison(methods, ratios, timed))))
+    assert image.shape == (800, 1200, 3)
+    border = image.copy()
     border[30:-20, 30:-30] = 255
     assert (border == 255).all(), "nothing is drawn on the margin"
-    colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
+    colours = {tuple(colour) for colour in image.reshape(-1, 3)}
     assert set(PALETTE[:methods]) <= colours
     assert not set(PALETTE[methods:]) & colours
 

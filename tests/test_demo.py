@@ -51,7 +51,7 @@ def truth(scene: Scene, question: Question) -> str:
     return answer
 
 
-def test_scene_and_picture_follow_from_the_seed() -> None:
+def test_scene_and_image_follow_from_the_seed() -> None:
     for seed in range(5):
         first, second = make_scene(seed), make_scene(seed)
         assert first == second
@@ -61,10 +61,10 @@ def test_scene_and_picture_follow_from_the_seed() -> None:
     assert make_scene(0) != make_scene(0, "train")
 
 
-def test_pictures_are_full_size_color() -> None:
-    picture = draw(make_scene(3))
-    assert picture.size == (168, 168)
-    assert picture.mode == "RGB"
+def test_images_are_full_size_color() -> None:
+    image = draw(make_scene(3))
+    assert image.size == (168, 168)
+    assert image.mode == "RGB"
 
 
 def test_things_are_distinct_and_apart() -> None:
@@ -137,7 +137,7 @@ def test_calibration_is_another_split() -> None:
     assert {q.split for _, q in held_out(12)} == {"held_out"}
 
 
-def test_sample_pictures_are_there() -> None:
+def test_sample_images_are_there() -> None:
     assert len(list(SAMPLES_DIR.glob("*.png"))) >= 3
 
 

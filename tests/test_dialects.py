@@ -17,7 +17,7 @@ from tests.graphs import NEVER, sized_by_data
 
 NEWER = {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}
 CALLS = [(3, 9, True), *[(0, 1, False)] * 66, (0, 7, False), *[(0, 1, False)] * 3]
-"""Prefix and text tokens, with a picture or not: steps enough for a cache to grow often."""
+"""Prefix and text tokens, with an image or not: steps enough for a cache to grow often."""
 
 
 @pytest.fixture(scope="module", params=[pytest.param("none", marks=pytest.mark.slow), "utp"])

@@ -103,7 +103,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "images of 2,700,000,000 numbers, at most 268,435,456 are taken",
     ),
     "step": (lambda d: d["image"].update(step=9), "56 x 56 pixels are not multiples of 9"),
-    "video": (lambda d: d["image"].update(frames=2, pictures=2), "2 pictures of a video"),
+    "video": (lambda d: d["image"].update(frames=2, images=2), "2 images of a video"),
     "fraction": (lambda d: d["text"]["generation"].update(top_k=2.5), "top_k cannot be 2.5"),
     "losses": (
         lambda d: d["prune"].update(schedule={"loss": ["low"]}),

@@ -1,4 +1,4 @@
-"""What a user may do wrongly with families, several pictures and videos, by the real command."""
+"""What a user may do wrongly with families, several images and videos, by the real command."""
 
 from __future__ import annotations
 
@@ -105,16 +105,16 @@ def test_a_bundle_for_a_video_takes_a_long_enough_one_only(
     assert "takes a video (--video)" in refused("run", bundle, "--image", SCENE, *PROMPT)
 
 
-def test_more_pictures_than_a_bundle_has_places_for(
+def test_more_images_than_a_bundle_has_places_for(
     tiny_bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told before gigabytes of weights are read."""
     monkeypatch.setattr("edgeprune.runtime.session.Session.open", pytest.fail)
     said = refused("run", tiny_bundle, "--image", SCENE, "--image", SCENE, *PROMPT)
-    assert "takes 1 picture, got 2; give as many, or export with --pictures 2" in said
+    assert "takes 1 image, got 2; give as many, or export with --num-images 2" in said
 
 
-def test_a_picture_that_is_too_long_and_narrow_for_tiles(tmp_path: Path, refused: Refused) -> None:
+def test_a_image_that_is_too_long_and_narrow_for_tiles(tmp_path: Path, refused: Refused) -> None:
     family, bundle = families.llava_next(num_hidden_layers=1), tmp_path / "bundle"
     options = ["--model", str(family.save(tmp_path / "tiny")), "--method", "none", "--parity", "0"]
     assert main(["export", *options, "-o", str(bundle)]) == 0
@@ -124,7 +124,7 @@ def test_a_picture_that_is_too_long_and_narrow_for_tiles(tmp_path: Path, refused
     assert "cut it, or export with --image-size" in said
 
 
-def test_pictures_of_several_tiles_calibrate(
+def test_images_of_several_tiles_calibrate(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The published settings of InternVL say `crop_to_patches` false."""

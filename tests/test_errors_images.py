@@ -1,4 +1,4 @@
-"""Pictures and prompts as users have them: what works, what is refused, what stdout may be."""
+"""Images and prompts as users have them: what works, what is refused, what stdout may be."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _deflated(file: Path) -> None:
     ("write", "says"),
     [
         (
-            lambda f: f.write_text("a picture of a cat"),
+            lambda f: f.write_text("an image of a cat"),
             "is not an image in a format that is read (PNG, JPEG, ",
         ),
         (lambda f: f.touch(), "is empty (0 bytes); give a file with the image"),
@@ -65,17 +65,17 @@ def _deflated(file: Path) -> None:
     ],
     ids=["text", "empty", "folder", "missing", "truncated", "deflated", "huge", "narrow"],
 )
-def test_pictures_that_cannot_be_used(
+def test_images_that_cannot_be_used(
     write: Any, says: str, tiny_bundle: Path, tmp_path: Path, refused: Refused
 ) -> None:
-    write(picture := tmp_path / "picture.png")
-    assert says in refused("run", tiny_bundle, "--image", picture, *QUESTION)
+    write(image := tmp_path / "image.png")
+    assert says in refused("run", tiny_bundle, "--image", image, *QUESTION)
 
 
-def _ids(bundle: Path, picture: Path, capfd: pytest.CaptureFixture[str]) -> list[int]:
+def _ids(bundle: Path, image: Path, capfd: pytest.CaptureFixture[str]) -> list[int]:
     """The answer of the real command, out of its JSON."""
     capfd.readouterr()
-    assert main(["run", str(bundle), "--image", str(picture), *QUESTION, "--json"]) == 0
+    assert main(["run", str(bundle), "--image", str(image), *QUESTION, "--json"]) == 0
     record = json.loads(capfd.readouterr().out)
     ids: list[int] = record["turns"][0]["ids"]
     assert 1 <= len(ids) <= 3
@@ -83,20 +83,20 @@ def _ids(bundle: Path, picture: Path, capfd: pytest.CaptureFixture[str]) -> list
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_pictures_of_any_mode(
+def test_images_of_any_mode(
     mode: str, tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    picture = Image.open(SCENE).convert("RGB")
+    image = Image.open(SCENE).convert("RGB")
     if mode == "I;16":
-        picture = picture.convert("L").convert("I")
-    file = tmp_path / f"picture.{'jpg' if mode == 'CMYK' else 'png'}"
-    picture.convert(mode).save(file)
+        image = image.convert("L").convert("I")
+    file = tmp_path / f"image.{'jpg' if mode == 'CMYK' else 'png'}"
+    image.convert(mode).save(file)
     with Image.open(file) as stored:
         assert stored.mode == mode
     _ids(tiny_bundle, file, capfd)
 
 
-def test_a_rotated_picture_is_seen_upright(
+def test_a_rotated_image_is_seen_upright(
     tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     upright, lying = Image.open(SCENE).convert("RGB"), tmp_path / "lying.png"
@@ -137,7 +137,7 @@ def test_a_prompt_needs_no_image_slot_and_may_hold_one(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--prompt", ""], "the prompt is empty; ask something about the picture"),
+        (["--prompt", ""], "the prompt is empty; ask something about the image"),
         (["--prompt", " \n\t"], "the prompt is empty"),
         (["--prompt", "<image>"], "the prompt is empty"),
         (["--prompt", "<image> or <image> ?"], "holds <image> 2 times; keep one"),

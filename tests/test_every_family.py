@@ -30,7 +30,7 @@ from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators, plan_fro
 from edgeprune.tiling import Size
 from tests import families, qwen
 from tests.families import QUESTION, Family
-from tests.test_families import generated, picture, prompted
+from tests.test_families import drawn_image, generated, prompted
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_5_vl": qwen.windowed_checkpoint,
 }
 NO_VIDEO = ("llava", "llava_next", "smolvlm", "idefics3")
-QWEN_SHAPES = tuple(Size(int(h), int(w)) for w, h in (s.split("x") for s in qwen.PICTURES))
+QWEN_SHAPES = tuple(Size(int(h), int(w)) for w, h in (s.split("x") for s in qwen.IMAGES))
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ class Case:
 
 
 def inputs(name: str) -> list[Case]:
-    """One picture of three aspect ratios, two pictures, a video."""
+    """One image of three aspect ratios, two images, a video."""
     shapes = QWEN_SHAPES if name in QWENS else LLAVAS[name]().sizes
     own = {"size": shapes[1]} if name in QWENS or LLAVAS[name]().tiled else {}
     if own:
         cases = [Case(name, {"size": s}, (s,), pruned=s is shapes[1]) for s in shapes]
     else:
         cases = [Case(name, {}, shapes)]
-    two = {} if name == "llava_onevision" else own  # several pictures are not cut
-    cases.append(Case(name, {**two, "pictures": 2}, shapes[1:2]))
+    two = {} if name == "llava_onevision" else own  # several images are not cut
+    cases.append(Case(name, {**two, "images": 2}, shapes[1:2]))
     if name not in NO_VIDEO:
         sized = own if name in QWENS else {}
         cases.append(Case(name, {**sized, "frames": 4}, shapes[1:2]))
@@ -104,7 +104,7 @@ class Opened:
         self.adapter: Adapter = open_model(str(folder), **case.asked)
 
     def shown(self, shape: Size) -> list[Image.Image]:
-        return [picture(shape, seed) for seed in range(self.adapter.shown)]
+        return [drawn_image(shape, seed) for seed in range(self.adapter.shown)]
 
     def theirs(self, images: list[Image.Image], session: Session, *, own: bool) -> list[int]:
         """Greedy tokens of transformers' model: 32, or 64 by the checkpoint's own settings."""

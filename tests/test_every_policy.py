@@ -202,7 +202,7 @@ def _moved(signals: Any, order: Tensor) -> Any:
 
 
 @each_method
-def test_a_step_without_a_picture_chooses_nothing(method: str, options: Any) -> None:
+def test_a_step_without_a_image_chooses_nothing(method: str, options: Any) -> None:
     """A decode step passes every site of the decoder's graph."""
     for site in _sites(method, options):
         stage = site.stage

@@ -112,7 +112,7 @@ def test_utp_reaches_the_ratio_asked_for(cr: float, tmp_path: Path) -> None:
 def test_layers_may_keep_one_token_or_none(
     counts: tuple[int, ...], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """A decode step has no visual token, whatever a layer keeps of a picture's."""
+    """A decode step has no visual token, whatever a layer keeps of an image's."""
     adapter = open_model(str(tiny_checkpoint))
     cr = 48 / sum(counts)
     spec, plan = PruneSpec("utp", cr), plan_from_counts(16, counts)

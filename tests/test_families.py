@@ -1,6 +1,6 @@
 """Every model family: pixels and answers are those of transformers, pruned ones of the reference.
 
-The checkpoints are tiny and random, in the layout that transformers saves. Where a picture is cut
+The checkpoints are tiny and random, in the layout that transformers saves. Where an image is cut
 into tiles, three shapes of it are tried.
 """
 
@@ -66,14 +66,14 @@ def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
     return family.save(tmp_path_factory.mktemp(family.name) / "tiny")
 
 
-def picture(size: Size, seed: int = 0) -> Image.Image:
+def drawn_image(size: Size, seed: int = 0) -> Image.Image:
     """Smooth noise: the tiles differ, and resizing leaves something of it."""
     levels = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     return Image.fromarray(levels).resize((size.width, size.height), Image.Resampling.BICUBIC)
 
 
 def ours(family: Family, checkpoint: Path, image: Image.Image) -> tuple[Adapter, np.ndarray]:
-    """The adapter frozen for a picture's size, and the pixels that the runtime makes of it."""
+    """The adapter frozen for an image's size, and the pixels that the runtime makes of it."""
     adapter = open_model(str(checkpoint), size=family.frozen(Size(image.height, image.width)))
     record = adapter.image_record(Processor(adapter))
     assert record.shape == adapter.pixels
@@ -87,7 +87,7 @@ def prompted(adapter: Adapter, pixels: np.ndarray) -> Prompt:
 
 def block(adapter: Adapter) -> list[int]:
     """Ids of all that stands between the text before and the text after, as transformers sees it:
-    visual tokens, and text between pictures."""
+    visual tokens, and text between images."""
     layout = adapter.vision_config.layout
     first = int(layout.newline) + layout.tiles * layout.cls
     numbers = [-1 - source - first for source in layout.order]
@@ -138,7 +138,7 @@ def answered(adapter: Adapter, prompt: Prompt) -> list[int]:
 
 def test_pixels_are_those_of_the_checkpoints_processor(family: Family, checkpoint: Path) -> None:
     for size in family.sizes:
-        image = picture(size)
+        image = drawn_image(size)
         wanted = family.look(image)["pixel_values"].flatten(0, -4).numpy()
         adapter, pixels = ours(family, checkpoint, image)
         np.testing.assert_array_equal(pixels, wanted)
@@ -148,7 +148,7 @@ def test_pixels_are_those_of_the_checkpoints_processor(family: Family, checkpoin
 
 def test_dense_answers_are_those_of_transformers(family: Family, checkpoint: Path) -> None:
     for size in family.sizes:
-        image = picture(size)
+        image = drawn_image(size)
         adapter, pixels = ours(family, checkpoint, image)
         prompt = prompted(adapter, pixels)
         wanted = generated(family, adapter, prompt, **family.look(image))
@@ -175,7 +175,7 @@ def test_a_dense_bundle_answers_as_transformers_does(
     spec = PruneSpec("none")
     recipe = Recipe(spec, tmp_path / "dense", str(checkpoint), image_size=size, parity=1)
     exported = make_bundle(recipe)
-    image, session = picture(size), Session.open(exported.path)
+    image, session = drawn_image(size), Session.open(exported.path)
     adapter, pixels = ours(family, checkpoint, image)
     answers = partial(generated, family, adapter, prompted(adapter, pixels), **family.look(image))
     wanted = answers()
@@ -215,12 +215,12 @@ def test_a_pruned_bundle_equals_the_eager_reference(
     """UTP prunes in the vision graph, here too, and in the decoder's."""
     exported = pruned(checkpoint, family.sizes[1], "utp", tmp_path)
     assert exported.manifest.parity.ties == 0
-    answer = Session.open(exported.path).ask(picture(family.sizes[1]), QUESTION)
+    answer = Session.open(exported.path).ask(drawn_image(family.sizes[1]), QUESTION)
     counts = exported.manifest.prune.counts
     assert (len(answer.vision_kept), *map(len, answer.layer_kept)) == counts
     assert (np.diff(answer.vision_kept) > 0).all()
     rows, columns = drawn(exported.manifest)
-    levels = seen(picture(family.sizes[1]), exported.manifest.image)
+    levels = seen(drawn_image(family.sizes[1]), exported.manifest.image)
     assert levels.shape[0] * columns == levels.shape[1] * rows
     for site in survivors(answer, exported.manifest):
         assert site.kept <= set(np.ndindex(rows, columns)) and not site.extra
@@ -246,11 +246,11 @@ def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
     wide, tall = family.sizes[1], family.sizes[2]
     adapter = open_model(str(checkpoint), size=wide)
     record = adapter.image_record(family.image_processor)
-    assert to_pixels(picture(tall), record).shape == adapter.pixels
-    assert "black borders" in remarks(picture(tall), record)[0]
-    assert remarks(picture(Size(2 * wide.height, 2 * wide.width)), record) == ()
+    assert to_pixels(drawn_image(tall), record).shape == adapter.pixels
+    assert "black borders" in remarks(drawn_image(tall), record)[0]
+    assert remarks(drawn_image(Size(2 * wide.height, 2 * wide.width)), record) == ()
     with pytest.raises(InputError, match="too long and narrow"):
-        remarks(picture(Size(600, 10)), record)
+        remarks(drawn_image(Size(600, 10)), record)
 
 
 DECODERS = {
@@ -277,7 +277,7 @@ def test_decoders_of_other_kinds_answer_as_transformers_does(name: str, tmp_path
 def test_a_policy_sees_attention_with_the_scale_of_the_layer(tmp_path: Path) -> None:
     """Granite's is 0.6, and not 8 ** -0.5."""
     family = families.internvl(config=DECODERS["granite"])
-    adapter, pixels = ours(family, family.save(tmp_path), picture(family.sizes[0]))
+    adapter, pixels = ours(family, family.save(tmp_path), drawn_image(family.sizes[0]))
     heard: list[LayerSignals] = []
 
     class Listening(Decoder):
@@ -299,7 +299,7 @@ def test_windows_of_some_layers_are_those_of_transformers(tmp_path: Path) -> Non
     """6 tokens in the second of three layers; the image alone has 4, the question more."""
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     config = Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=6, layer_types=kinds)
-    family, image = families.internvl(config=config), picture(Size(56, 56))
+    family, image = families.internvl(config=config), drawn_image(Size(56, 56))
     checkpoint = families.internvl().save(tmp_path)  # of the same weights, without windows
     adapter, pixels = ours(families.internvl(), checkpoint, image)
     prompt = prompted(adapter, pixels)
@@ -311,7 +311,7 @@ def test_windows_of_some_layers_are_those_of_transformers(tmp_path: Path) -> Non
     assert answered(adapter, prompt) == wanted
 
 
-def test_a_sliding_window_shorter_than_a_picture_is_refused(tmp_path: Path) -> None:
+def test_a_sliding_window_shorter_than_a_image_is_refused(tmp_path: Path) -> None:
     family = families.internvl(config=MistralConfig(**TEXT, sliding_window=12))
     folder = str(family.save(tmp_path))
     assert open_model(folder).shape.max_positions == 12
@@ -329,7 +329,7 @@ def test_sizes_that_cannot_be_frozen_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(SpecError, match="36 tokens of tiles, which this model shrinks"):
         open_model(folder, size=Size(84, 84))
-    with pytest.raises(SpecError, match="takes every picture as 168 x 168 pixels"):
+    with pytest.raises(SpecError, match="takes every image as 168 x 168 pixels"):
         open_model("demo", size=Size(336, 336))
 
 
@@ -365,7 +365,7 @@ def test_what_a_config_asks_beyond_is_refused_by_name(
 
 
 def test_kept_cls_tokens_of_several_tiles_follow_in_the_order_of_the_tiles() -> None:
-    """They share a place, after all tokens of the picture."""
+    """They share a place, after all tokens of the image."""
     plain = Layout.plain(2, tiles=20)
     layout = replace(plain, order=(*plain.order, NEWLINE), grid=(1, 81), newline=True)
     fixed = Fixed(layout, 1)

@@ -18,7 +18,7 @@ from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import PruneSpec, plan_from_counts
 from tests import families
 from tests.families import QUESTION, Family, settled
-from tests.test_families import answered, generated, ours, picture, prompted
+from tests.test_families import answered, drawn_image, generated, ours, prompted
 from tests.test_media import SIZES
 
 
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Callable[[], Family], dict[str, Any]]] = {
 def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     make_one, config = CASES[name]
     family = read_otherwise(make_one(), **config)
-    image = picture(family.sizes[1])
+    image = drawn_image(family.sizes[1])
     adapter, pixels = ours(family, family.save(tmp_path / "tiny"), image)
     prompt = prompted(adapter, pixels)
     wanted = generated(family, adapter, prompt, **family.look(image))
@@ -61,10 +61,10 @@ def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         assert wanted != generated(make_one(), adapter, prompt, **family.look(image))
 
 
-def test_several_pictures_have_a_cls_each(tmp_path: Path) -> None:
+def test_several_images_have_a_cls_each(tmp_path: Path) -> None:
     family = read_otherwise(families.llava(), vision_feature_select_strategy="full")
-    adapter = open_model(str(family.save(tmp_path / "tiny")), pictures=2)
-    images = [picture(SIZES[n], n) for n in range(2)]
+    adapter = open_model(str(family.save(tmp_path / "tiny")), images=2)
+    images = [drawn_image(SIZES[n], n) for n in range(2)]
     processor = Processor(adapter)
     prompt = processor(images, QUESTION)
     seen = family.look(images)
@@ -84,13 +84,13 @@ def frozen_with(method: str, folder: Path, layers: int) -> None:
     else:
         plan = plan_from_counts(10, (8, 6, 4, 3, 3, 2, 2, 2)[:layers])
     processor = Processor(adapter)
-    prompts = [processor(picture(SIZES[n], n), QUESTION) for n in range(2)]
+    prompts = [processor(drawn_image(SIZES[n], n), QUESTION) for n in range(2)]
     made = export(
         ExportRequest(method, spec, plan, folder / method), adapter, policy, processor, prompts
     )
     assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
     with Session.open(made.path) as session:
-        answer = session.ask(picture(SIZES[0]), QUESTION, Sampling(max_new_tokens=2))
+        answer = session.ask(drawn_image(SIZES[0]), QUESTION, Sampling(max_new_tokens=2))
         assert len(answer.vision_kept) == plan.encoded
 
 

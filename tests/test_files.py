@@ -246,7 +246,7 @@ def test_an_argument_with_a_nul_is_refused(refused: Refused) -> None:
 
 
 @pytest.mark.parametrize("number", [0, -1, 4097, 10**20])
-@pytest.mark.parametrize("option", ["--pictures", "--frames"])
+@pytest.mark.parametrize("option", ["--num-images", "--frames"])
 def test_numbers_of_images_and_frames_have_bounds(
     option: str, number: int, refused: Refused
 ) -> None:

@@ -188,7 +188,7 @@ def test_where_all_tokens_are_equal_the_first_are_centres(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
-def test_a_call_without_a_picture_passes(variant: str) -> None:
+def test_a_call_without_a_image_passes(variant: str) -> None:
     signals = InputSignals(torch.zeros(1, 0, 4), 9, torch.randn(1, 3, 4))
     stage, none = Stage("input", 2, 3, text=True), Stage("input", 0, 0, text=True)
     found = made("visiontrim", variant=variant).input(signals, stage, none)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks.gpu import hollow, report
+from benchmarks.gpu import random_weights, report
 from benchmarks.gpu.cells import cells, tiny
 from benchmarks.gpu.prepare import prepare
 from benchmarks.gpu.steps import Request, run
@@ -39,7 +39,7 @@ def test_names_of_cells_are_their_own() -> None:
 def test_weights_are_random_but_for_norms_and_tables(bundles: list[Path]) -> None:
     bundle = bundles[0]
     assert not (bundle / WEIGHTS).exists()
-    hollow.fill(bundle)
+    random_weights.fill(bundle)
     found = {}
     for graph in GRAPHS:
         for tensor in onnx.load(bundle / graph).graph.initializer:
@@ -55,13 +55,13 @@ def test_weights_are_random_but_for_norms_and_tables(bundles: list[Path]) -> Non
 
 def test_equal_weights_are_one_file(bundles: list[Path]) -> None:
     for bundle in bundles:
-        hollow.fill(bundle)
+        random_weights.fill(bundle)
     assert (bundles[0] / WEIGHTS).samefile(bundles[1] / WEIGHTS)
 
 
 def test_filled_bundles_run(bundles: list[Path]) -> None:
     for bundle in bundles:
-        hollow.fill(bundle)
+        random_weights.fill(bundle)
         engine = Engine.open(bundle, verify=False)
         image = engine.encode_pixels(np.ones(engine.manifest.image.shape, np.float32))
         output = engine.sequence().read(np.array([[5, 6, 7]]), image=image)

@@ -1,4 +1,4 @@
-"""Pictures become the same pixels as with transformers, and bad files one clear line."""
+"""Images become the same pixels as with transformers, and bad files one clear line."""
 
 from __future__ import annotations
 
@@ -87,18 +87,18 @@ SIZES = [(1, 1), (3, 500), (90, 3), (336, 336), (337, 335), (1, 2), (640, 480), 
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_size_is_bit_equal(name: str, size: tuple[int, int], tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(noise(size[1], size[0], 3)).save(path, compress_level=0)
     assert_equal(PROCESSORS[name], path)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(sorted(PROCESSORS)))
-def test_any_small_picture_is_bit_equal(width: int, height: int, name: str) -> None:
+def test_any_small_image_is_bit_equal(width: int, height: int, name: str) -> None:
     assert_equal(PROCESSORS[name], Image.fromarray(noise(height, width, 3)))
 
 
-def test_a_large_picture_is_bit_equal(tmp_path: Path) -> None:
+def test_a_large_image_is_bit_equal(tmp_path: Path) -> None:
     path = tmp_path / "large.bmp"
     Image.fromarray(noise(500, 4000, 3)).resize((4000, 3000)).save(path)
     assert_equal(PROCESSORS["llava-1.5"], path)
@@ -136,14 +136,14 @@ MODES: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", MODES)
 def test_every_mode_is_bit_equal(case: str, tmp_path: Path) -> None:
     image, suffix, options = MODES[case]
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     image.save(path, **options)
     assert read_image(path).image.mode == "RGB"
     assert_equal(PROCESSORS["llava-1.5"], path)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "YCbCr"])
-def test_pictures_in_memory_are_bit_equal(mode: str) -> None:
+def test_images_in_memory_are_bit_equal(mode: str) -> None:
     assert_equal(PROCESSORS["demo"], Image.fromarray(noise(40, 50, 4)).convert("RGB").convert(mode))
     assert_equal(PROCESSORS["demo"], Image.fromarray(noise(40, 50, 4)))
 
@@ -374,7 +374,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_files_give_one_line(case: str, tmp_path: Path) -> None:
     content, message = BAD_FILES[case]
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
         read_image(path)
@@ -383,7 +383,7 @@ def test_bad_files_give_one_line(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tiff", "webp"])
 def test_a_truncated_file_is_refused(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     Image.fromarray(noise(90, 90, 3)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=r"cannot be read|not an image"):
@@ -407,9 +407,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
-def test_a_damaged_file_gives_a_picture_or_our_error(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_damaged_file_gives_a_image_or_our_error(tmp_path: Path, data: st.DataObject) -> None:
     suffix = data.draw(st.sampled_from(["png", "jpg", "gif", "bmp", "tiff", "webp", "ppm", "ico"]))
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     Image.fromarray(noise(20, 30, 3)).save(path)
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 8))):
@@ -430,7 +430,7 @@ def test_an_extreme_shape_is_refused(name: str) -> None:
 def test_without_resizing_the_size_must_fit() -> None:
     record = replace(PLAIN, resize=None, crop=None, height=8, width=9)
     assert to_pixels(Image.new("RGB", (9, 8)), record).shape == (1, 3, 8, 9)
-    with pytest.raises(InputError, match="takes pictures of 9 x 8"):
+    with pytest.raises(InputError, match="takes images of 9 x 8"):
         to_pixels(Image.new("RGB", (8, 9)), record)
 
 

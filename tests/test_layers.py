@@ -58,7 +58,7 @@ BANNED = {
 CORE = {
     *("bundle", "contract", "cost", "errors", "files", "generation", "graph_contract", "graphs"),
     *(
-        "hints",
+        "install_hints",
         "lowering",
         "memory",
         "onnx_file",

@@ -81,7 +81,7 @@ def test_each_method_is_told_with_its_tokens_or_why_not(
     ("command", "says"),
     [
         ("models --frames 8", "--frames asks about a model; name it: edgeprune models --model M"),
-        ("models --pictures 2 --revision v1", "--revision, --pictures asks about a model"),
+        ("models --num-images 2 --revision v1", "--revision, --num-images asks about a model"),
         ("methods --image-size 56x56", "--image-size asks about a model; name it: edgeprune meth"),
         ("methods fastv --cr 4", "--cr asks about a model; name it: edgeprune methods --model M"),
         ("methods fastv --model demo", "give a NAME or --model"),

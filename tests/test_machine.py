@@ -115,7 +115,7 @@ def test_the_memory_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--model", "demo", "--memory", "--cr", "4", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     adapter = open_model("demo")
-    shape, elements = adapter.shape, adapter.checkpoint.elements()
+    shape, elements = adapter.shape, adapter.checkpoint.num_parameters()
     rows = {(b["target"], b["dtype"]): b for b in record["budgets"]}
     assert tuple(rows) == KINDS
     half = rows["jetpack7", "fp16"]

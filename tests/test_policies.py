@@ -45,7 +45,7 @@ def test_a_lattice_is_spread_and_rises(rows: int, columns: int, data) -> None:
     assert places[0] >= 0 and places[-1] < rows * columns
 
 
-def test_a_lattice_has_cells_of_the_picture() -> None:
+def test_a_lattice_has_cells_of_the_image() -> None:
     assert lattice((12, 12), 36) == [y * 12 + x for y in range(1, 12, 2) for x in range(1, 12, 2)]
 
 
@@ -101,7 +101,7 @@ def _rotate(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], position: int)
 def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads, position, seed):
     """UTP Eq. (2): every visual token at p', text tokens where they are, one softmax, head mean.
 
-    And its ablations (Tables 3, 4): p' at either end of the picture, or no positions at all.
+    And its ablations (Tables 3, 4): p' at either end of the image, or no positions at all.
     """
     signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
     places, last = positions.copy(), positions[-1]

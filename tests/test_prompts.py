@@ -62,12 +62,12 @@ def test_a_tokenizer_alone_will_do() -> None:
 def test_without_a_template_llava_gets_its_own() -> None:
     processor, config, _ = built(transformers_llama(), None)
     generation = Generation(Sampling(), (2,))
-    media = Media.images(config, 1, assumed=TURNS)
+    media = Media.of_images(config, 1, assumed=TURNS)
     text = prompts.read_text(processor, config, generation, 1000, media)
     assert text.record.first == "USER: {image}\n{prompt} ASSISTANT:"
     assert text.record.next == "</s>USER: {prompt} ASSISTANT:"
     assert text.notes[0] == "the checkpoint has no chat template; LLaVA-1.5's is used"
-    assert Media.images(config, 2, assumed=TURNS).assumed is None
+    assert Media.of_images(config, 2, assumed=TURNS).assumed is None
     with pytest.raises(ModelError, match="has no chat template"):
         text_record(processor, config)
 

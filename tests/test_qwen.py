@@ -35,7 +35,7 @@ from edgeprune.runtime.images import remarks, to_pixels
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size, rounds_to
 from tests.families import with_settings
-from tests.qwen import PICTURES, QUESTION, picture, plain_checkpoint, windowed_checkpoint
+from tests.qwen import IMAGES, QUESTION, drawn_image, plain_checkpoint, windowed_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def theirs(checkpoint: Path) -> Any:
 
 
 def inputs(adapter: Adapter, prompt: Prompt, image: Image.Image) -> dict[str, Any]:
-    """What transformers' processor would make of a picture and a prompt."""
+    """What transformers' processor would make of an image and a prompt."""
     encoded = Processor(adapter).image_processor(images=image, return_tensors="pt")
     token = adapter.image_token_id
     seen = torch.full((1, int(encoded["image_grid_thw"].prod()) // 4), token)
@@ -83,11 +83,11 @@ def their_answer(
     return ids[0, given["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("size", PICTURES)
+@pytest.mark.parametrize("size", IMAGES)
 def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, theirs: Any) -> None:
     """Greedy answers and logits over two turns; three shapes, with whole windows and cut ones."""
     adapter = open_model(str(checkpoint), size=image_size(size))
-    image = picture(*PICTURES[size])
+    image = drawn_image(*IMAGES[size])
     prompt = Processor(adapter)(image, QUESTION)
     ours = Reference.build(adapter, make(PruneSpec("none")), Plan(adapter.shape.visual_tokens, 2))
     wanted = their_answer(theirs, adapter, prompt, image)
@@ -101,9 +101,9 @@ def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, th
     torch.testing.assert_close(ours.step(more[:, 1:]).logits, logits[-1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", PICTURES)
+@pytest.mark.parametrize("size", IMAGES)
 def test_pixels_are_those_of_the_processor(size: str, plain: Path) -> None:
-    adapter, image = open_model(str(plain), size=image_size(size)), picture(*PICTURES[size])
+    adapter, image = open_model(str(plain), size=image_size(size)), drawn_image(*IMAGES[size])
     processor = Processor(adapter)
     record = adapter.image_record(processor)
     wanted = adapter._raster(processor.image_processor(image, return_tensors="pt")["pixel_values"])
@@ -114,7 +114,7 @@ def test_pixels_are_those_of_the_processor(size: str, plain: Path) -> None:
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(4, 4096))
-def test_what_the_processor_makes_of_a_picture_fits(width: int, height: int, tokens: int) -> None:
+def test_what_the_processor_makes_of_a_image_fits(width: int, height: int, tokens: int) -> None:
     assume(max(width, height) <= 199 * min(width, height))
     budget = {"min_pixels": 3136, "max_pixels": 28 * 28 * tokens}
     made = Size(*smart_resize(height, width, **budget))
@@ -126,7 +126,7 @@ def test_another_shape_is_fitted_with_black_bars_and_said(plain: Path) -> None:
     adapter = open_model(str(plain), size=Size(112, 224))
     processor = Processor(adapter)
     record = adapter.image_record(processor)
-    image = picture(224, 224)
+    image = drawn_image(224, 224)
     pixels = to_pixels(image, record)
     assert torch.equal(processor(image, QUESTION).pixels, torch.from_numpy(pixels))
     black = (0 - np.array(record.mean, np.float32)) / np.array(record.std, np.float32)
@@ -136,7 +136,7 @@ def test_another_shape_is_fitted_with_black_bars_and_said(plain: Path) -> None:
     assert "50% of the tokens show black borders" in said
     assert said.endswith("export with --image-size 168x168")
     with pytest.raises(InputError, match=r"too long and narrow.*--image-size 28x868"):
-        remarks(picture(10, 300), record)
+        remarks(drawn_image(10, 300), record)
 
 
 @pytest.mark.parametrize("text", ["448x450", "20x448", "448", "0x28", "28x28"])
@@ -198,7 +198,7 @@ def test_positions_are_those_of_transformers(
 def exported(
     checkpoint: Path, spec: PruneSpec, folder: Path, counts: tuple[int, ...] | None = None
 ) -> tuple[Path, Reference, Adapter]:
-    """A bundle for pictures of 196 x 140, by a made-up schedule if any, and its reference."""
+    """A bundle for images of 196 x 140, by a made-up schedule if any, and its reference."""
     adapter, policy = open_model(str(checkpoint), size=Size(140, 196)), make(spec)
     plan = plan_from_counts(35, counts) if counts else policy.plan(adapter.shape, spec.cr)
     prompts = [random_prompt(adapter.pixels, 256, seed) for seed in range(2)]
@@ -210,7 +210,7 @@ def exported(
 
 def agree(bundle: Path, reference: Reference, adapter: Adapter) -> Session:
     """The runtime's greedy answer and follow-up are the eager reference's; the session."""
-    session, image = Session.open(bundle), picture(*PICTURES["196x140"])
+    session, image = Session.open(bundle), drawn_image(*IMAGES["196x140"])
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=5))
     ends = session.manifest.text.eos_token_ids
     prompt = Processor(adapter)(image, QUESTION)
@@ -222,11 +222,11 @@ def agree(bundle: Path, reference: Reference, adapter: Adapter) -> Session:
 
 
 def test_a_bundle_answers_as_transformers(checkpoint: Path, theirs: Any, tmp_path: Path) -> None:
-    """From a picture to 64 tokens: pixels, prompt, positions, graphs, settings of generation."""
+    """From an image to 64 tokens: pixels, prompt, positions, graphs, settings of generation."""
     checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     settings = with_settings(checkpoint)
     bundle, reference, adapter = exported(checkpoint, PruneSpec("none"), tmp_path)
-    session, image = agree(bundle, reference, adapter), picture(*PICTURES["196x140"])
+    session, image = agree(bundle, reference, adapter), drawn_image(*IMAGES["196x140"])
     prompt = Processor(adapter)(image, QUESTION)
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
     wanted = their_answer(theirs, adapter, prompt, image)

@@ -1,4 +1,4 @@
-"""Several pictures, and videos, in Qwen2-VL and Qwen2.5-VL against transformers' own models."""
+"""Several images, and videos, in Qwen2-VL and Qwen2.5-VL against transformers' own models."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from edgeprune.policies import make
 from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
-from tests.qwen import QUESTION, generated, picture, plain_checkpoint, windowed_checkpoint
+from tests.qwen import QUESTION, drawn_image, generated, plain_checkpoint, windowed_checkpoint
 
 SIZE = Size(140, 196)  # 5 x 7 tokens
 ASKED: dict[str, dict[str, Any]] = {
-    "3 pictures": {"size": SIZE, "pictures": 3},
+    "3 images": {"size": SIZE, "images": 3},
     "6 frames": {"size": SIZE, "frames": 6},
 }
 
@@ -37,15 +37,15 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def opened(checkpoint: Path, asked: str) -> tuple[Adapter, list[Image.Image]]:
-    """And what is shown: pictures of the frozen shape, or frames."""
+    """And what is shown: images of the frozen shape, or frames."""
     adapter = open_model(str(checkpoint), **ASKED[asked])
-    return adapter, [picture(190, 150, seed) for seed in range(adapter.shown)]
+    return adapter, [drawn_image(190, 150, seed) for seed in range(adapter.shown)]
 
 
 def seen(adapter: Adapter, images: list[Image.Image]) -> torch.Tensor:
     """Pixels as the runtime makes them."""
     record = adapter.image_record(Processor(adapter))
-    pixels = torch.from_numpy(media.prepare(images, replace(record, pictures=len(images))).pixels)
+    pixels = torch.from_numpy(media.prepare(images, replace(record, images=len(images))).pixels)
     assert pixels.shape == adapter.pixels
     return pixels
 
@@ -66,7 +66,7 @@ def test_answers_are_those_of_transformers(asked: str, checkpoint: Path) -> None
 def test_a_pruned_bundle_equals_the_eager_reference(
     asked: str, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Tokens are dropped in both graphs; text between pictures stays."""
+    """Tokens are dropped in both graphs; text between images stays."""
     adapter, images = opened(checkpoint, asked)
     spec, count = PruneSpec("utp", 4), adapter.shape.visual_tokens
     policy = make(spec)
@@ -83,8 +83,8 @@ def test_a_pruned_bundle_equals_the_eager_reference(
     assert set(adapter.vision_config.layout.fixed) <= set(answer.vision_kept.tolist())
 
 
-def test_pictures_stand_one_after_the_other_with_text_between() -> None:
-    """A picture takes as many positions as its longest axis; a video may be longest in time."""
+def test_images_stand_one_after_the_other_with_text_between() -> None:
+    """An image takes as many positions as its longest axis; a video may be longest in time."""
     mrope = MRope.of((2, 3, 3), Grid(2, 3), 2, Grid(3, 1))
     first = [(0, r, c) for r in range(2) for c in range(3)]
     assert list(mrope.places) == [

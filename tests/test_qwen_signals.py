@@ -24,7 +24,7 @@ from edgeprune.policies import make
 from edgeprune.policies._signals import LayerSignals, VisionSignals
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
-from tests.qwen import PICTURES, QUESTION, picture, plain_checkpoint, windowed_checkpoint
+from tests.qwen import IMAGES, QUESTION, drawn_image, plain_checkpoint, windowed_checkpoint
 
 SIZE = Size(140, 196)  # 5 x 7 tokens
 
@@ -42,7 +42,7 @@ def adapter(checkpoint: Path) -> Adapter:
 
 @pytest.fixture(scope="module")
 def prompt(adapter: Adapter) -> Prompt:
-    return Processor(adapter)(picture(*PICTURES["196x140"]), QUESTION)
+    return Processor(adapter)(drawn_image(*IMAGES["196x140"]), QUESTION)
 
 
 class Spy:
@@ -79,7 +79,7 @@ def seen(checkpoint: Path, adapter: Adapter, prompt: Prompt) -> tuple[list[Tenso
         checkpoint, dtype=torch.float32, attn_implementation="spy"
     )
     processor = Processor(adapter)
-    encoded = processor.image_processor(picture(*PICTURES["196x140"]), return_tensors="pt")
+    encoded = processor.image_processor(drawn_image(*IMAGES["196x140"]), return_tensors="pt")
     token = torch.full((1, 35), adapter.image_token_id)
     ids = torch.cat([prompt.prefix_ids, token, prompt.text_ids], 1)
     kinds = (ids == adapter.image_token_id).int()
@@ -108,10 +108,10 @@ class Listening(Decoder):
         self.seen = {**getattr(self, "seen", {}), layer: signals}
 
 
-def test_agnostic_attention_has_every_visual_token_in_the_middle_of_the_picture(
+def test_agnostic_attention_has_every_visual_token_in_the_middle_of_the_image(
     adapter: Adapter, prompt: Prompt
 ) -> None:
-    """UTP's Eq. 2 with three positions: each visual token's are the picture's own middles."""
+    """UTP's Eq. 2 with three positions: each visual token's are the image's own middles."""
     reference = Reference.build(adapter, make(PruneSpec("none")), Plan(35, 4), decoder=Listening)
     reference.prefill(prompt)
     signals = reference.decoder.seen[2]  # type: ignore[attr-defined]
@@ -163,7 +163,7 @@ def _feature(adapter: Adapter, prompt: Prompt, first_without: int) -> Tensor:
     return decoder.feature(decoder.states[-1])[0]
 
 
-def test_evidence_is_stored_for_one_picture_size(checkpoint: Path) -> None:
+def test_evidence_is_stored_for_one_image_size(checkpoint: Path) -> None:
     """Sizes with as many tokens, and even as many pixels, are told apart."""
     policy, request = make(PruneSpec("utp", 4)), CalibrationRequest(4)
     sizes = (Size(112, 224), Size(224, 112), Size(56, 56))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.policies._raters import likeness, rated, raters
+from edgeprune.policies._raters import rated, raters, similarity
 
 
 def _likeness(visual: np.ndarray, text: np.ndarray, scale: float) -> np.ndarray:
@@ -33,7 +33,7 @@ def _raters(shares: np.ndarray) -> np.ndarray:
 def test_raters_are_the_text_tokens_above_the_mean(count, words, scale, seed) -> None:
     rng = np.random.default_rng(seed)
     visual, text = rng.standard_normal((count, 8)), rng.standard_normal((words, 8))
-    shares = likeness(torch.tensor(visual), torch.tensor(text), scale)
+    shares = similarity(torch.tensor(visual), torch.tensor(text), scale)
     oracle = _likeness(visual, text, scale)
     np.testing.assert_allclose(shares.numpy(), oracle, atol=1e-6)
     np.testing.assert_allclose(raters(shares).numpy(), _raters(oracle), atol=1e-6)
@@ -54,26 +54,26 @@ def test_words_that_are_alike_all_rate() -> None:
     rng = np.random.default_rng(1)
     for words in (1, 3, 7, 10):
         text = torch.tensor(np.repeat(rng.standard_normal((1, 16)), words, axis=0))
-        weights = raters(likeness(torch.tensor(rng.standard_normal((50, 16))), text))
+        weights = raters(similarity(torch.tensor(rng.standard_normal((50, 16))), text))
         torch.testing.assert_close(weights, torch.full((words,), 1 / words))
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 7), st.integers(0, 99))
-def test_raters_go_with_their_words_and_do_not_see_the_pictures_order(count, words, seed) -> None:
+def test_raters_go_with_their_words_and_do_not_see_the_images_order(count, words, seed) -> None:
     rng = np.random.default_rng(seed)
     visual, text = rng.standard_normal((count, 8)), rng.standard_normal((words, 8))
     order, moved = rng.permutation(words), rng.permutation(count)
-    weights = raters(likeness(torch.tensor(visual), torch.tensor(text)))
-    other = raters(likeness(torch.tensor(visual[moved]), torch.tensor(text[order])))
+    weights = raters(similarity(torch.tensor(visual), torch.tensor(text)))
+    other = raters(similarity(torch.tensor(visual[moved]), torch.tensor(text[order])))
     torch.testing.assert_close(other, weights[order])
 
 
-def test_words_of_nothing_and_pictures_of_nothing() -> None:
-    """Embeddings of zeros, as padding has, stay finite; without a picture all words rate."""
+def test_words_of_nothing_and_images_of_nothing() -> None:
+    """Embeddings of zeros, as padding has, stay finite; without an image all words rate."""
     text = torch.cat([torch.ones(2, 4), torch.zeros(3, 4)])
-    weights = raters(likeness(torch.full((5, 4), 9.0), text))
+    weights = raters(similarity(torch.full((5, 4), 9.0), text))
     torch.testing.assert_close(weights, torch.tensor([0.5, 0.5, 0, 0, 0]))
-    shares = likeness(torch.zeros(0, 4), text)
+    shares = similarity(torch.zeros(0, 4), text)
     assert shares.shape == (0, 5)
     torch.testing.assert_close(raters(shares), torch.full((5,), 0.2))

@@ -30,7 +30,7 @@ from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families
-from tests.qwen import PICTURES, QUESTION, generated, picture, windowed_checkpoint
+from tests.qwen import IMAGES, QUESTION, drawn_image, generated, windowed_checkpoint
 from tests.test_weights import answers_as, loaded
 
 SCALES: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def stretched(folder: Path, kind: str, layers: int = 2) -> Path:
 
 
 def frozen(folder: Path) -> tuple[Adapter, Image.Image]:
-    return open_model(str(folder), size=Size(140, 196)), picture(*PICTURES["196x140"])
+    return open_model(str(folder), size=Size(140, 196)), drawn_image(*IMAGES["196x140"])
 
 
 @pytest.mark.parametrize("kind", SCALES)
@@ -129,7 +129,7 @@ def test_calibration_reads_the_long_tables_too(tmp_path: Path) -> None:
     scaled = KINDS["long from the start"]
     folder = families.llava(rope_parameters={"rope_theta": 1e4, **scaled}).save(tmp_path)
     adapter, policy = open_model(str(folder)), make(PruneSpec("utp", 2))
-    sample = Sample("1", Processor(adapter)(picture(42, 42), QUESTION))
+    sample = Sample("1", Processor(adapter)(drawn_image(42, 42), QUESTION))
     found = collect(adapter, policy, [sample])
     rope = adapter.decoder_config.rope
     only = replace(adapter.decoder_config, rope=Rope(rope.long, rope.factor))
@@ -147,7 +147,7 @@ def test_nearness_is_that_of_the_angles_alone(tmp_path: Path) -> None:
     adapter, seen = open_model(str(folder)), list[LayerSignals]()
     reference = Reference.build(adapter, make(PruneSpec("none")), Plan(9, 3))
     reference.decoder.observe = lambda layer, signals: seen.append(signals)  # type: ignore[method-assign]
-    reference.prefill(Processor(adapter)(picture(42, 42), QUESTION))
+    reference.prefill(Processor(adapter)(drawn_image(42, 42), QUESTION))
     rows = replace(seen[0], rows=torch.zeros_like(seen[0].rows))
     torch.testing.assert_close(rows.text_nearness(), torch.ones_like(rows.text_nearness()))
 

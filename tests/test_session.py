@@ -194,11 +194,11 @@ def test_a_dialogue_may_not_outgrow_the_positions(demo_dense: Path) -> None:
 
 def test_the_cache_is_written_in_place(demo_utp: Path, tmp_path: Path) -> None:
     """onnxruntime says on stderr when it copies a cache; with bound buffers it must not."""
-    picture = tmp_path / "scene.png"
-    next(held_out(1))[0].save(picture)
+    image = tmp_path / "scene.png"
+    next(held_out(1))[0].save(image)
     command = [sys.executable, "-m", "edgeprune.cli", "run", str(demo_utp)]
     done = subprocess.run(
-        [*command, "--image", str(picture), "--prompt", QUESTION, "--prompt", QUESTION],
+        [*command, "--image", str(image), "--prompt", QUESTION, "--prompt", QUESTION],
         capture_output=True,
         text=True,
         check=True,

@@ -1,4 +1,4 @@
-"""`edgeprune show`: what survives where, what is dimmed, and the picture that shows it."""
+"""`edgeprune show`: what survives where, what is dimmed, and the image that shows it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_kept_patches_are_untouched_and_pruned_ones_grey_dark_and_ruled() -> Non
     levels = rng.integers(0, 256, (8, 15, 3), np.uint8)  # patches of 4 x 5 on a grid of 2 x 3
     before = levels.copy()
     shown = dim(levels, Site("", {(0, 1), (1, 2)}), (2, 3))
-    assert (levels == before).all(), "the picture itself must not change"
+    assert (levels == before).all(), "the image itself must not change"
     for row, column in np.ndindex(2, 3):
         place = np.s_[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
         patch, was = shown[place].astype(int), levels[place]
@@ -115,7 +115,7 @@ def test_the_centre_of_a_merged_token_is_outlined() -> None:
     assert shown[:6].max() < 150, "elsewhere it is dark"
 
 
-def test_the_picture_is_shown_as_the_model_sees_it(demo_dense: Path) -> None:
+def test_the_image_is_shown_as_the_model_sees_it(demo_dense: Path) -> None:
     record = Bundle.open(demo_dense, verify=False).manifest.image
     half = Image.fromarray(
         np.arange(168 * 168 * 3, dtype=np.uint32).astype(np.uint8).reshape(168, 168, 3)
@@ -152,14 +152,14 @@ def test_any_number_of_sites_and_layers_fits(sites: int, layers: int, tiny_bundl
     drawn = [Site(f"layer {i + 1}", {(0, 0)}, {(0, 1)}) for i in range(sites)]
     levels = np.full((40, 60, 3), 200, np.uint8)
     sheet = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)])
-    picture = png.render(sheet)
-    assert picture.width == 1200
-    border = np.asarray(picture).copy()
+    image = png.render(sheet)
+    assert image.width == 1200
+    border = np.asarray(image).copy()
     border[40:-40, 40:-40] = 255
     assert (border == 255).all(), "nothing is drawn on the margin"
     larger = png.render(sheet, 2)
     assert larger.width == 2400
-    assert abs(larger.height - 2 * picture.height) <= 4
+    assert abs(larger.height - 2 * image.height) <= 4
 
 
 def dots(prune: PruneRecord) -> NDArray[np.uint8]:
@@ -205,7 +205,7 @@ def test_a_figure_as_svg_is_xml_and_holds_what_the_png_holds(
     assert len(images) == 1 + min(len(sites), 7)
 
 
-def test_the_picture_of_a_pruned_answer(
+def test_the_image_of_a_pruned_answer(
     demo_utp: Path, demo_dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "new" / "out.png"
@@ -214,10 +214,10 @@ def test_the_picture_of_a_pruned_answer(
     assert main([str(argument) for argument in arguments]) == 0
     assert capsys.readouterr().out == f"{file}\n"
     assert [f.name for f in file.parent.iterdir()] == ["out.png"], "no draft is left"
-    with Image.open(file) as picture:
-        assert picture.format == "PNG"
-        assert picture.width == 1200
-        assert 500 < picture.height < 1000
+    with Image.open(file) as image:
+        assert image.format == "PNG"
+        assert image.width == 1200
+        assert 500 < image.height < 1000
     assert file.stat().st_size < 400_000
 
 
@@ -237,13 +237,13 @@ def test_survivors_of_a_real_answer_are_nested_and_as_many_as_scheduled(
         alive = site.kept
 
 
-def test_in_the_picture_kept_patches_have_the_picture_s_colours(demo_utp: Path) -> None:
+def test_in_the_image_kept_patches_have_the_image_s_colours(demo_utp: Path) -> None:
     manifest = Bundle.open(demo_utp, verify=False).manifest
     levels = np.full((168, 168, 3), (200, 40, 40), np.uint8)
     sites = [Site("layer 3", {(0, 0), (5, 7)})]
     sheet = figure(levels, sites, manifest.prune, "?", [Said("utp", "red")])
-    picture = np.asarray(png.render(sheet))
-    red = (picture == (200, 40, 40)).all(axis=2)
+    image = np.asarray(png.render(sheet))
+    red = (image == (200, 40, 40)).all(axis=2)
     assert red.any(axis=0)[40:340].all(), "the input stands at the left, 300 wide"
     assert red[:, 356:656].sum() == 2 * 25 * 25, "of the next panel two patches of 25 x 25 are red"
 
@@ -252,9 +252,9 @@ def test_in_the_picture_kept_patches_have_the_picture_s_colours(demo_utp: Path) 
 def test_a_dense_bundle_and_other_formats(name: str, demo_dense: Path, tmp_path: Path) -> None:
     arguments = ["--image", SCENES[0], "--prompt", QUESTION, "-o", tmp_path / name, "--scale", 2]
     assert main(["show", str(demo_dense), *map(str, arguments)]) == 0
-    with Image.open(tmp_path / name) as picture:
-        assert picture.format == {".jpg": "JPEG", ".jpeg": "JPEG"}.get(Path(name).suffix, "WEBP")
-        assert picture.width == 2400
+    with Image.open(tmp_path / name) as image:
+        assert image.format == {".jpg": "JPEG", ".jpeg": "JPEG"}.get(Path(name).suffix, "WEBP")
+        assert image.width == 2400
 
 
 def test_requests_that_cannot_be_met(demo_dense: Path, tmp_path: Path, refused: Refused) -> None:
@@ -278,9 +278,9 @@ def test_requests_that_cannot_be_met(demo_dense: Path, tmp_path: Path, refused: 
 
 
 @pytest.mark.parametrize(
-    ("takes", "says"), [({"pictures": 2}, "takes 2 pictures"), ({"frames": 4}, "takes a video")]
+    ("takes", "says"), [({"images": 2}, "takes 2 images"), ({"frames": 4}, "takes a video")]
 )
-def test_a_bundle_that_takes_no_single_picture(
+def test_a_bundle_that_takes_no_single_raster(
     takes: dict[str, int],
     says: str,
     demo_dense: Path,
@@ -298,10 +298,10 @@ def test_a_bundle_that_takes_no_single_picture(
     asked = ["--image", SCENES[0], "--prompt", QUESTION, "-o", tmp_path / "out.png"]
     for bundles in ([file.parent], [demo_dense, "--dense", file.parent]):
         line = refused("show", *bundles, *asked)
-        assert "show draws one picture" in line and says in line
+        assert "show draws one image" in line and says in line
 
 
-def test_a_picture_that_cannot_be_written_leaves_what_was_there(
+def test_a_image_that_cannot_be_written_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "out.png"

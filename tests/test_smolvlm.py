@@ -31,7 +31,7 @@ from edgeprune.tiling import Size
 from tests import families
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
-from tests.test_families import generated, picture, prompted
+from tests.test_families import drawn_image, generated, prompted
 
 KINDS: dict[str, Callable[..., Family]] = {
     "smolvlm": families.smolvlm,
@@ -65,7 +65,7 @@ def idefics3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("size", [(48, 48), (70, 150), (181, 60), (500, 1), (1, 500), (7, 5)])
 def test_pixels_are_those_of_the_processor(family: Family, size: tuple[int, int]) -> None:
     """The image is resized twice: to a longest edge, which enlarges too, and to the tile."""
-    image = picture(Size(*size))
+    image = drawn_image(Size(*size))
     seen = family.look(image)
     wanted = seen["pixel_values"].flatten(0, -4).numpy()
     pixels = to_pixels(image, squeezed(family.image_processor, 48))
@@ -76,7 +76,7 @@ def test_pixels_are_those_of_the_processor(family: Family, size: tuple[int, int]
 
 def test_a_prompt_is_written_as_the_processor_writes_it(family: Family, checkpoint: Path) -> None:
     for images in (1, 2):
-        adapter = open_model(str(checkpoint), pictures=images)
+        adapter = open_model(str(checkpoint), images=images)
         ours = Processor(adapter)
         theirs = Idefics3Processor(
             family.image_processor,
@@ -88,7 +88,7 @@ def test_a_prompt_is_written_as_the_processor_writes_it(family: Family, checkpoi
         text = theirs.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        shown = [picture(Size(60, 90), seed) for seed in range(images)]
+        shown = [drawn_image(Size(60, 90), seed) for seed in range(images)]
         wanted = theirs(
             images=[shown],
             text=[text],
@@ -114,7 +114,7 @@ def test_a_prompt_is_written_as_the_processor_writes_it(family: Family, checkpoi
 
 def test_the_published_template_is_frozen() -> None:
     processor, config, _ = built(byte_level(), TEMPLATE)
-    media = Media.images(config, 1, IMAGE)
+    media = Media.of_images(config, 1, IMAGE)
     text = prompts.read_text(processor, config, Generation(Sampling(), (2,)), 1000, media)
     record, end = text.record, "<end_of_utterance>\n"
     assert record.first == "<|im_start|>User:{image}{prompt}" + end + "Assistant:"
@@ -129,7 +129,7 @@ def test_a_dense_bundle_answers_as_transformers_does(idefics3: Path, tmp_path: P
     family, adapter = families.idefics3(), open_model(str(idefics3))
     assert session.manifest.family == "idefics3"
     for size in family.sizes:
-        image = picture(size)
+        image = drawn_image(size)
         prompt = prompted(adapter, to_pixels(image, session.manifest.image))
         wanted = generated(family, adapter, prompt, tokens=64, **family.look(image))
         answer = session.ask(image, QUESTION, Sampling(max_new_tokens=64))
@@ -143,7 +143,7 @@ def test_a_pruned_bundle_equals_the_eager_reference(idefics3: Path, tmp_path: Pa
     options = ["--model", str(idefics3), "--method", "visionzip", "--cr", "4", "--parity", "2"]
     assert main(["export", *options, "-o", str(tmp_path / "zip")]) == 0
     session = Session.open(tmp_path / "zip")
-    answer = session.ask(picture(Size(60, 100)), QUESTION, Sampling(max_new_tokens=4))
+    answer = session.ask(drawn_image(Size(60, 100)), QUESTION, Sampling(max_new_tokens=4))
     assert len(answer.vision_kept) == 4
 
 
@@ -246,9 +246,9 @@ def test_what_a_config_asks_beyond_is_refused_by_name(
 
 
 def test_what_is_asked_beyond_is_refused(idefics3: Path) -> None:
-    with pytest.raises(SpecError, match="idefics3 bundles take pictures, not videos"):
+    with pytest.raises(SpecError, match="idefics3 bundles take images, not videos"):
         open_model(str(idefics3), frames=4)
-    with pytest.raises(SpecError, match="takes every picture as 48 x 48 pixels"):
+    with pytest.raises(SpecError, match="takes every image as 48 x 48 pixels"):
         open_model(str(idefics3), size=Size(96, 96))
 
 

@@ -69,7 +69,7 @@ def test_a_second_turn_is_that_of_transformers(name: str, answer: str, question:
 @pytest.mark.parametrize(
     "prompt", ["<image>\nwhat is it ?", "what is <image> here", "is it <image>"]
 )
-def test_the_user_may_place_the_picture(name: str, prompt: str) -> None:
+def test_the_user_may_place_the_image(name: str, prompt: str) -> None:
     checked = case(name)
     image = checked.processor.image_token
     template = checked.record.first.replace("{image}\n", "").replace("{image}", "")
@@ -219,7 +219,7 @@ def test_a_prompt_that_cannot_be_used_is_refused(prompt: str) -> None:
         prompter.next_turn(prompt)
 
 
-def test_only_the_first_turn_may_place_a_picture() -> None:
+def test_only_the_first_turn_may_place_a_image() -> None:
     with pytest.raises(InputError, match="only the first prompt may hold <image>"):
         case("demo").prompter.next_turn("and <image> ?")
 

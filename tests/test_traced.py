@@ -1,4 +1,4 @@
-"""Selectors and mergers as ONNX graphs: as eager with a picture's tokens, and with none."""
+"""Selectors and mergers as ONNX graphs: as eager with an image's tokens, and with none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Every(nn.Module):
     def forward(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         live = tokens.shape[0]
         keep = least(self.count, live)
-        shares = _raters.likeness(tokens, text)
+        shares = _raters.similarity(tokens, text)
         taken = _diverse.unlike(tokens, text[:2], [self.count, 1], tokens.new_zeros(live))
         return (
             *_clusters.merge(tokens, keep),

@@ -17,7 +17,7 @@ import pytest
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError
-from edgeprune.runtime import Sampling, Session, elements, gpu
+from edgeprune.runtime import Sampling, Session, dtypes, gpu
 from tests import fake_gpu
 from tests.conftest import Refused
 from tests.fake_gpu import TEXT, VERSION, FakeGpu, pretend
@@ -46,7 +46,7 @@ def tiny(
 
 
 def dialogue(session: Session, tokens: int = 24) -> list[tuple[int, ...]]:
-    """Two turns about two pictures each, and none ends early."""
+    """Two turns about two images each, and none ends early."""
     session._is_end = lambda said: False  # type: ignore[method-assign]
     sampling, said = Sampling(max_new_tokens=tokens), []
     for image, question in held_out(2):
@@ -305,7 +305,7 @@ class Anything:
         return name
 
 
-def test_a_picture_that_stands_too_late_in_the_prompt(
+def test_a_image_that_stands_too_late_in_the_prompt(
     copy_rtx: Callable[[], Path], gpus: list[FakeGpu], refused: Refused
 ) -> None:
     """A larger --text-capacity would change nothing."""
@@ -410,8 +410,8 @@ def test_bfloat16_is_rounded_to_the_nearest() -> None:
     values = np.concatenate([rng.standard_normal(1000), [0, -0.0, 1.00390625, 1e-40, 3e38]])
     values = values.astype(np.float32)
     wanted = torch.from_numpy(values).to(torch.bfloat16)
-    stored = elements.to_stored(values, "bf16")
+    stored = dtypes.to_stored(values, "bf16")
     np.testing.assert_array_equal(stored, wanted.view(torch.uint16).numpy())
-    np.testing.assert_array_equal(elements.from_stored(stored, "bf16"), wanted.float().numpy())
-    half = elements.to_stored(values[:-1], "fp16")
+    np.testing.assert_array_equal(dtypes.from_stored(stored, "bf16"), wanted.float().numpy())
+    half = dtypes.to_stored(values[:-1], "fp16")
     np.testing.assert_array_equal(half, values[:-1].astype(np.float16))

@@ -21,7 +21,7 @@ from edgeprune.cli import main
 from edgeprune.models import open_model
 from tests import families
 from tests.families import Family
-from tests.test_families import answered, generated, ours, picture, prompted
+from tests.test_families import answered, drawn_image, generated, ours, prompted
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
@@ -58,7 +58,7 @@ def configure(folder: Path, **changes: Any) -> None:
 
 def answers_as(model: Any, family: Family, folder: Path) -> bool:
     """Whether 32 greedy tokens of the reference are those of a model of transformers."""
-    image = picture(family.sizes[0])
+    image = drawn_image(family.sizes[0])
     adapter, pixels = ours(family, folder, image)
     prompt = prompted(adapter, pixels)
     wanted = generated(replace(family, model=model), adapter, prompt, **family.look(image))

@@ -53,9 +53,9 @@ SHAPE = ModelShape(
     max_positions=512,
     has_cls=True,
 )
-PICTURE = Image.new("RGB", (28, 28))
+IMAGE = Image.new("RGB", (28, 28))
 CORPUS = [
-    "USER: ASSISTANT: what color is the star in this picture? It is red, below the green heart.",
+    "USER: ASSISTANT: what color is the star in this image? It is red, below the green heart.",
     "how many blue circles are there? There are 3 of them; isn't it? user assistant system",
     "Where is the white square left of the yellow digit 7 ? You are a helpful assistant.",
 ] * 3
@@ -195,9 +195,9 @@ class Case:
     file: Path
 
     def reference(self, turns: list[tuple[str, str]], system: str | None = None) -> list[int]:
-        """transformers' ids of a conversation whose first turn shows the picture."""
+        """transformers' ids of a conversation whose first turn shows the image."""
         parts: list[list[dict[str, Any]]] = [[{"type": "text", "text": text}] for _, text in turns]
-        parts[0].insert(0, {"type": "image", "image": PICTURE})
+        parts[0].insert(0, {"type": "image", "image": IMAGE})
         messages = [{"role": role, "content": p} for (role, _), p in zip(turns, parts, strict=True)]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
@@ -209,7 +209,7 @@ class Case:
     def rendered(self, text: str) -> list[int]:
         """transformers' ids of a string with the image token in it."""
         special = self.record.add_special_tokens
-        out = self.processor(text=text, images=PICTURE, add_special_tokens=special)
+        out = self.processor(text=text, images=IMAGE, add_special_tokens=special)
         return self.once(out["input_ids"][0])
 
     def once(self, ids: list[int]) -> list[int]:
@@ -225,10 +225,8 @@ class Case:
 
 
 def built(tokenizer: Any, template: str | None, image: str = "<image>") -> Any:
-    picture = CLIPImageProcessorPil(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-    )
-    processor = LlavaProcessor(picture, tokenizer, 14, "full", template, image)
+    image = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(image, tokenizer, 14, "full", template, image)
     config = SimpleNamespace(image_token_id=processor.image_token_id, model_type="llava")
     return processor, config, generation({}, config, tokenizer, SHAPE)
 

@@ -28,7 +28,7 @@ class Answerer:
         self.processor = AutoProcessor.from_pretrained(folder)
 
     def prompt(self, question: str) -> str:
-        """The text of a first turn about one picture."""
+        """The text of a first turn about one image."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         message = [{"role": "user", "content": content}]
         return str(self.processor.apply_chat_template(message, add_generation_prompt=True))

@@ -1,4 +1,4 @@
-"""Write the sample pictures of held-out scenes, at twice the size, into `edgeprune/demo/samples`.
+"""Write the sample images of held-out scenes, at twice the size, into `edgeprune/demo/samples`.
 
 python -m benchmarks.demo.make_samples
 """
@@ -15,8 +15,8 @@ def main() -> None:
     """One PNG per seed, and on the terminal what can be asked about it."""
     SAMPLES_DIR.mkdir(exist_ok=True)
     for seed in SEEDS:
-        picture = draw(make_scene(seed, "held_out"))
-        big = picture.resize((2 * SIZE, 2 * SIZE), Image.Resampling.LANCZOS)
+        image = draw(make_scene(seed, "held_out"))
+        big = image.resize((2 * SIZE, 2 * SIZE), Image.Resampling.LANCZOS)
         big.save(SAMPLES_DIR / f"scene-{seed}.png", optimize=True)
         for question in questions(seed, "held_out"):
             print(seed, question.text, question.answer)

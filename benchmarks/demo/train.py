@@ -9,7 +9,7 @@ table of symbols: an ideal visual token is the sum of the word embeddings of its
 shape and digit, of a mark on the patch that holds a thing's centre, and of smooth functions of the
 patch's place.  `language` learns to answer from such tokens, on 4x4 patches first and on 12x12 at
 last, with noise; `vision` learns to make them from pixels, and its [CLS] to know what is there.
-`tune` puts them together and trains the decoder on the pictures; the tower stays as it is, as in
+`tune` puts them together and trains the decoder on the images; the tower stays as it is, as in
 LLaVA's second stage.
 
 Every stage saves `RUN/<stage>.pt` now and then and goes on from there when started again; a batch

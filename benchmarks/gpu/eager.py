@@ -28,7 +28,7 @@ from benchmarks.gpu.cells import Cell, cells, tiny
 from benchmarks.shapes import write
 from benchmarks.speed import declining
 from edgeprune.models import open_model
-from edgeprune.models._layers import set_tables
+from edgeprune.models._layers import compute_buffers
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
@@ -160,7 +160,7 @@ def _draw(module: nn.Module, dtype: torch.dtype, device: str) -> None:
             if "norm" in type(owner).__name__.lower() and name == "weight":
                 weight.fill_(1)
             setattr(owner, name, nn.Parameter(weight, requires_grad=False))
-    set_tables(module, dtype)
+    compute_buffers(module, dtype)
     module.eval()
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu import hollow
+from benchmarks.gpu import random_weights
 from benchmarks.gpu.cells import Cell
 from benchmarks.shapes import write
 from benchmarks.speed import declining
@@ -24,12 +24,12 @@ DEMO, DEMO_CR = "demo", 4
 def prepare(cells: Sequence[Cell], folder: Path) -> None:
     """Export each cell that is not there, from a checkpoint of zeros, and take out its weights."""
     for cell in cells:
-        if (folder / cell.name / hollow.NOTES).is_file():
+        if (folder / cell.name / random_weights.NOTES).is_file():
             continue
         begin = time.perf_counter()
         work = folder / ".work"
         try:
-            hollow.empty(_export(cell, work))
+            random_weights.empty(_export(cell, work))
             (work / cell.name).rename(folder / cell.name)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import hollow
+from benchmarks.gpu import random_weights
 from benchmarks.gpu.cells import SIDES, Cell
 from edgeprune.bench.bench import BenchRequest, bench
 from edgeprune.errors import EdgepruneError
@@ -102,7 +102,7 @@ def _bench(request: Request, cells: Sequence[Cell], backend: str) -> dict[str, A
     """Fill in weights, build engines where the backend runs those, and time all in turn."""
     begin, paths = time.perf_counter(), tuple(request.prepared / cell.name for cell in cells)
     for path in paths:
-        hollow.fill(path)
+        random_weights.fill(path)
     filled = time.perf_counter() - begin
     if backend in trt.MODULES:
         for path in paths:
@@ -114,13 +114,13 @@ def _bench(request: Request, cells: Sequence[Cell], backend: str) -> dict[str, A
 def _empty(request: Request, cells: Sequence[Cell]) -> dict[str, Any]:
     """Give the disk back."""
     for cell in cells:
-        if (request.prepared / cell.name / hollow.NOTES).is_file():
+        if (request.prepared / cell.name / random_weights.NOTES).is_file():
             (request.prepared / cell.name / WEIGHTS).unlink(missing_ok=True)
     return {}
 
 
 def _launches(request: Request, cell: Cell) -> dict[str, Any]:
-    hollow.fill(request.prepared / cell.name)
+    random_weights.fill(request.prepared / cell.name)
     path = str(request.prepared / cell.name)
     return _told("benchmarks.gpu.launches", path, "--device", request.device)
 

@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 SHAPE = "0.5b"
 VISUAL, TEXT = 576, 64
-PREFIX = 5  # of the text tokens, those before the picture
+PREFIX = 5  # of the text tokens, those before the image
 CLOSE = 1e-4  # largest difference of two logits, as a share of the largest logit
 
 PEERS = {

@@ -32,7 +32,7 @@ from edgeprune.runtime import backends, machine
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to time: text tokens beside the picture's, decode steps a lap, laps and warm-up laps."""
+    """What to time: text tokens beside the image's, decode steps a lap, laps and warm-up laps."""
 
     bundles: tuple[Path, ...]
     backends: tuple[str, ...] = ("ort-cpu",)
@@ -239,7 +239,7 @@ class _WorkerProcess:
 
 
 def _joules(laps: Sequence[dict[str, Any]], new_tokens: int) -> tuple[float, ...] | None:
-    """Of each lap: a picture, a prompt and `new_tokens` decode steps."""
+    """Of each lap: an image, a prompt and `new_tokens` decode steps."""
     if any(lap["watts"] is None for lap in laps):
         return None
     whole = ((lap["watts"], *lap["seconds"]) for lap in laps)

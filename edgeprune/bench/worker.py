@@ -26,7 +26,7 @@ from edgeprune.runtime.backend import EncodedImage, Output
 from edgeprune.runtime.engine import Engine
 
 PREFIX = 5
-"""Text tokens before the picture; LLaVA-1.5 without a system text has about as many."""
+"""Text tokens before the image; LLaVA-1.5 without a system text has about as many."""
 
 
 class BenchWorker:

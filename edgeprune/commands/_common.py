@@ -28,17 +28,17 @@ def add_model(command: argparse.ArgumentParser, default: str | None = "demo") ->
         "--image-size",
         type=image_size,
         metavar="WxH",
-        help="pixels of the pictures to freeze for, where the family takes several sizes"
+        help="pixels of the images to freeze for, where the family takes several sizes"
         " (Qwen-VL: multiples of 28, default 448x448)",
     )
 
 
 def add_media(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--pictures", type=int, default=1, metavar="N", help="pictures in a prompt (default 1)"
+        "--num-images", type=int, default=1, metavar="N", help="images in a prompt (default 1)"
     )
     command.add_argument(
-        "--frames", type=int, metavar="N", help="freeze for a video of N frames, not for pictures"
+        "--frames", type=int, metavar="N", help="freeze for a video of N frames, not for images"
     )
 
 
@@ -47,7 +47,7 @@ def check_model(args: argparse.Namespace, command: str) -> None:
     given = {
         "--revision": args.revision is not None,
         "--image-size": args.image_size is not None,
-        "--pictures": args.pictures != 1,
+        "--num-images": args.num_images != 1,
         "--frames": args.frames is not None,
     }
     options = [option for option, value in given.items() if value]
@@ -149,6 +149,6 @@ def model(args: argparse.Namespace) -> Adapter:
         args.model,
         args.revision,
         size=args.image_size,
-        pictures=args.pictures,
+        images=args.num_images,
         frames=args.frames,
     )

@@ -70,5 +70,5 @@ def _summary(built: Built) -> str:
     head = f"{record['backend']} {record['version']}, {record['dtype']}"
     if built.found:
         head += "; built before and unaltered (--force builds again)"
-    capacity = f"caches hold the picture and {record['text_capacity']} tokens of text"
+    capacity = f"caches hold the image and {record['text_capacity']} tokens of text"
     return "\n".join([head, *lines, capacity])

@@ -155,7 +155,7 @@ def _reasons(graph: str, verdict: Verdict) -> list[str]:
     """Each rule once: the first node that breaks it, how many more, and since when it is gone."""
     grouped: dict[str, list[Problem]] = {}
     for problem in verdict.problems:
-        grouped.setdefault(problem.says, []).append(problem)
+        grouped.setdefault(problem.message, []).append(problem)
     return [_reason(graph, verdict.target.engine, problems) for problems in grouped.values()]
 
 
@@ -164,7 +164,7 @@ def _reason(graph: str, engine: str, problems: list[Problem]) -> str:
     since = first.since[engine]
     until = f"before {'.'.join(map(str, since))}" if since else "in any version known"
     title = ENGINES[engine]
-    return f"{graph}: {first.node}{more}: {first.says} ({title} {until}) [{first.source}]"
+    return f"{graph}: {first.node}{more}: {first.message} ({title} {until}) [{first.source}]"
 
 
 def _said(parser: Parser) -> str:
@@ -184,7 +184,7 @@ def _memory(args: argparse.Namespace) -> Report:
     if text < 1:
         raise SpecError(f"--text-capacity is at least 1 token; got {text}")
     adapter = _common.model(args)
-    shape, elements = adapter.shape, adapter.checkpoint.elements()
+    shape, elements = adapter.shape, adapter.checkpoint.num_parameters()
     check_reach(PruneSpec("uniform", cr), shape)
     counts = [round(shape.visual_tokens / cr)] * shape.layers
     found = [budget(shape, elements, counts, text, *kind) for kind in KINDS]

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune.progress import Bar
 
     request = _request(args)
-    len(request.asking.questions)  # a wrong file is told now, and so is a wrong folder
+    len(request.evaluation.questions)  # a wrong file is told now, and so is a wrong folder
     _common.check_output(args.output / "compare.json")
     with Bar() as bar:
         comparison = compare(request, bar, partial(_tell, bar))
@@ -102,11 +102,11 @@ def _tell(bar: Bar, line: str) -> None:
 
 
 def _request(args: argparse.Namespace) -> CompareRequest:
-    from edgeprune.compare.answers import Asking
+    from edgeprune.compare.answers import EvalRequest
     from edgeprune.compare.cells import grid
     from edgeprune.compare.comparing import CompareRequest
     from edgeprune.compare.questions import Questions
-    from edgeprune.compare.race import Race
+    from edgeprune.compare.timing import TimingRequest
     from edgeprune.lowering import resolve
     from edgeprune.recipe import Recipe
     from edgeprune.runtime import backends
@@ -132,8 +132,8 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         folder=args.output,
         cells=tuple(grid(args.methods.split(","), _ratios(args.cr), args.seeds)),
         recipe=recipe,
-        asking=Asking(questions, args.backend, args.max_new_tokens),
-        race=Race(args.backend, args.laps) if args.laps else None,
+        evaluation=EvalRequest(questions, args.backend, args.max_new_tokens),
+        timing=TimingRequest(args.backend, args.laps) if args.laps else None,
         jobs=_jobs(args.jobs),
         keep_bundles=args.keep_bundles,
     )

@@ -70,7 +70,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         model=args.model,
         revision=args.revision,
         image_size=args.image_size,
-        shown=args.pictures,
+        num_images=args.num_images,
         frames=args.frames,
         target=args.target,
         dtype=args.dtype,
@@ -104,7 +104,7 @@ def _summary(exported: Exported, seconds: float) -> str:
     lines.append(", ".join(f"{name} {sizes[name]:.2f} MB" for name in graphs))
     lines += [f"note: {note}" for note in exported.notes]
     lines.append(f"{manifest.dtype}, opset {manifest.opset}, {seconds:.1f} s")
-    lines.append(f"next: edgeprune run {exported.path} --image PICTURE --prompt QUESTION")
+    lines.append(f"next: edgeprune run {exported.path} --image IMAGE --prompt QUESTION")
     return "\n".join(lines)
 
 

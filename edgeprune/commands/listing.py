@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "methods",
         help="list the pruning methods, or tell all about one",
         description="List the pruning methods: where each prunes and what it needs beside the"
-        " picture. With a name: its paper, options and equations, and where it deviates from them."
+        " image. With a name: its paper, options and equations, and where it deviates from them."
         " With a model: the visual tokens that enter its layers, or why a method cannot prune it.",
     )
     methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
@@ -35,7 +35,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "models",
         help="list the model families, or tell a checkpoint's sizes",
         description="List the model families. With a model: its decoder, and the visual tokens of"
-        " a picture of the size that a bundle would be frozen for.",
+        " an image of the size that a bundle would be frozen for.",
     )
     _common.add_model(models, default=None)
     _common.add_media(models)
@@ -162,18 +162,18 @@ def run_models(args: argparse.Namespace) -> int:
 
 
 def _sizes(adapter: Adapter) -> list[tuple[str, str]]:
-    """Family, decoder, picture and visual tokens of a checkpoint."""
+    """Family, decoder, image and visual tokens of a checkpoint."""
     shape, text = adapter.shape, adapter.config.text_config
     tiles, _, height, width = adapter.pixels
-    picture = f"{width} x {height} pixels" + (f", {tiles} times" if tiles > 1 else "")
+    image = f"{width} x {height} pixels" + (f", {tiles} times" if tiles > 1 else "")
     if adapter.asked.frames is not None:
-        picture = f"video of {adapter.asked.frames} frames, {width} x {height} pixels"
+        image = f"video of {adapter.asked.frames} frames, {width} x {height} pixels"
     if (tiling := adapter.tiling) is not None:
         grid = f"{tiling.columns} x {tiling.rows} tiles of {tiling.tile}"
         whole = " and the whole" if tiles > tiling.rows * tiling.columns else ""
-        picture = f"{tiling.width} x {tiling.height} pixels: {grid}{whole}"
-    if adapter.asked.pictures > 1:
-        picture = f"{adapter.asked.pictures} of {picture}"
+        image = f"{tiling.width} x {tiling.height} pixels: {grid}{whole}"
+    if adapter.asked.images > 1:
+        image = f"{adapter.asked.images} of {image}"
     own = f", {shape.separators} of them the model's own" if shape.separators else ""
     heads = f"{shape.attention_heads} heads, {shape.kv_heads} of keys and values"
     return [
@@ -181,6 +181,6 @@ def _sizes(adapter: Adapter) -> list[tuple[str, str]]:
         ("decoder", f"{text.model_type}, {shape.layers} layers, {shape.width} wide, {heads}"),
         ("positions", f"{shape.max_positions}"),
         ("[CLS]", "yes" if shape.has_cls else "no"),
-        ("picture", picture),
+        ("image", image),
         ("visual tokens", f"{shape.visual_tokens}{own}"),
     ]

@@ -1,4 +1,4 @@
-"""`edgeprune run`: ask a bundle about a picture."""
+"""`edgeprune run`: ask a bundle about an image."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ SAMPLING = (
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "run",
-        help="ask a bundle about a picture",
-        description="Ask one bundle, or several in turn, about a picture. The answer goes to"
+        help="ask a bundle about an image",
+        description="Ask one bundle, or several in turn, about an image. The answer goes to"
         " stdout, timings to stderr.",
     )
     command.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="exported folder")
@@ -44,7 +44,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=Path,
         action="append",
         dest="images",
-        help="picture file; given again, one more of a bundle for several",
+        help="image file; given again, one more of a bundle for several",
     )
     shown.add_argument("--video", type=Path, help="clip, for a bundle of --frames")
     command.add_argument(
@@ -52,7 +52,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         required=True,
         action="append",
         dest="prompts",
-        help="question; given again, a follow-up question about the same picture. The picture"
+        help="question; given again, a follow-up question about the same image. The image"
         " stands before the first question or, where you write <image> into it, there",
     )
     command.add_argument(
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune.runtime.sampling import Sampling
 
     for image in args.images or ():
-        read_image(image)  # a bad picture is told now, not after gigabytes have been read
+        read_image(image)  # a bad image is told now, not after gigabytes have been read
     if args.video:
         check_file(args.video, "video")
     Sampling(**_asked(args))
@@ -121,7 +121,7 @@ def _check_shown(bundle: Path, images: list[Path] | None, video: Path | None) ->
 
     record = Bundle.open(bundle, verify=False).manifest.image
     if (record.frames is None) != (video is None):
-        takes = "pictures (--image)" if record.frames is None else "a video (--video)"
+        takes = "images (--image)" if record.frames is None else "a video (--video)"
         raise InputError(f"{bundle} takes {takes}; give that, or export another bundle")
     if images is not None:
         check_count(len(images), record)

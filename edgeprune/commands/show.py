@@ -1,4 +1,4 @@
-"""`edgeprune show`: draw what pruning leaves of a picture."""
+"""`edgeprune show`: draw what pruning leaves of an image."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "show",
-        help="draw what pruning leaves of a picture",
-        description="Ask a bundle about a picture and draw the answer, the visual tokens alive"
+        help="draw what pruning leaves of an image",
+        description="Ask a bundle about an image and draw the answer, the visual tokens alive"
         " after each pruning site, and the token count of each layer.",
     )
     command.add_argument("bundle", type=Path, metavar="BUNDLE", help="exported folder")
-    command.add_argument("--image", required=True, type=Path, help="picture file")
+    command.add_argument("--image", required=True, type=Path, help="image file")
     command.add_argument("--prompt", required=True, help="question")
     command.add_argument(
         "-o",
@@ -81,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_kind(bundle: Path) -> None:
-    """InputError where a bundle takes something else than one picture."""
+    """InputError where a bundle takes something else than one image."""
     from edgeprune.bundle import Bundle
 
     record = Bundle.open(bundle, verify=False).manifest.image
-    if record.frames is not None or record.pictures != 1:
-        takes = "a video" if record.frames is not None else f"{record.pictures} pictures"
-        raise InputError(f"show draws one picture, {bundle} takes {takes}; ask it: edgeprune run")
+    if record.frames is not None or record.images != 1:
+        takes = "a video" if record.frames is not None else f"{record.images} images"
+        raise InputError(f"show draws one image, {bundle} takes {takes}; ask it: edgeprune run")
 
 
 def _ask(bundle: Path, image: Image, args: argparse.Namespace) -> tuple[Manifest, Answer]:

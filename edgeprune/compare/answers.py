@@ -23,19 +23,19 @@ EVERY = 20
 
 
 @dataclass(frozen=True)
-class Answered:
+class EvalResult:
     """What was right of what was asked, by kind; each answer; sizes at the median prompt."""
 
     right: dict[str, int]
     asked: dict[str, int]
     said: list[str]
     marks: str  # 1 where an answer is right, else 0
-    text_tokens: int  # of the median prompt, beside the picture's
+    text_tokens: int  # of the median prompt, beside the image's
     kv_bytes: int  # of the caches once that prompt is read
 
 
 @dataclass(frozen=True)
-class Asking:
+class EvalRequest:
     """How bundles are asked: on which engine, for how long an answer at most."""
 
     questions: Questions
@@ -57,7 +57,7 @@ class Asking:
         asked = self.questions.fingerprint, self.backend, self.max_new_tokens
         return key_of(bundle, *asked, source(runtime), versions)
 
-    def ask(self, bundle: Path, tick: Callable[[int], None] = lambda done: None) -> Answered:
+    def ask(self, bundle: Path, tick: Callable[[int], None] = lambda done: None) -> EvalResult:
         """Every question, greedily and else by the checkpoint's own settings of generation; `tick`
         is told how many more have been answered."""
         session = Session.open(bundle, backend=self.backend, threads=1)  # cores have other bundles
@@ -80,7 +80,7 @@ class Asking:
         element = DTYPES[session.manifest.dtype].bytes
         stored = cost.kv_bytes(record, prune.counts, text, element)
         shares = {kind: right[kind] for kind in asked}
-        return Answered(shares, dict(asked), said, marks, text, stored)
+        return EvalResult(shares, dict(asked), said, marks, text, stored)
 
 
 def difference(marks: str, base: str, z: float = 1.96) -> tuple[float, float]:

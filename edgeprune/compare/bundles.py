@@ -94,7 +94,7 @@ class Bundles:
         )
         calibrated = hashlib.sha256(data.read_bytes()).hexdigest() if data else None
         model = _checkpoint(recipe.model, recipe.revision)
-        return key_of(model, settings, calibrated, str(recipe.pictures), code())
+        return key_of(model, settings, calibrated, str(recipe.sample_images), code())
 
     def _holds(self, cell: Cell, made: Made) -> bool:
         """Whether the bundle is there, and is the one that was made."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from edgeprune import __version__
-from edgeprune.compare.answers import Answered, Asking
+from edgeprune.compare.answers import EvalRequest, EvalResult
 from edgeprune.compare.bundles import Bundles
 from edgeprune.compare.cells import Cell
 from edgeprune.compare.questions import Questions
-from edgeprune.compare.race import Race
 from edgeprune.compare.results import Comparison, Missing, Result
 from edgeprune.compare.store import Store
+from edgeprune.compare.timing import TimingRequest
 from edgeprune.compare.workers import each
 from edgeprune.errors import ExportError
 from edgeprune.progress import Progress, silent
@@ -33,8 +33,8 @@ class CompareRequest:
     folder: Path
     cells: tuple[Cell, ...]
     recipe: Recipe  # of all bundles, but for method, ratio and seed
-    asking: Asking = field(default_factory=lambda: Asking(Questions()))
-    race: Race | None = field(default_factory=Race)
+    evaluation: EvalRequest = field(default_factory=lambda: EvalRequest(Questions()))
+    timing: TimingRequest | None = field(default_factory=TimingRequest)
     jobs: int = 1  # processes that make bundles and ask them
     keep_bundles: bool = False
 
@@ -63,7 +63,7 @@ def compare(
     for cell in request.cells:
         if not (cell in answered or cell in reasons or cell in failed):
             failed[cell] = "edgeprune's own source was changed meanwhile"
-    times = _times(request, answered, report) if request.race and answered else {}
+    times = _times(request, answered, report) if request.timing and answered else {}
     if not (request.keep_bundles or failed):  # the next run times them all again
         request.bundles.delete(request.cells)
     return Comparison(
@@ -74,7 +74,7 @@ def compare(
     )
 
 
-def answers(request: CompareRequest) -> dict[Cell, Answered]:
+def answers(request: CompareRequest) -> dict[Cell, EvalResult]:
     """What is on disk of the cells' answers."""
     return {cell: found for cell in request.cells if (found := _stored(request, cell))}
 
@@ -83,7 +83,7 @@ def _answer(
     request: CompareRequest, report: Progress, tell: Callable[[str], None]
 ) -> dict[Cell, str]:
     """Put the answers of every cell on disk; why there are none, for each that failed."""
-    size = len(request.asking.questions)
+    size = len(request.evaluation.questions)
     todo = [c for c in request.cells if not (_why(request, c) or _stored(request, c))]
     progress = _Progress(report, "questions", size * len(request.cells))
     progress.more(progress.total - size * len(todo))
@@ -99,11 +99,11 @@ def _answer_one(request: CompareRequest, cell: Cell, tick: Tick) -> None:
     _share_cores(request)
     made = request.bundles.made(cell)
     if made.why or _stored(request, cell):
-        tick(len(request.asking.questions))
+        tick(len(request.evaluation.questions))
         return
     request.bundles.present(cell)  # it may have been deleted since it was made
-    found = request.asking.ask(request.bundles.path(cell), tick)
-    request.store.write(f"{cell.name}.answers", request.asking.key(made.hash), asdict(found))
+    found = request.evaluation.ask(request.bundles.path(cell), tick)
+    request.store.write(f"{cell.name}.answers", request.evaluation.key(made.hash), asdict(found))
 
 
 def _why(request: CompareRequest, cell: Cell) -> str:
@@ -112,24 +112,24 @@ def _why(request: CompareRequest, cell: Cell) -> str:
     return made.why if made else ""
 
 
-def _stored(request: CompareRequest, cell: Cell) -> Answered | None:
+def _stored(request: CompareRequest, cell: Cell) -> EvalResult | None:
     """The answers of a cell, if they are on disk."""
     made = request.bundles.known(cell)
     if made is None or made.why:
         return None
-    found = request.store.read(f"{cell.name}.answers", request.asking.key(made.hash))
-    return Answered(**found) if found else None
+    found = request.store.read(f"{cell.name}.answers", request.evaluation.key(made.hash))
+    return EvalResult(**found) if found else None
 
 
 def _times(
-    request: CompareRequest, answered: dict[Cell, Answered], report: Progress
+    request: CompareRequest, answered: dict[Cell, EvalResult], report: Progress
 ) -> dict[str, Any]:
     """Laps of one bundle for each method and ratio, and the machine; read where stored."""
-    assert request.race is not None
+    assert request.timing is not None
     timed = [cell for cell in answered if not cell.seed]
     hashes = [request.bundles.made(cell).hash for cell in timed]
     text_tokens = next(iter(answered.values())).text_tokens
-    key = request.race.key(hashes, text_tokens)
+    key = request.timing.key(hashes, text_tokens)
     found = request.store.read("times", key)
     if found is None:
         progress = _Progress(report, "bundles to time", len(timed))
@@ -137,7 +137,7 @@ def _times(
             if why:
                 raise ExportError(f"{cell.name} was there and cannot be made again: {why}")
         paths = [request.bundles.path(cell) for cell in timed]
-        found = request.race.run(paths, text_tokens, report)
+        found = request.timing.run(paths, text_tokens, report)
         request.store.write("times", key, found)
     return found
 
@@ -153,7 +153,9 @@ def _share_cores(request: CompareRequest) -> None:
         torch.set_num_threads(1)  # the other cores have cells of their own
 
 
-def _result(request: CompareRequest, cell: Cell, found: Answered, times: dict[str, Any]) -> Result:
+def _result(
+    request: CompareRequest, cell: Cell, found: EvalResult, times: dict[str, Any]
+) -> Result:
     made = request.bundles.made(cell)
     return Result(
         method=cell.label,
@@ -170,18 +172,18 @@ def _result(request: CompareRequest, cell: Cell, found: Answered, times: dict[st
 
 
 def _setup(
-    request: CompareRequest, answered: dict[Cell, Answered], times: dict[str, Any]
+    request: CompareRequest, answered: dict[Cell, EvalResult], times: dict[str, Any]
 ) -> dict[str, Any]:
     """What the results were measured with."""
-    questions = request.asking.questions
+    questions = request.evaluation.questions
     return {
         "edgeprune": __version__,
         "model": request.recipe.model_name,
         "questions": len(questions),
         "questions_hash": questions.fingerprint,
-        "backend": request.asking.backend,
+        "backend": request.evaluation.backend,
         "text_tokens": next((found.text_tokens for found in answered.values()), 0),
-        "race": asdict(request.race) if request.race else None,
+        "race": asdict(request.timing) if request.timing else None,
         "machine": times.get("machine"),
     }
 

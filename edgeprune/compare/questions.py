@@ -1,4 +1,4 @@
-"""What is asked: the demo's held-out questions, or a user's own pictures with their answers.
+"""What is asked: the demo's held-out questions, or a user's own images with their answers.
 
 A user's file is JSONL, a record each line: `image` (a path within the image folder),
 `question`, `answer` (a text, or a list of which one is enough), and optionally `kind`. An answer is
@@ -27,8 +27,8 @@ HELD_OUT = 2400
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question: about which picture, of which kind, and what is right."""
+class EvalQuestion:
+    """One question: about which image, of which kind, and what is right."""
 
     image: Path | Image
     kind: str
@@ -55,16 +55,16 @@ class Questions:
     def __len__(self) -> int:
         return len(self._records) if self.file else self.count or HELD_OUT
 
-    def __iter__(self) -> Iterator[Asked]:
+    def __iter__(self) -> Iterator[EvalQuestion]:
         if self.file:
             yield from self._records
         else:
             for image, question in demo.held_out(len(self)):
-                yield Asked(image, question.kind, question.text, (question.answer,))
+                yield EvalQuestion(image, question.kind, question.text, (question.answer,))
 
     @cached_property
     def fingerprint(self) -> str:
-        """One hash over all questions, answers and pictures."""
+        """One hash over all questions, answers and images."""
         digest = hashlib.sha256(str(len(self)).encode())
         if self.file:
             digest.update(self.file.read_bytes())
@@ -77,7 +77,7 @@ class Questions:
         return digest.hexdigest()
 
     @cached_property
-    def _records(self) -> list[Asked]:
+    def _records(self) -> list[EvalQuestion]:
         assert self.file is not None
         try:
             lines = self.file.read_text(encoding="utf-8").splitlines()
@@ -92,7 +92,7 @@ class Questions:
         return [_asked(f"{self.file}:{n}", line, folder) for n, line in numbered[: self.count]]
 
 
-def _asked(place: str, line: str, folder: Path) -> Asked:
+def _asked(place: str, line: str, folder: Path) -> EvalQuestion:
     try:
         record: dict[str, Any] = json.loads(line)
         answers = record["answer"]
@@ -109,4 +109,4 @@ def _asked(place: str, line: str, folder: Path) -> Asked:
     except InputError as error:
         raise InputError(f"{place}: {error} (its folder: --questions-image-dir)") from error
     expected = tuple(str(answer).strip() for answer in answers)
-    return Asked(image, str(record.get("kind", "all")), question, expected)
+    return EvalQuestion(image, str(record.get("kind", "all")), question, expected)

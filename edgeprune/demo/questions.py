@@ -74,7 +74,7 @@ def _count(scene: Scene) -> list[tuple[str, str]]:
 
 
 def _relation(scene: Scene) -> list[tuple[str, str]]:
-    """Only about pairs that lie at least a sixth of the picture apart along the asked axis."""
+    """Only about pairs that lie at least a sixth of the image apart along the asked axis."""
     unique = _unique(scene, "shape")
     found = []
     for a, first in unique.items():
@@ -163,12 +163,12 @@ def benchmark(n: int, split: str) -> Iterator[Question]:
 
 
 def held_out(n: int) -> Iterator[tuple[Image.Image, Question]]:
-    """`n` held-out questions with their pictures, evenly over kinds."""
+    """`n` held-out questions with their images, evenly over kinds."""
     for question in benchmark(n, "held_out"):
         yield draw(make_scene(question.image_id, question.split)), question
 
 
 def calibration_samples(n: int) -> Iterator[tuple[Image.Image, Question]]:
-    """`n` questions with pictures that are neither trained on nor held out."""
+    """`n` questions with images that are neither trained on nor held out."""
     for question in benchmark(n, "calibration"):
         yield draw(make_scene(question.image_id, question.split)), question

@@ -197,8 +197,8 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
 def _mask(shape: str, size: int, turn: int) -> np.ndarray:
     """Coverage of a shape, float32 [size, size] in 0..1, antialiased."""
     scale = 8
-    picture = Image.new("L", (size * scale, size * scale))
-    pen = ImageDraw.Draw(picture)
+    drawn = Image.new("L", (size * scale, size * scale))
+    pen = ImageDraw.Draw(drawn)
     half = size * scale / 2
     if shape == "circle":
         pen.ellipse((0, 0, 2 * half - 1, 2 * half - 1), fill=255)
@@ -206,8 +206,8 @@ def _mask(shape: str, size: int, turn: int) -> np.ndarray:
         pen.rounded_rectangle((0, 0, 2 * half - 1, 2 * half - 1), radius=4 * scale, fill=255)
     else:
         pen.polygon([(half + half * x, half + half * y) for x, y in _POLYGONS[shape]], fill=255)
-        picture = picture.rotate(turn, Image.Resampling.BICUBIC)
-    small = picture.resize((size, size), Image.Resampling.BOX)
+        drawn = drawn.rotate(turn, Image.Resampling.BICUBIC)
+    small = drawn.resize((size, size), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float32) / 255
 
 
@@ -244,7 +244,7 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The pixels of a scene: an RGB picture of 168x168."""
+    """The pixels of a scene: an RGB image of 168x168."""
     rng = _generator(scene.seed, scene.split, 1)
     canvas = _ground(rng)
     for thing in scene.things:

@@ -142,7 +142,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Raster:
     """An image, made at the resolution that the file needs."""
 
     x: float
@@ -161,7 +161,7 @@ class Placed:
     sheet: Sheet
 
 
-Mark = Box | Line | Disc | Polygon | Text | Picture | Placed
+Mark = Box | Line | Disc | Polygon | Text | Raster | Placed
 
 
 class Sheet:
@@ -196,8 +196,8 @@ class Sheet:
     ) -> None:
         self.marks.append(Text(x, y, text, size, colour, bold, halo))
 
-    def picture(self, x: float, y: float, width: float, height: float, pixels: Pixels) -> None:
-        self.marks.append(Picture(x, y, width, height, pixels))
+    def raster(self, x: float, y: float, width: float, height: float, pixels: Pixels) -> None:
+        self.marks.append(Raster(x, y, width, height, pixels))
 
     def place(self, x: float, y: float, sheet: Sheet) -> None:
         self.marks.append(Placed(x, y, sheet))

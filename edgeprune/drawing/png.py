@@ -13,10 +13,10 @@ from edgeprune.drawing.canvas import (
     Colour,
     Disc,
     Line,
-    Picture,
     Placed,
     Point,
     Polygon,
+    Raster,
     Sheet,
     Text,
 )
@@ -53,8 +53,8 @@ class _Painter:
                     self.draw.polygon(self._dots(mark.points, left, top), mark.colour)
                 case Text():
                     self._text(mark, sheet, left, top)
-                case Picture():
-                    self._picture(mark, left, top)
+                case Raster():
+                    self._raster(mark, left, top)
                 case Placed():
                     self.sheet(mark.sheet, left + mark.x, top + mark.y)
 
@@ -97,10 +97,10 @@ class _Painter:
                 stroke_fill=colour,
             )
 
-    def _picture(self, picture: Picture, left: float, top: float) -> None:
-        size = round(picture.width * self.fine), round(picture.height * self.fine)
-        at = round((picture.x + left) * self.fine), round((picture.y + top) * self.fine)
-        self.image.paste(Image.fromarray(picture.pixels(*size)), at)
+    def _raster(self, raster: Raster, left: float, top: float) -> None:
+        size = round(raster.width * self.fine), round(raster.height * self.fine)
+        at = round((raster.x + left) * self.fine), round((raster.y + top) * self.fine)
+        self.image.paste(Image.fromarray(raster.pixels(*size)), at)
 
 
 def _dashes(start: Point, end: Point, dash: float) -> list[tuple[Point, Point]]:

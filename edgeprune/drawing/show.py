@@ -1,4 +1,4 @@
-"""What pruning leaves of a picture: the tokens alive after each site, as patches of the picture.
+"""What pruning leaves of an image: the tokens alive after each site, as patches of the image.
 
 `edgeprune.drawing.show_figure` draws them into one image with the answers and the schedule.
 """
@@ -111,9 +111,9 @@ class _Alive:
 
 
 def drawn(manifest: Manifest) -> tuple[int, int]:
-    """Rows and columns of the tokens that are drawn: all, or those of a view of the whole picture.
+    """Rows and columns of the tokens that are drawn: all, or those of a view of the whole image.
 
-    A raster of tiles has rows of its own length, so of such a picture only that view is drawn.
+    A raster of tiles has rows of its own length, so of such an image only that view is drawn.
     """
     tiling = manifest.image.tiling
     if tiling is not None and tiling.overview == "first":
@@ -122,9 +122,9 @@ def drawn(manifest: Manifest) -> tuple[int, int]:
 
 
 def seen(image: Image.Image, record: ImageRecord) -> Levels:
-    """The picture as the model sees it, padded, resized and cropped: uint8 [height, width, 3].
+    """The image as the model sees it, padded, resized and cropped: uint8 [height, width, 3].
 
-    Tiles stand one below the other; where a view of the whole picture comes first, it is alone.
+    Tiles stand one below the other; where a view of the whole image comes first, it is alone.
     """
     tiles, first = to_pixels(image, record), record.tiling and record.tiling.overview == "first"
     pixels = np.concatenate(list(tiles[:1] if first else tiles), axis=1).transpose(1, 2, 0)

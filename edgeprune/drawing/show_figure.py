@@ -106,7 +106,7 @@ def _panels(levels: Levels, sites: Sites, prune: PruneRecord, width: float, pen:
     size = min(17.0, *(16.5 * side / pen.length(caption, 17) for caption in captions))
     for i, (caption, site) in enumerate(zip(captions, [None, *sites], strict=True)):
         x, y = round(i % columns * across), round(i // columns * down)
-        sheet.picture(x, y, side, tall, _pixels(levels, site, prune.grid, side))
+        sheet.raster(x, y, side, tall, _pixels(levels, site, prune.grid, side))
         sheet.text(x + (side - pen.length(caption, size)) / 2, y + tall + 24, caption, size)
     if legend:
         _legend(sheet, rows * down - GAP, any(site.merged for site in sites))

@@ -15,10 +15,10 @@ from edgeprune.drawing.canvas import (
     Colour,
     Disc,
     Line,
-    Picture,
     Placed,
     Point,
     Polygon,
+    Raster,
     Sheet,
     Text,
 )
@@ -62,13 +62,13 @@ def _marks(sheet: Sheet, left: float, top: float) -> Iterator[str]:
                 yield f'<polygon points="{points}" fill="{_hex(mark.colour)}"/>'
             case Text():
                 yield _text(mark, sheet, left, top)
-            case Picture():
+            case Raster():
                 yield f'<image {_place(mark, left, top)} href="{_embedded(mark)}"/>'
             case Placed():
                 yield from _marks(mark.sheet, left + mark.x, top + mark.y)
 
 
-def _place(mark: Box | Picture, left: float, top: float) -> str:
+def _place(mark: Box | Raster, left: float, top: float) -> str:
     x, y = mark.x + left, mark.y + top
     return f'x="{x:.2f}" y="{y:.2f}" width="{mark.width:.2f}" height="{mark.height:.2f}"'
 
@@ -96,11 +96,11 @@ def _printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-def _embedded(picture: Picture) -> str:
+def _embedded(raster: Raster) -> str:
     """The image as PNG inside the file."""
-    size = round(picture.width * DOTS), round(picture.height * DOTS)
+    size = round(raster.width * DOTS), round(raster.height * DOTS)
     encoded = io.BytesIO()
-    Image.fromarray(picture.pixels(*size)).save(encoded, "PNG", optimize=True)
+    Image.fromarray(raster.pixels(*size)).save(encoded, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 

@@ -16,7 +16,7 @@ from edgeprune.models._checkpoint import Checkpoint, locate
 from edgeprune.models._family import Elsewhere
 from edgeprune.models._format import check_format
 from edgeprune.models._lora import base_of
-from edgeprune.models._media import Asked
+from edgeprune.models._media import InputOptions
 from edgeprune.models._stored import read_json
 from edgeprune.tiling import Size
 
@@ -44,15 +44,15 @@ def open_model(
     revision: str | None = None,
     *,
     size: Size | None = None,
-    pictures: int = 1,
+    images: int = 1,
     frames: int | None = None,
 ) -> Adapter:
     """The adapter of a checkpoint: a local folder, a hub id, or `demo` for the embedded model.
 
-    `size` is that of the pictures to freeze for, `pictures` their number in a prompt, `frames` that
+    `size` is that of the images to freeze for, `images` their number in a prompt, `frames` that
     of a video in their place; None is the family's default.
     """
-    asked = Asked(size, pictures, frames)
+    asked = InputOptions(size, images, frames)
     if model == "demo":
         from edgeprune.demo import MODEL_DIR
 
@@ -65,7 +65,7 @@ def open_model(
     adapter = _family_of(model, config)(Checkpoint.open(folder, lora), asked)
     if adapter.shape.visual_tokens >= adapter.shape.max_positions:
         raise ModelError(
-            f"a picture of this size has {adapter.shape.visual_tokens} visual tokens, the decoder"
+            f"an image of this size has {adapter.shape.visual_tokens} visual tokens, the decoder"
             f" takes {adapter.shape.max_positions} (or attends to no more); choose a smaller"
             " --image-size"
         )

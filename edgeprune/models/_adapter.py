@@ -13,7 +13,7 @@ from edgeprune.errors import ModelError
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._family import Family
 from edgeprune.models._format import check_stored, why_missing
-from edgeprune.models._layers import Linear, set_tables
+from edgeprune.models._layers import Linear, compute_buffers
 from edgeprune.models._lora import MERGE
 from edgeprune.models._names import Stored
 from edgeprune.models._ops import TorchOps
@@ -131,7 +131,7 @@ class Adapter(Family):
     def load(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Fill a module built on the meta device with weights; returns it ready to run."""
         module.to_empty(device="cpu").to(dtype)
-        set_tables(module, dtype)
+        compute_buffers(module, dtype)
         parameters = dict(module.named_parameters())
         for name, source in self.sources(module).items():
             parameters[name].data.copy_(self.read(source, dtype))

@@ -1,4 +1,4 @@
-"""LLaVA's way to high resolution: a view of the whole picture, then its tiles as one large raster.
+"""LLaVA's way to high resolution: a view of the whole image, then its tiles as one large raster.
 
 Rows and columns of the raster that show nothing but padding are left out, and each row ends in a
 newline token of the model's own.
@@ -15,7 +15,7 @@ from edgeprune.tiling import Size, Tiling, fit_canvas, fitted, shown
 
 
 def anyres_tiling(choices: Iterable[Iterable[int]], encoder: EncoderConfig, size: Size) -> Tiling:
-    """The tiles of a picture of `size`; `choices` are heights and widths of a canvas in pixels."""
+    """The tiles of an image of `size`; `choices` are heights and widths of a canvas in pixels."""
     canvas = fit_canvas(size, [Size(*choice) for choice in choices])
     tiling = Tiling(
         kind="fit",
@@ -36,7 +36,7 @@ def anyres_tiling(choices: Iterable[Iterable[int]], encoder: EncoderConfig, size
 
 
 def anyres_layout(tiling: Tiling) -> Layout:
-    """The reading order: the whole picture, then row after row of the raster."""
+    """The reading order: the whole image, then row after row of the raster."""
     side = tiling.tokens
     top, left, height, width = shown(tiling.grid, Size(tiling.height, tiling.width))
     order = list(range(side**2))

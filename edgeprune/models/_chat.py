@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError, brief
-from edgeprune.models._media import RUN, Media, Turns
+from edgeprune.models._media import IMAGE_SLOT, Media, Turns
 from edgeprune.models._stored import read_json, read_text
 from edgeprune.models._tokenizer import read_tokenizer
 
@@ -26,7 +26,7 @@ class Chat:
         """The whole prompt, one visual token for each run of them: int64 [n]."""
         written, token = map(self._token, (media.placeholder, media.token))
         text = self._written(media, question, written)
-        text = text.replace(written, media.spelled.replace(RUN, token))
+        text = text.replace(written, media.spelled.replace(IMAGE_SLOT, token))
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
         return torch.tensor(self.tokenizer(text, add_special_tokens=special)["input_ids"])

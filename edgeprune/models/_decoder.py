@@ -1,6 +1,6 @@
 """The decoder forward, written once: run eagerly it is the reference, traced it is decoder.onnx.
 
-One call takes text before the picture (P tokens), visual tokens (V) and text after it (T), any of
+One call takes text before the image (P tokens), visual tokens (V) and text after it (T), any of
 the first two possibly none: prefill has all three, decode has T = 1, a later turn has T = n.
 Between layers where the plan's count falls, the policy picks which visual tokens go on; their
 positions go with them. Every layer has its own cache and its own length.
@@ -23,7 +23,7 @@ from edgeprune.models._layers import (
     RMSNorm,
     Scores,
     Sum,
-    Tabled,
+    WithBuffers,
     join_heads,
     split_heads,
 )
@@ -55,7 +55,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Seen:
+class AttentionStates:
     """Queries and keys of one layer, [1, heads, S, head], before and after rotary embedding."""
 
     query: Tensor
@@ -114,7 +114,7 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
-    ) -> tuple[Tensor, Cache, Seen]:
+    ) -> tuple[Tensor, Cache, AttentionStates]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
         ops = self.ops
         query, key, value = self.attention.project(self.attention_norm(hidden))
@@ -126,7 +126,7 @@ class DecoderLayer(nn.Module):
         mixed = self.scores(rotated_query, keys, values, causal)
         hidden = self.residual(hidden, self.attention.output(join_heads(mixed)))
         hidden = self.residual(hidden, self.mlp(self.mlp_norm(hidden)))
-        seen = Seen(query, key, rotated_query, rotated_key)
+        seen = AttentionStates(query, key, rotated_query, rotated_key)
         return hidden, Cache(keys, values, cache.start, cache.end), seen
 
 
@@ -174,7 +174,7 @@ class PruneInput(nn.Module):
         return chosen.of(visual), chosen.at
 
 
-class Decoder(Tabled):
+class Decoder(WithBuffers):
     """A LLaMA-like decoder with a pruning policy built in."""
 
     def __init__(
@@ -199,7 +199,7 @@ class Decoder(Tabled):
         self.cos: Tensor
         self.sin: Tensor
 
-    def set_tables(self, dtype: torch.dtype) -> None:
+    def compute_buffers(self, dtype: torch.dtype) -> None:
         """Compute the rotary tables in float32, as transformers does, then round them."""
         cos, sin = self.config.rope.tables(self.config.max_positions)
         self.cos, self.sin = cos.to(dtype), sin.to(dtype)
@@ -257,14 +257,14 @@ class Decoder(Tabled):
 
     @property
     def span(self) -> int:
-        """Positions that a picture takes."""
+        """Positions that an image takes."""
         mrope = self.config.mrope
         return self.plan.entering if mrope is None else mrope.span
 
     def _place(
         self, first: Tensor, segments: Segments, visual_indices: Tensor | None
     ) -> tuple[Rotary, Tensor, Anchors]:
-        """Rotary tables, the row of each token in them [1, S], those of the picture's anchors."""
+        """Rotary tables, the row of each token in them [1, S], those of the image's anchors."""
         mrope = self.config.mrope
         if mrope is None:
             last = first + segments.total - 1
@@ -298,7 +298,7 @@ class Decoder(Tabled):
         index: int,  # of the layer just run
         segments: Segments,
         hidden: Tensor,  # [1, S, width]
-        seen: Seen,
+        seen: AttentionStates,
         rotary: Rotary,
         rows: Tensor,  # [S]
         anchors: Anchors,

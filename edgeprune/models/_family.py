@@ -22,7 +22,7 @@ from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._image_record import Reader, read_image_processor
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import Asked, Media, Takes
+from edgeprune.models._media import InputOptions, Media, Takes
 from edgeprune.models._names import Stored, TensorNames
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._text import decoder_config
@@ -63,7 +63,7 @@ class Family(ABC):
 
     checkpoint: Checkpoint
     config: Any  # transformers', of the family
-    asked: Asked
+    asked: InputOptions
     frozen: Size | None  # the size of images, where the processor leaves it open
     encoder: EncoderConfig | TowerConfig
     tiling: Tiling | None  # the tiles that an image is cut into, where it is
@@ -71,7 +71,7 @@ class Family(ABC):
     vision_config: VisionConfig
     decoder_config: DecoderConfig
 
-    def __init__(self, checkpoint: Checkpoint, asked: Asked) -> None:
+    def __init__(self, checkpoint: Checkpoint, asked: InputOptions) -> None:
         self.checkpoint, self.asked = checkpoint, asked
         self.config = read_config(checkpoint, self.config_class())
         asked.check(self.config.model_type, self.takes)
@@ -107,7 +107,7 @@ class Family(ABC):
 
     def read_media(self) -> Media:
         """What a prompt shows, and how chat template and processor spell it."""
-        return Media.images(self.config, self.asked.pictures)
+        return Media.of_images(self.config, self.asked.images)
 
     @abstractmethod
     def read_layout(self) -> Layout:
@@ -184,7 +184,7 @@ class Family(ABC):
     @property
     def shown(self) -> int:
         """Images or frames of a prompt."""
-        return self.asked.frames or self.asked.pictures
+        return self.asked.frames or self.asked.images
 
     @cached_property
     def between(self) -> list[list[int]]:

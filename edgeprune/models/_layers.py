@@ -98,18 +98,18 @@ class Scores(Part):
         return attend(query, key, value, mask, self.scale)
 
 
-class Tabled(nn.Module):
-    """A module with buffers that are computed, not stored: [] until `set_tables` fills them."""
+class WithBuffers(nn.Module):
+    """A module whose buffers are computed, not stored: [] until `compute_buffers` fills them."""
 
-    def set_tables(self, dtype: torch.dtype) -> None:
+    def compute_buffers(self, dtype: torch.dtype) -> None:
         raise NotImplementedError
 
 
-def set_tables(module: nn.Module, dtype: torch.dtype) -> None:
+def compute_buffers(module: nn.Module, dtype: torch.dtype) -> None:
     """Fill the tables of a module and of all in it; a module built on the meta device has none."""
     for part in module.modules():
-        if isinstance(part, Tabled):
-            part.set_tables(dtype)
+        if isinstance(part, WithBuffers):
+            part.compute_buffers(dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

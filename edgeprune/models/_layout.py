@@ -1,4 +1,4 @@
-"""How what a vision encoder says of a picture's tiles becomes the visual tokens of the decoder."""
+"""How what a vision encoder says of an image's tiles becomes the visual tokens of the decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEWLINE = -1
 class Layout:
     """The reading order of the V visual tokens of a prompt, for one frozen input size.
 
-    A tile, or a whole picture or frame, of `side` x `side` patches has (side / merge)^2 tokens.
+    A tile, or a whole image or frame, of `side` x `side` patches has (side / merge)^2 tokens.
     `order` names for each visual token the tile token that it is, counted over all tiles, or as
     -1 - n the fixed token n: the newline, then [CLS] of each tile if `cls`, then those of `text`.
     """
@@ -32,7 +32,7 @@ class Layout:
     # projected ones resized to half a side (rounded up) by bilinear interpolation
     newline: bool = False  # whether there is one
     cls: bool = False  # whether [CLS] tokens are read too
-    text: tuple[int, ...] = ()  # ids of text between pictures
+    text: tuple[int, ...] = ()  # ids of text between images
 
     @classmethod
     def plain(
@@ -101,7 +101,7 @@ class Layout:
 
     def ids(self, token: int) -> tuple[int, ...]:
         """Ids of the V visual tokens in transformers' `input_ids`: `token`, or text between
-        pictures."""
+        images."""
         first = int(self.newline) + (self.tiles if self.cls else 0)
         return tuple(
             self.text[-1 - source - first] if source < -first else token for source in self.order
@@ -113,7 +113,7 @@ class Layout:
         return self.pool == "resize"
 
     def chained(self, between: Sequence[Sequence[int]]) -> Layout:
-        """The same once more after each run of text, given as ids; for pictures in one prompt."""
+        """The same once more after each run of text, given as ids; for images in one prompt."""
         order, size = list(self.order), self.tiles * self.tile_grid[0] * self.tile_grid[1]
         times, (rows, columns) = len(between) + 1, self.grid
         text, first = list[int](), int(self.newline) + (times * self.tiles if self.cls else 0)
@@ -126,7 +126,7 @@ class Layout:
         return replace(self, tiles=tiles, order=tuple(order), grid=grid, text=tuple(text))
 
     def _moved(self, source: int, number: int, size: int) -> int:
-        """What stands in a picture's place in the one that comes `number` pictures later, each of
+        """What stands in an image's place in the one that comes `number` images later, each of
         `size` tile tokens; all share the newline."""
         if source >= 0:
             return source + number * size

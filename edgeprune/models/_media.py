@@ -10,31 +10,31 @@ from edgeprune.tiling import Size
 
 MOST = 4096
 """Images or frames of a prompt; a bundle's manifest takes no more."""
-RUN = "{}"
+IMAGE_SLOT = "{}"
 """In a spelling, a run of visual tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InputOptions:
     """What a user wants a bundle frozen for; None is the family's default."""
 
-    size: Size | None = None  # of the pictures
-    pictures: int = 1  # in one prompt
-    frames: int | None = None  # of a video in place of pictures
+    size: Size | None = None  # of the images
+    images: int = 1  # in one prompt
+    frames: int | None = None  # of a video in place of images
 
     def __post_init__(self) -> None:
-        asked = (self.pictures, 1 if self.frames is None else self.frames)
+        asked = (self.images, 1 if self.frames is None else self.frames)
         if wrong := [number for number in asked if not 1 <= number <= MOST]:
-            raise SpecError(f"--pictures and --frames are from 1 to {MOST:,}; got {wrong[0]}")
-        if self.pictures > 1 and self.frames is not None:
-            raise SpecError("a bundle takes pictures or a video: leave out --pictures or --frames")
+            raise SpecError(f"--num-images and --frames are from 1 to {MOST:,}; got {wrong[0]}")
+        if self.images > 1 and self.frames is not None:
+            raise SpecError("a bundle takes images or a video: leave out --num-images or --frames")
 
     def check(self, family: str, takes: Takes) -> None:
         """SpecError where a family does not take what is asked."""
-        if self.pictures > 1 and not takes.several:
-            raise SpecError(f"{family} bundles take one picture, --pictures asks for more")
+        if self.images > 1 and not takes.several:
+            raise SpecError(f"{family} bundles take one image, --num-images asks for more")
         if self.frames is not None and not takes.frames:
-            raise SpecError(f"{family} bundles take pictures, not videos; leave out --frames")
+            raise SpecError(f"{family} bundles take images, not videos; leave out --frames")
         if self.frames is not None and self.size is not None and not takes.sized_frames:
             raise SpecError("frames have the model's own size; leave out --image-size")
 
@@ -59,18 +59,18 @@ class Turns:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """The pictures or the video of a prompt."""
+    """The images or the video of a prompt."""
 
     placeholder: int  # id of the token that a chat template writes for one
     token: int  # id of a visual token
     part: str = "image"  # their type among the contents of a message: image or video
     count: int = 1
-    spelled: str = RUN  # what the checkpoint's processor puts in a placeholder's place
+    spelled: str = IMAGE_SLOT  # what the checkpoint's processor puts in a placeholder's place
     assumed: Turns | None = None  # for one image, where a checkpoint has no chat template
 
     @classmethod
-    def images(
-        cls, config: Any, count: int, spelled: str = RUN, assumed: Turns | None = None
+    def of_images(
+        cls, config: Any, count: int, spelled: str = IMAGE_SLOT, assumed: Turns | None = None
     ) -> Media:
         token = int(config.image_token_id)
         assumed = assumed if count == 1 else None
@@ -79,10 +79,10 @@ class Media:
     @property
     def around(self) -> tuple[str, str]:
         """Text before the first run of visual tokens and after the last, inside the placeholder."""
-        pieces = self.spelled.split(RUN)
+        pieces = self.spelled.split(IMAGE_SLOT)
         return pieces[0], pieces[-1]
 
     @property
     def runs(self) -> int:
         """Runs of visual tokens in a prompt."""
-        return self.count * self.spelled.count(RUN)
+        return self.count * self.spelled.count(IMAGE_SLOT)

@@ -12,7 +12,7 @@ OVERHEAD = 1.3
 
 def needed_bytes(adapter: Adapter, element: int = 4) -> int:
     """Bytes that the weights take with elements of `element` bytes, overhead included."""
-    return int(OVERHEAD * adapter.checkpoint.elements() * element)
+    return int(OVERHEAD * adapter.checkpoint.num_parameters() * element)
 
 
 def fits(adapter: Adapter, element: int = 4) -> bool:

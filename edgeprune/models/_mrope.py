@@ -1,8 +1,8 @@
 """M-RoPE: every token has three positions, and each pair of a head turns by one of them.
 
 Time, row and column (Qwen2-VL, Sec. 2.1). A text token's three are equal. A visual token's are
-those of its place in the picture or video, added to the position where that starts. Text goes on
-after the largest of them, so a picture takes fewer positions than it has tokens. (transformers 5.23
+those of its place in the image or video, added to the position where that starts. Text goes on
+after the largest of them, so an image takes fewer positions than it has tokens. (transformers 5.23
 overlooks times there, which matters where a video is longer than high or wide.) Pruned tokens leave
 gaps: nobody moves up.
 """
@@ -20,7 +20,7 @@ from edgeprune.policies._signals import Segments
 
 
 class Grid(NamedTuple):
-    """The tokens of a picture, or of a video whose spans of frames stand at some times."""
+    """The tokens of an image, or of a video whose spans of frames stand at some times."""
 
     rows: int
     columns: int
@@ -37,12 +37,12 @@ class MRope:
     """How a head's pairs are shared out, and where the V visual tokens of a prompt stand."""
 
     sections: tuple[int, ...]  # pairs of a head that turn by time, by row, by column
-    places: tuple[tuple[int, int, int], ...]  # of each, from the position of the first picture
+    places: tuple[tuple[int, int, int], ...]  # of each, from the position of the first image
     span: int  # positions that they take together
 
     @classmethod
     def of(cls, sections: tuple[int, ...], *parts: Grid | int) -> MRope:
-        """Pictures one after the other, with so many text tokens between them."""
+        """Images one after the other, with so many text tokens between them."""
         places, start = list[tuple[int, int, int]](), 0
         for part in parts:
             if isinstance(part, int):

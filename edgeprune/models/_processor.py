@@ -1,4 +1,4 @@
-"""The checkpoint's own processor: a picture and a prompt become the three inputs of a prefill."""
+"""The checkpoint's own processor: an image and a prompt become the three inputs of a prefill."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture with one question, as tensors."""
+    """One image with one question, as tensors."""
 
     pixels: Tensor  # float32 [tiles, 3, H, W]
-    prefix_ids: Tensor  # int64 [1, P], before the picture
+    prefix_ids: Tensor  # int64 [1, P], before the image
     text_ids: Tensor  # int64 [1, T], after it
 
 
@@ -33,7 +33,7 @@ class Processor:
     """A checkpoint's tokenizer, chat template and image processor; none of its code is run.
 
     They are read by themselves: a processor of transformers asks for torchvision where the family
-    knows video too. Pictures are always resized by Pillow, as at run time.
+    knows video too. Images are always resized by Pillow, as at run time.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -48,7 +48,7 @@ class Processor:
     def __call__(self, image: Image | Sequence[Image], question: str) -> Prompt:
         """Tensors for one question, wrapped in the checkpoint's chat template.
 
-        One picture alone fills every place of a bundle for several, or every frame of a video.
+        One image alone fills every place of a bundle for several, or every frame of a video.
         """
         prefix_ids, _, text_ids = self.chat.split(self.adapter.media, question)
         shown = list(image) if isinstance(image, Sequence) else [image]

@@ -1,4 +1,4 @@
-"""What Qwen2-VL and Qwen2.5-VL share: pictures of any size, frozen to one; M-RoPE; 2 x 2 merger.
+"""What Qwen2-VL and Qwen2.5-VL share: images of any size, frozen to one; M-RoPE; 2 x 2 merger.
 
 The input size is the bundle's: both sides are multiples of patch times merge (28 pixels), and each
 such square is one visual token. A video has one for each square of each pair of frames.
@@ -120,7 +120,7 @@ class Adapter(_adapter.Adapter):
         return self.shown, 3, *self.vision_config.encoder.size
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
-        """The vision tower for a picture of rows x columns patches."""
+        """The vision tower for an image of rows x columns patches."""
         raise NotImplementedError
 
     def look(self, image_processor: Any, image: Image.Image) -> Tensor:
@@ -156,7 +156,7 @@ class Adapter(_adapter.Adapter):
 
 
 def _grid(config: Any, size: Size, step: int) -> tuple[int, int]:
-    """Rows and columns of patches of a picture of a frozen size."""
+    """Rows and columns of patches of an image of a frozen size."""
     if size.width % step or size.height % step:
         width, height = (max(1, round(side / step)) * step for side in (size.width, size.height))
         raise SpecError(

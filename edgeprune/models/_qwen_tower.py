@@ -1,6 +1,6 @@
 """The vision transformer of Qwen2-VL and Qwen2.5-VL: any size, positions by rotation only.
 
-A patch spans two frames, a still picture being both. Queries and keys turn by the patch's row and
+A patch spans two frames, a still image being both. Queries and keys turn by the patch's row and
 column. Qwen2-VL has LayerNorms, a plain MLP and full attention in all blocks; Qwen2.5-VL has RMS
 norms, a gated MLP, and attention within windows in most blocks. For a frozen size the windows are
 known, so patches are put in their order once, by one gather, and back at the end.
@@ -23,7 +23,7 @@ from edgeprune.models._layers import (
     RMSNorm,
     Scores,
     Sum,
-    Tabled,
+    WithBuffers,
     join_heads,
     split_heads,
 )
@@ -37,7 +37,7 @@ EPS = 1e-6
 class Windows:
     """Patches sorted by window: `runs` of (windows, patches of each), all of a run of one shape.
 
-    A picture whose sides are multiples of the window's has one run; else the windows cut off at the
+    An image whose sides are multiples of the window's has one run; else the windows cut off at the
     right, at the bottom and in the corner are runs of their own.
     """
 
@@ -65,7 +65,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """Sizes of the transformer, and the frozen size of a picture."""
+    """Sizes of the transformer, and the frozen size of an image."""
 
     blocks: int
     width: int
@@ -81,11 +81,11 @@ class TowerConfig:
     window: int = 0  # patches a side of a window; 0: full attention in every block
     full: tuple[int, ...] = ()  # blocks with full attention all the same
     cls: bool = False
-    still: bool = True  # each picture stands for all frames of a patch; else they come one by one
+    still: bool = True  # each image stands for all frames of a patch; else they come one by one
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a picture in pixels."""
+        """Height and width of an image in pixels."""
         return self.rows * self.patch, self.columns * self.patch
 
     @property
@@ -182,7 +182,7 @@ class Block(nn.Module):
         return mixed.reshape(tiles, windows * patches, width), query, key
 
 
-class QwenTower(Tabled):
+class QwenTower(WithBuffers):
     """Pixels [frames, 3, H, W] to normed features, and queries and keys, in reading order."""
 
     def __init__(self, config: TowerConfig, ops: TorchOps) -> None:
@@ -200,7 +200,7 @@ class QwenTower(Tabled):
         self.cos: Tensor
         self.sin: Tensor
 
-    def set_tables(self, dtype: torch.dtype) -> None:
+    def compute_buffers(self, dtype: torch.dtype) -> None:
         """Angles of each patch, half by its row, half by its column, as `order` has them."""
         config = self.config
         pairs = config.width // config.heads // 4  # of a head, that turn by the row

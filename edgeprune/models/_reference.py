@@ -26,7 +26,7 @@ class Step:
 
 
 class Reference:
-    """A dialogue about one picture, batch 1."""
+    """A dialogue about one image, batch 1."""
 
     def __init__(self, vision: nn.Module, decoder: Decoder, capacity: int = 256) -> None:
         self.vision, self.decoder, self.room = vision, decoder, capacity
@@ -92,7 +92,7 @@ class Reference:
 
     @torch.no_grad()
     def prefill(self, prompt: Prompt) -> Step:
-        """A picture and a first question; `visual` and `vision_kept` are the vision module's."""
+        """An image and a first question; `visual` and `vision_kept` are the vision module's."""
         self.restart()
         self.visual, self.vision_kept = self.vision(prompt.pixels.to(self.dtype))
         return self._run(prompt.prefix_ids, self.visual, prompt.text_ids, self.vision_kept)

@@ -37,7 +37,7 @@ class TensorFiles:
         """A tensor's dtype as safetensors names it, such as `BF16` or `F8_E4M3`."""
         return self._headers[name][1]
 
-    def elements(self) -> int:
+    def num_parameters(self) -> int:
         """How many numbers all tensors hold."""
         return sum(math.prod(self.shape(name)) for name in self.files)
 

@@ -41,16 +41,16 @@ def refuse(config: Any, demands: dict[str, bool]) -> None:
 
 
 def one_size(asked: Size | None, side: int) -> None:
-    """SpecError where a family that takes every picture in one size is asked for another."""
+    """SpecError where a family that takes every image in one size is asked for another."""
     if asked not in (None, (side, side)):
         raise SpecError(
-            f"this model takes every picture as {side} x {side} pixels, --image-size asks for"
+            f"this model takes every image as {side} x {side} pixels, --image-size asks for"
             f" {asked}; leave it out"
         )
 
 
 def one_tile(config: Any, side: int) -> Layout:
-    """The patches of a picture of one tile, [CLS] before them where the projector reads it too."""
+    """The patches of an image of one tile, [CLS] before them where the projector reads it too."""
     return Layout.with_cls(side) if _reads_cls(config) else Layout.plain(side)
 
 

@@ -14,7 +14,7 @@ _SPARE = re.compile(
     r"rotary_emb\.inv_freq$"  # computed from config.json
     r"|\.position_ids$"  # 0, 1, 2, ...
     r"|\.post_layernorm\."  # after the last block, of which the projector reads nothing
-    r"|vision_model\.head\."  # SigLIP's, for one vector a picture
+    r"|vision_model\.head\."  # SigLIP's, for one vector an image
     r"|\.mask_token$"  # of training
     r"|image_newline$"  # ends rows of tiles, which a bundle for frames has not
 )

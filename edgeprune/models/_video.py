@@ -44,7 +44,7 @@ def frame_processor(checkpoint: Checkpoint) -> Any:
 
 
 def clip_processor(own: Any) -> Any:
-    """Pillow doing to a picture what the settings of an image processor of CLIP's kind say."""
+    """Pillow doing to an image what the settings of an image processor of CLIP's kind say."""
     return _clip({name: getattr(own, name) for name in SETTINGS})
 
 

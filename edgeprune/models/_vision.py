@@ -73,7 +73,7 @@ class Projector(nn.Module):
 class Fixed(nn.Module):
     """Puts tokens that are no tile's between those of the tiles; none of them is dropped here.
 
-    They are the model's newline, [CLS] where it is read too, and text between pictures.
+    They are the model's newline, [CLS] where it is read too, and text between images.
     """
 
     def __init__(self, layout: Layout, width: int) -> None:

@@ -13,7 +13,7 @@ from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, tiled
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import RUN, Media, Takes
+from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames
 from edgeprune.models._stored import read_json
 from edgeprune.models._towers import projector
@@ -21,7 +21,7 @@ from edgeprune.models._video import FRAME_READERS, frame_processor
 from edgeprune.models._vision import ProjectorConfig
 from edgeprune.tiling import Size, Tiling, grids, stretch_grid
 
-PICTURE = f"<img>{RUN}</img>"
+IMAGE = f"<img>{IMAGE_SLOT}</img>"
 
 
 TOWER = {
@@ -79,10 +79,10 @@ class Adapter(_adapter.Adapter):
 
     def read_media(self) -> Media:
         if self.asked.frames is None:
-            return Media.images(self.config, self.asked.pictures, PICTURE)
+            return Media.of_images(self.config, self.asked.images, IMAGE)
         tokenizer = Chat(self.checkpoint.folder).tokenizer
         placeholder = tokenizer.convert_tokens_to_ids(tokenizer.video_token)
-        spelled = "\n".join(f"Frame{i}: {PICTURE}" for i in range(1, self.asked.frames + 1))
+        spelled = "\n".join(f"Frame{i}: {IMAGE}" for i in range(1, self.asked.frames + 1))
         return Media(placeholder, int(self.config.image_token_id), "video", spelled=spelled)
 
     def read_layout(self) -> Layout:
@@ -133,17 +133,17 @@ def _encoder(config: Any) -> EncoderConfig:
 def _tiling(
     checkpoint: Checkpoint, encoder: EncoderConfig, merge: int, size: Size | None
 ) -> Tiling:
-    """The grid that the checkpoint's processor gives a picture of the asked size, or one tile."""
+    """The grid that the checkpoint's processor gives an image of the asked size, or one tile."""
     settings = _settings(checkpoint)
     least, most = settings.get("min_patches", 1), settings.get("max_patches", 12)
-    picture = size or Size(encoder.image, encoder.image)
-    rows, columns = stretch_grid(picture, encoder.image, least, most)
+    image = size or Size(encoder.image, encoder.image)
+    rows, columns = stretch_grid(image, encoder.image, least, most)
     return Tiling(
         kind="stretch",
         rows=rows,
         columns=columns,
-        height=picture.height,
-        width=picture.width,
+        height=image.height,
+        width=image.width,
         tile=encoder.image,
         tokens=encoder.side // merge,
         overview="last" if rows * columns > 1 else "none",

@@ -24,7 +24,7 @@ class Adapter(_llava.Adapter):
         return LlavaConfig
 
     def read_media(self) -> Media:
-        return Media.images(self.config, self.asked.pictures, assumed=TURNS)
+        return Media.of_images(self.config, self.asked.images, assumed=TURNS)
 
     def read_layout(self) -> Layout:
         one_size(self.asked.size, self.encoder.image)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: LLaVA-NeXT for pictures; with --frames a video, 2 x 2 patches a token."""
+"""LLaVA-NeXT-Video: LLaVA-NeXT for images; with --frames a video, 2 x 2 patches a token."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Adapter(_llava.Adapter):
         side = self.encoder.image
         if self.asked.frames is not None:
             return None
-        if self.asked.pictures > 1:
+        if self.asked.images > 1:
             one_size(self.asked.size, side)
             return None
         size = self.asked.size or Size(side, side)
@@ -76,7 +76,7 @@ def _ended(layout: Layout) -> Layout:
 
 
 def square_processor(own: Any) -> Any:
-    """What the family's image processor does to each of several pictures: padding to a square of
+    """What the family's image processor does to each of several images: padding to a square of
     the mean colour, and resizing."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 

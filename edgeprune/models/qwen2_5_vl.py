@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL, with window attention in the vision tower; pictures or a video."""
+"""Qwen2.5-VL: as Qwen2-VL, with window attention in the vision tower; images or a video."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL: pictures or a video of any size, frozen to one; its own vision tower, M-RoPE."""
+"""Qwen2-VL: images or a video of any size, frozen to one; its own vision tower, M-RoPE."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._image_record import Reader, count, levels, resample, unsupported
 from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import RUN, Media
+from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._names import TensorNames
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._towers import one_size
 
-IMAGE = f"<fake_token_around_image><global-img>{RUN}<fake_token_around_image>"
+IMAGE = f"<fake_token_around_image><global-img>{IMAGE_SLOT}<fake_token_around_image>"
 """How the processor spells an image of one tile."""
 LONGEST = 4096
 """Pixels of the longest side to which the image processor resizes at most."""
@@ -73,7 +73,7 @@ class Adapter(_adapter.Adapter):
         )
 
     def read_media(self) -> Media:
-        return Media.images(self.config, self.asked.pictures, IMAGE)
+        return Media.of_images(self.config, self.asked.images, IMAGE)
 
     def read_layout(self) -> Layout:
         one_size(self.asked.size, self.encoder.image)

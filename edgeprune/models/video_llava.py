@@ -1,4 +1,4 @@
-"""Video-LLaVA: pictures of 256 patches; with --frames a video, [CLS] of each frame read too."""
+"""Video-LLaVA: images of 256 patches; with --frames a video, [CLS] of each frame read too."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Policy:
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     sites: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[tuple[str, ...]] = ()  # beside the picture: text, [CLS], calibration
+    needs: ClassVar[tuple[str, ...]] = ()  # beside the image: text, [CLS], calibration
     stands_in: ClassVar[str] = ""  # what is here in place of a part of the published method
     reads_text: ClassVar[bool] = False  # whether what stays of an image depends on the text
 
@@ -106,7 +106,7 @@ class Policy:
         """What enters layer 1: live.keep + live.merged tokens.
 
         `live` is the stage with the sizes of this call, at most the live tokens: in the decoder's
-        graph they are symbolic, and all 0 where a call has no picture.
+        graph they are symbolic, and all 0 where a call has no image.
         """
         raise SpecError(f"{type(self).__module__} does not prune at the decoder's input")
 

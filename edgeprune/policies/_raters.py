@@ -10,7 +10,7 @@ MARGIN = 1e-6
 """By how much, relatively, a share must pass the mean: rounding alone makes no rater."""
 
 
-def likeness(visual: Tensor, text: Tensor, scale: float = 1.0) -> Tensor:
+def similarity(visual: Tensor, text: Tensor, scale: float = 1.0) -> Tensor:
     """Softmax over the text tokens of their dot products with each visual token, times `scale`.
 
     [n, width], [T, width] -> float32 [n, T].
@@ -19,9 +19,9 @@ def likeness(visual: Tensor, text: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def raters(shares: Tensor) -> Tensor:
-    """Weights of the text tokens, 1 / |R| for raters and else 0: likeness [n, T] -> float32 [T].
+    """Weights of the text tokens, 1 / |R| for raters and else 0: similarity [n, T] -> float32 [T].
 
-    R holds the text tokens with more than the mean likeness to all visual tokens, which is 1 / T;
+    R holds the text tokens with more than the mean similarity to all visual tokens, which is 1 / T;
     where none has more, all are raters.
     """
     given = total(shares, 0)

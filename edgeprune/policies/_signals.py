@@ -23,7 +23,7 @@ WEIGHTS = 1 << 24
 
 @dataclass(frozen=True)
 class Segments:
-    """Lengths of the three runs of a sequence: text before the picture, the picture, text after."""
+    """Lengths of the three runs of a sequence: text before the image, the image, text after."""
 
     prefix: int
     visual: int
@@ -36,7 +36,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class BlockSignals:
-    """Inside an encoder block, between attention and MLP; a picture of one tile."""
+    """Inside an encoder block, between attention and MLP; an image of one tile."""
 
     key: Tensor  # [1, heads, S, head], of the block's tokens, [CLS] first where there is one
     block: int  # which it is, from 0
@@ -53,7 +53,7 @@ class BlockSignals:
 class VisionSignals:
     """Inside the encoder block whose output the projector reads (CLIP: the last but one).
 
-    A picture is one tile or several, each encoded by itself; a visual token is one patch or several
+    An image is one tile or several, each encoded by itself; a visual token is one patch or several
     merged, and tokens stand in the decoder's reading order.
     """
 
@@ -146,12 +146,12 @@ class InputSignals:
     """At the decoder's input, where projected visual tokens and text embeddings share a space."""
 
     visual: Tensor  # [1, n, D]; n = 0 in decode steps and later turns
-    visual_tokens: int  # n of a picture, known before tracing
-    text: Tensor | None = None  # [1, T, D], after the picture; only at stages with `text`
+    visual_tokens: int  # n of an image, known before tracing
+    text: Tensor | None = None  # [1, T, D], after the image; only at stages with `text`
     tile_of: tuple[int, ...] = ()  # of each visual token, its tile; empty where there is one
 
     def question(self) -> Tensor:
-        """Embeddings of the text after the picture: [T, D]."""
+        """Embeddings of the text after the image: [T, D]."""
         if self.text is None:
             raise SpecError("the text is known in the decoder only: give the stage text=True")
         return self.text[0]
@@ -166,7 +166,7 @@ class InputSignals:
 
 @dataclass(frozen=True)
 class Anchors:
-    """Rows of the rotary tables, each int64 [1], for three of the positions p1 .. p2 that a picture
+    """Rows of the rotary tables, each int64 [1], for three of the positions p1 .. p2 that an image
     takes: p1, p' = floor((p1 + p2) / 2 + 1/2) and p2; under M-RoPE of each of the three by itself.
     """
 
@@ -188,8 +188,8 @@ class LayerSignals:
     cos: Tensor  # [n, head / 2], rotary tables
     sin: Tensor
     rows: Tensor  # int64 [S], each token's row of the tables
-    anchors: Anchors  # the whole picture's, whatever is left of it
-    visual_tokens: int  # of a picture, that entered this layer, known before tracing
+    anchors: Anchors  # the whole image's, whatever is left of it
+    visual_tokens: int  # of an image, that entered this layer, known before tracing
     inputs: InputSignals  # what entered layer 1
     factor: float = 1.0  # of the rotary tables, beside 1 where a model's context is stretched
     scale: float | None = None  # of products of queries and keys; None: head ** -0.5
@@ -202,7 +202,7 @@ class LayerSignals:
 
     @property
     def text(self) -> Tensor:
-        """Hidden states of the text after the picture, [1, T, width]."""
+        """Hidden states of the text after the image, [1, T, width]."""
         return self.hidden[:, self.segments.prefix + self.segments.visual :]
 
     def last_query_attention(self, agnostic: Tensor | None = None) -> Tensor:
@@ -228,7 +228,7 @@ class LayerSignals:
         )
 
     def text_attention(self) -> Tensor:
-        """Attention of each text token after the picture to each visual token, the softmax over all
+        """Attention of each text token after the image to each visual token, the softmax over all
         tokens up to itself: float32 [heads, T, n]."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
         queries = self.rotated_query[:, :, end:]
@@ -241,7 +241,7 @@ class LayerSignals:
 
     def text_nearness(self) -> Tensor:
         """What rotary embedding alone makes of the distance between each text token after the
-        picture and each visual token, the mean of cos(distance * frequency): float32 [T, n]."""
+        image and each visual token, the mean of cos(distance * frequency): float32 [T, n]."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
         cos, sin = (table.index_select(0, self.rows).float() for table in (self.cos, self.sin))
         near: Tensor = cos[end:] @ cos[start:end].T + sin[end:] @ sin[start:end].T

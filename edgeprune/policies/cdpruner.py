@@ -77,7 +77,7 @@ class Policy(_policy.Policy):
 
 
 def relevance(visual: Tensor, text: Tensor) -> Tensor:
-    """Mean cosine to the text, scaled to 0 .. 1 over the picture: unit [n, D], [T, D] -> [n]."""
+    """Mean cosine to the text, scaled to 0 .. 1 over the image: unit [n, D], [T, D] -> [n]."""
     cosine = (visual @ text.T).mean(1)
     lowest = torch.cat([cosine, cosine.new_full((1,), 2)]).amin(0)  # n may be 0
     highest = torch.cat([cosine, cosine.new_full((1,), -2)]).amax(0)

@@ -38,7 +38,7 @@ from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import listed
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._raters import likeness, rated, raters
+from edgeprune.policies._raters import rated, raters, similarity
 from edgeprune.policies._recycle import recycle
 from edgeprune.policies._signals import LayerSignals, VisionSignals
 from edgeprune.policies._steps import (
@@ -110,7 +110,7 @@ class Policy(_policy.Policy):
     def record(self, layer: int, signals: LayerSignals) -> Tensor:
         """What the raters make of each live visual token, Eq. (11): float32 [n]."""
         visual, text = signals.visual[0], signals.text[0]
-        shares = likeness(visual, text, visual.shape[1] ** -0.5)
+        shares = similarity(visual, text, visual.shape[1] ** -0.5)
         if self.score == "attention":
             return rated(signals.text_attention().mean(0).T, raters(shares))
         return rated(shares, raters(shares))

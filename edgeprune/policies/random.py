@@ -1,4 +1,4 @@
-"""Control: a random set of tokens, drawn once at export and the same for every picture."""
+"""Control: a random set of tokens, drawn once at export and the same for every image."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import listed
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._raters import likeness, rated, raters
+from edgeprune.policies._raters import rated, raters, similarity
 from edgeprune.policies._recycle import recycle
 from edgeprune.policies._select import ranked
 from edgeprune.policies._signals import LayerSignals
@@ -70,7 +70,7 @@ class Policy(_policy.Policy):
     stages: str = "auto"  # or layers after which tokens are dropped, such as 3,7,16
     counts: str = "auto"  # or the tokens that stay after each, such as 309/204/113; --cr follows
     positions: str = "auto"  # after a drop: renumber, keep, or auto: as the version does
-    heads: int = 14  # of version 2, those that attend most from raters to the picture
+    heads: int = 14  # of version 2, those that attend most from raters to the image
 
     paper: ClassVar[str] = (
         "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference"
@@ -110,7 +110,7 @@ class Policy(_policy.Policy):
     def record(self, layer: int, signals: LayerSignals) -> Tensor:
         """The raters' attention to each live visual token: float32 [n]."""
         inputs = signals.inputs
-        weights = raters(likeness(inputs.visual[0], inputs.question()))
+        weights = raters(similarity(inputs.visual[0], inputs.question()))
         attention = signals.text_attention()  # [heads, T, n]
         if self.version == "2":
             attention = attention / signals.text_nearness().clamp(min=FAR)

@@ -14,7 +14,7 @@ The encoder becomes cheaper too, which the CR does not count.
 Deviations:
 - How many each block merges follows from the CR; the paper gives r.
 - Where there is no [CLS], the rest of the first set keeps its order too; the released code sorts it
-  by likeness.
+  by similarity.
 - The blocks behind the one whose output the projector reads are not run, so they merge nothing.
 """
 
@@ -50,7 +50,7 @@ class Policy(_policy.Policy):
         if plan.stages and not shape.blocks:
             raise SpecError(
                 "method tome merges the patches of one tile inside the encoder; this model cuts"
-                " pictures into tiles, or reads several patches as one token, [CLS] as a token or"
+                " images into tiles, or reads several patches as one token, [CLS] as a token or"
                 " the output of several blocks: choose another method, such as visionzip"
             )
         if tokens - plan.entering > (most := mergeable(tokens, shape.blocks)):

@@ -1,4 +1,4 @@
-"""Control: tokens spread evenly over the picture, the same for every picture."""
+"""Control: tokens spread evenly over the image, the same for every image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
 class Policy(_policy.Policy):
     counts: str = "auto"  # or the tokens that stay, such as 64; --cr follows
 
-    summary: ClassVar[str] = "control: tokens spread evenly over the picture"
+    summary: ClassVar[str] = "control: tokens spread evenly over the image"
     sites: ClassVar[tuple[str, ...]] = ("vision",)
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:

@@ -9,11 +9,11 @@ Of several tiles (crops, images, frames) each has its share of both, as in the p
 `tiles=joint` ranks and merges all tokens together.
 
 `variant=released`, what the released code computes: DVTS is the mean of [CLS] attention and of the
-attention received from the other patches, each divided by its length; a token's likeness to the
+attention received from the other patches, each divided by its length; a token's similarity to the
 text is its mean cosine with it; it joins the centre with the largest product of their cosines with
 the text, and a round adds the plain mean of a centre's members.
 `variant=paper`: DVTS is Eq. 6, the softmax of [CLS] attention and the local measure LTAM, each
-weighted by the other's share of the variance; a token's likeness to the text is its mean share of
+weighted by the other's share of the variance; a token's similarity to the text is its mean share of
 each text token's softmax over all tokens; it joins by the product of softmaxes over the text, and a
 round adds the mean weighted by that product.
 LTAM as printed is one constant but at the borders (a softmax averaged over its own support): it is
@@ -55,7 +55,7 @@ from edgeprune.policies._counts import listed
 from edgeprune.policies._locality import locality
 from edgeprune.policies._merge import join, split
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._raters import likeness
+from edgeprune.policies._raters import similarity
 from edgeprune.policies._select import top, unit
 from edgeprune.policies._signals import LEAST, InputSignals, LayerSignals, VisionSignals
 from edgeprune.policies._sizes import least, total
@@ -223,7 +223,7 @@ class Policy(_policy.Policy):
         if self.variant == "released":
             cosines: Tensor = unit(tokens) @ unit(text).T
             return cosines
-        return likeness(tokens, text, tokens.shape[1] ** -0.5) - 1 / text.shape[0]
+        return similarity(tokens, text, tokens.shape[1] ** -0.5) - 1 / text.shape[0]
 
 
 def _unit(scores: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError, brief
-from edgeprune.hints import install
-from edgeprune.runtime import elements
+from edgeprune.install_hints import install
+from edgeprune.runtime import dtypes
 from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output, likeliest
 from edgeprune.runtime.backends import _caches
 from edgeprune.runtime.backends._caches import OrtCaches
@@ -50,7 +50,7 @@ class OrtBackend:
             )
         self.name = f"ort-{device}"
         self.record, self.device = manifest.decoder, device
-        self.element = elements.stored_type(manifest.dtype).type
+        self.element = dtypes.stored_type(manifest.dtype).type
         self._graph = manifest.graph
         options = ort.SessionOptions()
         if threads is not None:

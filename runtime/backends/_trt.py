@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, CapacityError
-from edgeprune.runtime import elements, engines, gpu, trt
+from edgeprune.runtime import dtypes, engines, gpu, trt
 from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output
 from edgeprune.runtime.backends._trt_memory import (
     ALIGNMENT,
@@ -41,7 +41,7 @@ ADVICE = {
     "prefix": "put <image> earlier in it",
     "text": "shorten it, or build with a larger --text-capacity",
 }
-"""Against a prompt with too many tokens before the picture, or after it."""
+"""Against a prompt with too many tokens before the image, or after it."""
 
 
 class TrtBackend:
@@ -81,7 +81,7 @@ class TrtBackend:
         at = spare.pop() if spare else self._more(self._image_sizes, "a further image")
         holder = _Holder()
         weakref.finalize(holder, spare.append, at).atexit = False  # once nobody can read it
-        self.device.upload(self.at["pixels"], elements.to_stored(pixels, self.dtype))
+        self.device.upload(self.at["pixels"], dtypes.to_stored(pixels, self.dtype))
         for tensor in self.manifest.vision.outputs:
             self._vision.address(tensor.name, at[tensor.role])
         self._vision.run()
@@ -170,10 +170,10 @@ class TrtBackend:
 
     def _logits(self) -> NDArray[Any]:
         """Those of the last call, [vocabulary]."""
-        stored = np.zeros(self.record.vocabulary, elements.stored_type(self.dtype))
+        stored = np.zeros(self.record.vocabulary, dtypes.stored_type(self.dtype))
         self.device.download(stored, self.at["logits"])
         self.device.wait()
-        return elements.from_stored(stored, self.dtype)
+        return dtypes.from_stored(stored, self.dtype)
 
     def _bind(self) -> None:
         """Give every input and output that all calls share its address and, in steps, its shape."""

@@ -87,7 +87,7 @@ def bench(rng: Random, seeds: Seeds) -> tuple[str, list[object]]:
 
 def listing(rng: Random, seeds: Seeds) -> tuple[str, list[object]]:
     name = rng.choice(["models", "methods", "check"])
-    option = rng.choice(["--image-size", "--pictures", "--frames", "--cr"])
+    option = rng.choice(["--image-size", "--num-images", "--frames", "--cr"])
     value = rng.choice(SIZES if option == "--image-size" else NUMBERS)
     memory = ["--memory"] if name == "check" else []
     return name, [name, *memory, "--model", seeds.checkpoint, f"{option}={value}"]
@@ -96,7 +96,7 @@ def listing(rng: Random, seeds: Seeds) -> tuple[str, list[object]]:
 def plan(rng: Random, seeds: Seeds) -> tuple[str, list[object]]:
     """An export that a number stops, or else its missing schedule."""
     option = rng.choice(
-        ["--cr", "--samples", "--seed", "--max-sites", "--pictures", "--parity", "--set"]
+        ["--cr", "--samples", "--seed", "--max-sites", "--num-images", "--parity", "--set"]
     )
     value = rng.choice(NUMBERS)
     if option == "--set":

@@ -16,7 +16,7 @@ from edgeprune.versions import installed
 
 
 @dataclass(frozen=True)
-class Race:
+class TimingRequest:
     """How bundles are timed: on which engine, with how many laps and decode steps a lap."""
 
     backend: str = "ort-cpu"

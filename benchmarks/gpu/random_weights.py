@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgeprune.graph_contract import GRAPHS, WEIGHTS
 from edgeprune.lowering import DTYPES
-from edgeprune.runtime.elements import to_stored
+from edgeprune.runtime.dtypes import to_stored
 
 NOTES, KEPT = "weights.json", "weights.kept"
 BLOCK = 1 << 25
