@@ -31,17 +31,18 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told, timers = False, list[threading.Timer]()
+    told: int | None = None  # the signal that came
+    timers = list[threading.Timer]()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         nonlocal told
-        told = True
+        told = number
         raise KeyboardInterrupt
 
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
         """An interrupt in a finalizer goes nowhere: it comes again, outside."""
-        if unraisable.exc_type is KeyboardInterrupt:
-            timers.append(threading.Timer(AGAIN, _tell))
+        if unraisable.exc_type is KeyboardInterrupt and told is not None:
+            timers.append(threading.Timer(AGAIN, _tell, [told]))
             timers[-1].start()
         else:
             shown(unraisable)
@@ -52,7 +53,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if told:
+        if told is not None:
             raise KeyboardInterrupt from error
         raise
     finally:
@@ -63,9 +64,9 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tell() -> None:
-    """Interrupt the main thread, asleep or not."""
+def _tell(number: int) -> None:
+    """Give the main thread a signal, asleep or not."""
     if sys.platform == "win32":
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
     elif (main := threading.main_thread().ident) is not None:
-        signal.pthread_kill(main, signal.SIGINT)
+        signal.pthread_kill(main, number)

@@ -20,7 +20,7 @@ from edgeprune.export.exporter import read_records
 from edgeprune.export.generation import Generation
 from edgeprune.models import open_model
 from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._media import Asked, Media
+from edgeprune.models._media import InputOptions, Media
 from edgeprune.models._processor import Processor
 from edgeprune.models.smolvlm import IMAGE, Adapter, in_order, squeezed
 from edgeprune.runtime import Session
@@ -205,7 +205,7 @@ def test_a_config_of_transformers_4_is_read_as_well(idefics3: Path, tmp_path: Pa
     (tmp_path / "model.safetensors").symlink_to(idefics3 / "model.safetensors")
     with pytest.raises(ModelError, match=r"the two are not of one checkpoint|has no tensor"):
         open_model(str(tmp_path))  # only now are weights looked at
-    adapter = Adapter(Checkpoint.open(tmp_path), Asked())
+    adapter = Adapter(Checkpoint.open(tmp_path), InputOptions())
     encoder, decoder = adapter.encoder, adapter.decoder_config
     assert (encoder.blocks, encoder.mlp_width, encoder.side, encoder.eps) == (12, 3072, 32, 1e-6)
     assert encoder.activation == "gelu_pytorch_tanh"

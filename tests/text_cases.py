@@ -53,7 +53,7 @@ SHAPE = ModelShape(
     max_positions=512,
     has_cls=True,
 )
-IMAGE = Image.new("RGB", (28, 28))
+SHOWN = Image.new("RGB", (28, 28))
 CORPUS = [
     "USER: ASSISTANT: what color is the star in this image? It is red, below the green heart.",
     "how many blue circles are there? There are 3 of them; isn't it? user assistant system",
@@ -197,7 +197,7 @@ class Case:
     def reference(self, turns: list[tuple[str, str]], system: str | None = None) -> list[int]:
         """transformers' ids of a conversation whose first turn shows the image."""
         parts: list[list[dict[str, Any]]] = [[{"type": "text", "text": text}] for _, text in turns]
-        parts[0].insert(0, {"type": "image", "image": IMAGE})
+        parts[0].insert(0, {"type": "image", "image": SHOWN})
         messages = [{"role": role, "content": p} for (role, _), p in zip(turns, parts, strict=True)]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
@@ -209,7 +209,7 @@ class Case:
     def rendered(self, text: str) -> list[int]:
         """transformers' ids of a string with the image token in it."""
         special = self.record.add_special_tokens
-        out = self.processor(text=text, images=IMAGE, add_special_tokens=special)
+        out = self.processor(text=text, images=SHOWN, add_special_tokens=special)
         return self.once(out["input_ids"][0])
 
     def once(self, ids: list[int]) -> list[int]:
@@ -225,8 +225,8 @@ class Case:
 
 
 def built(tokenizer: Any, template: str | None, image: str = "<image>") -> Any:
-    image = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor = LlavaProcessor(image, tokenizer, 14, "full", template, image)
+    shown = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(shown, tokenizer, 14, "full", template, image)
     config = SimpleNamespace(image_token_id=processor.image_token_id, model_type="llava")
     return processor, config, generation({}, config, tokenizer, SHAPE)
 

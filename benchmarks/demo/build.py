@@ -79,7 +79,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor() -> LlavaProcessor:
-    """The processor: 168x168 pictures, 144 image tokens, LLaVA-1.5's chat wording."""
+    """The processor: 168x168 images, 144 image tokens, LLaVA-1.5's chat wording."""
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},

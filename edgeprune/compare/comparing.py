@@ -28,7 +28,7 @@ Tick = Callable[[int], None]
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What to compare, on which questions, and how to time it; `race` None leaves timing out."""
+    """What to compare, on which questions, and how to time it; `timing` None leaves timing out."""
 
     folder: Path
     cells: tuple[Cell, ...]

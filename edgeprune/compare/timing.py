@@ -29,7 +29,7 @@ class TimingRequest:
             raise SpecError(f"--laps is at least 1, or 0 for no times; got {self.laps}")
 
     def key(self, bundles: Sequence[str], text_tokens: int) -> str:
-        """Names a race by all that decides its times and can be known."""
+        """Names a timing by all that decides its times and can be known."""
         versions = [installed(name) for name in ("edgeprune", "onnxruntime")]
         return key_of(bundles, text_tokens, versions, platform.uname(), asdict(self))
 
