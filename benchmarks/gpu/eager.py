@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.cells import Cell, cells, tiny
 from benchmarks.shapes import write
 from benchmarks.speed import declining
+from edgeprune.bench.worker import PREFIX
 from edgeprune.models import open_model
 from edgeprune.models._layers import compute_buffers
 from edgeprune.models._processor import Prompt
@@ -34,7 +35,7 @@ from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
 
-TEXT, PREFIX = 64, 5
+TEXT = 64
 Lap = tuple[float, float, float]  # seconds of vision, of prefill, of one decode step
 
 
