@@ -183,7 +183,7 @@ def _setup(
         "questions_hash": questions.fingerprint,
         "backend": request.evaluation.backend,
         "text_tokens": next((found.text_tokens for found in answered.values()), 0),
-        "race": asdict(request.timing) if request.timing else None,
+        "timing": asdict(request.timing) if request.timing else None,
         "machine": times.get("machine"),
     }
 

@@ -146,7 +146,7 @@ def _frame(sheet: Sheet, axes: Axes, comparison: Comparison, timed: bool) -> Non
     sheet.text(MARGIN, MARGIN + 24, f"Accuracy against {against}", 28, bold=True)
     told = f"{setup['model']}, {setup['questions']:,} questions to each bundle"
     if timed:
-        told += f", {setup['race']['laps']} laps in turn"
+        told += f", {setup['timing']['laps']} laps in turn"
     told += "; bars are 95% intervals; axes are logarithmic, the vertical one in errors"
     sheet.text(
         MARGIN, MARGIN + 54, sheet.pen.wrap(told, SIZE, WIDTH - 2 * MARGIN, 1)[0], SIZE, QUIET
