@@ -1,0 +1,65 @@
+"""The weight of a product as codes of few bits, with one scale for each block of inputs.
+
+A weight is [K, N], as MatMul reads it: K inputs, N outputs. A block is `block` inputs of one output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import ExportError
+
+BITS = (4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """(codes - zeros) * scales is the weight. Codes are -8 to 7 for 4 bits, -128 to 127 for 8."""
+
+    codes: Tensor  # int8 [K, N]
+    scales: Tensor  # float32 [K / block, N], above 0
+    zeros: Tensor | None  # int8 [K / block, N]; None: all are 0
+    bits: int
+    block: int  # inputs that share a scale; K where an output has one scale
+
+    def __post_init__(self) -> None:
+        inputs, outputs = self.codes.shape
+        if self.bits not in BITS or self.block < 1 or inputs % self.block:
+            raise ExportError(
+                f"a quantised weight has 4 or 8 bits and blocks that divide its {inputs} inputs;"
+                f" got {self.bits} bits in blocks of {self.block}"
+            )
+        wanted = (inputs // self.block, outputs)
+        for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
+            if tensor is not None and tuple(tensor.shape) != wanted:
+                raise ExportError(
+                    f"the {name} of a quantised weight [{inputs}, {outputs}] in blocks of"
+                    f" {self.block} are {[*wanted]}; got {[*tensor.shape]}"
+                )
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [K, N], computed in float32 and rounded to a dtype."""
+        codes = self.codes.view(-1, self.block, self.codes.shape[1]).float()
+        if self.zeros is not None:
+            codes -= self.zeros[:, None]
+        return (codes * self.scales[:, None]).view(self.codes.shape).to(dtype)
+
+
+def quantize(
+    weight: Tensor, bits: int, block: int, dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
+    """Round a weight [K, N] to the nearest codes; symmetric, the largest of a block is 7 or 127.
+
+    `dtype` is what the graph stores scales in, so they are rounded to it before codes are made. A
+    block so small that its scale would be 0 has the scale 1 and codes of 0. `block` divides K.
+    """
+    inputs, outputs = weight.shape
+    largest = 2 ** (bits - 1) - 1
+    blocks = weight.float().view(-1, block, outputs)
+    scales = (blocks.abs().amax(1) / largest).to(dtype).float()
+    scales[scales == 0] = 1
+    codes = (blocks / scales[:, None]).round_().clamp_(-largest - 1, largest)
+    return QuantizedWeight(codes.to(torch.int8).view(inputs, outputs), scales, None, bits, block)
