@@ -1,13 +1,13 @@
 """What `export --keep-fp32 auto` costs: parts in float32 beside the same model in plain float16.
 
-    python -m benchmarks.keep_fp32 12x1024 --laps 0     # counts only, where the machine is busy
-    python -m benchmarks.keep_fp32 12x1024 --laps 20
-    python -m benchmarks.keep_fp32 0.5b --backend ort-cuda --laps 20
+    python -m benchmarks.keep_fp32 12x1024 --rounds 0     # counts only, where the machine is busy
+    python -m benchmarks.keep_fp32 12x1024 --rounds 20
+    python -m benchmarks.keep_fp32 0.5b --backend ort-cuda --rounds 20
 
 A checkpoint of random weights passes 65,504 nowhere. So each kind of overflow that real models
 have is planted in a copy, in the middle layer: the residual stream, which stays in float32 from
 there on; gate * up; attention scores. Bundles lie below --work and are kept, so a second run only
-measures. All are timed in turn, lap by lap, by `edgeprune bench`; ratios are to plain float16.
+measures. All are timed by `edgeprune bench`, once in every round; ratios are to plain float16.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ def main() -> None:
     parser.add_argument("shape", choices=list(SHAPES), metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("--target", default="cuda")
     parser.add_argument("--backend", default="ort-cpu")
-    parser.add_argument("--laps", type=int, default=10, help="0: count only")
+    parser.add_argument("--rounds", type=int, default=10, help="0: count only")
     parser.add_argument("--work", type=Path, default=Path("out/keep-fp32"))
     args = parser.parse_args()
     found = bundles(args.shape, args.target, args.work, lambda text: print(text, file=sys.stderr))
     print("\n".join(rows(found)))
-    if args.laps:
+    if args.rounds:
         paths = tuple(found.values())
-        print(table(bench(BenchRequest(paths, (args.backend,), laps=args.laps, new_tokens=16))))
+        print(table(bench(BenchRequest(paths, (args.backend,), rounds=args.rounds, new_tokens=16))))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 The twin has the same plan and takes the first tokens of each stage, whatever they hold. Both are
 exported, timed in turn, and deleted; a method that was measured is not measured again. The cost is
-what vision and prefill take longer than the twin's, lap by lap, as a share of the twin's prefill.
+what vision and prefill take longer than the twin's in each round, as a share of the twin's prefill.
 Where it is more than it should be, both are profiled, and the nodes are named that take longer.
 """
 
@@ -63,7 +63,7 @@ class First(Policy):
 
 @dataclass(frozen=True)
 class Cost:
-    """A method beside its twin; times are medians of laps in ms."""
+    """A method beside its twin; times are medians of rounds in ms."""
 
     method: str
     counts: tuple[int, ...]
@@ -71,8 +71,8 @@ class Cost:
     vision_twin: float
     prefill: float
     prefill_twin: float
-    share: float  # of the twin's prefill, median over laps
-    low: float  # 10% and 90% of laps
+    share: float  # of the twin's prefill, median over rounds
+    low: float  # 10% and 90% of rounds
     high: float
     allowed: float
     profile: tuple[tuple[str, float], ...] = ()  # nodes and ms more than the twin, where too much
@@ -102,8 +102,8 @@ def measure(name: str, checkpoint: str, cr: float, work: Path, timing: TimingReq
         for title, chosen in pair.items():
             request = ExportRequest(title, spec, plan, paths[title], no_parity="for timing alone")
             export(request, adapter, chosen, Processor(adapter), ())
-        laps = timing.run(list(paths.values()), TEXT)["laps"]
-        cost = _cost(name, plan, laps[name], laps["twin"])
+        rounds = timing.run(list(paths.values()), TEXT)["rounds"]
+        cost = _cost(name, plan, rounds[name], rounds["twin"])
         if cost.too_much:
             cost = Cost(**{**asdict(cost), "profile": compared(paths[name], paths["twin"])})
     finally:
@@ -113,17 +113,17 @@ def measure(name: str, checkpoint: str, cr: float, work: Path, timing: TimingReq
 
 
 def _cost(
-    name: str, plan: Plan, laps: dict[str, list[float]], twin: dict[str, list[float]]
+    name: str, plan: Plan, rounds: dict[str, list[float]], twin: dict[str, list[float]]
 ) -> Cost:
-    ours, theirs = (np.array(one["vision"]) + np.array(one["prefill"]) for one in (laps, twin))
+    ours, theirs = (np.array(one["vision"]) + np.array(one["prefill"]) for one in (rounds, twin))
     shares = (ours - theirs) / np.array(twin["prefill"])
     low, middle, high = (float(end) for end in np.quantile(shares, [0.1, 0.5, 0.9]))
     return Cost(
         method=name,
         counts=plan.counts,
-        vision=statistics.median(laps["vision"]),
+        vision=statistics.median(rounds["vision"]),
         vision_twin=statistics.median(twin["vision"]),
-        prefill=statistics.median(laps["prefill"]),
+        prefill=statistics.median(rounds["prefill"]),
         prefill_twin=statistics.median(twin["prefill"]),
         share=middle,
         low=low,
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("shape", choices=["demo", *SHAPES])
     parser.add_argument("--methods", default="all")
     parser.add_argument("--cr", type=float, default=4)
-    parser.add_argument("--laps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--work", type=Path, default=Path("out/selection"))
     parser.add_argument("--json", type=Path, help="also write every cost here")
     args = parser.parse_args()
@@ -225,7 +225,7 @@ def main() -> None:
         write(SHAPES[args.shape], args.work / args.shape)
     names = policies.names() if args.methods == "all" else args.methods.split(",")
     store, costs = Store(args.work / "costs"), []
-    timing = TimingRequest(laps=args.laps, new_tokens=1)
+    timing = TimingRequest(rounds=args.rounds, new_tokens=1)
     for name in (name for name in names if name != "none"):
         key = key_of(args.shape, name, args.cr, asdict(timing), code())
         stored = store.read(f"{args.shape}-{name}-cr{args.cr:g}", key)
@@ -241,7 +241,7 @@ def main() -> None:
         print(markdown(costs[-1:]), flush=True)
     print(f"\n{markdown(costs)}")
     if args.json:
-        content = {"shape": args.shape, "cr": args.cr, "laps": args.laps, "text": TEXT}
+        content = {"shape": args.shape, "cr": args.cr, "rounds": args.rounds, "text": TEXT}
         content["costs"] = [asdict(cost) for cost in costs]
         write_whole(args.json, (json.dumps(content, indent=1) + "\n").encode())
 

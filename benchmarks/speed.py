@@ -1,13 +1,13 @@
 """Pruned against dense on random weights of a real shape, with 64 text tokens.
 
     python -m benchmarks.speed 12x1024 --cr 4
-    python -m benchmarks.speed onevision-0.5b --no-flat --laps 4
-    python -m benchmarks.speed qwen2-vl-2b --no-flat --apart --laps 4   # 23 GB of disk
+    python -m benchmarks.speed onevision-0.5b --no-flat --rounds 4
+    python -m benchmarks.speed qwen2-vl-2b --no-flat --apart --rounds 4   # 23 GB of disk
 
 Writes a checkpoint and two bundles below --work (kept, so a second run only measures), then times
 both in turn with `edgeprune bench`. A third bundle, `flat`, is fed the pruned one's average number
 of visual tokens from the start: the floor that in-decoder pruning can reach. With --apart only one
-bundle is in memory at a time, opened anew for each lap. Shapes of
+bundle is in memory at a time, opened anew for each round. Shapes of
 benchmarks.shapes have 576 visual tokens and a small vision tower; those of benchmarks.published are
 whole models.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.published import PUBLISHED
 from benchmarks.shapes import SHAPES, write
-from edgeprune.bench.bench import BenchRequest, BenchResult, Laps, Row, bench
+from edgeprune.bench.bench import BenchRequest, BenchResult, RoundSeconds, Row, bench
 from edgeprune.bench.table import table
 from edgeprune.bundle import MANIFEST
 from edgeprune.export.exporter import ExportRequest, export
@@ -96,23 +96,23 @@ def bundles(model: str, cr: float, work: Path, dtype: str, *, flat: bool) -> tup
 
 
 def apart(request: BenchRequest) -> BenchResult:
-    """As bench, for bundles that do not fit in memory together: in turn, a process for each lap."""
-    single = [replace(request, bundles=(path,), laps=1, warmup=1) for path in request.bundles]
-    rounds = [[bench(one) for one in single] for _ in range(request.laps)]
+    """As bench, with one bundle in memory at a time: each has a new process in each round."""
+    single = [replace(request, bundles=(path,), rounds=1, warmup=1) for path in request.bundles]
+    rounds = [[bench(one) for one in single] for _ in range(request.rounds)]
     rows = tuple(_joined([found.rows[0] for found in turn]) for turn in zip(*rounds, strict=True))
     names = [path.name for path in request.bundles]
-    asked = rounds[0][0].request | {"bundles": names, "laps": request.laps}
+    asked = rounds[0][0].request | {"bundles": names, "rounds": request.rounds}
     return replace(rounds[0][0], rows=rows, request=asked)
 
 
 def _joined(rows: Sequence[Row]) -> Row:
-    """One bundle's rows of one lap each as one."""
+    """One bundle's rows of one round each as one."""
     columns = [
-        tuple(getattr(row.laps, part)[0] for row in rows)
+        tuple(getattr(row.rounds, part)[0] for row in rows)
         for part in ("vision", "prefill", "decode")
     ]
     peak = max(row.peak_bytes or 0 for row in rows)
-    return replace(rows[0], laps=Laps(*columns), peak_bytes=peak)
+    return replace(rows[0], rounds=RoundSeconds(*columns), peak_bytes=peak)
 
 
 def main() -> None:
@@ -121,15 +121,15 @@ def main() -> None:
     parser.add_argument("--cr", type=float, default=4)
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--backend", default="ort-cpu")
-    parser.add_argument("--laps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--no-flat", action="store_true", help="leave out the flat bundle")
     parser.add_argument("--apart", action="store_true", help="one bundle in memory at a time")
     parser.add_argument("--work", type=Path, default=Path("out/speed"))
-    parser.add_argument("--json", type=Path, help="write every lap here")
+    parser.add_argument("--json", type=Path, help="write every round here")
     args = parser.parse_args()
     paths = bundles(args.model, args.cr, args.work, args.dtype, flat=not args.no_flat)
-    request = BenchRequest(paths, (args.backend,), laps=args.laps, new_tokens=args.new_tokens)
+    request = BenchRequest(paths, (args.backend,), rounds=args.rounds, new_tokens=args.new_tokens)
     result = apart(request) if args.apart else bench(request)
     print(table(result))
     print(result.machine, file=sys.stderr)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from edgeprune.bench import agreement, bench, power
 from edgeprune.bench.agreement import Answer, compare, pack, unpack
-from edgeprune.bench.bench import Absent, BenchResult, Laps, Row
+from edgeprune.bench.bench import Absent, BenchResult, RoundSeconds, Row
 from edgeprune.bench.figure import figure
 from edgeprune.bench.table import HEADS, table
 from edgeprune.bench.worker import BenchWorker
@@ -27,7 +27,7 @@ from edgeprune.runtime import gpu
 from tests.conftest import Refused
 from tests.fake_gpu import COMPUTE, VERSION, FakeGpu, pretend
 
-LAP = ["--laps", "2", "--warmup", "0", "--new-tokens", "2"]
+TWO_ROUNDS = ["--rounds", "2", "--warmup", "0", "--new-tokens", "2"]
 
 
 def test_backends_that_are_not_here_are_listed(
@@ -35,7 +35,10 @@ def test_backends_that_are_not_here_are_listed(
 ) -> None:
     files = ["--json", str(tmp_path / "bench.json"), "--figure", str(tmp_path / "bench.png")]
     assert (
-        main(["bench", str(tiny_jetpack7), *LAP, "--backends", "ort-cpu,trt,trt-rtx", *files]) == 0
+        main(
+            ["bench", str(tiny_jetpack7), *TWO_ROUNDS, "--backends", "ort-cpu,trt,trt-rtx", *files]
+        )
+        == 0
     )
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[:2] == ["bundle", "backend"]
@@ -43,7 +46,7 @@ def test_backends_that_are_not_here_are_listed(
     assert [line.split(":")[1].strip() for line in out[2:]] == ["tiny on trt", "tiny on trt-rtx"]
     record = json.loads((tmp_path / "bench.json").read_text())
     assert [row["backend"] for row in record["rows"]] == ["ort-cpu"]
-    assert [len(times) for times in record["rows"][0]["laps"].values()] == [2, 2, 2]
+    assert [len(times) for times in record["rows"][0]["rounds"].values()] == [2, 2, 2]
     assert record["rows"][0]["peak_bytes"] > 10**6
     assert all(one["why"] for one in record["absent"])
     with Image.open(tmp_path / "bench.png") as image:
@@ -52,15 +55,17 @@ def test_backends_that_are_not_here_are_listed(
 
 
 def test_one_backend_that_is_not_here_is_an_error(tiny_jetpack7: Path, refused: Refused) -> None:
-    line = refused("bench", tiny_jetpack7, *LAP, "--backends", "trt")
+    line = refused("bench", tiny_jetpack7, *TWO_ROUNDS, "--backends", "trt")
     assert "TensorRT" in line
-    assert "no backend 'tpu'" in refused("bench", tiny_jetpack7, *LAP, "--backends", "ort-cpu,tpu")
+    assert "no backend 'tpu'" in refused(
+        "bench", tiny_jetpack7, *TWO_ROUNDS, "--backends", "ort-cpu,tpu"
+    )
 
 
 def test_a_bundle_says_the_same_on_two_backends(
     tiny_jetpack7: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Laps and the comparison, with a GPU of numpy arrays."""
+    """Rounds and the comparison, with a GPU of numpy arrays."""
     bundle = Path(shutil.copytree(tiny_jetpack7, tmp_path / "tiny"))
     pretend(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=VERSION))
@@ -73,11 +78,11 @@ def test_a_bundle_says_the_same_on_two_backends(
     assert found.logits == 0
     assert ours.engine.backend.build_seconds == 2.0
     assert theirs.engine.backend.build_seconds is None
-    lap = ours.lap()
-    assert (lap["watts"], lap["peak_bytes"]) == (7.5, 0)
-    assert len(lap["seconds"]) == 3 and min(lap["seconds"]) > 0
-    assert theirs.lap()["watts"] is None
-    assert theirs.lap()["peak_bytes"] > 10**6
+    timed = ours.time_round()
+    assert (timed["watts"], timed["peak_bytes"]) == (7.5, 0)
+    assert len(timed["seconds"]) == 3 and min(timed["seconds"]) > 0
+    assert theirs.time_round()["watts"] is None
+    assert theirs.time_round()["peak_bytes"] > 10**6
 
 
 class Steady:
@@ -105,7 +110,7 @@ def test_what_differs_is_counted() -> None:
 
 
 def row(name: str, backend: str, speed: float, **changes: Any) -> Row:
-    """A bundle that takes 10, 100 and 5 ms on a machine of speed 1; the lap after twice that."""
+    """A bundle that takes 10, 100 and 5 ms on a machine of speed 1; the round after twice that."""
     times = [tuple(n * ms / 1e3 / speed for n in (1, 2)) for ms in (10, 100, 5)]
     usual: dict[str, Any] = {
         "load_seconds": 1.5,
@@ -117,7 +122,7 @@ def row(name: str, backend: str, speed: float, **changes: Any) -> Row:
         "prefill_operations": 400,
         "decode_operations": 10,
     }
-    return Row(name, backend, "utp", 2.0, "fp16", Laps(*times), **usual | changes)
+    return Row(name, backend, "utp", 2.0, "fp16", RoundSeconds(*times), **usual | changes)
 
 
 def test_the_table_and_the_figure() -> None:
@@ -299,6 +304,8 @@ def test_a_board_whose_sensor_does_not_answer(
 
 def test_ctrl_c_is_for_the_parent_alone(tiny_bundle: Path) -> None:
     """A terminal sends it to a whole session; the parent ends its children."""
-    with bench._WorkerProcess(tiny_bundle, "ort-cpu", bench.BenchRequest((tiny_bundle,))) as racer:
-        assert os.getsid(racer.process.pid) == racer.process.pid
-    assert racer.process.returncode is not None
+    with bench._WorkerProcess(
+        tiny_bundle, "ort-cpu", bench.BenchRequest((tiny_bundle,))
+    ) as process:
+        assert os.getsid(process.process.pid) == process.process.pid
+    assert process.process.returncode is not None

@@ -198,7 +198,7 @@ def ready(
         cells=tuple(grid(["none", "utp"], [4], 1)),
         recipe=Recipe(PruneSpec("none")),
         evaluation=EvalRequest(Questions(ASKED)),
-        timing=TimingRequest(laps=2, new_tokens=2, threads=1),
+        timing=TimingRequest(rounds=2, new_tokens=2, threads=1),
     )
     return lambda **changes: replace(base, **changes)
 
@@ -224,12 +224,12 @@ def test_a_comparison_counts_what_bundles_answer(
     assert utp.counts == session.manifest.prune.counts
     assert 3 * utp.kv_bytes < dense.kv_bytes, "the prompt's own tokens are counted too"
     for cell in found.cells:
-        assert {part: len(laps) for part, laps in cell.laps.items()} == {
+        assert {part: len(rounds) for part, rounds in cell.rounds.items()} == {
             "vision": 2,
             "prefill": 2,
             "decode": 2,
         }
-        assert all(lap > 0 for laps in cell.laps.values() for lap in laps)
+        assert all(min(rounds) > 0 for rounds in cell.rounds.values())
     stored = answers(request)
     assert [marks.marks.count("1") for marks in stored.values()] == [
         c.total[0] for c in found.cells
@@ -305,10 +305,10 @@ def test_what_cannot_be_and_what_fails_are_told_apart(
 
 def result(method: str, cr: float, right: int, seed: int = 0) -> Result:
     asked = {"color": 100, "count": 100}
-    laps = {part: [3.0, 1.0, 2.0] for part in ("vision", "prefill", "decode")}
+    rounds = {part: [3.0, 1.0, 2.0] for part in ("vision", "prefill", "decode")}
     counts, half = (8, 4), right // 2
     return Result(
-        method, cr, cr, counts, {"color": right - half, "count": half}, asked, seed, "h", 9, laps
+        method, cr, cr, counts, {"color": right - half, "count": half}, asked, seed, "h", 9, rounds
     )
 
 
@@ -396,7 +396,7 @@ def test_the_command_on_a_user_s_own_model_and_questions(
     command = ["compare", "--model", tiny_checkpoint, "--methods", "uniform,vtw,utp", "--cr", "2"]
     command += ["--questions-file", own, "--questions-image-dir", asked]
     command += ["--samples-file", samples, "--image-dir", learned]
-    command += ["--jobs", 1, "--laps", 1, "-o", folder]
+    command += ["--jobs", 1, "--rounds", 1, "-o", folder]
     assert main([str(word) for word in command]) == 0
     table = capsys.readouterr().out
     assert (folder / "compare.md").read_text() == table
@@ -419,7 +419,7 @@ def test_requests_that_cannot_be_met(refused: Refused, tmp_path: Path) -> None:
     assert "--cr takes numbers" in refused(*base, "--cr", "2;4")
     assert "--jobs is at least 1" in refused(*base, "--jobs", "0")
     assert "--questions is at least 1" in refused(*base, "--questions", "0")
-    assert "--laps is at least 1" in refused(*base, "--laps", "-1")
+    assert "--rounds is at least 1" in refused(*base, "--rounds", "-1")
     assert "--max-new-tokens is at least 1" in refused(*base, "--max-new-tokens", "0")
     assert "no backend 'abacus'" in refused(*base, "--backend", "abacus")
     assert "asks on ort-cpu or ort-cuda; got trt-rtx" in refused(*base, "--backend", "trt-rtx")

@@ -22,14 +22,14 @@ def comparison(methods: int, ratios: int, timed: bool) -> Comparison:
     """Made-up results; later methods are worse, higher ratios too."""
 
     def one(method: str, cr: float, right: int) -> Result:
-        laps = {part: [2 + 8 / cr + 0.1 * methods] * 3 for part in PARTS} if timed else {}
-        return Result(method, cr, cr, (1,), {"all": right}, {"all": 1000}, 0, "", 9, laps)
+        rounds = {part: [2 + 8 / cr + 0.1 * methods] * 3 for part in PARTS} if timed else {}
+        return Result(method, cr, cr, (1,), {"all": right}, {"all": 1000}, 0, "", 9, rounds)
 
     cells = [one("none", 1, 990)]
     for i in range(methods):
         for step in range(1, ratios + 1):
             cells.append(one(f"method{i}", 2.0**step, max(0, 985 - 9 * i * step - 20 * step)))
-    setup = {"model": "demo", "questions": 1000, "timing": {"laps": 3}}
+    setup = {"model": "demo", "questions": 1000, "timing": {"rounds": 3}}
     return Comparison(setup, tuple(cells))
 
 
@@ -55,7 +55,7 @@ def test_all_right_and_all_wrong_can_be_drawn() -> None:
         Result(name, cr, cr, (1,), {"all": right}, {"all": 50}, 0, "", 9, {p: [1.0] for p in PARTS})
         for name, cr, right in (("none", 1, 50), ("a", 2, 50), ("b", 2, 0))
     ]
-    setup = {"model": "demo", "questions": 50, "timing": {"laps": 1}}
+    setup = {"model": "demo", "questions": 50, "timing": {"rounds": 1}}
     assert png.render(figure(Comparison(setup, tuple(cells)))).size == (1200, 800)
 
 

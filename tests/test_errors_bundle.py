@@ -216,7 +216,7 @@ def test_cuda_where_there_is_none(tiny_bundle: Path, refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--laps", "0"], "--laps is at least 1"),
+        (["--rounds", "0"], "--rounds is at least 1"),
         (["--warmup", "-1"], "--warmup is at least 0"),
         (["--new-tokens", "0"], "--new-tokens is at least 1"),
         (["--text-tokens", "3"], "--text-tokens is at least 6"),
@@ -233,10 +233,10 @@ def test_bench_options(options: list[str], says: str, tiny_bundle: Path, refused
 def test_a_result_that_finds_no_room(
     tiny_bundle: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "laps.json").symlink_to("/dev/full")
-    laps = ["--laps", "1", "--warmup", "0", "--new-tokens", "1"]
+    (tmp_path / "rounds.json").symlink_to("/dev/full")
+    rounds = ["--rounds", "1", "--warmup", "0", "--new-tokens", "1"]
     capfd.readouterr()
-    assert main(["bench", str(tiny_bundle), *laps, "--json", str(tmp_path / "laps.json")]) == 2
+    assert main(["bench", str(tiny_bundle), *rounds, "--json", str(tmp_path / "rounds.json")]) == 2
     assert "cannot be written (No space left on device)" in capfd.readouterr().err.splitlines()[-1]
 
 

@@ -77,7 +77,7 @@ def test_a_run_goes_on_and_tells_what_failed(bundles: list[Path], tmp_path: Path
         bundles[0].parent,
         tmp_path / "results",
         ("ort-cpu", "trt"),
-        laps=2,
+        rounds=2,
         new_tokens=2,
         eager=False,
         tests=False,

@@ -36,10 +36,10 @@ from edgeprune.policies import make
 from edgeprune.spec import PruneSpec, plan_from_counts
 
 TEXT = 64
-Lap = tuple[float, float, float]  # seconds of vision, of prefill, of one decode step
+PhaseSeconds = tuple[float, float, float]  # seconds of vision, of prefill, of one decode step
 
 
-def measure(cell: Cell, laps: int, new_tokens: int, device: str) -> dict[str, Any]:
+def measure(cell: Cell, rounds: int, new_tokens: int, device: str) -> dict[str, Any]:
     """Median seconds of each part."""
     torch.manual_seed(0)
     if device != "cpu":
@@ -50,10 +50,11 @@ def measure(cell: Cell, laps: int, new_tokens: int, device: str) -> dict[str, An
         run = (_dense if cell.method == "none" else _pruned)(cell, checkpoint, new_tokens, device)
     for _ in range(3):
         run()
-    found = [run() for _ in range(laps)]
+    found = [run() for _ in range(rounds)]
     names = ("vision", "prefill", "decode")
     medians = {
-        name: statistics.median(lap[place] for lap in found) for place, name in enumerate(names)
+        name: statistics.median(phases[index] for phases in found)
+        for index, name in enumerate(names)
     }
     peak = torch.cuda.max_memory_allocated() if device != "cpu" else None
     return {"cell": cell.name, "peak_bytes": peak, **medians}
@@ -84,7 +85,9 @@ def _clock(device: str) -> float:
     return time.perf_counter()
 
 
-def _dense(cell: Cell, checkpoint: Path, new_tokens: int, device: str) -> Callable[[], Lap]:
+def _dense(
+    cell: Cell, checkpoint: Path, new_tokens: int, device: str
+) -> Callable[[], PhaseSeconds]:
     """transformers, as it comes."""
     from transformers import AutoConfig, LlavaForConditionalGeneration
 
@@ -99,7 +102,7 @@ def _dense(cell: Cell, checkpoint: Path, new_tokens: int, device: str) -> Callab
     embed = model.get_input_embeddings()
 
     @torch.inference_mode()
-    def lap() -> Lap:
+    def time_round() -> PhaseSeconds:
         begin = _clock(device)
         features = model.get_image_features(pixel_values=pixels)
         features = getattr(features, "pooler_output", features)
@@ -117,10 +120,12 @@ def _dense(cell: Cell, checkpoint: Path, new_tokens: int, device: str) -> Callab
             int(token)  # whoever stops at an end token has to look
         return seen - begin, filled - seen, (_clock(device) - filled) / new_tokens
 
-    return lap
+    return time_round
 
 
-def _pruned(cell: Cell, checkpoint: Path, new_tokens: int, device: str) -> Callable[[], Lap]:
+def _pruned(
+    cell: Cell, checkpoint: Path, new_tokens: int, device: str
+) -> Callable[[], PhaseSeconds]:
     """edgeprune's eager model."""
     adapter, policy = open_model(str(checkpoint)), make(PruneSpec(cell.method, cell.cr))
     counts = declining(cell.visual, adapter.shape.layers, cell.cr)
@@ -136,7 +141,7 @@ def _pruned(cell: Cell, checkpoint: Path, new_tokens: int, device: str) -> Calla
     prompt = Prompt(pixels, ids[:, :PREFIX], ids[:, PREFIX:])
 
     @torch.inference_mode()
-    def lap() -> Lap:
+    def time_round() -> PhaseSeconds:
         begin = _clock(device)
         model.vision(pixels.to(dtype))
         seen = _clock(device)
@@ -147,7 +152,7 @@ def _pruned(cell: Cell, checkpoint: Path, new_tokens: int, device: str) -> Calla
         vision_time = seen - begin
         return vision_time, filled - seen - vision_time, (_clock(device) - filled) / new_tokens
 
-    return lap
+    return time_round
 
 
 def _draw(module: nn.Module, dtype: torch.dtype, device: str) -> None:
@@ -169,14 +174,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Eager torch on some cells.")
     known = {cell.name: cell for cell in (*cells(), *tiny())}
     parser.add_argument("cells", nargs="+", choices=known, metavar="CELL")
-    parser.add_argument("--laps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     torch.set_default_device(args.device)
     found = []
     for name in args.cells:
-        found.append(measure(known[name], args.laps, args.new_tokens, args.device))
+        found.append(measure(known[name], args.rounds, args.new_tokens, args.device))
         print(found[-1], file=sys.stderr, flush=True)
     rates = ceilings(args.device)
     print(json.dumps({"torch": torch.__version__, "ceilings": rates, "cells": found}))

@@ -31,7 +31,7 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("prepared", type=Path)
     two.add_argument("results", type=Path)
     two.add_argument("--backends", nargs="+", default=["ort-cuda"], metavar="BACKEND")
-    two.add_argument("--laps", type=int, default=10)
+    two.add_argument("--rounds", type=int, default=10)
     two.add_argument("--no-eager", action="store_true", help="leave out eager torch")
     two.add_argument("--no-tests", action="store_true", help="leave out pytest -m gpu")
     two.add_argument("--minutes", type=float, default=60, help="start nothing after so many")
@@ -75,7 +75,7 @@ def main() -> None:
                 args.results,
                 backends,
                 device="cpu" if args.dry else "cuda",
-                laps=args.laps,
+                rounds=args.rounds,
                 eager=not args.no_eager,
                 tests=not args.no_tests,
                 deadline=time.monotonic() + 60 * args.minutes,

@@ -63,17 +63,17 @@ def _files(results: Path, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]
 
 
 def _row(row: dict[str, Any], first: dict[str, Any]) -> tuple[str, ...]:
-    laps, base = row["laps"], first["laps"]
-    whole = _sums(laps)
+    rounds, base = row["rounds"], first["rounds"]
+    whole = _sums(rounds)
     return (
         *_named(row["name"]),
         row["backend"],
         _method(row["name"]),
-        _milliseconds(laps["vision"]),
-        _milliseconds(laps["prefill"]),
+        _milliseconds(rounds["vision"]),
+        _milliseconds(rounds["prefill"]),
         _milliseconds(whole),
-        _milliseconds(laps["decode"]),
-        f"{_ratio(base['prefill'], laps['prefill']):.2f}",
+        _milliseconds(rounds["decode"]),
+        f"{_ratio(base['prefill'], rounds['prefill']):.2f}",
         f"{first['prefill_operations'] / row['prefill_operations']:.2f}",
         f"{_ratio(_sums(base), whole):.2f}",
         "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
@@ -100,8 +100,8 @@ def _method(cell: str) -> str:
     return "-".join(method) + ("" if target == "cuda" else f" ({target})")
 
 
-def _sums(laps: dict[str, Sequence[float]]) -> list[float]:
-    return [a + b for a, b in zip(laps["vision"], laps["prefill"], strict=True)]
+def _sums(rounds: dict[str, Sequence[float]]) -> list[float]:
+    return [a + b for a, b in zip(rounds["vision"], rounds["prefill"], strict=True)]
 
 
 def _ratio(first: Sequence[float], other: Sequence[float]) -> float:
@@ -109,4 +109,4 @@ def _ratio(first: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
-    return spread([1e3 * lap for lap in seconds])
+    return spread([1e3 * one for one in seconds])

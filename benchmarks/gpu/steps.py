@@ -40,7 +40,7 @@ class Request:
     results: Path
     backends: tuple[str, ...]
     device: str = "cuda"  # of eager torch and of the count of launches
-    laps: int = 10
+    rounds: int = 10
     new_tokens: int = 32
     eager: bool = True
     tests: bool = True
@@ -107,7 +107,7 @@ def _bench(request: Request, cells: Sequence[Cell], backend: str) -> dict[str, A
     if backend in trt.MODULES:
         for path in paths:
             build(BuildRequest(path, backend))
-    asked = BenchRequest(paths, (backend,), laps=request.laps, new_tokens=request.new_tokens)
+    asked = BenchRequest(paths, (backend,), rounds=request.rounds, new_tokens=request.new_tokens)
     return {"filled_seconds": filled, **json.loads(bench(asked).to_json())}
 
 
@@ -129,7 +129,7 @@ def _eager(request: Request, cells: Sequence[Cell]) -> dict[str, Any]:
     return _told(
         "benchmarks.gpu.eager",
         *(cell.name for cell in cells),
-        *("--laps", str(request.laps), "--new-tokens", str(request.new_tokens)),
+        *("--rounds", str(request.rounds), "--new-tokens", str(request.new_tokens)),
         *("--device", request.device),
     )
 

@@ -4,12 +4,12 @@
     PEERS/bin/python -m benchmarks.peers build genai        # where that peer is installed
     PEERS/bin/python -m benchmarks.peers build mobius mobius-standard mobius-static
     OPTIMUM/bin/python -m benchmarks.peers build optimum
-    python -m benchmarks.peers race                         # here: what was built, lap by lap
+    python -m benchmarks.peers time                         # here: what was built, in rounds
 
 The decoder is Qwen2-0.5B's with a vocabulary of 8,192 and random weights, fp32: peers get it as
-`Qwen2ForCausalLM`, we as the decoder of a LLaVA. Everybody is fed the same tokens; embeddings of
+`Qwen2ForCausalLM`, we as the decoder of a LLaVA. All are fed the same tokens; embeddings of
 the middle ones stand for visual tokens where a graph of ours wants some. Before anything is timed,
-all must give the same logits. A second heat feeds peers the average number of tokens that our
+all must give the same logits. A second group feeds peers the average number of tokens that our
 pruned bundle has in its layers: the floor that pruning inside the decoder can reach.
 
 Every graph has a process of its own, and processes take turns. Equal graphs were seen to decode at
@@ -33,22 +33,22 @@ from benchmarks.peers.job import PEERS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Race our dense decoder against other exporters'.")
+    parser = argparse.ArgumentParser(description="Time our dense decoder against other exporters'.")
     steps = parser.add_subparsers(dest="step", required=True)
-    for name in ("prepare", "build", "race"):
+    for name in ("prepare", "build", "time"):
         step = steps.add_parser(name)
         step.add_argument("--work", type=Path, default=Path("out/peers"))
         if name != "build":
             step.add_argument("--cr", type=float, default=4)
         if name == "build":
             step.add_argument("peers", nargs="+", choices=PEERS)
-        if name == "race":
+        if name == "time":
             step.add_argument("--peers", nargs="+", choices=PEERS, help="all that were built")
             step.add_argument("--opens", type=int, default=4, help="times that all are opened anew")
-            step.add_argument("--laps", type=int, default=3, help="each time")
+            step.add_argument("--rounds", type=int, default=3, help="each time")
             step.add_argument("--new-tokens", type=int, default=16)
             step.add_argument("--threads", type=int)
-            step.add_argument("--json", type=Path, help="also write every lap here")
+            step.add_argument("--json", type=Path, help="also write every round here")
             step.add_argument("--no-pruned", dest="pruned", action="store_false")
     args = parser.parse_args()
     # Each step imports what its environment has.
@@ -60,9 +60,9 @@ def main() -> None:
         for peer in args.peers:
             build(args.work, peer)
     else:
-        from benchmarks.peers.race import race
+        from benchmarks.peers.timing import time_all
 
-        race(args.work, args)
+        time_all(args.work, args)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""A lane with a job."""
+"""A graph with its input and its times."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from benchmarks.peers.job import Job
-from benchmarks.peers.lanes import Lane
+from benchmarks.peers.processes import GraphProcess
 
 
 @dataclass
 class Entry:
-    """A lane with a job, and what its laps took."""
+    """A graph's process, its input, and the seconds that its rounds took."""
 
     name: str
-    lane: Lane
+    process: GraphProcess
     job: Job
     peer: bool = False
     pruned: bool = False  # its logits are its own
@@ -22,6 +22,6 @@ class Entry:
     difference: float = 0.0
 
     def run(self) -> None:
-        found = self.lane.lap(self.job)
-        self.prefill.append(found.prefill)
-        self.decode.append(found.decode)
+        times = self.process.time_round(self.job)
+        self.prefill.append(times.prefill)
+        self.decode.append(times.decode)

@@ -1,4 +1,4 @@
-"""What is raced, and the words that say so; needs numpy only, for peers' environments too."""
+"""What is timed; needs numpy only, for peers' environments too."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STATIC = 704  # slots of mobius-static's caches: 640 tokens and an answer
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt [1, N] and the tokens that follow it, the same for everybody."""
+    """A prompt [1, N] and the tokens that follow it, the same for all graphs."""
 
     prompt: Ids
     following: Ids

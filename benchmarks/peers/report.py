@@ -1,4 +1,4 @@
-"""Tables of a race, and everything in JSON."""
+"""Tables of times, and everything in JSON."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from benchmarks.peers.job import SHAPE
 from edgeprune.tables import plain, spread
 
 
-def summary(heats: Sequence[Sequence[Entry]], request: argparse.Namespace) -> dict[str, Any]:
-    """The setting and every lap."""
+def summary(groups: Sequence[Sequence[Entry]], request: argparse.Namespace) -> dict[str, Any]:
+    """The setting and every round."""
     return {
         "shape": SHAPE,
         "opens": request.opens,
-        "laps": request.laps,
+        "rounds": request.rounds,
         "new_tokens": request.new_tokens,
         "threads": request.threads,
         "onnxruntime": ort.__version__,
         "processor": f"{_processor()}, {os.cpu_count()} threads",
-        "heats": [[_row(entry, heat[0]) for entry in heat] for heat in heats],
+        "groups": [[_row(entry, group[0]) for entry in group] for group in groups],
     }
 
 
@@ -43,11 +43,11 @@ def _row(entry: Entry, first: Entry) -> dict[str, Any]:
     }
 
 
-def table(heat: Sequence[Entry]) -> str:
-    """Medians and p10-p90; ratios of the first row to the others, taken lap by lap."""
-    first = heat[0]
+def table(group: Sequence[Entry]) -> str:
+    """Medians and p10-p90; ratios of the first row to the others, taken round by round."""
+    first = group[0]
     lines = [["", "tokens", "prefill ms", "first / it", "decode ms", "first / it", "logits"]]
-    for entry in heat:
+    for entry in group:
         lines.append(
             [
                 entry.name,
@@ -59,15 +59,15 @@ def table(heat: Sequence[Entry]) -> str:
                 "pruned" if entry.pruned else f"{entry.difference:.0e}",
             ]
         )
-    return "\n".join([plain(lines, left=0), _verdict(heat, "prefill"), _verdict(heat, "decode")])
+    return "\n".join([plain(lines, left=0), _verdict(group, "prefill"), _verdict(group, "decode")])
 
 
-def _verdict(heat: Sequence[Entry], phase: str) -> str:
-    seconds: dict[str, list[float]] = {entry.name: getattr(entry, phase) for entry in heat}
-    peers = [entry.name for entry in heat if entry.peer]
+def _verdict(group: Sequence[Entry], phase: str) -> str:
+    seconds: dict[str, list[float]] = {entry.name: getattr(entry, phase) for entry in group}
+    peers = [entry.name for entry in group if entry.peer]
     best = min(peers, key=lambda name: _quantile(seconds[name], 0.5))
-    ratio = _quantile(_ratios(seconds[heat[0].name], seconds[best]), 0.5)
-    return f"{phase}: {heat[0].name} takes {ratio:.3f} of the best peer's time ({best})"
+    ratio = _quantile(_ratios(seconds[group[0].name], seconds[best]), 0.5)
+    return f"{phase}: {group[0].name} takes {ratio:.3f} of the best peer's time ({best})"
 
 
 def _ratios(first: Sequence[float], other: Sequence[float]) -> list[float]:

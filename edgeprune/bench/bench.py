@@ -1,8 +1,8 @@
-"""`bench`: bundles timed side by side in one run, lap by lap in turn, beside what counting allows.
+"""`bench`: bundles timed side by side in one run, in rounds, beside what counting allows.
 
-Every lap is vision, prefill and a run of decode steps. Laps of all bundles on all backends
-alternate, so a machine whose speed drifts slows them all; ratios are taken lap by lap against the
-first bundle on the same backend. Each bundle runs in a process of its own for each backend
+In every round each bundle runs vision, prefill and some decode steps once on each backend, so a
+machine whose speed drifts slows them all; ratios are taken within a round, to the first bundle on
+the same backend. Each bundle runs in a process of its own for each backend
 (`worker`), all of them loaded throughout. What cannot run here is listed with the reason.
 """
 
@@ -32,18 +32,18 @@ from edgeprune.runtime import backends, machine
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to time: text tokens beside the image's, decode steps a lap, laps and warm-up laps."""
+    """What to time: text tokens beside the image's, decode steps in a round, rounds."""
 
     bundles: tuple[Path, ...]
     backends: tuple[str, ...] = ("ort-cpu",)
     text_tokens: int = 64
     new_tokens: int = 32
-    laps: int = 10
-    warmup: int = 2
+    rounds: int = 10
+    warmup: int = 2  # rounds before those that count
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"text_tokens": worker.PREFIX + 1, "new_tokens": 1, "laps": 1, "warmup": 0}
+        least = {"text_tokens": worker.PREFIX + 1, "new_tokens": 1, "rounds": 1, "warmup": 0}
         for name, number in least.items():
             if (found := getattr(self, name)) < number:
                 raise SpecError(f"--{name.replace('_', '-')} is at least {number}; got {found}")
@@ -52,8 +52,8 @@ class BenchRequest:
 
 
 @dataclass(frozen=True)
-class Laps:
-    """Seconds of each lap; decode is per token."""
+class RoundSeconds:
+    """Seconds of each counted round; decode is per token."""
 
     vision: tuple[float, ...]
     prefill: tuple[float, ...]
@@ -62,19 +62,19 @@ class Laps:
 
 @dataclass(frozen=True)
 class Row:
-    """One bundle's laps on one backend, and what counting says of it."""
+    """One bundle's rounds on one backend, and what counting says of it."""
 
     name: str
     backend: str
     method: str
     cr: float
     dtype: str
-    laps: Laps
+    rounds: RoundSeconds
     load_seconds: float
     build_seconds: float | None  # of engines; None where nothing is built
     kv_bytes: int  # of the caches as reserved, prefill and answer
     peak_bytes: int | None  # of the process, or on a GPU of what it holds for the bundle
-    joules: tuple[float, ...] | None  # of each lap; None where the machine tells no power
+    joules: tuple[float, ...] | None  # of each round; None where the machine tells no power
     meter: str  # where power is from
     prefill_operations: int
     decode_operations: int
@@ -82,8 +82,8 @@ class Row:
     @property
     def first_token(self) -> float:
         """Median seconds of vision and prefill together."""
-        laps = zip(self.laps.vision, self.laps.prefill, strict=True)
-        return statistics.median(vision + prefill for vision, prefill in laps)
+        rounds = zip(self.rounds.vision, self.rounds.prefill, strict=True)
+        return statistics.median(vision + prefill for vision, prefill in rounds)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class BenchResult:
 
 def bench(request: BenchRequest, report: Progress = silent) -> BenchResult:
     """Time every bundle on every backend, interleaved; the first is what ratios are taken to."""
-    total = request.warmup + request.laps
+    total = request.warmup + request.rounds
     with ExitStack() as stack:
         started = [
             stack.enter_context(_WorkerProcess(path, backend, request))
@@ -119,10 +119,10 @@ def bench(request: BenchRequest, report: Progress = silent) -> BenchResult:
         ]
         workers, absent = _loaded(started)
         agreements = tuple(_agreements(workers)) if len(request.backends) > 1 else ()
-        for lap in range(total):
+        for number in range(total):
             for process in workers:
-                process.lap(keep=lap >= request.warmup)
-            report("laps", lap + 1, total)
+                process.time_round(keep=number >= request.warmup)
+            report("rounds", number + 1, total)
         rows = tuple(process.row() for process in workers)
     plain = asdict(request) | {"bundles": [path.name for path in request.bundles]}
     return BenchResult(rows, absent, agreements, plain, _machine())
@@ -156,12 +156,12 @@ def _agreements(workers: Sequence[_WorkerProcess]) -> list[Agreement]:
 
 
 class _WorkerProcess:
-    """The process of a bundle on a backend, and the laps that it has run."""
+    """The process of a bundle on a backend, and the rounds that it has run."""
 
     def __init__(self, path: Path, backend: str, request: BenchRequest) -> None:
         self.path, self.backend, self.request = path, backend, request
         self.manifest = Bundle.open(path, verify=False).manifest
-        self.laps: list[dict[str, Any]] = []
+        self.rounds: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", worker.__name__],
             stdin=subprocess.PIPE,
@@ -189,10 +189,10 @@ class _WorkerProcess:
         self.process.kill()
         self.process.communicate()
 
-    def lap(self, keep: bool) -> None:
-        lap = self._ask("lap")
+    def time_round(self, keep: bool) -> None:
+        timed = self._ask("round")
         if keep:
-            self.laps.append(lap)
+            self.rounds.append(timed)
 
     def answer(self) -> Answer:
         return Answer(**self._ask("answer"))
@@ -218,31 +218,31 @@ class _WorkerProcess:
     def row(self) -> Row:
         record, prune, text = self.manifest.decoder, self.manifest.prune, self.request.text_tokens
         new, element = self.request.new_tokens, DTYPES[self.manifest.dtype].bytes
-        vision, prefill, decode = zip(*(lap["seconds"] for lap in self.laps), strict=True)
-        peaks = [lap["peak_bytes"] for lap in self.laps if lap["peak_bytes"] is not None]
+        vision, prefill, decode = zip(*(one["seconds"] for one in self.rounds), strict=True)
+        peaks = [one["peak_bytes"] for one in self.rounds if one["peak_bytes"] is not None]
         return Row(
             name=self.manifest.name,
             backend=self.backend,
             method=prune.method,
             cr=prune.cr_reached,
             dtype=self.manifest.dtype,
-            laps=Laps(vision, prefill, decode),
+            rounds=RoundSeconds(vision, prefill, decode),
             load_seconds=self.loaded["load_seconds"],
             build_seconds=self.loaded["build_seconds"],
             kv_bytes=cost.kv_bytes(record, prune.counts, text + new, element),
             peak_bytes=max(peaks, default=None),
-            joules=_joules(self.laps, new),
+            joules=_joules(self.rounds, new),
             meter=self.loaded["meter"],
             prefill_operations=cost.prefill_operations(record, prune.counts, text),
             decode_operations=cost.decode_operations(record, prune.counts, text + new // 2),
         )
 
 
-def _joules(laps: Sequence[dict[str, Any]], new_tokens: int) -> tuple[float, ...] | None:
-    """Of each lap: an image, a prompt and `new_tokens` decode steps."""
-    if any(lap["watts"] is None for lap in laps):
+def _joules(rounds: Sequence[dict[str, Any]], new_tokens: int) -> tuple[float, ...] | None:
+    """Of each round: an image, a prompt and `new_tokens` decode steps."""
+    if any(one["watts"] is None for one in rounds):
         return None
-    whole = ((lap["watts"], *lap["seconds"]) for lap in laps)
+    whole = ((one["watts"], *one["seconds"]) for one in rounds)
     return tuple(w * (vision + prefill + new_tokens * step) for w, vision, prefill, step in whole)
 
 

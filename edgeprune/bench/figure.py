@@ -52,7 +52,7 @@ def _bar(sheet: Sheet, top: float, row: Row, parts: list[float], whole: float) -
         wide = part / whole * room
         sheet.box(left, top, wide, ROW - 14, colour)
         left += wide
-    rate = 1 / statistics.median(row.laps.decode)
+    rate = 1 / statistics.median(row.rounds.decode)
     said = f"{1e3 * sum(parts):.0f} ms, {rate:.0f} tok/s"
     sheet.text(left + 8, top + 20, said, SIZE, INK)
 
@@ -60,6 +60,6 @@ def _bar(sheet: Sheet, top: float, row: Row, parts: list[float], whole: float) -
 def _parts(row: Row, steps: int) -> list[float]:
     """Median seconds of vision, prefill and `steps` decode steps."""
     vision, prefill, decode = map(
-        statistics.median, (row.laps.vision, row.laps.prefill, row.laps.decode)
+        statistics.median, (row.rounds.vision, row.rounds.prefill, row.rounds.decode)
     )
     return [vision, prefill, steps * decode]

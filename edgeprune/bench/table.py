@@ -29,7 +29,7 @@ HEADS = (
 
 
 def table(result: BenchResult) -> str:
-    """Medians with p10-p90; ratios, lap by lap, to the first bundle on the same backend."""
+    """Medians with p10-p90; ratios, round by round, to the first bundle on the same backend."""
     first: dict[str, Row] = {}
     lines = [HEADS, *(_cells(row, first.setdefault(row.backend, row)) for row in result.rows)]
     agree = [one.line() for one in result.agreements]
@@ -38,16 +38,16 @@ def table(result: BenchResult) -> str:
 
 
 def _cells(row: Row, first: Row) -> tuple[str, ...]:
-    speedup = _ratio(first.laps.prefill, row.laps.prefill)
+    speedup = _ratio(first.rounds.prefill, row.rounds.prefill)
     limit = first.prefill_operations / row.prefill_operations
     return (
         row.name,
         row.backend,
-        _milliseconds(row.laps.vision),
-        _milliseconds(row.laps.prefill),
+        _milliseconds(row.rounds.vision),
+        _milliseconds(row.rounds.prefill),
         f"{1e3 * row.first_token:.2f}",
-        _milliseconds(row.laps.decode),
-        f"{1 / statistics.median(row.laps.decode):.1f}",
+        _milliseconds(row.rounds.decode),
+        f"{1 / statistics.median(row.rounds.decode):.1f}",
         f"{row.kv_bytes / 1e6:.2f}",
         "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
         f"{row.load_seconds:.2f}",
@@ -56,14 +56,14 @@ def _cells(row: Row, first: Row) -> tuple[str, ...]:
         f"{speedup:.2f}",
         f"{limit:.2f}",
         f"{speedup / limit:.0%}",
-        f"{_ratio(first.laps.decode, row.laps.decode):.2f}",
+        f"{_ratio(first.rounds.decode, row.rounds.decode):.2f}",
     )
 
 
 def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
-    """Median over laps of base / other."""
+    """Median over rounds of base / other."""
     return statistics.median(b / o for b, o in zip(base, other, strict=True))
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
-    return spread([1e3 * lap for lap in seconds])
+    return spread([1e3 * one for one in seconds])

@@ -1,8 +1,8 @@
-"""One bundle of a `bench` on one backend, in a process of its own: the laps its parent asks for.
+"""One bundle of a `bench` on one backend, in a process of its own: the rounds its parent asks for.
 
 In one process the ONNX Runtime session opened first decodes about a tenth slower than those after
 it, and all share one heap; apart, no bundle profits from its place in the list. Parent and child
-speak in lines of JSON: the request, then `lap` or `answer` each; all are answered by one line.
+speak in lines of JSON: the request, then `round` or `answer` each; all are answered by one line.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class BenchWorker:
                 f" {needed}; lower --text-tokens or --new-tokens"
             )
 
-    def lap(self) -> dict[str, Any]:
+    def time_round(self) -> dict[str, Any]:
         """Seconds of vision, of prefill, and of one decode step; watts where there is a meter."""
         with self.sampler or nullcontext():
-            seconds = self._lap()
+            seconds = self._seconds()
         watts = self.sampler.watts() if self.sampler else None
         return {"seconds": seconds, "watts": watts, "peak_bytes": self._peak_bytes()}
 
@@ -72,7 +72,7 @@ class BenchWorker:
         sites = self.sequence.vision_kept, *self.sequence.layer_kept
         return Answer(tokens, [kept.tolist() for kept in sites], pack(logits))
 
-    def _lap(self) -> tuple[float, float, float]:
+    def _seconds(self) -> tuple[float, float, float]:
         clock = time.perf_counter
         begin = clock()
         image = self.engine.encode_pixels(self.pixels)
@@ -96,7 +96,7 @@ class BenchWorker:
 
 
 def main() -> None:
-    """Serve laps until the parent closes the pipe."""
+    """Serve rounds until the parent closes the pipe."""
     answers = sys.stdout
     sys.stdout = sys.stderr  # nothing else may speak on the pipe
     request = json.loads(sys.stdin.readline())
@@ -109,8 +109,8 @@ def main() -> None:
             {"load_seconds": worker.load_seconds, "build_seconds": built, "meter": meter},
         )
         for line in sys.stdin:
-            lap = line.strip() == "lap"
-            _say(answers, worker.lap() if lap else asdict(worker.answer()))
+            timed = line.strip() == "round"
+            _say(answers, worker.time_round() if timed else asdict(worker.answer()))
     except EdgepruneError as error:
         _say(answers, {"error": type(error).__name__, "message": str(error)})
 

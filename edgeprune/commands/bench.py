@@ -13,7 +13,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "bench",
         help="time bundles side by side",
-        description="Time vision, prefill and decode of bundles, their laps in turn. The first is"
+        description="Time vision, prefill and decode of bundles, all in every round. The first is"
         " the one that the others are compared to: give the dense bundle first. With several"
         " backends each bundle runs on all of them that are here, and what they say is compared;"
         " the others are listed with the reason.",
@@ -27,12 +27,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default 64")
     command.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default 32")
-    command.add_argument("--laps", type=int, default=10, metavar="N", help="counted (default 10)")
+    command.add_argument("--rounds", type=int, default=10, metavar="N", help="counted (default 10)")
     command.add_argument(
         "--warmup", type=int, default=2, metavar="N", help="not counted (default 2)"
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write every lap as JSON")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write every round as JSON")
     command.add_argument("--figure", type=Path, metavar="FILE", help="also draw it (.png or .svg)")
     command.set_defaults(run=run)
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         backends=tuple(dict.fromkeys(args.backends.split(","))),
         text_tokens=args.text_tokens,
         new_tokens=args.new_tokens,
-        laps=args.laps,
+        rounds=args.rounds,
         warmup=args.warmup,
         threads=args.threads,
     )
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         result = bench(request, bar)
     print(table(result))
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
-    terminal.note(f"median (p10-p90) of {args.laps} laps; {machine}")
+    terminal.note(f"median (p10-p90) of {args.rounds} rounds; {machine}")
     if args.json:
         _common.write_output(args.json, result.to_json() + "\n")
     if args.figure:

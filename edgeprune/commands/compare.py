@@ -65,7 +65,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="processes, each with a float32 model in memory (default: one a core)",
     )
     command.add_argument(
-        "--laps", type=int, default=20, metavar="N", help="for times; 0: none (default 20)"
+        "--rounds", type=int, default=20, metavar="N", help="for times; 0: none (default 20)"
     )
     command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
     command.add_argument("--dtype", help="fp32 (default) or fp16")
@@ -133,7 +133,7 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         cells=tuple(grid(args.methods.split(","), _ratios(args.cr), args.seeds)),
         recipe=recipe,
         evaluation=EvalRequest(questions, args.backend, args.max_new_tokens),
-        timing=TimingRequest(args.backend, args.laps) if args.laps else None,
+        timing=TimingRequest(args.backend, args.rounds) if args.rounds else None,
         jobs=_jobs(args.jobs),
         keep_bundles=args.keep_bundles,
     )

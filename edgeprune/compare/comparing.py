@@ -124,7 +124,7 @@ def _stored(request: CompareRequest, cell: Cell) -> EvalResult | None:
 def _times(
     request: CompareRequest, answered: dict[Cell, EvalResult], report: Progress
 ) -> dict[str, Any]:
-    """Laps of one bundle for each method and ratio, and the machine; read where stored."""
+    """Rounds of one bundle for each method and ratio, and the machine; read where stored."""
     assert request.timing is not None
     timed = [cell for cell in answered if not cell.seed]
     hashes = [request.bundles.made(cell).hash for cell in timed]
@@ -167,7 +167,7 @@ def _result(
         seed=cell.seed,
         bundle=made.hash,
         kv_bytes=found.kv_bytes,
-        laps=times.get("laps", {}).get(cell.name, {}),
+        rounds=times.get("rounds", {}).get(cell.name, {}),
     )
 
 

@@ -81,7 +81,7 @@ def figure(comparison: Comparison) -> Sheet:
     Without times the share of visual tokens that the decoder computes stands on the x axis.
     """
     cells = [cell for cell in comparison.cells if cell.asked]
-    timed = any(cell.laps for cell in cells)
+    timed = any(cell.rounds for cell in cells)
     dense, curves = _curves(cells, timed)
     sheet = Sheet(WIDTH, HEIGHT, Pen())
     axes = _axes(dense, curves)
@@ -100,7 +100,7 @@ def _curves(cells: Sequence[Result], timed: bool) -> tuple[Mark | None, list[Cur
     """The dense model, and the methods: those least often right first, so the others lie above."""
     marks: dict[str, list[Mark]] = {}
     for group in grouped(cells):
-        if group[0].laps or not timed:
+        if group[0].rounds or not timed:
             marks.setdefault(group[0].method, []).append(_mark(group, timed))
     dense = marks.pop(DENSE, [None])[0]
     usual = {
@@ -146,7 +146,7 @@ def _frame(sheet: Sheet, axes: Axes, comparison: Comparison, timed: bool) -> Non
     sheet.text(MARGIN, MARGIN + 24, f"Accuracy against {against}", 28, bold=True)
     told = f"{setup['model']}, {setup['questions']:,} questions to each bundle"
     if timed:
-        told += f", {setup['timing']['laps']} laps in turn"
+        told += f", {setup['timing']['rounds']} timing rounds"
     told += "; bars are 95% intervals; axes are logarithmic, the vertical one in errors"
     sheet.text(
         MARGIN, MARGIN + 54, sheet.pen.wrap(told, SIZE, WIDTH - 2 * MARGIN, 1)[0], SIZE, QUIET

@@ -23,7 +23,7 @@ PARTS = ("vision", "prefill", "decode")
 
 @dataclass(frozen=True)
 class Result:
-    """One bundle: what it answered right, by kind of question, and how long its laps took."""
+    """One bundle: what it answered right, by kind of question, and how long its rounds took."""
 
     method: str  # with what is not its default
     cr_asked: float
@@ -34,7 +34,7 @@ class Result:
     seed: int = 0
     bundle: str = ""  # hash of what it holds
     kv_bytes: int = 0  # of the caches, once the median prompt is read
-    laps: dict[str, list[float]] = field(default_factory=dict)  # ms by part; decode per token
+    rounds: dict[str, list[float]] = field(default_factory=dict)  # ms by part; decode per token
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> Result:
@@ -53,8 +53,8 @@ class Result:
         return right / asked
 
     def median(self, part: str) -> float:
-        """Milliseconds of the middle lap."""
-        return statistics.median(self.laps[part])
+        """Milliseconds of the middle round."""
+        return statistics.median(self.rounds[part])
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Comparison:
         parts = [f"{self._caption()}\n\n{accuracy_table(self.cells)}"]
         if len({cell.cr_asked for cell in self.cells if cell.method != DENSE}) > 1:
             parts[:0] = [f"{self._caption()}\n\n{overview_table(self.cells)}"]
-        if any(cell.laps for cell in self.cells):
+        if any(cell.rounds for cell in self.cells):
             parts.append(f"{_TIMES}\n\n{time_table(self.cells)}")
         for title, cells in (("Out of reach:", self.out_of_reach), ("Failed:", self.failed)):
             if cells:
@@ -128,8 +128,9 @@ class Comparison:
 
 
 _TIMES = (
-    "Milliseconds, median (p10-p90) of laps in turn, decode per token; speed-up of prefill over"
-    " the dense model, lap by lap; KV cache once the prompt is read."
+    "Milliseconds: median (p10-p90) over rounds in which every bundle runs once; decode per"
+    " token. Speed-up of prefill over the dense model, within each round; KV cache once the prompt is"
+    " read."
 )
 
 
@@ -203,13 +204,13 @@ def accuracy_table(cells: Iterable[Result]) -> str:
 
 def time_table(cells: Iterable[Result]) -> str:
     """A row per timed bundle, in the order of the accuracy table."""
-    timed = [group[0] for group in grouped(cells) if group[0].laps]
+    timed = [group[0] for group in grouped(cells) if group[0].rounds]
     dense = next((cell for cell in timed if cell.method == DENSE), timed[0])
     lines = []
     for cell in timed:
-        ratios = zip(dense.laps["prefill"], cell.laps["prefill"], strict=True)
+        ratios = zip(dense.rounds["prefill"], cell.rounds["prefill"], strict=True)
         speedup = statistics.median(base / other for base, other in ratios)
-        spreads = [spread(cell.laps[part]) for part in PARTS]
+        spreads = [spread(cell.rounds[part]) for part in PARTS]
         memory = f"{cell.kv_bytes / 1e3:,.0f}"
         lines.append([marked(cell.method), _ratio(cell.cr), *spreads, f"{speedup:.2f}", memory])
     return markdown(["method", "CR", *PARTS, "speed-up", "KV kB"], lines)
@@ -258,8 +259,8 @@ def _row(cell: Result) -> dict[str, object]:
         low, high = wilson(cell.right[kind], number)
         row |= {f"{kind} asked": number, f"{kind} right": cell.right[kind]}
         row |= {f"{kind} low": round(low, 5), f"{kind} high": round(high, 5)}
-    for part, laps in cell.laps.items():
+    for part, rounds in cell.rounds.items():
         names = (f"{part} ms", f"{part} p10", f"{part} p90")
-        found = np.quantile(laps, [0.5, 0.1, 0.9])
+        found = np.quantile(rounds, [0.5, 0.1, 0.9])
         row |= {n: round(float(value), 4) for n, value in zip(names, found, strict=True)}
     return row

@@ -1,4 +1,4 @@
-"""All bundles timed in one run, their laps in turn, on one prompt."""
+"""All bundles timed in one run on one prompt: in every round each runs once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from edgeprune.versions import installed
 
 @dataclass(frozen=True)
 class TimingRequest:
-    """How bundles are timed: on which engine, with how many laps and decode steps a lap."""
+    """How bundles are timed: on which engine, with how many rounds and decode steps a round."""
 
     backend: str = "ort-cpu"
-    laps: int = 20
+    rounds: int = 20
     new_tokens: int = 16
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.laps < 1:
-            raise SpecError(f"--laps is at least 1, or 0 for no times; got {self.laps}")
+        if self.rounds < 1:
+            raise SpecError(f"--rounds is at least 1, or 0 for no times; got {self.rounds}")
 
     def key(self, bundles: Sequence[str], text_tokens: int) -> str:
         """Names a timing by all that decides its times and can be known."""
@@ -39,7 +39,7 @@ class TimingRequest:
         text_tokens: int,
         report: Progress = silent,
     ) -> dict[str, Any]:
-        """Milliseconds of every lap by bundle's name, {vision, prefill, decode}; decode per token.
+        """Milliseconds of every round by bundle's name and part; decode per token.
 
         Each bundle has a process of its own, all of them loaded throughout: in one process, the
         session opened first would decode a tenth slower than the others, whichever graph it holds.
@@ -49,15 +49,17 @@ class TimingRequest:
             (self.backend,),
             text_tokens=text_tokens,
             new_tokens=self.new_tokens,
-            laps=self.laps,
+            rounds=self.rounds,
             threads=self.threads,
         )
         result = bench(request, report)
-        laps = {
-            path.name: {part: _milliseconds(seconds) for part, seconds in asdict(row.laps).items()}
+        rounds = {
+            path.name: {
+                part: _milliseconds(seconds) for part, seconds in asdict(row.rounds).items()
+            }
             for path, row in zip(bundles, result.rows, strict=True)
         }
-        return {"laps": laps, "machine": result.machine}
+        return {"rounds": rounds, "machine": result.machine}
 
 
 def _milliseconds(seconds: Sequence[float]) -> list[float]:

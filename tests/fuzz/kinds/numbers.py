@@ -77,7 +77,7 @@ def run(rng: Random, seeds: Seeds) -> tuple[str, list[object]]:
 
 
 def bench(rng: Random, seeds: Seeds) -> tuple[str, list[object]]:
-    option = rng.choice(["--laps", "--rounds", "--threads", "--text", "--new-tokens"])
+    option = rng.choice(["--rounds", "--warmup", "--threads", "--text", "--new-tokens"])
     return "bench", [
         "bench",
         seeds.bundle,

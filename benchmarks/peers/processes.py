@@ -1,4 +1,4 @@
-"""A process for each graph, opened as often as one likes, and laps on the clock."""
+"""A process for each graph, and the rounds that it times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.peers.runners import Ours, Peer, Runner
 
 
 @dataclass(frozen=True)
-class Lap:
+class RoundTimes:
     """Seconds of a prefill and per decoded token, and the logits of every call."""
 
     prefill: float
@@ -21,23 +21,24 @@ class Lap:
     logits: tuple[Array, ...]
 
 
-def lap(runner: Runner, job: Job) -> Lap:
+def time_round(runner: Runner, job: Job) -> RoundTimes:
+    """One prefill and its decode steps."""
     clock = time.perf_counter
     runner.begin(job)
     begun = clock()
     runner.prefill()
     prefill, decode = clock() - begun, 0.0
-    found = [runner.logits()]
+    logits = [runner.logits()]
     for token in job.following:
         begun = clock()
         runner.decode(int(token))
         decode += clock() - begun
-        found.append(runner.logits())
-    return Lap(prefill, decode / len(job.following), tuple(found))
+        logits.append(runner.logits())
+    return RoundTimes(prefill, decode / len(job.following), tuple(logits))
 
 
-class Lane:
-    """A process that holds one graph and runs a lap when told to; opened as often as one likes."""
+class GraphProcess:
+    """A process that holds one graph and times a round when job; it may be opened many times."""
 
     def __init__(self, folder: Path, cache: str | None, threads: int | None) -> None:
         self.arguments = (folder, cache, threads)
@@ -55,10 +56,10 @@ class Lane:
         self.pipe.close()
         self.process.join()
 
-    def lap(self, job: Job) -> Lap:
+    def time_round(self, job: Job) -> RoundTimes:
         self.pipe.send(job)
-        found: Lap = self.pipe.recv()
-        return found
+        times: RoundTimes = self.pipe.recv()
+        return times
 
 
 def _serve(pipe: Connection, folder: Path, cache: str | None, threads: int | None) -> None:
@@ -66,7 +67,7 @@ def _serve(pipe: Connection, folder: Path, cache: str | None, threads: int | Non
     pipe.send(None)
     while True:
         try:
-            asked = pipe.recv()
-        except EOFError:  # the race is over
+            job = pipe.recv()
+        except EOFError:  # all rounds are done
             return
-        pipe.send(lap(runner, asked))
+        pipe.send(time_round(runner, job))

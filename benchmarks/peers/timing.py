@@ -1,0 +1,86 @@
+"""All graphs in turn: first the full prompt, then ours pruned beside the average one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.peers.entry import Entry
+from benchmarks.peers.job import CLOSE, PEERS, TEXT, VISUAL, Job
+from benchmarks.peers.processes import GraphProcess
+from benchmarks.peers.report import summary, table
+
+
+def check(group: Sequence[Entry]) -> None:
+    """One round that does not count. Graphs that are not pruned must give the same logits."""
+    times = [(entry, entry.process.time_round(entry.job)) for entry in group]
+    whole = [(entry, one.logits) for entry, one in times if not entry.pruned]
+    for entry, logits in whole:
+        pairs = zip(whole[0][1], logits, strict=True)
+        entry.difference = max(float(abs(a - b).max() / abs(a).max()) for a, b in pairs)
+        if not entry.difference < CLOSE:
+            sys.exit(f"{entry.name} differs by {entry.difference:.1e}: times cannot be compared")
+
+
+def groups(work: Path, names: Sequence[str], request: argparse.Namespace) -> list[list[Entry]]:
+    """All graphs on the full prompt; then our pruned one on it beside all others on fewer tokens.
+
+    They get the average number that the pruned graph's layers hold.
+    """
+    vocabulary = json.loads((work / "text" / "config.json").read_text())["vocab_size"]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, vocabulary, (1, TEXT + VISUAL))
+    following = rng.integers(3, vocabulary, request.new_tokens)
+    average = TEXT + round(VISUAL / request.cr)
+    full, short = Job(ids, following), Job(ids[:, :average], following)
+    threads = request.threads
+    dense, again = (GraphProcess(work / "dense", None, threads) for _ in range(2))
+    peers = {name: GraphProcess(work / name, PEERS[name], threads) for name in names}
+    found = []
+    for job in (full, short):
+        entries = [Entry("edgeprune none", dense, job), Entry("again", again, job)]
+        found.append([*entries, *(Entry(n, one, job, peer=True) for n, one in peers.items())])
+    if not request.pruned:
+        return found[:1]
+    pruned = GraphProcess(work / f"utp-cr{request.cr:g}", None, threads)
+    found[1].insert(0, Entry(f"edgeprune utp CR {request.cr:g}", pruned, full, pruned=True))
+    return found
+
+
+def time_all(work: Path, request: argparse.Namespace) -> None:
+    """Time everything that was built, in turn; tables."""
+    names = [n for n in request.peers or PEERS if (work / n / "model.onnx").is_file()]
+    if not names:
+        sys.exit(f"there is no peer's model below {work}: build one first")
+    compared = groups(work, names, request)
+    entries = [entry for group in compared for entry in group]
+    order = np.random.default_rng(0)  # no process is always opened first or runs after the same one
+    for opening in range(request.opens):
+        _open(list({entry.process for entry in entries}), compared, order)
+        for number in range(request.rounds):
+            for turn in order.permutation(len(entries)):
+                entries[turn].run()
+            done = opening * request.rounds + number + 1
+            print(f"round {done} of {request.opens * request.rounds}", file=sys.stderr, flush=True)
+        for process in {entry.process for entry in entries}:
+            process.close()
+    for group in compared:
+        print(table(group), end="\n\n")
+    if request.json:
+        request.json.write_text(json.dumps(summary(compared, request), indent=1) + "\n")
+
+
+def _open(
+    processes: list[GraphProcess], compared: list[list[Entry]], order: np.random.Generator
+) -> None:
+    """Start each process, and check its first round."""
+    processes.sort(key=lambda one: str(one.arguments))  # sets have no order, `again` is its equal
+    for turn in order.permutation(len(processes)):
+        processes[turn].open()
+    for group in compared:
+        check(group)
