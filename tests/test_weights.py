@@ -18,13 +18,14 @@ from transformers import AutoModelForImageTextToText
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from edgeprune.cli import main
-from edgeprune.models import open_model
+from edgeprune.models import _stored_formats, open_model
 from tests import families
 from tests.families import Family
 from tests.test_families import answered, drawn_image, generated, ours, prompted
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
+READ = [_stored_formats.load(name).method for name in _stored_formats.names()]
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
@@ -69,24 +70,28 @@ def loaded(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("method", [*AUTO_QUANTIZATION_CONFIG_MAPPING, "modelopt", "nosuch"])
-def test_every_quantisation_is_refused_by_its_name(
+@pytest.mark.parametrize(
+    "method", [*(AUTO_QUANTIZATION_CONFIG_MAPPING.keys() - READ), "modelopt", "nosuch"]
+)
+def test_a_quantisation_that_is_not_read_is_refused_by_its_name(
     method: str, folder: Path, refused: Refused
 ) -> None:
     configure(folder, quantization_config={"quant_method": method, "bits": 4})
     said = refused("models", "--model", folder)
-    assert f"quantization_config says quant_method {method!r}, 4 bits: quantised weights" in said
-    assert said.endswith("export the float checkpoint that it was made from\n")
+    assert f"quantization_config says quant_method {method!r}, 4 bits, which is not read;" in said
+    assert f"read are {', '.join(READ)}; export the float checkpoint" in said
 
 
 def test_a_quantisation_is_found_wherever_it_stands(folder: Path, refused: Refused) -> None:
     text = json.loads((folder / "config.json").read_text())["text_config"]
-    scheme = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    scheme = {"quant_method": "hqq", "bits": 4}
     configure(folder, text_config={**text, "quantization_config": scheme})
     for command in ("models", "export", "methods"):
-        assert "quant_method 'bitsandbytes', 4 bits" in refused(command, "--model", folder)
-    configure(folder, text_config=text, compression_config={"quant_method": "compressed-tensors"})
-    assert "compression_config says quant_method" in refused("models", "--model", folder)
+        assert "quant_method 'hqq', 4 bits" in refused(command, "--model", folder)
+    configure(folder, quantization_config={"quant_method": "awq"})
+    assert "tells of two quantisations that differ" in refused("models", "--model", folder)
+    configure(folder, text_config=text, compression_config=scheme, quantization_config=None)
+    assert "compression_config says quant_method 'hqq'" in refused("models", "--model", folder)
 
 
 def stored_as(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
@@ -104,11 +109,11 @@ def renamed(new: str) -> Callable[[dict[str, Tensor]], None]:
 
 
 FORMS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
-    "int8": (stored_as(torch.int8), f"{QUERY} is stored as I8: quantised weights are not read"),
+    "int8": (stored_as(torch.int8), f"{QUERY} is stored as I8: quantised in a way that config"),
     "float8": (stored_as(torch.float8_e4m3fn), "is stored as F8_E4M3: quantised"),
     "scales": (beside("weight_scale"), f"{QUERY} stands beside weight_scale: quantised"),
     "bitsandbytes": (beside("SCB"), f"{QUERY} stands beside SCB: quantised"),
-    "packed": (renamed("qweight"), "q_proj.qweight in its place: quantised weights are not read"),
+    "packed": (renamed("qweight"), "q_proj.qweight in its place: quantised in a way that config"),
     "wrapped": (renamed("base_layer.weight"), "base_layer.weight: a model inside peft; save what"),
     "factors": (beside("lora_A.default.weight"), "lora_A.default.weight: a model inside peft"),
     "authors": (lambda t: t.update({"model.mm_projector.0.bias": t.pop(QUERY)}), "LLaVA authors'"),

@@ -17,6 +17,7 @@ from edgeprune.models._layers import Linear, compute_buffers
 from edgeprune.models._lora import MERGE
 from edgeprune.models._names import Stored
 from edgeprune.models._ops import TorchOps
+from edgeprune.models._quantised import QuantizedWeight
 from edgeprune.models._rounding import rounded
 from edgeprune.models._unread import told
 from edgeprune.models._vision import Vision
@@ -104,7 +105,8 @@ class Adapter(Family):
         sources = [source for module in modules for source in self.sources(module).values()]
         read = {name for source in sources for part in source.stored.parts for name in part}
         changed = {change for source in sources for change in source.changes}
-        return (*self.notes(), *told(self.checkpoint, read, changed, self.is_spare))
+        stored = (str(self.checkpoint.packed),) if self.checkpoint.packed else ()
+        return (*self.notes(), *stored, *told(self.checkpoint, read, changed, self.is_spare))
 
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
         """One parameter, laid out and rounded as a module of ours wants it; ModelError where the
@@ -116,6 +118,17 @@ class Adapter(Family):
             whole = torch.cat([whole, *parts])
         whole = whole.reshape(source.shape)
         return whole.t().contiguous() if source.transposed else whole.contiguous()
+
+    def quantized(self, source: Source) -> QuantizedWeight | None:
+        """One parameter in the codes that the checkpoint stores, [K, N]: K inputs, N outputs.
+
+        None where it stores floats, or where what it stores is not the whole of the parameter:
+        `read` gives the floats then.
+        """
+        stored = source.stored
+        if any(source.changes) or stored.rows or (stored.factor, stored.offset) != (1, 0):
+            return None
+        return self.checkpoint.quantized(source.names[0]) if len(source.names) == 1 else None
 
     def _part(self, name: str, change: str, stored: Stored, dtype: torch.dtype) -> Tensor:
         """One stored tensor as a parameter has it, in a dtype."""

@@ -12,9 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.models._lora import CONFIG, WEIGHTS, Lora
+from edgeprune.models._quantised import QuantizedWeight
 from edgeprune.models._stored import TensorFiles, line, read_json, tensors_of
+from edgeprune.models._stored_formats import format_of
+from edgeprune.models._stored_formats._packed import Packed, PackedWeight
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -75,17 +80,48 @@ def _is_whole(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint(TensorFiles):
-    """A folder with config.json and safetensors, and the LoRA adapter beside them if any."""
+    """A folder with config.json and safetensors, and the LoRA adapter beside them if any.
+
+    A quantised weight stands in `files` under the name that it would have as floats, and is read
+    as the floats that its codes mean.
+    """
 
     folder: Path
     config: dict[str, Any]
     lora: Lora | None = None
+    packed: Packed | None = None  # where weights are quantised
 
     @classmethod
     def open(cls, folder: Path, adapter: Path | None = None) -> Checkpoint:
         """A folder's checkpoint, with the adapter in it or in a folder of its own."""
-        config = read_json(folder / "config.json")
-        return cls(_weights(folder), folder, config, Lora.open(adapter or folder))
+        config, file = read_json(folder / "config.json"), folder / "config.json"
+        form, files, packed = format_of(file, config), _weights(folder), None
+        if form is not None:
+            packed = Packed.of(file, form, files)
+            files = packed.as_floats(files)
+        return cls(files, folder, config, Lora.open(adapter or folder), packed)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored, a quantised weight in float32."""
+        weight = self._packed(name)
+        return weight.dequantised() if weight else super().read(name)
+
+    def quantized(self, name: str) -> QuantizedWeight | None:
+        """A quantised weight in codes [K, N]; None where it is stored in floats of any form."""
+        weight = self._packed(name)
+        return weight.quantized() if weight else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, of a quantised weight that of its floats."""
+        weight = self._packed(name)
+        return weight.shape if weight else super().shape(name)
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors names it, of a quantised weight that of its floats."""
+        return "F32" if self._packed(name) else super().dtype(name)
+
+    def _packed(self, name: str) -> PackedWeight | None:
+        return self.packed.weights.get(name) if self.packed else None
 
     @cached_property
     def leaves(self) -> dict[str, list[str]]:
@@ -103,6 +139,7 @@ class Checkpoint(TensorFiles):
         if self.lora is not None:
             digest.update(json.dumps(self.lora.config).encode())
         files = {*self.files.values(), *(self.lora.files.values() if self.lora else ())}
+        files |= self.packed.files if self.packed else set()
         for file in sorted(files):
             digest.update(f"{file.name} {file.stat().st_size}".encode())
             for block in _blocks(file):

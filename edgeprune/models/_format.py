@@ -1,4 +1,4 @@
-"""What config.json and the stored dtypes say of the form of the weights: floats, or refused."""
+"""What config.json and the stored dtypes say of the form of the weights: known, or refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ CONVERT = (
     " llava_onevision have one each), or take a converted one, such as llava-hf/llava-1.5-7b-hf"
 )
 UNWRAP = "a model inside peft; save what merge_and_unload() returns, and export that"
-QUANTISED = "quantised weights are not read; export the float checkpoint that it was made from"
+QUANTISED = (
+    "quantised in a way that config.json does not tell (quantization_config); download the"
+    " checkpoint again, or export the float one that it was made from"
+)
 
 
 def check_format(folder: Path, config: Mapping[str, Any]) -> None:
@@ -25,10 +28,6 @@ def check_format(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder} has the layout of the LLaVA authors' code ({where} in config.json);"
             f" {CONVERT}"
         )
-    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        for key in ("quantization_config", "compression_config"):
-            if found := part.get(key):
-                raise ModelError(f"{folder / 'config.json'}: {key} {_scheme(found)}: {QUANTISED}")
     if name := config.get("transformers_weights"):
         raise ModelError(
             f"{folder / 'config.json'} keeps its weights in {name!r} (transformers_weights), which"
@@ -72,15 +71,3 @@ def _authors(config: Mapping[str, Any]) -> str | None:
     if config.get("vision_config"):
         return None
     return next((key for key in ("mm_vision_tower", "mm_projector_type") if key in config), None)
-
-
-def _scheme(found: Any) -> str:
-    """How a quantisation calls itself: `quant_method 'gptq', 4 bits`."""
-    if not isinstance(found, Mapping):
-        return repr(found)
-    name = found.get("quant_method") or found.get("quant_algo")
-    bits = found.get("bits") or found.get("w_bit")
-    for width in (4, 8):
-        if found.get(f"load_in_{width}bit"):
-            name, bits = name or "bitsandbytes", width
-    return f"says quant_method {name!r}" + (f", {bits} bits" if bits else "")

@@ -1,0 +1,188 @@
+"""What the format of a quantised checkpoint answers, and the tensors that one weight is read of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from edgeprune.errors import ModelError
+from edgeprune.models._quantised import QuantizedWeight
+from edgeprune.models._stored import TensorFiles
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Stored dtypes of weights and scales that are floats."""
+DOWNLOAD = "the checkpoint is damaged, or of another layout; download it again"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of one module's weight, by their names below the module.
+
+    `qweight`, `qzeros` and `scales` of AWQ, say. Nothing is read before its size is known to fit.
+    """
+
+    module: str
+    leaves: frozenset[str]
+    tensors: TensorFiles
+
+    def has(self, leaf: str) -> bool:
+        return leaf in self.leaves
+
+    def need(self, *leaves: str, optional: tuple[str, ...] = ()) -> None:
+        """ModelError unless these tensors are there, and beside them at most the optional ones."""
+        if missing := [leaf for leaf in leaves if leaf not in self.leaves]:
+            found = ", ".join(sorted(self.leaves))
+            raise self.error(missing[0], f"is missing beside {found}; {DOWNLOAD}")
+        if extra := sorted(self.leaves.difference(leaves, optional)):
+            raise self.error(extra[0], f"stands beside {leaves[0]}: two weights in one place")
+
+    def shape(self, leaf: str) -> tuple[int, ...]:
+        return self.tensors.shape(self._name(leaf))
+
+    def dtype(self, leaf: str) -> str:
+        return self.tensors.dtype(self._name(leaf))
+
+    def matrix(self, leaf: str, *dtypes: str) -> tuple[int, int]:
+        """The shape of a tensor of two axes; ModelError where it has others, or another dtype."""
+        shape = self.shape(leaf)
+        if len(shape) != 2 or 0 in shape or self.dtype(leaf) not in dtypes:
+            raise self._misfit(leaf, f"a matrix of {' or '.join(dtypes)}")
+        return shape[0], shape[1]
+
+    def expect(self, leaf: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> None:
+        """ModelError where a tensor has none of these dtypes, or none of these shapes."""
+        if self.dtype(leaf) not in dtypes or self.shape(leaf) not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise self._misfit(leaf, f"{' or '.join(dtypes)} {wanted}")
+
+    def groups(self, leaf: str, inputs: int, group: int | None) -> int:
+        """How many groups of inputs have scales of their own: the rows of a matrix of scales.
+
+        ModelError where they do not divide the inputs, or are not of the size that config.json
+        says: `group` inputs, -1: all, None: any.
+        """
+        count, _ = self.matrix(leaf, *FLOATS)
+        wanted = inputs if group == -1 else group
+        if inputs % count or wanted not in (None, inputs // count):
+            size = "equal size" if wanted is None else str(wanted)
+            raise self.error(
+                leaf, f"is for {count} groups of {inputs} inputs, want groups of {size}"
+            )
+        return count
+
+    def read(self, leaf: str) -> Tensor:
+        return self.tensors.read(self._name(leaf))
+
+    def scales(self, leaf: str) -> Tensor:
+        """A tensor of scales in float32; ModelError unless all are finite."""
+        scales = self.read(leaf).float()
+        if not bool(scales.isfinite().all()):
+            raise self.error(leaf, f"holds scales that are infinite or not a number; {DOWNLOAD}")
+        return scales
+
+    def quantized(
+        self, codes: Tensor, zeros: Tensor | None, scales: Tensor, bits: int
+    ) -> QuantizedWeight:
+        """A weight of these codes [K, N], without zero points where all are 0. Where a scale is 0,
+        so is the weight: codes that are 0 say the same with any scale."""
+        block = len(codes) // len(scales)
+        if zeros is not None and not bool(zeros.any()):
+            zeros = None
+        if bool((empty := scales == 0).any()):
+            wide = empty.repeat_interleave(block, 0)
+            codes = codes.masked_fill(wide, 0)
+            zeros = None if zeros is None else zeros.masked_fill(empty, 0)
+            scales = scales.masked_fill(empty, 1)
+        return QuantizedWeight(codes, scales, zeros, bits, block)
+
+    def error(self, leaf: str, message: str) -> ModelError:
+        """A ModelError about one of the tensors."""
+        stored = leaf if leaf in self.leaves else min(self.leaves)
+        return ModelError(f"{self.tensors.files[self._name(stored)]}: {self._name(leaf)} {message}")
+
+    def _misfit(self, leaf: str, wanted: str) -> ModelError:
+        found = f"{self.dtype(leaf)} {list(self.shape(leaf))}"
+        return self.error(leaf, f"is {found}, want {wanted}; {DOWNLOAD}")
+
+    def _name(self, leaf: str) -> str:
+        return f"{self.module}.{leaf}"
+
+
+class StoredFormat(ABC):
+    """A form of quantised weights, with the settings that config.json gives it."""
+
+    method: ClassVar[str]
+    """Value of `quant_method` in config.json."""
+
+    leaves: ClassVar[tuple[str, ...]]
+    """Tensors beside `weight` by which a module is known to be stored in this form."""
+
+    spare: ClassVar[tuple[str, ...]] = ()
+    """Tensors about activations or caches, which are computed in floats here."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, file: Path, scheme: Mapping[str, Any]) -> StoredFormat:
+        """The format with the settings of config.json; ModelError where one of them is not
+        supported."""
+
+    @abstractmethod
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """Outputs and inputs of a weight, N and K; ModelError where its tensors do not fit
+        together. Reads no large tensor."""
+
+    @abstractmethod
+    def read(self, parts: Parts) -> QuantizedWeight | Tensor:
+        """A weight in codes [K, N], or where the form has no integer codes in float32 [N, K].
+        Called after `shape`."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The form for people: `AWQ, 4 bits in groups of 128`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a config.json says of a quantisation, read with one-line errors."""
+
+    file: Path
+    scheme: Mapping[str, Any]
+
+    def get(self, *names: str) -> Any:
+        """The value of the first name that is there; None where none is."""
+        return next((self.scheme[n] for n in names if self.scheme.get(n) is not None), None)
+
+    def one_of(self, names: tuple[str, ...], allowed: tuple[Any, ...], default: Any) -> Any:
+        """A setting that has to have one of a few values."""
+        value = self.get(*names)
+        value = default if value is None else value
+        plain = value.lower() if isinstance(value, str) else value
+        if isinstance(plain, bool) != isinstance(allowed[0], bool) or plain not in allowed:
+            raise self.error(names[0], value, " or ".join(map(str, allowed)))
+        return plain
+
+    def integer(self, names: tuple[str, ...], default: int) -> int:
+        """A whole number: a size, or -1."""
+        value = self.get(*names)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
+            raise self.error(names[0], value, "a size or -1")
+        return value
+
+    def refuse(self, *names: str) -> None:
+        """ModelError where one of these settings is made: each changes what the weights mean."""
+        for name in names:
+            if self.scheme.get(name):
+                raise self.error(name, self.scheme[name], "none")
+
+    def error(self, name: str, value: Any, wanted: str) -> ModelError:
+        told = str(value) if len(str(value)) < 60 else f"{str(value)[:60]}..."
+        return ModelError(
+            f"{self.file}: the quantisation says {name} {told}, read is {wanted}; export the"
+            " float checkpoint that it was made from"
+        )

@@ -1,0 +1,93 @@
+"""GPTQ without reordered inputs, as AutoGPTQ and GPTQModel write it (arXiv 2210.17323).
+
+Of a Linear with K inputs and N outputs in groups of g inputs, for 4 bits: `qweight` int32
+[K / 8, N], row 8 j + i in nibble i of row j; `qzeros` int32 [K / g, N / 8], column 8 j + i in
+nibble i of word j; `scales` [K / g, N]; `g_idx` int32 [K], the group of each input. For 8 bits a
+word holds four. The weight is (q - z) * scale. Version 1 stores z - 1, `gptq_v2` stores z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from edgeprune.models._quantised import BITS, QuantizedWeight
+from edgeprune.models._stored_formats._codes import along_columns, along_rows, signed
+from edgeprune.models._stored_formats._format import FLOATS, Parts, Settings, StoredFormat
+
+ORDERED = (
+    "orders the inputs by their activations (desc_act), which is not read; quantise with"
+    " desc_act=false, or export the float checkpoint that it was made from"
+)
+
+
+@dataclass(frozen=True)
+class Format(StoredFormat):
+    """`less` is what the stored zero points are too small by. `bits` and `group` are those of
+    most modules, and of all where it is not `varied`."""
+
+    bits: int
+    group: int
+    less: int
+    varied: bool = False
+    method: ClassVar[str] = "gptq"
+    leaves: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+
+    @classmethod
+    def parse(cls, file: Path, scheme: Mapping[str, Any]) -> Format:
+        settings = Settings(file, scheme)
+        bits = settings.one_of(("bits",), BITS, 4)
+        names = "checkpoint_format", "format"
+        version = settings.one_of(names, ("gptq", "gptq_v2"), "gptq")
+        settings.one_of(("pack_dtype",), ("int32",), "int32")
+        settings.refuse("is_marlin_format", "rotation", "adapter")
+        if scheme.get("desc_act") and not scheme.get("static_groups"):
+            raise settings.error("desc_act", True, "false: the order of inputs is kept")
+        group = settings.integer(("group_size",), 128)
+        return cls(bits, group, int(version == "gptq"), bool(scheme.get("dynamic")))
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        parts.need(*self.leaves[:3], optional=("g_idx",))
+        rows, outputs = parts.matrix("qweight", "I32")
+        bits = self._bits(parts, outputs)
+        inputs = rows * 32 // bits
+        groups = parts.groups("scales", inputs, None if self.varied else self.group)
+        parts.expect("scales", FLOATS, (groups, outputs))
+        parts.expect("qzeros", ("I32",), (groups, outputs * bits // 32))
+        if parts.has("g_idx"):
+            parts.expect("g_idx", ("I32", "I64"), (inputs,))
+        return outputs, inputs
+
+    def _bits(self, parts: Parts, outputs: int) -> int:
+        """The width of a module's codes."""
+        if not self.varied:
+            return self.bits
+        _, words = parts.matrix("qzeros", "I32")
+        found = [bits for bits in BITS if bits * outputs == 32 * words]
+        if not found:
+            raise parts.error("qzeros", f"holds {words} words for {outputs} outputs, read are 4")
+        return found[0]
+
+    def read(self, parts: Parts) -> QuantizedWeight:
+        outputs, inputs = self.shape(parts)
+        bits, scales = self._bits(parts, outputs), parts.scales("scales")
+        if parts.has("g_idx"):
+            groups = torch.arange(inputs) // (inputs // len(scales))
+            if not torch.equal(parts.read("g_idx").long(), groups):
+                raise parts.error("g_idx", ORDERED)
+        zeros = along_rows(parts.read("qzeros"), bits)
+        if self.less and bool((zeros == (1 << bits) - 1).any()):
+            raise parts.error(
+                "qzeros",
+                "holds zero points of 0, which programs store and read in different ways in"
+                " version 1 of this format; write it as gptq_v2",
+            )
+        codes = signed(along_columns(parts.read("qweight"), bits), bits)
+        return parts.quantized(codes, signed(zeros.add_(self.less), bits), scales, bits)
+
+    def __str__(self) -> str:
+        return f"GPTQ, {self.bits} bits in groups of {self.group}"

@@ -1,0 +1,128 @@
+"""Quantised checkpoints of every stored format answer as the floats that their codes mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._quantised import QuantizedWeight
+from edgeprune.policies import make
+from edgeprune.spec import Plan, PruneSpec
+from tests import families, packing
+from tests.families import Family
+from tests.packing import Codes
+from tests.test_weights import answers_as, loaded
+
+GROUP = 16
+Packer = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A stored format: how config.json tells of it, and what packs a weight in it."""
+
+    scheme: dict[str, Any]
+    packed: Packer
+    told: str
+    bits: int = 0  # of the codes; 0: it has none
+    symmetric: bool = False
+    block: int = GROUP
+    linears: Any = field(default=packing.LINEARS)
+
+
+def coded(
+    pack: Callable[[Codes], dict[str, Tensor]], bits: int = 4, *, symmetric: bool = False
+) -> Packer:
+    """Codes in groups of 16 inputs, packed by `pack`."""
+
+    def packed(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes = Codes.of(weight, bits, GROUP, symmetric=symmetric)
+        return pack(codes), codes.floats()
+
+    return packed
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True}
+AWQ |= {"version": "gemm", "modules_to_not_convert": ["visual"]}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+V2 = {"checkpoint_format": "gptq_v2"}
+FORMS = {
+    "awq": Form(AWQ, coded(packing.awq), "AWQ, 4 bits in groups of 16", 4),
+    "gptq": Form(GPTQ, coded(packing.gptq), "GPTQ, 4 bits in groups of 16", 4),
+    "gptq symmetric": Form(
+        GPTQ, coded(packing.gptq, symmetric=True), "GPTQ, 4 bits in groups of 16", 4, True
+    ),
+    "gptq v2": Form(
+        GPTQ | V2, coded(partial(packing.gptq, less=0)), "GPTQ, 4 bits in groups of 16", 4
+    ),
+    "gptq of 8 bits": Form(
+        GPTQ | {"bits": 8},
+        coded(packing.gptq, 8, symmetric=True),
+        "GPTQ, 8 bits in groups of 16",
+        8,
+        True,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return families.llava()
+
+
+@pytest.fixture(scope="module")
+def saved(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family.save(tmp_path_factory.mktemp("llava") / "tiny")
+
+
+def parameters(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """All that a dense decoder reads."""
+    with torch.device("meta"):
+        plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+        module = adapter.decoder(make(PruneSpec("none")), plan)
+    return adapter.load(module, dtype).state_dict()
+
+
+def codes(adapter: Adapter) -> dict[str, QuantizedWeight]:
+    """The parameters of a dense decoder that are stored in codes."""
+    with torch.device("meta"):
+        plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+        module = adapter.decoder(make(PruneSpec("none")), plan)
+    sources = adapter.sources(module).items()
+    found = {name: adapter.quantized(source) for name, source in sources}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_a_quantised_checkpoint_answers_as_the_floats_that_it_means(
+    form: Form, family: Family, saved: Path, tmp_path: Path
+) -> None:
+    packed, floats = packing.pack(saved, tmp_path, form.scheme, form.packed, form.linears)
+    ours, theirs = open_model(str(packed)), open_model(str(floats))
+    found, wanted = parameters(ours), parameters(theirs)
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight), name
+    assert ours.remarks == (f"21 weights are stored in codes ({form.told})",)
+    assert ours.checkpoint.num_parameters() == theirs.checkpoint.num_parameters()
+    assert ours.checkpoint.fingerprint() != theirs.checkpoint.fingerprint()
+    assert answers_as(loaded(floats), family, packed)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_codes_are_handed_on_as_they_are_stored(form: Form, saved: Path, tmp_path: Path) -> None:
+    """Symmetric ones without zero points, so that every engine takes them."""
+    packed, floats = packing.pack(saved, tmp_path, form.scheme, form.packed, form.linears)
+    found, wanted = codes(open_model(str(packed))), parameters(open_model(str(floats)))
+    assert len(found) == (21 if form.bits else 0)
+    for name, weight in found.items():
+        assert (weight.bits, weight.block) == (form.bits, form.block)
+        assert (weight.zeros is None) == form.symmetric
+        assert torch.equal(weight.dequantised(), wanted[name]), name
