@@ -64,8 +64,8 @@ def weights(graph: Path) -> int:
     model = onnx.load(graph, load_external_data=False)
     total = 0
     for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        total += int(place["length"]) if place else len(tensor.raw_data)
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        total += int(external["length"]) if external else len(tensor.raw_data)
     return total
 
 

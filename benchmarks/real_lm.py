@@ -40,7 +40,7 @@ TEMPLATE = (
     "{%- endfor -%}{%- endif -%}<|im_end|>{{ '\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
 )
-"""SmolLM2's own, with the image's place in it and without its default system prompt."""
+"""SmolLM2's own, with a slot for the image and without its default system prompt."""
 
 
 def missing() -> list[str]:

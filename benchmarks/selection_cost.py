@@ -85,7 +85,7 @@ class Cost:
 def plan_of(policy: Policy, adapter: Adapter, cr: float) -> Plan:
     """A method's plan; where it would calibrate, a made-up schedule of the usual form."""
     shape = adapter.shape
-    if policy.first(shape, cr) is None:
+    if policy.entry_tokens(shape, cr) is None:
         return policy.plan(shape, cr)
     counts = declining(shape.visual_tokens, shape.layers, cr)
     return policy.plan(shape, cr, SimpleNamespace(counts=counts))

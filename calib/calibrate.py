@@ -69,7 +69,7 @@ def calibrate(
     report: Progress = silent,
 ) -> Schedule:
     """The schedule of a policy for a model; read from the cache where it was solved before."""
-    first = policy.first(adapter.shape, request.cr)
+    first = policy.entry_tokens(adapter.shape, request.cr)
     if first is None:
         raise SpecError("this method's counts need no calibration; export it as it is")
     key = _key(request, adapter, policy)

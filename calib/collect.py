@@ -33,7 +33,7 @@ class Recorder(Decoder):
         self.states: list[Tensor] = []  # each layer's output [1, S, width]
 
     def observe(self, layer: int, signals: LayerSignals) -> None:
-        self.attention.append(self.policy.record(layer, signals))
+        self.attention.append(self.policy.calibration_scores(layer, signals))
         self.states.append(signals.hidden)
 
     def feature(self, hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ EdgepruneError
 ├── BundleError      a bundle that is missing, altered or newer than this version
 ├── InputError       an image or a prompt that cannot be used
 ├── CapacityError    more tokens than the KV cache or the positions allow
-├── SessionError     a dialogue that is closed, broken off, or used from two places at once
+├── SessionError     a dialogue that is closed, broken off, or used by two callers at once
 └── BackendError     an inference engine that is missing or refuses
 
 The command line prints the message on one line and exits with 2; a message therefore says what was
@@ -59,7 +59,7 @@ class CapacityError(EdgepruneError):
 
 
 class SessionError(EdgepruneError):
-    """A dialogue that is closed, was broken off, or is used from two places at once."""
+    """A dialogue that is closed, was broken off, or is used by two callers at once."""
 
 
 class BackendError(EdgepruneError):

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all: under a hidden name beside their place, renamed.
+"""Files and folders written whole or not at all: under a hidden name beside their path, renamed.
 
 Renaming is what makes it so: at every moment there is the old one or the new one, and what a
 process that was killed left half-written never has the name that others read. Where Linux can
@@ -58,7 +58,7 @@ def write_whole(file: Path, data: bytes) -> None:
 
 def unwritable(file: Path, why: str) -> SpecError:
     """The error where a result cannot be written."""
-    return SpecError(f"{file} cannot be written ({why}); choose another place")
+    return SpecError(f"{file} cannot be written ({why}); choose another path")
 
 
 def real(path: Path) -> Path:
@@ -70,13 +70,13 @@ def obstacle(target: Path) -> str:
     """Why nothing can be written at a path, as far as can be seen now; empty where it can be."""
     if not is_utf8(str(target)):
         return "its name is not UTF-8"
-    place = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
-    if not place.is_dir():
-        return f"{place} is no folder"
-    if not os.access(place, os.W_OK):
-        return f"nothing can be written in {place}"
-    names = target.absolute().relative_to(place).parts
-    longest = os.pathconf(place, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    parent = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        return f"{parent} is no folder"
+    if not os.access(parent, os.W_OK):
+        return f"nothing can be written in {parent}"
+    names = target.absolute().relative_to(parent).parts
+    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     draft = len(os.fsencode(_prefix(target))) + 8
     if max(draft, *(len(os.fsencode(name)) for name in names)) > longest:
         return f"a name of it is too long, beyond {longest} bytes with what a draft adds"
@@ -94,7 +94,7 @@ def replaced(target: Path) -> Iterator[Path]:
     """A new folder that becomes `target` when the block ends well, and vanishes otherwise.
 
     Of several processes that replace one target the last to end is the one that stays. What a
-    process that was killed left behind is swept by the next one to the same place.
+    process that was killed left behind is swept by the next one to the same path.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
@@ -111,7 +111,7 @@ def replaced(target: Path) -> Iterator[Path]:
 
 
 def _put(draft: Path, target: Path, kept: Path) -> None:
-    """Rename a draft into its place; what stands there is in `kept` or in the draft's place."""
+    """Rename a draft to its path; what stands there goes to `kept` or to the draft's path."""
     while not _exchange(draft, target):
         try:
             draft.rename(target)
@@ -126,7 +126,7 @@ def _put(draft: Path, target: Path, kept: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places at one moment; False where one is absent or nothing can do it."""
+    """Exchange two paths at one moment; False where one is absent or nothing can do it."""
     if sys.platform != "linux":
         return False
     try:
@@ -154,7 +154,7 @@ def _workshop(target: Path) -> tuple[Path, int | None]:
 
 
 def _discard(work: Path, target: Path) -> None:
-    """Remove a draft; what it was to replace goes back where nothing has come in its place."""
+    """Remove a draft; what it was to replace goes back where nothing else has come there."""
     if (work / KEPT).exists() and not target.exists():
         with suppress(OSError):  # something has come just now
             (work / KEPT).rename(target)

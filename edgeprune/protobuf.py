@@ -38,10 +38,10 @@ def fields(message: memoryview) -> Iterator[tuple[int, int, int, int, int]]:
 def varint(message: memoryview, start: int) -> tuple[int, int]:
     """A number in groups of seven bits, lowest first, and where it ends."""
     value = 0
-    for place, byte in enumerate(message[start : start + 10]):
-        value |= (byte & 0x7F) << 7 * place
+    for index, byte in enumerate(message[start : start + 10]):
+        value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
-            return value, start + place + 1
+            return value, start + index + 1
     raise ValueError(f"the number at byte {start} has no end")
 
 

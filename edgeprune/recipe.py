@@ -131,7 +131,7 @@ def _schedule(
 ) -> Schedule | None:
     """The schedule of a method that needs one: a file's, or calibrated now."""
     spec = recipe.spec
-    if policy.first(adapter.shape, spec.cr) is None:
+    if policy.entry_tokens(adapter.shape, spec.cr) is None:
         if recipe.schedule is not None:
             raise SpecError(f"method {spec.method} follows no schedule; leave out --schedule")
         return None

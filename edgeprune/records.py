@@ -117,37 +117,37 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def build(kind: Any, value: Any, place: str) -> Any:
-    """A JSON value as the type that a record declares for it; TypeError names the place.
+def build(kind: Any, value: Any, path: str) -> Any:
+    """A JSON value as the type that a record declares for it; TypeError names its path.
 
-    `place` is where the value stands, such as `manifest.decoder.layers`.
+    `path` is where the value stands, such as `manifest.decoder.layers`.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        found = build(inner[0], value, place)
+        found = build(inner[0], value, path)
         for rule in inner[1:]:
             if rule.broken(found):
-                raise TypeError(f"{place} is {rule}; got {_shown(value)}")
+                raise TypeError(f"{path} is {rule}; got {_shown(value)}")
         return found
     if origin in (UnionType, Union):  # the latter where a part is Annotated
-        return _first(inner, value, place)
+        return _first(inner, value, path)
     if is_dataclass(kind) and isinstance(value, dict):
-        return _record(kind, value, place)
+        return _record(kind, value, path)
     if origin is tuple and isinstance(value, list):
         kinds = inner[:1] * len(value) if inner[-1] is ... else inner
         if len(kinds) == len(value):
-            return tuple(build(k, v, place) for k, v in zip(kinds, value, strict=True))
+            return tuple(build(k, v, path) for k, v in zip(kinds, value, strict=True))
     elif origin is Literal:
         if value in inner:
             return value
-        raise TypeError(f"{place} is one of {', '.join(map(str, inner))}; got {_shown(value)}")
+        raise TypeError(f"{path} is one of {', '.join(map(str, inner))}; got {_shown(value)}")
     elif origin is dict and isinstance(value, dict):
         return {
-            build(inner[0], k, place): build(inner[1], v, f"{place}.{k}") for k, v in value.items()
+            build(inner[0], k, path): build(inner[1], v, f"{path}.{k}") for k, v in value.items()
         }
     elif kind is Any or _plain(kind, value):
         return value
-    raise TypeError(f"{place} cannot be {_shown(value)}")
+    raise TypeError(f"{path} cannot be {_shown(value)}")
 
 
 def _plain(kind: Any, value: Any) -> bool:
@@ -171,26 +171,26 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def _first(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+def _first(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
     """The value as the first of several types that takes it."""
-    refusal = TypeError(f"{place} cannot be {_shown(value)}")
+    refusal = TypeError(f"{path} cannot be {_shown(value)}")
     for kind in kinds:
         try:
-            return build(kind, value, place)
+            return build(kind, value, path)
         except TypeError as error:
             if get_origin(kind) is Annotated and type(value) is get_args(kind)[0]:
                 refusal = error  # the type is right: say what is wrong with the value
     raise refusal
 
 
-def _record(kind: Any, value: dict[str, Any], place: str) -> Any:
+def _record(kind: Any, value: dict[str, Any], path: str) -> Any:
     hints = get_type_hints(kind, include_extras=True)
     known = [field.name for field in fields(kind) if field.name in value]
-    parts = {name: build(hints[name], value[name], f"{place}.{name}") for name in known}
+    parts = {name: build(hints[name], value[name], f"{path}.{name}") for name in known}
     try:
         return kind(**parts)
     except TypeError as error:  # a field is missing
-        raise TypeError(f"{place}: {error}") from error
+        raise TypeError(f"{path}: {error}") from error
 
 
 def _shown(value: Any) -> str:

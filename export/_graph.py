@@ -90,9 +90,9 @@ class Graph:
             dims = (d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim)
             self.shapes[value.name] = tuple(dims)
 
-    def given(self, node: Node, place: int) -> str:
+    def given(self, node: Node, index: int) -> str:
         """The name of an input, empty where it was left out."""
-        return node.input[place] if place < len(node.input) else ""
+        return node.input[index] if index < len(node.input) else ""
 
     def rank(self, name: str) -> int | None:
         return len(self.shapes[name]) if name in self.shapes else None

@@ -111,24 +111,24 @@ def find(graph: Graph) -> Iterator[Problem]:
     yield from _opset(graph)
     for number, node in enumerate(graph.nodes):
         name = node.name or next(iter(node.output), "") or f"node {number}"
-        place = f"{name} ({node.op_type})"
+        location = f"{name} ({node.op_type})"
         types = OPERATORS.get(node.op_type, "")
         if node.domain or not types:
             operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             message = f"{operator} is no operator that the parser knows"
-            yield Problem(place, message, OPS_10_15, dict(NEVER))
+            yield Problem(location, message, OPS_10_15, dict(NEVER))
             continue
         if node.op_type in ADDED:
             since, source = ADDED[node.op_type]
-            yield Problem(place, f"{node.op_type} is not known yet", source, dict(since))
+            yield Problem(location, f"{node.op_type} is not known yet", source, dict(since))
         kind = _data_type(graph, node)
         if kind and not set(_LETTERS.get(kind, "")) & set(types):
             message = f"{node.op_type} takes no {kind.lower()}"
-            yield Problem(place, message, OPS_10_15, dict(NEVER))
+            yield Problem(location, message, OPS_10_15, dict(NEVER))
         for rule in RULES:
             if node.op_type in rule.operators and rule.broken(graph, node):
                 message = f"{node.op_type} {rule.message}"
-                yield Problem(place, message, rule.source, dict(rule.since))
+                yield Problem(location, message, rule.source, dict(rule.since))
 
 
 def _opset(graph: Graph) -> Iterator[Problem]:

@@ -30,16 +30,16 @@ Array = NDArray[Any]
 class Outcome:
     """What one engine makes of a sample."""
 
-    kept: tuple[Tensor, ...]  # whose places the survivors took: in the encoder, then at each site
+    kept: tuple[Tensor, ...]  # indices of the survivors: the encoder's, then each site's
     visual: Tensor  # [1, r_1, width], between the graphs
     logits: tuple[Tensor, ...]  # float32 [vocabulary], of each of CALLS
 
     def keeps_as(self, other: Outcome) -> bool:
-        """Whether every site's survivors take the same places."""
+        """Whether every site's survivors have the same indices."""
         return all(map(torch.equal, self.kept, other.kept))
 
     def survivors(self) -> list[set[int]]:
-        """The places in the image that survive each site, the encoder first."""
+        """Indices in the image of the tokens that survive each site, the encoder first."""
         alive, *later = self.kept
         survivors = [alive]
         for kept in later:

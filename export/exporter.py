@@ -79,13 +79,13 @@ def preflight(
     """
     chosen = resolve(target, dtype).dtype
     check_target(output)
-    place = next(folder for folder in output.absolute().parents if folder.exists())
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
     copy = DTYPES["fp32"].bytes if compared and chosen.name != "fp32" else 0
     need = adapter.checkpoint.num_parameters() * (chosen.bytes + copy)
-    disk = shutil.disk_usage(place)
+    disk = shutil.disk_usage(parent)
     if need > disk.free and disk.total:  # some file systems count nothing
         raise ExportError(
-            f"{output} needs {need / 1e6:,.1f} MB of disk, {place} has {disk.free / 1e6:,.1f} MB"
+            f"{output} needs {need / 1e6:,.1f} MB of disk, {parent} has {disk.free / 1e6:,.1f} MB"
             " free; make room there or choose another --output"
         )
 

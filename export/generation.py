@@ -136,7 +136,7 @@ def _is_neutral(value: Any, neutral: Any) -> bool:
     return value is False or value in ([], {}, "") or (value == neutral and neutral is not None)
 
 
-def _sampling(given: dict[str, Any], shape: ModelShape, place: str, notes: list[str]) -> Sampling:
+def _sampling(given: dict[str, Any], shape: ModelShape, source: str, notes: list[str]) -> Sampling:
     """TypeError or SpecError where a setting has a value that `generate` could not use either."""
     drawn = given.get("do_sample", False)
     if not isinstance(drawn, bool):
@@ -153,7 +153,7 @@ def _sampling(given: dict[str, Any], shape: ModelShape, place: str, notes: list[
     found |= {name: given[name] for name in others}
     stop = given.get("stop_strings", [])
     found["stop"] = [stop] if isinstance(stop, str) else stop
-    sampling: Sampling = build(Sampling, found, place)
+    sampling: Sampling = build(Sampling, found, source)
     if "min_new_tokens" in given:  # which goes before min_length
         sampling = replace(sampling, min_length=0)
     most = shape.vocabulary

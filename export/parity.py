@@ -1,6 +1,6 @@
 """Parity: an exported pair of graphs against the eager reference of the same policy, in float32.
 
-Each sample is prefilled, decoded for two tokens and asked again on the same cache. The places that
+Each sample is prefilled, decoded for two tokens and asked again on the same cache. The indices that
 each site's survivors take must be the same, the visual tokens, merged ones too, and all logits
 within a tolerance. Where the kept tokens differ, it may be a tie: two engines round differently,
 and a choice between equals falls otherwise. Then the reference, its pixels off by no more than
@@ -108,7 +108,7 @@ def check_copy(
 
 
 def _merges(plan: Plan) -> bool:
-    """Whether tokens are merged: then equal places may stand for other averages."""
+    """Whether tokens are merged: then equal indices may stand for other averages."""
     return any(stage.merged or stage.site == "block" for stage in plan.stages)
 
 

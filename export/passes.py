@@ -15,7 +15,7 @@ HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def clean(model: ir.Model, weights: Collection[str]) -> None:
-    """Fold constants, merge equal nodes, drop dead ones, give the rest readable names.
+    """BlockMerge constants, merge equal nodes, drop dead ones, give the rest readable names.
 
     What is computed from one of `weights` is no constant yet: a stand-in of zeros is traced. What
     rounds a constant stays a node, so that the constant is not lost; see `models._ops.scalar`.
@@ -87,8 +87,8 @@ def widen_choices(graph: ir.Graph) -> None:
         for made in (first, widened, narrowed):
             made.metadata_props.update(node.metadata_props)
         narrowed.outputs[0].shape, narrowed.outputs[0].type = found.shape, found.type
-        for user, place in [use for use in found.uses() if use[0] is not narrowed]:
-            user.replace_input_with(place, narrowed.outputs[0])
+        for user, index in [use for use in found.uses() if use[0] is not narrowed]:
+            user.replace_input_with(index, narrowed.outputs[0])
         node.replace_input_with(0, widened.outputs[0])
         node.attributes["axis"] = ir.AttrInt64("axis", 1)
         found.shape = None

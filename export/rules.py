@@ -125,32 +125,32 @@ NEVER: Since = {"trt": None, "rtx": None}
 REDUCTIONS = tuple(name for name in OPERATORS if name.startswith("Reduce"))
 
 
-def _given(*places: int) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: any(graph.given(node, place) for place in places)
+def _given(*indices: int) -> Callable[[Graph, Node], bool]:
+    return lambda graph, node: any(graph.given(node, index) for index in indices)
 
 
-def _returned(*places: int) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: any(p < len(node.output) and node.output[p] for p in places)
+def _returned(*indices: int) -> Callable[[Graph, Node], bool]:
+    return lambda graph, node: any(p < len(node.output) and node.output[p] for p in indices)
 
 
 def _set(name: str, usual: object) -> Callable[[Graph, Node], bool]:
     return lambda graph, node: attribute(node, name, usual) != usual
 
 
-def _computed(place: int) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: not graph.constant(graph.given(node, place))
+def _computed(index: int) -> Callable[[Graph, Node], bool]:
+    return lambda graph, node: not graph.constant(graph.given(node, index))
 
 
-def _rank_not(wanted: int, *places: int) -> Callable[[Graph, Node], bool]:
+def _rank_not(wanted: int, *indices: int) -> Callable[[Graph, Node], bool]:
     def broken(graph: Graph, node: Node) -> bool:
-        ranks = (graph.rank(graph.given(node, place)) for place in places)
+        ranks = (graph.rank(graph.given(node, index)) for index in indices)
         return any(rank not in (None, wanted) for rank in ranks)
 
     return broken
 
 
-def _typed(place: int, *kinds: int) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: graph.types.get(graph.given(node, place)) in kinds
+def _typed(index: int, *kinds: int) -> Callable[[Graph, Node], bool]:
+    return lambda graph, node: graph.types.get(graph.given(node, index)) in kinds
 
 
 def _other_axis(graph: Graph, node: Node) -> bool:

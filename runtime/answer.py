@@ -31,7 +31,7 @@ class Answer:
     ids: tuple[int, ...]
     finish: str
     timings: Timings
-    vision_kept: Ids  # of the V tokens, those whose places the encoder's survivors took; V: [CLS]
+    vision_kept: Ids  # indices of the encoder's survivors among the V tokens; V: [CLS]
     layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
     prompt_tokens: int
     remarks: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's

@@ -234,8 +234,8 @@ class _Builder:
         config.progress_monitor = self._monitor
         if self.request.compute:
             config.num_compute_capabilities = len(self.request.compute)
-            for place, target in enumerate(self._targets()):
-                if not config.set_compute_capability(target, place):
+            for index, target in enumerate(self._targets()):
+                if not config.set_compute_capability(target, index):
                     raise BackendError(f"{self.title} takes no --compute {target.name} here")
         if self.request.backend == "trt":  # TensorRT-RTX measures on the device, at load
             known = self._timings.read_bytes() if self._timings.is_file() else b""

@@ -69,7 +69,7 @@ class Sequence:
 
     @property
     def vision_kept(self) -> Ids:
-        """Of the image's V tokens, those whose places the encoder's survivors took."""
+        """Indices of the encoder's survivors among the image's V tokens."""
         return self._state.vision_kept
 
     @property

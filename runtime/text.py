@@ -77,8 +77,8 @@ class Prompter:
                 "tokenizer.json does not read the bundle's image token as one token; export the"
                 " bundle again"
             )
-        place = ids.index(self._record.image_token_id)
-        return _row(ids[:place]), _row(ids[place + 1 :])
+        index = ids.index(self._record.image_token_id)
+        return _row(ids[:index]), _row(ids[index + 1 :])
 
     def next_turn(self, prompt: str) -> Tokens:
         """Ids of a further question, [1, T], to follow the answer's ids (without the final eos)."""
@@ -180,11 +180,11 @@ def _follow(encode: Callable[[str], list[int]], text: str) -> list[int]:
 
 
 def _check_record(record: TextRecord, added: Collection[int], tokenizer_file: Path | str) -> None:
-    places = [(record.first, "{image}"), (record.first, "{prompt}"), (record.next, "{prompt}")]
+    holes = [(record.first, "{image}"), (record.first, "{prompt}"), (record.next, "{prompt}")]
     if record.with_system:
-        places += [(record.with_system, f"{{{hole}}}") for hole in ("image", "prompt", "system")]
+        holes += [(record.with_system, f"{{{hole}}}") for hole in ("image", "prompt", "system")]
     odd = "{system}" in record.first + record.next  # only the other template has that hole
-    if odd or record.image_token_id not in added or any(t.count(p) != 1 for t, p in places):
+    if odd or record.image_token_id not in added or any(t.count(p) != 1 for t, p in holes):
         raise BundleError(
             f"{tokenizer_file} and the bundle's prompt template do not fit; export the bundle again"
         )

@@ -131,8 +131,8 @@ def refusals(parser: Any) -> str:
         reason = error.desc().strip().splitlines() or ["no reason given"]
         text = " ".join(line for line in reason if _NO_DRIVER not in line)
         operator = error.node_operator()
-        place = f"node {error.node_name()} ({operator}): " if operator else ""
-        found.append(f"{place}{text}")
+        where = f"node {error.node_name()} ({operator}): " if operator else ""
+        found.append(f"{where}{text}")
     return brief("; ".join(found) or "no reason given")
 
 

@@ -28,7 +28,7 @@ def frozen(
     """Export a method; where it needs a schedule that is `counts`, or made up for the ratio."""
     adapter, spec = open_model(str(model)), PruneSpec(method, cr)
     policy, shape = make(spec), adapter.shape
-    if policy.first(shape, cr) is None:
+    if policy.entry_tokens(shape, cr) is None:
         plan = policy.plan(shape, cr)
     else:
         counts = counts or declining(shape.visual_tokens, shape.layers, cr)

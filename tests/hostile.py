@@ -30,8 +30,8 @@ def end(kind: str, name: str) -> Callable[[Any], Any]:
     return lambda model: next(v for v in getattr(model.graph, kind) if v.name == name)
 
 
-def set_size(kind: str, name: str, place: int, size: int) -> Callable[[Any], object]:
+def set_size(kind: str, name: str, axis: int, size: int) -> Callable[[Any], object]:
     def change(model: Any) -> None:
-        end(kind, name)(model).type.tensor_type.shape.dim[place].dim_value = size
+        end(kind, name)(model).type.tensor_type.shape.dim[axis].dim_value = size
 
     return change

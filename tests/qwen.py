@@ -63,8 +63,8 @@ def inputs(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) ->
     ids, token = processor.chat.ids(adapter.media, QUESTION), adapter.media.token
     rows, columns = adapter.vision_config.layout.tile_grid
     spans = 1 if adapter.asked.frames is None else len(images) // 2
-    places = torch.where(ids == token, spans * rows * columns, 1)
-    ids = ids.repeat_interleave(places)[None]
+    repeats = torch.where(ids == token, spans * rows * columns, 1)
+    ids = ids.repeat_interleave(repeats)[None]
     if adapter.asked.frames is None:
         encoded = processor.image_processor(images, return_tensors="pt")
         return {**encoded, "input_ids": ids, "mm_token_type_ids": (ids == token).int()}

@@ -143,7 +143,7 @@ def cases() -> Iterator[Case]:
 
 def _selection() -> Iterator[Case]:
     chosen = {"k": np.array([2], np.int64)}
-    top = {"operator": "TopK", "wires": ("x", "k"), "outputs": ("y", "places")}
+    top = {"operator": "TopK", "wires": ("x", "k"), "outputs": ("y", "indices")}
     yield Case(
         says="sorted values",
         verdict=DOCUMENTED,
@@ -248,7 +248,7 @@ def _outputs() -> Iterator[Case]:
         {"x": ("FLOAT16", (1, 1, 8, 8))},
         ("x",),
         {"kernel_shape": [2, 2]},
-        outputs=("y", "places"),
+        outputs=("y", "indices"),
         good={"outputs": ("y",)},
         opset=18,
     )

@@ -105,7 +105,7 @@ def test_what_differs_is_counted() -> None:
     found = compare("b", "trt", one, "ort-cpu", other)
     assert (found.tokens, found.same_tokens, found.kept, found.same_kept) == (4, 2, 4, 3)
     assert (found.logits, found.largest) == (0.25, 2.75)
-    assert "2 of 4 greedy tokens, 3 of 4 kept places, logits within 2.5e-01 of" in found.line()
+    assert "2 of 4 greedy tokens, 3 of 4 kept tokens, logits within 2.5e-01 of" in found.line()
     assert agreement.compare("b", "trt", one, "ort-cpu", one).same_tokens == 4
 
 

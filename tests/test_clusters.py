@@ -90,9 +90,9 @@ def test_the_order_of_the_tokens_does_not_matter(count: int, seed: int, data) ->
     clusters = data.draw(st.integers(2, count))  # one cluster has any centre, see below
     centres, means = merge(tokens, clusters)
     others, moved = merge(tokens[order], clusters)
-    places = order[others.numpy()]
-    assert sorted(places.tolist()) == sorted(centres.tolist())
-    back, first = np.argsort(places), centres.argsort()  # two may tie, and then the first is first
+    indices = order[others.numpy()]
+    assert sorted(indices.tolist()) == sorted(centres.tolist())
+    back, first = np.argsort(indices), centres.argsort()  # two may tie, and then the first is first
     torch.testing.assert_close(moved[back], means[first], atol=1e-4, rtol=1e-4)
 
 

@@ -31,7 +31,7 @@ SHORT = Sampling(max_new_tokens=3)
 
 
 @dataclass(frozen=True)
-class Place:
+class Setup:
     """A bundle and the backend that it runs on; every answer goes on to its last token."""
 
     bundle: Path
@@ -60,23 +60,23 @@ def bundles(
     return found
 
 
-PLACES = [("in-place", "ort-cpu"), ("grow", "ort-cpu"), ("in-place", "trt"), ("grow", "trt-rtx")]
+SETUPS = [("in-place", "ort-cpu"), ("grow", "ort-cpu"), ("in-place", "trt"), ("grow", "trt-rtx")]
 
 
-@pytest.fixture(params=PLACES, ids=["-".join(place) for place in PLACES])
-def place(request: pytest.FixtureRequest, bundles: dict[str, Path], gpus: list[FakeGpu]) -> Place:
+@pytest.fixture(params=SETUPS, ids=["-".join(setup) for setup in SETUPS])
+def setup(request: pytest.FixtureRequest, bundles: dict[str, Path], gpus: list[FakeGpu]) -> Setup:
     kind, backend = request.param
-    return Place(bundles[kind], backend)
+    return Setup(bundles[kind], backend)
 
 
 @pytest.fixture
-def dense(bundles: dict[str, Path]) -> Place:
-    return Place(bundles["grow"], "ort-cpu")
+def dense(bundles: dict[str, Path]) -> Setup:
+    return Setup(bundles["grow"], "ort-cpu")
 
 
 @pytest.fixture
-def pruned(bundles: dict[str, Path]) -> Place:
-    return Place(bundles["in-place"], "ort-cpu")
+def pruned(bundles: dict[str, Path]) -> Setup:
+    return Setup(bundles["in-place"], "ort-cpu")
 
 
 @cache
@@ -94,11 +94,11 @@ def steps(sequence: Sequence, question: tuple[Image.Image, str], count: int) -> 
         output = sequence.read(np.array([[output.token]]), logits=False)
 
 
-def test_sequences_of_one_engine_token_by_token_are_those_of_two(place: Place) -> None:
+def test_sequences_of_one_engine_token_by_token_are_those_of_two(setup: Setup) -> None:
     """70 tokens: caches cross a growth step, each sequence at another token."""
-    alone = [list(steps(place.engine().sequence(), one, 70)) for one in questions()[:2]]
+    alone = [list(steps(setup.engine().sequence(), one, 70)) for one in questions()[:2]]
     assert alone[0] != alone[1]
-    engine = place.engine()
+    engine = setup.engine()
     side_by_side = zip(*(steps(engine.sequence(), one, 70) for one in questions()[:2]), strict=True)
     assert [list(tokens) for tokens in zip(*side_by_side, strict=True)] == alone
 
@@ -124,14 +124,14 @@ def in_threads(work: Callable[[int], None]) -> None:
         raise raised[0]
 
 
-def test_two_threads_with_a_session_each_answer_as_two_engines(place: Place) -> None:
+def test_two_threads_with_a_session_each_answer_as_two_engines(setup: Setup) -> None:
     """Questions and follow-ups; `ASKS` on ONNX Runtime, a tenth on the slower stand-in."""
-    session = place.session()
+    session = setup.session()
     wanted = [
         (session.ask(*one, SHORT).ids, session.follow_up(NEXT, SHORT).ids) for one in questions()
     ]
     assert len(set(wanted)) > 1
-    engine, count = place.engine(), ASKS if place.backend == "ort-cpu" else ASKS // 10
+    engine, count = setup.engine(), ASKS if setup.backend == "ort-cpu" else ASKS // 10
     wrong = []
 
     def work(number: int) -> None:
@@ -146,7 +146,7 @@ def test_two_threads_with_a_session_each_answer_as_two_engines(place: Place) -> 
     assert not wrong
 
 
-def test_two_threads_with_one_session_get_right_answers_or_session_errors(pruned: Place) -> None:
+def test_two_threads_with_one_session_get_right_answers_or_session_errors(pruned: Setup) -> None:
     session = pruned.session()
     wanted = [session.ask(*one, SHORT).ids for one in questions()]
     right, refused, wrong = [], [], []
@@ -168,7 +168,7 @@ def test_two_threads_with_one_session_get_right_answers_or_session_errors(pruned
     assert session.ask(*questions()[0], SHORT).ids == wanted[0]
 
 
-def test_an_older_stream_ends_when_another_question_is_asked(pruned: Place) -> None:
+def test_an_older_stream_ends_when_another_question_is_asked(pruned: Setup) -> None:
     session, sampling = pruned.session(), Sampling(max_new_tokens=12)
     first, second = questions()[:2]
     wanted = pruned.session().ask(*second, sampling)
@@ -184,10 +184,10 @@ def test_an_older_stream_ends_when_another_question_is_asked(pruned: Place) -> N
     assert list(newer) == [], "a stream that is out stays so"
 
 
-def test_a_stream_that_is_left_can_be_followed_up(place: Place) -> None:
+def test_a_stream_that_is_left_can_be_followed_up(setup: Setup) -> None:
     """As if the answer had ended there; and nothing of it is left in the next dialogue."""
     first, sampling = questions()[0], Sampling(max_new_tokens=12)
-    session, whole = place.session(), place.session()
+    session, whole = setup.session(), setup.session()
     pieces = session.stream(*first, sampling)
     next(pieces)
     assert session.answer is None
@@ -199,7 +199,7 @@ def test_a_stream_that_is_left_can_be_followed_up(place: Place) -> None:
     assert session.ask(*first, sampling).ids == whole.ask(*first, sampling).ids
 
 
-def test_a_stream_that_was_never_begun_leaves_no_answer(pruned: Place) -> None:
+def test_a_stream_that_was_never_begun_leaves_no_answer(pruned: Setup) -> None:
     session = pruned.session()
     session.stream(*questions()[0], SHORT)
     with pytest.raises(InputError, match="needs a first answer"):
@@ -223,9 +223,9 @@ def broken(session: Session, call: int, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("call", [1, 4])
-def test_a_session_says_that_its_answer_was_interrupted(place: Place, call: int) -> None:
+def test_a_session_says_that_its_answer_was_interrupted(setup: Setup, call: int) -> None:
     first, sampling = questions()[0], Sampling(max_new_tokens=8)
-    session, wanted = place.session(), place.session()
+    session, wanted = setup.session(), setup.session()
     broken(session, call, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         session.ask(*first, sampling)
@@ -237,8 +237,8 @@ def test_a_session_says_that_its_answer_was_interrupted(place: Place, call: int)
     assert session.follow_up(NEXT, sampling).ids == wanted.follow_up(NEXT, sampling).ids
 
 
-def test_a_sequence_says_that_a_call_was_interrupted(place: Place) -> None:
-    session, wanted = place.session(), place.engine().sequence()
+def test_a_sequence_says_that_a_call_was_interrupted(setup: Setup) -> None:
+    session, wanted = setup.session(), setup.engine().sequence()
     sequence, ids = session.sequence, np.arange(3, 20)[None]
     sequence.read(ids)
     broken(session, 1, KeyboardInterrupt())
@@ -251,7 +251,7 @@ def test_a_sequence_says_that_a_call_was_interrupted(place: Place) -> None:
     assert greedy(sequence, 7, 5) == greedy(wanted, 7, 5)
 
 
-def test_what_is_refused_leaves_the_dialogue_as_it_was(pruned: Place) -> None:
+def test_what_is_refused_leaves_the_dialogue_as_it_was(pruned: Setup) -> None:
     session, wanted = pruned.session(), pruned.session()
     too_many = session.manifest.decoder.max_positions
     assert session.ask(*questions()[0], SHORT).ids == wanted.ask(*questions()[0], SHORT).ids
@@ -269,9 +269,9 @@ def test_what_is_refused_leaves_the_dialogue_as_it_was(pruned: Place) -> None:
     assert session.follow_up(NEXT, SHORT).ids == wanted.follow_up(NEXT, SHORT).ids
 
 
-def test_a_closed_session_says_so(place: Place) -> None:
+def test_a_closed_session_says_so(setup: Setup) -> None:
     first = questions()[0]
-    with place.session() as session:
+    with setup.session() as session:
         session.ask(*first, SHORT)
         pieces = session.stream(*first, Sampling(max_new_tokens=12))
         next(pieces)
@@ -299,7 +299,7 @@ def test_a_closed_session_says_so(place: Place) -> None:
         engine.sequence()
 
 
-def test_closing_waits_for_the_call_that_runs(pruned: Place) -> None:
+def test_closing_waits_for_the_call_that_runs(pruned: Setup) -> None:
     """And the thread that called goes on to a SessionError."""
     session, running, ended = pruned.session(), threading.Event(), list[Exception]()
     backend = session.engine.backend
@@ -326,9 +326,9 @@ def test_closing_waits_for_the_call_that_runs(pruned: Place) -> None:
     assert "closed" in str(ended[0])
 
 
-def test_a_text_prefix_is_read_once_for_two_dialogues(place: Place) -> None:
+def test_a_text_prefix_is_read_once_for_two_dialogues(setup: Setup) -> None:
     """A fork answers as the same tokens read on a sequence of its own."""
-    engine, text_ids = place.engine(), np.arange(5, 12)[None]
+    engine, text_ids = setup.engine(), np.arange(5, 12)[None]
     images = [engine.encode_image(image) for image, _ in questions()[:2]]
     prefix = engine.sequence()
     prefix.read(np.arange(3, 40)[None])
@@ -355,10 +355,10 @@ def greedy(sequence: Sequence, token: int, count: int) -> list[int]:
 
 
 def test_an_image_is_forked_where_the_method_reads_no_text(
-    dense: Place, gpus: list[FakeGpu]
+    dense: Setup, gpus: list[FakeGpu]
 ) -> None:
-    for place in (dense, replace(dense, backend="trt-rtx")):
-        session = place.session()
+    for setup in (dense, replace(dense, backend="trt-rtx")):
+        session = setup.session()
         assert not session.manifest.prune.reads_text
         session.ask(*questions()[0], SHORT)
         twin = Session(session.engine, session.sequence.fork())
@@ -368,7 +368,7 @@ def test_an_image_is_forked_where_the_method_reads_no_text(
         assert twin.follow_up("what color is the star ?", SHORT).ids == other
 
 
-def test_an_image_is_not_forked_where_the_method_reads_the_text(pruned: Place) -> None:
+def test_an_image_is_not_forked_where_the_method_reads_the_text(pruned: Setup) -> None:
     session = pruned.session()
     assert session.manifest.prune.reads_text
     session.ask(*questions()[0], SHORT)
@@ -378,9 +378,9 @@ def test_an_image_is_not_forked_where_the_method_reads_the_text(pruned: Place) -
     assert session.sequence.fork().position == 0
 
 
-def test_caches_that_were_closed_before_their_turn_are_not_read(place: Place) -> None:
+def test_caches_that_were_closed_before_their_turn_are_not_read(setup: Setup) -> None:
     """Another thread may close a dialogue while its call waits for the engine."""
-    engine = place.engine()
+    engine = setup.engine()
     caches = engine.backend.caches()
     lengths = np.zeros(engine.manifest.decoder.layers, np.int64)
     ids = np.array([[5]])
@@ -392,11 +392,11 @@ def test_caches_that_were_closed_before_their_turn_are_not_read(place: Place) ->
             use()
 
 
-def test_an_image_is_encoded_once_for_several_questions(place: Place) -> None:
-    engine, sampling = place.engine(), Sampling(max_new_tokens=6)
+def test_an_image_is_encoded_once_for_several_questions(setup: Setup) -> None:
+    engine, sampling = setup.engine(), Sampling(max_new_tokens=6)
     first, second = Session(engine), Session(engine)
     image = engine.encode_image(questions()[0][0])
-    alone = place.session()
+    alone = setup.session()
     for session, text in ((first, "what color is the star ?"), (second, NEXT)):
         answer, wanted = (
             session.ask(image, text, sampling),
@@ -410,12 +410,12 @@ def test_an_image_is_encoded_once_for_several_questions(place: Place) -> None:
     assert asked.ids == other.ids, "what was refused left the dialogue as it was"
 
 
-@pytest.mark.parametrize(("kind", "backend"), PLACES[2:])
+@pytest.mark.parametrize(("kind", "backend"), SETUPS[2:])
 def test_a_second_dialogue_takes_its_caches_and_no_more(
     kind: str, backend: str, bundles: dict[str, Path], gpus: list[FakeGpu]
 ) -> None:
     """On the stand-in for CUDA, which counts bytes; a closed dialogue's serve the next one."""
-    engine = Place(bundles[kind], backend).engine()
+    engine = Setup(bundles[kind], backend).engine()
     first = engine.sequence()
     before = gpus[0].taken
     second = engine.sequence()
@@ -433,7 +433,7 @@ def test_a_second_dialogue_takes_its_caches_and_no_more(
 def test_too_little_memory_for_a_second_dialogue(
     bundles: dict[str, Path], gpus: list[FakeGpu]
 ) -> None:
-    engine = Place(bundles["in-place"], "trt").engine()
+    engine = Setup(bundles["in-place"], "trt").engine()
     held = [engine.sequence()]
     gpus[0].memory = gpus[0].taken
     with pytest.raises(BackendError, match="a further dialogue needs"):

@@ -273,13 +273,13 @@ def test_every_number_of_a_manifest_has_a_range() -> None:
     assert len(found) > 40 and all(ranged for _, ranged in found)
 
 
-def _places(value: Any, kind: type, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def _paths(value: Any, kind: type, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where values of a type stand in a JSON value, of each list the first."""
     if type(value) is kind:
         yield at
     inner: Any = value.items() if isinstance(value, dict) else ()
     for key, one in inner if not isinstance(value, list) else list(enumerate(value))[:1]:
-        yield from _places(one, kind, (*at, key))
+        yield from _paths(one, kind, (*at, key))
 
 
 @pytest.mark.parametrize("wrong", [-1, 1 << 62, 2.5, "3", None, [], True], ids=str)
@@ -290,9 +290,9 @@ def test_a_number_that_no_export_writes(
     manifest = (bundle := copy_bundle()) / "manifest.json"
     text = manifest.read_text()
     free = ("schedule", "parity")  # told to people, used for nothing
-    places = [at for at in _places(json.loads(text), int) if not {*at} & {*free}]
-    assert len(places) > 25
-    for at in places:
+    paths = [at for at in _paths(json.loads(text), int) if not {*at} & {*free}]
+    assert len(paths) > 25
+    for at in paths:
         data = inner = json.loads(text)
         for key in at[:-1]:
             inner = inner[key]

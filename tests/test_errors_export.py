@@ -1,4 +1,4 @@
-"""An export that cannot end well: the place, the disk, a signal. Nothing half-written is left."""
+"""An export that cannot end well: the folder, the disk, a signal. Nothing half-written is left."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_a_place_without_a_name_is_refused_at_once(
 def test_a_place_that_cannot_be_written(
     command: list[str], tmp_path: Path, refused: Refused
 ) -> None:
-    place = tmp_path / "closed"
-    place.mkdir(0o555)
-    if os.access(place, os.W_OK):  # we are root; /proc says no even to root
-        place = Path("/proc")
-        if not place.is_dir():
+    folder = tmp_path / "closed"
+    folder.mkdir(0o555)
+    if os.access(folder, os.W_OK):  # we are root; /proc says no even to root
+        folder = Path("/proc")
+        if not folder.is_dir():
             pytest.skip("nothing here is closed to root")
-    line = refused(*command, "-o", place / "bundle")
-    assert str(place) in line and ("cannot write" in line or "nothing can be written" in line)
+    line = refused(*command, "-o", folder / "bundle")
+    assert str(folder) in line and ("cannot write" in line or "nothing can be written" in line)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _sites(method: str, options: dict[str, str], seed: int = 0, text: int = TEXT
 
 
 def _plan(policy: Policy) -> Plan:
-    schedule = None if policy.first(SHAPE, 2) is None else SimpleNamespace(counts=COUNTS)
+    schedule = None if policy.entry_tokens(SHAPE, 2) is None else SimpleNamespace(counts=COUNTS)
     return policy.plan(SHAPE, 2, schedule)
 
 
@@ -104,14 +104,14 @@ def _random(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 def _holds(site: Site, found: Selection) -> None:
     stage, live = site.stage, site.live
     count = live.shape[1]
-    tokens = found.of(live)
-    assert found.at.shape == (stage.survivors,)
+    tokens = found.gather(live)
+    assert found.indices.shape == (stage.survivors,)
     assert tokens.shape == (1, stage.survivors, live.shape[2])
     assert torch.isfinite(tokens).all()
-    places = found.at.tolist()
-    assert len(set(places)) == len(places)
-    assert all(0 <= place < count + (stage.site == "vision") for place in places)
-    kept = [place for place in places[: stage.keep] if place < count]
+    indices = found.indices.tolist()
+    assert len(set(indices)) == len(indices)
+    assert all(0 <= index < count + (stage.site == "vision") for index in indices)
+    kept = [index for index in indices[: stage.keep] if index < count]
     for run in (kept[: stage.lead], kept[stage.lead :]):
         assert run == sorted(run), "kept tokens stay in reading order"
 
@@ -134,7 +134,7 @@ def test_where_all_scores_are_equal_the_first_stay(method: str, options: Any, va
         _holds(site, found)
         exact = method not in {*BY_PLACE, "vispruner"} and options != {"version": "2"}
         if value == 0 and exact:  # two choose by place or in pairs, one divides by distance
-            assert found.at[: site.stage.keep].tolist() == list(range(site.stage.keep))
+            assert found.indices[: site.stage.keep].tolist() == list(range(site.stage.keep))
 
 
 def _flat(signals: Any, value: float) -> Any:
@@ -173,9 +173,12 @@ def test_what_is_chosen_moves_with_the_tokens(method: str, options: Any) -> None
             order = torch.tensor([*range(first), *later])
             base, moved = site.chosen(), site.chosen(_moved(site.signals, order))
             ahead = stage.lead or stage.keep
-            assert sorted(order[moved.at[:ahead]].tolist()) == base.at[:ahead].tolist()
+            assert sorted(order[moved.indices[:ahead]].tolist()) == base.indices[:ahead].tolist()
             if not stage.lead:
-                tokens = moved.of(site.live.index_select(1, order))[0], base.of(site.live)[0]
+                tokens = (
+                    moved.gather(site.live.index_select(1, order))[0],
+                    base.gather(site.live)[0],
+                )
                 again, wanted = (rows[rows[:, 0].argsort()] for rows in tokens)
                 torch.testing.assert_close(again, wanted, atol=1e-5, rtol=1e-5)
 
@@ -210,8 +213,8 @@ def test_a_step_without_a_image_chooses_nothing(method: str, options: Any) -> No
             make = _input if stage.site == "input" else _layer
             nothing = replace(make(0, 1, 0), visual_tokens=site.signals.visual_tokens)
             found = site.chosen(nothing, replace(stage, keep=0, merged=0))
-            assert found.of(nothing.visual).shape == (1, 0, WIDTH)
-            assert found.at.shape == (0,)
+            assert found.gather(nothing.visual).shape == (1, 0, WIDTH)
+            assert found.indices.shape == (0,)
 
 
 def test_layers_that_drop_nothing_have_no_site_and_a_layer_may_drop_all() -> None:

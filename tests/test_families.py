@@ -193,7 +193,7 @@ def pruned(checkpoint: Path, size: Size, method: str, folder: Path) -> Exported:
     spec = PruneSpec(method, 4, options={"K": "1"} if method in ("fastv", "dart") else {})
     adapter, policy = open_model(str(checkpoint), size=size), make(spec)
     shape = adapter.shape
-    if policy.first(shape, spec.cr) is None:
+    if policy.entry_tokens(shape, spec.cr) is None:
         plan = policy.plan(shape, spec.cr)
     else:
         plan = plan_from_counts(shape.visual_tokens, made_up(shape))
@@ -365,13 +365,13 @@ def test_what_a_config_asks_beyond_is_refused_by_name(
 
 
 def test_kept_cls_tokens_of_several_tiles_follow_in_the_order_of_the_tiles() -> None:
-    """They share a place, after all tokens of the image."""
+    """They share an index, after all tokens of the image."""
     plain = Layout.plain(2, tiles=20)
     layout = replace(plain, order=(*plain.order, NEWLINE), grid=(1, 81), newline=True)
     fixed = Fixed(layout, 1)
     torch.nn.init.constant_(fixed.newline, -1)
     cls, kept = [80] * 20, [1, 7, 9]
     visual = torch.tensor([[*range(100, 120), *kept]])[..., None].float()
-    found, places = fixed(visual, torch.tensor(cls + kept), 0, None)
+    found, indices = fixed(visual, torch.tensor(cls + kept), 0, None)
     assert found[0, :, 0].tolist() == [*kept, -1, *range(100, 120)]
-    assert places.tolist() == [*kept, 80, *[81] * 20]
+    assert indices.tolist() == [*kept, 80, *[81] * 20]

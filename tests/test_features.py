@@ -79,7 +79,7 @@ def frozen_with(method: str, folder: Path, layers: int) -> None:
     options = {"K": "1"} if method in ("fastv", "dart") else {}
     spec = PruneSpec(method, 2, options=options)
     policy = make(spec)
-    if policy.first(adapter.shape, spec.cr) is None:
+    if policy.entry_tokens(adapter.shape, spec.cr) is None:
         plan = policy.plan(adapter.shape, spec.cr)
     else:
         plan = plan_from_counts(10, (8, 6, 4, 3, 3, 2, 2, 2)[:layers])

@@ -62,7 +62,7 @@ def test_links_are_followed_and_pipes_written_to(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["exchanged", "renamed twice"])
 def each_way(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Folders that change places at one moment, and what is done where they cannot."""
+    """Folders that change names at one moment, and what is done where they cannot."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
     able = files._exchange(tmp_path / "one", tmp_path / "other")
@@ -183,7 +183,7 @@ def test_a_module_may_come_from_a_package_of_another_name(
         installed("onnxscript")
 
 
-PLACES = {
+PATHS = {
     "not UTF-8": (b"caf\xe9", "its name is not UTF-8"),
     "in no UTF-8": (b"caf\xe9/b", "its name is not UTF-8"),
     "a circle of links": (b"circle", "oo many"),  # levels of symbolic links, as each system says
@@ -196,13 +196,13 @@ PLACES = {
 
 
 @posix
-@pytest.mark.parametrize(("place", "says"), PLACES.values(), ids=PLACES.keys())
+@pytest.mark.parametrize(("path", "says"), PATHS.values(), ids=PATHS.keys())
 def test_a_place_where_nothing_can_be_written_is_found_before_any_work(
-    place: bytes, says: str, tmp_path: Path, tiny_bundle: Path, refused: Refused
+    path: bytes, says: str, tmp_path: Path, tiny_bundle: Path, refused: Refused
 ) -> None:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     (tmp_path / "file").touch()
-    target = tmp_path / os.fsdecode(place)
+    target = tmp_path / os.fsdecode(path)
     with pytest.raises(BundleError, match="choose another --output") as error:
         check_target(target)
     assert says in str(error.value)

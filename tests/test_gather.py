@@ -53,12 +53,12 @@ def test_locality_is_the_released_codes(rows: int, columns: int, seed: int) -> N
     features = np.random.default_rng(seed).standard_normal((rows * columns, 3))
     if features.size < 6:
         return  # no variance to speak of
-    places = [divmod(i, columns) for i in range(rows * columns)]
-    scale, reach = features.var(ddof=1), np.array(places).var(ddof=1)
+    indices = [divmod(i, columns) for i in range(rows * columns)]
+    scale, reach = features.var(ddof=1), np.array(indices).var(ddof=1)
     oracle = []
-    for (y, x), own in zip(places, features, strict=True):
+    for (y, x), own in zip(indices, features, strict=True):
         total = 0.0
-        for (v, u), other in zip(places, features, strict=True):
+        for (v, u), other in zip(indices, features, strict=True):
             if max(abs(y - v), abs(x - u)) <= 1:
                 total -= ((own - other) ** 2).sum() / scale
                 total -= 0.5 * ((y - v) ** 2 + (x - u) ** 2) / max(reach, 1e-12)
@@ -94,12 +94,12 @@ def test_released_dvts_is_two_attentions_of_length_one(seed: int) -> None:
     signals, _, wide, among = vision(seed)
     received = among.sum(0) - among.diagonal()
     scores = unit(wide) / 2 + unit(received) / 2
-    found = made("visiontrim").vision(signals, Stage("vision", 12, lead=5)).at.tolist()
+    found = made("visiontrim").vision(signals, Stage("vision", 12, lead=5)).indices.tolist()
     assert found[:5] == sorted(ranked(scores, 5))
     assert found[5:] == [i for i in range(12) if i not in found[:5]]
     bare, _, _, among = vision(seed, cls=False)
     received = among.sum(0) - among.diagonal()
-    found = made("visiontrim").vision(bare, Stage("vision", 5)).at.tolist()
+    found = made("visiontrim").vision(bare, Stage("vision", 5)).indices.tolist()
     assert found == sorted(ranked(received, 5))
 
 
@@ -111,7 +111,7 @@ def test_paper_dvts_weighs_by_the_others_variance(seed: int) -> None:
     share = second.var() / (first.var() + second.var())
     scores = share * first + (1 - share) * second
     policy = made("visiontrim", variant="paper")
-    found = policy.vision(signals, Stage("vision", 12, lead=4)).at.tolist()
+    found = policy.vision(signals, Stage("vision", 12, lead=4)).indices.tolist()
     assert found[:4] == sorted(ranked(scores, 4))
 
 
@@ -169,7 +169,7 @@ def test_complement_tokens_are_the_papers(
     policy = made("visiontrim", variant=variant, rounds=f"{rounds}")
     found = policy.input(signals, stage, stage)
     centres, tokens = gathered(visual[dominant:], text, count, variant, rounds)
-    assert found.at.tolist() == [*range(dominant), *(dominant + i for i in centres)]
+    assert found.indices.tolist() == [*range(dominant), *(dominant + i for i in centres)]
     assert found.tokens is not None
     wanted = np.concatenate([visual[:dominant], tokens])
     np.testing.assert_allclose(found.tokens[0].numpy(), wanted, rtol=1e-4, atol=1e-4)
@@ -181,7 +181,7 @@ def test_where_all_tokens_are_equal_the_first_are_centres(variant: str) -> None:
     stage = Stage("input", 2, 3, text=True)
     signals = InputSignals(torch.ones(1, 9, 4), 9, torch.zeros(1, 3, 4))
     found = made("visiontrim", variant=variant).input(signals, stage, stage)
-    assert found.at.tolist() == [0, 1, 2, 3, 4]
+    assert found.indices.tolist() == [0, 1, 2, 3, 4]
     assert found.tokens is not None
     heights = found.tokens[0, :, 0].tolist()
     assert heights == pytest.approx([1, 1, 4, 1, 1]), "all join the first, empty ones stay"
@@ -192,8 +192,8 @@ def test_a_call_without_a_image_passes(variant: str) -> None:
     signals = InputSignals(torch.zeros(1, 0, 4), 9, torch.randn(1, 3, 4))
     stage, none = Stage("input", 2, 3, text=True), Stage("input", 0, 0, text=True)
     found = made("visiontrim", variant=variant).input(signals, stage, none)
-    assert found.of(signals.visual).shape == (1, 0, 4)
-    assert found.at.shape == (0,)
+    assert found.gather(signals.visual).shape == (1, 0, 4)
+    assert found.indices.shape == (0,)
 
 
 def test_the_stage_in_the_decoder_is_eq_13_over_the_visual_tokens() -> None:
@@ -204,7 +204,7 @@ def test_the_stage_in_the_decoder_is_eq_13_over_the_visual_tokens() -> None:
     np.testing.assert_allclose(found.numpy(), oracle, rtol=1e-5)
     stage = Stage("layer", 3, layer=2)
     signals: Any = SimpleNamespace(visual=torch.tensor(visual)[None], text=torch.tensor(text)[None])
-    kept = made("visiontrim").layer(signals, stage, stage).at.tolist()
+    kept = made("visiontrim").layer(signals, stage, stage).indices.tolist()
     assert kept == sorted(ranked(oracle, 3))
 
 
@@ -218,7 +218,7 @@ def test_visiontrim_plans_are_the_papers() -> None:
     assert plan.counts == (192,) * 16 + (96,) * 16
     assert plan_of("visiontrim", 576).counts == (1,) * 32
     many = ModelShape("llava_next", 700, (1, 700), 8, 8, 8, 1, 1, 8, 9, 4096, True, separators=20)
-    with pytest.raises(SpecError, match="no place for this model's separators; choose"):
+    with pytest.raises(SpecError, match="none for this model's separators; choose"):
         plan_of("visiontrim", 4, many)
 
 
@@ -241,12 +241,12 @@ def test_llavolta_averages_neighbours(count: int, seed: int, data) -> None:
     found = made("llavolta").layer(signals, stage, stage)
     bounds = [i * count // merged for i in range(merged + 1)]
     means = [hidden[a:b].mean(0) for a, b in pairwise(bounds)]
-    np.testing.assert_allclose(found.of(torch.zeros(1)).numpy()[0], means, atol=1e-6)
+    np.testing.assert_allclose(found.gather(torch.zeros(1)).numpy()[0], means, atol=1e-6)
     middles = [a + (b - a - 1) // 2 for a, b in pairwise(bounds)]
-    assert found.at.tolist() == middles
+    assert found.indices.tolist() == middles
     nothing: Any = SimpleNamespace(visual=torch.zeros(1, 0, 4), visual_tokens=count)
     passed = made("llavolta").layer(nothing, stage, Stage("layer", 0, 0, layer=3))
-    assert passed.of(nothing.visual).shape == (1, 0, 4)
+    assert passed.gather(nothing.visual).shape == (1, 0, 4)
 
 
 def test_llavolta_of_the_papers_sizes() -> None:

@@ -102,7 +102,7 @@ def test_trimtokenator_filters_before_it_spreads() -> None:
     oracle = [int(near[i]) for i in _min_sum_oracle(visual[near], 5)]
     policy = policies.make(PruneSpec("trimtokenator", 4))
     few, many = Stage("input", 5, text=True), Stage("input", 18, text=True)
-    assert policy.input(signals, few, few).at.tolist() == oracle
-    assert policy.input(signals, many, many).at.tolist() == sorted(
+    assert policy.input(signals, few, few).indices.tolist() == oracle
+    assert policy.input(signals, many, many).indices.tolist() == sorted(
         np.argsort(-alignment)[:18].tolist()
     )

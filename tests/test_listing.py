@@ -52,7 +52,7 @@ def test_options_are_told_with_default_and_meaning(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("name", policies.names())
 def test_what_calibrates_says_so(name: str) -> None:
     policy = policies.load(name)
-    assert ("calibration" in policy.needs) == (policy.first is not Policy.first)
+    assert ("calibration" in policy.needs) == (policy.entry_tokens is not Policy.entry_tokens)
 
 
 def test_every_family_is_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,9 +30,9 @@ class Encoder:
         self.tokens = rng.standard_normal((1 + count, HEADS * HEAD)).astype(np.float32)
         self.query, self.key = scale * rng.standard_normal((2, HEADS, 1 + count, HEAD))
         if order is not None:  # of the patches
-            places = np.concatenate([[0], 1 + np.asarray(order)])
-            self.tokens, self.query = self.tokens[places], self.query[:, places]
-            self.key = self.key[:, places]
+            indices = np.concatenate([[0], 1 + np.asarray(order)])
+            self.tokens, self.query = self.tokens[indices], self.query[:, indices]
+            self.key = self.key[:, indices]
         self.count = count
 
     def signals(self) -> VisionSignals:
@@ -121,8 +121,8 @@ def visionzip(encoder: Encoder, keep: int, merged: int, variant: str) -> tuple[l
             made.append(tokens[[target, *members]].mean(0))
         else:
             made.append(tokens[target] + (tokens[members].mean(0) if members else 0))
-    places = [encoder.count] * cls + best + targets
-    return places, np.concatenate([encoder.tokens[:cls], tokens[best], made])
+    indices = [encoder.count] * cls + best + targets
+    return indices, np.concatenate([encoder.tokens[:cls], tokens[best], made])
 
 
 @settings(max_examples=30, deadline=None)
@@ -138,9 +138,9 @@ def test_visionzip_is_the_papers(count: int, seed: int, scale: float, variant: s
     keep = data.draw(st.integers(1, count - merged))
     encoder, policy = Encoder(count, seed, scale), _made("visionzip", variant=variant)
     found = policy.vision(encoder.signals(), Stage("vision", keep, merged))
-    places, tokens = visionzip(encoder, keep, merged, variant)
-    assert found.at.tolist() == places
-    np.testing.assert_allclose(found.of(torch.zeros(1)).numpy()[0], tokens, atol=1e-5)
+    indices, tokens = visionzip(encoder, keep, merged, variant)
+    assert found.indices.tolist() == indices
+    np.testing.assert_allclose(found.gather(torch.zeros(1)).numpy()[0], tokens, atol=1e-5)
 
 
 def spread(attention: Array, chosen: list[int], wanted: int) -> list[int]:
@@ -204,9 +204,9 @@ def test_prumerge_is_the_papers(
     else:
         policy = _made("prumergeplus", **options, outliers=f"{outliers}")
     found = policy.vision(encoder.signals(), Stage("vision", 0, total))
-    places, tokens = prumerge(encoder, total, near, variant, outliers)
-    assert found.at.tolist() == places
-    np.testing.assert_allclose(found.of(torch.zeros(1)).numpy()[0], tokens, atol=1e-5)
+    indices, tokens = prumerge(encoder, total, near, variant, outliers)
+    assert found.indices.tolist() == indices
+    np.testing.assert_allclose(found.gather(torch.zeros(1)).numpy()[0], tokens, atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -215,9 +215,9 @@ def test_prumerge_does_not_care_for_the_order_of_patches(order: list[int], seed:
     stage, policy = Stage("vision", 0, 4), _made("prumerge", neighbours="3")
     plain = policy.vision(Encoder(9, seed).signals(), stage)
     moved = policy.vision(Encoder(9, seed, order=order).signals(), stage)
-    assert [order[i] for i in moved.at.tolist()] == plain.at.tolist()
+    assert [order[i] for i in moved.indices.tolist()] == plain.indices.tolist()
     one = torch.zeros(1)
-    torch.testing.assert_close(moved.of(one), plain.of(one), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(moved.gather(one), plain.gather(one), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [_signals.WEIGHTS, 130])
@@ -238,7 +238,7 @@ def test_an_encoder_without_cls_judges_by_received_attention(
     np.testing.assert_allclose(found.numpy(), others_only, atol=1e-5)
     with pytest.raises(SpecError, match="no \\[CLS\\]"):
         bare.cls_attention()
-    chosen = _made("visionzip").vision(bare, Stage("vision", 4, 1)).at.tolist()
+    chosen = _made("visionzip").vision(bare, Stage("vision", 4, 1)).indices.tolist()
     assert chosen[:4] == sorted(ranked(received, 4))
 
 

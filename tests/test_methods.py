@@ -185,9 +185,9 @@ def test_a_graph_that_chooses_otherwise_is_found_out(bundle: Path, tiny_checkpoi
     method = policies.load(prune.method)
 
     class First(method):
-        def fold(self, signals, stage):
-            fold = super().fold(signals, stage)
-            return replace(fold, stay=torch.cat([fold.stay[:1], fold.stay[1:].flip(0)]))
+        def merge_in_block(self, signals, stage):
+            merge = super().merge_in_block(signals, stage)
+            return replace(merge, stay=torch.cat([merge.stay[:1], merge.stay[1:].flip(0)]))
 
         def vision(self, signals, stage):
             return Selection(torch.arange(stage.survivors))
@@ -218,8 +218,8 @@ def test_what_each_site_kept_is_told(bundle: Path) -> None:
     lead = {s.survivors: [s.lead] for s in stages if s.lead}  # those ahead, then the others
     told = zip([answer.vision_kept, *answer.layer_kept], [before[-1], *merged], strict=True)
     for kept, last in told:  # merged tokens come last, [CLS] has no place
-        places = kept[: len(kept) - last]
-        for run in np.split(places[places < 16], lead.get(len(kept), [])):
+        indices = kept[: len(kept) - last]
+        for run in np.split(indices[indices < 16], lead.get(len(kept), [])):
             assert (np.diff(run) > 0).all()
         assert len(set(kept.tolist())) == len(kept)
     assert len(answer.vision_kept) == session.manifest.prune.encoded

@@ -39,10 +39,10 @@ def test_top_keeps_the_largest_and_of_equals_the_first(values: list[int], data) 
 @given(st.integers(1, 24), st.integers(1, 24), st.data())
 def test_a_lattice_is_spread_and_rises(rows: int, columns: int, data) -> None:
     keep = data.draw(st.integers(1, rows * columns))
-    places = lattice((rows, columns), keep)
-    assert len(places) == keep
-    assert places == sorted(set(places))
-    assert places[0] >= 0 and places[-1] < rows * columns
+    cells = lattice((rows, columns), keep)
+    assert len(cells) == keep
+    assert cells == sorted(set(cells))
+    assert cells[0] >= 0 and cells[-1] < rows * columns
 
 
 def test_a_lattice_has_cells_of_the_image() -> None:
@@ -104,24 +104,24 @@ def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads,
     And its ablations (Tables 3, 4): p' at either end of the image, or no positions at all.
     """
     signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
-    places, last = positions.copy(), positions[-1]
+    applied, last = positions.copy(), positions[-1]
     ends = positions[prefix], positions[prefix + visual - 1]
     at = {"start": ends[0], "middle": (ends[0] + ends[1] + 1) // 2, "end": ends[1]}
     if position in at:
-        places[prefix : prefix + visual] = at[position]
+        applied[prefix : prefix + visual] = at[position]
     if position == "none":
-        places, last = 0 * places, 0
+        applied, last = 0 * applied, 0
     group = heads[0] // heads[1]
     rows = []
     for head in range(heads[0]):
         turned = _rotate(query[head, -1], tables, last)
-        keys = [_rotate(key[head // group, i], tables, p) for i, p in enumerate(places)]
+        keys = [_rotate(key[head // group, i], tables, p) for i, p in enumerate(applied)]
         logits = np.array([turned @ k for k in keys]) / np.sqrt(query.shape[-1])
         weights = np.exp(logits - logits.max())
         rows.append(weights / weights.sum())
     oracle = np.mean(rows, axis=0)[prefix : prefix + visual]
     options = {"ure": "off"} if position == "own" else {"position": position}
-    found = policies.make(PruneSpec("utp", options=options)).record(1, signals)
+    found = policies.make(PruneSpec("utp", options=options)).calibration_scores(1, signals)
     np.testing.assert_allclose(found.numpy(), oracle, atol=1e-5)
 
 
@@ -178,14 +178,16 @@ def test_controls_reach_the_ratio(method: str, cr: float) -> None:
 def test_random_is_drawn_by_its_seed() -> None:
     signals = VisionSignals(torch.zeros(1, 144, 4), torch.empty(0), torch.empty(0), (12, 12))
     draws = [
-        policies.make(PruneSpec("random", 4, seed)).vision(signals, Stage("vision", 36)).at.tolist()
+        policies.make(PruneSpec("random", 4, seed))
+        .vision(signals, Stage("vision", 36))
+        .indices.tolist()
         for seed in (0, 0, 1)
     ]
     assert draws[0] == draws[1] != draws[2]
 
 
 def test_utp_enters_with_all_tokens_up_to_a_ratio_of_four() -> None:
-    first = {cr: policies.make(PruneSpec("utp")).first(SHAPE, cr) for cr in (1.5, 4, 8, 16)}
+    first = {cr: policies.make(PruneSpec("utp")).entry_tokens(SHAPE, cr) for cr in (1.5, 4, 8, 16)}
     assert first == {1.5: 144, 4: 144, 8: 72, 16: 36}
 
 
@@ -194,8 +196,8 @@ def test_utp_scores_the_first_layers_without_positions() -> None:
     policy = policies.make(PruneSpec("utp", options={"agnostic_layers": "3"}))
     plain, agnostic = (signals.last_query_attention(p) for p in (None, signals.anchors.middle))
     assert not torch.allclose(plain, agnostic)
-    assert torch.equal(policy.record(3, signals), agnostic)
-    assert torch.equal(policy.record(4, signals), plain)
+    assert torch.equal(policy.calibration_scores(3, signals), agnostic)
+    assert torch.equal(policy.calibration_scores(4, signals), plain)
 
 
 def test_utp_without_its_schedule_prunes_once() -> None:
@@ -203,7 +205,7 @@ def test_utp_without_its_schedule_prunes_once() -> None:
     policy = policies.make(PruneSpec("utp", options={"utr": "off"}))
     fastv = policies.make(PruneSpec("fastv"))
     for cr in (1.0, 2.0, 4.0):
-        assert policy.first(SHAPE, cr) is None
+        assert policy.entry_tokens(SHAPE, cr) is None
         assert policy.plan(SHAPE, cr).counts == fastv.plan(SHAPE, cr).counts
     assert policy.plan(SHAPE, 16).counts == (36,) * 2 + (4,) * 10
     with pytest.raises(SpecError, match=r"--cr is at most 96, not 144; choose a smaller --cr"):

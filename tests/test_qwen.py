@@ -175,9 +175,9 @@ def test_positions_are_those_of_transformers(
     rows: int, columns: int, before: int, after: int, data: st.DataObject
 ) -> None:
     """Three a token, from a first token of 0; tokens that were pruned leave gaps."""
-    places = range(rows * columns)
-    kept = sorted(data.draw(st.sets(st.sampled_from(places), min_size=1)))
-    kinds = torch.tensor([[0] * before + [1] * len(places) + [0] * after])
+    patches = range(rows * columns)
+    kept = sorted(data.draw(st.sets(st.sampled_from(patches), min_size=1)))
+    kinds = torch.tensor([[0] * before + [1] * len(patches) + [0] * after])
     config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
     model = SimpleNamespace(config=config)
     model.get_vision_position_ids = partial(Qwen2VLModel.get_vision_position_ids, model)
@@ -187,7 +187,7 @@ def test_positions_are_those_of_transformers(
     mrope, segments = MRope.of((2, 3, 3), Grid(rows, columns)), Segments(before, len(kept), after)
     found = mrope.positions(torch.tensor([0]), segments, torch.tensor(kept))
     alive = [*range(before), *(before + k for k in kept)]
-    alive += range(before + len(places), kinds.shape[1])
+    alive += range(before + len(patches), kinds.shape[1])
     assert found[:, : segments.total].tolist() == wanted[:, 0, alive].tolist()
     assert before + mrope.span + after == kinds.shape[1] + int(delta)
     later = mrope.positions(torch.tensor([40]), Segments(0, 0, 2), torch.tensor([], dtype=int))

@@ -87,7 +87,7 @@ def test_images_stand_one_after_the_other_with_text_between() -> None:
     """An image takes as many positions as its longest axis; a video may be longest in time."""
     mrope = MRope.of((2, 3, 3), Grid(2, 3), 2, Grid(3, 1))
     first = [(0, r, c) for r in range(2) for c in range(3)]
-    assert list(mrope.places) == [
+    assert list(mrope.offsets) == [
         *first,
         (3, 3, 3),
         (4, 4, 4),
@@ -95,14 +95,14 @@ def test_images_stand_one_after_the_other_with_text_between() -> None:
     ]
     assert mrope.span == 8
     film = MRope.of((2, 3, 3), Grid(1, 2, times=(0, 4)))
-    assert (film.places, film.span) == (((0, 0, 0), (0, 0, 1), (4, 0, 0), (4, 0, 1)), 5)
+    assert (film.offsets, film.span) == (((0, 0, 0), (0, 0, 1), (4, 0, 0), (4, 0, 1)), 5)
 
 
 def test_times_are_those_of_two_frames_a_second(tmp_path: Path) -> None:
     for make_one, wanted in ((plain_checkpoint, (0, 1, 2)), (windowed_checkpoint, (0, 2, 4))):
         adapter = open_model(str(make_one(tmp_path / make_one.__name__)), **ASKED["6 frames"])
         assert adapter.decoder_config.mrope is not None
-        times = np.array(adapter.decoder_config.mrope.places)[:, 0]
+        times = np.array(adapter.decoder_config.mrope.offsets)[:, 0]
         assert tuple(dict.fromkeys(times.tolist())) == wanted
 
 

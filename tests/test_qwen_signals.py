@@ -132,7 +132,7 @@ def test_agnostic_attention_has_every_visual_token_in_the_middle_of_the_image(
     logits = np.einsum("hd,hnd->hn", query, grouped) / np.sqrt(query.shape[-1])
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     wanted = weights.mean(0)[start : start + visual]
-    found = make(PruneSpec("utp", 4)).record(2, signals)
+    found = make(PruneSpec("utp", 4)).calibration_scores(2, signals)
     np.testing.assert_allclose(found.numpy(), wanted, atol=1e-6)
 
 

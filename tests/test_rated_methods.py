@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from edgeprune import policies
 from edgeprune.errors import SpecError
+from edgeprune.policies._schedules import falling, geometric, merge_candidates, with_merged
 from edgeprune.policies._signals import InputSignals, VisionSignals
-from edgeprune.policies._steps import falling, geometric, recycled, with_merged
 from edgeprune.spec import ModelShape, Plan, PruneSpec, Stage, plan_from_counts
 from tests.test_clusters import _merged
 from tests.test_diverse import _cosines, _determinant_oracle, _unlike_oracle, _without_pairs_oracle
@@ -43,11 +43,13 @@ def _best(scores: np.ndarray) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
 
 
-def _check_recycled(found, tokens: np.ndarray, order: list[int], stage: Stage, pool: int) -> None:
+def _check_kept_and_merged(
+    found, tokens: np.ndarray, order: list[int], stage: Stage, pool: int
+) -> None:
     """Kept ones in reading order, then the clusters of the next `pool` at their centres."""
     kept, spare = sorted(order[: stage.keep]), sorted(order[stage.keep : stage.keep + pool])
     centres, means = _merged(tokens[spare], stage.merged)
-    assert found.at.tolist() == kept + [spare[centre] for centre in centres]
+    assert found.indices.tolist() == kept + [spare[centre] for centre in centres]
     np.testing.assert_allclose(found.tokens[0].numpy(), [*tokens[kept], *means], atol=1e-5)
 
 
@@ -57,11 +59,13 @@ def test_sparsevlm_keeps_what_raters_see_and_merges_what_is_next(seed, keep, tex
     signals, hidden, visual, words = _layer(seed, text)
     weights = _raters(_likeness(visual, words, 1.0))
     scores = signals.text_attention().numpy().mean(0).T @ weights
-    np.testing.assert_allclose(_make("sparsevlm").record(1, signals).numpy(), scores, atol=1e-6)
+    np.testing.assert_allclose(
+        _make("sparsevlm").calibration_scores(1, signals).numpy(), scores, atol=1e-6
+    )
     stage = Stage("layer", keep, 2, layer=2)
     pool = int(0.3 * (VISUAL - keep)) + 1
     found = _make("sparsevlm").layer(signals, stage, stage)
-    _check_recycled(found, hidden[3 : 3 + VISUAL], _best(scores), stage, pool)
+    _check_kept_and_merged(found, hidden[3 : 3 + VISUAL], _best(scores), stage, pool)
 
 
 @settings(max_examples=10, deadline=None)
@@ -77,10 +81,10 @@ def test_sparsevlm_2_looks_at_the_busiest_heads_without_distance(seed: int, head
     scores = np.mean([weights @ attention[head] for head in busy], axis=0)
     policy = _make("sparsevlm", version="2", heads=str(heads))
     assert _make("sparsevlm").heads == 14
-    np.testing.assert_allclose(policy.record(1, signals).numpy(), scores, rtol=1e-4)
+    np.testing.assert_allclose(policy.calibration_scores(1, signals).numpy(), scores, rtol=1e-4)
     stage = Stage("layer", 9, layer=2)
     found = policy.layer(signals, stage, stage)
-    assert found.at.tolist() == sorted(_best(scores)[:9]) and found.tokens is None
+    assert found.indices.tolist() == sorted(_best(scores)[:9]) and found.tokens is None
 
 
 @settings(max_examples=10, deadline=None)
@@ -90,11 +94,13 @@ def test_polymorphic_merges_all_that_goes(seed: int, keep: int, text: int) -> No
     tokens = hidden[3 : 3 + VISUAL]
     shares = _likeness(tokens, hidden[3 + VISUAL :], WIDTH**-0.5)
     scores, stage = shares @ _raters(shares), Stage("layer", keep, 2, layer=2)
-    np.testing.assert_allclose(_make("polymorphic").record(1, signals).numpy(), scores, atol=1e-6)
+    np.testing.assert_allclose(
+        _make("polymorphic").calibration_scores(1, signals).numpy(), scores, atol=1e-6
+    )
     if text == 1:
         scores = np.zeros(VISUAL)  # all of 1: ties, which rounding may not turn
     found = _make("polymorphic").layer(signals, stage, stage)
-    _check_recycled(found, tokens, _best(scores), stage, VISUAL)
+    _check_kept_and_merged(found, tokens, _best(scores), stage, VISUAL)
 
 
 @pytest.mark.parametrize("keep", [0, VISUAL])
@@ -103,14 +109,14 @@ def test_a_layer_may_keep_all_or_nothing(method: str, keep: int) -> None:
     signals, *_ = _layer(2)
     stage = Stage("layer", keep, layer=2)
     found = _make(method).layer(signals, stage, stage)
-    assert found.at.tolist() == list(range(keep)) and found.tokens is None
+    assert found.indices.tolist() == list(range(keep)) and found.tokens is None
 
 
 def test_polymorphic_can_score_by_attention() -> None:
     signals, hidden, *_ = _layer(1)
     shares = _likeness(hidden[3 : 3 + VISUAL], hidden[3 + VISUAL :], WIDTH**-0.5)
     scores = signals.text_attention().numpy().mean(0).T @ _raters(shares)
-    found = _make("polymorphic", score="attention").record(1, signals)
+    found = _make("polymorphic", score="attention").calibration_scores(1, signals)
     np.testing.assert_allclose(found.numpy(), scores, atol=1e-6)
 
 
@@ -128,7 +134,7 @@ def test_polymorphic_enters_with_salient_patches_and_means_of_the_others(cls: bo
     scores = (signals.cls_attention() if cls else signals.received_attention()).numpy()
     found = _make("polymorphic").vision(signals, stage)
     tokens = signals.features[0].double().numpy()
-    _check_recycled(found, tokens, _best(scores), stage, VISUAL)
+    _check_kept_and_merged(found, tokens, _best(scores), stage, VISUAL)
 
 
 @pytest.mark.parametrize("cls", [True, False])
@@ -141,7 +147,7 @@ def test_vispruner_is_half_salient_half_unlike(keep: int, important: float, cls:
     if first < keep:
         wanted = wanted + _without_pairs_oracle(tokens, order[first:], keep - first, 8)
     found = _make("vispruner", important=str(important)).vision(signals, Stage("vision", keep))
-    assert found.at.tolist() == sorted(wanted)
+    assert found.indices.tolist() == sorted(wanted)
 
 
 @settings(max_examples=15, deadline=None)
@@ -154,7 +160,7 @@ def test_cdpruner_is_the_determinant_of_relevant_directions(seed: int, keep: int
     vectors = visual / np.linalg.norm(visual, axis=1, keepdims=True) * quality[:, None]
     signals = InputSignals(torch.tensor(visual)[None], VISUAL, torch.tensor(words)[None])
     stage = Stage("input", keep, text=True)
-    found = _make("cdpruner").input(signals, stage, stage).at
+    found = _make("cdpruner").input(signals, stage, stage).indices
     if keep < VISUAL:  # the last is relevant by 1e-6, and whether it is spanned is rounding
         assert found.tolist() == _determinant_oracle(vectors, keep)
     assert len(set(found.tolist())) == keep
@@ -163,7 +169,7 @@ def test_cdpruner_is_the_determinant_of_relevant_directions(seed: int, keep: int
 def test_cdpruner_of_equal_tokens_keeps_the_first() -> None:
     signals = InputSignals(torch.ones(1, 8, 4), 8, torch.ones(1, 3, 4))
     stage = Stage("input", 5, text=True)
-    assert _make("cdpruner").input(signals, stage, stage).at.tolist() == list(range(5))
+    assert _make("cdpruner").input(signals, stage, stage).indices.tolist() == list(range(5))
 
 
 @settings(max_examples=20, deadline=None)
@@ -180,7 +186,7 @@ def test_dart_keeps_pivots_and_what_is_least_like_them(seed: int, keep: int, tex
     taken = [float(i in own) for i in range(VISUAL)]
     wanted = np.flatnonzero(_unlike_oracle(visual, np.array(pivots), quotas, taken))
     stage = Stage("layer", keep, layer=3)
-    found = _make("dart").layer(signals, stage, stage).at
+    found = _make("dart").layer(signals, stage, stage).indices
     assert found.tolist() == wanted.tolist()
     assert len(found) == keep
 
@@ -206,7 +212,7 @@ def test_merged_tokens_are_sparsevlms_share_of_those_that_go(live: int, data) ->
     assert stage.survivors == survivors and stage.keep >= 1
     rule = int((int(0.3 * gone) + 1) / 10) + 1
     assert stage.merged == rule or (stage.keep == 1 and stage.merged < rule)
-    assert stage.merged <= recycled(live, stage.keep) <= gone
+    assert stage.merged <= merge_candidates(live, stage.keep) <= gone
 
 
 def _plan(method: str, cr: float, **options: str) -> Plan:

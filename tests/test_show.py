@@ -93,8 +93,8 @@ def test_kept_patches_are_untouched_and_pruned_ones_grey_dark_and_ruled() -> Non
     shown = dim(levels, Site("", {(0, 1), (1, 2)}), (2, 3))
     assert (levels == before).all(), "the image itself must not change"
     for row, column in np.ndindex(2, 3):
-        place = np.s_[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
-        patch, was = shown[place].astype(int), levels[place]
+        window = np.s_[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
+        patch, was = shown[window].astype(int), levels[window]
         if (row, column) in {(0, 1), (1, 2)}:
             assert (patch == was).all()
             continue

@@ -81,10 +81,10 @@ def encoded(seed: int, tile_of: tuple[int, ...], *, cls: bool = True) -> VisionS
 
 def alone(signals: VisionSignals, tile: int) -> tuple[VisionSignals, list[int]]:
     """One of the tiles as an image of its own, and where its tokens stand among all."""
-    places = [i for i, own in enumerate(signals.tile_of) if own == tile]
+    indices = [i for i, own in enumerate(signals.tile_of) if own == tile]
     one = replace(
         signals,
-        features=signals.features[:, places],
+        features=signals.features[:, indices],
         query=signals.query[tile : tile + 1],
         key=signals.key[tile : tile + 1],
         cls=None if signals.cls is None else signals.cls[tile : tile + 1],
@@ -92,7 +92,7 @@ def alone(signals: VisionSignals, tile: int) -> tuple[VisionSignals, list[int]]:
         grid=(3, 4),
         tile_of=(),
     )
-    return one, places
+    return one, indices
 
 
 @pytest.mark.parametrize("tile_of", [ALTERNATE, BEHIND], ids=["mosaic", "behind"])
@@ -107,19 +107,21 @@ def test_each_tile_is_pruned_as_if_it_were_alone(
     found = policy.vision(signals, stage)
     kept, made, tokens, averages = list[int](), list[int](), list[Any](), list[Any]()
     for tile in range(TILES):
-        one, places = alone(signals, tile)
+        one, indices = alone(signals, tile)
         chosen = policy.vision(one, own)
-        at = [places[i] if i < PATCHES else COUNT for i in chosen.at.tolist()]
+        at = [indices[i] if i < PATCHES else COUNT for i in chosen.indices.tolist()]
         kept += at[:5]
         made += at[5:]
-        tokens += list(zip(at[:5], chosen.of(one.features)[0], strict=False))
-        averages += list(chosen.of(one.features)[0, 5:])
+        tokens += list(zip(at[:5], chosen.gather(one.features)[0], strict=False))
+        averages += list(chosen.gather(one.features)[0, 5:])
     classes = kept.count(COUNT)
     wanted = [COUNT] * classes + sorted(i for i in kept if i < COUNT)
     assert classes == (TILES if method == "visionzip" and cls else 0)
-    assert found.at.tolist() == wanted + made
+    assert found.indices.tolist() == wanted + made
     kept_tokens = [x for i, x in sorted(tokens, key=lambda pair: (pair[0] < COUNT, pair[0]))]
-    torch.testing.assert_close(found.of(signals.features)[0], torch.stack(kept_tokens + averages))
+    torch.testing.assert_close(
+        found.gather(signals.features)[0], torch.stack(kept_tokens + averages)
+    )
 
 
 @pytest.mark.parametrize("method", ["fastervlm", "vispruner", "visionzip", "visiontrim"])
@@ -127,9 +129,9 @@ def test_jointly_a_busy_tile_has_more(method: str) -> None:
     """The first tile's attention is the most even, the last one's the least."""
     signals = encoded(2, BEHIND)
     policy = policies.make(PruneSpec(method, options={"tiles": "joint"}))
-    kept = policy.vision(signals, Stage("vision", 9)).at
+    kept = policy.vision(signals, Stage("vision", 9)).indices
     share = torch.bincount(kept[kept < COUNT] // PATCHES, minlength=TILES).tolist()
-    each = policies.make(PruneSpec(method)).vision(signals, Stage("vision", 9)).at
+    each = policies.make(PruneSpec(method)).vision(signals, Stage("vision", 9)).indices
     assert (
         torch.bincount(each[each < COUNT] // PATCHES).tolist() == [3 - (method == "visionzip")] * 3
     )
@@ -144,21 +146,21 @@ def test_visiontrim_gathers_in_each_tile(variant: str) -> None:
     policy = policies.make(PruneSpec("visiontrim", options={"variant": variant}))
     first, second = Stage("vision", COUNT, lead=12), Stage("input", 12, 6, text=True)
     passed = policy.vision(signals, first)
-    visual = passed.of(signals.features)
+    visual = passed.gather(signals.features)
     found = policy.input(InputSignals(visual, COUNT, text, BEHIND), second, second)
     dominant, complement, tokens = list[int](), list[int](), list[Any]()
     for tile in range(TILES):
-        one, places = alone(signals, tile)
+        one, indices = alone(signals, tile)
         own = policy.vision(one, replace(first, keep=PATCHES, lead=4))
-        seen = own.of(one.features)
+        seen = own.gather(one.features)
         stage = replace(second, keep=4, merged=2)
         chosen = policy.input(InputSignals(seen, PATCHES, text), stage, stage)
-        at = [places[own.at[i]] for i in chosen.at.tolist()]
+        at = [indices[own.indices[i]] for i in chosen.indices.tolist()]
         dominant += at[:4]
         complement += at[4:]
-        tokens += list(chosen.of(seen)[0, 4:])
-    assert passed.at[found.at].tolist() == sorted(dominant) + complement
-    torch.testing.assert_close(found.of(visual)[0, 12:], torch.stack(tokens))
+        tokens += list(chosen.gather(seen)[0, 4:])
+    assert passed.indices[found.indices].tolist() == sorted(dominant) + complement
+    torch.testing.assert_close(found.gather(visual)[0, 12:], torch.stack(tokens))
 
 
 @pytest.mark.parametrize("tile_of", [ALTERNATE, BEHIND], ids=["mosaic", "behind"])
@@ -171,17 +173,17 @@ def test_cdpruner_takes_a_determinant_of_each_tile(tile_of: tuple[int, ...]) -> 
     vectors = visual / np.linalg.norm(visual, axis=1, keepdims=True) * quality[:, None]
     wanted = list[int]()
     for tile in range(TILES):
-        places = [i for i, own in enumerate(tile_of) if own == tile]
-        wanted += [places[i] for i in _determinant_oracle(vectors[places], 4)]
+        indices = [i for i, own in enumerate(tile_of) if own == tile]
+        wanted += [indices[i] for i in _determinant_oracle(vectors[indices], 4)]
     signals = InputSignals(torch.tensor(visual)[None], COUNT, torch.tensor(text)[None], tile_of)
     stage = Stage("input", 12, text=True)
     policy = policies.make(PruneSpec("cdpruner"))
-    assert policy.input(signals, stage, stage).at.tolist() == sorted(wanted)
+    assert policy.input(signals, stage, stage).indices.tolist() == sorted(wanted)
     joint = policies.make(PruneSpec("cdpruner", options={"tiles": "joint"}))
-    found = joint.input(signals, stage, stage).at.tolist()
+    found = joint.input(signals, stage, stage).indices.tolist()
     assert found == sorted(_determinant_oracle(vectors, 12)) != sorted(wanted)
     nothing = InputSignals(torch.zeros(1, 0, 40), COUNT, torch.tensor(text)[None], tile_of)
-    assert policy.input(nothing, stage, replace(stage, keep=0)).at.shape == (0,)
+    assert policy.input(nothing, stage, replace(stage, keep=0)).indices.shape == (0,)
 
 
 def test_a_graph_of_tiles_decodes(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_bundle_has_the_stored_one(tmp_path: Path) -> None:
     assert processor.chat.remarks == ()
     save_tokenizer(processor, tmp_path / "tokenizer.json")
     saved, stored = (
-        Tokenizer.from_file(str(place / "tokenizer.json")) for place in (tmp_path, checkpoint)
+        Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (tmp_path, checkpoint)
     )
     text = "<|im_start|>user\nwhat's it, é女  3?<|im_end|>"
     assert saved.encode(text).ids == stored.encode(text).ids

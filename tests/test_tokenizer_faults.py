@@ -141,7 +141,7 @@ def test_a_file_that_is_no_tokenizer(text: str, copy_bundle: Copy, refused: Refu
 def test_a_text_that_takes_for_ever(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The expression stays below the library's own limit at every place, and there are many."""
+    """The expression stays below the library's own limit at every offset, and there are many."""
     data = json.loads((tiny_bundle / "tokenizer.json").read_text())
     data |= {"pre_tokenizer": split(ENDLESS), "normalizer": None}
     (file := tmp_path / "tokenizer.json").write_text(json.dumps(data))

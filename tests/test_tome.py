@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edgeprune.models._encoder import Encoder, EncoderConfig, Groups
 from edgeprune.models._ops import TorchOps
 from edgeprune.policies import make
-from edgeprune.policies._policy import Fold
+from edgeprune.policies._policy import BlockMerge
 from edgeprune.policies.tome import mergeable, merges, pairs
 from edgeprune.spec import PruneSpec, Stage
 
@@ -40,13 +40,13 @@ def test_the_most_alike_pairs_become_one(rows, protected: bool, data) -> None:
     keys = np.array(rows, dtype=float)
     count = data.draw(st.integers(0, (len(rows) - protected) // 2))
     assume(count)
-    fold = pairs(torch.tensor(keys), count, protected=protected)
+    merge = pairs(torch.tensor(keys), count, protected=protected)
     stay, joined = pairing(keys, count, protected=protected)
-    assert fold.stay.tolist() == stay
-    assert fold.source.tolist() == list(joined)
-    partners = [stay[int(column.argmax())] for column in fold.into.T]
+    assert merge.stay.tolist() == stay
+    assert merge.source.tolist() == list(joined)
+    partners = [stay[int(column.argmax())] for column in merge.into.T]
     assert partners == list(joined.values())
-    assert fold.into.sum(0).tolist() == [1] * count
+    assert merge.into.sum(0).tolist() == [1] * count
 
 
 @given(st.integers(1, 900), st.integers(1, 30), st.data())
@@ -71,15 +71,17 @@ def test_merges_of_the_papers_model() -> None:
 def test_a_group_is_the_mean_of_its_patches() -> None:
     x = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0))
     into = torch.tensor([[0.0, 0], [1, 1], [0, 0]])
-    once, groups = Groups.of(x).folded(x, Fold(torch.tensor([1, 3, 4]), torch.tensor([0, 2]), into))
+    once, groups = Groups.of(x).merged(
+        x, BlockMerge(torch.tensor([1, 3, 4]), torch.tensor([0, 2]), into)
+    )
     means = torch.stack([x[0, 1], x[0, [0, 2, 3]].mean(0), x[0, 4]])
     torch.testing.assert_close(once[0], means)
     assert groups.sizes.flatten().tolist() == [1, 3, 1]
-    assert groups.places.tolist() == [1, 3, 4]
-    last = Fold(torch.tensor([1]), torch.tensor([0, 2]), torch.ones(1, 2))
-    twice, groups = groups.folded(once, last)
+    assert groups.indices.tolist() == [1, 3, 4]
+    last = BlockMerge(torch.tensor([1]), torch.tensor([0, 2]), torch.ones(1, 2))
+    twice, groups = groups.merged(once, last)
     torch.testing.assert_close(twice[0, 0], x[0].mean(0))
-    assert (groups.sizes.item(), groups.places.item()) == (5, 3)
+    assert (groups.sizes.item(), groups.indices.item()) == (5, 3)
 
 
 def test_a_group_of_equal_patches_attends_as_they_would() -> None:
@@ -103,10 +105,10 @@ def test_the_encoder_leaves_so_many_and_says_where_they_are(cls: bool) -> None:
     policy, stage = make(PruneSpec("tome", 4)), Stage("block", 0, 9)
     pixels = torch.randn(1, 3, 40, 40)
     with torch.no_grad():
-        seen = encoder(pixels, lambda signals: policy.fold(signals, stage))
+        seen = encoder(pixels, lambda signals: policy.merge_in_block(signals, stage))
         whole = encoder(pixels)
     assert seen.features.shape == (1, 9, 16)
     assert (seen.cls is not None) == cls
-    assert len(set(seen.at.tolist())) == 9
-    assert set(seen.at.tolist()) <= set(range(25))
-    assert whole.features.shape == (1, 25, 16) and whole.at is None
+    assert len(set(seen.indices.tolist())) == 9
+    assert set(seen.indices.tolist()) <= set(range(25))
+    assert whole.features.shape == (1, 25, 16) and whole.indices is None

@@ -74,7 +74,7 @@ def _bundle(
 ) -> Path:
     """A float16 bundle; a schedule that a method wants is made up."""
     policy, shape = make(spec), adapter.shape
-    if policy.first(shape, spec.cr) is None:
+    if policy.entry_tokens(shape, spec.cr) is None:
         plan = policy.plan(shape, spec.cr)
     else:
         visual, layers = shape.visual_tokens, shape.layers

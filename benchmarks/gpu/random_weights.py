@@ -24,7 +24,7 @@ from edgeprune.runtime.dtypes import to_stored
 
 NOTES, KEPT = "weights.json", "weights.kept"
 BLOCK = 1 << 25
-"""Random numbers drawn once; each tensor is a piece of them, from a place of its own."""
+"""Random numbers drawn once; each tensor is a piece of them, from an offset of its own."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _write(stream: BinaryIO, kept: BinaryIO, pieces: list[Piece], seed: int) -> 
 
 
 def _repeat(stream: BinaryIO, block: NDArray[Any], count: int, start: int) -> None:
-    """So many numbers of a block, from a place on, round and round."""
+    """So many numbers of a block, from an offset on, repeated."""
     while count:
         part = block[start : start + count]
         stream.write(part.data)

@@ -40,8 +40,8 @@ def table(results: Path) -> str:
 
 
 def _rows(results: Path) -> Iterator[tuple[tuple[int, str], tuple[str, ...]]]:
-    """Lines of the table, each with its place: cells in their order, eager torch first."""
-    order = {cell.name: place for place, cell in enumerate((*cells(), *tiny()))}
+    """Lines of the table, each with its sort key: cells in their order, eager torch first."""
+    order = {cell.name: index for index, cell in enumerate((*cells(), *tiny()))}
     eager = {
         told["cell"]: told
         for _, found in _files(results, "eager-*")

@@ -28,10 +28,10 @@ def _command(peer: str, text: Path, output: Path) -> list[str]:
     tools = Path(sys.executable).parent
     if peer == "genai":
         module = "onnxruntime_genai.models.builder"
-        places = ["-i", str(text), "-o", str(output), "-c", f"{output}/cache"]
+        paths = ["-i", str(text), "-o", str(output), "-c", f"{output}/cache"]
         # Logits of the last token only, as ours.
         options = ["-p", "fp32", "-e", "cpu", "--extra_options", "prune_lm_head=true"]
-        return [sys.executable, "-m", module, *places, *options]
+        return [sys.executable, "-m", module, *paths, *options]
     if peer == "optimum":
         options = ["--task", "text-generation-with-past", "--dtype", "fp32"]
         tool = [str(tools / "optimum-cli"), "export", "onnx"]

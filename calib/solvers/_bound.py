@@ -60,11 +60,11 @@ def tight_bound(problem: Problem, price: float) -> float:
 def _by_token(problem: Problem) -> tuple[Floats, Ints]:
     """Prices and ranks with tokens in one fixed order: [L-1, S, n] each."""
     base = problem.start[:, :1]
-    places, prices, ranks = problem.start, [], []
+    indices, prices, ranks = problem.start, [], []
     for price, carry in zip(problem.prices, problem.carry, strict=True):
-        prices.append(price.take(places))
-        ranks.append(places - base)
-        places = carry.take(places)
+        prices.append(price.take(indices))
+        ranks.append(indices - base)
+        indices = carry.take(indices)
     return np.array(prices), np.array(ranks)
 
 

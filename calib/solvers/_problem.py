@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 Measured = NDArray[np.floating[Any]]
 Progress = Callable[[str, float, float], None]  # step, best objective so far, proven bound so far
 
-CHUNK = 2_000_000  # places held at once when many schedules are evaluated together: 16 MB
+CHUNK = 2_000_000  # token indices held at once when many schedules are evaluated together: 16 MB
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Problem:
 
     Decision d = 0 .. L-2 picks the tokens that enter layer d + 2: it ranks them by a^{d+1} and
     charges ell_{d+2} a^{d+2} / sum a^{d+2} for each one dropped. Only the n = r_1 tokens that enter
-    layer 1 take part. A token is known by its *place*, sample * (n + 1) + rank at decision d, so
+    layer 1 take part. A token has an index, sample * (n + 1) + rank at decision d, so
     that one flat `take` serves all samples; rank n is a dummy that costs nothing and pads rows.
     """
 
-    prices: Floats  # [L-1, S, n+1] radians lost by dropping the token of that place
-    carry: Ints  # [L-1, S, n+1] the place of the same token at the next decision
+    prices: Floats  # [L-1, S, n+1] radians lost by dropping the token of that index
+    carry: Ints  # [L-1, S, n+1] index of the same token at the next decision
     total: int  # the budget: r_1 + ... + r_L
 
     @classmethod
@@ -114,12 +114,12 @@ class Problem:
     @cached_property
     def start(self) -> Ints:
         """Places at decision 0 of the tokens that enter layer 1: [S, n], rising in a row."""
-        places = np.arange(self.n_samples * (self.first + 1))
-        return places.reshape(self.n_samples, -1)[:, :-1]
+        indices = np.arange(self.n_samples * (self.first + 1))
+        return indices.reshape(self.n_samples, -1)[:, :-1]
 
     @cached_property
     def dummies(self) -> Ints:
-        """Each sample's place that stands for no token: [S, 1]."""
+        """Each sample's index that stands for no token: [S, 1]."""
         return self.start[:, -1:] + 1
 
     def evaluate(self, counts: Ints) -> Floats:

@@ -34,7 +34,7 @@ class Cells:
 
     paths: Ints  # [K, d+1] counts so far
     cost: Floats  # [K] mean radians lost so far
-    alive: Ints  # [K, S, W] places of alive tokens, padded with dummies
+    alive: Ints  # [K, S, W] indices of alive tokens, padded with dummies
     spent: Ints  # [K] tokens summed over the layers so far
     falls: Ints  # [K] layers so far where the count fell
 

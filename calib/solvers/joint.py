@@ -22,7 +22,7 @@ from edgeprune.calib.solvers._problem import (
 )
 from edgeprune.calib.solvers._sweep import Cells, Corridor, sweep
 
-MEMORY = 16_000_000  # places in the cells of one sweep: 128 MB
+MEMORY = 16_000_000  # token indices in the cells of one sweep: 128 MB
 MOST_CELLS = 4096
 FEW_LEVELS = 37  # of the coarse sweep, when there is no room for all counts
 STARTS = 4  # schedules taken from the coarse sweep; half survive each step of polishing

@@ -14,7 +14,7 @@ class Answer:
     """What a bundle says on one backend, in types that JSON has."""
 
     tokens: list[int]
-    kept: list[list[int]]  # places in the vision graph, then at each pruning site
+    kept: list[list[int]]  # indices of survivors: of the vision graph, then of each pruning site
     logits: str  # of the prefill, packed
 
 
@@ -27,7 +27,7 @@ class Agreement:
     against: str
     tokens: int  # asked
     same_tokens: int  # up to the first that differs
-    kept: int  # places kept, all sites together
+    kept: int  # indices, all sites together
     same_kept: int
     logits: float  # largest difference
     largest: float  # of the other's logits, without sign
@@ -37,7 +37,7 @@ class Agreement:
         return (
             f"{self.bundle} on {self.backend} against {self.against}:"
             f" {self.same_tokens} of {self.tokens} greedy tokens,"
-            f" {self.same_kept} of {self.kept} kept places,"
+            f" {self.same_kept} of {self.kept} kept tokens,"
             f" logits within {self.logits:.1e} of {self.largest:.1e}"
         )
 

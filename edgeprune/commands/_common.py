@@ -122,10 +122,10 @@ def check_output(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(file, error.strerror or str(error)) from error
-    places = [file] if file.exists() else []
-    if file.is_file() or not places:  # its draft lies beside it; a device has none
-        places.append(real(file).parent)
-    if not all(os.access(place, os.W_OK) for place in places):
+    paths = [file] if file.exists() else []
+    if file.is_file() or not paths:  # its draft lies beside it; a device has none
+        paths.append(real(file).parent)
+    if not all(os.access(path, os.W_OK) for path in paths):
         raise unwritable(file, "no permission")
 
 

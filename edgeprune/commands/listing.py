@@ -88,7 +88,7 @@ def _entering(policy: Policy, shape: ModelShape, spec: PruneSpec) -> str:
     from edgeprune.spec import budget, check_cr, check_reach, check_separators
 
     check_reach(spec, shape)
-    first = policy.first(shape, spec.cr)
+    first = policy.entry_tokens(shape, spec.cr)
     if first is not None:
         total = budget(shape.visual_tokens, shape.layers, spec.cr)
         return f"{first}, and {total} over all layers: the calibration says where"

@@ -59,7 +59,7 @@ class Bundles:
         return self.known(cell) or self._make(cell)
 
     def present(self, cell: Cell) -> Made:
-        """As `made`, with the bundle in its place unless there can be none."""
+        """As `made`, with the bundle at its path unless there can be none."""
         known = self.known(cell)
         if known and (known.why or self._holds(cell, known)):
             return known

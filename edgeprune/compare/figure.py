@@ -227,7 +227,7 @@ def _names(sheet: Sheet, axes: Axes, curves: Sequence[Curve], dense: Mark | None
         (marked(c.name), c.marks[-1].cr, c.colour, line)
         for c, line in zip(curves, lines, strict=True)
     ]
-    names.reverse()  # the best choose their places first
+    names.reverse()  # the best are placed first
     most = max((cr for _, cr, _, _ in names), default=0)
     reach = [(name, colour, line[-1]) for name, cr, colour, line in names if cr == most]
     others = [(name, colour, line[-1]) for name, cr, colour, line in names if cr != most]

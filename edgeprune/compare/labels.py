@@ -62,16 +62,16 @@ def placed(
 ) -> list[Box]:
     """A box for each name, given as (width, height, the end of its line), inside `room`.
 
-    Names choose in turn among places around their ends: least of other names and of what is
-    `taken`, then of lines, is hidden, then the first of those places.
+    Names choose in turn among positions around their ends: least of other names and of what is
+    `taken`, then of lines, is hidden, then the first of those positions.
     """
     pieces = [piece for line in lines for piece in pairwise(line)]
     ends = [point for line in lines for point in line]
     found: list[Box] = []
     for width, height, end in names:
 
-        def cost(place: tuple[int, Box]) -> float:
-            order, box = place
+        def cost(choice: tuple[int, Box]) -> float:
+            order, box = choice
             names_hit = sum(box.overlap(other) for other in [*taken, *found])
             lines_hit = sum(box.within(*piece) for piece in pieces)
             signs_hit = sum(math.dist(box.nearest(point), point) < 8 for point in ends)

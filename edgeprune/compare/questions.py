@@ -92,7 +92,7 @@ class Questions:
         return [_asked(f"{self.file}:{n}", line, folder) for n, line in numbered[: self.count]]
 
 
-def _asked(place: str, line: str, folder: Path) -> EvalQuestion:
+def _asked(where: str, line: str, folder: Path) -> EvalQuestion:
     try:
         record: dict[str, Any] = json.loads(line)
         answers = record["answer"]
@@ -102,11 +102,11 @@ def _asked(place: str, line: str, folder: Path) -> EvalQuestion:
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{place} is no question; want a JSON object with image, question and answer"
+            f"{where} is no question; want a JSON object with image, question and answer"
         ) from error
     try:
         check_file(image := image_in(folder, name), "image")
     except InputError as error:
-        raise InputError(f"{place}: {error} (its folder: --questions-image-dir)") from error
+        raise InputError(f"{where}: {error} (its folder: --questions-image-dir)") from error
     expected = tuple(str(answer).strip() for answer in answers)
     return EvalQuestion(image, str(record.get("kind", "all")), question, expected)

@@ -129,8 +129,8 @@ class Comparison:
 
 _TIMES = (
     "Milliseconds: median (p10-p90) over rounds in which every bundle runs once; decode per"
-    " token. Speed-up of prefill over the dense model, within each round; KV cache once the prompt is"
-    " read."
+    " token. Speed-up of prefill over the dense model, within each round; KV cache once the prompt"
+    " is read."
 )
 
 

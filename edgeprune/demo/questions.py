@@ -3,7 +3,7 @@
 Six kinds, each of which asks for something that pruning visual tokens puts at risk: `color` and
 `shape` (bind two attributes of one thing), `presence` (yes or no; every "no" is a near miss: the
 color and the shape are both there, but not on one thing), `count` (nought to four), `relation`
-(yes or no about two places) and `read` (a handwritten digit on a colored card).
+(yes or no about where two things are) and `read` (a handwritten digit on a colored card).
 """
 
 from __future__ import annotations

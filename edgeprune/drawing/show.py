@@ -33,7 +33,7 @@ class Site:
     title: str
     kept: Positions
     merged: Positions = field(default_factory=set)
-    extra: int = 0  # tokens without a place: the encoder's [CLS]
+    extra: int = 0  # tokens that are no patch: the encoder's [CLS]
 
     @property
     def caption(self) -> str:
@@ -65,7 +65,7 @@ class Said:
 def survivors(answer: Answer, manifest: Manifest) -> Sites:
     """What is alive after each site that drops or merges tokens.
 
-    An answer's positions, [r] at each site, are places among the tokens alive there, merged ones
+    An answer's positions, [r] at each site, are indices among the tokens alive there, merged ones
     last; these are on the whole grid. What was merged at one site is merged at all later ones.
     """
     prune, grid = manifest.prune, drawn(manifest)
@@ -75,7 +75,7 @@ def survivors(answer: Answer, manifest: Manifest) -> Sites:
     try:
         if rows * columns != prune.visual_tokens or prune.visual_tokens < 1:
             raise IndexError
-        alive = _Alive(np.arange(prune.visual_tokens + 1), frozenset())  # the last place: [CLS]
+        alive = _Alive(np.arange(prune.visual_tokens + 1), frozenset())  # the last index: [CLS]
         alive = alive.after(answer.vision_kept, sum(stage.merged for stage in before))
         dropped = any(stage.survivors < prune.visual_tokens for stage in before)
         found = [alive.site("vision", grid, prune.visual_tokens)] if dropped else []
@@ -94,20 +94,20 @@ def survivors(answer: Answer, manifest: Manifest) -> Sites:
 class _Alive:
     """Places [r] on the whole grid, row by row, and which of them hold merged tokens."""
 
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
     merged: frozenset[int]
 
     def after(self, kept: Ids, merged: int) -> _Alive:
         """What is left when `kept` [r'] go on, the last `merged` of them as merged tokens."""
-        places = self.places[np.ravel(kept)]
-        new = places[places.size - merged :].tolist()
-        return _Alive(places, self.merged | frozenset(new))
+        indices = self.indices[np.ravel(kept)]
+        new = indices[indices.size - merged :].tolist()
+        return _Alive(indices, self.merged | frozenset(new))
 
     def site(self, title: str, grid: tuple[int, int], tokens: int) -> Site:
         drawn = grid[0] * grid[1]
-        here = {divmod(int(i), grid[1]): int(i) in self.merged for i in self.places if i < drawn}
-        merged = {place for place, is_merged in here.items() if is_merged}
-        return Site(title, set(here) - merged, merged, int((self.places == tokens).sum()))
+        here = {divmod(int(i), grid[1]): int(i) in self.merged for i in self.indices if i < drawn}
+        merged = {cell for cell, is_merged in here.items() if is_merged}
+        return Site(title, set(here) - merged, merged, int((self.indices == tokens).sum()))
 
 
 def drawn(manifest: Manifest) -> tuple[int, int]:
@@ -147,14 +147,14 @@ def dim(levels: Levels, site: Site, grid: tuple[int, int], line: int = 1) -> Lev
             continue
         top, bottom = (round(height * i / grid[0]) for i in (row, row + 1))
         left, right = (round(width * i / grid[1]) for i in (column, column + 1))
-        place = np.s_[top:bottom, left:right]
+        window = np.s_[top:bottom, left:right]
         if (row, column) in site.merged:
-            shown[place] = _outlined(shown[place], 2 * line)
+            shown[window] = _outlined(shown[window], 2 * line)
             continue
-        patch = 36 + 0.33 * grey[place]  # [h, w] of the patch
+        patch = 36 + 0.33 * grey[window]  # [h, w] of the patch
         patch[:line] += 14
         patch[line:, :line] += 14
-        shown[place] = patch[..., None]
+        shown[window] = patch[..., None]
     return shown
 
 

@@ -45,8 +45,8 @@ def _marks(sheet: Sheet, left: float, top: float) -> Iterator[str]:
     for mark in sheet.marks:
         match mark:
             case Box():
-                place = _place(mark, left, top)
-                yield f'<rect {place} fill="{_hex(mark.colour)}"/>'
+                box = _box(mark, left, top)
+                yield f'<rect {box} fill="{_hex(mark.colour)}"/>'
             case Line():
                 dash = f' stroke-dasharray="{mark.dash:g}"' if mark.dash else ""
                 yield (
@@ -63,12 +63,12 @@ def _marks(sheet: Sheet, left: float, top: float) -> Iterator[str]:
             case Text():
                 yield _text(mark, sheet, left, top)
             case Raster():
-                yield f'<image {_place(mark, left, top)} href="{_embedded(mark)}"/>'
+                yield f'<image {_box(mark, left, top)} href="{_embedded(mark)}"/>'
             case Placed():
                 yield from _marks(mark.sheet, left + mark.x, top + mark.y)
 
 
-def _place(mark: Box | Raster, left: float, top: float) -> str:
+def _box(mark: Box | Raster, left: float, top: float) -> str:
     x, y = mark.x + left, mark.y + top
     return f'x="{x:.2f}" y="{y:.2f}" width="{mark.width:.2f}" height="{mark.height:.2f}"'
 

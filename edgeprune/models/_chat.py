@@ -53,14 +53,14 @@ class Chat:
     def split(self, media: Media, question: str) -> tuple[Tensor, list[list[int]], Tensor]:
         """Ids before the first run of visual tokens [1, P], between runs, after the last [1, T]."""
         ids = self.ids(media, question)
-        places = (ids == media.token).nonzero()[:, 0].tolist()
-        if len(places) != media.runs:
+        starts = (ids == media.token).nonzero()[:, 0].tolist()
+        if len(starts) != media.runs:
             raise ModelError(
-                f"the chat template leaves place for {len(places)} runs of visual tokens, want"
+                f"the chat template leaves room for {len(starts)} runs of visual tokens, want"
                 f" {media.runs}; repair chat_template.jinja"
             )
-        between = [ids[first + 1 : last].tolist() for first, last in pairwise(places)]
-        return ids[: places[0]][None], between, ids[places[-1] + 1 :][None]
+        between = [ids[first + 1 : last].tolist() for first, last in pairwise(starts)]
+        return ids[: starts[0]][None], between, ids[starts[-1] + 1 :][None]
 
     def _token(self, number: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(number))

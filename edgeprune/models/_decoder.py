@@ -140,17 +140,17 @@ class Prune(nn.Module):
     def forward(
         self, hidden: Tensor, positions: Tensor, signals: LayerSignals, live: Stage
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states and positions of the survivors, and whose of the live places they take."""
+        """Hidden states and positions of the survivors, and their indices among the live tokens."""
         segments = signals.segments
         start, end = segments.prefix, segments.prefix + segments.visual
         chosen = self._choose(signals, live)
         slots = torch.arange(segments.total, device=hidden.device)
-        survivors = torch.cat([slots[:start], chosen.at + start, slots[end:]])
+        survivors = torch.cat([slots[:start], chosen.indices + start, slots[end:]])
         positions = positions.index_select(1, survivors)
         if chosen.tokens is None:
-            return hidden.index_select(1, survivors), positions, chosen.at
-        visual = chosen.of(hidden)
-        return torch.cat([hidden[:, :start], visual, hidden[:, end:]], 1), positions, chosen.at
+            return hidden.index_select(1, survivors), positions, chosen.indices
+        visual = chosen.gather(hidden)
+        return torch.cat([hidden[:, :start], visual, hidden[:, end:]], 1), positions, chosen.indices
 
     def _choose(self, signals: LayerSignals, live: Stage) -> Selection:
         if self.stage.survivors == 0:
@@ -168,10 +168,10 @@ class PruneInput(nn.Module):
         self.policy, self.stage, self.encoded, self.tile_of = policy, stage, encoded, tile_of
 
     def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, V, width], [1, T, width] -> the survivors, and whose of the V places they take."""
+        """[1, V, width], [1, T, width] -> the survivors, and their indices among the V."""
         signals = InputSignals(visual, self.encoded, text, self.tile_of)
         chosen = self.policy.input(signals, self.stage, _live(self.stage, visual.shape[1]))
-        return chosen.of(visual), chosen.at
+        return chosen.gather(visual), chosen.indices
 
 
 class Decoder(WithBuffers):
@@ -229,7 +229,7 @@ class Decoder(WithBuffers):
         inputs = InputSignals(visual, self.plan.entering, text)
         hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
-        rotary, positions, anchors = self._place(position, segments, visual_indices)
+        rotary, positions, anchors = self._rotary(position, segments, visual_indices)
         # Through an index, which keeps the sum where the lengths are: sums of inputs and sizes are
         # moved to the CPU by ONNX Runtime, and each layer's part of them would be copied back.
         filled = lengths.index_select(0, torch.arange(len(self.layers))) + self._new(segments)
@@ -261,7 +261,7 @@ class Decoder(WithBuffers):
         mrope = self.config.mrope
         return self.plan.entering if mrope is None else mrope.span
 
-    def _place(
+    def _rotary(
         self, first: Tensor, segments: Segments, visual_indices: Tensor | None
     ) -> tuple[Rotary, Tensor, Anchors]:
         """Rotary tables, the row of each token in them [1, S], those of the image's anchors."""
@@ -272,7 +272,7 @@ class Decoder(WithBuffers):
             start, count = self.rows(first + segments.prefix, last), segments.visual
             anchors = Anchors(start, start + count // 2, start + count - 1)
             return Rotary(self.cos, self.sin), rows[None], anchors
-        assert visual_indices is not None  # M-RoPE places each visual token
+        assert visual_indices is not None  # M-RoPE gives each visual token its position
         positions = mrope.positions(first, segments, visual_indices)
         positions = self.rows(positions, positions[0, segments.total - 1 : segments.total])
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))

@@ -27,7 +27,7 @@ from edgeprune.models._layers import (
     split_heads,
 )
 from edgeprune.models._ops import TorchOps, scalar
-from edgeprune.policies._policy import Fold
+from edgeprune.policies._policy import BlockMerge
 from edgeprune.policies._signals import BlockSignals
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -93,7 +93,7 @@ class Encoded:
     cls: Tensor | None  # [tiles, 1, width], and for [CLS]
     query: Tensor  # [tiles, heads, S, head]
     key: Tensor  # [tiles, heads, S, head]
-    at: Tensor | None = None  # int64 [N'], the patch whose place each has, where some were merged
+    indices: Tensor | None = None  # int64 [N'], patch of each token, where some were merged
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Groups:
     """Which patches the tokens of a tile stand for, once some were merged."""
 
     sizes: Tensor  # float32 [S, 1], how many
-    places: Tensor  # int64 [S], the token of the first block whose place each has
+    indices: Tensor  # int64 [S], token of the first block that leads each group
 
     @classmethod
     def of(cls, x: Tensor) -> Groups:
@@ -113,15 +113,17 @@ class Groups:
         """What a group's size adds to its logits, log(size): [S, S] (proportional attention)."""
         return self.sizes.log().T.to(dtype).expand(self.sizes.shape[0], -1)
 
-    def folded(self, x: Tensor, fold: Fold) -> tuple[Tensor, Groups]:
+    def merged(self, x: Tensor, merge: BlockMerge) -> tuple[Tensor, Groups]:
         """The mean over each new group's patches: [1, S, width] -> [1, S', width]."""
-        sums = fold.apply(x[0].float() * self.sizes)
-        groups = Groups(fold.apply(self.sizes), self.places.index_select(0, fold.stay))
+        sums = merge.apply(x[0].float() * self.sizes)
+        groups = Groups(merge.apply(self.sizes), self.indices.index_select(0, merge.stay))
         return (sums / groups.sizes)[None].to(x.dtype), groups
 
 
-Folding = Callable[[Tensor], Fold | None]
+ChooseMerge = Callable[[Tensor], BlockMerge | None]
 """From the keys [tiles, heads, S, head] of a block to the tokens that it merges, if any."""
+PolicyMerge = Callable[[BlockSignals], BlockMerge | None]
+"""Policy.merge_in_block of one stage."""
 
 
 class Block(nn.Module):
@@ -145,11 +147,11 @@ class Block(nn.Module):
         self.residual = Sum()
 
     def forward(
-        self, x: Tensor, groups: Groups | None, fold: Folding
+        self, x: Tensor, groups: Groups | None, choose_merge: ChooseMerge
     ) -> tuple[Tensor, Tensor, Tensor, Groups | None]:
         """Output [tiles, S', width], query and key [tiles, heads, S, head], S' groups of tokens.
 
-        S' < S where `fold` merges tokens, which it does between attention and MLP.
+        S' < S where `choose_merge` names tokens, which are merged between attention and MLP.
         """
         normed, heads = self.attention_norm(x), self.config.heads
         query = split_heads(self.query_norm(self.query(normed)), heads)
@@ -158,9 +160,9 @@ class Block(nn.Module):
         bias = None if groups is None else groups.bias(query.dtype)
         mixed = self.output(join_heads(self.scores(query, key, value, bias)))
         x = self.residual(x, self.attention_gain(mixed))
-        if (folded := fold(key)) is not None:
+        if (merge := choose_merge(key)) is not None:
             groups = groups or Groups.of(x)
-            x, groups = groups.folded(x, folded)
+            x, groups = groups.merged(x, merge)
         activation = ACTIVATIONS[self.config.activation]
         mapped = self.down(activation(self.up(self.mlp_norm(x))))
         x = self.residual(x, self.mlp_gain(mapped))
@@ -182,10 +184,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.blocks))
         self.post_norm = LayerNorm(*norm) if config.post_norm else nn.Identity()
 
-    def forward(
-        self, pixels: Tensor, fold: Callable[[BlockSignals], Fold | None] | None = None
-    ) -> Encoded:
-        """Encode tiles; with `fold` one tile, whose tokens each block may merge (Policy.fold)."""
+    def forward(self, pixels: Tensor, policy: PolicyMerge | None = None) -> Encoded:
+        """Encode tiles; with `policy` one tile, whose tokens each block may merge."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
@@ -194,19 +194,19 @@ class Encoder(nn.Module):
         joined = self.config.joined
         states = {0: x} if 0 in joined else {}
         for number, block in enumerate(self.blocks, start=1):
-            x, query, key, groups = block(x, groups, self._folding(fold, number - 1))
+            x, query, key, groups = block(x, groups, self._choose_in(number - 1, policy))
             if number in joined:
                 states[number] = x
         x, first = self.post_norm(x), int(self.cls is not None)
         if joined:
             x = torch.cat(common(False, *(states[number] for number in joined)), dim=-1)
         cls = x[:, :1] if first else None
-        at = None if groups is None else groups.places[first:] - first
-        return Encoded(x[:, first:], cls, query, key, at)
+        indices = None if groups is None else groups.indices[first:] - first
+        return Encoded(x[:, first:], cls, query, key, indices)
 
-    def _folding(self, fold: Callable[[BlockSignals], Fold | None] | None, block: int) -> Folding:
+    def _choose_in(self, block: int, policy: PolicyMerge | None) -> ChooseMerge:
         """What a policy merges in one block, by its keys."""
-        if fold is None:
+        if policy is None:
             return lambda key: None
         blocks, patches = len(self.blocks), self.config.side**2
-        return lambda key: fold(BlockSignals(key, block, blocks, patches, self.config.cls))
+        return lambda key: policy(BlockSignals(key, block, blocks, patches, self.config.cls))

@@ -1,7 +1,7 @@
 """M-RoPE: every token has three positions, and each pair of a head turns by one of them.
 
 Time, row and column (Qwen2-VL, Sec. 2.1). A text token's three are equal. A visual token's are
-those of its place in the image or video, added to the position where that starts. Text goes on
+those of its patch in the image or video, added to the position where that starts. Text goes on
 after the largest of them, so an image takes fewer positions than it has tokens. (transformers 5.23
 overlooks times there, which matters where a video is longer than high or wide.) Pruned tokens leave
 gaps: nobody moves up.
@@ -37,22 +37,22 @@ class MRope:
     """How a head's pairs are shared out, and where the V visual tokens of a prompt stand."""
 
     sections: tuple[int, ...]  # pairs of a head that turn by time, by row, by column
-    places: tuple[tuple[int, int, int], ...]  # of each, from the position of the first image
+    offsets: tuple[tuple[int, int, int], ...]  # of each, from the position of the first image
     span: int  # positions that they take together
 
     @classmethod
     def of(cls, sections: tuple[int, ...], *parts: Grid | int) -> MRope:
         """Images one after the other, with so many text tokens between them."""
-        places, start = list[tuple[int, int, int]](), 0
+        offsets, start = list[tuple[int, int, int]](), 0
         for part in parts:
             if isinstance(part, int):
-                places += [(start + i,) * 3 for i in range(part)]
+                offsets += [(start + i,) * 3 for i in range(part)]
                 start += part
             else:
                 axes = (part.times, range(part.rows), range(part.columns))
-                places += [(start + t, start + r, start + c) for t, r, c in product(*axes)]
+                offsets += [(start + t, start + r, start + c) for t, r, c in product(*axes)]
                 start += part.span
-        return cls(sections, tuple(places), start)
+        return cls(sections, tuple(offsets), start)
 
     def positions(self, first: Tensor, segments: Segments, visual_indices: Tensor) -> Tensor:
         """Time, row and column of each token of a call, then of the three anchors.
@@ -65,7 +65,7 @@ class MRope:
         # 0 in decode steps, 1 in prefill; a minimum, for TensorRT clips no integers
         seen = torch.scalar_tensor(segments.visual, dtype=torch.int64).minimum(torch.tensor(1))
         after = start + self.span * seen + torch.arange(segments.text, device=first.device)
-        visual = start + torch.tensor(self.places).T.index_select(1, visual_indices)
+        visual = start + torch.tensor(self.offsets).T.index_select(1, visual_indices)
         anchors = start + seen * torch.tensor(self._anchors())  # never past the rotary tables
         return torch.cat([before.expand(3, -1), visual, after.expand(3, -1), anchors], dim=1)
 
@@ -76,5 +76,5 @@ class MRope:
 
     def _anchors(self) -> list[list[int]]:
         """The first, the middle and the last position of each axis."""
-        axes = list(zip(*self.places, strict=True))
+        axes = list(zip(*self.offsets, strict=True))
         return [[min(axis), (min(axis) + max(axis) + 1) // 2, max(axis)] for axis in axes]

@@ -48,7 +48,7 @@ class Processor:
     def __call__(self, image: Image | Sequence[Image], question: str) -> Prompt:
         """Tensors for one question, wrapped in the checkpoint's chat template.
 
-        One image alone fills every place of a bundle for several, or every frame of a video.
+        One image alone is every image of a bundle for several, or every frame of a video.
         """
         prefix_ids, _, text_ids = self.chat.split(self.adapter.media, question)
         shown = list(image) if isinstance(image, Sequence) else [image]

@@ -41,7 +41,7 @@ class Windows:
     right, at the bottom and in the corner are runs of their own.
     """
 
-    order: tuple[int, ...]  # patch at each place
+    order: tuple[int, ...]  # patch at each index of the sequence
     runs: tuple[tuple[int, int], ...]
 
     @classmethod
@@ -59,7 +59,7 @@ class Windows:
         return cls(order, tuple((len(group), len(group[0])) for group in groups))
 
     def inverse(self) -> list[int]:
-        """The place of each patch."""
+        """The index of each patch in the sequence."""
         return sorted(range(len(self.order)), key=self.order.__getitem__)
 
 
@@ -205,8 +205,8 @@ class QwenTower(WithBuffers):
         config = self.config
         pairs = config.width // config.heads // 4  # of a head, that turn by the row
         exponents = torch.arange(0, 2 * pairs, 2, dtype=torch.int64).float() / (2 * pairs)
-        places = torch.tensor(config.windows.order)
-        axes = torch.stack([places // config.columns, places % config.columns], dim=1).float()
+        indices = torch.tensor(config.windows.order)
+        axes = torch.stack([indices // config.columns, indices % config.columns], dim=1).float()
         angles = (axes[..., None] * (1.0 / config.theta**exponents)).flatten(1)  # [N, head / 2]
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -104,7 +104,9 @@ class Reference:
         nothing = torch.zeros(1, 0, dtype=torch.int64)
         return self._run(nothing, empty, ids, nothing[0])
 
-    def _run(self, prefix_ids: Tensor, visual: Tensor, text_ids: Tensor, places: Tensor) -> Step:
+    def _run(
+        self, prefix_ids: Tensor, visual: Tensor, text_ids: Tensor, visual_indices: Tensor
+    ) -> Step:
         logits, self.keys, self.values, kept = self.decoder(
             prefix_ids,
             visual,
@@ -113,7 +115,7 @@ class Reference:
             self.lengths,
             self.keys,
             self.values,
-            places,
+            visual_indices,
         )
         counts = torch.tensor(self.decoder.plan.counts).clamp(max=visual.shape[1])
         text = prefix_ids.shape[1] + text_ids.shape[1]

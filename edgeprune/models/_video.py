@@ -36,7 +36,7 @@ def video(config: Any) -> Media:
 def frame_processor(checkpoint: Checkpoint) -> Any:
     """Pillow doing to a frame what the settings of the checkpoint's video processor say.
 
-    transformers' video processors resize with torchvision, which rounds otherwise in places.
+    transformers' video processors resize with torchvision, which rounds some values otherwise.
     """
     found = _settings(checkpoint)
     given = {name: found[name] for name in SETTINGS if found.get(name) is not None}

@@ -84,22 +84,24 @@ class Fixed(nn.Module):
         self.text = nn.Parameter(torch.empty(text, width)) if text else None
 
     def forward(
-        self, visual: Tensor, at: Tensor, merged: int, cls: Tensor | None
+        self, visual: Tensor, indices: Tensor, merged: int, cls: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Survivors [1, n, width] of the C tile tokens -> with fixed ones, positions among V.
+        """Survivors [1, n, width] of the C tile tokens -> with fixed ones, indices among V.
 
         Kept and fixed tokens in reading order, a kept [CLS] (C among C, V among V) after them, then
         the `merged` tokens. `cls` [1, tiles, width] is projected.
         """
-        layout, kept, fixed = self.layout, at.shape[0] - merged, self._fixed(cls)
+        layout, kept, fixed = self.layout, indices.shape[0] - merged, self._fixed(cls)
         if merged == 0 and kept == len(layout.from_tiles):
             return self._whole(visual, fixed)
-        own = at.new_tensor([*layout.from_tiles, layout.visual_tokens]).index_select(0, at)
-        places = torch.cat([own[:kept], at.new_tensor(layout.fixed)])
-        order = ranked(-places.float(), places.shape[0])  # several kept [CLS] share a place
+        own = indices.new_tensor([*layout.from_tiles, layout.visual_tokens]).index_select(
+            0, indices
+        )
+        first = torch.cat([own[:kept], indices.new_tensor(layout.fixed)])
+        order = ranked(-first.float(), first.shape[0])  # several kept [CLS] share an index
         ordered = torch.cat([visual[:, :kept], fixed], dim=1).index_select(1, order)
-        places = torch.cat([places.index_select(0, order), own[kept:]])
-        return torch.cat([ordered, visual[:, kept:]], dim=1), places
+        own = torch.cat([first.index_select(0, order), own[kept:]])
+        return torch.cat([ordered, visual[:, kept:]], dim=1), own
 
     def _fixed(self, cls: Tensor | None) -> Tensor:
         """The fixed tokens in reading order: [1, V - C, width]."""
@@ -112,11 +114,11 @@ class Fixed(nn.Module):
 
     def _whole(self, visual: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """The same where no token was dropped: the order is known."""
-        count, places = visual.shape[1], torch.arange(self.layout.visual_tokens)
-        own, others = iter(range(count)), iter(range(count, len(places)))
+        count, indices = visual.shape[1], torch.arange(self.layout.visual_tokens)
+        own, others = iter(range(count)), iter(range(count, len(indices)))
         order = [next(own if source >= 0 else others) for source in self.layout.order]
         whole = torch.cat([visual, fixed], dim=1)
-        return whole.index_select(1, torch.tensor(order, device=visual.device)), places
+        return whole.index_select(1, torch.tensor(order, device=visual.device)), indices
 
 
 class Vision(nn.Module):
@@ -134,34 +136,34 @@ class Vision(nn.Module):
         self.fixed = Fixed(layout, config.projector.output) if layout.fixed else None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [tiles, 3, H, W] -> visual tokens [1, r_1, output], their positions int64 [r_1].
+        """Pixels [tiles, 3, H, W] -> visual tokens [1, r_1, output], their indices int64 [r_1].
 
         A stage's count includes the fixed tokens, which cannot be scored here and stay.
         """
         stages, layout = self.plan.before_decoder(), self.config.layout
         fixed = len(layout.fixed)
         if stages and stages[0].site == "block":
-            features, kept, merged = self._folded(pixels, stages[0])
+            features, kept, merged = self._merge_in_encoder(pixels, stages[0])
         else:
             signals = self.encode(pixels)
             features, merged = signals.features, 0
             kept = torch.arange(features.shape[1], device=features.device)
         for stage in (s for s in stages if s.site == "vision"):
             chosen = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
-            features, kept, merged = chosen.of(features), chosen.at, stage.merged
+            features, kept, merged = chosen.gather(features), chosen.indices, stage.merged
         visual = features if layout.late else self.projector(features)
         if self.fixed is not None:
             cls = self.projector(signals.cls_features()) if layout.cls else None
             visual, kept = self.fixed(visual, kept, merged, cls)
         for stage in (s for s in stages if s.site == "input"):
             chosen = self.policy.input(InputSignals(visual, visual.shape[1]), stage, stage)
-            visual, kept = chosen.of(visual), kept.index_select(0, chosen.at)
+            visual, kept = chosen.gather(visual), kept.index_select(0, chosen.indices)
         return visual, kept
 
-    def _folded(self, pixels: Tensor, stage: Stage) -> tuple[Tensor, Tensor, int]:
-        """What is left by an encoder that merges: [1, merged, width], places, how many merged."""
-        seen = self.encoder(pixels, partial(self.policy.fold, stage=stage))
-        return seen.features, seen.at, stage.merged
+    def _merge_in_encoder(self, pixels: Tensor, stage: Stage) -> tuple[Tensor, Tensor, int]:
+        """What is left by an encoder that merges: [1, merged, width], indices, how many merged."""
+        seen = self.encoder(pixels, partial(self.policy.merge_in_block, stage=stage))
+        return seen.features, seen.indices, stage.merged
 
     def encode(self, pixels: Tensor) -> VisionSignals:
         """The output of the last block that is run, and what a policy may look at in it.

@@ -37,8 +37,8 @@ def distances(tokens: Tensor) -> Tensor:
     wide = tokens.float()
     wide = wide - torch.cat([wide, wide.new_zeros(1, wide.shape[1])]).mean(0)
     product = wide @ wide.T
-    places = torch.arange(tokens.shape[0], device=tokens.device)
-    itself = (places[:, None] == places[None, :]).float()
+    indices = torch.arange(tokens.shape[0], device=tokens.device)
+    itself = (indices[:, None] == indices[None, :]).float()
     lengths = total(product * itself, 1)
     squares = lengths[:, None] + lengths[None, :] - (product + product.T)
     return squares.clamp(min=0) * (1 - itself) / tokens.shape[1]
@@ -64,8 +64,8 @@ def assign(apart: Tensor, centres: Tensor) -> Tensor:
 
     Each token goes to its nearest centre, of equals to the first; a centre to itself.
     """
-    places = torch.arange(apart.shape[0], device=apart.device)
-    rows = torch.where(centres[:, None] == places[None, :], -1, apart.index_select(0, centres))
+    indices = torch.arange(apart.shape[0], device=apart.device)
+    rows = torch.where(centres[:, None] == indices[None, :], -1, apart.index_select(0, centres))
     nearest = torch.cat([rows, apart.new_full((1, apart.shape[0]), FAR)]).argmin(0)
     clusters = torch.arange(centres.shape[0], device=apart.device)
     return (clusters[:, None] == nearest[None, :]).float()

@@ -29,8 +29,8 @@ def determinant(vectors: Tensor, steps: int, keep: int) -> Tensor:
     """
     wide = torch.cat([vectors.float(), vectors.new_zeros(1, vectors.shape[1]).float()])
     kernel, left = wide @ wide.T, wide.pow(2).sum(1)[None]
-    places = torch.arange(wide.shape[0], device=wide.device)[None]
-    last = (places == vectors.shape[0]).float()  # the row of zeros: chosen where nothing is left
+    indices = torch.arange(wide.shape[0], device=wide.device)[None]
+    last = (indices == vectors.shape[0]).float()  # the row of zeros: chosen where nothing is left
     least = NOISE * left + 1e-12 * (1 - last) + 1e-18
     rows: Tensor | None = None
     for _ in range(steps):
@@ -40,7 +40,7 @@ def determinant(vectors: Tensor, steps: int, keep: int) -> Tensor:
         if rows is not None:
             row = row - rows.index_select(1, best).T @ rows
         row = row / gain.index_select(1, best).sqrt()
-        chosen = places == best
+        chosen = indices == best
         left = torch.where(chosen, -1, left - row * row)
         least = torch.where(chosen, -1, least)
         rows = row if rows is None else torch.cat([rows, row])
@@ -52,8 +52,8 @@ def determinant(vectors: Tensor, steps: int, keep: int) -> Tensor:
 def without_pairs(tokens: Tensor, order: Tensor, keep: int, batch: int = 8) -> Tensor:
     """`keep` >= 1 of the tokens at `order`, repeats removed: [n, width], int64 [m] -> int64 [keep].
 
-    In passes: of the tokens at even places, the `batch` most alike (cosine) to some token at an odd
-    place go. Those that stay, the most alike first, then precede the odd ones in the next pass.
+    In passes: of the tokens at even indices, the `batch` most alike (cosine) to some token at an
+    odd one go. Those that stay, the most alike first, precede the odd ones in the next pass.
     """
     similar = cosines(tokens)
     while (excess := order.shape[0] - keep) > 0:
@@ -73,10 +73,10 @@ def unlike(tokens: Tensor, pivots: Tensor, quotas: Sequence[int], taken: Tensor)
     spare = max(quotas, default=0)  # rows that are taken where nothing else is left, as where n = 0
     tokens = torch.cat([tokens, tokens.new_zeros(spare, tokens.shape[1])])
     marks = torch.cat([taken, taken.new_ones(spare)])
-    places = torch.arange(tokens.shape[0], device=tokens.device)
+    indices = torch.arange(tokens.shape[0], device=tokens.device)
     similar = unit(pivots) @ unit(tokens).T
     for pivot, quota in enumerate(quotas):
         if quota:
             picks = ranked(-similar[pivot] - TAKEN * marks, quota)
-            marks = marks + (places[None, :] == picks[:, None]).float().sum(0)
+            marks = marks + (indices[None, :] == picks[:, None]).float().sum(0)
     return marks[: taken.shape[0]].clamp(max=1)

@@ -1,4 +1,4 @@
-"""How far each patch is from its neighbours, in features and in place."""
+"""How far each patch is from its neighbours, in features and in position."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-PLACE_WEIGHT = 0.5
+DISTANCE_WEIGHT = 0.5
 """w3 of VisionTrim; w1 and w2 are 1."""
 
 
@@ -21,14 +21,14 @@ def locality(features: Tensor, grid: tuple[int, int]) -> Tensor:
     rows, columns = grid
     wide = features.float()
     feature_scale = wide.var().clamp(min=1e-12)
-    place_scale = float(np.indices(grid).var(ddof=1)) if rows * columns > 1 else 1.0
+    distance_scale = float(np.indices(grid).var(ddof=1)) if rows * columns > 1 else 1.0
     total = wide.new_zeros(wide.shape[0])
     for dy, dx in AROUND:
         ys, xs = (step + np.arange(size)[:, None] for step, size in ((dy, rows), (dx, columns)))
         inside = ((ys >= 0) & (ys < rows)) & ((xs >= 0) & (xs < columns)).T
-        places = ys.clip(0, rows - 1) * columns + xs.clip(0, columns - 1).T
-        neighbours = wide.index_select(0, torch.from_numpy(places.ravel()).to(wide.device))
+        indices = ys.clip(0, rows - 1) * columns + xs.clip(0, columns - 1).T
+        neighbours = wide.index_select(0, torch.from_numpy(indices.ravel()).to(wide.device))
         apart = (wide - neighbours).pow(2).sum(1) / feature_scale
-        far = PLACE_WEIGHT * (dy**2 + dx**2) / place_scale
+        far = DISTANCE_WEIGHT * (dy**2 + dx**2) / distance_scale
         total = total - (apart + far) * torch.from_numpy(inside.ravel()).to(wide)
     return total / 9

@@ -12,8 +12,8 @@ from edgeprune.policies._sizes import total
 
 def others(chosen: Tensor, count: int) -> Tensor:
     """The positions of 0 .. count - 1 that are not among k chosen: int64 [k] -> [count - k]."""
-    places = torch.arange(count, device=chosen.device)
-    taken = total((chosen[:, None] == places[None, :]).float(), 0)
+    indices = torch.arange(count, device=chosen.device)
+    taken = total((chosen[:, None] == indices[None, :]).float(), 0)
     return top(-taken, count - chosen.shape[0])
 
 

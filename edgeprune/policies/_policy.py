@@ -33,26 +33,26 @@ class Counts(Protocol):
 class Selection:
     """What goes on at a site, in the order in which the decoder will read it.
 
-    `at` int64 [survivors] names for each token the live token whose place it takes: its own, or for
-    a merged token its centre's. The stage.merged ones come last. In the vision graph N, the number
-    of patches, stands for the encoder's own [CLS]: a kept token without a place.
-    `tokens` [1, survivors, width] are their features where merging changed them, None where they
-    are those at `at`. There are stage.keep + stage.merged of them.
+    `indices` int64 [survivors]: for each token its index among the live ones; for a merged token
+    the index of its cluster's centre. The stage.merged ones come last. In the vision graph N, the
+    number of patches, stands for the encoder's own [CLS], which is no patch.
+    `tokens` [1, survivors, width]: their features where merging changed them, None where they are
+    those at `indices`. There are stage.keep + stage.merged of them.
     """
 
-    at: Tensor
+    indices: Tensor
     tokens: Tensor | None = None
 
-    def of(self, live: Tensor) -> Tensor:
+    def gather(self, live: Tensor) -> Tensor:
         """The features that go on, in the live tokens' dtype: [1, n, width] -> [1, survivors, .."""
         if self.tokens is None:
-            return live.index_select(1, self.at)
+            return live.index_select(1, self.indices)
         return self.tokens.to(live.dtype)
 
 
 @dataclass(frozen=True)
-class Fold:
-    """Tokens that become one with others inside the encoder: of S tokens S' go on, r are folded in.
+class BlockMerge:
+    """Tokens that an encoder block merges: of S tokens r are merged into the S' that go on.
 
     The encoder averages, weighted by how many patches each token stands for.
     """
@@ -81,7 +81,7 @@ class Policy:
     def __init_subclass__(cls) -> None:
         cls.reads_text = "text" in cls.needs
 
-    def first(self, shape: ModelShape, cr: float) -> int | None:
+    def entry_tokens(self, shape: ModelShape, cr: float) -> int | None:
         """r_1 for a method whose other counts come from a calibrated schedule, else None."""
         return None
 
@@ -93,7 +93,7 @@ class Policy:
         """How many tokens the method puts in order at once, at most; a target may have a limit."""
         return max((stage.survivors for stage in plan.stages), default=0)
 
-    def fold(self, signals: BlockSignals, stage: Stage) -> Fold | None:
+    def merge_in_block(self, signals: BlockSignals, stage: Stage) -> BlockMerge | None:
         """What an encoder block merges between attention and MLP, at a stage with site `block`;
         stage.merged patches leave the last block."""
         raise SpecError(f"{type(self).__module__} does not merge inside the encoder")
@@ -114,6 +114,6 @@ class Policy:
         """What enters stage.layer, seen from the layer before: live.keep + live.merged tokens."""
         raise SpecError(f"{type(self).__module__} does not prune in the decoder")
 
-    def record(self, layer: int, signals: LayerSignals) -> Tensor:
-        """What calibration collects in `layer` (1-based): float32 [visual], larger stays longer."""
+    def calibration_scores(self, layer: int, signals: LayerSignals) -> Tensor:
+        """Calibration's scores of `layer` (1-based): float32 [visual]; the largest stay longest."""
         return signals.last_query_attention()

@@ -37,8 +37,8 @@ def max_min(tokens: Tensor, keep: int) -> Tensor:
     First the token whose nearest other is furthest, then those whose nearest chosen is.
     """
     distances = 1 - cosines(tokens)
-    places = torch.arange(tokens.shape[0], device=tokens.device)
-    itself = (places[:, None] == places[None, :]).float()
+    indices = torch.arange(tokens.shape[0], device=tokens.device)
+    itself = (indices[:, None] == indices[None, :]).float()
     nearest, distances = (distances + TAKEN * itself).amin(1)[None], distances - TAKEN * itself
     for step in range(keep):
         row = distances.index_select(0, nearest.argmax(1))  # [1, n]: TensorRT wants two axes
@@ -54,9 +54,9 @@ def min_sum(tokens: Tensor, steps: int, keep: int) -> Tensor:
     """
     tokens = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
     similar = cosines(tokens)
-    places = torch.arange(similar.shape[0], device=tokens.device)
-    last = (places == tokens.shape[0] - 1).float()
-    itself = (places[:, None] == places[None, :]).float()
+    indices = torch.arange(similar.shape[0], device=tokens.device)
+    last = (indices == tokens.shape[0] - 1).float()
+    itself = (indices[:, None] == indices[None, :]).float()
     total, similar = (similar.sum(1) + TAKEN * last)[None], similar + TAKEN * itself
     for step in range(steps):
         row = similar.index_select(0, total.argmin(1))  # [1, n + 1]: TensorRT wants two axes

@@ -234,8 +234,8 @@ class LayerSignals:
         queries = self.rotated_query[:, :, end:]
         logits = dot(queries, self.rotated_key, self.scale)
         logits = logits.reshape(queries.shape[1], self.segments.text, self.segments.total)
-        places = torch.arange(self.segments.total, device=logits.device)
-        later = places[None, :] > places[end:, None]
+        indices = torch.arange(self.segments.total, device=logits.device)
+        later = indices[None, :] > indices[end:, None]
         attention: Tensor = torch.where(later, LEAST, logits).softmax(-1)
         return attention[:, :, start:end]
 

@@ -1,4 +1,4 @@
-"""Which tokens compete with each other where an image is several tiles, and for how many places.
+"""Which tokens compete with each other where an image is several tiles, and how many of them stay.
 
 Codes that encode each crop by itself choose in each crop by itself: T of its tokens stay. A ranking
 over all crops together is another method, which gives a dull crop fewer tokens than a busy one.
@@ -24,7 +24,7 @@ def check_tiles(tiles: str) -> None:
 
 
 def parts(tile_of: Sequence[int], count: int, tiles: str) -> list[list[int]]:
-    """The places of the tokens that compete: those of each tile, or all `count` of them.
+    """The indices of the tokens that compete: those of each tile, or all `count` of them.
 
     `tile_of` names the tile of each token, nothing where there is one tile.
     """
@@ -46,11 +46,11 @@ def shared(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def part(x: Tensor, places: Sequence[int]) -> Tensor:
-    """The rows at these places, all of them where they are as many: [N, ...] -> [n, ...]."""
-    if len(places) == x.shape[0]:
+def part(x: Tensor, indices: Sequence[int]) -> Tensor:
+    """The rows at these indices, all of them where they are as many: [N, ...] -> [n, ...]."""
+    if len(indices) == x.shape[0]:
         return x
-    return x.index_select(0, torch.tensor(places, device=x.device))
+    return x.index_select(0, torch.tensor(indices, device=x.device))
 
 
 def of_each(
@@ -58,24 +58,24 @@ def of_each(
 ) -> Tensor:
     """Places of `keep` tokens, rising, of each group its share: int64 [keep].
 
-    `choose` answers for the places of a group and the number of them that stay which ones do,
+    `choose` takes the indices of a group and how many of them stay, and gives those that do,
     counted within the group and rising.
     """
-    count, shares = sum(map(len, groups)), shared(keep, [len(places) for places in groups])
+    count, shares = sum(map(len, groups)), shared(keep, [len(indices) for indices in groups])
     return together(
         [
-            among_all(choose(places, share), places, count)
-            for places, share in zip(groups, shares, strict=True)
+            among_all(choose(indices, share), indices, count)
+            for indices, share in zip(groups, shares, strict=True)
             if share
         ]
     )
 
 
-def among_all(chosen: Tensor, places: Sequence[int], count: int) -> Tensor:
+def among_all(chosen: Tensor, indices: Sequence[int], count: int) -> Tensor:
     """Tokens counted within a group, counted among all `count`: int64 [k] -> int64 [k]."""
-    if len(places) == count:
+    if len(indices) == count:
         return chosen
-    return torch.tensor(places, device=chosen.device).index_select(0, chosen)
+    return torch.tensor(indices, device=chosen.device).index_select(0, chosen)
 
 
 def together(chosen: Sequence[Tensor]) -> Tensor:

@@ -67,10 +67,10 @@ class Policy(_policy.Policy):
         if len(groups) == 1:
             return Selection(determinant(vectors, stage.keep, live.keep))
         chosen = list[Tensor]()
-        for places, keep in zip(groups, shared(stage.keep, list(map(len, groups))), strict=True):
+        for indices, keep in zip(groups, shared(stage.keep, list(map(len, groups))), strict=True):
             if keep:
-                own = torch.tensor(places, device=vectors.device)
-                own = own.narrow(0, 0, least(len(places), count))  # none in a decode step
+                own = torch.tensor(indices, device=vectors.device)
+                own = own.narrow(0, 0, least(len(indices), count))  # none in a decode step
                 best = determinant(vectors.index_select(0, own), keep, least(keep, count))
                 chosen.append(own.index_select(0, best))
         return Selection(together(chosen))

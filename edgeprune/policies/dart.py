@@ -27,9 +27,9 @@ from edgeprune.policies import _policy
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._diverse import unlike
 from edgeprune.policies._policy import Selection
+from edgeprune.policies._schedules import after_layer
 from edgeprune.policies._select import ranked, top
 from edgeprune.policies._signals import LayerSignals
-from edgeprune.policies._steps import after_layer
 from edgeprune.spec import ModelShape, Plan, Stage
 
 
@@ -79,8 +79,8 @@ def _largest(
     """
     spare = tokens.new_zeros(count, tokens.shape[1]) if spare is None else spare
     best = ranked(torch.cat([sizes, sizes.new_full((count,), -1)]), count)
-    places = torch.arange(tokens.shape[0], device=tokens.device)
-    marks = (places[None, :] == best[:, None]).float().sum(0)
+    indices = torch.arange(tokens.shape[0], device=tokens.device)
+    marks = (indices[None, :] == best[:, None]).float().sum(0)
     return torch.cat([tokens, spare]).index_select(0, best), marks
 
 

@@ -19,9 +19,9 @@ from typing import ClassVar
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
+from edgeprune.policies._schedules import after_layer
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
-from edgeprune.policies._steps import after_layer
 from edgeprune.spec import ModelShape, Plan, Stage
 
 

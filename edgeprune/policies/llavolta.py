@@ -26,8 +26,8 @@ from edgeprune.policies import _policy
 from edgeprune.policies._clusters import average
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
+from edgeprune.policies._schedules import after_layer, layer_of
 from edgeprune.policies._signals import LayerSignals
-from edgeprune.policies._steps import after_layer, layer_of
 from edgeprune.spec import ModelShape, Plan, Stage
 
 DEPTH = 2 / 32
@@ -55,8 +55,8 @@ class Policy(_policy.Policy):
         edges = runs(signals.visual_tokens, stage.merged)
         owners = [run for run, (first, end) in enumerate(edges) for _ in range(first, end)]
         own = torch.tensor(owners, device=tokens.device)[: tokens.shape[0]]
-        places = torch.arange(live.merged, device=tokens.device)
-        members = (places[:, None] == own[None, :]).float()
+        indices = torch.arange(live.merged, device=tokens.device)
+        members = (indices[:, None] == own[None, :]).float()
         middles = torch.tensor([(first + end - 1) // 2 for first, end in edges])
         return Selection(middles.to(tokens.device)[: live.merged], average(members, tokens)[None])
 

@@ -37,11 +37,10 @@ from torch import Tensor
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import listed
+from edgeprune.policies._keep_and_merge import keep_and_merge
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._raters import rated, raters, similarity
-from edgeprune.policies._recycle import recycle
-from edgeprune.policies._signals import LayerSignals, VisionSignals
-from edgeprune.policies._steps import (
+from edgeprune.policies._schedules import (
     falling,
     geometric,
     parse,
@@ -49,6 +48,7 @@ from edgeprune.policies._steps import (
     stepped,
     with_merged,
 )
+from edgeprune.policies._signals import LayerSignals, VisionSignals
 from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget, plan_from_counts
 
 DEPTHS = (3 / 32, 7 / 32, 16 / 32)
@@ -100,14 +100,14 @@ class Policy(_policy.Policy):
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         features = signals.features[0]
         spare = features.shape[0] - stage.keep
-        return recycle(features, signals.salience(), stage, stage, spare)
+        return keep_and_merge(features, signals.salience(), stage, stage, spare)
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
-        scores = self.record(stage.layer - 1, signals)
+        scores = self.calibration_scores(stage.layer - 1, signals)
         spare = signals.visual_tokens - stage.keep
-        return recycle(signals.visual[0], scores, stage, live, spare)
+        return keep_and_merge(signals.visual[0], scores, stage, live, spare)
 
-    def record(self, layer: int, signals: LayerSignals) -> Tensor:
+    def calibration_scores(self, layer: int, signals: LayerSignals) -> Tensor:
         """What the raters make of each live visual token, Eq. (11): float32 [n]."""
         visual, text = signals.visual[0], signals.text[0]
         shares = similarity(visual, text, visual.shape[1] ** -0.5)

@@ -4,7 +4,7 @@
 projector reads. Each chosen token takes in its 32 nearest by the cosine of keys, chosen or not,
 weighted by their attention. They go on by falling attention; positions are renumbered.
 `variant=released`: the weighted sum is added to the token, and one more token follows, the sum of
-all that were not chosen by their attention; its place is that of the largest of them.
+all that were not chosen by their attention; its index is that of the largest of them.
 `variant=paper`: the token and its neighbours are averaged by their attention, nothing follows.
 
 Deviations:
@@ -64,8 +64,8 @@ class Policy(_policy.Policy):
         chosen = self.choose(attention, stage.survivors - extra)
         at, merged = [chosen], [self._merged(signals.keys(), tokens, attention, chosen)]
         if extra:
-            places = torch.arange(tokens.shape[0], device=tokens.device)
-            taken = (chosen[:, None] == places[None, :]).float().sum(0)
+            indices = torch.arange(tokens.shape[0], device=tokens.device)
+            taken = (chosen[:, None] == indices[None, :]).float().sum(0)
             at.append((attention - TAKEN * taken)[None].argmax(1))
             merged.append((attention * (1 - taken))[None] @ tokens)
         return Selection(torch.cat(at), torch.cat(merged)[None])
@@ -80,8 +80,8 @@ class Policy(_policy.Policy):
 
     def _merged(self, keys: Tensor, tokens: Tensor, attention: Tensor, chosen: Tensor) -> Tensor:
         """[N, head], [N, width], [N], int64 [k] -> float32 [k, width]."""
-        places = torch.arange(keys.shape[0], device=keys.device)
-        own = (chosen[:, None] == places[None, :]).float()
+        indices = torch.arange(keys.shape[0], device=keys.device)
+        own = (chosen[:, None] == indices[None, :]).float()
         directions = unit(keys)
         similar = directions.index_select(0, chosen) @ directions.T - TAKEN * own
         count = min(self.neighbours, keys.shape[0] - 1)

@@ -41,9 +41,9 @@ class Policy(prumerge.Policy):
         best = ranked(attention, first)
         if first == count:
             return best
-        places = torch.arange(total, device=attention.device)
-        taken = (best[:, None] == places[None, :]).float().sum(0)
-        on_grid = (places % stride(total, first) == 0) & (places < total - 1)
+        indices = torch.arange(total, device=attention.device)
+        taken = (best[:, None] == indices[None, :]).float().sum(0)
+        on_grid = (indices % stride(total, first) == 0) & (indices < total - 1)
         spread = top(attention + on_grid.float() - TAKEN * taken, count - first)
         return torch.cat([best, spread])
 

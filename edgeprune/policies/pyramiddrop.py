@@ -25,17 +25,17 @@ from typing import ClassVar
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import listed
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._select import top
-from edgeprune.policies._signals import LayerSignals
-from edgeprune.policies._steps import (
+from edgeprune.policies._schedules import (
     falling,
     geometric,
     parse,
-    placed,
     scaled,
     stepped,
     too_late,
+    with_positions,
 )
+from edgeprune.policies._select import top
+from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget, plan_from_counts
 
 PAPER = (1 / 4, 1 / 2, 3 / 4)
@@ -61,7 +61,7 @@ class Policy(_policy.Policy):
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         tokens, layers = shape.visual_tokens, shape.layers
         plan = plan_from_counts(tokens, self._counts(shape, budget(tokens, layers, cr), cr))
-        return placed(plan, self.positions, shape, renumber=True)
+        return with_positions(plan, self.positions, shape, renumber=True)
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))

@@ -41,22 +41,22 @@ from torch import Tensor
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import listed
+from edgeprune.policies._keep_and_merge import keep_and_merge
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._raters import rated, raters, similarity
-from edgeprune.policies._recycle import recycle
-from edgeprune.policies._select import ranked
-from edgeprune.policies._signals import LayerSignals
-from edgeprune.policies._steps import (
+from edgeprune.policies._schedules import (
     falling,
     geometric,
+    merge_candidates,
     parse,
-    placed,
-    recycled,
     scaled,
     stepped,
     too_late,
     with_merged,
+    with_positions,
 )
+from edgeprune.policies._select import ranked
+from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget, plan_from_counts
 
 DEPTHS = (3 / 32, 7 / 32, 16 / 32)
@@ -95,7 +95,7 @@ class Policy(_policy.Policy):
         plan = plan_from_counts(tokens, counts)
         if self.version == "1.5":
             plan = with_merged(plan)
-        return placed(plan, self.positions, shape, renumber=self.version == "1.5")
+        return with_positions(plan, self.positions, shape, renumber=self.version == "1.5")
 
     def largest_topk(self, plan: Plan) -> int:
         if self.version != "1.5":
@@ -103,11 +103,11 @@ class Policy(_policy.Policy):
         return plan.visual_tokens if plan.stages else 0  # those that go are in order too
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
-        scores = self.record(stage.layer - 1, signals)
-        spare = recycled(signals.visual_tokens, stage.keep)
-        return recycle(signals.visual[0], scores, stage, live, spare)
+        scores = self.calibration_scores(stage.layer - 1, signals)
+        spare = merge_candidates(signals.visual_tokens, stage.keep)
+        return keep_and_merge(signals.visual[0], scores, stage, live, spare)
 
-    def record(self, layer: int, signals: LayerSignals) -> Tensor:
+    def calibration_scores(self, layer: int, signals: LayerSignals) -> Tensor:
         """The raters' attention to each live visual token: float32 [n]."""
         inputs = signals.inputs
         weights = raters(similarity(inputs.visual[0], inputs.question()))

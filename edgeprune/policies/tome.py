@@ -30,7 +30,7 @@ from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._merge import others
-from edgeprune.policies._policy import Fold
+from edgeprune.policies._policy import BlockMerge
 from edgeprune.policies._select import TAKEN, ranked, unit
 from edgeprune.policies._signals import BlockSignals
 from edgeprune.spec import ModelShape, Plan, Stage, floor_cr, merging_plan
@@ -61,7 +61,7 @@ class Policy(_policy.Policy):
             )
         return plan
 
-    def fold(self, signals: BlockSignals, stage: Stage) -> Fold | None:
+    def merge_in_block(self, signals: BlockSignals, stage: Stage) -> BlockMerge | None:
         counts = merges(signals.patches, stage.merged, signals.blocks)
         if not (count := counts[signals.block]):
             return None
@@ -88,8 +88,8 @@ def mergeable(patches: int, blocks: int) -> int:
     return patches - left
 
 
-def pairs(keys: Tensor, count: int, *, protected: bool) -> Fold:
-    """The `count` most alike pairs of a token at an even place with its partner at an odd one.
+def pairs(keys: Tensor, count: int, *, protected: bool) -> BlockMerge:
+    """The `count` most alike pairs of a token at an even index with its partner at an odd one.
 
     [S, head]; the `protected` first token has no partner.
     """
@@ -103,7 +103,7 @@ def pairs(keys: Tensor, count: int, *, protected: bool) -> Fold:
     chosen = ranked(alike, count)
     partners = similar.argmax(1).index_select(0, chosen)
     rest = others(chosen, even.shape[0])
-    places = torch.arange(odd.shape[0], device=keys.device)
-    into = (places[:, None] == partners[None, :]).float()
-    stay = torch.cat([2 * rest, 2 * places + 1])
-    return Fold(stay, 2 * chosen, torch.cat([into.new_zeros(rest.shape[0], count), into]))
+    indices = torch.arange(odd.shape[0], device=keys.device)
+    into = (indices[:, None] == partners[None, :]).float()
+    stay = torch.cat([2 * rest, 2 * indices + 1])
+    return BlockMerge(stay, 2 * chosen, torch.cat([into.new_zeros(rest.shape[0], count), into]))

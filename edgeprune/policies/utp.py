@@ -60,7 +60,7 @@ class Policy(_policy.Policy):
             known = ", ".join(POSITIONS)
             raise SpecError(f"--set position= is one of {known}; got {self.position!r}")
 
-    def first(self, shape: ModelShape, cr: float) -> int | None:
+    def entry_tokens(self, shape: ModelShape, cr: float) -> int | None:
         return _entering(shape, cr) if self.utr else None
 
     def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
@@ -74,9 +74,9 @@ class Policy(_policy.Policy):
         return Selection(top(signals.salience(), stage.keep))
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
-        return Selection(top(self.record(stage.layer - 1, signals), live.keep))
+        return Selection(top(self.calibration_scores(stage.layer - 1, signals), live.keep))
 
-    def record(self, layer: int, signals: LayerSignals) -> Tensor:
+    def calibration_scores(self, layer: int, signals: LayerSignals) -> Tensor:
         if not self.ure or layer > self.agnostic_layers:
             return signals.last_query_attention()
         if self.position == "none":

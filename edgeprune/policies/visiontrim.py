@@ -56,17 +56,17 @@ from edgeprune.policies._locality import locality
 from edgeprune.policies._merge import join, split
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._raters import similarity
+from edgeprune.policies._schedules import layer_of
 from edgeprune.policies._select import top, unit
 from edgeprune.policies._signals import LEAST, InputSignals, LayerSignals, VisionSignals
 from edgeprune.policies._sizes import least, total
-from edgeprune.policies._steps import layer_of
 from edgeprune.policies._tiles import among_all, check_tiles, part, parts, shared, together
 from edgeprune.spec import AUTO, ModelShape, Plan, Stage, budget
 
 VARIANTS = ("released", "paper")
 
 Scores = Callable[[Sequence[int]], Tensor]
-"""Of the tokens at some places, how dominant they are among each other: float32 [n]."""
+"""Of the tokens with some indices, how dominant they are among each other: float32 [n]."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Policy(_policy.Policy):
         if shape.separators:
             raise SpecError(
                 "method visiontrim hands its dominant tokens to the decoder's graph as the first of"
-                " all, which leaves no place for this model's separators; choose another method,"
+                " all, which leaves none for this model's separators; choose another method,"
                 " such as visionzip"
             )
         tokens, layers = shape.visual_tokens, shape.layers
@@ -204,8 +204,8 @@ class Policy(_policy.Policy):
         alike = (unit(rest) @ unit(text).T).mean(1) if released else shares(rest, text)
         centres = top(alike, count)
         tokens = rest.index_select(0, centres)
-        places = torch.arange(rest.shape[0], device=rest.device)
-        free = 1 - total((centres[:, None] == places[None, :]).float(), 0)
+        indices = torch.arange(rest.shape[0], device=rest.device)
+        free = 1 - total((centres[:, None] == indices[None, :]).float(), 0)
         members, weights = self._related(rest, text), None
         for _ in range(self.rounds):
             products = self._related(tokens, text) @ members.T  # [count, n]

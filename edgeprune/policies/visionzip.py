@@ -15,7 +15,7 @@ Deviations:
   token goes on; nor does one where the projector reads several patches as one, which [CLS] has no
   part in, nor a second time where the model itself reads [CLS].
 - The released code leaves out LLaVA-NeXT's newline tokens; here they stay and count.
-- For Qwen2-VL the ports of others put a merged token in its target's place; here it comes last.
+- For Qwen2-VL the ports of others put a merged token where its target was; here it comes last.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Policy(_policy.Policy):
         features, scores = signals.features[0], signals.salience()
         cls, count = self._cls(signals, stage.keep), scores.shape[0]
         groups = parts(signals.tile_of, count, self.tiles)
-        totals = shared(stage.survivors - cls.shape[1], [len(places) for places in groups])
+        totals = shared(stage.survivors - cls.shape[1], [len(indices) for indices in groups])
         dominant, at, tokens = list[Tensor](), list[Tensor](), list[Tensor]()
         for own, total, merged in zip(groups, totals, shared(stage.merged, totals), strict=True):
             best, rest = split(part(scores, own), total - merged)
@@ -105,8 +105,8 @@ class Policy(_policy.Policy):
         """
         chosen = torch.arange(merged, device=tokens.device) * (tokens.shape[0] // merged)
         similar = unit(keys.index_select(0, chosen)) @ unit(keys).T
-        places = torch.arange(tokens.shape[0], device=tokens.device)
-        own = (chosen[:, None] == places[None, :]).float()
+        indices = torch.arange(tokens.shape[0], device=tokens.device)
+        own = (chosen[:, None] == indices[None, :]).float()
         taken = own.sum(0)
         members = join(similar) * (1 - taken)
         if self.variant == "paper":

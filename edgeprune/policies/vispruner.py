@@ -2,8 +2,8 @@
 
 The score is the attention of [CLS] to each patch, head mean, in the block whose output the
 projector reads; the floor(T / 2) patches with most of it stay. The others, most attended first,
-lose repeats in passes: of the patches at even places in the list, the 8 whose features are most
-alike (cosine) to one at an odd place go, until T are left in all. Those that stay move in front of
+lose repeats in passes: of the patches with even indices in the list, the 8 whose features are most
+alike (cosine) to one with an odd index go, until T are left in all. Those that stay precede
 the odd ones, the most alike first, which pairs them anew. Survivors keep reading order and
 positions are renumbered, since tokens leave before the decoder.
 Of several tiles (crops, images, frames) each has its share of the tokens, as in the released code,
@@ -11,7 +11,7 @@ which takes T of each crop. `tiles=joint` ranks and pairs all tokens together.
 
 Deviations:
 - The released code fails where a list has an odd length or a pass would drop more than there are at
-  even places; here the even ones may be one more, and all of them may go.
+  even indices; here the even ones may be one more, and all of them may go.
 - Where an encoder has no [CLS], the attention that a patch receives takes its place.
 - LLaVA-NeXT's newline tokens stay, whatever is pruned, and count.
 """

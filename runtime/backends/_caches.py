@@ -47,10 +47,10 @@ class Device:
         zeros, into `target`."""
         behind = (*held[:2], spare, held[3])
         longer = (*held[:2], held[2] + spare, held[3])
-        binding, place = self.copier.io_binding(), (self.name, 0, self.element)
-        binding.bind_input(INPUT, *place, held, source.data_ptr())
+        binding, device = self.copier.io_binding(), (self.name, 0, self.element)
+        binding.bind_input(INPUT, *device, held, source.data_ptr())
         binding.bind_cpu_input(SPARE, np.array(behind))
-        binding.bind_output(OUTPUT, *place, longer, target.data_ptr())
+        binding.bind_output(OUTPUT, *device, longer, target.data_ptr())
         self.copier.run_with_iobinding(binding)
 
 
@@ -130,13 +130,13 @@ class GrowingCaches(OrtCaches):
         self.others: dict[str, Any] = {}  # where the next present goes
 
     def bind(self, binding: Any, lengths: Ids, filled: Ids) -> None:
-        place = self.device.name, 0, self.device.element
+        device = self.device.name, 0, self.device.element
         for cache in self.caches:
             name, layer = cache.past.name, cache.index
             past, present = self.values[name], self.others[name]
             before, behind = self._shape(int(lengths[layer])), self._shape(int(filled[layer]))
-            binding.bind_input(name, *place, before, past.data_ptr())
-            binding.bind_output(cache.present.name, *place, behind, present.data_ptr())
+            binding.bind_input(name, *device, before, past.data_ptr())
+            binding.bind_output(cache.present.name, *device, behind, present.data_ptr())
             self.values[name], self.others[name] = present, past
 
     def close(self) -> None:

@@ -187,8 +187,8 @@ class TrtBackend:
         self._decode.address("prefix_ids", self.at["prefix_ids"])
         self._decode.shape("prefix_ids", (1, 0))
         self._decode.shape("text_ids", (1, 1))
-        for place, name in enumerate(("text_ids", "position", "lengths")):
-            self._decode.address(name, self.at["step"] + place * ALIGNMENT)
+        for index, name in enumerate(("text_ids", "position", "lengths")):
+            self._decode.address(name, self.at["step"] + index * ALIGNMENT)
         self._show(self._decode, None, 0)
 
     def _more(self, sizes: Mapping[str, int], what: str) -> dict[str, int]:

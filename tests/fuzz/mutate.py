@@ -84,11 +84,11 @@ def alter(tree: Any, rng: Random, times: int | None = None) -> tuple[str, str]:
     """JSON text of a tree with one to three alterations, and what they were."""
     tree, notes = copy.deepcopy(tree), []
     for _ in range(times or rng.choice([1, 1, 1, 2, 3])):
-        places = _places(tree)
-        if not places:
+        entries = _entries(tree)
+        if not entries:
             break
-        path, holder, key = rng.choice(places)
-        notes.append(_alter_one(holder, key, places, rng, path))
+        path, holder, key = rng.choice(entries)
+        notes.append(_alter_one(holder, key, entries, rng, path))
     text = json.dumps(tree)
     if DEEP in text:
         depth = rng.choice([300, 980, 5000, 100_000])
@@ -96,7 +96,7 @@ def alter(tree: Any, rng: Random, times: int | None = None) -> tuple[str, str]:
     return text, "; ".join(notes)
 
 
-def _alter_one(holder: Any, key: Any, places: list[Any], rng: Random, path: str) -> str:
+def _alter_one(holder: Any, key: Any, entries: list[Any], rng: Random, path: str) -> str:
     way = rng.random()
     if way < 0.70:
         holder[key] = hostile(holder[key], rng)
@@ -113,7 +113,7 @@ def _alter_one(holder: Any, key: Any, places: list[Any], rng: Random, path: str)
     if way < 0.93:
         holder[key] = DEEP
         return f"{path} nested deep"
-    other, holder_2, key_2 = rng.choice(places)
+    other, holder_2, key_2 = rng.choice(entries)
     try:
         holder[key], holder_2[key_2] = copy.deepcopy(holder_2[key_2]), copy.deepcopy(holder[key])
     except (KeyError, IndexError):  # one lay within what the other has replaced
@@ -121,7 +121,7 @@ def _alter_one(holder: Any, key: Any, places: list[Any], rng: Random, path: str)
     return f"{path} and {other} exchanged"
 
 
-def _places(tree: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+def _entries(tree: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """Every value: its path, what holds it, and its key there."""
     found: list[tuple[str, Any, Any]] = []
     keys = tree.items() if isinstance(tree, dict) else enumerate(tree)
@@ -129,7 +129,7 @@ def _places(tree: Any, path: str = "") -> list[tuple[str, Any, Any]]:
         here = f"{path}.{str(key)[:30]}"
         found.append((here, tree, key))
         if isinstance(value, (dict, list)) and len(found) < 5000:
-            found += _places(value, here)
+            found += _entries(value, here)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Counts that fall after given layers, and the merged tokens that are part of them."""
+"""Counts that fall after given layers, and the merged tokens among them."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ def too_late(method: str, first: int, shape: ModelShape, least: int, cr: float) 
 POSITIONS = ("auto", "keep", "renumber")
 
 
-def placed(plan: Plan, positions: str, shape: ModelShape, *, renumber: bool) -> Plan:
+def with_positions(plan: Plan, positions: str, shape: ModelShape, *, renumber: bool) -> Plan:
     """The plan with the positions that --set positions= names; `auto` is to `renumber` or not.
 
-    Under M-RoPE, where a token's place is its row and column, nobody moves up.
+    Under M-RoPE, where a token has its row and column, no position changes.
     """
     if positions not in POSITIONS:
         raise SpecError(f"--set positions= is one of {', '.join(POSITIONS)}; got {positions!r}")
@@ -130,7 +130,7 @@ def placed(plan: Plan, positions: str, shape: ModelShape, *, renumber: bool) -> 
     return replace(plan, stages=tuple(stages))
 
 
-def recycled(live: int, keep: int) -> int:
+def merge_candidates(live: int, keep: int) -> int:
     """Of the tokens pruned, those that SparseVLM merges: floor(0.3 p) + 1, p = live - keep."""
     return 3 * (live - keep) // 10 + 1
 
@@ -153,6 +153,6 @@ def with_merged(plan: Plan) -> Plan:
 
 def _clusters(live: int, survivors: int) -> int:
     merged = 1
-    while merged <= recycled(live, survivors - merged) // 10:
+    while merged <= merge_candidates(live, survivors - merged) // 10:
         merged += 1
     return merged

@@ -12,11 +12,13 @@ from edgeprune.policies._sizes import least
 from edgeprune.spec import Stage
 
 
-def recycle(tokens: Tensor, scores: Tensor, stage: Stage, live: Stage, spare: int) -> Selection:
+def keep_and_merge(
+    tokens: Tensor, scores: Tensor, stage: Stage, live: Stage, spare: int
+) -> Selection:
     """The live.keep best tokens, then live.merged that stand for the `spare` next ones.
 
     [n, width], float32 [n]; `live` is the `stage` with the sizes of this call. The next ones are
-    merged in clusters of density peaks, at their centres' places, the most prominent centre first;
+    merged in clusters of density peaks, at their centres' indices, the most prominent centre first;
     those after them are dropped.
     """
     if stage.merged == 0:
