@@ -223,15 +223,15 @@ def _tensors(shape: QwenShape) -> Sizes:
         yield "lm_head.weight", (shape.vocabulary, width)
     yield "model.norm.weight", (width,)
     for layer in range(shape.layers):
-        stem = f"model.layers.{layer}."
+        prefix = f"model.layers.{layer}."
         for name, size in (("q", width), ("k", kv), ("v", kv)):
-            yield from _linear(f"{stem}self_attn.{name}_proj", size, width)
-        yield f"{stem}self_attn.o_proj.weight", (width, width)
+            yield from _linear(f"{prefix}self_attn.{name}_proj", size, width)
+        yield f"{prefix}self_attn.o_proj.weight", (width, width)
         for name in ("gate", "up"):
-            yield f"{stem}mlp.{name}_proj.weight", (shape.mlp, width)
-        yield f"{stem}mlp.down_proj.weight", (width, shape.mlp)
+            yield f"{prefix}mlp.{name}_proj.weight", (shape.mlp, width)
+        yield f"{prefix}mlp.down_proj.weight", (width, shape.mlp)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{stem}{name}.weight", (width,)
+            yield f"{prefix}{name}.weight", (width,)
     yield from _vision_tensors(shape)
 
 
@@ -240,14 +240,14 @@ def _vision_tensors(shape: QwenShape) -> Sizes:
     yield "visual.patch_embed.proj.weight", (width, 3, FRAMES, PATCH, PATCH)
     names = {"gate_proj": mlp, "up_proj": mlp} if shape.windowed else {"fc1": mlp}
     for block in range(shape.blocks):
-        stem = f"visual.blocks.{block}."
+        prefix = f"visual.blocks.{block}."
         for norm in ("norm1", "norm2"):
-            yield from _norm(f"{stem}{norm}", width, bias=not shape.windowed)
-        yield from _linear(f"{stem}attn.qkv", 3 * width, width)
-        yield from _linear(f"{stem}attn.proj", width, width)
+            yield from _norm(f"{prefix}{norm}", width, bias=not shape.windowed)
+        yield from _linear(f"{prefix}attn.qkv", 3 * width, width)
+        yield from _linear(f"{prefix}attn.proj", width, width)
         for name, size in names.items():
-            yield from _linear(f"{stem}mlp.{name}", size, width)
-        yield from _linear(f"{stem}mlp.{'down_proj' if shape.windowed else 'fc2'}", width, mlp)
+            yield from _linear(f"{prefix}mlp.{name}", size, width)
+        yield from _linear(f"{prefix}mlp.{'down_proj' if shape.windowed else 'fc2'}", width, mlp)
     yield from _norm("visual.merger.ln_q", width, bias=not shape.windowed)
     yield from _linear("visual.merger.mlp.0", joined, joined)
     yield from _linear("visual.merger.mlp.2", shape.width, joined)

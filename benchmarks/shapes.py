@@ -109,30 +109,30 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "language_model.lm_head.weight", (shape.vocabulary, width)
     yield "language_model.model.norm.weight", (width,)
     for layer in range(shape.layers):
-        stem = f"language_model.model.layers.{layer}."
+        prefix = f"language_model.model.layers.{layer}."
         outputs = {"q": (width, width), "k": (kv, width), "v": (kv, width), "o": (width, width)}
         for name, size in outputs.items():
-            yield f"{stem}self_attn.{name}_proj.weight", size
+            yield f"{prefix}self_attn.{name}_proj.weight", size
             if shape.bias:
-                yield f"{stem}self_attn.{name}_proj.bias", size[:1]
+                yield f"{prefix}self_attn.{name}_proj.bias", size[:1]
         for name in ("gate", "up"):
-            yield f"{stem}mlp.{name}_proj.weight", (shape.mlp, width)
-        yield f"{stem}mlp.down_proj.weight", (width, shape.mlp)
+            yield f"{prefix}mlp.{name}_proj.weight", (shape.mlp, width)
+        yield f"{prefix}mlp.down_proj.weight", (width, shape.mlp)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{stem}{name}.weight", (width,)
+            yield f"{prefix}{name}.weight", (width,)
     yield from _vision_tensors(shape)
 
 
 def _vision_tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width, stem = shape.vision_width, "vision_tower.vision_model."
-    yield f"{stem}embeddings.class_embedding", (width,)
-    yield f"{stem}embeddings.patch_embedding.weight", (width, 3, PATCH, PATCH)
-    yield f"{stem}embeddings.position_embedding.weight", (shape.patches + 1, width)
+    width, prefix = shape.vision_width, "vision_tower.vision_model."
+    yield f"{prefix}embeddings.class_embedding", (width,)
+    yield f"{prefix}embeddings.patch_embedding.weight", (width, 3, PATCH, PATCH)
+    yield f"{prefix}embeddings.position_embedding.weight", (shape.patches + 1, width)
     for norm in ("pre_layrnorm", "post_layernorm"):
-        yield f"{stem}{norm}.weight", (width,)
-        yield f"{stem}{norm}.bias", (width,)
+        yield f"{prefix}{norm}.weight", (width,)
+        yield f"{prefix}{norm}.bias", (width,)
     for layer in range(shape.vision_layers):
-        block = f"{stem}encoder.layers.{layer}."
+        block = f"{prefix}encoder.layers.{layer}."
         sizes = {
             f"self_attn.{n}": (width, width) for n in ("q_proj", "k_proj", "v_proj", "out_proj")
         }

@@ -31,18 +31,18 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told: int | None = None  # the signal that came
+    received: int | None = None  # the signal that came
     timers = list[threading.Timer]()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        nonlocal told
-        told = number
+        nonlocal received
+        received = number
         raise KeyboardInterrupt
 
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
         """An interrupt in a finalizer goes nowhere: it comes again, outside."""
-        if unraisable.exc_type is KeyboardInterrupt and told is not None:
-            timers.append(threading.Timer(AGAIN, _tell, [told]))
+        if unraisable.exc_type is KeyboardInterrupt and received is not None:
+            timers.append(threading.Timer(AGAIN, _send, [received]))
             timers[-1].start()
         else:
             shown(unraisable)
@@ -53,7 +53,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if told is not None:
+        if received is not None:
             raise KeyboardInterrupt from error
         raise
     finally:
@@ -64,7 +64,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tell(number: int) -> None:
+def _send(number: int) -> None:
     """Give the main thread a signal, asleep or not."""
     if sys.platform == "win32":
         signal.raise_signal(number)

@@ -71,10 +71,10 @@ class Recipe:
         """Where the bundle goes."""
         if self.output is not None:
             return self.output
-        stem, spec = self.model_name.rpartition("/")[2], self.spec
+        name, spec = self.model_name.rpartition("/")[2], self.spec
         ratio = f"-cr{spec.cr:.4g}" if spec.cr != 1 else ""
         seed = policies.seed_of(policies.make(spec))
-        return Path("out") / f"{stem}-{spec.method}{ratio}{f'-seed{seed}' if seed else ''}"
+        return Path("out") / f"{name}-{spec.method}{ratio}{f'-seed{seed}' if seed else ''}"
 
 
 def make(recipe: Recipe, report: Progress = silent) -> Exported:

@@ -66,9 +66,9 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     turn = _turn(image)
     if turn is not None:
         rgb = rgb.transpose(turn)
-    told = turned if turn is None else turn
-    if told is not None:
-        done.append(f"the image is {TURNS[told]}, as its orientation tag says")
+    applied = turned if turn is None else turn
+    if applied is not None:
+        done.append(f"the image is {TURNS[applied]}, as its orientation tag says")
     return rgb, tuple(done)
 
 

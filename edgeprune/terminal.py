@@ -22,7 +22,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """A text whose control characters are spelled out, lines and tabs left as they are."""
+    """A text whose control characters are shown as escapes, lines and tabs left as they are."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -41,11 +41,11 @@ class Printable:
     def write(self, text: str) -> int:
         encoding = self._stream.encoding or "utf-8"
         plain = printable(text).encode(encoding, "backslashreplace").decode(encoding)
-        with _told():
+        with _refused():
             return self._stream.write(plain)
 
     def flush(self) -> None:
-        with _told():
+        with _refused():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -111,7 +111,7 @@ def _number(stream: TextIO) -> int | None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _refused() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:  # the reader has gone, which is no fault

@@ -74,7 +74,7 @@ class Graphs:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # without bound buffers the cache is copied: meant here
         providers = ["CPUExecutionProvider"]
-        with _told("cannot load"):
+        with _onnxruntime_errors("cannot load"):
             self.vision = ort.InferenceSession(folder / VISION, options, providers)
             self.decoder = ort.InferenceSession(folder / DECODER, options, providers)
         self.plan, self.config, self.room = decoder.plan, decoder.config, room
@@ -91,7 +91,7 @@ class Graphs:
             sizes = {f"capacity.{index}": self.plan.counts[index] + self.room, f"past.{index}": 0}
             self.caches.append(torch.zeros(cache.past.shape(sizes), dtype=self.dtype).numpy())
         self.lengths, self.position = np.zeros(len(self.config.layers), np.int64), 0
-        with _told("cannot run"):
+        with _onnxruntime_errors("cannot run"):
             visual, kept = self.vision.run(None, {"pixels": prompt.pixels.to(self.dtype).numpy()})
         self.visual, self.vision_kept = torch.from_numpy(visual), torch.from_numpy(kept)
         return self._run(prompt.prefix_ids.numpy(), visual, prompt.text_ids.numpy(), kept)
@@ -114,7 +114,7 @@ class Graphs:
         caches = zip(self.record.caches, self.caches, strict=True)
         feeds = {cache.past.name: held for cache, held in caches}
         feeds |= {t.name: sources[t.role] for t in self.record.inputs if t.role in sources}
-        with _told("cannot run"):
+        with _onnxruntime_errors("cannot run"):
             logits, *rest = self.decoder.run(self.outputs, feeds)
         sites = len(self.record.kept)
         kept, self.caches = rest[:sites], rest[sites:]
@@ -129,7 +129,7 @@ class Graphs:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _onnxruntime_errors(what: str) -> Iterator[None]:
     """ParityError in a line where ONNX Runtime fails at a graph."""
     try:
         yield

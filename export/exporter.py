@@ -121,7 +121,7 @@ def read_records(adapter: Adapter, processor: Processor) -> Records:
     visual_ids = adapter.vision_config.layout.ids(media.token)
     rows = adapter.shape.vocabulary
     text = read_text(processor, config, generation, rows, media, visual_ids)
-    return Records(image, text.record, (*adapter.remarks, *processor.chat.remarks, *text.notes))
+    return Records(image, text.record, (*adapter.all_notes, *processor.chat.notes, *text.notes))
 
 
 def export(
@@ -139,7 +139,7 @@ def export(
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
     samples = [] if request.no_parity else list(prompts)
-    proven, remarks = _prove(request, adapter, policy, samples, report)
+    proven, notes = _prove(request, adapter, policy, samples, report)
     wide = proven.float32 if proven else ()
     try:
         with atomic_folder(request.output) as draft:
@@ -159,7 +159,7 @@ def export(
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    return Exported(request.output, manifest, (*records.notes, *remarks))
+    return Exported(request.output, manifest, (*records.notes, *notes))
 
 
 def _open_again(draft: Path) -> None:
@@ -180,7 +180,7 @@ def _prove(
     samples: Sequence[Prompt],
     report: Progress,
 ) -> tuple[RangeRecord | None, tuple[str, ...]]:
-    """What float16 holds of the model, and remarks; None where that is not asked."""
+    """What float16 holds of the model, and notes; None where that is not asked."""
     if request.lowering.dtype.name != "fp16" or request.no_parity:
         return None, ()
     return ranges.prove(adapter, policy, request.plan, samples, request.keep_fp32, report)

@@ -1,4 +1,4 @@
-"""A checkpoint's own settings of generation: honoured, refused, or told by name.
+"""A checkpoint's own settings of generation: honoured, refused, or named in a note.
 
 They are those that transformers' `generate` would follow: generation_config.json or, without that
 file, what older checkpoints keep in config.json.
@@ -47,7 +47,7 @@ IDLE = {
     "output_scores",
     "output_logits",
     "return_dict_in_generate",
-    "early_stopping",  # of beams, as the next; num_beams itself is told
+    "early_stopping",  # of beams, as the next; num_beams itself is named
     "length_penalty",
     "renormalize_logits",
     "remove_invalid_values",  # logits that are not numbers end an answer
@@ -82,7 +82,7 @@ NEUTRAL = {  # what a setting that is not followed may be without effect, beside
     "penalty_alpha": 0.0,
 }
 
-DEFAULT_LENGTH = 20  # transformers' max_length where none is set, which older files spell out
+DEFAULT_LENGTH = 20  # transformers' max_length where none is set, which older files write out
 
 
 @dataclass(frozen=True)

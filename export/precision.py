@@ -1,4 +1,4 @@
-"""Half precision against float32: measured, judged and told.
+"""Half precision against float32: measured, judged and reported.
 
 Rounding turns close choices, so a model in half precision keeps other tokens than the float32 one
 now and then, and equal sets cannot be demanded of it. What can be demanded is this:

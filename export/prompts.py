@@ -46,7 +46,7 @@ def read_text(
     around = media.around if media else ("", "")
     check_rows(tokenizer, [*written, *around], rows)
     whole = "".join([template_text(source), *written, *around])
-    free, told = user_tokens(tokenizer, config, whole, generation.eos_token_ids, rows)
+    free, refused = user_tokens(tokenizer, config, whole, generation.eos_token_ids, rows)
     bos = tokenizer.bos_token
     record = TextRecord(
         first=found.first,
@@ -60,8 +60,8 @@ def read_text(
         visual_ids=tuple((i, len(list(run))) for i, run in groupby(visual_ids)),
         user_tokens=free,
     )
-    remarks = *found.notes, *_remarks(tokenizer, found), *told, *generation.notes
-    return Text(record, tuple(remarks))
+    notes = *found.notes, *_notes(tokenizer, found), *refused, *generation.notes
+    return Text(record, tuple(notes))
 
 
 def save_tokenizer(source: Any, path: Path) -> None:
@@ -70,7 +70,7 @@ def save_tokenizer(source: Any, path: Path) -> None:
     path.write_text(text, encoding="utf-8")  # an OSError names a full disk, `save` would not
 
 
-def _remarks(tokenizer: Any, found: Templates) -> Iterator[str]:
+def _notes(tokenizer: Any, found: Templates) -> Iterator[str]:
     if marks := letters(tokenizer, [found.first, found.following]):
         yield (
             f"the chat template writes {', '.join(marks)}, which this tokenizer reads as letters,"

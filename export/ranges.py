@@ -56,7 +56,7 @@ def prove(
     keep: str,
     report: Progress = silent,
 ) -> tuple[RangeRecord, tuple[str, ...]]:
-    """What float16 holds of a model, and remarks; ExportError where it does not hold all.
+    """What float16 holds of a model, and notes; ExportError where it does not hold all.
 
     `keep` is `none` or `auto`: whether parts may stay in float32.
     """
@@ -87,7 +87,7 @@ def prove(
         margin=LIMIT / max(peak.value, TINY),
         float32=tuple(path for path in half.parts if path in chosen),
     )
-    return record, tuple(_remarks(record, peaks, keep))
+    return record, tuple(_notes(record, peaks, keep))
 
 
 def _chosen(peaks: Peaks, reference: Reference) -> frozenset[str]:
@@ -159,7 +159,7 @@ def title(key: Key) -> str:
     return " ".join(word for word in (tower or "input", layer, part) if word)
 
 
-def _remarks(record: RangeRecord, peaks: Peaks, keep: str) -> Iterator[str]:
+def _notes(record: RangeRecord, peaks: Peaks, keep: str) -> Iterator[str]:
     if record.margin < SAFETY:
         wider = "--keep-fp32 auto" if keep == "none" else "--dtype bf16"
         yield (

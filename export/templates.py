@@ -82,8 +82,8 @@ def templates(source: Any, tokenizer: Any, image: ImageToken) -> Templates:
     if owner is None:
         turns = known(image.assumed)
         later = (tokenizer.eos_token or "") + turns.later
-        told = f"the checkpoint has no chat template; {turns.source}'s is used"
-        return Templates(turns.first, later, "{system} " + turns.first, (told,))
+        note = f"the checkpoint has no chat template; {turns.source}'s is used"
+        return Templates(turns.first, later, "{system} " + turns.first, (note,))
     renderer = _Renderer(owner, image)
     first = renderer.first("{prompt}")
     if first is None:

@@ -34,7 +34,7 @@ def user_tokens(
     """
     roles = set(tokenizer.special_tokens_map.values())
     named = {*ends, *_named_ids(config)}
-    free, told = list[int](), list[str]()
+    free, notes = list[int](), list[str]()
     for number, token in sorted(tokenizer.added_tokens_decoder.items()):
         text = token.content
         written = text in template and not text.isspace()
@@ -43,11 +43,11 @@ def user_tokens(
         if number < rows:
             free.append(number)
         else:
-            told.append(
+            notes.append(
                 f"the tokenizer's added token {text!r} has id {number}, the embedding {rows} rows;"
                 " a prompt that holds it is read as letters"
             )
-    return tuple(free), tuple(told)
+    return tuple(free), tuple(notes)
 
 
 def check_rows(tokenizer: Any, texts: Sequence[str], rows: int) -> None:

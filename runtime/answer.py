@@ -34,7 +34,7 @@ class Answer:
     vision_kept: Ids  # indices of the encoder's survivors among the V tokens; V: [CLS]
     layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
     prompt_tokens: int
-    remarks: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
+    warnings: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
 
 
 @dataclass

@@ -30,7 +30,7 @@ class EncodedImage:
     visual: Any  # [1, encoded, width], wherever the backend keeps it
     indices: Any  # int64 [encoded], likewise: what `kept` says
     kept: Ids  # indices of the encoder's survivors among the V tokens; V: [CLS]
-    remarks: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
+    warnings: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
     engine: object = None  # that encoded it
     holder: object = None  # while it lives, the backend keeps the memory for this image
 

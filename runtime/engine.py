@@ -66,14 +66,14 @@ class Engine:
     def encode_image(self, shown: Shown) -> EncodedImage:
         """An image, several, or a video, as the bundle takes them; any sequence may read it."""
         prepared = media.prepare(shown, self.manifest.image)
-        return self.encode_pixels(prepared.pixels, prepared.remarks)
+        return self.encode_pixels(prepared.pixels, prepared.warnings)
 
     def encode_pixels(
-        self, pixels: NDArray[np.float32], remarks: tuple[str, ...] = ()
+        self, pixels: NDArray[np.float32], warnings: tuple[str, ...] = ()
     ) -> EncodedImage:
         """As `encode_image`, from what `media.prepare` gives."""
         with self._call():
-            return replace(self.backend.encode_image(pixels), remarks=remarks, engine=self)
+            return replace(self.backend.encode_image(pixels), warnings=warnings, engine=self)
 
     def run(self, inputs: DecoderInputs, caches: Caches) -> Output:
         """One call of the decoder, for a sequence."""

@@ -15,7 +15,7 @@ from PIL import Image
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
 from edgeprune.images import MAX_PIXELS
-from edgeprune.runtime.tiles import cut, on_black, remark
+from edgeprune.runtime.tiles import cut, on_black, shape_warning
 from edgeprune.tiling import Size, rounded, rounds_to
 
 
@@ -43,7 +43,7 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
     return _normalise(np.asarray(image), record)
 
 
-def remarks(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
+def warnings(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
     """What a user should know of how an image is taken; InputError where it cannot be."""
     given, tiling = Size(image.height, image.width), record.tiling
     if tiling is not None:
@@ -55,8 +55,8 @@ def remarks(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
         suits = _rounds(image, record)
     else:
         return ()
-    found = remark(given, frozen, better, suits=suits)
-    return (found,) if found else ()
+    warning = shape_warning(given, frozen, better, suits=suits)
+    return (warning,) if warning else ()
 
 
 def _rounds(image: Image.Image, record: ImageRecord) -> bool:

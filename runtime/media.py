@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSource, RgbImage, read_image
-from edgeprune.runtime.images import remarks, to_pixels
+from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.runtime.video import read_frames
 
 Shown = ImageSource | Sequence[ImageSource]
@@ -25,7 +25,7 @@ class Prepared:
     """Pixels as the vision graph takes them, float32 of the record's shape; what was done."""
 
     pixels: NDArray[np.float32]
-    remarks: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def prepare(shown: Shown, record: ImageRecord) -> Prepared:
@@ -53,10 +53,10 @@ def check_count(found: int, record: ImageRecord) -> None:
 
 
 def _one(read: RgbImage, record: ImageRecord) -> Prepared:
-    told = *read.warnings, *remarks(read.image, record)
-    return Prepared(to_pixels(read.image, record), told)
+    found = *read.warnings, *warnings(read.image, record)
+    return Prepared(to_pixels(read.image, record), found)
 
 
 def _joined(parts: Sequence[Prepared]) -> Prepared:
     pixels = np.concatenate([part.pixels for part in parts])
-    return Prepared(pixels, tuple(dict.fromkeys(r for part in parts for r in part.remarks)))
+    return Prepared(pixels, tuple(dict.fromkeys(r for part in parts for r in part.warnings)))

@@ -32,7 +32,7 @@ class _State:
     image: bool = False
     vision_kept: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
     layer_kept: tuple[Ids, ...] = ()
-    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Sequence:
@@ -78,9 +78,9 @@ class Sequence:
         return self._state.layer_kept
 
     @property
-    def remarks(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """What was done to the image that was read."""
-        return self._state.remarks
+        return self._state.warnings
 
     def read(
         self,
@@ -184,7 +184,7 @@ class Sequence:
             position=after.position + self.engine.manifest.decoder.image_positions,
             image=True,
             vision_kept=image.kept,
-            remarks=image.remarks,
+            warnings=image.warnings,
         )
 
     @contextmanager

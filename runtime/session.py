@@ -158,7 +158,7 @@ class Session:
         else:
             prepared = prepare(shown, self.manifest.image)
             loaded = clock()
-            image = engine.encode_pixels(prepared.pixels, prepared.remarks)
+            image = engine.encode_pixels(prepared.pixels, prepared.warnings)
         timings = Timings(1e3 * (loaded - started), 1e3 * (clock() - loaded))
         self._reset()
         turn = Turn(prefix_ids, text_ids, image, text, sampling or self.sampling, room, timings)
@@ -242,7 +242,7 @@ class Session:
             sequence.vision_kept,
             sequence.layer_kept,
             turn.prompt_tokens,
-            sequence.remarks,
+            sequence.warnings,
         )
 
     def _tokens(self, turn: Turn) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """An image -> the tiles of a bundle, as the checkpoint's own processor would cut it.
 
 A bundle's grid is frozen. An image whose shape asks for another grid is fitted into the image
-size that the bundle is frozen for, its aspect ratio kept, on black; `remark` says so.
+size that the bundle is frozen for, its aspect ratio kept, on black; `shape_warning` says so.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     return [overview, *tiles] if tiling.overview == "first" else [*tiles, overview]
 
 
-def remark(given: Size, frozen: Size, better: Size, *, suits: bool) -> str:
-    """What is done with an image that does not suit the frozen shape; else nothing.
+def shape_warning(given: Size, frozen: Size, better: Size, *, suits: bool) -> str:
+    """What is done with an image that does not suit the frozen shape; empty where it does.
 
     `better` is the size to export a bundle for, where there are more such images.
     """

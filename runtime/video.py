@@ -125,19 +125,19 @@ def _until(av: Any, path: Path, wanted: list[int]) -> Iterator[tuple[Any, Fracti
 def frame_image(frame: Any, aspect: Fraction) -> RgbImage:
     """A frame of PyAV's as a player shows it: square pixels, then turned."""
     image: Image.Image = frame.to_image().convert("RGB")
-    told = []
+    warnings = []
     if aspect != 1:
         width, height = _square(image.size, aspect)
-        told.append(
+        warnings.append(
             f"the clip's pixels are {aspect.numerator}:{aspect.denominator}: its frames are"
             f" stretched from {image.width} x {image.height} to {width} x {height}"
         )
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     turn = _turn(frame)
     if turn is not None:
-        told.append(f"the clip is {TURNS[turn]}, as its display matrix says")
+        warnings.append(f"the clip is {TURNS[turn]}, as its display matrix says")
         image = image.transpose(turn)
-    return RgbImage(image, tuple(told))
+    return RgbImage(image, tuple(warnings))
 
 
 def _square(size: tuple[int, int], aspect: Fraction) -> tuple[int, int]:

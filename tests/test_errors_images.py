@@ -122,7 +122,7 @@ def test_what_was_done_to_an_image_is_told(
     told = capfd.readouterr().err
     assert all(f"note: {line}\n" in told for line in wanted)
     assert main(["run", str(tiny_bundle), "--image", str(file), *QUESTION, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["turns"][0]["remarks"] == wanted
+    assert json.loads(capfd.readouterr().out)["turns"][0]["warnings"] == wanted
 
 
 def test_a_prompt_needs_no_image_slot_and_may_hold_one(

@@ -152,7 +152,7 @@ def test_a_dense_bundle_answers_as_transformers_does(case: Case, tmp_path: Path)
         assert len(wanted) == 32
         answer = session.ask(images, opened.question, Sampling(max_new_tokens=32))
         assert list(answer.ids) == said(wanted, session)
-        assert answer.remarks == ()
+        assert answer.warnings == ()
         own = opened.theirs(images, session, own=True)
         longer = replace(session.sampling, max_new_tokens=64)
         assert list(session.ask(images, opened.question, longer).ids) == own

@@ -41,7 +41,7 @@ from edgeprune.policies._signals import LayerSignals
 from edgeprune.recipe import Recipe
 from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime import Session
-from edgeprune.runtime.images import remarks, to_pixels
+from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators, plan_from_counts
 from edgeprune.tiling import Size
@@ -181,7 +181,7 @@ def test_a_dense_bundle_answers_as_transformers_does(
     wanted = answers()
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=32))
     assert list(answer.ids) == wanted
-    assert answer.remarks == ()
+    assert answer.warnings == ()
     own = answers(settings=settings, tokens=64)
     answer = session.ask(image, QUESTION, replace(session.sampling, max_new_tokens=64))
     assert list(answer.ids) == own
@@ -247,10 +247,10 @@ def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
     adapter = open_model(str(checkpoint), size=wide)
     record = adapter.image_record(family.image_processor)
     assert to_pixels(drawn_image(tall), record).shape == adapter.pixels
-    assert "black borders" in remarks(drawn_image(tall), record)[0]
-    assert remarks(drawn_image(Size(2 * wide.height, 2 * wide.width)), record) == ()
+    assert "black borders" in warnings(drawn_image(tall), record)[0]
+    assert warnings(drawn_image(Size(2 * wide.height, 2 * wide.width)), record) == ()
     with pytest.raises(InputError, match="too long and narrow"):
-        remarks(drawn_image(Size(600, 10)), record)
+        warnings(drawn_image(Size(600, 10)), record)
 
 
 DECODERS = {

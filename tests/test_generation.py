@@ -56,7 +56,7 @@ FOLLOWED: list[tuple[dict[str, Any], Sampling]] = [
     ({"min_length": 700, "min_new_tokens": 3}, Sampling(top_k=50, min_new_tokens=3)),
     ({"stop_strings": "END"}, Sampling(top_k=50, stop=("END",))),
     ({"stop_strings": ["END", "\n"]}, Sampling(top_k=50, stop=("END", "\n"))),
-    ({"max_length": 20}, Sampling(top_k=50)),  # transformers' own default, spelled out
+    ({"max_length": 20}, Sampling(top_k=50)),  # transformers' own default, written out
     ({"max_length": 4096}, Sampling(top_k=50, max_length=4096)),
 ]
 

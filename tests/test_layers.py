@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"export": "edgeprune.export", "runtime": "edgeprune.runtime", "calib": "edgeprune.calib"}
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "highspy"}
 
-# What a layer may not import. Runtime's allowance of the core is spelled out below.
+# What a layer may not import. Runtime's allowance of the core is listed below.
 ABOVE = {
     "edgeprune.bench",
     "edgeprune.commands",

@@ -16,13 +16,13 @@ from edgeprune.policies import Policy
 CONTROLS = {"none", "random", "uniform"}
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(list(arguments)) == 0
     return capsys.readouterr().out
 
 
 def test_the_list_has_a_line_for_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    head, *lines = told(capsys, "methods").splitlines()
+    head, *lines = printed(capsys, "methods").splitlines()
     assert head.split() == ["method", "prunes", "at", "needs", "what", "stays"]
     assert [line.split()[0] for line in lines] == policies.names()
     for name, line in zip(policies.names(), lines, strict=True):
@@ -35,7 +35,7 @@ def test_the_list_has_a_line_for_every_method(capsys: pytest.CaptureFixture[str]
 def test_a_method_tells_its_paper_options_and_deviations(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    policy, text = policies.load(name), told(capsys, "methods", name)
+    policy, text = policies.load(name), printed(capsys, "methods", name)
     assert bool(policy.paper) != (name in CONTROLS)
     assert policy.paper in text
     assert (sys.modules[policy.__module__].__doc__ or "!").strip() in text
@@ -45,7 +45,7 @@ def test_a_method_tells_its_paper_options_and_deviations(
 
 
 def test_options_are_told_with_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    text = told(capsys, "methods", "fastv")
+    text = printed(capsys, "methods", "fastv")
     assert "options    --set K=2  layers that see every visual token" in text.splitlines()
 
 
@@ -56,13 +56,13 @@ def test_what_calibrates_says_so(name: str) -> None:
 
 
 def test_every_family_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = told(capsys, "models").splitlines()
+    lines = printed(capsys, "models").splitlines()
     others = ["-"] * len(models.elsewhere())
     assert [line.split()[0] for line in lines] == [*models.names(), "demo", *others]
 
 
 def test_a_models_sizes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = told(capsys, "models", "--model", "demo").splitlines()
+    lines = printed(capsys, "models", "--model", "demo").splitlines()
     assert lines[0].split() == ["family", "llava"]
     assert lines[-1].split() == ["visual", "tokens", "144"]
 
@@ -70,7 +70,7 @@ def test_a_models_sizes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_each_method_is_told_with_its_tokens_or_why_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, *lines = told(capsys, "methods", "--model", "demo", "--cr", "20").splitlines()
+    _, *lines = printed(capsys, "methods", "--model", "demo", "--cr", "20").splitlines()
     rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
     assert list(rows) == policies.names()
     assert rows["fastervlm"] == ["yes", "7 x 12"]

@@ -128,7 +128,7 @@ def test_an_adapter_beside_the_weights_is_merged(
     assert not answers_as(family.model, family, folder), "the adapter changes the answer"
     count = sum("lora_A" in name for name in tensors)
     said = f"the LoRA adapter ({count} products of rank 4) is merged into the weights"
-    assert open_model(str(folder)).remarks == (said,)
+    assert open_model(str(folder)).all_notes == (said,)
 
 
 def test_an_adapter_of_older_names_changes_the_embedding_too(family: Family, folder: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_adapter_of_older_names_changes_the_embedding_too(family: Family, fol
     model.model.multi_modal_projector.linear_1.bias.data = bias
     model.lm_head.weight.data = head
     assert answers_as(model, family, folder)
-    assert "(1 products of rank 4, 2 whole tensors)" in open_model(str(folder)).remarks[0]
+    assert "(1 products of rank 4, 2 whole tensors)" in open_model(str(folder)).all_notes[0]
 
 
 def test_export_says_that_it_merged(

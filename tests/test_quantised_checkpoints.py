@@ -110,7 +110,7 @@ def test_a_quantised_checkpoint_answers_as_the_floats_that_it_means(
     found, wanted = parameters(ours), parameters(theirs)
     for name, weight in wanted.items():
         assert torch.equal(found[name], weight), name
-    assert ours.remarks == (f"21 weights are stored in codes ({form.told})",)
+    assert ours.all_notes == (f"21 weights are stored in codes ({form.told})",)
     assert ours.checkpoint.num_parameters() == theirs.checkpoint.num_parameters()
     assert ours.checkpoint.fingerprint() != theirs.checkpoint.fingerprint()
     assert answers_as(loaded(floats), family, packed)

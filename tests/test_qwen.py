@@ -31,7 +31,7 @@ from edgeprune.models._reference import Reference
 from edgeprune.policies import make, names
 from edgeprune.policies._signals import Segments
 from edgeprune.runtime import Sampling, Session
-from edgeprune.runtime.images import remarks, to_pixels
+from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size, rounds_to
 from tests.families import with_settings
@@ -110,7 +110,7 @@ def test_pixels_are_those_of_the_processor(size: str, plain: Path) -> None:
     assert wanted.shape == adapter.pixels == record.shape
     np.testing.assert_array_equal(to_pixels(image, record), wanted)
     assert torch.equal(processor(image, QUESTION).pixels, wanted)
-    assert remarks(image, record) == ()
+    assert warnings(image, record) == ()
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(4, 4096))
@@ -132,11 +132,11 @@ def test_another_shape_is_fitted_with_black_bars_and_said(plain: Path) -> None:
     black = (0 - np.array(record.mean, np.float32)) / np.array(record.std, np.float32)
     for bar in (pixels[0, :, :, :56], pixels[0, :, :, 168:]):
         np.testing.assert_allclose(bar, np.broadcast_to(black[:, None, None], bar.shape), rtol=1e-6)
-    (said,) = remarks(image, record)
+    (said,) = warnings(image, record)
     assert "50% of the tokens show black borders" in said
     assert said.endswith("export with --image-size 168x168")
     with pytest.raises(InputError, match=r"too long and narrow.*--image-size 28x868"):
-        remarks(drawn_image(10, 300), record)
+        warnings(drawn_image(10, 300), record)
 
 
 @pytest.mark.parametrize("text", ["448x450", "20x448", "448", "0x28", "28x28"])

@@ -101,8 +101,8 @@ def test_what_passes_the_limit_first_is_named_and_can_stay_in_float32(
     with pytest.raises(ExportError, match=r"of 3.*export with --keep-fp32 auto") as caught:
         proven(planted[name], "none")
     assert str(caught.value).startswith(f"fp16 ends at 65,504, {overflow.named} reaches ")
-    record, remarks = proven(planted[name], "auto")
-    assert remarks == ()
+    record, notes = proven(planted[name], "auto")
+    assert notes == ()
     kept = set(record.float32)
     streams = [path for path in record.float32 if path.endswith(".residual")]
     assert overflow.kept <= kept
@@ -115,8 +115,8 @@ def test_what_passes_the_limit_first_is_named_and_can_stay_in_float32(
 def test_a_model_that_fits_keeps_nothing_in_float32(planted: Tree) -> None:
     plain, auto = proven(planted["clean"], "none"), proven(planted["clean"], "auto")
     assert plain == auto
-    record, remarks = plain
-    assert (record.float32, remarks) == ((), ())
+    record, notes = plain
+    assert (record.float32, notes) == ((), ())
     assert record.where == "vision (add)"  # patches and their positions
     assert 5 < record.peak < 50
 
@@ -139,10 +139,10 @@ def test_numbers_near_the_limit_are_told(planted: Tree, tmp_path: Path) -> None:
     def near(tensors: Tensors) -> None:
         tensors["language_model.model.layers.1.mlp.down_proj.weight"][5] *= 2e4
 
-    record, remarks = proven(edited(planted["clean"], tmp_path / "model", near), "none")
+    record, notes = proven(edited(planted["clean"], tmp_path / "model", near), "none")
     assert 1 < record.margin < ranges.SAFETY
-    (remark,) = remarks
-    assert "decoder layers.1" in remark and "--keep-fp32 auto leaves more room" in remark
+    (note,) = notes
+    assert "decoder layers.1" in note and "--keep-fp32 auto leaves more room" in note
 
 
 def test_a_norm_below_the_smallest_number_is_told(planted: Tree, tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_norm_below_the_smallest_number_is_told(planted: Tree, tmp_path: Path)
     config = json.loads((model / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 1e-30
     (model / "config.json").write_text(json.dumps(config))
-    _, remarks = proven(model, "none")
-    (remark,) = remarks
-    assert "decoder layers.0 attention_norm: a mean square is" in remark
+    _, notes = proven(model, "none")
+    (note,) = notes
+    assert "decoder layers.0 attention_norm: a mean square is" in note
 
 
 def test_the_command_refuses_by_name_and_keeps_parts_in_float32(

@@ -70,7 +70,7 @@ def test_a_stretched_decoder_answers_as_transformers_does(kind: str, tmp_path: P
 
 
 def stretched(folder: Path, kind: str, layers: int = 2) -> Path:
-    """A Qwen2.5-VL of 35 visual tokens, prompts of 78 positions, in published spelling."""
+    """A Qwen2.5-VL of 35 visual tokens, prompts of 78 positions, named as published."""
     windowed_checkpoint(folder, layers)
     scaling = {
         "yarn": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 48},

@@ -135,7 +135,7 @@ def test_a_dense_bundle_answers_as_transformers_does(idefics3: Path, tmp_path: P
         answer = session.ask(image, QUESTION, Sampling(max_new_tokens=64))
         ends = [n for n, token in enumerate(wanted, 1) if token == 2]
         assert list(answer.ids) == wanted[: ends[0] if ends else 64]
-        assert answer.remarks == ()
+        assert answer.warnings == ()
 
 
 def test_a_pruned_bundle_equals_the_eager_reference(idefics3: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_positions_are_in_order_where_the_tower_says_so() -> None:
 
 def test_every_stored_tensor_is_read(idefics3: Path) -> None:
     adapter = open_model(str(idefics3))
-    assert adapter.remarks == adapter.notes()
+    assert adapter.all_notes == adapter.notes()
 
 
 @pytest.mark.slow

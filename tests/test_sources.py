@@ -87,7 +87,7 @@ def test_parts_factors_and_offsets_give_the_weights_that_are_meant(
 ) -> None:
     wanted = weights(folder)
     rewrite(folder, monkeypatch)
-    assert open_model(str(folder)).remarks == ()
+    assert open_model(str(folder)).all_notes == ()
     found = weights(folder)
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():

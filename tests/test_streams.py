@@ -124,7 +124,7 @@ def test_control_characters_of_a_manifest(
 def test_control_characters_of_an_answer(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Lines and tabs stay, all else is spelled out; JSON has the text as it is, in ASCII."""
+    """Lines and tabs stay, all else is an escape; JSON has the text as it is, in ASCII."""
     from edgeprune.runtime.text import Prompter
 
     monkeypatch.setattr(Prompter, "pieces", lambda self, ids: [list(ids), f"a\n\tb{ESCAPE}"][1:])

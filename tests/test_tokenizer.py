@@ -46,14 +46,14 @@ def test_what_transformers_builds_anew_is_read_as_stored(family: str, folder: Pa
     theirs = AutoTokenizer.from_pretrained(folder)
     assert chat.tokenizer.encode(PROMPT) == stored.encode(PROMPT).ids != theirs.encode(PROMPT)
     assert (chat.tokenizer.bos_token, chat.tokenizer.eos_token_id) == ("<s>", 2)
-    (remark,) = chat.remarks
-    assert "used as it is stored; transformers 5 builds a LlamaTokenizer from it" in remark
+    (note,) = chat.notes
+    assert "used as it is stored; transformers 5 builds a LlamaTokenizer from it" in note
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_where_both_agree_there_is_nothing_to_tell(family: str, folder: Path) -> None:
-    tokenizer, remarks = read_tokenizer(of_family(folder, family))
-    assert remarks == ()
+    tokenizer, notes = read_tokenizer(of_family(folder, family))
+    assert notes == ()
     assert tokenizer.encode(PROMPT) == AutoTokenizer.from_pretrained(folder).encode(PROMPT)
 
 
@@ -61,7 +61,7 @@ def test_a_bundle_has_the_stored_one(tmp_path: Path) -> None:
     """Qwen's own class rebuilds it to the same."""
     checkpoint = plain_checkpoint(tmp_path / "checkpoint")
     processor = Processor(open_model(str(checkpoint)))
-    assert processor.chat.remarks == ()
+    assert processor.chat.notes == ()
     save_tokenizer(processor, tmp_path / "tokenizer.json")
     saved, stored = (
         Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (tmp_path, checkpoint)

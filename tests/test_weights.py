@@ -224,4 +224,4 @@ def test_tensors_that_nothing_reads_are_told(
 
 
 def test_a_published_layout_leaves_nothing_to_tell(family: Family, saved: Path) -> None:
-    assert open_model(str(saved)).remarks == ()
+    assert open_model(str(saved)).all_notes == ()

@@ -43,18 +43,18 @@ def _rows(results: Path) -> Iterator[tuple[tuple[int, str], tuple[str, ...]]]:
     """Lines of the table, each with its sort key: cells in their order, eager torch first."""
     order = {cell.name: index for index, cell in enumerate((*cells(), *tiny()))}
     eager = {
-        told["cell"]: told
+        row["cell"]: row
         for _, found in _files(results, "eager-*")
-        for told in found.get("cells", [])
+        for row in found.get("cells", [])
     }
     for _, found in _files(results, "bench-*"):
         rows = found.get("rows", [])
         for row in rows:
-            if told := eager.pop(row["name"], None):
-                yield (order[row["name"]], ""), _eager(told)
+            if one := eager.pop(row["name"], None):
+                yield (order[row["name"]], ""), _eager(one)
             yield (order[row["name"]], row["backend"]), _row(row, rows[0])
-    for name, told in eager.items():
-        yield (order[name], ""), _eager(told)
+    for name, row in eager.items():
+        yield (order[name], ""), _eager(row)
 
 
 def _files(results: Path, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -81,12 +81,17 @@ def _row(row: dict[str, Any], first: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _eager(told: dict[str, Any]) -> tuple[str, ...]:
-    parts = [told["vision"], told["prefill"], told["vision"] + told["prefill"], told["decode"]]
-    peak = told["peak_bytes"]
+def _eager(row: dict[str, Any]) -> tuple[str, ...]:
+    parts = [
+        row["vision"],
+        row["prefill"],
+        row["vision"] + row["prefill"],
+        row["decode"],
+    ]
+    peak = row["peak_bytes"]
     memory = "-" if peak is None else f"{peak / 1e9:.2f}"
     numbers = [f"{1e3 * part:.2f}" for part in parts]
-    name = told["cell"]
+    name = row["cell"]
     return (*_named(name), "eager", _method(name), *numbers, "", "", "", memory, "")
 
 

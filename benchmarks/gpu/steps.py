@@ -122,11 +122,11 @@ def _empty(request: Request, cells: Sequence[Cell]) -> dict[str, Any]:
 def _launches(request: Request, cell: Cell) -> dict[str, Any]:
     random_weights.fill(request.prepared / cell.name)
     path = str(request.prepared / cell.name)
-    return _told("benchmarks.gpu.launches", path, "--device", request.device)
+    return _run_json("benchmarks.gpu.launches", path, "--device", request.device)
 
 
 def _eager(request: Request, cells: Sequence[Cell]) -> dict[str, Any]:
-    return _told(
+    return _run_json(
         "benchmarks.gpu.eager",
         *(cell.name for cell in cells),
         *("--rounds", str(request.rounds), "--new-tokens", str(request.new_tokens)),
@@ -136,7 +136,7 @@ def _eager(request: Request, cells: Sequence[Cell]) -> dict[str, Any]:
 
 def _answers(request: Request, backend: str) -> dict[str, Any]:
     """The demo's answers with every method beside those of ONNX Runtime on the CPU."""
-    return _told("benchmarks.gpu.answers", str(request.prepared), "--backend", backend)
+    return _run_json("benchmarks.gpu.answers", str(request.prepared), "--backend", backend)
 
 
 def _tests() -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _tests() -> dict[str, Any]:
     return {"code": done.returncode, "tail": done.stdout[-12000:], "errors": done.stderr[-2000:]}
 
 
-def _told(module: str, *arguments: str) -> dict[str, Any]:
+def _run_json(module: str, *arguments: str) -> dict[str, Any]:
     """The one line of JSON that a module prints."""
     done = _command(module, *arguments)
     if done.returncode:

@@ -36,11 +36,11 @@ def _write_text(source: Path, folder: Path) -> None:
     """The decoder of the LLaVA checkpoint as `Qwen2ForCausalLM`: it has no output bias."""
     if (folder / "config.json").is_file():
         return
-    stem, weights = "language_model.", {}
+    prefix, weights = "language_model.", {}
     for shard in sorted(source.glob("*.safetensors")):
         for name, tensor in load_file(shard).items():
-            if name.startswith(stem) and not name.endswith("o_proj.bias"):
-                weights[name.removeprefix(stem)] = tensor.float()
+            if name.startswith(prefix) and not name.endswith("o_proj.bias"):
+                weights[name.removeprefix(prefix)] = tensor.float()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     text = json.loads((source / "config.json").read_text())["text_config"]

@@ -172,7 +172,7 @@ def _summary(session: Session, answer: Answer, turn: int) -> str:
     times, prune = answer.timings, session.manifest.prune
     lines = [f"{session.manifest.name} ({session.engine.backend.name})"]
     if turn == 0:
-        lines += [f"note: {remark}" for remark in answer.remarks]
+        lines += [f"note: {warning}" for warning in answer.warnings]
         counts = " ".join(str(n) for n in prune.counts)
         lines.append(
             f"visual tokens {prune.visual_tokens} -> {counts}  (CR {prune.cr_reached:.2f})"
@@ -195,7 +195,7 @@ def _record(session: Session, prompts: list[str], answers: list[Answer]) -> dict
             "text": answer.text,
             "ids": answer.ids,
             "finish": answer.finish,
-            "remarks": answer.remarks,
+            "warnings": answer.warnings,
             "prompt_tokens": answer.prompt_tokens,
             "preprocess_ms": answer.timings.preprocess,
             "vision_ms": answer.timings.vision,

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     prune = replace(manifest.prune, grid=show.drawn(manifest))
     sheet = figure(levels, sites, prune, args.prompt, said, font=args.font)
     image_files.save(sheet, args.output, args.scale)
-    for note in (*read.warnings, *answer.remarks):
+    for note in (*read.warnings, *answer.warnings):
         terminal.note(f"note: {note}")
     print(args.output)
     return 0

@@ -144,12 +144,12 @@ def _frame(sheet: Sheet, axes: Axes, comparison: Comparison, timed: bool) -> Non
     setup, box = comparison.setup, axes.box
     against = "prefill time" if timed else "visual tokens computed"
     sheet.text(MARGIN, MARGIN + 24, f"Accuracy against {against}", 28, bold=True)
-    told = f"{setup['model']}, {setup['questions']:,} questions to each bundle"
+    caption = f"{setup['model']}, {setup['questions']:,} questions to each bundle"
     if timed:
-        told += f", {setup['timing']['rounds']} timing rounds"
-    told += "; bars are 95% intervals; axes are logarithmic, the vertical one in errors"
+        caption += f", {setup['timing']['rounds']} timing rounds"
+    caption += "; bars are 95% intervals; axes are logarithmic, the vertical one in errors"
     sheet.text(
-        MARGIN, MARGIN + 54, sheet.pen.wrap(told, SIZE, WIDTH - 2 * MARGIN, 1)[0], SIZE, QUIET
+        MARGIN, MARGIN + 54, sheet.pen.wrap(caption, SIZE, WIDTH - 2 * MARGIN, 1)[0], SIZE, QUIET
     )
     sheet.text(MARGIN, box.top - 16, "accuracy, %", SIZE, QUIET)
     unit = "prefill, ms" if timed else "visual tokens computed, %"

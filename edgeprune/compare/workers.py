@@ -33,7 +33,7 @@ def each(
 ) -> Iterator[tuple[Job, str]]:
     """Every job with why it failed, an empty text where it did not, as they end.
 
-    `tick` is told what the jobs tell. One process, or one job, needs no other process.
+    `tick` is called with what the jobs report. One process, or one job, needs no other process.
     """
     if min(processes, len(jobs)) <= 1:
         for job in jobs:
@@ -41,17 +41,19 @@ def each(
         return
     context = multiprocessing.get_context("spawn")
     waiting: Any = context.Queue()
-    told: Any = context.Queue()
+    events: Any = context.Queue()
     for number in range(len(jobs)):
         waiting.put(number)
     staff: list[BaseProcess] = []
     try:
         for _ in range(min(processes, len(jobs))):
             waiting.put(None)  # the end, once for each process
-            serving = context.Process(target=_serve, args=(jobs, work, waiting, told), daemon=True)
+            serving = context.Process(
+                target=_serve, args=(jobs, work, waiting, events), daemon=True
+            )
             serving.start()
             staff.append(serving)
-        yield from _listen(jobs, told, staff, tick)
+        yield from _listen(jobs, events, staff, tick)
     except BaseException:  # interrupted, or nobody listens any more
         for process in staff:
             process.terminate()
@@ -64,14 +66,14 @@ def each(
 
 
 def _listen(
-    jobs: Sequence[Job], told: Any, staff: Sequence[BaseProcess], tick: Callable[[int], None]
+    jobs: Sequence[Job], events: Any, staff: Sequence[BaseProcess], tick: Callable[[int], None]
 ) -> Iterator[tuple[Job, str]]:
     """Pass on what the processes tell, until every job has ended or no process is left."""
     open_jobs = set(range(len(jobs)))
     while open_jobs:
         alive = any(process.is_alive() for process in staff)
         try:
-            number, news = told.get(timeout=0.5)
+            number, news = events.get(timeout=0.5)
         except queue.Empty:
             if alive:
                 continue
@@ -85,22 +87,22 @@ def _listen(
             yield jobs[number], news
 
 
-def _serve(jobs: Sequence[Job], work: Work[Job], waiting: Any, told: Any) -> None:
+def _serve(jobs: Sequence[Job], work: Work[Job], waiting: Any, events: Any) -> None:
     """What a process does: jobs, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and tells us
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         while (number := waiting.get()) is not None:
-            told.put((number, _outcome(work, jobs[number], partial(_tell, told, number))))
+            events.put((number, _outcome(work, jobs[number], partial(_report, events, number))))
     except KeyboardInterrupt:
-        told.cancel_join_thread()
+        events.cancel_join_thread()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _tell(told: Any, number: int, done: int) -> None:
-    told.put((number, done))
+def _report(events: Any, number: int, done: int) -> None:
+    events.put((number, done))
 
 
 def _follow_parent() -> None:

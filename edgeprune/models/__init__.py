@@ -69,7 +69,7 @@ def open_model(
             f" takes {adapter.shape.max_positions} (or attends to no more); choose a smaller"
             " --image-size"
         )
-    _ = adapter.remarks  # weights that are missing, or mean something else, are named now
+    _ = adapter.all_notes  # weights that are missing, or mean something else, are named now
     return adapter
 
 

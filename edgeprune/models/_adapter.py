@@ -19,7 +19,7 @@ from edgeprune.models._names import Stored
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._quantised import QuantizedWeight
 from edgeprune.models._rounding import rounded
-from edgeprune.models._unread import told
+from edgeprune.models._unread import check_unread
 from edgeprune.models._vision import Vision
 from edgeprune.policies import Policy, make
 from edgeprune.spec import Plan, PruneSpec
@@ -87,7 +87,7 @@ class Adapter(Family):
 
     def _change(self, parameter: str, names: tuple[str, ...]) -> str:
         """The adapter's name of a tensor that it changes, else empty."""
-        change = self.checkpoint.lora.spelling(names) if self.checkpoint.lora else ""
+        change = self.checkpoint.lora.changed_name(names) if self.checkpoint.lora else ""
         if change and parameter == "embedding.weight" and self.decoder_config.tied:
             raise ModelError(
                 f"the adapter changes {change}, which is both embedding and output head of this"
@@ -96,7 +96,7 @@ class Adapter(Family):
         return change
 
     @cached_property
-    def remarks(self) -> tuple[str, ...]:
+    def all_notes(self) -> tuple[str, ...]:
         """What was done with a folder's weights, for people; ModelError where they mean something
         else than what would be exported."""
         policy, plan = make(PruneSpec("none")), Plan(self.shape.visual_tokens, self.shape.layers)
@@ -106,7 +106,11 @@ class Adapter(Family):
         read = {name for source in sources for part in source.stored.parts for name in part}
         changed = {change for source in sources for change in source.changes}
         stored = (str(self.checkpoint.packed),) if self.checkpoint.packed else ()
-        return (*self.notes(), *stored, *told(self.checkpoint, read, changed, self.is_spare))
+        return (
+            *self.notes(),
+            *stored,
+            *check_unread(self.checkpoint, read, changed, self.is_spare),
+        )
 
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
         """One parameter, laid out and rounded as a module of ours wants it; ModelError where the

@@ -18,7 +18,7 @@ class Chat:
     """Reads tokenizer and template by themselves: none of a checkpoint's code is run."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer, self.remarks = read_tokenizer(folder)
+        self.tokenizer, self.notes = read_tokenizer(folder)
         if template := _processors_template(folder):
             self.tokenizer.chat_template = template
 
@@ -26,7 +26,7 @@ class Chat:
         """The whole prompt, one visual token for each run of them: int64 [n]."""
         written, token = map(self._token, (media.placeholder, media.token))
         text = self._written(media, question, written)
-        text = text.replace(written, media.spelled.replace(IMAGE_SLOT, token))
+        text = text.replace(written, media.template.replace(IMAGE_SLOT, token))
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
         return torch.tensor(self.tokenizer(text, add_special_tokens=special)["input_ids"])

@@ -106,7 +106,7 @@ class Family(ABC):
         return None
 
     def read_media(self) -> Media:
-        """What a prompt shows, and how chat template and processor spell it."""
+        """What a prompt shows, and how chat template and processor write it."""
         return Media.of_images(self.config, self.asked.images)
 
     @abstractmethod

@@ -69,12 +69,11 @@ class Lora(TensorFiles):
 
     @property
     def changes(self) -> set[str]:
-        """Names of the tensors that it changes, in its own spelling."""
+        """Names of the tensors that it changes, as it names them."""
         return {*self.factors, *self.whole}
 
-    def spelling(self, names: Iterable[str]) -> str:
-        """Under which of several names of a tensor the adapter changes it; empty where it does
-        not."""
+    def changed_name(self, names: Iterable[str]) -> str:
+        """The one of several names of a tensor under which the adapter changes it; else empty."""
         return next((name for name in names if name in self.factors or name in self.whole), "")
 
     def merged(self, name: str, base: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a bundle's prompts show, and how a checkpoint's template and processor spell it."""
+"""What a bundle's prompts show, and how a checkpoint's template and processor write it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgeprune.tiling import Size
 MOST = 4096
 """Images or frames of a prompt; a bundle's manifest takes no more."""
 IMAGE_SLOT = "{}"
-"""In a spelling, a run of visual tokens."""
+"""In `Media.template`: a run of visual tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +65,24 @@ class Media:
     token: int  # id of a visual token
     part: str = "image"  # their type among the contents of a message: image or video
     count: int = 1
-    spelled: str = IMAGE_SLOT  # what the checkpoint's processor puts in a placeholder's place
+    template: str = IMAGE_SLOT  # what the checkpoint's processor writes for a placeholder
     assumed: Turns | None = None  # for one image, where a checkpoint has no chat template
 
     @classmethod
     def of_images(
-        cls, config: Any, count: int, spelled: str = IMAGE_SLOT, assumed: Turns | None = None
+        cls, config: Any, count: int, template: str = IMAGE_SLOT, assumed: Turns | None = None
     ) -> Media:
         token = int(config.image_token_id)
         assumed = assumed if count == 1 else None
-        return cls(token, token, count=count, spelled=spelled, assumed=assumed)
+        return cls(token, token, count=count, template=template, assumed=assumed)
 
     @property
     def around(self) -> tuple[str, str]:
         """Text before the first run of visual tokens and after the last, inside the placeholder."""
-        pieces = self.spelled.split(IMAGE_SLOT)
+        pieces = self.template.split(IMAGE_SLOT)
         return pieces[0], pieces[-1]
 
     @property
     def runs(self) -> int:
         """Runs of visual tokens in a prompt."""
-        return self.count * self.spelled.count(IMAGE_SLOT)
+        return self.count * self.template.count(IMAGE_SLOT)

@@ -18,7 +18,7 @@ LLAMA = {
     r"\.mlp_norm\.": ".post_attention_layernorm.",
     r"\.mlp\.(gate|up|down)\.": r".mlp.\1_proj.",
 }
-"""Decoder parameters, below the text model's stem; `head.` is apart."""
+"""Decoder parameters, below the text model's prefix; `head.` is apart."""
 
 _BLOCK = {
     r"\.query\.": ".self_attn.q_proj.",
@@ -40,36 +40,36 @@ CLIP = {
     r"^blocks\.": "encoder.layers.",
     **_BLOCK,
 }
-"""CLIP and SigLIP vision tower parameters, below the tower's stem."""
+"""CLIP and SigLIP vision tower parameters, below the tower's prefix."""
 
 PROJECTOR = {
     r"^norm\.": "layer_norm.",
     r"^first\.": "linear_1.",
     r"^second\.": "linear_2.",
 }
-"""Projector parameters, below its stem."""
+"""Projector parameters, below its prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
     """How the checkpoints of a family name our parameters.
 
-    Each part of a model has a table for what stands below its stem, and the stems under which
+    Each part of a model has a table for what stands below its prefix, and the prefixes under which
     checkpoints have stored it over the years, likeliest first; all are read. The defaults are those
     of a CLIP or SigLIP tower, a projector of two layers and a LLaMA-like decoder.
     """
 
     tower: Mapping[str, str] = field(default_factory=lambda: CLIP)
-    tower_stems: tuple[str, ...] = (
+    tower_prefixes: tuple[str, ...] = (
         "vision_tower.vision_model.",
         "model.vision_tower.vision_model.",
         "vision_tower.",
         "model.vision_tower.",
     )
     projector: Mapping[str, str] = field(default_factory=lambda: PROJECTOR)
-    projector_stems: tuple[str, ...] = ("multi_modal_projector.", "model.multi_modal_projector.")
+    projector_prefixes: tuple[str, ...] = ("multi_modal_projector.", "model.multi_modal_projector.")
     decoder: Mapping[str, str] = field(default_factory=lambda: LLAMA)
-    decoder_stems: tuple[str, ...] = (
+    decoder_prefixes: tuple[str, ...] = (
         "language_model.model.",
         "model.language_model.",
         "language_model.",
@@ -84,14 +84,14 @@ class TensorNames:
             return self.head
         if parameter == "fixed.newline":
             return self.newline
-        stems, table = self.decoder_stems, self.decoder
+        prefixes, table = self.decoder_prefixes, self.decoder
         if owner == "encoder":
-            stems, table = self.tower_stems, self.tower
+            prefixes, table = self.tower_prefixes, self.tower
         elif owner == "projector":
-            stems, table = self.projector_stems, self.projector
+            prefixes, table = self.projector_prefixes, self.projector
         else:  # text between images is of the decoder's embedding
             rest = "embedding.weight" if parameter == "fixed.text" else parameter
-        return tuple(stem + translate(rest, table) for stem in stems)
+        return tuple(prefix + translate(rest, table) for prefix in prefixes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,13 +141,13 @@ class Adapter(_adapter.Adapter):
         return still.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, *encoder.size)
 
     def tensor_names(self) -> TensorNames:
-        stems = "visual.", "model.visual."
+        prefixes = "visual.", "model.visual."
         return TensorNames(
             tower=_TOWER | (_GATED_MLP if self.gated else _PLAIN_MLP),
-            tower_stems=stems,
+            tower_prefixes=prefixes,
             projector=_PROJECTOR,
-            projector_stems=stems,
-            decoder_stems=("model.", "model.language_model."),
+            projector_prefixes=prefixes,
+            decoder_prefixes=("model.", "model.language_model."),
             head=("lm_head.weight",),
         )
 

@@ -1,4 +1,4 @@
-"""Stored tensors that no module of a bundle reads: known leftovers, told, or refused."""
+"""Stored tensors that no module of a bundle reads: known leftovers, reported, or refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_spare(name: str, blocks: int) -> bool:
     return bool(_SPARE.search(name)) or (block is not None and int(block[1]) >= blocks)
 
 
-def told(
+def check_unread(
     checkpoint: Checkpoint, read: set[str], changed: set[str], spare: Callable[[str], bool]
 ) -> tuple[str, ...]:
     """Lines about a checkpoint's adapter and the tensors that are not `read`.

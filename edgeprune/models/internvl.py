@@ -82,8 +82,8 @@ class Adapter(_adapter.Adapter):
             return Media.of_images(self.config, self.asked.images, IMAGE)
         tokenizer = Chat(self.checkpoint.folder).tokenizer
         placeholder = tokenizer.convert_tokens_to_ids(tokenizer.video_token)
-        spelled = "\n".join(f"Frame{i}: {IMAGE}" for i in range(1, self.asked.frames + 1))
-        return Media(placeholder, int(self.config.image_token_id), "video", spelled=spelled)
+        template = "\n".join(f"Frame{i}: {IMAGE}" for i in range(1, self.asked.frames + 1))
+        return Media(placeholder, int(self.config.image_token_id), "video", template=template)
 
     def read_layout(self) -> Layout:
         tiles = self.tiling.tiles if self.tiling else 1

@@ -22,7 +22,7 @@ from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._towers import one_size
 
 IMAGE = f"<fake_token_around_image><global-img>{IMAGE_SLOT}<fake_token_around_image>"
-"""How the processor spells an image of one tile."""
+"""What the processor writes for an image of one tile."""
 LONGEST = 4096
 """Pixels of the longest side to which the image processor resizes at most."""
 
@@ -85,10 +85,10 @@ class Adapter(_adapter.Adapter):
 
     def tensor_names(self) -> TensorNames:
         return TensorNames(
-            tower_stems=("model.vision_model.",),
+            tower_prefixes=("model.vision_model.",),
             projector={r"^linear\.": "modality_projection.proj."},
-            projector_stems=("model.connector.",),
-            decoder_stems=("model.text_model.",),
+            projector_prefixes=("model.connector.",),
+            decoder_prefixes=("model.text_model.",),
             head=("lm_head.weight",),
         )
 

@@ -41,7 +41,7 @@ class Adapter(_llava.Adapter):
     def tensor_names(self) -> TensorNames:
         below = f"{self._tower}.vision_model.", f"{self._tower}."
         return TensorNames(
-            tower_stems=tuple(top + stem for stem in below for top in ("", "model."))
+            tower_prefixes=tuple(top + prefix for prefix in below for top in ("", "model."))
         )
 
     def is_spare(self, name: str) -> bool:
