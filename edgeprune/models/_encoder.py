@@ -60,6 +60,7 @@ class EncoderConfig:
     rms_norm: bool = False  # the blocks' norms are RMS norms
     joined: tuple[int, ...] = ()  # after how many blocks each of several hidden states is read, to
     # stand side by side; (): what the last gives is read alone
+    left_out: int = 0  # blocks that the tower has after these
 
     @property
     def side(self) -> int:

@@ -137,7 +137,10 @@ class Family(ABC):
 
     def is_spare(self, name: str) -> bool:
         """Whether checkpoints of the family store a tensor that no graph of a bundle needs."""
-        return is_spare(name, self.vision_config.encoder.blocks)
+        tower, names = self.vision_config.encoder, self.tensor_names()
+        blocks = range(tower.blocks, tower.blocks + tower.left_out)
+        left_out = (prefix for block in blocks for prefix in names.of(f"encoder.blocks.{block}."))
+        return is_spare(name, tuple(left_out))
 
     @abstractmethod
     def image_readers(self) -> Mapping[str, Reader]:

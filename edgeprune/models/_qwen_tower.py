@@ -94,6 +94,11 @@ class TowerConfig:
         return 0
 
     @property
+    def left_out(self) -> int:
+        """Blocks of the tower that are not run."""
+        return 0
+
+    @property
     def patches(self) -> int:
         return self.rows * self.columns
 

@@ -79,6 +79,7 @@ def clip_or_siglip(config: Any, *, cls: bool = False) -> EncoderConfig:
     )
     return EncoderConfig(
         blocks=max(read),
+        left_out=vision.num_hidden_layers - max(read),
         joined=read if len(read) > 1 else (),
         width=vision.hidden_size,
         mlp_width=vision.intermediate_size,

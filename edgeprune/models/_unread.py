@@ -18,16 +18,14 @@ _SPARE = re.compile(
     r"|\.mask_token$"  # of training
     r"|image_newline$"  # ends rows of tiles, which a bundle for frames has not
 )
-_BLOCK = re.compile(r"(?:tower|vision_model)\.encoder\.layers?\.(\d+)\.")
 SHOWN = 3
 """Names in a line."""
 
 
-def is_spare(name: str, blocks: int) -> bool:
-    """Whether a tensor is of a vision tower's blocks after the `blocks` that are run, or one of
-    those that checkpoints hold for other uses."""
-    block = _BLOCK.search(name)
-    return bool(_SPARE.search(name)) or (block is not None and int(block[1]) >= blocks)
+def is_spare(name: str, left_out: tuple[str, ...]) -> bool:
+    """Whether a tensor is one of those that checkpoints hold for other uses, or of a block that is
+    not run: `left_out` are the prefixes of such blocks."""
+    return bool(_SPARE.search(name)) or name.startswith(left_out)
 
 
 def check_unread(
