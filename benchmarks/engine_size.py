@@ -16,8 +16,8 @@ from pathlib import Path
 
 import onnx
 
+from benchmarks.schedules import declining
 from benchmarks.shapes import SHAPES, write
-from benchmarks.speed import declining
 from edgeprune.bundle import MANIFEST
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import open_model

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.published import PUBLISHED
-from benchmarks.speed import declining
+from benchmarks.schedules import planned
 from edgeprune.export.check import check_graph
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.memory import peak_bytes
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make
-from edgeprune.spec import PruneSpec, plan_from_counts
+from edgeprune.spec import PruneSpec
 
 COLUMNS = "| model | target | V | r_1 ... r_L | seconds | copying | written | peak memory | check |"
 GRAPHS = ("vision.onnx", "decoder.onnx")
@@ -60,19 +60,19 @@ def measure(name: str, target: str, cr: float, work: Path) -> dict[str, Any]:
     try:
         adapter, spec = published.open(checkpoint), PruneSpec("utp", cr)
         shape = adapter.shape
-        counts = declining(shape.visual_tokens, shape.layers, cr)
-        plan = plan_from_counts(shape.visual_tokens, counts)
+        policy = make(spec)
+        plan = planned(policy, shape, cr)
         request = ExportRequest(
             name, spec, plan, output, target, "fp16", no_parity="weights are zeros"
         )
-        exported = export(request, adapter, make(spec), Processor(adapter), [], clock.report)
+        exported = export(request, adapter, policy, Processor(adapter), [], clock.report)
         clock.end()
         seconds, peak = time.perf_counter() - started, peak_bytes()
         return {
             "model": name,
             "target": target,
             "visual_tokens": shape.visual_tokens,
-            "counts": counts,
+            "counts": plan.counts,
             "seconds": seconds,
             "copying": clock.copying,
             "bytes": sum(file.bytes for file in exported.manifest.files.values()),

@@ -17,14 +17,13 @@ import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.schedules import planned
 from benchmarks.shapes import SHAPES, write
-from benchmarks.speed import declining
 from edgeprune import policies
 from edgeprune.bundle import Bundle
 from edgeprune.compare.bundles import code
@@ -33,7 +32,7 @@ from edgeprune.compare.timing import TimingRequest
 from edgeprune.errors import SpecError
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.files import write_whole
-from edgeprune.models import Adapter, open_model
+from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
@@ -82,20 +81,11 @@ class Cost:
         return self.share > self.allowed
 
 
-def plan_of(policy: Policy, adapter: Adapter, cr: float) -> Plan:
-    """A method's plan; where it would calibrate, a made-up schedule of the usual form."""
-    shape = adapter.shape
-    if policy.entry_tokens(shape, cr) is None:
-        return policy.plan(shape, cr)
-    counts = declining(shape.visual_tokens, shape.layers, cr)
-    return policy.plan(shape, cr, SimpleNamespace(counts=counts))
-
-
 def measure(name: str, checkpoint: str, cr: float, work: Path, timing: TimingRequest) -> Cost:
     """Export a method and its twin, time them, profile them where need be, delete them."""
     spec, adapter = PruneSpec(name, cr), open_model(checkpoint)
     policy = policies.make(spec)
-    plan = plan_of(policy, adapter, cr)
+    plan = planned(policy, adapter.shape, cr)
     pair = {"twin": First(), name: policy}
     paths = {title: work / title for title in pair}
     try:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.published import PUBLISHED
+from benchmarks.schedules import declining
 from benchmarks.shapes import SHAPES, write
 from edgeprune.bench.bench import BenchRequest, BenchResult, RoundSeconds, Row, bench
 from edgeprune.bench.table import table
@@ -29,32 +30,7 @@ from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
-from edgeprune.spec import Plan, PruneSpec, budget, plan_from_counts
-
-
-def declining(visual: int, layers: int, cr: float) -> tuple[int, ...]:
-    """A made-up schedule of the usual form: r_l falls by a constant factor, the sum is exact.
-
-    r_1 = min(V, 4V / CR), as UTP has it; the factor is found by bisection.
-    """
-    total, first = budget(visual, layers, cr), min(visual, round(4 * visual / cr))
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        factor = (low + high) / 2
-        if sum(first * factor**layer for layer in range(layers)) < total:
-            low = factor
-        else:
-            high = factor
-    counts = [round(first * low**layer) for layer in range(layers)]
-    counts[-1] = max(0, counts[-1] + total - sum(counts))
-    spare, layer = total - sum(counts), layers - 1
-    while spare:  # rounding left a token or two: give or take them where order allows
-        step = 1 if spare > 0 else -1
-        if layer and 0 <= counts[layer] + step <= counts[layer - 1]:
-            counts[layer] += step
-            spare -= step
-        layer = layer - 1 if layer > 1 else layers - 1
-    return tuple(sorted(counts, reverse=True))
+from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 
 
 def opened(model: str, work: Path) -> Adapter:

@@ -25,7 +25,7 @@ from edgeprune.errors import ParityError
 from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play, require_finite
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
-from edgeprune.models._rounding import NAMES
+from edgeprune.models._rounding import NAMES, WIDER
 from edgeprune.spec import Plan
 
 LOGITS_LIMIT = 0.25
@@ -108,7 +108,7 @@ def _name(half: Reference) -> str:
 
 
 def _advice(half: Reference) -> str:
-    return "choose --dtype bf16 or fp32" if half.dtype == torch.float16 else "choose --dtype fp32"
+    return f"export with {WIDER[half.dtype]}"
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.speed import declining
+from benchmarks.schedules import planned
 from edgeprune.bundle import Bundle
 from edgeprune.export.dialogue import Graphs
 from edgeprune.export.exporter import ExportRequest, export
@@ -12,7 +12,7 @@ from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
-from edgeprune.spec import PruneSpec, plan_from_counts
+from edgeprune.spec import PruneSpec
 
 
 def frozen(
@@ -27,13 +27,8 @@ def frozen(
 ) -> Path:
     """Export a method; where it needs a schedule that is `counts`, or made up for the ratio."""
     adapter, spec = open_model(str(model)), PruneSpec(method, cr)
-    policy, shape = make(spec), adapter.shape
-    if policy.entry_tokens(shape, cr) is None:
-        plan = policy.plan(shape, cr)
-    else:
-        counts = counts or declining(shape.visual_tokens, shape.layers, cr)
-        plan = plan_from_counts(shape.visual_tokens, counts)
-    processor = Processor(adapter)
+    policy, processor = make(spec), Processor(adapter)
+    plan = planned(policy, adapter.shape, cr, counts)
     why = "left out by a test"
     request = ExportRequest("tiny", spec, plan, folder, target=target, dtype=dtype, no_parity=why)
     return export(request, adapter, policy, processor, []).path

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.engine_size import stepped, weights
+from benchmarks.schedules import declining
 from benchmarks.shapes import SHAPES, write
-from benchmarks.speed import declining
 from edgeprune import policies
 from edgeprune.errors import SpecError
 from edgeprune.runtime.build import BuildRequest, build

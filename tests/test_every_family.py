@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.speed import declining
+from benchmarks.schedules import planned
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, random_prompt
@@ -26,7 +26,7 @@ from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.runtime import Session, media
 from edgeprune.runtime.sampling import Sampling
-from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators, plan_from_counts
+from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators
 from edgeprune.tiling import Size
 from tests import families, qwen
 from tests.families import QUESTION, Family
@@ -168,11 +168,7 @@ def test_a_pruned_bundle_equals_its_reference(case: Case, method: str, tmp_path:
     opened = Opened(case, tmp_path / "tiny", layers)
     spec = PruneSpec(method, 4, options={"K": "1"} if method == "fastv" else {})
     adapter, policy = opened.adapter, make(spec)
-    if method == "utp":
-        counts = declining(adapter.shape.visual_tokens, layers, 4)
-        plan = plan_from_counts(adapter.shape.visual_tokens, counts)
-    else:
-        plan = policy.plan(adapter.shape, spec.cr)
+    plan = planned(policy, adapter.shape, spec.cr)
     check_cr(plan, spec.cr)
     check_separators(plan, adapter.shape)
     session = opened.bundle(spec, plan, tmp_path)

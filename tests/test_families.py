@@ -27,6 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from benchmarks.schedules import planned
 from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.exporter import Exported, ExportRequest, export
@@ -43,7 +44,7 @@ from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime import Session
 from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.runtime.sampling import Sampling
-from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators, plan_from_counts
+from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators
 from edgeprune.tiling import Size
 from tests import families
 from tests.families import QUESTION, TEXT, Family
@@ -193,10 +194,7 @@ def pruned(checkpoint: Path, size: Size, method: str, folder: Path) -> Exported:
     spec = PruneSpec(method, 4, options={"K": "1"} if method in ("fastv", "dart") else {})
     adapter, policy = open_model(str(checkpoint), size=size), make(spec)
     shape = adapter.shape
-    if policy.entry_tokens(shape, spec.cr) is None:
-        plan = policy.plan(shape, spec.cr)
-    else:
-        plan = plan_from_counts(shape.visual_tokens, made_up(shape))
+    plan = planned(policy, shape, spec.cr, made_up(shape))
     check_separators(plan, shape)
     prompts = [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(2)]
     request = ExportRequest(method, spec, plan, folder / method)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from conftest import Refused
 
+from benchmarks.schedules import planned
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make, names
 from edgeprune.runtime import Sampling, Session
-from edgeprune.spec import PruneSpec, plan_from_counts
+from edgeprune.spec import PruneSpec
 from tests import families
 from tests.families import QUESTION, Family, settled
 from tests.test_families import answered, drawn_image, generated, ours, prompted
@@ -79,10 +80,7 @@ def frozen_with(method: str, folder: Path, layers: int) -> None:
     options = {"K": "1"} if method in ("fastv", "dart") else {}
     spec = PruneSpec(method, 2, options=options)
     policy = make(spec)
-    if policy.entry_tokens(adapter.shape, spec.cr) is None:
-        plan = policy.plan(adapter.shape, spec.cr)
-    else:
-        plan = plan_from_counts(10, (8, 6, 4, 3, 3, 2, 2, 2)[:layers])
+    plan = planned(policy, adapter.shape, spec.cr, (8, 6, 4, 3, 3, 2, 2, 2)[:layers])
     processor = Processor(adapter)
     prompts = [processor(drawn_image(SIZES[n], n), QUESTION) for n in range(2)]
     made = export(

@@ -219,8 +219,8 @@ def test_a_graph_may_not_be_farther_from_float32_than_the_eager_model(measure: C
 
 def test_a_model_that_half_precision_does_not_hold_is_refused(measure: Check) -> None:
     for dtype, name, advice in (
-        (torch.float16, "fp16", "choose --dtype bf16 or fp32"),
-        (torch.bfloat16, "bf16", "choose --dtype fp32"),
+        (torch.float16, "fp16", "export with --dtype bf16 or --dtype fp32"),
+        (torch.bfloat16, "bf16", "export with --dtype fp32"),
     ):
         with pytest.raises(ParityError, match=f"{name} does not hold this model: .*: {advice}"):
             measure(half(2.0, dtype), half(2.0))
@@ -232,7 +232,9 @@ def test_what_is_not_finite_in_half_precision_says_what_would_help(measure: Chec
         (half(0, shift=NAN), half(0, shift=NAN), "the eager model in fp16"),
         (half(0), half(0, shift=NAN), "the exported graph in fp16"),
     ):
-        with pytest.raises(ParityError, match=f"{name} {found}: choose --dtype bf16 or fp32"):
+        with pytest.raises(
+            ParityError, match=f"{name} {found}: export with --dtype bf16 or --dtype fp32"
+        ):
             measure(eager, graph)
     with pytest.raises(
         ParityError, match=r"float32 model gives .*: check the checkpoint's weights"

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.cells import Cell, cells, tiny
+from benchmarks.schedules import planned
 from benchmarks.shapes import write
-from benchmarks.speed import declining
 from edgeprune.bench.worker import PREFIX
 from edgeprune.models import open_model
 from edgeprune.models._layers import compute_buffers
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
-from edgeprune.spec import PruneSpec, plan_from_counts
+from edgeprune.spec import PruneSpec
 
 TEXT = 64
 PhaseSeconds = tuple[float, float, float]  # seconds of vision, of prefill, of one decode step
@@ -128,8 +128,7 @@ def _pruned(
 ) -> Callable[[], PhaseSeconds]:
     """edgeprune's eager model."""
     adapter, policy = open_model(str(checkpoint)), make(PruneSpec(cell.method, cell.cr))
-    counts = declining(cell.visual, adapter.shape.layers, cell.cr)
-    plan = plan_from_counts(cell.visual, counts)
+    plan = planned(policy, adapter.shape, cell.cr)
     dtype = torch.float16 if device != "cpu" else torch.float32
     with torch.device("meta"):
         vision, decoder = adapter.vision(policy, plan, None), adapter.decoder(policy, plan, None)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from benchmarks.gpu import random_weights
 from benchmarks.gpu.cells import Cell
+from benchmarks.schedules import planned
 from benchmarks.shapes import write
-from benchmarks.speed import declining
 from edgeprune.errors import SpecError
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make, names
-from edgeprune.spec import PruneSpec, budget, plan_from_counts
+from edgeprune.spec import PruneSpec, budget
 
 DEMO, DEMO_CR = "demo", 4
 
@@ -74,13 +74,8 @@ def _bundle(
 ) -> Path:
     """A float16 bundle; a schedule that a method wants is made up."""
     policy, shape = make(spec), adapter.shape
-    if policy.entry_tokens(shape, spec.cr) is None:
-        plan = policy.plan(shape, spec.cr)
-    else:
-        visual, layers = shape.visual_tokens, shape.layers
-        made = declining(visual, layers, spec.cr)
-        counts = made if sites is None else stepped(visual, layers, spec.cr, sites)
-        plan = plan_from_counts(visual, counts)
+    counts = stepped(shape.visual_tokens, shape.layers, spec.cr, sites) if sites else ()
+    plan = planned(policy, shape, spec.cr, counts)
     why = "it is compared on the GPU"
     request = ExportRequest(output.name, spec, plan, output, target, "fp16", no_parity=why)
     return export(request, adapter, policy, Processor(adapter), []).path

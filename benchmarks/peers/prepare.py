@@ -11,8 +11,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers.job import SHAPE, VISUAL
+from benchmarks.schedules import declining
 from benchmarks.shapes import SHAPES, write
-from benchmarks.speed import declining
 from edgeprune.bundle import MANIFEST
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import open_model
