@@ -91,6 +91,108 @@ def gptq(codes: Codes, *, less: int = 1) -> dict[str, Tensor]:
     }
 
 
+def compressed(codes: Codes, *, zeros: bool) -> dict[str, Tensor]:
+    """compressed-tensors, packed."""
+    found = {
+        "weight_packed": words(codes.q, codes.bits),
+        "weight_scale": codes.s,
+        "weight_shape": torch.tensor(codes.q.shape),
+    }
+    if zeros:
+        found["weight_zero_point"] = words(codes.z.T, codes.bits).T
+    return found
+
+
+def integers(codes: Codes, *, zeros: bool) -> dict[str, Tensor]:
+    """compressed-tensors, a byte a code."""
+    middle = 1 << (codes.bits - 1)
+    found = {"weight": (codes.q - middle).to(torch.int8), "weight_scale": codes.s}
+    return found | ({"weight_zero_point": (codes.z - middle).to(torch.int8)} if zeros else {})
+
+
+def float8(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and floats, with a scale for each block of rows x columns."""
+    grid = -(-len(weight) // rows), -(-weight.shape[1] // columns)
+    codes, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(grid)
+    floats = torch.empty_like(weight, dtype=torch.float32)
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            scales[i, j] = weight[at].abs().max() / 448
+            codes[at] = (weight[at] / scales[i, j]).to(codes.dtype)
+            floats[at] = codes[at].float() * scales[i, j]
+    return codes, scales, floats
+
+
+def int8_by_output(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """bitsandbytes with 8 bits."""
+    largest = weight.float().abs().amax(1)
+    codes = (weight * 127 / largest[:, None]).round().to(torch.int8)
+    leaves = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return leaves, codes.float() * (largest / 127)[:, None]
+
+
+BLOCK, NESTED = 64, 4
+FP4 = [
+    0.0,
+    0.0625,
+    8.0,
+    12.0,
+    4.0,
+    6.0,
+    2.0,
+    3.0,
+    0.0,
+    -0.0625,
+    -8.0,
+    -12.0,
+    -4.0,
+    -6.0,
+    -2.0,
+    -3.0,
+]
+NF4 = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+]
+
+
+def four_bit_floats(
+    weight: Tensor, kind: str = "nf4", *, nested: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
+    """bitsandbytes with 4 bits, in blocks of 64 numbers; with `nested` 4 scales share one."""
+    table = torch.tensor(NF4) if kind == "nf4" else torch.tensor(FP4) / 12
+    flat = weight.float().flatten()
+    scales = torch.stack([block.abs().max() for block in flat.split(BLOCK)])
+    state = {"quant_type": kind, "blocksize": BLOCK, "dtype": "float32"}
+    state |= {"shape": list(weight.shape)}
+    leaves = {"weight.quant_map": table, "weight.absmax": scales}
+    if nested:
+        offset, steps = float(scales.mean()), torch.linspace(-1, 1, 256)
+        groups = (scales - offset).split(NESTED)
+        largest = torch.stack([group.abs().max() for group in groups])
+        codes = [_nearest(g / m, steps) for g, m in zip(groups, largest, strict=True)]
+        means = zip(codes, largest, strict=True)
+        scales = torch.cat([steps[code] * m for code, m in means]) + offset
+        leaves |= {"weight.absmax": torch.cat(codes).to(torch.uint8)}
+        leaves |= {"weight.nested_absmax": largest, "weight.nested_quant_map": steps}
+        state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset}
+    each = [_nearest(b / s, table) for b, s in zip(flat.split(BLOCK), scales, strict=True)]
+    floats = torch.cat([table[code] * s for code, s in zip(each, scales, strict=True)])
+    pairs = torch.cat(each).tolist()
+    octets = [16 * a + b for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
+    leaves["weight"] = torch.tensor(octets, dtype=torch.uint8)[:, None]
+    text = list(json.dumps(state).encode())
+    leaves[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(text, dtype=torch.uint8)
+    return leaves, floats.view(weight.shape)
+
+
+def _nearest(values: Tensor, table: Tensor) -> Tensor:
+    return (values[:, None] - table).abs().argmin(1)
+
+
 def pack(
     folder: Path,
     to: Path,

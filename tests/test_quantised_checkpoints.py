@@ -34,7 +34,7 @@ class Form:
     told: str
     bits: int = 0  # of the codes; 0: it has none
     symmetric: bool = False
-    block: int = GROUP
+    block: int = GROUP  # 0: all inputs
     linears: Any = field(default=packing.LINEARS)
 
 
@@ -50,10 +50,51 @@ def coded(
     return packed
 
 
+def rectangles(
+    rows: int, columns: int, leaf: str = "weight_scale", shape: tuple[int, ...] | None = None
+) -> Packer:
+    """float8 with a scale for each block, all of it where a size is 0."""
+
+    def packed(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        sizes = rows or len(weight), columns or weight.shape[1]
+        codes, scales, floats = packing.float8(weight, *sizes)
+        return {"weight": codes, leaf: scales if shape is None else scales.view(shape)}, floats
+
+    return packed
+
+
+def by_output(pack: Callable[[Codes], dict[str, Tensor]], *, symmetric: bool) -> Packer:
+    """8 bits with one scale an output."""
+
+    def packed(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes = Codes.of(weight, 8, weight.shape[1], symmetric=symmetric)
+        return pack(codes), codes.floats()
+
+    return packed
+
+
+def compressed(format: str, **weights: Any) -> dict[str, Any]:
+    """config.json of compressed-tensors, whose activations are quantised too."""
+    group = {"weights": weights, "targets": ["Linear"], "input_activations": {"num_bits": 8}}
+    scheme = {"quant_method": "compressed-tensors", "format": format, "ignore": ["lm_head"]}
+    return {**scheme, "quantization_status": "compressed", "config_groups": {"group_0": group}}
+
+
+def of(pack: Callable[..., dict[str, Tensor]], *, zeros: bool) -> Callable[..., dict[str, Tensor]]:
+    return partial(pack, zeros=zeros)
+
+
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True}
 AWQ |= {"version": "gemm", "modules_to_not_convert": ["visual"]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
 V2 = {"checkpoint_format": "gptq_v2"}
+W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
+W8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
+F8 = {"num_bits": 8, "type": "float"}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+BNB = {"quant_method": "bitsandbytes", "llm_int8_threshold": 6.0}
+BNB4 = BNB | {"load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
+PACKED, INTS = packing.compressed, packing.integers
 FORMS = {
     "awq": Form(AWQ, coded(packing.awq), "AWQ, 4 bits in groups of 16", 4),
     "gptq": Form(GPTQ, coded(packing.gptq), "GPTQ, 4 bits in groups of 16", 4),
@@ -69,6 +110,74 @@ FORMS = {
         "GPTQ, 8 bits in groups of 16",
         8,
         True,
+    ),
+    "packed": Form(
+        compressed("pack-quantized", **W4, symmetric=True),
+        coded(of(PACKED, zeros=False), symmetric=True),
+        "compressed-tensors, 4 bits in groups of 16",
+        4,
+        True,
+    ),
+    "packed asymmetric": Form(
+        compressed("pack-quantized", **W4, symmetric=False, actorder="weight"),
+        coded(of(PACKED, zeros=True)),
+        "compressed-tensors, 4 bits in groups of 16",
+        4,
+    ),
+    "packed 8 bits": Form(
+        compressed("pack-quantized", **W8, symmetric=True),
+        by_output(of(PACKED, zeros=False), symmetric=True),
+        "compressed-tensors, 8 bits in one scale an output",
+        8,
+        True,
+        block=0,
+    ),
+    "int8": Form(
+        compressed("int-quantized", **W8, symmetric=True),
+        by_output(of(INTS, zeros=False), symmetric=True),
+        "compressed-tensors, 8 bits in one scale an output",
+        8,
+        True,
+        block=0,
+    ),
+    "int8 asymmetric": Form(
+        compressed("int-quantized", **W8, symmetric=False),
+        by_output(of(INTS, zeros=True), symmetric=False),
+        "compressed-tensors, 8 bits in one scale an output",
+        8,
+        block=0,
+    ),
+    "float8": Form(
+        compressed("float-quantized", **F8, strategy="tensor"),
+        rectangles(0, 0, shape=(1,)),
+        "compressed-tensors, float8, one scale a weight",
+    ),
+    "float8 by output": Form(
+        compressed("float-quantized", **F8, strategy="channel"),
+        rectangles(1, 0),
+        "compressed-tensors, float8, one scale an output",
+    ),
+    "float8 in blocks": Form(
+        compressed("float-quantized", **F8, strategy="block", block_structure=[20, 12]),
+        rectangles(20, 12),
+        "compressed-tensors, float8, blocks of 20 x 12",
+    ),
+    "fine-grained float8": Form(
+        FP8 | {"weight_block_size": [20, 12]},
+        rectangles(20, 12, "weight_scale_inv"),
+        "float8, blocks of 20 x 12",
+    ),
+    "float8 of one scale": Form(FP8, rectangles(0, 0, shape=()), "float8, one scale a weight"),
+    "nf4": Form(BNB4, packing.four_bit_floats, "bitsandbytes, 4 bits"),
+    "fp4": Form(BNB4, partial(packing.four_bit_floats, kind="fp4"), "bitsandbytes, 4 bits"),
+    "nf4 nested": Form(BNB4, partial(packing.four_bit_floats, nested=True), "bitsandbytes, 4 bits"),
+    "bitsandbytes of 8 bits": Form(
+        BNB | {"load_in_8bit": True},
+        packing.int8_by_output,
+        "bitsandbytes, 8 bits",
+        8,
+        True,
+        block=0,
     ),
 }
 
@@ -123,6 +232,7 @@ def test_codes_are_handed_on_as_they_are_stored(form: Form, saved: Path, tmp_pat
     found, wanted = codes(open_model(str(packed))), parameters(open_model(str(floats)))
     assert len(found) == (21 if form.bits else 0)
     for name, weight in found.items():
-        assert (weight.bits, weight.block) == (form.bits, form.block)
+        block = form.block or len(weight.codes)
+        assert (weight.bits, weight.block) == (form.bits, block)
         assert (weight.zeros is None) == form.symmetric
         assert torch.equal(weight.dequantised(), wanted[name]), name

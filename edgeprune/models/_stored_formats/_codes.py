@@ -42,7 +42,7 @@ def scaled(weight: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
     outputs, inputs = result.shape
     scales = scales.repeat_interleave(rows, 0)[:outputs]
     whole = inputs // columns
-    blocks = result[:, : whole * columns].unflatten(1, (whole, columns))
+    blocks = result[:, : whole * columns].view(outputs, whole, columns)
     blocks.mul_(scales[:, :whole, None])
     result[:, whole * columns :].mul_(scales[:, whole:])
     return result

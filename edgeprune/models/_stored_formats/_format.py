@@ -16,6 +16,10 @@ from edgeprune.models._stored import TensorFiles
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored dtypes of weights and scales that are floats."""
+ORDERED = (
+    "orders the inputs by their activations, which is not read; quantise without (desc_act=false,"
+    " actorder=weight), or export the float checkpoint that it was made from"
+)
 DOWNLOAD = "the checkpoint is damaged, or of another layout; download it again"
 
 
@@ -162,7 +166,7 @@ class Settings:
         value = self.get(*names)
         value = default if value is None else value
         plain = value.lower() if isinstance(value, str) else value
-        if isinstance(plain, bool) != isinstance(allowed[0], bool) or plain not in allowed:
+        if type(plain) is not type(allowed[0]) or plain not in allowed:
             raise self.error(names[0], value, " or ".join(map(str, allowed)))
         return plain
 
@@ -173,6 +177,16 @@ class Settings:
         if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
             raise self.error(names[0], value, "a size or -1")
         return value
+
+    def block(self, name: str) -> tuple[int, int] | None:
+        """Rows and columns of a block, both from 1 up; None where the setting is not made."""
+        value = self.get(name)
+        if value is None:
+            return None
+        sizes = value if isinstance(value, (list, tuple)) else ()
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise self.error(name, value, "rows and columns of a block")
+        return sizes[0], sizes[1]
 
     def refuse(self, *names: str) -> None:
         """ModelError where one of these settings is made: each changes what the weights mean."""

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from edgeprune.models._quantised import BITS, QuantizedWeight
 from edgeprune.models._stored_formats._codes import along_columns, along_rows, signed
-from edgeprune.models._stored_formats._format import FLOATS, Parts, Settings, StoredFormat
+from edgeprune.models._stored_formats._format import FLOATS, ORDERED, Parts, Settings, StoredFormat
 
-ORDERED = (
-    "orders the inputs by their activations (desc_act), which is not read; quantise with"
-    " desc_act=false, or export the float checkpoint that it was made from"
+AMBIGUOUS = (
+    "holds zero points of 0, which programs store and read in different ways in version 1 of this"
+    " format; write it as gptq_v2"
 )
 
 
@@ -56,10 +57,15 @@ class Format(StoredFormat):
         bits = self._bits(parts, outputs)
         inputs = rows * 32 // bits
         groups = parts.groups("scales", inputs, None if self.varied else self.group)
+        group = inputs // groups
         parts.expect("scales", FLOATS, (groups, outputs))
         parts.expect("qzeros", ("I32",), (groups, outputs * bits // 32))
         if parts.has("g_idx"):
             parts.expect("g_idx", ("I32", "I64"), (inputs,))
+            if not torch.equal(parts.read("g_idx").long(), torch.arange(inputs) // group):
+                raise parts.error("g_idx", ORDERED)
+        if self.less and bool((_zeros(parts, bits) == (1 << bits) - 1).any()):
+            raise parts.error("qzeros", AMBIGUOUS)
         return outputs, inputs
 
     def _bits(self, parts: Parts, outputs: int) -> int:
@@ -69,25 +75,21 @@ class Format(StoredFormat):
         _, words = parts.matrix("qzeros", "I32")
         found = [bits for bits in BITS if bits * outputs == 32 * words]
         if not found:
-            raise parts.error("qzeros", f"holds {words} words for {outputs} outputs, read are 4")
+            raise parts.error(
+                "qzeros", f"has {words} words for {outputs} outputs: no codes of 4 or 8 bits"
+            )
         return found[0]
 
     def read(self, parts: Parts) -> QuantizedWeight:
-        outputs, inputs = self.shape(parts)
-        bits, scales = self._bits(parts, outputs), parts.scales("scales")
-        if parts.has("g_idx"):
-            groups = torch.arange(inputs) // (inputs // len(scales))
-            if not torch.equal(parts.read("g_idx").long(), groups):
-                raise parts.error("g_idx", ORDERED)
-        zeros = along_rows(parts.read("qzeros"), bits)
-        if self.less and bool((zeros == (1 << bits) - 1).any()):
-            raise parts.error(
-                "qzeros",
-                "holds zero points of 0, which programs store and read in different ways in"
-                " version 1 of this format; write it as gptq_v2",
-            )
+        bits = self._bits(parts, parts.shape("qweight")[1])
         codes = signed(along_columns(parts.read("qweight"), bits), bits)
-        return parts.quantized(codes, signed(zeros.add_(self.less), bits), scales, bits)
+        zeros = signed(_zeros(parts, bits).add_(self.less), bits)
+        return parts.quantized(codes, zeros, parts.scales("scales"), bits)
 
     def __str__(self) -> str:
         return f"GPTQ, {self.bits} bits in groups of {self.group}"
+
+
+def _zeros(parts: Parts, bits: int) -> Tensor:
+    """The zero points as they are stored: uint8 [K / g, N]."""
+    return along_rows(parts.read("qzeros"), bits)
