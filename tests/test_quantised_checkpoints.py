@@ -140,6 +140,13 @@ FORMS = {
         True,
         block=0,
     ),
+    "int8 of 4 bits": Form(
+        compressed("int-quantized", **W4, symmetric=True),
+        coded(of(INTS, zeros=False), symmetric=True),
+        "compressed-tensors, 4 bits in groups of 16",
+        4,
+        True,
+    ),
     "int8 asymmetric": Form(
         compressed("int-quantized", **W8, symmetric=False),
         by_output(of(INTS, zeros=True), symmetric=False),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 from edgeprune.models._quantised import QuantizedWeight
 from edgeprune.models._stored import TensorFiles
-from edgeprune.models._stored_formats import format_of, names
+from edgeprune.models._stored_formats import format_of, load, names
 from edgeprune.models._stored_formats._format import Parts
 
 FILE = Path(__file__).parent / "vectors" / "quantised.safetensors"
@@ -39,6 +40,12 @@ def test_a_packed_weight_is_the_one_that_its_library_computes_with(case: str) ->
     assert wanted.std() > 0.1
     digit = 2 * torch.finfo(wanted.dtype).eps
     torch.testing.assert_close(found.to(wanted.dtype), wanted, rtol=digit, atol=0)
+
+
+def test_every_format_has_a_row_in_the_documentation() -> None:
+    page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+    rows = re.findall(r"^\| `([\w-]+)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted(load(name).method for name in names())
 
 
 def test_every_format_has_a_vector() -> None:

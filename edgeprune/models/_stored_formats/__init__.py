@@ -12,9 +12,8 @@ from pkgutil import iter_modules
 from typing import Any
 
 from edgeprune.errors import ModelError
-from edgeprune.models._stored_formats._format import StoredFormat
+from edgeprune.models._stored_formats._format import FLOAT, StoredFormat
 
-FLOAT = "export the float checkpoint that it was made from"
 KEYS = "quantization_config", "compression_config"
 
 

@@ -16,10 +16,9 @@ from edgeprune.models._stored import TensorFiles
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored dtypes of weights and scales that are floats."""
-ORDERED = (
-    "orders the inputs by their activations, which is not read; quantise without (desc_act=false,"
-    " actorder=weight), or export the float checkpoint that it was made from"
-)
+FLOAT = "export the float checkpoint that it was made from"
+ORDERED = "orders the inputs by their activations, which is not read"
+REQUANTISE = f"quantise without that (desc_act=false, actorder=weight), or {FLOAT}"
 DOWNLOAD = "the checkpoint is damaged, or of another layout; download it again"
 
 
@@ -41,7 +40,7 @@ class Parts:
         """ModelError unless these tensors are there, and beside them at most the optional ones."""
         if missing := [leaf for leaf in leaves if leaf not in self.leaves]:
             found = ", ".join(sorted(self.leaves))
-            raise self.error(missing[0], f"is missing beside {found}; {DOWNLOAD}")
+            raise self.error(missing[0], f"is missing beside {found}")
         if extra := sorted(self.leaves.difference(leaves, optional)):
             raise self.error(extra[0], f"stands beside {leaves[0]}: two weights in one place")
 
@@ -55,14 +54,14 @@ class Parts:
         """The shape of a tensor of two axes; ModelError where it has others, or another dtype."""
         shape = self.shape(leaf)
         if len(shape) != 2 or 0 in shape or self.dtype(leaf) not in dtypes:
-            raise self._misfit(leaf, f"a matrix of {' or '.join(dtypes)}")
+            raise self._misfit(leaf, f"a matrix of {_named(dtypes)}")
         return shape[0], shape[1]
 
     def expect(self, leaf: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> None:
         """ModelError where a tensor has none of these dtypes, or none of these shapes."""
         if self.dtype(leaf) not in dtypes or self.shape(leaf) not in shapes:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise self._misfit(leaf, f"{' or '.join(dtypes)} {wanted}")
+            raise self._misfit(leaf, f"{_named(dtypes)} {wanted}")
 
     def groups(self, leaf: str, inputs: int, group: int | None) -> int:
         """How many groups of inputs have scales of their own: the rows of a matrix of scales.
@@ -73,10 +72,8 @@ class Parts:
         count, _ = self.matrix(leaf, *FLOATS)
         wanted = inputs if group == -1 else group
         if inputs % count or wanted not in (None, inputs // count):
-            size = "equal size" if wanted is None else str(wanted)
-            raise self.error(
-                leaf, f"is for {count} groups of {inputs} inputs, want groups of {size}"
-            )
+            size = "groups of one size" if wanted is None else f"groups of {wanted}"
+            raise self.error(leaf, f"has scales of {count} groups for {inputs} inputs, want {size}")
         return count
 
     def read(self, leaf: str) -> Tensor:
@@ -86,7 +83,7 @@ class Parts:
         """A tensor of scales in float32; ModelError unless all are finite."""
         scales = self.read(leaf).float()
         if not bool(scales.isfinite().all()):
-            raise self.error(leaf, f"holds scales that are infinite or not a number; {DOWNLOAD}")
+            raise self.error(leaf, "holds scales that are infinite or not a number")
         return scales
 
     def quantized(
@@ -104,17 +101,23 @@ class Parts:
             scales = scales.masked_fill(empty, 1)
         return QuantizedWeight(codes, scales, zeros, bits, block)
 
-    def error(self, leaf: str, message: str) -> ModelError:
-        """A ModelError about one of the tensors."""
-        stored = leaf if leaf in self.leaves else min(self.leaves)
-        return ModelError(f"{self.tensors.files[self._name(stored)]}: {self._name(leaf)} {message}")
+    def error(self, leaf: str, message: str, advice: str = DOWNLOAD) -> ModelError:
+        """A ModelError about one of the tensors, which may be missing."""
+        file = self.tensors.files[self._name(leaf if leaf in self.leaves else min(self.leaves))]
+        return ModelError(f"{file}: {self._name(leaf)} {message}; {advice}")
 
     def _misfit(self, leaf: str, wanted: str) -> ModelError:
         found = f"{self.dtype(leaf)} {list(self.shape(leaf))}"
-        return self.error(leaf, f"is {found}, want {wanted}; {DOWNLOAD}")
+        return self.error(leaf, f"is {found}, want {wanted}")
 
     def _name(self, leaf: str) -> str:
         return f"{self.module}.{leaf}"
+
+
+def _named(dtypes: tuple[str, ...]) -> str:
+    """Stored dtypes for people."""
+    others = [dtype for dtype in dtypes if dtype not in FLOATS]
+    return " or ".join([*others, *(["floats"] if len(others) < len(dtypes) else [])])
 
 
 class StoredFormat(ABC):
@@ -197,6 +200,5 @@ class Settings:
     def error(self, name: str, value: Any, wanted: str) -> ModelError:
         told = str(value) if len(str(value)) < 60 else f"{str(value)[:60]}..."
         return ModelError(
-            f"{self.file}: the quantisation says {name} {told}, read is {wanted}; export the"
-            " float checkpoint that it was made from"
+            f"{self.file}: the quantisation says {name} {told}, read is {wanted}; {FLOAT}"
         )

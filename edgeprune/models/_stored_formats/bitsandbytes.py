@@ -24,7 +24,6 @@ from torch import Tensor
 from edgeprune.models._quantised import QuantizedWeight
 from edgeprune.models._stored_formats._codes import scaled
 from edgeprune.models._stored_formats._format import (
-    DOWNLOAD,
     FLOATS,
     Parts,
     Settings,
@@ -86,7 +85,7 @@ class Format(StoredFormat):
         if parts.has("weight_format"):
             parts.expect("weight_format", ("U8", "I8", "I32", "I64"), (), (1,))
             if int(parts.read("weight_format").item()) != 0:
-                raise parts.error("weight_format", f"is not by rows; {DOWNLOAD}")
+                raise parts.error("weight_format", "is not by rows")
         return outputs, inputs
 
     def _shape_of_4(self, parts: Parts) -> tuple[int, int]:
@@ -97,11 +96,14 @@ class Format(StoredFormat):
             held *= length
         width = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}.get(parts.dtype("weight"), 0)
         if held * width != -(-count // 2):
-            raise parts.error("weight", f"does not hold {count:,} numbers of 4 bits; {DOWNLOAD}")
+            raise parts.error("weight", f"does not hold {count:,} numbers of 4 bits")
         blocks = -(-count // state.block)
         nested = parts.has(NESTED[0])
         parts.expect("weight.absmax", ("U8",) if nested else FLOATS, (blocks,))
         parts.expect("weight.quant_map", FLOATS, (16,))
+        known = torch.tensor(MAPS[_kind(parts)])
+        if not torch.allclose(parts.scales("weight.quant_map"), known, rtol=0, atol=1e-5):
+            raise parts.error("weight.quant_map", f"is not that of {_kind(parts)}")
         if nested:
             parts.expect(NESTED[0], FLOATS, (-(-blocks // state.nested_block),))
             parts.expect(NESTED[1], FLOATS, (256,))
@@ -111,10 +113,7 @@ class Format(StoredFormat):
         if self.bits == 8:
             scales = parts.scales("SCB") / 127
             return parts.quantized(parts.read("weight").t().contiguous(), None, scales[None], 8)
-        state = _state(parts)
-        table = parts.scales("weight.quant_map")
-        if not torch.allclose(table, torch.tensor(MAPS[_kind(parts)]), rtol=0, atol=1e-5):
-            raise parts.error("weight.quant_map", f"is not that of {_kind(parts)}; {DOWNLOAD}")
+        state, table = _state(parts), parts.scales("weight.quant_map")
         octets = parts.read("weight").contiguous().view(torch.uint8).flatten()
         numbers = torch.cartesian_prod(table, table)[octets.int()].flatten()  # high nibble first
         count = state.shape[0] * state.shape[1]
@@ -136,7 +135,7 @@ def _state(parts: Parts) -> State:
     parts.need("weight", "weight.absmax", "weight.quant_map", leaf, *nested)
     (length,) = parts.shape(leaf) if len(parts.shape(leaf)) == 1 else (0,)
     if parts.dtype(leaf) != "U8" or not 0 < length <= JSON_BYTES:
-        raise parts.error(leaf, f"is not {JSON_BYTES:,} bytes of JSON at most; {DOWNLOAD}")
+        raise parts.error(leaf, f"is not {JSON_BYTES:,} bytes of JSON at most")
     try:
         told = json.loads(bytes(parts.read(leaf).tolist()))
         outputs, inputs = map(int, told["shape"])
@@ -147,11 +146,11 @@ def _state(parts: Parts) -> State:
             float(told["nested_offset"]) if nested else 0.0,
         )
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise parts.error(leaf, f"cannot be read; {DOWNLOAD}") from error
+        raise parts.error(leaf, "cannot be read") from error
     if told.get("quant_type") != _kind(parts) or min(*state.shape, state.block) < 1:
-        raise parts.error(leaf, f"contradicts itself; {DOWNLOAD}")
+        raise parts.error(leaf, "contradicts itself")
     if state.nested_block < 1:
-        raise parts.error(leaf, f"says nested_blocksize {state.nested_block}; {DOWNLOAD}")
+        raise parts.error(leaf, f"says nested_blocksize {state.nested_block}")
     return state
 
 

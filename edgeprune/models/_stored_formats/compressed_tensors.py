@@ -25,9 +25,9 @@ from torch import Tensor
 from edgeprune.models._quantised import BITS, QuantizedWeight
 from edgeprune.models._stored_formats._codes import along_columns, along_rows, scaled, signed
 from edgeprune.models._stored_formats._format import (
-    DOWNLOAD,
     FLOATS,
     ORDERED,
+    REQUANTISE,
     Parts,
     Settings,
     StoredFormat,
@@ -129,7 +129,7 @@ class Format(StoredFormat):
         zeros = _zeros(parts, group.bits, grid)
         if group.kind == "float":
             if zeros is not None and bool(zeros.any()):
-                raise parts.error("weight_zero_point", f"is not 0 beside floats; {DOWNLOAD}")
+                raise parts.error("weight_zero_point", "is not 0 beside floats")
             rows, columns = group.rows or outputs, group.columns or inputs
             return scaled(parts.read("weight"), scales, rows, columns)
         codes = _codes(parts, group.bits, inputs)
@@ -140,7 +140,7 @@ class Format(StoredFormat):
     def _found(self, parts: Parts) -> tuple[int, int, Group]:
         """Outputs, inputs, and the group of settings that a module's tensors are of."""
         if parts.has("weight_g_idx"):
-            raise parts.error("weight_g_idx", ORDERED)
+            raise parts.error("weight_g_idx", ORDERED, REQUANTISE)
         packed = parts.has("weight_packed")
         main = "weight_packed" if packed else "weight"
         needed = (main, "weight_scale", *(["weight_shape"] if packed else []))
@@ -156,7 +156,7 @@ class Format(StoredFormat):
                 return outputs, inputs, group
         known = " or ".join(map(str, self.groups))
         found = ", ".join(f"{leaf} {list(parts.shape(leaf))}" for leaf in sorted(parts.leaves))
-        raise parts.error(main, f"is of {outputs} x {inputs}: {found} are not {known}; {DOWNLOAD}")
+        raise parts.error(main, f"is of {outputs} x {inputs}: {found} are not {known}")
 
 
 def _stored_shape(parts: Parts) -> tuple[int, int]:
@@ -208,5 +208,5 @@ def _within(parts: Parts, leaf: str, codes: Tensor, bits: int) -> Tensor:
     limit = 1 << (bits - 1)
     low, high = map(int, torch.aminmax(codes))
     if low < -limit or high >= limit:
-        raise parts.error(leaf, f"holds codes from {low} to {high} for {bits} bits; {DOWNLOAD}")
+        raise parts.error(leaf, f"holds codes from {low} to {high} for {bits} bits")
     return codes

@@ -18,11 +18,19 @@ from torch import Tensor
 
 from edgeprune.models._quantised import BITS, QuantizedWeight
 from edgeprune.models._stored_formats._codes import along_columns, along_rows, signed
-from edgeprune.models._stored_formats._format import FLOATS, ORDERED, Parts, Settings, StoredFormat
+from edgeprune.models._stored_formats._format import (
+    FLOAT,
+    FLOATS,
+    ORDERED,
+    REQUANTISE,
+    Parts,
+    Settings,
+    StoredFormat,
+)
 
 AMBIGUOUS = (
     "holds zero points of 0, which programs store and read in different ways in version 1 of this"
-    " format; write it as gptq_v2"
+    " format"
 )
 
 
@@ -63,9 +71,9 @@ class Format(StoredFormat):
         if parts.has("g_idx"):
             parts.expect("g_idx", ("I32", "I64"), (inputs,))
             if not torch.equal(parts.read("g_idx").long(), torch.arange(inputs) // group):
-                raise parts.error("g_idx", ORDERED)
+                raise parts.error("g_idx", ORDERED, REQUANTISE)
         if self.less and bool((_zeros(parts, bits) == (1 << bits) - 1).any()):
-            raise parts.error("qzeros", AMBIGUOUS)
+            raise parts.error("qzeros", AMBIGUOUS, f"write it as gptq_v2, or {FLOAT}")
         return outputs, inputs
 
     def _bits(self, parts: Parts, outputs: int) -> int:

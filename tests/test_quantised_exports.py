@@ -1,0 +1,94 @@
+"""What an export makes of a quantised checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edgeprune.cli import main
+from edgeprune.models import open_model
+from edgeprune.runtime import Session
+from edgeprune.runtime.sampling import Sampling
+from tests import families, packing
+from tests.families import QUESTION, Family
+from tests.test_families import drawn_image, generated, ours, prompted
+from tests.test_lora import ALPHA, LINEAR, MODULES, RANK, adapt
+from tests.test_quantised_checkpoints import FORMS, codes, parameters
+from tests.test_weights import answers_as, loaded
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return families.llava()
+
+
+@pytest.fixture(scope="module")
+def saved(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family.save(tmp_path_factory.mktemp("llava") / "tiny")
+
+
+@pytest.fixture
+def pair(saved: Path, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """A quantised checkpoint of a form, and the floats that it means."""
+    return lambda name: packing.pack(saved, tmp_path, FORMS[name].scheme, FORMS[name].packed)
+
+
+def spoken(family: Family, floats: Path, checkpoint: Path) -> list[int]:
+    """32 greedy tokens of transformers' model with the floats of a quantised checkpoint."""
+    image = drawn_image(family.sizes[0])
+    adapter, pixels = ours(family, checkpoint, image)
+    theirs = replace(family, model=loaded(floats))
+    return generated(theirs, adapter, prompted(adapter, pixels), **family.look(image))
+
+
+@pytest.mark.parametrize("name", ["awq", "float8 in blocks"])
+def test_a_bundle_of_a_quantised_checkpoint_answers_as_its_floats(
+    name: str,
+    family: Family,
+    pair: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    packed, floats = pair(name)
+    output = tmp_path / "bundle"
+    command = ["export", "--model", str(packed), "--method", "none", "--parity", "1"]
+    assert main([*command, "-o", str(output)]) == 0
+    told = f"note: 21 weights are stored in codes ({FORMS[name].told})"
+    assert told in capfd.readouterr().err
+    with Session.open(output) as session:
+        sampling = Sampling(max_new_tokens=32)
+        answer = session.ask(drawn_image(family.sizes[0]), QUESTION, sampling)
+    assert list(answer.ids) == spoken(family, floats, packed)
+
+
+@pytest.mark.parametrize("name", ["gptq symmetric", "nf4"])
+def test_a_lora_adapter_is_merged_into_the_floats_of_its_base(
+    name: str, family: Family, pair: Callable[[str], tuple[Path, Path]]
+) -> None:
+    """As it was trained. A weight that it changes is no longer what the codes say."""
+    packed, floats = pair(name)
+    for folder in (packed, floats):
+        adapt(folder, LINEAR)
+    ours, theirs = open_model(str(packed)), open_model(str(floats))
+    found, wanted = parameters(ours), parameters(theirs)
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    changed = {"layers.1.attention.query.weight", "layers.1.mlp.down.weight"}
+    packed_codes = codes(ours).keys()
+    assert not changed & packed_codes
+    assert len(packed_codes) == (19 if FORMS[name].bits else 0)
+    assert "(3 products of rank 4) is merged" in ours.all_notes[1]
+    model, stored = loaded(floats), load_file(floats / packing.SINGLE)
+    for module in MODULES[:2]:
+        factors = (LINEAR[f"{module}.lora_{factor}.weight"] for factor in "BA")
+        second, first = factors
+        weight = stored[f"{module.replace('model.language_model', 'language_model.model')}.weight"]
+        scale = ALPHA / len(first)
+        model.get_submodule(module).weight.data = weight + scale * second @ first
+    head = LINEAR["lm_head.lora_B.weight"] @ LINEAR["lm_head.lora_A.weight"]
+    model.lm_head.weight.data = model.lm_head.weight.data + ALPHA / RANK * head
+    assert answers_as(model, family, packed)
