@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +57,8 @@ class Engine:
 
     def sequence(self) -> Sequence:
         """A new dialogue, with caches of its own."""
-        with self._call():
+        with self._lock:
+            self._check()
             caches = self.backend.caches()
         return Sequence(self, caches)
 
@@ -72,14 +71,16 @@ class Engine:
         self, pixels: NDArray[np.float32], warnings: tuple[str, ...] = ()
     ) -> EncodedImage:
         """As `encode_image`, from what `media.prepare` gives."""
-        with self._call():
+        with self._lock:
+            self._check()
             return replace(self.backend.encode_image(pixels), warnings=warnings, engine=self)
 
     def run(self, inputs: DecoderInputs, caches: Caches) -> Output:
         """One call of the decoder, for a sequence."""
         if inputs.image is not None:
             self.check_own(inputs.image)
-        with self._call(caches):
+        with self._lock:
+            self._check(caches)
             return self.backend.run(inputs, caches)
 
     def check_own(self, image: EncodedImage) -> None:
@@ -89,7 +90,8 @@ class Engine:
 
     def copy(self, caches: Caches, lengths: Ids) -> Caches:
         """Caches that hold the same tokens, for a sequence."""
-        with self._call(caches):
+        with self._lock:
+            self._check(caches)
             copied: Caches = self.backend.copy(caches, lengths)
             return copied
 
@@ -141,12 +143,9 @@ class Engine:
             )
         return room
 
-    @contextmanager
-    def _call(self, caches: Caches | None = None) -> Iterator[None]:
-        """One call at a time; SessionError where engine or caches were closed before its turn."""
-        with self._lock:
-            if self._closed:
-                raise SessionError("this engine is closed; open the bundle again")
-            if caches is not None and caches.closed:
-                raise SessionError(CLOSED)
-            yield
+    def _check(self, caches: Caches | None = None) -> None:
+        """SessionError where engine or caches were closed before a call had its turn."""
+        if self._closed:
+            raise SessionError("this engine is closed; open the bundle again")
+        if caches is not None and caches.closed:
+            raise SessionError(CLOSED)

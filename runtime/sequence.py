@@ -98,9 +98,12 @@ class Sequence:
         """
         with self._alone():
             self.check()
-            before = np.concatenate([np.array([self.pending], np.int64), prefix_ids], 1)
+            pending = np.array([self.pending], np.int64)
             if image is None:
-                before, text_ids = NO_IDS, np.concatenate([before, text_ids], 1)
+                text_ids = np.concatenate([pending, prefix_ids, text_ids], 1)
+                before = NO_IDS
+            else:
+                before = np.concatenate([pending, prefix_ids], 1)
             if not text_ids.size:
                 raise InputError("a sequence reads at least one token of text in a call; got none")
             after = self._after(before, image, text_ids)
@@ -119,8 +122,9 @@ class Sequence:
             except (CapacityError, SessionError):  # nothing was run
                 self._broken = ""
                 raise
-            kept = output.kept if image is not None else after.layer_kept
-            self._state, self.pending = replace(after, layer_kept=kept), []
+            if image is not None:
+                after = replace(after, layer_kept=output.kept)
+            self._state, self.pending = after, []
             self._broken = ""
             return output
 
@@ -168,23 +172,26 @@ class Sequence:
     def _after(self, prefix_ids: Ids, image: EncodedImage | None, text_ids: Ids) -> _State:
         """The state once all this has been read."""
         state, text = self._state, prefix_ids.size + text_ids.size
-        shown = self._visual_ids if image is not None else NO_IDS[0]
-        after = replace(
-            state,
-            lengths=state.lengths + text,
-            ids=np.concatenate([state.ids, prefix_ids[0], shown, text_ids[0]]),
-            position=state.position + text,
-            text=state.text + text,
-        )
         if image is None:
-            return after
-        return replace(
-            after,
-            lengths=after.lengths + self._counts,
-            position=after.position + self.engine.manifest.decoder.image_positions,
-            image=True,
-            vision_kept=image.kept,
-            warnings=image.warnings,
+            return _State(
+                state.lengths + text,
+                np.concatenate([state.ids, prefix_ids[0], text_ids[0]]),
+                state.position + text,
+                state.text + text,
+                state.image,
+                state.vision_kept,
+                state.layer_kept,
+                state.warnings,
+            )
+        return _State(
+            state.lengths + text + self._counts,
+            np.concatenate([state.ids, prefix_ids[0], self._visual_ids, text_ids[0]]),
+            state.position + text + self.engine.manifest.decoder.image_positions,
+            state.text + text,
+            True,
+            image.kept,
+            state.layer_kept,
+            image.warnings,
         )
 
     @contextmanager

@@ -160,12 +160,14 @@ class _Step:
             names["lengths"]: host(np.zeros(layers, np.int64)),
         }
         self.bound = False
+        self.copies = backend.device != "cpu"  # binding copies an input to a GPU, as it is then
 
     def run(self, inputs: DecoderInputs, caches: OrtCaches) -> None:
         found = inputs.text_ids, np.array([inputs.position]), inputs.lengths
         for (name, value), array in zip(self.small.items(), found, strict=True):
             value.update_inplace(array)
-            self.binding.bind_ortvalue_input(name, value)  # a GPU copies its input here
+            if self.copies or not self.bound:
+                self.binding.bind_ortvalue_input(name, value)
         if caches.moving or not self.bound:
             caches.bind(self.binding, inputs.lengths, inputs.filled)
             self.bound = True
