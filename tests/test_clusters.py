@@ -9,43 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.policies._clusters import assign, average, density_peaks, distances, merge
+from tests import oracles
 
 FOUR = st.lists(st.integers(-2, 2), min_size=4, max_size=4)
 HALF = st.lists(FOUR, min_size=1, max_size=8)
 """With their opposites, tokens whose squared distances are exact: ties and repeats are common."""
-
-
-def _apart(tokens: np.ndarray) -> np.ndarray:
-    """Eq. (1) of Polymorphic: |x_i - x_j| / sqrt(C), by subtraction."""
-    differences = tokens[:, None] - tokens[None, :]
-    return np.sqrt((differences**2).sum(-1) / tokens.shape[1])
-
-
-def _centres(apart: np.ndarray, count: int) -> list[int]:
-    """Eq. (3) and (5): rho * delta, with the largest distance where no token is denser."""
-    everyone = range(len(apart))
-    density = [np.exp(-np.mean(np.round(np.sort(row)[:count] ** 2, 12))) for row in apart]
-    scores = []
-    for i in everyone:
-        denser = [apart[i, j] for j in everyone if density[j] > density[i]]
-        scores.append(density[i] * (min(denser) if denser else apart.max() + 1))
-    return sorted(everyone, key=lambda i: (-round(scores[i], 9), i))[:count]
-
-
-def _members(apart: np.ndarray, centres: list[int]) -> list[list[int]]:
-    """Eq. (6), a centre being its own cluster's."""
-    clusters: list[list[int]] = [[] for _ in centres]
-    for i in range(len(apart)):
-        near = [round(apart[i, c], 9) for c in centres]
-        clusters[centres.index(i) if i in centres else int(np.argmin(near))].append(i)
-    return clusters
-
-
-def _merged(tokens: np.ndarray, count: int) -> tuple[list[int], np.ndarray]:
-    apart = _apart(tokens)
-    centres = _centres(apart, count)
-    means = [tokens[members].mean(0) for members in _members(apart, centres)]
-    return centres, np.array(means).reshape(count, tokens.shape[1])
 
 
 @settings(deadline=None)
@@ -54,7 +22,7 @@ def test_clusters_are_the_formulas_of_equals_the_first(half, data) -> None:
     tokens = np.array(half + [[-x for x in row] for row in half], dtype=np.float64)
     count = data.draw(st.integers(1, len(tokens)))
     centres, means = merge(torch.tensor(tokens), count)
-    wanted, features = _merged(tokens, count)
+    wanted, features = oracles.merged(tokens, count)
     assert centres.tolist() == wanted
     np.testing.assert_allclose(means.numpy(), features, atol=1e-5)
 
@@ -67,7 +35,7 @@ def test_clusters_of_real_tokens(count: int, seed: int, shared: float, data) -> 
     tokens = (rng.standard_normal((count, 24)) + shared).astype(np.float32).astype(np.float64)
     clusters = data.draw(st.integers(1, count))
     centres, means = merge(torch.tensor(tokens), clusters)
-    wanted, features = _merged(tokens, clusters)
+    wanted, features = oracles.merged(tokens, clusters)
     assert centres.tolist() == wanted
     np.testing.assert_allclose(means.numpy(), features, atol=1e-4)
 
@@ -79,7 +47,7 @@ def test_distances_are_symmetric_nothing_to_itself_and_exact_enough(count: int, 
     found = distances(torch.tensor(tokens))
     assert torch.equal(found, found.T)
     assert not found.diagonal().any()
-    np.testing.assert_allclose(found.numpy(), _apart(tokens) ** 2, atol=1e-4)
+    np.testing.assert_allclose(found.numpy(), oracles.root_distances(tokens) ** 2, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -100,7 +68,7 @@ def test_the_most_prominent_centre_is_the_first() -> None:
     """Two groups: the tighter one's middle, though it stands last, leads the other's."""
     tokens = np.array([[0.0], [-0.3], [0.3], [2.0], [1.9], [2.1]])
     centres, means = merge(torch.tensor(tokens), 3)
-    assert centres.tolist()[:2] == [3, 0] == _centres(_apart(tokens), 3)[:2]
+    assert centres.tolist()[:2] == [3, 0] == oracles.centres(oracles.root_distances(tokens), 3)[:2]
     np.testing.assert_allclose(means[1].numpy(), [-0.15], atol=1e-6)  # the third is 0.3
 
 

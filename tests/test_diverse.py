@@ -5,33 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.policies._diverse import determinant, unlike, without_pairs
+from tests import oracles
 
 FOUR = st.lists(st.sampled_from([-1, 1]), min_size=4, max_size=4)
 SIGNS = st.lists(FOUR, min_size=1, max_size=14)
 """Tokens whose cosines are multiples of 1/2: ties and repeats are common."""
-
-
-def _cosines(tokens: np.ndarray, others: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(tokens, axis=1)[:, None], np.linalg.norm(others, axis=1)
-    return tokens @ others.T / np.maximum(lengths[0] * lengths[1], 1e-12)
-
-
-def _determinant_oracle(vectors: np.ndarray, keep: int) -> list[int]:
-    """Each time the token that makes the largest determinant; spanned ones by their length."""
-    kernel, chosen = vectors @ vectors.T, list[int]()
-    while len(chosen) < keep:
-        rest, gains = [i for i in range(len(kernel)) if i not in chosen], {}
-        for i in rest:
-            picked = kernel[np.ix_(chosen, chosen)]
-            spanned = kernel[i, chosen] @ np.linalg.pinv(picked, hermitian=True) @ kernel[chosen, i]
-            left = kernel[i, i] - (spanned if chosen else 0)
-            gains[i] = round(max(left, 1e-4 * kernel[i, i]), 9)
-        chosen.append(max(rest, key=lambda i: (gains[i], -i)))
-    return sorted(chosen)
 
 
 @settings(deadline=None)
@@ -40,7 +22,7 @@ def test_determinants_of_equals_the_first(rows, data) -> None:
     """Four directions at most: what is chosen after them is spanned by them."""
     keep = data.draw(st.integers(0, len(rows)))
     found = determinant(torch.tensor(rows, dtype=torch.float32).reshape(-1, 4), keep, keep)
-    assert found.tolist() == _determinant_oracle(np.array(rows, dtype=float), keep)
+    assert found.tolist() == oracles.determinant(np.array(rows, dtype=float), keep)
 
 
 @settings(max_examples=25, deadline=None)
@@ -50,7 +32,7 @@ def test_determinants_of_real_tokens(count: int, seed: int, data) -> None:
     vectors = rng.standard_normal((count, 64)) * rng.uniform(0.2, 1, (count, 1))
     keep = data.draw(st.integers(0, count))
     found = determinant(torch.tensor(vectors), keep, keep)
-    assert found.tolist() == _determinant_oracle(vectors, keep)
+    assert found.tolist() == oracles.determinant(vectors, keep)
 
 
 def test_a_determinant_is_as_large_as_a_greedy_choice_makes_it() -> None:
@@ -79,28 +61,13 @@ def test_determinants_do_not_see_the_order(count: int, seed: int, data) -> None:
 def test_determinants_steps_may_outnumber_the_tokens(steps: int, count: int) -> None:
     vectors = torch.randn(count, 8, generator=torch.Generator().manual_seed(count))
     keep = min(steps, count)
-    oracle = _determinant_oracle(vectors.double().numpy(), keep)
+    oracle = oracles.determinant(vectors.double().numpy(), keep)
     assert determinant(vectors, steps, keep).tolist() == oracle
 
 
 def test_equal_tokens_and_tokens_of_nothing_stay_in_order() -> None:
     assert determinant(torch.ones(6, 3), 4, 4).tolist() == [0, 1, 2, 3]
     assert determinant(torch.zeros(6, 3), 4, 4).tolist() == [0, 1, 2, 3]
-
-
-def _without_pairs_oracle(tokens, order, keep, batch, apart=0.0) -> list[int]:
-    """Where `apart` is given, examples are passed over whose likenesses differ by less than that,
-    be it only by rounding."""
-    cosine, order = np.round(_cosines(tokens, tokens), 9 if apart else 6), list(order)
-    while len(order) > keep:
-        even, odd = order[::2], order[1::2]
-        excess = min(batch, len(order) - keep)
-        likeness = {i: max(cosine[i, j] for j in odd) for i in even}
-        if apart:
-            assume(np.diff(sorted(likeness.values())).min(initial=1) >= apart)
-        alike = sorted(even, key=lambda i: (-likeness[i], even.index(i)))
-        order = alike[excess:] + odd
-    return order
 
 
 @settings(deadline=None)
@@ -111,7 +78,7 @@ def test_pairs_leave_as_the_passes_say(rows, batch, data) -> None:
     order = order[: data.draw(st.integers(1, len(rows)))]
     keep = data.draw(st.integers(1, len(order)))
     found = without_pairs(torch.tensor(tokens), torch.tensor(order), keep, batch)
-    assert found.tolist() == _without_pairs_oracle(tokens, order, keep, batch)
+    assert found.tolist() == oracles.without_pairs(tokens, order, keep, batch)
 
 
 @settings(max_examples=25, deadline=None)
@@ -121,7 +88,7 @@ def test_pairs_of_real_tokens(count: int, seed: int, data) -> None:
     tokens, order = rng.standard_normal((count, 24)) + 1, rng.permutation(count)
     keep = data.draw(st.integers(1, count))
     found = without_pairs(torch.tensor(tokens), torch.tensor(order), keep)
-    assert found.tolist() == _without_pairs_oracle(tokens, order, keep, 8, apart=1e-6)
+    assert found.tolist() == oracles.without_pairs(tokens, order, keep, 8, apart=1e-6)
     assert len(set(found.tolist())) == keep
 
 
@@ -131,16 +98,7 @@ def test_an_odd_number_and_a_small_one() -> None:
     for count, keep in ((13, 4), (5, 1), (3, 1), (2, 1), (13, 12)):
         order = np.arange(count)[::-1].copy()
         found = without_pairs(torch.tensor(tokens), torch.tensor(order), keep)
-        assert found.tolist() == _without_pairs_oracle(tokens, order, keep, 8)
-
-
-def _unlike_oracle(tokens, pivots, quotas, taken) -> list[float]:
-    cosine, taken = np.round(_cosines(pivots, tokens), 6), list(taken)
-    for row, quota in zip(cosine, quotas, strict=True):
-        free = [i for i, mark in enumerate(taken) if not mark]
-        for i in sorted(free, key=lambda i: (row[i], i))[:quota]:
-            taken[i] = 1.0
-    return taken
+        assert found.tolist() == oracles.without_pairs(tokens, order, keep, 8)
 
 
 @settings(deadline=None)
@@ -153,7 +111,7 @@ def test_pivots_take_what_is_least_alike(rows, pivots, data) -> None:
         quotas.append(data.draw(st.integers(0, free - sum(quotas))))
     tensors = [torch.tensor(x, dtype=torch.float32) for x in (rows, pivots, taken)]
     found = unlike(tensors[0], tensors[1], quotas, tensors[2])
-    assert found.tolist() == _unlike_oracle(np.array(rows), np.array(pivots), quotas, taken)
+    assert found.tolist() == oracles.unlike(np.array(rows), np.array(pivots), quotas, taken)
     assert found.sum() == sum(quotas) + sum(taken)
 
 

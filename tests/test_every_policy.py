@@ -19,7 +19,7 @@ from edgeprune import policies
 from edgeprune.policies._policy import Policy, Selection
 from edgeprune.policies._signals import InputSignals, LayerSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, PruneSpec, Stage
-from tests.test_policies import _signals
+from tests.layer_signals import layer_signals
 
 V, PREFIX, TEXT, WIDTH = 36, 3, 5, 8
 SHAPE = ModelShape("llava", V, (6, 6), 8, WIDTH, 16, 4, 2, 8, 66, 512, True, blocks=5)
@@ -91,7 +91,7 @@ def _input(live: int, text: int, seed: int) -> InputSignals:
 
 
 def _layer(live: int, text: int, seed: int) -> LayerSignals:
-    signals = _signals(PREFIX, live, text, 4, 2, seed)[0]
+    signals = layer_signals(PREFIX, live, text, 4, 2, seed)[0]
     (hidden,) = _random(seed, (1, PREFIX + live + text, WIDTH))
     return replace(signals, hidden=hidden, inputs=_input(live, text, seed + 1))
 

@@ -13,35 +13,11 @@ from edgeprune.errors import SpecError
 from edgeprune.policies._select import max_min, min_sum
 from edgeprune.policies._signals import InputSignals
 from edgeprune.spec import PruneSpec, Stage
+from tests import oracles
 
 FOUR = st.lists(st.sampled_from([-1, 1]), min_size=4, max_size=4)
 SIGNS = st.lists(FOUR, min_size=1, max_size=14)
 """Tokens whose cosines are multiples of 1/2: sums are exact, ties and repeats are common."""
-
-
-def _cosines(tokens: np.ndarray) -> np.ndarray:
-    unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
-    return unit @ unit.T
-
-
-def _max_min_oracle(tokens: np.ndarray, keep: int) -> list[int]:
-    distance, chosen = 1 - _cosines(tokens), list[int]()
-    everyone = range(len(tokens))
-    while len(chosen) < keep:
-        rest = [i for i in everyone if i not in chosen]
-        against = {i: chosen or [j for j in everyone if j != i] for i in rest}
-        nearest = {i: min((distance[i, j] for j in against[i]), default=9) for i in rest}
-        chosen.append(max(rest, key=lambda i: (nearest[i], -i)))
-    return sorted(chosen)
-
-
-def _min_sum_oracle(tokens: np.ndarray, keep: int) -> list[int]:
-    cosine, chosen = _cosines(tokens), list[int]()
-    while len(chosen) < keep:
-        rest = [i for i in range(len(tokens)) if i not in chosen]
-        against = chosen or range(len(tokens))
-        chosen.append(min(rest, key=lambda i: (sum(cosine[i, j] for j in against), i)))
-    return sorted(chosen)
 
 
 @settings(deadline=None)
@@ -49,8 +25,8 @@ def _min_sum_oracle(tokens: np.ndarray, keep: int) -> list[int]:
 def test_greedy_choices_are_the_papers_of_equals_the_first(rows, data) -> None:
     tokens = torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
     keep = data.draw(st.integers(0, len(rows)))
-    assert min_sum(tokens, keep, keep).tolist() == _min_sum_oracle(np.array(rows), keep)
-    assert max_min(tokens, keep).tolist() == _max_min_oracle(np.array(rows), keep)
+    assert min_sum(tokens, keep, keep).tolist() == oracles.min_sum(np.array(rows), keep)
+    assert max_min(tokens, keep).tolist() == oracles.max_min(np.array(rows), keep)
 
 
 @settings(max_examples=20, deadline=None)
@@ -58,8 +34,8 @@ def test_greedy_choices_are_the_papers_of_equals_the_first(rows, data) -> None:
 def test_greedy_choices_of_real_tokens(count: int, seed: int, data) -> None:
     tokens = np.random.default_rng(seed).standard_normal((count, 24)) + 0.5
     keep = data.draw(st.integers(0, count))
-    assert min_sum(torch.tensor(tokens), keep, keep).tolist() == _min_sum_oracle(tokens, keep)
-    assert max_min(torch.tensor(tokens), keep).tolist() == _max_min_oracle(tokens, keep)
+    assert min_sum(torch.tensor(tokens), keep, keep).tolist() == oracles.min_sum(tokens, keep)
+    assert max_min(torch.tensor(tokens), keep).tolist() == oracles.max_min(tokens, keep)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 9])
@@ -67,7 +43,7 @@ def test_greedy_choices_of_real_tokens(count: int, seed: int, data) -> None:
 def test_greedy_steps_may_outnumber_the_tokens(steps: int, count: int) -> None:
     tokens = torch.randn(count, 8, generator=torch.Generator().manual_seed(count))
     keep = min(steps, count)
-    oracle = _min_sum_oracle(tokens.double().numpy(), keep) if count else []
+    oracle = oracles.min_sum(tokens.double().numpy(), keep) if count else []
     assert min_sum(tokens, steps, keep).tolist() == oracle
 
 
@@ -99,7 +75,7 @@ def test_trimtokenator_filters_before_it_spreads() -> None:
     signals = InputSignals(torch.tensor(visual)[None], 20, torch.tensor(text)[None])
     alignment = -np.linalg.norm(visual[:, None] - text[None], axis=-1).mean(1)
     near = sorted(np.argsort(-alignment)[:16])
-    oracle = [int(near[i]) for i in _min_sum_oracle(visual[near], 5)]
+    oracle = [int(near[i]) for i in oracles.min_sum(visual[near], 5)]
     policy = policies.make(PruneSpec("trimtokenator", 4))
     few, many = Stage("input", 5, text=True), Stage("input", 18, text=True)
     assert policy.input(signals, few, few).indices.tolist() == oracle

@@ -12,13 +12,10 @@ from edgeprune import policies
 from edgeprune.errors import SpecError
 from edgeprune.policies._select import lattice, top
 from edgeprune.policies._signals import (
-    Anchors,
-    InputSignals,
-    LayerSignals,
-    Segments,
     VisionSignals,
 )
 from edgeprune.spec import ModelShape, PruneSpec, Stage
+from tests.layer_signals import layer_signals, rotate
 
 SHAPE = ModelShape("llava", 144, (12, 12), 12, 192, 352, 6, 6, 32, 66, 1024, True)
 
@@ -49,46 +46,6 @@ def test_a_lattice_has_cells_of_the_image() -> None:
     assert lattice((12, 12), 36) == [y * 12 + x for y in range(1, 12, 2) for x in range(1, 12, 2)]
 
 
-def _signals(prefix: int, visual: int, text: int, heads: int, kv_heads: int, seed: int):
-    """Signals of random vectors with true rotary embedding, and the unrotated parts."""
-    rng = np.random.default_rng(seed)
-    size, start, total = 8, 3, prefix + visual + text
-    angles = np.arange(64)[:, None] * (100.0 ** -(np.arange(size // 2) / (size // 2)))
-    query = rng.standard_normal((heads, total, size))
-    key = rng.standard_normal((kv_heads, total, size))
-    positions = np.arange(start, start + total)
-    tables = np.cos(angles), np.sin(angles)
-    signals = LayerSignals(
-        segments=Segments(prefix, visual, text),
-        hidden=torch.zeros(1, total, 4),
-        query=torch.tensor(query)[None],
-        key=torch.tensor(key)[None],
-        rotated_query=torch.tensor(_rotated(query, tables, positions))[None],
-        rotated_key=torch.tensor(_rotated(key, tables, positions))[None],
-        cos=torch.tensor(tables[0]),
-        sin=torch.tensor(tables[1]),
-        rows=torch.tensor(positions),
-        anchors=Anchors(
-            torch.tensor([start + prefix]),
-            torch.tensor([(2 * (start + prefix) + visual) // 2]),
-            torch.tensor([start + prefix + visual - 1]),
-        ),
-        visual_tokens=visual,
-        inputs=InputSignals(torch.zeros(1, visual, 4), visual, torch.zeros(1, text, 4)),
-    )
-    return signals, query, key, positions, tables
-
-
-def _rotated(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], positions) -> np.ndarray:
-    return np.stack([_rotate(x[:, i], tables, p) for i, p in enumerate(positions)], axis=1)
-
-
-def _rotate(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], position: int) -> np.ndarray:
-    cos, sin = (table[position] for table in tables)
-    low, high = np.split(x, 2, axis=-1)
-    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 4),
@@ -103,7 +60,7 @@ def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads,
 
     And its ablations (Tables 3, 4): p' at either end of the image, or no positions at all.
     """
-    signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
+    signals, query, key, positions, tables = layer_signals(prefix, visual, text, *heads, seed)
     applied, last = positions.copy(), positions[-1]
     ends = positions[prefix], positions[prefix + visual - 1]
     at = {"start": ends[0], "middle": (ends[0] + ends[1] + 1) // 2, "end": ends[1]}
@@ -114,8 +71,8 @@ def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads,
     group = heads[0] // heads[1]
     rows = []
     for head in range(heads[0]):
-        turned = _rotate(query[head, -1], tables, last)
-        keys = [_rotate(key[head // group, i], tables, p) for i, p in enumerate(applied)]
+        turned = rotate(query[head, -1], tables, last)
+        keys = [rotate(key[head // group, i], tables, p) for i, p in enumerate(applied)]
         logits = np.array([turned @ k for k in keys]) / np.sqrt(query.shape[-1])
         weights = np.exp(logits - logits.max())
         rows.append(weights / weights.sum())
@@ -135,15 +92,15 @@ def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads,
 )
 def test_text_attention_is_causal_attention(prefix, visual, text, heads, seed) -> None:
     """Row by row: a text token sees what stands before it and itself, each at its position."""
-    signals, query, key, positions, tables = _signals(prefix, visual, text, *heads, seed)
+    signals, query, key, positions, tables = layer_signals(prefix, visual, text, *heads, seed)
     group, end = heads[0] // heads[1], prefix + visual
     found = signals.text_attention().numpy()
     assert found.shape == (heads[0], text, visual)
     for head in range(heads[0]):
         for row in range(text):
-            turned = _rotate(query[head, end + row], tables, positions[end + row])
+            turned = rotate(query[head, end + row], tables, positions[end + row])
             seen = positions[: end + row + 1]
-            keys = [_rotate(key[head // group, i], tables, p) for i, p in enumerate(seen)]
+            keys = [rotate(key[head // group, i], tables, p) for i, p in enumerate(seen)]
             weights = np.exp([turned @ k / np.sqrt(query.shape[-1]) for k in keys])
             oracle = (weights / weights.sum())[prefix:end]
             np.testing.assert_allclose(found[head, row], oracle, atol=1e-5)
@@ -151,11 +108,11 @@ def test_text_attention_is_causal_attention(prefix, visual, text, heads, seed) -
 
 def test_text_nearness_is_what_rotation_makes_of_ones() -> None:
     """The dot product of two vectors of ones, rotated to the two positions, over that of none."""
-    signals, _, _, positions, tables = _signals(2, 5, 3, 2, 2, seed=1)
+    signals, _, _, positions, tables = layer_signals(2, 5, 3, 2, 2, seed=1)
     ones, found = np.ones(8), signals.text_nearness().numpy()
     for row, far in enumerate(positions[7:]):
         for column, near in enumerate(positions[2:7]):
-            product = _rotate(ones, tables, far) @ _rotate(ones, tables, near)
+            product = rotate(ones, tables, far) @ rotate(ones, tables, near)
             assert found[row, column] == pytest.approx(product / 8, abs=1e-6)
 
 
@@ -192,7 +149,7 @@ def test_utp_enters_with_all_tokens_up_to_a_ratio_of_four() -> None:
 
 
 def test_utp_scores_the_first_layers_without_positions() -> None:
-    signals, *_ = _signals(2, 6, 3, 2, 2, seed=1)
+    signals, *_ = layer_signals(2, 6, 3, 2, 2, seed=1)
     policy = policies.make(PruneSpec("utp", options={"agnostic_layers": "3"}))
     plain, agnostic = (signals.last_query_attention(p) for p in (None, signals.anchors.middle))
     assert not torch.allclose(plain, agnostic)

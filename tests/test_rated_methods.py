@@ -16,10 +16,8 @@ from edgeprune.errors import SpecError
 from edgeprune.policies._schedules import falling, geometric, merge_candidates, with_merged
 from edgeprune.policies._signals import InputSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, PruneSpec, Stage, plan_from_counts
-from tests.test_clusters import _merged
-from tests.test_diverse import _cosines, _determinant_oracle, _unlike_oracle, _without_pairs_oracle
-from tests.test_policies import _signals
-from tests.test_raters import _likeness, _raters
+from tests import oracles
+from tests.layer_signals import layer_signals
 
 SEVEN = ModelShape("llava", 576, (24, 24), 32, 4096, 11008, 32, 32, 128, 32064, 4096, True)
 VISUAL, TEXT, WIDTH = 50, 6, 16
@@ -27,7 +25,7 @@ VISUAL, TEXT, WIDTH = 50, 6, 16
 
 def _layer(seed: int, text: int = TEXT):
     """Signals of a layer that VISUAL tokens entered, and what they are made of."""
-    signals, *_ = _signals(3, VISUAL, text, 4, 2, seed)
+    signals, *_ = layer_signals(3, VISUAL, text, 4, 2, seed)
     rng = np.random.default_rng(seed)
     hidden = rng.standard_normal((3 + VISUAL + text, WIDTH))
     visual, words = rng.standard_normal((VISUAL, WIDTH)), rng.standard_normal((text, WIDTH))
@@ -48,7 +46,7 @@ def _check_kept_and_merged(
 ) -> None:
     """Kept ones in reading order, then the clusters of the next `pool` at their centres."""
     kept, spare = sorted(order[: stage.keep]), sorted(order[stage.keep : stage.keep + pool])
-    centres, means = _merged(tokens[spare], stage.merged)
+    centres, means = oracles.merged(tokens[spare], stage.merged)
     assert found.indices.tolist() == kept + [spare[centre] for centre in centres]
     np.testing.assert_allclose(found.tokens[0].numpy(), [*tokens[kept], *means], atol=1e-5)
 
@@ -57,7 +55,7 @@ def _check_kept_and_merged(
 @given(st.integers(0, 99), st.integers(1, 40), st.sampled_from([1, TEXT]))
 def test_sparsevlm_keeps_what_raters_see_and_merges_what_is_next(seed, keep, text) -> None:
     signals, hidden, visual, words = _layer(seed, text)
-    weights = _raters(_likeness(visual, words, 1.0))
+    weights = oracles.raters(oracles.similarity(visual, words, 1.0))
     scores = signals.text_attention().numpy().mean(0).T @ weights
     np.testing.assert_allclose(
         _make("sparsevlm").calibration_scores(1, signals).numpy(), scores, atol=1e-6
@@ -73,7 +71,7 @@ def test_sparsevlm_keeps_what_raters_see_and_merges_what_is_next(seed, keep, tex
 def test_sparsevlm_2_looks_at_the_busiest_heads_without_distance(seed: int, heads: int) -> None:
     """14 as a constant, which here are all 4."""
     signals, _, visual, words = _layer(seed)
-    weights = _raters(_likeness(visual, words, 1.0))
+    weights = oracles.raters(oracles.similarity(visual, words, 1.0))
     nearness = np.maximum(signals.text_nearness().numpy(), 0.05)
     attention = signals.text_attention().numpy() / nearness
     mass = [sum(weights @ head) for head in attention]
@@ -92,8 +90,8 @@ def test_sparsevlm_2_looks_at_the_busiest_heads_without_distance(seed: int, head
 def test_polymorphic_merges_all_that_goes(seed: int, keep: int, text: int) -> None:
     signals, hidden, *_ = _layer(seed, text)
     tokens = hidden[3 : 3 + VISUAL]
-    shares = _likeness(tokens, hidden[3 + VISUAL :], WIDTH**-0.5)
-    scores, stage = shares @ _raters(shares), Stage("layer", keep, 2, layer=2)
+    shares = oracles.similarity(tokens, hidden[3 + VISUAL :], WIDTH**-0.5)
+    scores, stage = shares @ oracles.raters(shares), Stage("layer", keep, 2, layer=2)
     np.testing.assert_allclose(
         _make("polymorphic").calibration_scores(1, signals).numpy(), scores, atol=1e-6
     )
@@ -114,8 +112,8 @@ def test_a_layer_may_keep_all_or_nothing(method: str, keep: int) -> None:
 
 def test_polymorphic_can_score_by_attention() -> None:
     signals, hidden, *_ = _layer(1)
-    shares = _likeness(hidden[3 : 3 + VISUAL], hidden[3 + VISUAL :], WIDTH**-0.5)
-    scores = signals.text_attention().numpy().mean(0).T @ _raters(shares)
+    shares = oracles.similarity(hidden[3 : 3 + VISUAL], hidden[3 + VISUAL :], WIDTH**-0.5)
+    scores = signals.text_attention().numpy().mean(0).T @ oracles.raters(shares)
     found = _make("polymorphic", score="attention").calibration_scores(1, signals)
     np.testing.assert_allclose(found.numpy(), scores, atol=1e-6)
 
@@ -145,7 +143,7 @@ def test_vispruner_is_half_salient_half_unlike(keep: int, important: float, cls:
     first, tokens = int(important * keep), signals.features[0].numpy()
     wanted = order[:first]
     if first < keep:
-        wanted = wanted + _without_pairs_oracle(tokens, order[first:], keep - first, 8)
+        wanted = wanted + oracles.without_pairs(tokens, order[first:], keep - first, 8)
     found = _make("vispruner", important=str(important)).vision(signals, Stage("vision", keep))
     assert found.indices.tolist() == sorted(wanted)
 
@@ -155,14 +153,14 @@ def test_vispruner_is_half_salient_half_unlike(keep: int, important: float, cls:
 def test_cdpruner_is_the_determinant_of_relevant_directions(seed: int, keep: int) -> None:
     rng = np.random.default_rng(seed)
     visual, words = rng.standard_normal((VISUAL, 96)), rng.standard_normal((TEXT, 96))
-    cosine = _cosines(visual, words).mean(1)
+    cosine = oracles.cosines(visual, words).mean(1)
     quality = (cosine - cosine.min() + 1e-6) / (cosine.max() - cosine.min())
     vectors = visual / np.linalg.norm(visual, axis=1, keepdims=True) * quality[:, None]
     signals = InputSignals(torch.tensor(visual)[None], VISUAL, torch.tensor(words)[None])
     stage = Stage("input", keep, text=True)
     found = _make("cdpruner").input(signals, stage, stage).indices
     if keep < VISUAL:  # the last is relevant by 1e-6, and whether it is spanned is rounding
-        assert found.tolist() == _determinant_oracle(vectors, keep)
+        assert found.tolist() == oracles.determinant(vectors, keep)
     assert len(set(found.tolist())) == keep
 
 
@@ -184,7 +182,7 @@ def test_dart_keeps_pivots_and_what_is_least_like_them(seed: int, keep: int, tex
     parts = len(own) + 4
     quotas = [(keep - len(own)) // parts + (n < (keep - len(own)) % parts) for n in range(parts)]
     taken = [float(i in own) for i in range(VISUAL)]
-    wanted = np.flatnonzero(_unlike_oracle(visual, np.array(pivots), quotas, taken))
+    wanted = np.flatnonzero(oracles.unlike(visual, np.array(pivots), quotas, taken))
     stage = Stage("layer", keep, layer=3)
     found = _make("dart").layer(signals, stage, stage).indices
     assert found.tolist() == wanted.tolist()

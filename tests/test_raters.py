@@ -8,24 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.policies._raters import rated, raters, similarity
-
-
-def _likeness(visual: np.ndarray, text: np.ndarray, scale: float) -> np.ndarray:
-    """Polymorphic Eq. (9): for each visual token a softmax over the text tokens."""
-    rows = []
-    for token in visual:
-        logits = np.array([token @ word * scale for word in text])
-        weights = np.exp(logits - logits.max())
-        rows.append(weights / weights.sum())
-    return np.array(rows).reshape(len(visual), len(text))
-
-
-def _raters(shares: np.ndarray) -> np.ndarray:
-    """Eq. (10): text tokens above the mean of s_j, all where none is; the weights of Eq. (11)."""
-    means = shares.mean(0)
-    chosen = means > means.mean() * (1 + 1e-6)
-    chosen = chosen if chosen.any() else np.ones(len(means), bool)
-    return chosen / chosen.sum()
+from tests import oracles
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,10 +17,10 @@ def test_raters_are_the_text_tokens_above_the_mean(count, words, scale, seed) ->
     rng = np.random.default_rng(seed)
     visual, text = rng.standard_normal((count, 8)), rng.standard_normal((words, 8))
     shares = similarity(torch.tensor(visual), torch.tensor(text), scale)
-    oracle = _likeness(visual, text, scale)
+    oracle = oracles.similarity(visual, text, scale)
     np.testing.assert_allclose(shares.numpy(), oracle, atol=1e-6)
-    np.testing.assert_allclose(raters(shares).numpy(), _raters(oracle), atol=1e-6)
-    alpha = [np.mean(row[_raters(oracle) > 0]) for row in oracle]  # Eq. (11)
+    np.testing.assert_allclose(raters(shares).numpy(), oracles.raters(oracle), atol=1e-6)
+    alpha = [np.mean(row[oracles.raters(oracle) > 0]) for row in oracle]  # Eq. (11)
     np.testing.assert_allclose(rated(shares, raters(shares)).numpy(), alpha, atol=1e-6)
 
 
@@ -45,7 +28,7 @@ def test_raters_are_the_text_tokens_above_the_mean(count, words, scale, seed) ->
 def test_raters_of_shares_that_tie(rows) -> None:
     shares = np.array(rows, dtype=np.float64)
     found = raters(torch.tensor(shares, dtype=torch.float32))
-    np.testing.assert_allclose(found.numpy(), _raters(shares), atol=1e-6)
+    np.testing.assert_allclose(found.numpy(), oracles.raters(shares), atol=1e-6)
     assert float(found.sum()) == 1 or abs(float(found.sum()) - 1) < 1e-6
 
 

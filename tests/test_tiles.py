@@ -20,8 +20,7 @@ from edgeprune.policies._tiles import parts, shared
 from edgeprune.recipe import Recipe, make
 from edgeprune.spec import PruneSpec, Stage
 from edgeprune.tiling import Size
-from tests import families
-from tests.test_diverse import _cosines, _determinant_oracle
+from tests import families, oracles
 
 TILES, PATCHES, WIDTH = 3, 12, 16
 COUNT = TILES * PATCHES
@@ -168,20 +167,20 @@ def test_cdpruner_takes_a_determinant_of_each_tile(tile_of: tuple[int, ...]) -> 
     """Relevance is scaled over all of them together, as in the released code."""
     rng = np.random.default_rng(7)
     visual, text = rng.standard_normal((COUNT, 40)), rng.standard_normal((5, 40))
-    cosine = _cosines(visual, text).mean(1)
+    cosine = oracles.cosines(visual, text).mean(1)
     quality = (cosine - cosine.min() + 1e-6) / (cosine.max() - cosine.min())
     vectors = visual / np.linalg.norm(visual, axis=1, keepdims=True) * quality[:, None]
     wanted = list[int]()
     for tile in range(TILES):
         indices = [i for i, own in enumerate(tile_of) if own == tile]
-        wanted += [indices[i] for i in _determinant_oracle(vectors[indices], 4)]
+        wanted += [indices[i] for i in oracles.determinant(vectors[indices], 4)]
     signals = InputSignals(torch.tensor(visual)[None], COUNT, torch.tensor(text)[None], tile_of)
     stage = Stage("input", 12, text=True)
     policy = policies.make(PruneSpec("cdpruner"))
     assert policy.input(signals, stage, stage).indices.tolist() == sorted(wanted)
     joint = policies.make(PruneSpec("cdpruner", options={"tiles": "joint"}))
     found = joint.input(signals, stage, stage).indices.tolist()
-    assert found == sorted(_determinant_oracle(vectors, 12)) != sorted(wanted)
+    assert found == sorted(oracles.determinant(vectors, 12)) != sorted(wanted)
     nothing = InputSignals(torch.zeros(1, 0, 40), COUNT, torch.tensor(text)[None], tile_of)
     assert policy.input(nothing, stage, replace(stage, keep=0)).indices.shape == (0,)
 
