@@ -42,7 +42,7 @@ from edgeprune.records import (
 from edgeprune.spec import Plan, Stage
 from edgeprune.tiling import Tiling
 
-SCHEMA = 4
+SCHEMA = 5
 MANIFEST = "manifest.json"
 QUICK = 256 << 20
 """Files up to so many bytes are hashed whenever a bundle is opened."""
@@ -203,6 +203,25 @@ class ParityRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsRecord:
+    """How weights of products are quantised, and what that changes of the model.
+
+    `distance` is that of the model with these weights, computed in float32, to the same model with
+    the checkpoint's own; `running` that of the graph as ONNX Runtime's CPU provider runs it, which
+    rounds activations to int8 in these products, and is None for other targets.
+    """
+
+    format: str  # as --weights takes it, with every option
+    algorithm: str  # that chose the codes
+    tensors: dict[str, Amount]  # products by kind: float, int8, int4
+    numbers: Amount  # weights that are quantised
+    bits: Annotated[float, Between(0, 64)]  # of each of these, scales included
+    error: Share  # of all of these: norm of what was changed, as a share of their norm
+    distance: DistanceRecord | None = None  # None: no sample was compared
+    running: DistanceRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RangeRecord:
     """How near what a bundle holds in float16 comes to the largest float16 number, 65,504.
 
@@ -239,6 +258,7 @@ class Manifest:
     parity: ParityRecord
     versions: dict[str, str]
     range: RangeRecord | None = None  # None: the dtype is not fp16, or no sample was looked at
+    weights: WeightsRecord | None = None  # None: all weights are of the dtype
     schema: Count = SCHEMA
 
     @property

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from edgeprune.graphs import DECODER, VISION, TensorRecord
 from edgeprune.lowering import TARGETS
 from edgeprune.onnx_file import OnnxFile, Value
+from edgeprune.quantised_contract import check_quantised
 
 if TYPE_CHECKING:
     from edgeprune.bundle import Manifest
@@ -50,12 +51,15 @@ def check_signature(manifest: Manifest) -> None:
 
 def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
     """ValueError where `vision.onnx` or `decoder.onnx` is not the graph of the manifest."""
-    if strange := graph.operators - OPERATORS:
+    codes = TARGETS[manifest.target].codes
+    if strange := graph.operators - OPERATORS - {codes}:
         raise ValueError(f"it has the operator {min(strange)}, which no bundle needs")
     if outside := graph.files - {WEIGHTS}:
         raise ValueError(f"it has weights in {min(outside)!r}, not in {WEIGHTS}")
     if graph.opset != manifest.opset:
         raise ValueError(f"its opset is {graph.opset}, the manifest says {manifest.opset}")
+    for node in graph.quantised:
+        check_quantised(node)
     record = manifest.graphs[name]
     for listed, found in ((record.inputs, graph.inputs), (record.outputs, graph.outputs)):
         wanted = [Value(tensor.name, tensor.dtype, tensor.dims) for tensor in listed]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgeprune.errors import SpecError
+from edgeprune.weight_format import FLOAT, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Target:
     engines: tuple[str, ...]  # dtypes that TensorRT compiles; none: no engine is built
     topk_limit: int | None = None  # the largest K of a TopK
     token: bool = True  # whether the graph gives the likeliest token, so that logits stay on a GPU
+    codes: str = "DequantizeLinear"  # the operator that reads quantised weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Lowering:
 
     target: Target
     dtype: Dtype
-    weights: str = "float"  # format of the weights: as the dtype, or quantised
+    weights: WeightFormat = FLOAT  # of products: as the dtype, or quantised
 
 
 DTYPES = {
@@ -59,7 +61,7 @@ TENSORRT_TOPK = 3840
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", "modern", "fp32", (), token=False),
+        Target("cpu", "modern", "fp32", (), token=False, codes="MatMulNBits"),
         # TensorRT has no float32 kernel for its Attention operator.
         Target("cuda", "modern", "fp16", ("fp16", "bf16")),
         Target("rtx", "modern", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
@@ -69,12 +71,13 @@ TARGETS = {
 }
 
 
-def resolve(target: str, dtype: str | None = None) -> Lowering:
-    """The lowering of a target, in the dtype asked for or in the target's own."""
+def resolve(target: str, dtype: str | None = None, weights: str = "float") -> Lowering:
+    """The lowering of a target, in the dtype asked for or in the target's own; `weights` is what
+    --weights says."""
     if target not in TARGETS:
         raise SpecError(f"there is no target {target!r}; choose one of: {', '.join(TARGETS)}")
     chosen = TARGETS[target]
     name = dtype or chosen.dtype
     if name not in DTYPES:
         raise SpecError(f"--dtype is one of {', '.join(DTYPES)}; got {name!r}")
-    return Lowering(chosen, DTYPES[name])
+    return Lowering(chosen, DTYPES[name], WeightFormat.parse(weights))

@@ -1,9 +1,10 @@
 """What an ONNX file of a bundle is made of, read without an onnx package and without its weights.
 
 The reader knows the fields that exports write and refuses all others by name: bodies of control
-flow, functions, training, sparse tensors, operators of other domains. So nothing that an engine
-would run stays unseen. It goes four messages deep, never calls itself, and reads a bounded number
-of fields. A field that may stand once and stands twice is refused too: parsers disagree on those.
+flow, functions, training, sparse tensors, operators of other domains but one. So nothing that an
+engine would run stays unseen. It goes four messages deep, never calls itself, and reads a bounded
+number of fields. A field that may stand once and stands twice is refused too: parsers disagree on
+those.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ FIELDS = 3_000_000
 """Fields read at most. A 7B decoder with plain operators has some 200,000."""
 NUMBERS = {d.onnx: d.name for d in DTYPES.values()} | {6: "int32", 7: "int64", 9: "bool"}
 """TensorProto.DataType, as far as inputs and outputs have them."""
+CODES = {2: "uint8", 3: "int8", 22: "int4"}
+"""The same, of quantised weights."""
+MICROSOFT = "com.microsoft"
+FUSED = "MatMulNBits"
+"""The one operator of ONNX Runtime's own domain that a bundle may have."""
+AXES = 8
+QUANTISED = ("DequantizeLinear", FUSED)
+"""Operators that read quantised weights."""
 
 Found = dict[int, list[memoryview | int]]  # values of a message by the field's number
 Known = Mapping[int, tuple[int, ...]]  # wire types by the field's number
@@ -103,6 +112,16 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantised:
+    """A node that reads quantised weights; inputs that are no constants are None."""
+
+    name: str
+    operator: str
+    inputs: tuple[Value | None, ...]
+    attributes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class OnnxFile:
     """One graph: its opset, its operators, its ends, and the files in which its weights lie."""
 
@@ -111,6 +130,7 @@ class OnnxFile:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     files: frozenset[str]
+    quantised: tuple[Quantised, ...] = ()
 
 
 def read(file: Path) -> OnnxFile:
@@ -129,26 +149,57 @@ class _Reader:
 
     def model(self, message: memoryview) -> OnnxFile:
         found = self._found(message, _MODEL)
-        opsets = [self._found(view, _OPSET) for view in _views(found, 8)]
-        if len(opsets) != 1 or _text(opsets[0], 1):
-            raise ValueError("it has operators of several domains")
         (graph,) = _views(found, 7) or [memoryview(b"")]
         parts = self._found(graph, _GRAPH)
         tensors, operators = _views(parts, 5), set[str]()
+        constants = {value.name: value for value in map(self._constant, tensors)}
+        if len(constants) != len(tensors):
+            raise ValueError("it has two tensors of one name")
+        quantised = list[Quantised]()
         for view in _views(parts, 1):
             node = self._found(view, _NODE)
-            if domain := _text(node, 7):
-                raise ValueError(f"it has the operator {domain}.{_text(node, 4)}")
+            operator = _text(node, 4)
+            if (domain := _text(node, 7)) and (domain, operator) != (MICROSOFT, FUSED):
+                raise ValueError(f"it has the operator {domain}.{operator}")
             if not any(map(len, _views(node, 2))):
-                raise ValueError(f"it has a node of the operator {_text(node, 4)} without outputs")
-            operators.add(_text(node, 4))
+                raise ValueError(f"it has a node of the operator {operator} without outputs")
+            operators.add(operator)
             tensors += self._tensors(node)
+            if operator in QUANTISED:
+                quantised.append(self._quantised(node, operator, constants))
         return OnnxFile(
-            _number(opsets[0], 2),
+            self._opset(_views(found, 8), fused=FUSED in operators),
             frozenset(operators),
             tuple(map(self._value, _views(parts, 11))),
             tuple(map(self._value, _views(parts, 12))),
             frozenset(name for view in tensors for name in self._files(view)),
+            tuple(quantised),
+        )
+
+    def _opset(self, messages: list[memoryview], *, fused: bool) -> int:
+        """Of ONNX's own operators; ONNX Runtime's one, where it is there, is of version 1."""
+        opsets = [self._found(view, _OPSET) for view in messages]
+        own = [opset for opset in opsets if not _text(opset, 1)]
+        others = [(_text(opset, 1), _number(opset, 2)) for opset in opsets if _text(opset, 1)]
+        if len(own) != 1 or others != fused * [(MICROSOFT, 1)]:
+            raise ValueError("it has operators of several domains")
+        return _number(own[0], 2)
+
+    def _constant(self, message: memoryview) -> Value:
+        """Type and sizes of a tensor of the graph."""
+        found = self._found(message, _TENSOR)
+        number = _number(found, 2)
+        kinds = NUMBERS | CODES
+        return Value(_text(found, 8), kinds.get(number, f"type {number}"), tuple(_sizes(found)))
+
+    def _quantised(self, node: Found, operator: str, constants: Mapping[str, Value]) -> Quantised:
+        names = [bytes(view).decode() for view in _views(node, 1)]
+        attributes = [self._found(view, _ATTRIBUTE) for view in _views(node, 5)]
+        return Quantised(
+            _text(node, 3),
+            operator,
+            tuple(map(constants.get, names)),
+            {_text(found, 1): signed(_number(found, 3)) for found in attributes},
         )
 
     def _tensors(self, node: Found) -> list[memoryview]:
@@ -197,6 +248,18 @@ class _Reader:
                 raise ValueError(f"a {kind.title} has its field {number} twice")
             values.append(varint(message, begin)[0] if wire == VARINT else message[begin:end])
         return found
+
+
+def _sizes(tensor: Found) -> Iterator[int]:
+    """A tensor's sizes, the first AXES at least; a list of numbers is packed or not."""
+    for value in tensor.get(1, []):
+        if isinstance(value, int):
+            yield signed(value)
+            continue
+        at = 0
+        while at < min(len(value), AXES):
+            size, at = varint(value, at)
+            yield signed(size)
 
 
 def _views(found: Found, number: int) -> list[memoryview]:

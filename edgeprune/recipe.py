@@ -44,6 +44,7 @@ class Recipe:
     frames: int | None = None  # of a video, in place of images
     target: str = "cpu"
     dtype: str | None = None  # None: the target's own
+    weights: str = "float"  # int8 or int4, with options: edgeprune/weight_format.py
     keep_fp32: str = "none"  # auto: in fp16, parts that float16 cannot hold stay in float32
     parity: int | None = None  # samples of the check; None: 8, where there is memory for it
     schedule: Path | None = None  # a file in place of a calibration
@@ -107,6 +108,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         output=recipe.folder,
         target=recipe.target,
         dtype=recipe.dtype,
+        weights=recipe.weights,
         schedule=schedule.record() if schedule else None,
         no_parity=why,
         keep_fp32=recipe.keep_fp32,

@@ -105,7 +105,8 @@ def _emit(
 class Dialect:
     """A set of lowerings, its opset, and whether the cache is written in place or grows.
 
-    With `token` the graph says which token is the likeliest; a CPU has the logits at hand.
+    With `token` the graph says which token is the likeliest; a CPU has the logits at hand. `codes`
+    is the operator that reads quantised weights.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Dialect:
     ops: type[TorchOps]
     cache: str
     token: bool = True
+    codes: str = "DequantizeLinear"
 
 
 MODERN = Dialect("modern", 24, ModernOps, "in-place")
@@ -122,6 +124,12 @@ JETPACK6 = Dialect("jetpack6", 18, Jetpack6Ops, "grow")
 DIALECTS = {dialect.name: dialect for dialect in (MODERN, JETPACK7, JETPACK6)}
 
 
+QUANTISED = 21
+"""The first opset whose DequantizeLinear takes 4 bits, blocks, and scales in half precision."""
+
+
 def dialect_of(lowering: Lowering) -> Dialect:
-    """The dialect of a target."""
-    return replace(DIALECTS[lowering.target.dialect], token=lowering.target.token)
+    """The dialect of a target; quantised weights need a later opset than jetpack6 has else."""
+    target, found = lowering.target, DIALECTS[lowering.target.dialect]
+    opset = found.opset if lowering.weights.is_float else max(found.opset, QUANTISED)
+    return replace(found, opset=opset, token=target.token, codes=target.codes)

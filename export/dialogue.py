@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -68,15 +69,12 @@ class Graphs:
         decoder: Decoder,
         dtype: torch.dtype = torch.float32,
         room: int = 128,
+        *,
+        exact: bool = True,
     ) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # without bound buffers the cache is copied: meant here
-        providers = ["CPUExecutionProvider"]
         with _onnxruntime_errors("cannot load"):
-            self.vision = ort.InferenceSession(folder / VISION, options, providers)
-            self.decoder = ort.InferenceSession(folder / DECODER, options, providers)
+            self.vision = session(folder / VISION, exact=exact)
+            self.decoder = session(folder / DECODER, exact=exact)
         self.plan, self.config, self.room = decoder.plan, decoder.config, room
         self.image_positions, self.dtype, self.record = decoder.span, dtype, record
         written = [cache.present for cache in record.caches]
@@ -126,6 +124,39 @@ class Graphs:
             torch.from_numpy(logits[0, 0].astype(np.float32)),
             tuple(torch.from_numpy(k) for k in kept),
         )
+
+
+def session(file: Path, *, exact: bool) -> Any:
+    """A graph in ONNX Runtime; `exact`: products with quantised weights compute in float32, else
+    as they run on a device, with activations rounded to int8."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # without bound buffers the cache is copied: meant here
+    model: str | bytes = str(file)
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        if (copy := _in_float32(file)) is not None:
+            folder = str(file.parent)
+            options.add_session_config_entry(WEIGHTS_FOLDER, folder)
+            model = copy
+    return ort.InferenceSession(model, options, ["CPUExecutionProvider"])
+
+
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where a session that is given a graph as bytes looks for its weights."""
+
+
+def _in_float32(file: Path) -> bytes | None:
+    """A graph whose MatMulNBits compute in float32; None where it has none."""
+    model = onnx.load(file, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    found: bytes = model.SerializeToString()
+    return found if nodes else None
 
 
 @contextmanager

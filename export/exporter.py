@@ -28,6 +28,7 @@ from edgeprune.export.comparison import compare
 from edgeprune.export.dialects import dialect_of
 from edgeprune.export.generation import read_generation
 from edgeprune.export.prompts import read_text
+from edgeprune.export.weighing import weigh, weights_record
 from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import DECODER, GraphRecord
 from edgeprune.lowering import DTYPES, TARGETS, Lowering, resolve
@@ -52,13 +53,14 @@ class ExportRequest:
     output: Path
     target: str = "cpu"
     dtype: str | None = None
+    weights: str = "float"  # as --weights says it
     schedule: dict[str, Any] | None = None
     no_parity: str = ""  # why parity is not checked; empty where it is
     keep_fp32: str = "none"  # or auto: parts that float16 cannot hold stay in float32
 
     @property
     def lowering(self) -> Lowering:
-        return resolve(self.target, self.dtype)
+        return resolve(self.target, self.dtype, self.weights)
 
 
 @dataclass(frozen=True)
@@ -138,21 +140,31 @@ def export(
     check_topk(request.spec.method, policy.largest_topk(request.plan), request.target)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
+    exact, adapter = adapter, adapter.with_weights(request.lowering.weights, dtype)
     samples = [] if request.no_parity else list(prompts)
     proven, notes = _prove(request, adapter, policy, samples, report)
     wide = proven.float32 if proven else ()
     try:
         with atomic_folder(request.output) as draft:
             modules = modules_of(request.plan, adapter, policy, dialect, dtype, wide)
-            graphs = write_graphs(draft, modules, adapter, dialect, dtype, report)
+            graphs, stored = write_graphs(draft, modules, adapter, dialect, dtype, report)
             copy_text(adapter.checkpoint.folder, draft, processor)
             checked = ParityRecord(0, request.no_parity)
-            if not request.no_parity:
+            weights = weights_record(request.lowering, stored)
+            if compared:
                 models = adapter, policy, request.plan
                 record = graphs[DECODER]
                 checked = compare(draft, record, *models, dtype, wide, samples, report)
+                weights = weigh(
+                    weights, request.lowering, exact, draft, record, *models, samples, report
+                )
             report("hash files", 0, 1)
-            manifest = _manifest(request, adapter, policy, records, graphs, draft, checked, proven)
+            manifest = replace(
+                _manifest(request, adapter, policy, records, graphs, draft),
+                parity=checked,
+                range=proven,
+                weights=weights,
+            )
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             _open_again(draft)
     except OSError as error:
@@ -193,9 +205,8 @@ def _manifest(
     records: Records,
     graphs: dict[str, GraphRecord],
     draft: Path,
-    checked: ParityRecord,
-    proven: RangeRecord | None,
 ) -> Manifest:
+    """All but what was compared."""
     dialect = dialect_of(request.lowering)
     return Manifest(
         name=request.output.name,
@@ -211,9 +222,8 @@ def _manifest(
         image=records.image,
         text=records.text,
         files=record_files(draft),
-        parity=checked,
+        parity=ParityRecord(0),
         versions={package: installed(package) for package in PACKAGES},
-        range=proven,
     )
 
 

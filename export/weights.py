@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ExportError
+from edgeprune.export.products import ProductForm, product_of
 from edgeprune.lowering import DTYPES
 from edgeprune.models import Adapter
+from edgeprune.models._adapter import Source
 from edgeprune.models._rounding import NAMES
 
 WEIGHTS = "weights.bin"
@@ -22,11 +27,22 @@ INLINE = 1 << 20  # bytes; constants of the graph, such as indices, stay in it b
 Progress = Callable[[int, int], None]
 
 
+@dataclass
+class Stored:
+    """How the weights of products were stored."""
+
+    tensors: Counter[str] = field(default_factory=Counter)  # by kind: float, int8, int4
+    numbers: int = 0  # of those that are quantised
+    bytes: int = 0  # of these, scales too
+    error: float = 0.0  # sums of squares: of what quantising changed
+    power: float = 0.0  # and of the weights
+
+
 class WeightsFile:
     """Appends tensors to weights.bin and points initializers at them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, form: ProductForm) -> None:
+        self.folder, self.form, self.stored = folder, form, Stored()
         self.stream: BinaryIO = (folder / WEIGHTS).open("wb")
 
     def __enter__(self) -> WeightsFile:
@@ -48,7 +64,10 @@ class WeightsFile:
         values = list(model.graph.initializers.values())
         for done, value in enumerate(values):
             name = value.name or ""
-            if name in sources:
+            if name in sources and sources[name].form is not None:
+                self._quantise(model, value, adapter, sources[name], dtype)
+            elif name in sources:
+                self.stored.tensors["float"] += sources[name].transposed
                 value.const_value = self._append(name, adapter.read(sources[name], dtype))
             elif name in tables:
                 value.const_value = self._append(name, tables[name])
@@ -58,16 +77,50 @@ class WeightsFile:
         if lost := sources.keys() - model.graph.initializers.keys():
             raise ExportError(f"the traced graph lost weights: {', '.join(sorted(lost))}")
 
+    def _quantise(
+        self,
+        model: ir.Model,
+        weight: ir.Value,
+        adapter: Adapter,
+        source: Source,
+        dtype: torch.dtype,
+    ) -> None:
+        """Give a product's weight its codes, and the product the nodes that read them."""
+        assert source.form is not None
+        product = product_of(weight)
+        packed = self.form.pack(product, source.form, adapter.strips(source))
+        name = f"{weight.name}/scale"
+        wide = dtype if product.cast is None else torch.float32
+        scales = ir.Value(name=name)
+        scales.const_value = self._append(name, torch.from_numpy(packed.scales).to(wide))
+        scales.shape, scales.dtype = scales.const_value.shape, scales.const_value.dtype
+        codes = self._write(weight.name or "", packed.codes.data, packed.kind, packed.shape)
+        weight.const_value, weight.shape, weight.dtype = codes, codes.shape, packed.kind
+        model.graph.register_initializer(scales)
+        self.form.rewire(model, product, source.form, scales)
+        stored = self.stored
+        stored.tensors[f"int{source.form.bits}"] += 1
+        stored.numbers += math.prod(source.shape)
+        stored.bytes += codes.nbytes + scales.const_value.nbytes
+        stored.error, stored.power = stored.error + packed.error, stored.power + packed.power
+
     def _append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
+        data = tensor.detach().contiguous()
+        kind = ir.DataType(DTYPES[NAMES[data.dtype]].onnx)
+        return self._write(name, data.reshape(-1).view(torch.uint8).numpy().data, kind, data.shape)
+
+    def _write(
+        self, name: str, data: memoryview, kind: ir.DataType, shape: Sequence[int]
+    ) -> ir.ExternalTensor:
         self.stream.write(b"\0" * (-self.stream.tell() % ALIGNMENT))
-        offset, data = self.stream.tell(), tensor.detach().contiguous()
-        self.stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        offset = self.stream.tell()
+        self.stream.write(data)
         return ir.ExternalTensor(
             WEIGHTS,
             offset,
             data.nbytes,
-            ir.DataType(DTYPES[NAMES[data.dtype]].onnx),
-            shape=ir.Shape(data.shape),
+            kind,
+            shape=ir.Shape(shape),
             name=name,
             base_dir=self.folder,
         )

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from edgeprune.export.dialects import Dialect
+from edgeprune.export.products import FORMS
 from edgeprune.export.prompts import save_tokenizer
 from edgeprune.export.trace import decoder_graph, strip_weights, vision_graph
-from edgeprune.export.weights import WeightsFile
+from edgeprune.export.weights import Stored, WeightsFile
 from edgeprune.graphs import DECODER, VISION, GraphRecord
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
@@ -56,14 +57,14 @@ def write_graphs(
     dialect: Dialect,
     dtype: torch.dtype,
     report: Progress,
-) -> dict[str, GraphRecord]:
+) -> tuple[dict[str, GraphRecord], Stored]:
     """Trace both graphs and write them with their weights; what the manifest says of them."""
     vision, decoder = modules
     report("trace vision", 0, 1)
     graphs = {VISION: vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
     report("trace decoder", 0, 1)
     graphs[DECODER] = decoder_graph(decoder, dtype, dialect)
-    with WeightsFile(draft) as weights:
+    with WeightsFile(draft, FORMS[dialect.codes]) as weights:
         for name, module in ((VISION, vision), (DECODER, decoder)):
             step = partial(report, f"{name.removesuffix('.onnx')} weights")
             weights.fill(graphs[name].model, module, adapter, dtype, step)
@@ -72,7 +73,7 @@ def write_graphs(
         model.producer_name, model.producer_version = "edgeprune", installed("edgeprune")
         ir.save(model, draft / name)
         onnx.checker.check_model(str(draft / name))
-    return {name: traced.record for name, traced in graphs.items()}
+    return {name: traced.record for name, traced in graphs.items()}, weights.stored
 
 
 def copy_text(folder: Path, draft: Path, processor: Processor) -> None:

@@ -23,6 +23,7 @@ def frozen(
     model: str | Path = "demo",
     target: str = "cpu",
     dtype: str = "fp32",
+    weights: str = "float",
     counts: tuple[int, ...] = (),
 ) -> Path:
     """Export a method; where it needs a schedule that is `counts`, or made up for the ratio."""
@@ -30,7 +31,7 @@ def frozen(
     policy, processor = make(spec), Processor(adapter)
     plan = planned(policy, adapter.shape, cr, counts)
     why = "left out by a test"
-    request = ExportRequest("tiny", spec, plan, folder, target=target, dtype=dtype, no_parity=why)
+    request = ExportRequest("tiny", spec, plan, folder, target, dtype, weights, no_parity=why)
     return export(request, adapter, policy, processor, []).path
 
 

@@ -33,6 +33,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the target's)")
     command.add_argument(
+        "--weights",
+        default="float",
+        metavar="FORMAT",
+        help="float (default: the dtype), int8 or int4; with options, as"
+        " int4:block=64:head=off:vision=on",
+    )
+    command.add_argument(
         "--keep-fp32",
         choices=("none", "auto"),
         default="none",
@@ -74,6 +81,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         frames=args.frames,
         target=args.target,
         dtype=args.dtype,
+        weights=args.weights,
         keep_fp32=args.keep_fp32,
         parity=args.parity,
         schedule=args.schedule,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,14 @@ from edgeprune.models._layers import Linear, compute_buffers
 from edgeprune.models._lora import MERGE
 from edgeprune.models._names import Stored
 from edgeprune.models._ops import TorchOps
-from edgeprune.models._quantised import QuantizedWeight
+from edgeprune.models._quantised import QuantizedWeight, Strip, quantize, strips
 from edgeprune.models._rounding import rounded
 from edgeprune.models._unread import check_unread
 from edgeprune.models._vision import Vision
+from edgeprune.models._weight_plan import WeightPlan, plan_weights
 from edgeprune.policies import Policy, make
 from edgeprune.spec import Plan, PruneSpec
+from edgeprune.weight_format import Form, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +38,40 @@ class Source:
     shape: tuple[int, ...]  # of them together, but for axes of length 1
     transposed: bool  # whether the module wants it the other way
     stored: Stored
+    form: Form | None = None  # in which bundles hold it, where it is quantised
 
 
 class Adapter(Family):
     """Base of all families' adapters: the steps of Family, the two modules and their weights."""
+
+    weights: WeightPlan | None = None
+    """Which weights are quantised; None: none. What `read` and `load` give is quantised too."""
+
+    def with_weights(self, wanted: WeightFormat, scales: torch.dtype) -> Self:
+        """The same checkpoint with weights in a format, whose scales a graph stores in a dtype."""
+        if wanted.is_float:
+            return self
+        changed = copy.copy(self)
+        changed.weights = plan_weights(wanted, *self._meta_modules(), scales)
+        return changed
 
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
         return Vision(self.vision_config, policy, plan, ops)
 
     def decoder(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Decoder:
-        config = replace(self.decoder_config, tile_of=self.vision_config.layout.group_of)
+        config = replace(
+            self.decoder_config,
+            tile_of=self.vision_config.layout.group_of,
+            head_apart=self.weights is not None and self.weights.head_apart,
+        )
         return Decoder(config, policy, plan, ops)
+
+    def _meta_modules(self) -> tuple[nn.Module, Decoder]:
+        """Both modules without their weights, nothing pruned."""
+        policy, plan = make(PruneSpec("none")), Plan(self.shape.visual_tokens, self.shape.layers)
+        with torch.device("meta"):
+            return self.vision(policy, plan), self.decoder(policy, plan)
 
     def sources(self, module: nn.Module) -> dict[str, Source]:
         """For each parameter of a module of ours, its tensors in the checkpoint."""
@@ -69,7 +95,8 @@ class Adapter(Family):
                 f" config.json says {list(wanted)}; the two are not of one checkpoint"
             )
         changes = tuple(self._change(name, part) for part in stored.parts)
-        return Source(names, changes, wanted, transposed, stored)
+        form = self.weights.forms.get(name) if self.weights else None
+        return Source(names, changes, wanted, transposed, stored, form)
 
     def _found(self, names: tuple[str, ...]) -> str:
         """Under which of its names a tensor is stored; where under several, they must be equal."""
@@ -99,9 +126,7 @@ class Adapter(Family):
     def all_notes(self) -> tuple[str, ...]:
         """What was done with a folder's weights, for people; ModelError where they mean something
         else than what would be exported."""
-        policy, plan = make(PruneSpec("none")), Plan(self.shape.visual_tokens, self.shape.layers)
-        with torch.device("meta"):
-            modules = self.vision(policy, plan), self.decoder(policy, plan)
+        modules = self._meta_modules()
         sources = [source for module in modules for source in self.sources(module).values()]
         read = {name for source in sources for part in source.stored.parts for name in part}
         changed = {change for source in sources for change in source.changes}
@@ -113,14 +138,35 @@ class Adapter(Family):
         )
 
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
-        """One parameter, laid out and rounded as a module of ours wants it; ModelError where the
-        checkpoint holds a number that is not finite or that does not fit the dtype."""
+        """One parameter, laid out and rounded as a module of ours wants it, where it is quantised
+        as its codes say; ModelError where the checkpoint holds a number that is not finite or that
+        does not fit the dtype."""
+        if source.form is None:
+            return self._read(source, dtype)
+        whole = torch.empty(source.shape[::-1], dtype=dtype)
+        for strip in self.strips(source):
+            whole[:, strip.outputs] = strip.weight.dequantised(dtype)
+        return whole
+
+    def strips(self, source: Source) -> Iterator[Strip]:
+        """A quantised weight, some outputs at a time, so that large ones need little memory."""
+        assert source.form is not None and self.weights is not None
+        outputs, inputs = source.shape
+        form, scales = source.form, self.weights.scales
+        whole = len(source.names) > 1 or any(source.changes) or bool(source.stored.rows)
+        for part in [None] if whole else strips(inputs, outputs):
+            weight = self._read(source, torch.float32, part)
+            codes = quantize(weight, form.bits, form.block or inputs, scales)
+            yield Strip.of(part or slice(0, outputs), codes, weight)
+
+    def _read(self, source: Source, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """One parameter as the checkpoint has it; of its only tensor some `rows`."""
         tensors = zip(source.names, source.changes, strict=True)
-        parts = (self._part(name, change, source.stored, dtype) for name, change in tensors)
+        parts = (self._part(name, change, source.stored, dtype, rows) for name, change in tensors)
         whole = next(parts)
         if len(source.names) > 1:
             whole = torch.cat([whole, *parts])
-        whole = whole.reshape(source.shape)
+        whole = whole.reshape(-1, *source.shape[1:]) if rows else whole.reshape(source.shape)
         return whole.t().contiguous() if source.transposed else whole.contiguous()
 
     def quantized(self, source: Source) -> QuantizedWeight | None:
@@ -134,13 +180,22 @@ class Adapter(Family):
             return None
         return self.checkpoint.quantized(source.names[0]) if len(source.names) == 1 else None
 
-    def _part(self, name: str, change: str, stored: Stored, dtype: torch.dtype) -> Tensor:
-        """One stored tensor as a parameter has it, in a dtype."""
+    def _part(
+        self,
+        name: str,
+        change: str,
+        stored: Stored,
+        dtype: torch.dtype,
+        rows: slice | None = None,
+    ) -> Tensor:
+        """One stored tensor, or some rows of it, as a parameter has it, in a dtype."""
         tensor = self.checkpoint.read(name)
         if change and self.checkpoint.lora is not None:
             tensor = self.checkpoint.lora.merged(change, tensor)
         if stored.rows:
             tensor = tensor[list(stored.rows)]
+        if rows is not None:
+            tensor = tensor[rows]
         if (stored.factor, stored.offset) != (1, 0):
             tensor = tensor.float() * stored.factor + stored.offset
         return rounded(tensor, dtype, f"{self.checkpoint.files[name].name}: {name}")

@@ -186,7 +186,9 @@ class Decoder(WithBuffers):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.eps, ops)
-        if not config.tied:
+        if config.head_apart:
+            self.head: nn.Linear | Narrow = Narrow(config.width, config.vocabulary, ops)
+        elif not config.tied:
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         stage = plan.with_text()
         self.prune_input = (
@@ -333,6 +335,9 @@ class Decoder(WithBuffers):
     def logits(self, hidden: Tensor) -> Tensor:
         """[1, S, width] -> [1, 1, vocabulary]: only the last token reaches the output head."""
         last: Tensor = self.norm(self.ops.last(hidden))
+        if self.config.head_apart:
+            apart: Tensor = self.head(last[0])
+            return apart[None]
         weight = self.embedding.weight if self.config.tied else self.head.weight
         return self.ops.linear(last[0], weight, transposed=True)[None]
 

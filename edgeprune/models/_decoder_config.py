@@ -46,6 +46,7 @@ class DecoderConfig:
     max_positions: int
     rope: Rope
     tied: bool = False
+    head_apart: bool = False  # the head is a product like others, quantised by itself
     mrope: MRope | None = None  # None: one position a token
     tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
     rescaled: tuple[Rescale, ...] = ()  # the first that matches a parameter holds

@@ -128,7 +128,9 @@ class Family(ABC):
 
     def stored(self, parameter: str) -> Stored:
         """How checkpoints of this family store a parameter: of a tied embedding, under the names of
-        the head too."""
+        the head too. Of such a model the head, where it is read by itself, is the embedding."""
+        if parameter == "head.weight" and self.decoder_config.tied:
+            return self.stored("embedding.weight")
         names, config = self.names(parameter), self.decoder_config
         if parameter in ("embedding.weight", "fixed.text") and config.tied:
             names += self.names("head.weight")

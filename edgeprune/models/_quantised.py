@@ -1,10 +1,11 @@
 """The weight of a product as codes of few bits, with one scale for each block of inputs.
 
-A weight is [K, N], as MatMul reads it: K inputs, N outputs. A block is `block` inputs of one output.
+A weight is [K, N], as MatMul reads it: K inputs, N outputs. A block is some inputs of one output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,3 +64,29 @@ def quantize(
     scales[scales == 0] = 1
     codes = (blocks / scales[:, None]).round_().clamp_(-largest - 1, largest)
     return QuantizedWeight(codes.to(torch.int8).view(inputs, outputs), scales, None, bits, block)
+
+
+STRIP = 1 << 23
+"""Numbers of a weight that are in float32 at a time, where it can be read by parts."""
+
+
+def strips(inputs: int, outputs: int) -> Iterator[slice]:
+    """Ranges of outputs, an even number in each but the last, of STRIP numbers or so."""
+    step = max(2, STRIP // inputs // 2 * 2)
+    return (slice(start, min(start + step, outputs)) for start in range(0, outputs, step))
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Some outputs of a weight, quantised, and what that changed: sums of squares."""
+
+    outputs: slice
+    weight: QuantizedWeight  # [K, those outputs]
+    error: float  # of the difference from the checkpoint's weight
+    power: float  # of that weight
+
+    @classmethod
+    def of(cls, outputs: slice, weight: QuantizedWeight, exact: Tensor) -> Strip:
+        """With what `exact`, float32 [K, those outputs], loses."""
+        error = float((weight.dequantised() - exact).square().sum())
+        return cls(outputs, weight, error, float(exact.square().sum()))

@@ -1,0 +1,71 @@
+"""What nodes that read quantised weights may be: their sizes have to fit each other.
+
+An engine reads codes by what the node's attributes say of them. Where these contradict the tensors
+it would read past their end, so nothing is left to the engine.
+"""
+
+from __future__ import annotations
+
+from edgeprune.lowering import DTYPES
+from edgeprune.onnx_file import FUSED, Quantised, Value
+
+BLOCKS = (16, 32, 64, 128, 256)
+"""Inputs that may share a scale."""
+FUSED_ATTRIBUTES = {"K", "N", "bits", "block_size", "accuracy_level"}
+LEVELS = range(5)
+"""Of accuracy, 0 that of the activations' dtype."""
+
+
+def check_quantised(node: Quantised) -> None:
+    """ValueError where a node's codes, scales and attributes do not fit each other."""
+    read = list(node.inputs)
+    if node.operator == FUSED:
+        _, *read = node.inputs or (None,)
+    if len(read) != 2:
+        raise ValueError(f"{node.operator} {node.name} has not the inputs that exports write")
+    codes, scales = read
+    if codes is None or scales is None:
+        raise ValueError(f"{node.operator} {node.name} reads what is no constant")
+    wanted = (_fused if node.operator == FUSED else _dequantised)(node, codes)
+    found = codes.dtype, codes.sizes, scales.sizes
+    if found != wanted or scales.dtype not in DTYPES:
+        raise ValueError(
+            f"{node.operator} {node.name} has codes {codes} and scales {scales}, want"
+            f" {Value('', *wanted[:2])} and {Value('', 'floats', wanted[2])}"
+        )
+
+
+Wanted = tuple[str, tuple[int, ...], tuple[int, ...]]  # type and sizes of codes, sizes of scales
+
+
+def _dequantised(node: Quantised, codes: Value) -> Wanted:
+    """Codes [K, N], and scales [K / block, N] or one a column [N]."""
+    inputs, outputs = _matrix(node, codes)
+    block = node.attributes.get("block_size", 0)
+    axis = node.attributes.get("axis", 1)
+    if set(node.attributes) - {"axis", "block_size"} or axis != (0 if block else 1):
+        raise ValueError(f"DequantizeLinear {node.name} has attributes that no export writes")
+    if block and (block not in BLOCKS or inputs % block):
+        raise ValueError(f"DequantizeLinear {node.name} has blocks of {block} in {inputs} inputs")
+    kind = codes.dtype if codes.dtype in ("int4", "int8") else "int4 or int8"
+    return kind, (inputs, outputs), (inputs // block, outputs) if block else (outputs,)
+
+
+def _matrix(node: Quantised, codes: Value) -> tuple[int, int]:
+    if len(codes.sizes) != 2 or not all(isinstance(n, int) and n > 0 for n in codes.sizes):
+        raise ValueError(f"DequantizeLinear {node.name} has codes {codes}, want a matrix")
+    inputs, outputs = codes.sizes
+    return int(inputs), int(outputs)
+
+
+def _fused(node: Quantised, codes: Value) -> Wanted:
+    """Codes [N, blocks, bytes of a block], scales [N, blocks]."""
+    found = node.attributes
+    inputs, outputs, bits, block, level = (
+        found.get(name, 0) for name in ("K", "N", "bits", "block_size", "accuracy_level")
+    )
+    sound = min(inputs, outputs) > 0 and bits in (4, 8) and block in BLOCKS and level in LEVELS
+    if not sound or set(found) - FUSED_ATTRIBUTES:
+        raise ValueError(f"{FUSED} {node.name} has attributes that no export writes")
+    blocks = -(-inputs // block)
+    return "uint8", (outputs, blocks, block * bits // 8), (outputs, blocks)

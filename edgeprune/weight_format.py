@@ -1,0 +1,88 @@
+"""What `--weights` asks for: how the weights of products are stored.
+
+Written as a kind with options: `int4:block=64:head=float:vision=int8`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from edgeprune.errors import SpecError
+
+BITS = {"float": 0, "int8": 8, "int4": 4}
+"""Kinds of weights; float: as the graph's dtype."""
+
+BLOCKS = (128, 64, 32)
+"""How many inputs may share a scale of int4: sizes that every engine takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one product's weight [K, N] is stored."""
+
+    bits: int
+    block: int | None  # inputs that share a scale; None: all K, one scale an output
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """Kinds of weights by part of the model. SpecError where a kind is not known."""
+
+    kind: str = "float"  # of the decoder's layers
+    block: int = BLOCKS[0]  # of int4, at most: smaller where it does not divide the inputs
+    head: str = "float"  # the product that gives logits
+    vision: str = "float"  # products of encoder and projector
+
+    def __post_init__(self) -> None:
+        for part in ("kind", "head", "vision"):
+            if (value := getattr(self, part)) not in BITS:
+                name = "--weights" if part == "kind" else f"{part} of --weights"
+                raise SpecError(f"{name} is one of {', '.join(BITS)}; got {value!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> WeightFormat:
+        """What a command line says; `on` is the kind of the layers, `off` is float."""
+        kind, *settings = text.strip().split(":")
+        pairs = [setting.partition("=")[::2] for setting in settings]
+        known = [field.name for field in fields(cls)][1:]
+        if any(not (name and value) for name, value in pairs):
+            raise SpecError(f"options of --weights are written KIND:NAME=VALUE; got {text!r}")
+        if kind == "float" and pairs:
+            raise SpecError(f"--weights float takes no options; got {text!r}")
+        if strange := [name for name, _ in pairs if name not in known]:
+            raise SpecError(f"--weights has the options {', '.join(known)}; got {strange[0]!r}")
+        if len(dict(pairs)) != len(pairs):
+            raise SpecError(f"an option of --weights is given twice: {text!r}")
+        switches = {"on": kind, "off": "float"}
+        options = {"head": kind} | {name: switches.get(value, value) for name, value in pairs}
+        block = options.pop("block", str(BLOCKS[0]))
+        if block not in map(str, BLOCKS):
+            sizes = ", ".join(map(str, sorted(BLOCKS)))
+            raise SpecError(f"block of --weights is one of {sizes}; got {block!r}")
+        return cls(kind, int(block), **options)
+
+    def __str__(self) -> str:
+        """As `parse` reads it, with every option."""
+        if self.is_float:
+            return "float"
+        return f"{self.kind}:block={self.block}:head={self.head}:vision={self.vision}"
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is quantised."""
+        return {self.kind, self.head, self.vision} == {"float"}
+
+    def form(self, part: str, inputs: int, outputs: int) -> Form | None:
+        """How a product of a part (`kind`, `head`, `vision`) is stored; None: as floats.
+
+        What int4 cannot hold is int8: where no block divides the inputs, and an odd number of
+        outputs, since two codes share a byte.
+        """
+        bits = BITS[getattr(self, part)]
+        if bits == 4:
+            sizes = [size for size in BLOCKS if size <= self.block and inputs % size == 0]
+            return Form(4, sizes[0]) if sizes and outputs % 2 == 0 else Form(8, None)
+        return Form(bits, None) if bits else None
+
+
+FLOAT = WeightFormat()

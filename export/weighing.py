@@ -1,0 +1,98 @@
+"""What quantising weights costs: bits, the error of the weights, and the distance of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from edgeprune.bundle import DistanceRecord, WeightsRecord
+from edgeprune.export import precision
+from edgeprune.export.dialogue import Graphs, Outcome, play, require_finite
+from edgeprune.export.parity import WEIGHTS
+from edgeprune.export.weights import Stored
+from edgeprune.graphs import GraphRecord
+from edgeprune.lowering import Lowering
+from edgeprune.models import Adapter
+from edgeprune.models._processor import Prompt
+from edgeprune.models._reference import Reference
+from edgeprune.models._rounding import TORCH
+from edgeprune.policies import Policy
+from edgeprune.progress import Progress
+from edgeprune.spec import Plan
+
+Wanted = list[tuple[Outcome, torch.Tensor]]  # of each sample, with the first decode step's token
+
+
+def weights_record(lowering: Lowering, stored: Stored) -> WeightsRecord | None:
+    """How the weights of a bundle were stored; None where none is quantised."""
+    if not stored.numbers:
+        return None
+    return WeightsRecord(
+        format=str(lowering.weights),
+        algorithm="rounding",
+        tensors=dict(stored.tensors),
+        numbers=stored.numbers,
+        bits=8 * stored.bytes / stored.numbers,
+        error=math.sqrt(stored.error / stored.power) if stored.power else 0.0,
+    )
+
+
+def weigh(
+    weights: WeightsRecord | None,
+    lowering: Lowering,
+    exact: Adapter,  # with the checkpoint's own weights
+    draft: Path,
+    record: GraphRecord,  # of decoder.onnx
+    adapter: Adapter,  # with the weights of the bundle
+    policy: Policy,
+    plan: Plan,
+    samples: Sequence[Prompt],
+    report: Progress,
+) -> WeightsRecord | None:
+    """The record with distances to the model whose weights are not quantised."""
+    if weights is None:
+        return None
+    model = Reference.build(exact, policy, plan)
+    wanted = Wanted()
+    for number, prompt in enumerate(samples, 1):
+        wanted.append(play(model, prompt))
+        require_finite(wanted[-1][0], "the float32 model", number, WEIGHTS)
+        report("the model before quantising", number, len(samples))
+    del model
+    quantised = Reference.build(adapter, policy, plan)
+
+    def apart(engine: Reference | Graphs, step: str) -> DistanceRecord:
+        tick = _ticking(report, step, len(samples))
+        return _apart(engine, wanted, samples, plan, tick)
+
+    found = replace(weights, distance=apart(quantised, "distance of quantised weights"))
+    if lowering.target.codes != "MatMulNBits" or lowering.dtype.name == "bf16":
+        return found
+    dtype = TORCH[lowering.dtype.name]
+    running = Graphs(draft, record, quantised.decoder, dtype, exact=False)
+    return replace(found, running=apart(running, "distance as the graph runs"))
+
+
+def _ticking(report: Progress, step: str, count: int) -> Callable[[int], None]:
+    return lambda done: report(step, done, count)
+
+
+def _apart(
+    engine: Reference | Graphs,
+    wanted: Wanted,
+    samples: Sequence[Prompt],
+    plan: Plan,
+    progress: Callable[[int], None],
+) -> DistanceRecord:
+    """How far an engine is from what another said of the same samples."""
+    tally = precision.Tally()
+    for number, (prompt, (outcome, token)) in enumerate(zip(samples, wanted, strict=True), 1):
+        found, _ = play(engine, prompt, token)
+        require_finite(found, "the quantised model", number, "choose another --weights")
+        tally.add(found, outcome, plan)
+        progress(number)
+    return tally.record()
