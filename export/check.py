@@ -13,16 +13,16 @@ from google.protobuf.message import DecodeError
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError
 from edgeprune.export._graph import Graph, Node
+from edgeprune.export._rule import NEVER, Version
 from edgeprune.export.rules import (
     ADDED,
-    NEVER,
     OPERATORS,
     OPS_10_15,
     OPSETS,
     RULES,
     TARGETS,
+    UNTRIED,
     Target,
-    Version,
 )
 
 _LETTERS = {
@@ -34,6 +34,9 @@ _LETTERS = {
     "INT64": "l",
     "BOOL": "b",
     "UINT8": "u",
+    "INT4": "4",
+    "INT8": "8",
+    "FLOAT8E4M3FN": "3",
 }
 """Letters of `rules.OPERATORS` that stand for an element type too."""
 _DATA = {"Where": 1, "OneHot": 2}
@@ -63,6 +66,7 @@ class Verdict:
     target: Target
     problems: tuple[Problem, ...]
     first: Version | None
+    doubts: tuple[str, ...] = ()  # what should be taken, and was never tried
 
     @property
     def accepted(self) -> bool:
@@ -95,15 +99,23 @@ def check_model(model: Any, folder: Path | None = None) -> list[Verdict]:
 
     `folder` is where its external data lie: sizes are read from there, weights never.
     """
-    problems = list(find(Graph.of(model, folder)))
+    graph = Graph.of(model, folder)
+    problems = list(find(graph))
     return [
         Verdict(
             target,
             tuple(p for p in problems if p.refused_by(target)),
             _first(problems, target.engine),
+            tuple(_doubts(graph, target)),
         )
         for target in TARGETS
     ]
+
+
+def _doubts(graph: Graph, target: Target) -> Iterator[str]:
+    for row in UNTRIED:
+        if (target.engine, graph.opset) == (row.engine, row.opset) and target.version < row.before:
+            yield f"{row.message} [{row.source}]"
 
 
 def find(graph: Graph) -> Iterator[Problem]:

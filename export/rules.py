@@ -7,13 +7,23 @@ ask TensorRT-RTX itself about one graph per rule; what is said of TensorRT is fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edgeprune.export import _quantised_rules
 from edgeprune.export._graph import Graph, Node, attribute
-
-Version = tuple[int, ...]
-Since = Mapping[str, Version | None]  # by engine; one that is not named always took it
+from edgeprune.export._rule import (
+    NEVER,
+    Rule,
+    Since,
+    Version,
+    computed,
+    given,
+    is_set,
+    rank_not,
+    returned,
+    typed,
+)
 
 OPS_10 = "onnx-tensorrt docs/operators.md of TensorRT 10.0"
 OPS_10_15 = "onnx-tensorrt docs/operators.md of TensorRT 10.15"
@@ -36,13 +46,13 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What versions before `since` refuse: nodes of these operators that are `broken`."""
+class Untried:
+    """Graphs of an opset, in versions of an engine before some version."""
 
-    operators: tuple[str, ...]
+    engine: str
+    before: Version
+    opset: int
     message: str
-    broken: Callable[[Graph, Node], bool]
-    since: Since
     source: str
 
 
@@ -59,7 +69,7 @@ TARGETS = (
 
 OPSETS: Mapping[str, tuple[tuple[Version, int, str], ...]] = {
     "trt": (
-        ((10, 0), 20, OPS_10),
+        ((10, 0), 21, f"{OPS_10}; onnx-tensorrt 10.1, ModelImporter.cpp"),
         ((10, 6), 22, f"{CHANGES} 10.6: ONNX 1.17"),
         ((10, 11), 23, f"{CHANGES} 10.11: ONNX 1.18"),
         ((10, 15), 24, OPS_10_15),
@@ -73,8 +83,21 @@ OPSETS: Mapping[str, tuple[tuple[Version, int, str], ...]] = {
 }
 """The newest opset that a version takes, from that version on."""
 
+UNTRIED = (
+    Untried(
+        "trt",
+        before=(10, 6),
+        opset=21,
+        message="opset 21 is untried: documented to 20, while the parser refuses no opset and is"
+        " built with ONNX 1.16, which has 21",
+        source=f"{OPS_10}; onnx-tensorrt 10.1, ModelImporter.cpp",
+    ),
+)
+"""What a version should take, and was never seen to."""
+
 # Element types: f float32, float16 and bfloat16 (a lone h: float32 and float16), i int32, l int64,
-# b bool, u uint8. From OPS_10_15; an operator that is listed there as unsupported has none.
+# b bool, u uint8, 4 int4, 8 int8, 3 float8 (e4m3). From OPS_10_15; an operator that is listed there
+# as unsupported has none.
 _TYPES = {
     "fil": """
         Abs Add ArgMax ArgMin DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual
@@ -96,7 +119,8 @@ _TYPES = {
         Concat Expand EyeLike Flatten Gather GatherElements GatherND Identity If Loop OneHot Reshape
         ReverseSequence Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where
     """,
-    "filbu": "Cast CastLike Constant ConstantOfShape DequantizeLinear",
+    "filbu": "Cast CastLike Constant ConstantOfShape",
+    "348": "DequantizeLinear",
     "fi": "TensorScatter",
     "b": "And Not Or Xor",
     "h": "DeformConv GridSample Mish NonMaxSuppression NonZero RoiAlign STFT",
@@ -121,36 +145,7 @@ ADDED: Mapping[str, tuple[Since, str]] = {
 }
 """Operators that TensorRT 10.0 did not know, by the version that brought them."""
 
-NEVER: Since = {"trt": None, "rtx": None}
 REDUCTIONS = tuple(name for name in OPERATORS if name.startswith("Reduce"))
-
-
-def _given(*indices: int) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: any(graph.given(node, index) for index in indices)
-
-
-def _returned(*indices: int) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: any(p < len(node.output) and node.output[p] for p in indices)
-
-
-def _set(name: str, usual: object) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: attribute(node, name, usual) != usual
-
-
-def _computed(index: int) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: not graph.constant(graph.given(node, index))
-
-
-def _rank_not(wanted: int, *indices: int) -> Callable[[Graph, Node], bool]:
-    def broken(graph: Graph, node: Node) -> bool:
-        ranks = (graph.rank(graph.given(node, index)) for index in indices)
-        return any(rank not in (None, wanted) for rank in ranks)
-
-    return broken
-
-
-def _typed(index: int, *kinds: int) -> Callable[[Graph, Node], bool]:
-    return lambda graph, node: graph.types.get(graph.given(node, index)) in kinds
 
 
 def _other_axis(graph: Graph, node: Node) -> bool:
@@ -161,26 +156,26 @@ def _other_axis(graph: Graph, node: Node) -> bool:
 FLOAT32, INT32, INT64, FLOAT16 = 1, 6, 7, 10  # TensorProto.DataType
 
 RULES: tuple[Rule, ...] = (
-    Rule(("Attention",), "takes no past_key, past_value", _given(4, 5), NEVER, OPS_10_15),
+    Rule(("Attention",), "takes no past_key, past_value", given(4, 5), NEVER, OPS_10_15),
     Rule(
         ("Attention",),
         "takes no nonpad_kv_seqlen",
-        _given(6),
+        given(6),
         {"trt": None},
         f"{OPS_10_15}, and of 11.2",
     ),
     Rule(
         ("Attention",),
         "has one output: no present_key, present_value, qk_matmul_output",
-        _returned(1, 2, 3),
+        returned(1, 2, 3),
         NEVER,
         OPS_10_15,
     ),
-    Rule(("Attention",), "takes no softcap", _set("softcap", 0.0), NEVER, OPS_10_15),
+    Rule(("Attention",), "takes no softcap", is_set("softcap", 0.0), NEVER, OPS_10_15),
     Rule(
         ("Attention",),
         "takes queries, keys, values and masks of four axes",
-        _rank_not(4, 0, 1, 2, 3),
+        rank_not(4, 0, 1, 2, 3),
         {"trt": None},
         OPS_10_15,
     ),
@@ -194,23 +189,23 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("Attention",),
         "has no fused kernel for float32",
-        _typed(0, FLOAT32),
+        typed(0, FLOAT32),
         NEVER,
         f"edgeprune build takes fp16 and bf16; {SEEN}",
     ),
     Rule(
         ("Softmax", "Attention"),
         "gives wrong numbers in float16 on a CPU",
-        _typed(0, FLOAT16),
+        typed(0, FLOAT16),
         {"ort": (1, 30)},
         SEEN_ORT,
     ),
-    Rule(("TensorScatter",), "takes caches of four axes", _rank_not(4, 0, 1), NEVER, OPS_10_15),
+    Rule(("TensorScatter",), "takes caches of four axes", rank_not(4, 0, 1), NEVER, OPS_10_15),
     Rule(("TensorScatter",), "writes along axis -2", _other_axis, NEVER, OPS_10_15),
     Rule(
         ("TensorScatter",),
         "writes linearly, not in a circle",
-        _set("mode", b"linear"),
+        is_set("mode", b"linear"),
         NEVER,
         f"{GUIDE}: only kLINEAR is supported",
     ),
@@ -222,7 +217,7 @@ RULES: tuple[Rule, ...] = (
         f"{GUIDE}: the cache is a network input and output at one address",
     ),
     Rule(
-        ("RotaryEmbedding",), "takes positions of int64", _typed(3, INT32), {"trt": None}, OPS_10_15
+        ("RotaryEmbedding",), "takes positions of int64", typed(3, INT32), {"trt": None}, OPS_10_15
     ),
     Rule(
         ("ArgMax", "ArgMin"),
@@ -231,7 +226,7 @@ RULES: tuple[Rule, ...] = (
         NEVER,
         SEEN,
     ),
-    Rule(("TopK",), "returns sorted values", _set("sorted", 1), {"trt": None}, OPS_10_15),
+    Rule(("TopK",), "returns sorted values", is_set("sorted", 1), {"trt": None}, OPS_10_15),
     Rule(
         ("TopK",),
         "selects at most 3840",
@@ -249,35 +244,36 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("ScatterND",),
         "takes no reduction other than none",
-        _set("reduction", b"none"),
+        is_set("reduction", b"none"),
         NEVER,
         OPS_10_15,
     ),
-    Rule(("Pad",), "takes no axes", _given(3), {"trt": (10, 4)}, f"{CHANGES} 10.4"),
+    Rule(("Pad",), "takes no axes", given(3), {"trt": (10, 4)}, f"{CHANGES} 10.4"),
     Rule(
         ("Squeeze", "Unsqueeze"),
         "takes constant axes",
-        _computed(1),
+        computed(1),
         {"trt": (10, 7), "rtx": None},
         f"{CHANGES} 10.7; {SEEN}",
     ),
-    Rule(("CumSum",), "takes a constant axis", _computed(1), {"trt": (10, 8)}, f"{CHANGES} 10.8"),
+    Rule(("CumSum",), "takes a constant axis", computed(1), {"trt": (10, 8)}, f"{CHANGES} 10.8"),
     Rule(
         ("Pow",),
         "takes no integer exponent",
-        _typed(1, INT32, INT64),
+        typed(1, INT32, INT64),
         {"trt": (10, 8)},
         f"{CHANGES} 10.8",
     ),
     Rule(
         ("Pow",),
         "takes no integer base",
-        _typed(0, INT32, INT64),
+        typed(0, INT32, INT64),
         {"trt": (10, 12)},
         f"{CHANGES} 10.12",
     ),
-    Rule(REDUCTIONS, "takes constant axes", _computed(1), NEVER, OPS_10_15),
-    Rule(("OneHot",), "takes a constant depth", _computed(1), {"trt": None}, OPS_10_15),
-    Rule(("LayerNormalization",), "has one output: Y", _returned(1, 2), NEVER, OPS_10_15),
-    Rule(("MaxPool",), "has one output: no indices", _returned(1), NEVER, OPS_10_15),
+    Rule(REDUCTIONS, "takes constant axes", computed(1), NEVER, OPS_10_15),
+    Rule(("OneHot",), "takes a constant depth", computed(1), {"trt": None}, OPS_10_15),
+    Rule(("LayerNormalization",), "has one output: Y", returned(1, 2), NEVER, OPS_10_15),
+    Rule(("MaxPool",), "has one output: no indices", returned(1), NEVER, OPS_10_15),
+    *_quantised_rules.RULES,
 )

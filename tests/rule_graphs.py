@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from ml_dtypes import int4
 from onnx import TensorProto, helper, numpy_helper
 
 Ends = Mapping[str, tuple[str, Sequence[int | str]]]  # name: element type and shape
@@ -139,6 +140,7 @@ def cases() -> Iterator[Case]:
     yield from _selection()
     yield from _sizes()
     yield from _outputs()
+    yield from _quantised()
 
 
 def _selection() -> Iterator[Case]:
@@ -226,6 +228,35 @@ def _sizes() -> Iterator[Case]:
     ):
         good = {"inputs": {"x": ("FLOAT", (4,)), "e": ("FLOAT", (4,))}}
         yield Case("Pow", says, "--++++++", inputs, ("x", "e"), good=good, opset=18)
+
+
+def _quantised() -> Iterator[Case]:
+    def weight(kind: Any, *shape: int, block: int = 32, axis: int = 0) -> dict[str, Any]:
+        scales = list(shape)
+        scales[axis] = -(-scales[axis] // block)
+        return {"w": np.ones(shape, kind), "s": np.ones(scales, np.float16)}
+
+    blocks, four = {"axis": 0, "block_size": 32}, weight(int4, 64, 32)
+    usual = {"inputs": {}, "wires": ("w", "s"), "attributes": blocks, "constants": four}
+    for says, verdict, changes in (
+        (
+            "no zero point",
+            REFUSED,
+            {"wires": ("w", "s", "z"), "constants": {**four, "z": np.ones((2, 32), int4)}},
+        ),
+        ("that divide the axis", REFUSED, {"constants": weight(int4, 80, 32)}),
+        (
+            "of two axes",
+            "-+++++++",
+            {
+                "attributes": {"axis": 1, "block_size": 32},
+                "constants": weight(int4, 1, 64, 32, axis=1),
+            },
+        ),
+        ("last axis is even", DOCUMENTED, {"constants": weight(int4, 64, 33)}),
+        ("no blocks of int8", DOCUMENTED, {"constants": weight(np.int8, 64, 32)}),
+    ):
+        yield Case("DequantizeLinear", says, verdict, **{**usual, **changes}, good=usual, opset=22)
 
 
 def _outputs() -> Iterator[Case]:

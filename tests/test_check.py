@@ -17,8 +17,9 @@ from onnx import TensorProto, helper
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.export._graph import Graph
+from edgeprune.export._rule import Version
 from edgeprune.export.check import check_graph, check_model, find
-from edgeprune.export.rules import OPSETS, RULES, TARGETS, Version
+from edgeprune.export.rules import OPSETS, RULES, TARGETS
 from edgeprune.runtime import parsers
 from edgeprune.runtime import trt as seam
 from tests.conftest import Refused
@@ -93,7 +94,15 @@ def one_node(operator: str, kind: int, opset: int, domain: str = "") -> Any:
 
 @pytest.mark.parametrize(
     ("opset", "first"),
-    [(18, (10, 0)), (21, (10, 6)), (23, (10, 11)), (24, (10, 15)), (25, (11, 5)), (26, None)],
+    [
+        (18, (10, 0)),
+        (21, (10, 0)),
+        (22, (10, 6)),
+        (23, (10, 11)),
+        (24, (10, 15)),
+        (25, (11, 5)),
+        (26, None),
+    ],
 )
 def test_opsets_by_version(opset: int, first: Version | None) -> None:
     found = check_model(one_node("Abs", TensorProto.FLOAT16, opset))

@@ -27,7 +27,7 @@ from edgeprune.policies import make
 from edgeprune.runtime.session import Session
 from edgeprune.spec import PruneSpec
 from edgeprune.weight_format import WeightFormat
-from tests.families import llava
+from tests.families import llava_onevision
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (56, 56, 3), np.uint8)
 ALL = [*((target, "int4") for target in TARGETS), ("cpu", "int8"), ("jetpack6", "int8")]
@@ -131,7 +131,8 @@ def test_the_distance_to_the_float_model_is_stored_and_told(bundles, tiny_checkp
 
 def test_a_tied_model_holds_its_head_apart(tmp_path):
     """The embedding stays as it is; the head is its tensor, quantised, and is compared so."""
-    model, output = llava(tied=True).save(tmp_path / "tied"), tmp_path / "bundle"
+    model, output = llava_onevision().save(tmp_path / "tied"), tmp_path / "bundle"
+    assert open_model(str(model)).decoder_config.tied
     options = ["--model", model, "--method", "none", "--parity", 1, "--weights", "int4"]
     assert main([*map(str, ["export", *options, "-o", output])]) == 0
     graph = onnx.load(output / "decoder.onnx", load_external_data=False).graph

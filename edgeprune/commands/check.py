@@ -115,6 +115,7 @@ def _report(
     refused = [row["title"] for row in rows if {*asked} & {*row["names"]} and not row["accepted"]]
     answers = [("yes" if r["accepted"] else "no", r["title"], r["first"]) for r in rows]
     reasons = dict.fromkeys(reason for row in rows for reason in row["reasons"])
+    doubts = dict.fromkeys(doubt for row in rows if row["accepted"] for doubt in row["doubts"])
     said = [f"{parser.title}, asked here: {_said(parser)}" for parser in here]
     record = {
         "bundle": name,
@@ -122,7 +123,7 @@ def _report(
         "asked_here": {parser.title: _said(parser) for parser in here},
         "refused": refused,
     }
-    return record, "\n".join([plain(answers), *(f"- {r}" for r in reasons), *said])
+    return record, "\n".join([plain(answers), *(f"- {r}" for r in (*reasons, *doubts)), *said])
 
 
 def _row(
@@ -148,6 +149,7 @@ def _row(
         "accepted": not reasons,
         "first": f"taken from {version} on" if version else "no version is known to take it",
         "reasons": reasons,
+        "doubts": [f"{target.title}: {doubt}" for verdict in verdicts for doubt in verdict.doubts],
     }
 
 
