@@ -18,8 +18,17 @@ SYSTEM = 5 * GB // 2
 """For the system, CUDA and the engine's own code: an estimate, not measured."""
 DEVICES = {"8 GB": 8 * GB, "16 GB": 16 * GB, "32 GB": 32 * GB, "64 GB": 64 * GB}
 """Jetson Orin modules by memory, which CPU and GPU share."""
-KINDS = tuple((name, dtype) for name in ("jetpack7", "jetpack6") for dtype in TARGETS[name].engines)
-"""Targets and dtypes of which a Jetson builds engines."""
+QUANTISED = ("int4", "int4:vision=on")
+"""Formats of weights that a Jetson's engines keep as they are."""
+KINDS = tuple(
+    (name, dtype, format)
+    for name in ("jetpack7", "jetpack6")
+    for dtype in TARGETS[name].engines
+    for format in ("float", *(QUANTISED if dtype == "fp16" else ()))
+)
+"""Targets, dtypes and formats of weights of which a Jetson builds engines."""
+KEPT = (4,)
+"""Bits of codes that TensorRT is known to keep in an engine; those of 8 it may turn into floats."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Budget:
 
     target: str
     dtype: str
+    format: str  # of the weights, as --weights takes it
     weights: int
     caches: tuple[int, ...]  # of each layer
     activations: int
@@ -42,9 +52,11 @@ class Budget:
 
 
 def budget(
-    sizes: Sizes, elements: int, counts: Sequence[int], text: int, target: str, dtype: str
+    sizes: Sizes, weights: int, counts: Sequence[int], text: int, kind: tuple[str, str, str]
 ) -> Budget:
-    """For `elements` weights, `text` text tokens and counts[l] visual ones in layer l + 1."""
+    """For `weights` bytes of weights, `text` text tokens and counts[l] visual ones in layer l + 1;
+    `kind` is one of KINDS."""
+    target, dtype, format = kind
     element, plain = DTYPES[dtype].bytes, TARGETS[target].dialect == "jetpack6"
     copies = 2 if plain else 1
     caches = tuple(copies * kv_bytes(sizes, [count], text, element) for count in counts)
@@ -53,4 +65,4 @@ def budget(
     scores = sizes.attention_heads * tokens**2 if plain else 0
     beside = max(3 * sizes.mlp_width * tokens, attention + scores)
     activations = element * (2 * sizes.width * tokens + beside)
-    return Budget(target, dtype, elements * element, caches, activations)
+    return Budget(target, dtype, format, weights, caches, activations)

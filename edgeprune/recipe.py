@@ -21,7 +21,7 @@ from edgeprune.export.exporter import (
     preflight,
     read_records,
 )
-from edgeprune.lowering import resolve
+from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -68,6 +68,11 @@ class Recipe:
         return Path(self.model).resolve().name if Path(self.model).exists() else self.model
 
     @property
+    def lowering(self) -> Lowering:
+        """How graphs and weights are written; SpecError where that is not known."""
+        return resolve(self.target, self.dtype, self.weights)
+
+    @property
     def folder(self) -> Path:
         """Where the bundle goes."""
         if self.output is not None:
@@ -93,7 +98,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         recipe = replace(recipe, spec=spec)
     check_reach(spec, adapter.shape)
     samples, why = _parity(recipe, adapter)
-    preflight(recipe.folder, recipe.target, recipe.dtype, adapter, compared=not why)
+    preflight(recipe.folder, recipe.lowering, adapter, compared=not why)
     _check_keep(recipe, why)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is told before minutes of calibration
@@ -167,7 +172,7 @@ def _check_keep(recipe: Recipe, why: str) -> None:
     """SpecError where parts are to stay in float32 and none can, or none can be found."""
     if recipe.keep_fp32 == "none":
         return
-    dtype = resolve(recipe.target, recipe.dtype).dtype.name
+    dtype = recipe.lowering.dtype.name
     if dtype != "fp16":
         raise SpecError(f"--keep-fp32 is for fp16, this export is {dtype}; leave it out")
     if why:

@@ -23,6 +23,10 @@ class Form:
     bits: int
     block: int | None  # inputs that share a scale; None: all K, one scale an output
 
+    def bytes(self, inputs: int, outputs: int, scale: int) -> int:
+        """Of a weight whose scales have `scale` bytes each."""
+        return outputs * (inputs * self.bits // 8 + scale * (inputs // (self.block or inputs)))
+
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:

@@ -72,18 +72,17 @@ class Exported:
     notes: tuple[str, ...] = ()  # what was assumed or left out of the checkpoint
 
 
-def preflight(
-    output: Path, target: str, dtype: str | None, adapter: Adapter, *, compared: bool
-) -> None:
+def preflight(output: Path, lowering: Lowering, adapter: Adapter, *, compared: bool) -> None:
     """Refuse at once what would otherwise fail at the end of a calibration or an export.
 
     A half-precision bundle that is `compared` needs disk for its float32 copy too.
     """
-    chosen = resolve(target, dtype).dtype
+    element = lowering.dtype.bytes
     check_target(output)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
-    copy = DTYPES["fp32"].bytes if compared and chosen.name != "fp32" else 0
-    need = adapter.checkpoint.num_parameters() * (chosen.bytes + copy)
+    copied = compared and lowering.dtype.name != "fp32"
+    sizes = (element, DTYPES["fp32"].bytes) if copied else (element,)
+    need = sum(adapter.weight_bytes(lowering.weights, size) for size in sizes)
     disk = shutil.disk_usage(parent)
     if need > disk.free and disk.total:  # some file systems count nothing
         raise ExportError(
@@ -136,7 +135,7 @@ def export(
 ) -> Exported:
     """Trace, write weights, check parity, and rename the whole into place."""
     compared = not request.no_parity
-    preflight(request.output, request.target, request.dtype, adapter, compared=compared)
+    preflight(request.output, request.lowering, adapter, compared=compared)
     check_topk(request.spec.method, policy.largest_topk(request.plan), request.target)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)

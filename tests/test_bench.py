@@ -122,7 +122,8 @@ def row(name: str, backend: str, speed: float, **changes: Any) -> Row:
         "prefill_operations": 400,
         "decode_operations": 10,
     }
-    return Row(name, backend, "utp", 2.0, "fp16", RoundSeconds(*times), **usual | changes)
+    stored = ("int4:block=128:head=int4:vision=float", 5_000_000)
+    return Row(name, backend, "utp", 2.0, "fp16", *stored, RoundSeconds(*times), **usual | changes)
 
 
 def test_the_table_and_the_figure() -> None:
@@ -140,6 +141,7 @@ def test_the_table_and_the_figure() -> None:
     found = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[1:4]]
     pruned, engine = (dict(zip(HEADS, cells, strict=True)) for cells in found[1:])
     assert (pruned["prefill x"], pruned["limit x"], pruned["reached"]) == ("2.00", "4.00", "50%")
+    assert pruned["weights"] == "int4 5.0 MB"
     assert (pruned["TTFT ms"], pruned["tok/s"], pruned["peak MB"]) == ("82.50", "266.7", "-")
     assert (engine["prefill x"], engine["build s"], engine["J"]) == ("1.00", "61.0", "2.00")
     assert "dense on trt against ort-cpu: 1 of 1 greedy tokens" in lines[4]

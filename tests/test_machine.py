@@ -116,16 +116,22 @@ def test_the_memory_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(capsys.readouterr().out)
     adapter = open_model("demo")
     shape, elements = adapter.shape, adapter.checkpoint.num_parameters()
-    rows = {(b["target"], b["dtype"]): b for b in record["budgets"]}
+    rows = {(b["target"], b["dtype"], b["format"]): b for b in record["budgets"]}
     assert tuple(rows) == KINDS
-    half = rows["jetpack7", "fp16"]
+    half = rows["jetpack7", "fp16", "float"]
     assert half["weights"] == 2 * elements
+    width, mlp, vocabulary = shape.width, shape.mlp_width, shape.vocabulary
+    products = 12 * (4 * width**2 + 3 * width * mlp) + width * vocabulary
+    scales = 12 * (4 * width**2 // 64 + 2 * width // 64 * mlp + mlp // 32 * width)
+    scales += width // 64 * vocabulary
+    four = products // 2 + 2 * scales + 2 * (elements - products)
+    assert rows["jetpack7", "fp16", "int4"]["weights"] == four
     tokens = shape.visual_tokens // 4 + 512
     assert half["caches"] == [4 * shape.kv_heads * shape.head_size * tokens] * shape.layers
     assert half["caches"][0] == kv_bytes(shape, [shape.visual_tokens // 4], 512, 2)
     residual, mlp = 2 * shape.width * tokens, 3 * shape.mlp_width * tokens
     assert half["activations"] == 2 * (residual + mlp)
-    plain = rows["jetpack6", "fp16"]
+    plain = rows["jetpack6", "fp16", "float"]
     assert plain["caches"] == [2 * size for size in half["caches"]], "one grows into the other"
     assert plain["activations"] >= 2 * shape.attention_heads * tokens**2
     assert half["total"] == half["weights"] + sum(half["caches"]) + half["activations"]
@@ -148,6 +154,6 @@ def test_options_that_do_not_go_together(options: list[str], says: str, refused:
 
 def test_what_fits_a_device() -> None:
     shape = open_model("demo").shape
-    found = budget(shape, 10**9, [10] * shape.layers, 10, "jetpack7", "fp16")
+    found = budget(shape, 2 * 10**9, [10] * shape.layers, 10, ("jetpack7", "fp16", "float"))
     assert found.fits(found.total + SYSTEM)
     assert not found.fits(found.total + SYSTEM - 1)

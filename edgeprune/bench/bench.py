@@ -25,6 +25,7 @@ from edgeprune.bench import agreement, worker
 from edgeprune.bench.agreement import Agreement, Answer
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
+from edgeprune.graph_contract import WEIGHTS
 from edgeprune.lowering import DTYPES
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import backends, machine
@@ -69,6 +70,8 @@ class Row:
     method: str
     cr: float
     dtype: str
+    weights: str  # how those of products are stored, as --weights takes it
+    weight_bytes: int  # of all weights, in the bundle
     rounds: RoundSeconds
     load_seconds: float
     build_seconds: float | None  # of engines; None where nothing is built
@@ -226,6 +229,8 @@ class _WorkerProcess:
             method=prune.method,
             cr=prune.cr_reached,
             dtype=self.manifest.dtype,
+            weights=self.manifest.weights.format if self.manifest.weights else "float",
+            weight_bytes=self.manifest.files[WEIGHTS].bytes,
             rounds=RoundSeconds(vision, prefill, decode),
             load_seconds=self.loaded["load_seconds"],
             build_seconds=self.loaded["build_seconds"],

@@ -11,6 +11,7 @@ from edgeprune.tables import plain, spread
 HEADS = (
     "bundle",
     "backend",
+    "weights",
     "vision ms",
     "prefill ms",
     "TTFT ms",
@@ -43,6 +44,7 @@ def _cells(row: Row, first: Row) -> tuple[str, ...]:
     return (
         row.name,
         row.backend,
+        f"{row.weights.partition(':')[0]} {row.weight_bytes / 1e6:.1f} MB",
         _milliseconds(row.rounds.vision),
         _milliseconds(row.rounds.prefill),
         f"{1e3 * row.first_token:.2f}",

@@ -178,28 +178,37 @@ def _said(parser: Parser) -> str:
 def _memory(args: argparse.Namespace) -> Report:
     from dataclasses import asdict
 
-    from edgeprune.budget import DEVICES, GB, KINDS, SYSTEM, budget
+    from edgeprune.budget import DEVICES, GB, KEPT, KINDS, SYSTEM, budget
+    from edgeprune.lowering import DTYPES
     from edgeprune.spec import PruneSpec, check_reach
+    from edgeprune.weight_format import WeightFormat
 
     cr = 1.0 if args.cr is None else args.cr
     text = 512 if args.text_capacity is None else args.text_capacity
     if text < 1:
         raise SpecError(f"--text-capacity is at least 1 token; got {text}")
     adapter = _common.model(args)
-    shape, elements = adapter.shape, adapter.checkpoint.num_parameters()
+    shape, numbers = adapter.shape, adapter.checkpoint.num_parameters()
     check_reach(PruneSpec("uniform", cr), shape)
     counts = [round(shape.visual_tokens / cr)] * shape.layers
-    found = [budget(shape, elements, counts, text, *kind) for kind in KINDS]
-    heads = ("target", "dtype", "weights", "KV", "KV a layer", "activations", "total")
+
+    def stored(dtype: str, format: str) -> int:
+        return adapter.weight_bytes(WeightFormat.parse(format), DTYPES[dtype].bytes, KEPT)
+
+    found = [budget(shape, stored(*kind[1:]), counts, text, kind) for kind in KINDS]
+    sums = ("weights", "bits", "KV", "KV a layer", "activations", "total")
+    heads = ("target", "dtype", "--weights", *sums)
     rows: list[tuple[str, ...]] = [(*heads, *(f"Orin {name}" for name in DEVICES))]
     for b in found:
         parts = (b.weights, sum(b.caches), b.caches[0], b.activations, b.total)
-        sizes = (f"{part / GB:.3f} GB" for part in parts)
+        sizes = [f"{part / GB:.3f} GB" for part in parts]
+        sizes.insert(1, f"{8 * b.weights / numbers:.2f}")
         fits = ("yes" if b.fits(device) else "no" for device in DEVICES.values())
-        rows.append((b.target, b.dtype, *sizes, *fits))
+        rows.append((b.target, b.dtype, b.format, *sizes, *fits))
     note = (
         f"{counts[0]} visual tokens a layer (CR {cr:g}), {text} of text;"
-        f" {SYSTEM / GB:g} GB are left for the system, CUDA and the engine's code, an estimate"
+        f" {SYSTEM / GB:g} GB are left for the system, CUDA and the engine's code, an estimate;"
+        " bits: of a weight, on average; while an engine is built more is needed: docs/weights.md"
     )
     record = {"budgets": [asdict(b) | {"total": b.total} for b in found], "note": note}
     return record, plain(rows) + "\n" + note

@@ -34,6 +34,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--cr", default="2,4,8,16", metavar="LIST", help="default 2,4,8,16")
     command.add_argument(
+        "--weights",
+        default="float",
+        metavar="LIST",
+        help="formats to compare too, with commas between, as float,int8,int4:block=64 (default"
+        " float)",
+    )
+    command.add_argument(
         "--seeds", type=int, default=5, metavar="N", help="draws of methods that draw (default 5)"
     )
     command.add_argument(
@@ -130,13 +137,17 @@ def _request(args: argparse.Namespace) -> CompareRequest:
     questions = Questions(args.questions, args.questions_file, args.questions_image_dir)
     return CompareRequest(
         folder=args.output,
-        cells=tuple(grid(args.methods.split(","), _ratios(args.cr), args.seeds)),
+        cells=tuple(grid(*_axes(args))),
         recipe=recipe,
         evaluation=EvalRequest(questions, args.backend, args.max_new_tokens),
         timing=TimingRequest(args.backend, args.rounds) if args.rounds else None,
         jobs=_jobs(args.jobs),
         keep_bundles=args.keep_bundles,
     )
+
+
+def _axes(args: argparse.Namespace) -> tuple[list[str], list[float], int, list[str]]:
+    return args.methods.split(","), _ratios(args.cr), args.seeds, args.weights.split(",")
 
 
 def _ratios(text: str) -> list[float]:

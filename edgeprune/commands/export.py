@@ -11,7 +11,7 @@ from edgeprune import terminal
 from edgeprune.commands import _common
 
 if TYPE_CHECKING:
-    from edgeprune.bundle import DistanceRecord, ParityRecord, RangeRecord
+    from edgeprune.bundle import DistanceRecord, ParityRecord, RangeRecord, WeightsRecord
     from edgeprune.export.exporter import Exported
     from edgeprune.recipe import Recipe
 
@@ -106,6 +106,8 @@ def _summary(exported: Exported, seconds: float) -> str:
             f" {prune.schedule['bound']:.4g}"
         )
     lines += _parity_lines(manifest.parity, manifest.dtype)
+    if manifest.weights:
+        lines += _weights_lines(manifest.weights)
     if manifest.range:
         lines += _range_lines(manifest.range)
     graphs = ("vision.onnx", "decoder.onnx", "weights.bin")
@@ -125,6 +127,20 @@ def _range_lines(record: RangeRecord) -> list[str]:
         f"range: {record.peak:.3g} at most ({record.where}), fp16 ends at {record.limit:,.0f}",
         *kept,
     ]
+
+
+def _weights_lines(record: WeightsRecord) -> list[str]:
+    """How weights are stored, and how far the model is from that of the checkpoint's weights."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(record.tensors.items()))
+    lines = [
+        f"weights {record.format}: products {kinds}; {record.bits:.2f} bits each where quantised,"
+        f" relative error {record.error:.2g} ({record.algorithm})"
+    ]
+    if record.distance is not None:
+        lines.append(f"quantised beside the checkpoint's weights: {_distance(record.distance)}")
+    if record.running is not None:
+        lines.append(f"the same as it runs, activations rounded: {_distance(record.running)}")
+    return lines
 
 
 def _parity_lines(record: ParityRecord, dtype: str) -> list[str]:

@@ -35,12 +35,13 @@ class Made:
     hash: str = ""
     cr: float = 0.0  # reached
     counts: tuple[int, ...] = ()
+    weight_bytes: int = 0
     why: str = ""
 
 
 @dataclass(frozen=True)
 class Bundles:
-    """All bundles of a comparison: one recipe, but for method, ratio and seed."""
+    """All bundles of a comparison: one recipe, but for method, ratio, seed and weights."""
 
     folder: Path
     recipe: Recipe
@@ -75,7 +76,7 @@ class Bundles:
             self.folder.rmdir()
 
     def _make(self, cell: Cell) -> Made:
-        recipe = replace(self.recipe, spec=cell.spec, output=self.path(cell))
+        recipe = replace(self._recipe(cell), output=self.path(cell))
         try:
             manifest = make(recipe).manifest
         except (SpecError, ScheduleError) as error:
@@ -83,18 +84,20 @@ class Bundles:
         else:
             self._share_weights(cell, manifest)
             prune = manifest.prune
-            found = Made(_hash(manifest), prune.cr_reached, prune.counts)
+            stored = manifest.files[WEIGHTS].bytes
+            found = Made(_hash(manifest), prune.cr_reached, prune.counts, stored)
         self.store.write(f"{cell.name}.bundle", self._key(cell), asdict(found))
         return found
 
     def _key(self, cell: Cell) -> str:
-        recipe, data = self.recipe, self.recipe.samples_file
-        settings = asdict(
-            replace(recipe, spec=cell.spec, output=None, samples_file=None, image_dir=None)
-        )
+        recipe, data = self._recipe(cell), self.recipe.samples_file
+        settings = asdict(replace(recipe, output=None, samples_file=None, image_dir=None))
         calibrated = hashlib.sha256(data.read_bytes()).hexdigest() if data else None
         model = _checkpoint(recipe.model, recipe.revision)
         return key_of(model, settings, calibrated, str(recipe.sample_images), code())
+
+    def _recipe(self, cell: Cell) -> Recipe:
+        return replace(self.recipe, spec=cell.spec, weights=cell.weights)
 
     def _holds(self, cell: Cell, made: Made) -> bool:
         """Whether the bundle is there, and is the one that was made."""
@@ -119,7 +122,7 @@ class Bundles:
 def _hash(manifest: Manifest) -> str:
     """Of the files and of all that the runtime goes by; not of when or where they were made."""
     content = asdict(manifest)
-    for name in ("name", "parity", "versions"):
+    for name in ("name", "parity", "versions", "weights"):
         del content[name]
     del content["prune"]["schedule"]
     return key_of(content)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from edgeprune import policies
 from edgeprune.errors import SpecError
 from edgeprune.spec import PruneSpec
+from edgeprune.weight_format import WeightFormat
 
 DENSE = "none"
+FLOAT = "float"
+"""Weights that are not quantised."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Cell:
     cr: float
     seed: int = 0
     options: tuple[tuple[str, str], ...] = ()
+    weights: str = FLOAT  # as --weights of export takes it
 
     @property
     def label(self) -> str:
@@ -28,18 +32,34 @@ class Cell:
         return " ".join([self.method, *(f"{name}={value}" for name, value in self.options)])
 
     @property
+    def title(self) -> str:
+        """The label with the weights, where these are quantised."""
+        return titled(self.label, self.weights)
+
+    @property
     def name(self) -> str:
-        """For files: `utp-ure=off-cr4`, with the seed where there are several."""
+        """For files: `utp-ure=off-int4-cr4`, with the seed where there are several."""
         seed = f"-seed{self.seed}" if self.seed else ""
-        return re.sub(r"[^\w.=-]", "_", f"{self.label.replace(' ', '-')}-cr{self.cr:g}{seed}")
+        return re.sub(r"[^\w.=-]", "_", f"{self.title.replace(' ', '-')}-cr{self.cr:g}{seed}")
 
     @property
     def spec(self) -> PruneSpec:
         return PruneSpec(self.method, self.cr, self.seed, dict(self.options))
 
 
-def grid(methods: Sequence[str], ratios: Sequence[float], seeds: int) -> list[Cell]:
-    """The dense model, then every method at every ratio; SpecError where a name or value is wrong.
+def titled(label: str, weights: str) -> str:
+    """A method's label with the format of quantised weights."""
+    return label if weights == FLOAT else f"{label} {weights}"
+
+
+def grid(
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    seeds: int,
+    weights: Sequence[str] = (FLOAT,),
+) -> list[Cell]:
+    """The dense model, then every method at every ratio, and all of this in every format of
+    `weights`; SpecError where a name or value is wrong.
 
     A method is a name, or a name with options such as `utp:ure=off:position=start`; `all` is every
     method there is. One that draws is there `seeds` times, one whose counts are given at no ratio
@@ -59,7 +79,10 @@ def grid(methods: Sequence[str], ratios: Sequence[float], seeds: int) -> list[Ce
     cells = list(dict.fromkeys(cells))
     for cell in cells:
         policies.make(cell.spec)  # a wrong option is told now, not after an hour
-    return cells
+    formats = dict.fromkeys(text.strip() for text in weights)
+    for text in formats:
+        WeightFormat.parse(text)
+    return [replace(cell, weights=text) for text in formats for cell in cells]
 
 
 def _parsed(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:

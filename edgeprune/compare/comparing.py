@@ -32,7 +32,7 @@ class CompareRequest:
 
     folder: Path
     cells: tuple[Cell, ...]
-    recipe: Recipe  # of all bundles, but for method, ratio and seed
+    recipe: Recipe  # of all bundles, but for method, ratio, seed and weights
     evaluation: EvalRequest = field(default_factory=lambda: EvalRequest(Questions()))
     timing: TimingRequest | None = field(default_factory=TimingRequest)
     jobs: int = 1  # processes that make bundles and ask them
@@ -69,8 +69,8 @@ def compare(
     return Comparison(
         _setup(request, answered, times),
         tuple(_result(request, cell, found, times) for cell, found in answered.items()),
-        tuple(Missing(cell.label, cell.cr, why) for cell, why in reasons.items()),
-        tuple(Missing(cell.label, cell.cr, why) for cell, why in failed.items()),
+        tuple(Missing(cell.title, cell.cr, why) for cell, why in reasons.items()),
+        tuple(Missing(cell.title, cell.cr, why) for cell, why in failed.items()),
     )
 
 
@@ -165,6 +165,8 @@ def _result(
         right=found.right,
         asked=found.asked,
         seed=cell.seed,
+        weights=cell.weights,
+        weight_bytes=made.weight_bytes,
         bundle=made.hash,
         kv_bytes=found.kv_bytes,
         rounds=times.get("rounds", {}).get(cell.name, {}),

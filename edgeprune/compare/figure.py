@@ -101,7 +101,7 @@ def _curves(cells: Sequence[Result], timed: bool) -> tuple[Mark | None, list[Cur
     marks: dict[str, list[Mark]] = {}
     for group in grouped(cells):
         if group[0].rounds or not timed:
-            marks.setdefault(group[0].method, []).append(_mark(group, timed))
+            marks.setdefault(group[0].title, []).append(_mark(group, timed))
     dense = marks.pop(DENSE, [None])[0]
     usual = {
         cr: statistics.mean(m.y for found in marks.values() for m in found if m.cr == cr)

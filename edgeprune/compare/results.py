@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeprune import policies
 from edgeprune.compare.answers import wilson
-from edgeprune.compare.cells import DENSE
+from edgeprune.compare.cells import DENSE, FLOAT, titled
 from edgeprune.tables import markdown, spread
 
 PARTS = ("vision", "prefill", "decode")
@@ -35,12 +35,19 @@ class Result:
     bundle: str = ""  # hash of what it holds
     kv_bytes: int = 0  # of the caches, once the median prompt is read
     rounds: dict[str, list[float]] = field(default_factory=dict)  # ms by part; decode per token
+    weights: str = FLOAT  # of products
+    weight_bytes: int = 0  # of all weights
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> Result:
         """From JSON; what a result does not have is passed over."""
         known = {f.name: record[f.name] for f in fields(cls) if f.name in record}
         return cls(**{**known, "counts": tuple(known["counts"])})
+
+    @property
+    def title(self) -> str:
+        """The method, and the weights where they are quantised."""
+        return titled(self.method, self.weights)
 
     @property
     def total(self) -> tuple[int, int]:
@@ -108,6 +115,8 @@ class Comparison:
         parts = [f"{self._caption()}\n\n{accuracy_table(self.cells)}"]
         if len({cell.cr_asked for cell in self.cells if cell.method != DENSE}) > 1:
             parts[:0] = [f"{self._caption()}\n\n{overview_table(self.cells)}"]
+        if len({cell.weights for cell in self.cells}) > 1:
+            parts.append(f"{_WEIGHTS}\n\n{weights_table(self.cells)}")
         if any(cell.rounds for cell in self.cells):
             parts.append(f"{_TIMES}\n\n{time_table(self.cells)}")
         for title, cells in (("Out of reach:", self.out_of_reach), ("Failed:", self.failed)):
@@ -134,6 +143,12 @@ _TIMES = (
 )
 
 
+_WEIGHTS = (
+    "Weights by format: right answers in percent, median milliseconds of prefill and of a decoded"
+    " token where they were timed, megabytes of all weights."
+)
+
+
 def replacements(labels: Iterable[str]) -> dict[str, str]:
     """By method, what stands in for a part of it as published; those of which none does left out.
 
@@ -154,9 +169,11 @@ def overview_table(cells: Iterable[Result]) -> str:
 
     A bundle that reaches another ratio than asked says which.
     """
-    found = {(group[0].method, group[0].cr_asked): group for group in grouped(cells)}
-    ratios = sorted({cr for method, cr in found if method != DENSE})
-    methods = sorted({method for method, _ in found if method != DENSE})
+    groups = grouped(cells)
+    pruned = [group for group in groups if group[0].method != DENSE]
+    found = {(group[0].title, group[0].cr_asked): group for group in pruned}
+    ratios = sorted({cr for _, cr in found})
+    methods = sorted({method for method, _ in found})
 
     def total(method: str) -> float:
         groups = (found.get((method, cr), ()) for cr in ratios)
@@ -168,8 +185,8 @@ def overview_table(cells: Iterable[Result]) -> str:
         for method in methods
     ]
     dense = [
-        [DENSE, *(_interval(*group[0].total) for _ in ratios)]
-        for group in found.values()
+        [group[0].title, *(_interval(*group[0].total) for _ in ratios)]
+        for group in groups
         if group[0].method == DENSE
     ]
     return markdown(["method", *(f"CR {_ratio(cr)}" for cr in ratios)], [*dense, *lines])
@@ -198,29 +215,51 @@ def accuracy_table(cells: Iterable[Result]) -> str:
         if len(group) > 1:
             means = (statistics.mean(c.right[k] / c.asked[k] for c in group) for k in kinds)
             shares = [f"{100 * mean:.1f}" for mean in means]
-        lines.append([marked(one.method), _ratio(one.cr), _overall(group, one.cr), *shares])
+        lines.append([marked(one.title), _ratio(one.cr), _overall(group, one.cr), *shares])
     return markdown(["method", "CR", "overall", *kinds], lines)
 
 
 def time_table(cells: Iterable[Result]) -> str:
     """A row per timed bundle, in the order of the accuracy table."""
     timed = [group[0] for group in grouped(cells) if group[0].rounds]
-    dense = next((cell for cell in timed if cell.method == DENSE), timed[0])
+    dense = min(timed, key=lambda cell: (cell.method != DENSE, cell.weights != FLOAT))
     lines = []
     for cell in timed:
         ratios = zip(dense.rounds["prefill"], cell.rounds["prefill"], strict=True)
         speedup = statistics.median(base / other for base, other in ratios)
         spreads = [spread(cell.rounds[part]) for part in PARTS]
-        memory = f"{cell.kv_bytes / 1e3:,.0f}"
-        lines.append([marked(cell.method), _ratio(cell.cr), *spreads, f"{speedup:.2f}", memory])
-    return markdown(["method", "CR", *PARTS, "speed-up", "KV kB"], lines)
+        sizes = f"{cell.kv_bytes / 1e3:,.0f}", f"{cell.weight_bytes / 1e6:,.1f}"
+        lines.append([marked(cell.title), _ratio(cell.cr), *spreads, f"{speedup:.2f}", *sizes])
+    return markdown(["method", "CR", *PARTS, "speed-up", "KV kB", "weights MB"], lines)
+
+
+def weights_table(cells: Iterable[Result]) -> str:
+    """What quantised weights cost and save: a row per method and ratio, a column per format."""
+    groups = grouped(cells)
+    formats = list(dict.fromkeys(group[0].weights for group in groups))
+    formats.sort(key=lambda text: text != FLOAT)
+    found = {(g[0].method, g[0].cr_asked, g[0].weights): g for g in groups}
+    lines = []
+    for method, cr in dict.fromkeys((g[0].method, g[0].cr_asked) for g in groups):
+        own = [found.get((method, cr, text), []) for text in formats]
+        lines.append([marked(method), _ratio(cr), *(_cost(group, cr) for group in own)])
+    return markdown(["method", "CR", *formats], lines)
+
+
+def _cost(group: Sequence[Result], cr: float) -> str:
+    """Right answers, milliseconds of prefill and of a token, megabytes of weights."""
+    if not group:
+        return "-"
+    one = group[0]
+    times = [f"{one.median(part):.1f} ms" for part in ("prefill", "decode") if one.rounds]
+    return ", ".join([_overall(group, cr), *times, f"{one.weight_bytes / 1e6:,.1f} MB"])
 
 
 def grouped(cells: Iterable[Result]) -> list[list[Result]]:
     """Cells that differ by their seed alone; by ratio, the most right first."""
     found: dict[tuple[float, str], list[Result]] = defaultdict(list)
     for cell in cells:
-        found[cell.cr_asked, cell.method].append(cell)
+        found[cell.cr_asked, cell.title].append(cell)
     groups = [sorted(group, key=lambda cell: cell.seed) for group in found.values()]
     return sorted(groups, key=lambda g: (g[0].cr_asked, -statistics.mean(c.share for c in g)))
 
@@ -248,6 +287,8 @@ def _row(cell: Result) -> dict[str, object]:
         "method": cell.method,
         "cr_asked": cell.cr_asked,
         "seed": cell.seed,
+        "weights": cell.weights,
+        "weight_bytes": cell.weight_bytes,
         "cr": round(cell.cr, 4),
         "counts": " ".join(map(str, cell.counts)),
         "kv_bytes": cell.kv_bytes,

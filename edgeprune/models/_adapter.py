@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -19,11 +20,11 @@ from edgeprune.models._layers import Linear, compute_buffers
 from edgeprune.models._lora import MERGE
 from edgeprune.models._names import Stored
 from edgeprune.models._ops import TorchOps
-from edgeprune.models._quantised import QuantizedWeight, Strip, quantize, strips
+from edgeprune.models._quantised import BITS, QuantizedWeight, Strip, quantize, strips
 from edgeprune.models._rounding import rounded
 from edgeprune.models._unread import check_unread
 from edgeprune.models._vision import Vision
-from edgeprune.models._weight_plan import WeightPlan, plan_weights
+from edgeprune.models._weight_plan import HEAD, WeightPlan, plan_weights
 from edgeprune.policies import Policy, make
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.weight_format import Form, WeightFormat
@@ -54,6 +55,19 @@ class Adapter(Family):
         changed = copy.copy(self)
         changed.weights = plan_weights(wanted, *self._meta_modules(), scales)
         return changed
+
+    def weight_bytes(self, wanted: WeightFormat, element: int, kept: Collection[int] = BITS) -> int:
+        """Bytes of all weights in a format, floats and scales of `element` bytes each; codes of
+        other bits than `kept` count as floats."""
+        plan = plan_weights(wanted, *self._meta_modules(), torch.float32)
+        changed = sum(
+            form.bytes(*plan.sizes[name], element) - math.prod(plan.sizes[name]) * element
+            for name, form in plan.forms.items()
+            if form.bits in kept
+        )
+        if plan.head_apart and self.decoder_config.tied:  # the embedding stays as it is
+            changed += math.prod(plan.sizes[HEAD]) * element
+        return self.checkpoint.num_parameters() * element + changed
 
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""

@@ -20,6 +20,7 @@ class WeightPlan:
     """The forms of the quantised weights, by parameter; all others are floats."""
 
     forms: Mapping[str, Form]
+    sizes: Mapping[str, tuple[int, int]]  # inputs and outputs of these
     scales: torch.dtype  # in which graphs store them
 
     @property
@@ -32,18 +33,19 @@ def plan_weights(
     wanted: WeightFormat, vision: nn.Module, decoder: Decoder, scales: torch.dtype
 ) -> WeightPlan:
     """The forms that a format has for a model; modules may be on the meta device."""
-    found = {
-        name: wanted.form(part, inputs, outputs)
-        for part, module in (("vision", vision), ("kind", decoder))
-        for name, inputs, outputs in _products(module)
-    }
+    forms, sizes = dict[str, Form](), dict[str, tuple[int, int]]()
+    for part, name, size in _products(vision, decoder):
+        if (form := wanted.form(part, *size)) is not None:
+            forms[name], sizes[name] = form, size
+    return WeightPlan(forms, sizes, scales)
+
+
+def _products(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """Every product with a weight: its part of the model, its parameter, inputs and outputs."""
+    for part, module in (("vision", vision), ("kind", decoder)):
+        for path, one in module.named_modules():
+            if isinstance(one, Linear):
+                inputs, outputs = one.weight.shape
+                yield part, f"{path}.weight", (inputs, outputs)
     vocabulary, width = decoder.embedding.weight.shape
-    found[HEAD] = wanted.form("head", width, vocabulary)
-    return WeightPlan({name: form for name, form in found.items() if form}, scales)
-
-
-def _products(module: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """Every product with a weight: its parameter, inputs and outputs."""
-    for path, part in module.named_modules():
-        if isinstance(part, Linear):
-            yield f"{path}.weight", *part.weight.shape
+    yield "head", HEAD, (width, vocabulary)
