@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from benchmarks.packed_shapes import AWQ, packed
 from benchmarks.shapes import SHARD, write_random, write_sparse
 from edgeprune.models import Adapter, open_model
 from edgeprune.tiling import Size
@@ -74,6 +75,7 @@ class QwenShape:
     vision_heads: int = 16
     full: tuple[int, ...] = (7, 15, 23, 31)  # Qwen2.5-VL: blocks with full attention
     size: Size | None = None  # of images; None: the family's default
+    awq: bool = False  # the decoder's products are quantised; sparse only
 
     def write(self, folder: Path, *, sparse: bool = True) -> Path:
         """A checkpoint in the published layout, its weights a hole in a file."""
@@ -84,21 +86,23 @@ class QwenShape:
         return open_model(str(folder), size=self.size)
 
 
+QWEN25 = QwenShape(
+    28,
+    3584,
+    18944,
+    28,
+    4,
+    152064,
+    positions=128000,
+    windowed=True,
+    vision_mlp=3420,
+    size=IMAGE,
+)
 SHAPES = {
     "qwen2-vl-2b": QwenShape(28, 1536, 8960, 12, 2, 151936, tied=True, size=IMAGE),
     "qwen2-vl-7b": QwenShape(28, 3584, 18944, 28, 4, 152064, size=IMAGE),
-    "qwen2.5-vl-7b": QwenShape(
-        28,
-        3584,
-        18944,
-        28,
-        4,
-        152064,
-        positions=128000,
-        windowed=True,
-        vision_mlp=3420,
-        size=IMAGE,
-    ),
+    "qwen2.5-vl-7b": QWEN25,
+    "qwen2.5-vl-7b-awq": replace(QWEN25, awq=True),
 }
 
 
@@ -115,13 +119,15 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     tokens = _write_tokenizer(folder)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    (folder / "config.json").write_text(
-        json.dumps(_config(shape, tokens, str(dtype).removeprefix("torch.")), indent=1)
-    )
+    config = _config(shape, tokens, str(dtype).removeprefix("torch."))
+    if shape.awq:
+        config["quantization_config"] = AWQ
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor(shape)))
     tensors = dict(_tensors(shape))
     if sparse:
-        write_sparse(tensors, folder)
+        tensors, words = packed(tensors) if shape.awq else (tensors, set[str]())
+        write_sparse(tensors, folder, words=words)
     else:
         write_random(tensors, folder, seed, dtype, shard_bytes)
     return folder

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,14 +169,18 @@ def write_random(
         save_file(weights, file, metadata={"format": "pt"})
 
 
-def write_sparse(tensors: Sizes, folder: Path, shard_bytes: int = SHARD) -> None:
-    """Shards whose data is a hole: it reads as zeros and takes no disk."""
+def write_sparse(
+    tensors: Sizes, folder: Path, shard_bytes: int = SHARD, words: Collection[str] = ()
+) -> None:
+    """Shards whose data is a hole: it reads as zeros and takes no disk. Tensors of these names are
+    int32, all others float16."""
     for file, shard in _shards(tensors, folder, shard_bytes):
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, size in shard.items():
-            end = offset + 2 * math.prod(size)
-            header[name] = {"dtype": "F16", "shape": list(size), "data_offsets": [offset, end]}
+            dtype, width = ("I32", 4) if name in words else ("F16", 2)
+            end = offset + width * math.prod(size)
+            header[name] = {"dtype": dtype, "shape": list(size), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

@@ -243,3 +243,40 @@ def test_codes_are_handed_on_as_they_are_stored(form: Form, saved: Path, tmp_pat
         assert (weight.bits, weight.block) == (form.bits, block)
         assert (weight.zeros is None) == form.symmetric
         assert torch.equal(weight.dequantised(), wanted[name]), name
+
+
+def by_shape(pack: Callable[[Codes], dict[str, Tensor]]) -> Packer:
+    """8 bits for the product of 48 inputs, 4 for all others."""
+
+    def packed(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        wide = weight.shape[1] == 48
+        codes = Codes.of(weight, 8 if wide else 4, GROUP, symmetric=True)
+        return pack(codes), codes.floats()
+
+    return packed
+
+
+MIXED = compressed("pack-quantized", **W4)
+MIXED["config_groups"]["group_1"] = {"weights": W4 | {"num_bits": 8}, "targets": ["re:.*down.*"]}
+VARIED = GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "packer"),
+    [(MIXED, of(PACKED, zeros=False)), (VARIED, packing.gptq)],
+    ids=["compressed-tensors", "gptq"],
+)
+def test_modules_of_other_bits_are_told_by_their_tensors(
+    scheme: dict[str, Any],
+    packer: Callable[[Codes], dict[str, Tensor]],
+    saved: Path,
+    tmp_path: Path,
+) -> None:
+    packed, floats = packing.pack(saved, tmp_path, scheme, by_shape(packer))
+    ours = open_model(str(packed))
+    found, wanted = parameters(ours), parameters(open_model(str(floats)))
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    bits = {name: weight.bits for name, weight in codes(ours).items()}
+    assert {name for name, width in bits.items() if width == 8} == {
+        f"layers.{layer}.mlp.down.weight" for layer in range(3)
+    }

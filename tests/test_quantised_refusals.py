@@ -4,6 +4,7 @@ something else."""
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from edgeprune.errors import ModelError
 from edgeprune.models import open_model
+from edgeprune.models._stored import TensorFiles
 from tests import families, packing
 from tests.packing import SINGLE
 from tests.test_quantised_checkpoints import (
@@ -300,3 +302,27 @@ def test_nothing_is_left_of_an_export_that_finds_such_a_number(
     command = ["--model", folder, "--method", "none", "--parity", 0, "-o", tmp_path / "bundle"]
     assert "holds scales that are infinite or not a number; the c" in refused("export", *command)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq", "packed", "nf4", "bitsandbytes of 8 bits"])
+def test_sizes_are_compared_before_anything_large_is_read(
+    form: str,
+    packed: Callable[[str], Path],
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A config.json of another model: its smaller tensors alone are read."""
+    sizes, read = list[int](), TensorFiles.read
+
+    def counted(self: TensorFiles, name: str) -> Tensor:
+        sizes.append(math.prod(self.shape(name)))
+        return read(self, name)
+
+    monkeypatch.setattr(TensorFiles, "read", counted)
+    folder = Path(shutil.copytree(packed(form), tmp_path / "copy"))
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    configure(folder, text_config=text | {"intermediate_size": 64})
+    said = refused("models", "--model", folder)
+    assert "config.json says [64, 32]; the two are not of one checkpoint" in said
+    assert all(size <= 200 for size in sizes)

@@ -144,6 +144,8 @@ class Adapter(Family):
         sources = [source for module in modules for source in self.sources(module).values()]
         read = {name for source in sources for part in source.stored.parts for name in part}
         changed = {change for source in sources for change in source.changes}
+        for name in (name for source in sources for name in source.names):
+            self.checkpoint.check(name)
         stored = (str(self.checkpoint.packed),) if self.checkpoint.packed else ()
         return (
             *self.notes(),

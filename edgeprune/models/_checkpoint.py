@@ -106,6 +106,12 @@ class Checkpoint(TensorFiles):
         weight = self._packed(name)
         return weight.dequantised() if weight else super().read(name)
 
+    def check(self, name: str) -> None:
+        """ModelError where a quantised weight is not of the form that config.json tells of. Its
+        shape has to be that of the model."""
+        if weight := self._packed(name):
+            weight.form.check(weight.parts)
+
     def quantized(self, name: str) -> QuantizedWeight | None:
         """A quantised weight in codes [K, N]; None where it is stored in floats of any form."""
         weight = self._packed(name)

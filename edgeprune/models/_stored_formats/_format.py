@@ -141,7 +141,11 @@ class StoredFormat(ABC):
     @abstractmethod
     def shape(self, parts: Parts) -> tuple[int, int]:
         """Outputs and inputs of a weight, N and K; ModelError where its tensors do not fit
-        together. Reads no large tensor."""
+        together. Reads no tensor whose size is not bounded."""
+
+    def check(self, parts: Parts) -> None:  # noqa: B027  # most forms have nothing to add
+        """ModelError where a weight's smaller tensors say that it is none of this form. Called
+        once its size is known to be the model's."""
 
     @abstractmethod
     def read(self, parts: Parts) -> QuantizedWeight | Tensor:

@@ -65,16 +65,22 @@ class Format(StoredFormat):
         bits = self._bits(parts, outputs)
         inputs = rows * 32 // bits
         groups = parts.groups("scales", inputs, None if self.varied else self.group)
-        group = inputs // groups
         parts.expect("scales", FLOATS, (groups, outputs))
         parts.expect("qzeros", ("I32",), (groups, outputs * bits // 32))
         if parts.has("g_idx"):
             parts.expect("g_idx", ("I32", "I64"), (inputs,))
-            if not torch.equal(parts.read("g_idx").long(), torch.arange(inputs) // group):
+        return outputs, inputs
+
+    def check(self, parts: Parts) -> None:
+        if parts.has("g_idx"):
+            inputs, groups = parts.shape("g_idx")[0], parts.shape("scales")[0]
+            if not torch.equal(
+                parts.read("g_idx").long(), torch.arange(inputs) // (inputs // groups)
+            ):
                 raise parts.error("g_idx", ORDERED, REQUANTISE)
+        bits = self._bits(parts, parts.shape("qweight")[1])
         if self.less and bool((_zeros(parts, bits) == (1 << bits) - 1).any()):
             raise parts.error("qzeros", AMBIGUOUS, f"write it as gptq_v2, or {FLOAT}")
-        return outputs, inputs
 
     def _bits(self, parts: Parts, outputs: int) -> int:
         """The width of a module's codes."""
