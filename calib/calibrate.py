@@ -72,7 +72,7 @@ def calibrate(
     first = policy.entry_tokens(adapter.shape, request.cr)
     if first is None:
         raise SpecError("this method's counts need no calibration; export it as it is")
-    key = _key(request, adapter, policy)
+    key = evidence_key(request, adapter, policy)
     sites = f"-sites{request.max_sites}" if request.max_sites else ""
     stored = request.folder / f"{key}-cr{request.cr:g}-{request.solver}{sites}.json"
     if stored.is_file():
@@ -130,7 +130,7 @@ def _samples(
     return demo_samples(processor, request.samples)
 
 
-def _key(request: CalibrationRequest, adapter: Adapter, policy: Policy) -> str:
+def evidence_key(request: CalibrationRequest, adapter: Adapter, policy: Policy) -> str:
     """Names evidence by all that it depends on: weights, what a prompt shows, method with options,
     samples, and this version of edgeprune."""
     folder = adapter.checkpoint.folder

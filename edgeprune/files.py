@@ -112,7 +112,7 @@ def replaced(target: Path) -> Iterator[Path]:
 
 def _put(draft: Path, target: Path, kept: Path) -> None:
     """Rename a draft to its path; what stands there goes to `kept` or to the draft's path."""
-    while not _exchange(draft, target):
+    while not exchange(draft, target):
         try:
             draft.rename(target)
         except OSError as error:
@@ -125,7 +125,7 @@ def _put(draft: Path, target: Path, kept: Path) -> None:
             target.rename(kept)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Exchange two paths at one moment; False where one is absent or nothing can do it."""
     if sys.platform != "linux":
         return False

@@ -66,7 +66,7 @@ def vision_graph(module: nn.Module, shape: Sequence[int], dtype: torch.dtype, op
     pixels = torch.zeros(*shape, dtype=dtype)
     inputs = [End("pixels", "pixels")]
     outputs = [End("visual", "visual"), End("visual_indices", "visual_indices")]
-    model = _trace(module, (pixels,), None, inputs, outputs, opset)
+    model = to_graph(module, (pixels,), None, inputs, outputs, opset)
     return Traced(model, _record(model.graph, inputs, outputs))
 
 
@@ -88,7 +88,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
         shapes = (*shapes, {0: Dim.DYNAMIC})
         inputs.append(End("visual_indices", "visual_indices"))
         args = (*args, torch.arange(max(2, plan.encoded)))
-    model = _trace(decoder, args, shapes, inputs, outputs, dialect.opset, _calls(plan))
+    model = to_graph(decoder, args, shapes, inputs, outputs, dialect.opset, _calls(plan))
     if dialect.token:
         add_token(model.graph)
         outputs.insert(1, End("token", "token"))
@@ -123,7 +123,7 @@ def _calls(plan: Plan) -> list[Sizes]:
     return [{prefix: p, visual: v, ("visual_indices", 0): v, text: t} for p, v, t in sizes]
 
 
-def _trace(
+def to_graph(
     module: nn.Module,
     args: tuple[Any, ...],
     shapes: Shapes,

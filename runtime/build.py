@@ -92,7 +92,7 @@ def build(request: BuildRequest, report: Progress = silent) -> Built:
     capacities = [count + request.text_capacity for count in bundle.manifest.prune.counts]
     sizes = {f"capacity.{layer}": size for layer, size in enumerate(capacities)}
     grows = bundle.manifest.decoder.cache == "grow"
-    profiles = _profiles(bundle, request, capacities if grows else ())
+    profiles = size_ranges(bundle, request, capacities if grows else ())
     builder = _Builder(trt, request, bundle, report)
     with replaced(target) as draft:
         engines = {
@@ -135,7 +135,9 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
         )
 
 
-def _profiles(bundle: Bundle, request: BuildRequest, growing: Sequence[int]) -> dict[str, Profile]:
+def size_ranges(
+    bundle: Bundle, request: BuildRequest, growing: Sequence[int]
+) -> dict[str, Profile]:
     """Prefill takes later turns too, so it may have no image; both ranges end at one token.
 
     `growing` has the most tokens of each layer's cache where that is longer from call to call.

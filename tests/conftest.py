@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.shapes import write
 from edgeprune.cli import main
+from tests.engine_setups import SETUPS, Setup
 from tests.tiny import TINY
 
 if TYPE_CHECKING:
@@ -131,3 +132,44 @@ def demo_utp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("demo") / "demo-utp-cr4"
     assert main(["export", "--method", "utp", "--cr", "4", "-o", str(output)]) == 0
     return output
+
+
+@pytest.fixture(scope="session")
+def engine_bundles(
+    tiny_jetpack7: Path, tiny_jetpack6: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Caches that are written in place under UTP, caches that grow without pruning."""
+    from tests.fake_gpu import pretend
+
+    copy = Path(shutil.copytree(tiny_jetpack7, tmp_path_factory.mktemp("engine") / "tiny"))
+    found = {"in-place": copy, "grow": tiny_jetpack6}
+    for bundle, backend in zip(found.values(), ("trt", "trt-rtx"), strict=True):
+        pretend(bundle, backend)
+    return found
+
+
+@pytest.fixture(params=SETUPS, ids=["-".join(one) for one in SETUPS])
+def engine_setup(
+    request: pytest.FixtureRequest, engine_bundles: dict[str, Path], gpus: list[FakeGpu]
+) -> Setup:
+    kind, backend = request.param
+    return Setup(engine_bundles[kind], backend)
+
+
+@pytest.fixture
+def dense_setup(engine_bundles: dict[str, Path]) -> Setup:
+    return Setup(engine_bundles["grow"], "ort-cpu")
+
+
+@pytest.fixture
+def pruned_setup(engine_bundles: dict[str, Path]) -> Setup:
+    return Setup(engine_bundles["in-place"], "ort-cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_rtx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, dense, in fp16 for RTX GPUs; no engines."""
+    from tests.frozen import frozen
+
+    folder = tmp_path_factory.mktemp("rtx") / "tiny"
+    return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp16")

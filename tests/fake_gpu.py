@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgeprune.bundle import Bundle, sha256
 from edgeprune.errors import BackendError
 from edgeprune.runtime import engines, gpu
-from edgeprune.runtime.build import BuildRequest, Engine, _profiles
+from edgeprune.runtime.build import BuildRequest, Engine, size_ranges
 from edgeprune.runtime.gpu import Execution, Loaded, Shape
 
 Profile = dict[str, list[int]]
@@ -36,7 +36,10 @@ def pretend(bundle: Path, backend: str = "trt") -> Path:
     opened, request = Bundle.open(bundle), BuildRequest(bundle, backend, TEXT)
     capacities = [count + TEXT for count in opened.manifest.prune.counts]
     grows = opened.manifest.decoder.cache == "grow"
-    profiles = {"decoder": _profiles(opened, request, capacities if grows else ()), "vision": {}}
+    profiles = {
+        "decoder": size_ranges(opened, request, capacities if grows else ()),
+        "vision": {},
+    }
     folder = bundle / "engines" / f"{backend}-pretended"
     folder.mkdir(parents=True)
     made = {}

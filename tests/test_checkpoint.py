@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.models._checkpoint import Checkpoint, _blocks
+from edgeprune.models._checkpoint import Checkpoint, fingerprint_blocks
 
 MIB = 1 << 20
 
@@ -37,4 +37,4 @@ def test_weights_that_differ_anywhere_have_another_fingerprint(
 
 def test_a_large_file_is_not_read_whole(tmp_path: Path) -> None:
     checkpoint = _made(tmp_path, 26_000 * MIB)
-    assert sum(map(len, _blocks(checkpoint.files["tensor"]))) <= 65 * MIB
+    assert sum(map(len, fingerprint_blocks(checkpoint.files["tensor"]))) <= 65 * MIB

@@ -65,14 +65,14 @@ def each_way(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Folders that change names at one moment, and what is done where they cannot."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-    able = files._exchange(tmp_path / "one", tmp_path / "other")
+    able = files.exchange(tmp_path / "one", tmp_path / "other")
     for name in ("one", "other"):
         (tmp_path / name).rmdir()
     if request.param == "exchanged" and not able:
         pytest.skip("this system cannot exchange two folders")
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "exchanged":
-            patch.setattr(files, "_exchange", lambda one, other: False)
+            patch.setattr(files, "exchange", lambda one, other: False)
         yield request.param
 
 
@@ -93,7 +93,7 @@ def test_an_interrupt_between_two_renames_leaves_the_folder_before(
             raise KeyboardInterrupt
         return renamed
 
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), replaced(target) as draft:
         (draft / "file").write_text("after")

@@ -164,7 +164,7 @@ def test_the_bundle_agrees_with_its_reference_over_two_turns(
     ends = manifest.text.eos_token_ids
     said = reference.generate(processor(image, question.text), 5, lambda token: token in ends)
     assert list(answer.ids) == said
-    step = reference.step(torch.from_numpy(session._prompter.next_turn("how many ?")))
+    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
     again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
     assert again.ids == (int(step.logits.argmax()),)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from edgeprune.export.dialects import DIALECTS
-from edgeprune.export.trace import End, _trace
+from edgeprune.export.trace import End, to_graph
 from edgeprune.models._layers import Scores
 from edgeprune.models._ops import Causal, TorchOps
 
@@ -75,7 +75,7 @@ def session(module: nn.Module, opset: int) -> ort.InferenceSession:
     args = (query, key, value, *caches, torch.tensor([3]))
     open_ = {2: Dim.DYNAMIC}
     names = [[End(name, name) for name in ends] for ends in (NAMES, ("mixed", "keys", "values"))]
-    model = _trace(module, args, (open_,) * 5 + (None,), *names, opset)
+    model = to_graph(module, args, (open_,) * 5 + (None,), *names, opset)
     data = ir.to_proto(model).SerializeToString()
     return ort.InferenceSession(data, providers=["CPUExecutionProvider"])
 

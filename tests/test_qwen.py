@@ -215,7 +215,7 @@ def agree(bundle: Path, reference: Reference, adapter: Adapter) -> Session:
     ends = session.manifest.text.eos_token_ids
     prompt = Processor(adapter)(image, QUESTION)
     assert list(answer.ids) == reference.generate(prompt, 5, lambda token: token in ends)
-    step = reference.step(torch.from_numpy(session._prompter.next_turn("how many ?")))
+    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
     again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
     assert again.ids == (int(step.logits.argmax()),)
     return session

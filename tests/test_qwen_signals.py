@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_window_index
 
-from edgeprune.calib.calibrate import CalibrationRequest, _key
+from edgeprune.calib.calibrate import CalibrationRequest, evidence_key
 from edgeprune.calib.collect import Recorder, collect
 from edgeprune.calib.samples import Sample
 from edgeprune.models import Adapter, open_model
@@ -167,5 +167,5 @@ def test_evidence_is_stored_for_one_image_size(checkpoint: Path) -> None:
     """Sizes with as many tokens, and even as many pixels, are told apart."""
     policy, request = make(PruneSpec("utp", 4)), CalibrationRequest(4)
     sizes = (Size(112, 224), Size(224, 112), Size(56, 56))
-    keys = {_key(request, open_model(str(checkpoint), size=size), policy) for size in sizes}
+    keys = {evidence_key(request, open_model(str(checkpoint), size=size), policy) for size in sizes}
     assert len(keys) == 3

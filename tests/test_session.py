@@ -98,7 +98,7 @@ def test_dense_logits_are_those_of_transformers(
 ) -> None:
     for image, question in held_out(12):
         _, wanted = generate(transformers_model, image, question.text, max_new_tokens=1)
-        prefix, text = dense._prompter.first_turn(question.text)
+        prefix, text = dense.engine.prompter.first_turn(question.text)
         encoded = dense.engine.encode_image(image)
         found = dense.engine.sequence().read(text, prefix, encoded).logits
         assert found is not None
@@ -111,7 +111,7 @@ def test_two_turns_equal_one_long_dialogue(dense: Session) -> None:
     for (image, first), (_, second) in zip(questions[::2], questions[1::2], strict=True):
         answer = dense.ask(image, first.text)
         again = dense.follow_up(second.text)
-        prompter = dense._prompter
+        prompter = dense.engine.prompter
         prefix, text = prompter.first_turn(first.text)
         said = [i for i in answer.ids if i not in dense.manifest.text.eos_token_ids]
         whole = np.concatenate([text, [said], prompter.next_turn(second.text)], axis=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from edgeprune.export.trace import End, _trace
+from edgeprune.export.trace import End, to_graph
 from edgeprune.policies import _clusters, _diverse, _raters, _select
 from edgeprune.policies._sizes import least
 from tests.graphs import NEVER
@@ -62,7 +62,7 @@ def _run(module: nn.Module, examples: tuple[Tensor, ...], *calls: tuple[Tensor, 
     outputs = module(*examples)
     names = [f"output{n}" for n in range(len(outputs) if isinstance(outputs, tuple) else 1)]
     inputs = ["tokens", "text"][: len(examples)]
-    graph = _trace(module, examples, shapes, _ends(inputs), _ends(names), 24)
+    graph = to_graph(module, examples, shapes, _ends(inputs), _ends(names), 24)
     data = ir.to_proto(graph).SerializeToString()
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     feeds = [{n: x.numpy() for n, x in zip(inputs, call, strict=True)} for call in calls]

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgeprune.demo import SAMPLES_DIR
 from edgeprune.demo.questions import held_out
 from edgeprune.errors import CapacityError
-from edgeprune.runtime import Sampling, Session, dtypes, gpu
+from edgeprune.runtime import Sampling, Session
 from tests import fake_gpu
 from tests.conftest import Refused
 from tests.fake_gpu import TEXT, VERSION, FakeGpu, pretend
 from tests.frozen import frozen
-
-QUESTION = ["--image", SAMPLES_DIR / "scene-1.png", "--prompt", "what color is the star ?"]
+from tests.tiny import ASK_SCENE
 
 
 @pytest.fixture(scope="module")
@@ -200,16 +195,10 @@ def test_an_engine_that_may_not_run_here(
 ) -> None:
     bundle = copy_rtx()
     change(pretend(bundle))
-    line = refused("run", bundle, *QUESTION, "--backend", "trt")
+    line = refused("run", bundle, *ASK_SCENE, "--backend", "trt")
     assert says in line
     assert f"edgeprune build {bundle} --backend trt" in line
     assert not gpus[0].blocks, "nothing was loaded"
-
-
-@pytest.fixture(scope="module")
-def tiny_rtx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rtx") / "tiny"
-    return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp16")
 
 
 @pytest.fixture
@@ -259,59 +248,13 @@ def test_closing_frees_the_gpu(
     session.close()  # again, and nothing happens
 
 
-def test_what_cuda_gave_is_given_back_newest_first() -> None:
-    freed: list[tuple[str, Any]] = []
-    host = ctypes.create_string_buffer(8)
-    pinned = ctypes.addressof(host)
-    names = "GraphExecDestroy GraphDestroy FreeHost Free StreamDestroy"
-    device = gpu.CudaGpu(
-        SimpleNamespace(ILogger=SimpleNamespace, __version__=VERSION),
-        "TensorRT",
-        SimpleNamespace(
-            **{
-                f"cuda{name}": lambda what, name=name: freed.append((name, what))
-                for name in names.split()
-            },
-            **vars(
-                cuda(
-                    cudaGetDeviceCount=(0, 1),
-                    cudaSetDevice=(0,),
-                    cudaDeviceGetAttribute=(0, 8),
-                    cudaStreamCreate=(0, 7),
-                    cudaMalloc=(0, 1000),
-                    cudaMallocHost=(0, pinned),
-                    cudaStreamBeginCapture=(0,),
-                    cudaStreamEndCapture=(0, 20),
-                    cudaGraphInstantiate=(0, 21),
-                )
-            ),
-            cudaDeviceAttr=Anything(),
-            cudaStreamCaptureMode=Anything(),
-        ),
-    )
-    device.allocate(64)
-    device.pinned(8)
-    device.record(lambda: None)
-    device.close()
-    assert freed == list(zip(names.split(), (21, 20, pinned, 1000, 7), strict=True))
-    device.close()
-    assert len(freed) == 5
-
-
-class Anything:
-    """Has every attribute."""
-
-    def __getattr__(self, name: str) -> str:
-        return name
-
-
 def test_a_image_that_stands_too_late_in_the_prompt(
     copy_rtx: Callable[[], Path], gpus: list[FakeGpu], refused: Refused
 ) -> None:
     """A larger --text-capacity would change nothing."""
     bundle = copy_rtx()
     pretend(bundle)
-    late = [*QUESTION[:3], "star " * 80 + "<image> what color ?"]
+    late = [*ASK_SCENE[:3], "star " * 80 + "<image> what color ?"]
     line = refused("run", bundle, *late, "--backend", "trt")
     assert "read 64 prefix tokens at once" in line
     assert "put <image> earlier in it" in line and "--text-capacity" not in line
@@ -323,7 +266,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(
     bundle = copy_rtx()
     pretend(bundle)
     used = fake_gpu.install(monkeypatch, memory=10_000)
-    line = refused("run", bundle, *QUESTION, "--backend", "trt")
+    line = refused("run", bundle, *ASK_SCENE, "--backend", "trt")
     assert "GB of GPU memory, 0.00 GB are free; end other programs" in line
     assert not used[0].blocks
 
@@ -332,86 +275,5 @@ def test_threads_are_the_cpus(
     copy_rtx: Callable[[], Path], gpus: list[FakeGpu], refused: Refused
 ) -> None:
     bundle = copy_rtx()
-    line = refused("run", bundle, *QUESTION, "--backend", "trt", "--threads", "2")
+    line = refused("run", bundle, *ASK_SCENE, "--backend", "trt", "--threads", "2")
     assert "--threads is for ort-cpu" in line
-
-
-def test_what_is_missing_is_named(
-    tiny_rtx: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TensorRT first, then cuda-python."""
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert "TensorRT" in refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=VERSION))
-    for module in ("cuda", "cuda.bindings", "cuda.bindings.runtime", "cuda.cudart"):
-        monkeypatch.setitem(sys.modules, module, None)
-    line = refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
-    assert "is not installed; in edgeprune's checkout run: pip install '.[trt]'" in line
-    monkeypatch.setattr("edgeprune.runtime.machine.jetson", lambda: "36.4.3")
-    line = refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
-    assert "JetPack 6: pip install 'cuda-python>=12.6,<13'" in line
-    assert "[trt]" not in line, "it would put another TensorRT over JetPack's"
-
-
-def cuda(**answers: tuple[Any, ...]) -> SimpleNamespace:
-    """A CUDA runtime of which only some functions are there; each returns a code and values."""
-    functions = {name: lambda *_, found=found: found for name, found in answers.items()}
-    words = lambda code: (0, b"no CUDA-capable device is detected")  # noqa: E731
-    return SimpleNamespace(cudaGetErrorString=words, **functions)
-
-
-@pytest.mark.parametrize(
-    ("count", "says"),
-    [
-        ((100, 0), "can be used here (CUDA: cudaGetDeviceCount: no CUDA-capable device"),
-        ((0, 0), "no NVIDIA GPU is found here; use the backend ort-cpu"),
-    ],
-)
-def test_no_gpu(
-    count: tuple[int, int],
-    says: str,
-    tiny_rtx: Path,
-    refused: Refused,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    trt = SimpleNamespace(__version__=VERSION, ILogger=SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr(gpu, "_cudart", lambda kind: cuda(cudaGetDeviceCount=count))
-    monkeypatch.setattr("edgeprune.runtime.trt.quiet_logger", lambda trt: None)
-    assert says in refused("run", tiny_rtx, *QUESTION, "--backend", "trt")
-
-
-CALLED = {
-    "Runtime": "deserialize_cuda_engine",
-    "ICudaEngine": "num_optimization_profiles get_device_memory_size_for_profile_v2"
-    " create_execution_context",
-    "IExecutionContext": "set_device_memory set_optimization_profile_async set_input_shape"
-    " set_tensor_address execute_async_v3 is_stream_capturable",
-    "ExecutionContextAllocationStrategy": "USER_MANAGED",
-}
-
-
-@pytest.mark.parametrize("name", CALLED)
-def test_tensorrt_rtx_has_what_the_seam_calls(name: str) -> None:
-    if sys.platform != "linux":
-        pytest.importorskip("tensorrt_rtx")
-    import tensorrt_rtx
-
-    source = Path(gpu.__file__).read_text(encoding="utf-8")
-    for called in CALLED[name].split():
-        assert called in source
-        assert hasattr(getattr(tensorrt_rtx, name), called)
-
-
-def test_bfloat16_is_rounded_to_the_nearest() -> None:
-    import torch
-
-    rng = np.random.default_rng(0)
-    values = np.concatenate([rng.standard_normal(1000), [0, -0.0, 1.00390625, 1e-40, 3e38]])
-    values = values.astype(np.float32)
-    wanted = torch.from_numpy(values).to(torch.bfloat16)
-    stored = dtypes.to_stored(values, "bf16")
-    np.testing.assert_array_equal(stored, wanted.view(torch.uint16).numpy())
-    np.testing.assert_array_equal(dtypes.from_stored(stored, "bf16"), wanted.float().numpy())
-    half = dtypes.to_stored(values[:-1], "fp16")
-    np.testing.assert_array_equal(half, values[:-1].astype(np.float16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.shapes import Shape
+from edgeprune.demo import SAMPLES_DIR
 
 TINY = Shape(
     layers=3,
@@ -15,3 +16,6 @@ TINY = Shape(
     vision_width=64,
     image=56,  # 16 visual tokens
 )
+
+ASK_SCENE = ["--image", SAMPLES_DIR / "scene-1.png", "--prompt", "what color is the star ?"]
+"""Options of `run` for a bundle of it."""

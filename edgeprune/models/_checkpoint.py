@@ -148,12 +148,12 @@ class Checkpoint(TensorFiles):
         files |= self.packed.files if self.packed else set()
         for file in sorted(files):
             digest.update(f"{file.name} {file.stat().st_size}".encode())
-            for block in _blocks(file):
+            for block in fingerprint_blocks(file):
                 digest.update(block)
         return digest.hexdigest()
 
 
-def _blocks(file: Path) -> Iterator[bytes]:
+def fingerprint_blocks(file: Path) -> Iterator[bytes]:
     """All of a file up to 64 MiB; of a larger one, as much in a thousand blocks spread evenly.
 
     Training changes whole matrices and keeps names and sizes: of a large file, a change of a
