@@ -101,7 +101,7 @@ def _evidence(
 ) -> Evidence:
     stored = request.folder / f"{key}.npz"
     if stored.is_file():
-        with suppress(Exception):  # damaged in any way, which zipfile tells in many: measure again
+        with suppress(Exception):  # damaged in any way; zipfile raises many kinds: measure again
             return _load(stored)
     check_memory(adapter, "calibration", "make a schedule on a larger machine: edgeprune calibrate")
     evidence = collect(

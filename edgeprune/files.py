@@ -142,7 +142,7 @@ def _prefix(target: Path) -> str:
 
 
 def _workshop(target: Path) -> tuple[Path, int | None]:
-    """A folder beside a target for its draft, and the lock that tells others to leave it."""
+    """A folder beside a target for its draft, and the lock that keeps others away."""
     while True:
         work = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         try:

@@ -1,4 +1,4 @@
-"""Progress: what long work tells of itself, and a bar on stderr where somebody watches."""
+"""Progress: reports of long work, and a bar on stderr where somebody watches."""
 
 from __future__ import annotations
 

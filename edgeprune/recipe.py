@@ -101,7 +101,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
     preflight(recipe.folder, recipe.lowering, adapter, compared=not why)
     _check_keep(recipe, why)
     processor = Processor(adapter)
-    read_records(adapter, processor)  # what cannot be read is told before minutes of calibration
+    read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
     schedule = _schedule(recipe, adapter, policy, processor, report)
     plan = policy.plan(adapter.shape, spec.cr, schedule)
     check_cr(plan, spec.cr)

@@ -10,7 +10,7 @@ What a viewer would show is what the model must see. The rules:
   255.
 - Levels without a range of their own (float, 32-bit integers) are scaled from 0 to 1 if they lie
   there, else from their smallest to their largest.
-- The orientation that EXIF or XMP tells is applied.
+- The orientation that EXIF or XMP gives is applied.
 
 Everything else is as `convert("RGB")` makes it, bit for bit.
 """

@@ -70,8 +70,8 @@ class Stage:
 
     `layer` is the 1-based decoder layer that the survivors enter; 1 before the decoder. A stage at
     the decoder's input that looks at the `text` too runs in the decoder's graph, as layers do; all
-    other stages before the decoder run in the vision graph. Where a later stage has to tell some of
-    the kept tokens from the others, they stand first and `lead` is their number. Behind a stage
+    other stages before the decoder run in the vision graph. Where a later stage treats some of
+    the kept tokens in another way, they stand first and `lead` is their number. Behind a stage
     between layers that does `renumber`, tokens take the positions of their slots in the cache.
     """
 

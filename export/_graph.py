@@ -101,7 +101,7 @@ class Graph:
         return not name or name in self.constants
 
     def most(self, name: str) -> int | None:
-        """The largest value that a size can have, where the operators that made it tell."""
+        """The largest value that a size can have, where the operators that made it say."""
         return self.largest.get(name)
 
     def _fold(self, node: Node) -> None:

@@ -65,7 +65,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` tells its user."""
+    """What `export` reports to its user."""
 
     path: Path
     manifest: Manifest
@@ -103,7 +103,7 @@ def check_topk(method: str, ranked: int, target: str) -> None:
 
 @dataclass(frozen=True)
 class Records:
-    """What the checkpoint's small files decide of a bundle, and what to tell of the checkpoint."""
+    """What the checkpoint's small files decide of a bundle, and notes on the checkpoint."""
 
     image: ImageRecord
     text: TextRecord

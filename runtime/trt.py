@@ -107,7 +107,7 @@ def _interrupts_noted() -> Iterator[list[int]]:
     """Collect signals: an exception inside a callback of the builder would be lost in C++."""
     noted: list[int] = []
     kept: dict[int, Any] = {}
-    with suppress(ValueError):  # not the main thread, which alone is told of signals
+    with suppress(ValueError):  # not the main thread, which alone gets signals
         for number in (signal.SIGINT, signal.SIGTERM):
             kept[number] = signal.signal(number, lambda number, frame: noted.append(number))
     try:

@@ -77,7 +77,7 @@ class Row:
     build_seconds: float | None  # of engines; None where nothing is built
     kv_bytes: int  # of the caches as reserved, prefill and answer
     peak_bytes: int | None  # of the process, or on a GPU of what it holds for the bundle
-    joules: tuple[float, ...] | None  # of each round; None where the machine tells no power
+    joules: tuple[float, ...] | None  # of each round; None where the machine measures no power
     meter: str  # where power is from
     prefill_operations: int
     decode_operations: int

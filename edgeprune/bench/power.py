@@ -1,7 +1,7 @@
-"""What a machine tells of power and memory while a bundle runs on it.
+"""What a machine reports of power and memory while a bundle runs on it.
 
 A Jetson has an INA3221 on its board, whose voltages and currents Linux shows as files; `tegrastats`
-reads the same ones. An RTX card is asked through NVML, the driver's library. Other machines tell
+reads the same ones. An RTX card is asked through NVML, the driver's library. Other machines report
 nothing of power.
 """
 
@@ -80,7 +80,7 @@ class Nvml:
         self.library, self.card = library, ctypes.c_void_p()
         self._call("nvmlInit_v2")
         self._call("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self.card))
-        self.watts()  # OSError now where the card does not tell
+        self.watts()  # OSError now where the card does not report it
         self.used_bytes()
 
     def watts(self) -> float:
@@ -124,7 +124,7 @@ def board_rails(root: Path = Path("/")) -> tuple[Rail, ...]:
 
 
 def nvml(load: Callable[[str], Any] = ctypes.CDLL) -> Nvml | None:
-    """The card that NVML knows; None without a driver, or where it tells no power."""
+    """The card that NVML knows; None without a driver, or where it reports no power."""
     try:
         return Nvml(load("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"))
     except (OSError, AttributeError):
@@ -134,7 +134,7 @@ def nvml(load: Callable[[str], Any] = ctypes.CDLL) -> Nvml | None:
 class Sampler:
     """Looks at a meter again and again, in a thread of its own, while a `with` block runs.
 
-    A meter tells what all programs use. What comes and goes during the blocks is ours, what does
+    A meter shows what all programs use. What comes and goes during the blocks is ours, what does
     between them is others'; so only one program may be in a block at a time.
     """
 

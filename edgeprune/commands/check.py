@@ -29,7 +29,7 @@ Report = tuple[dict[str, Any], str]  # for programs, for people
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "check",
-        help="tell which engines take a bundle, or what this machine can do",
+        help="show which engines take a bundle, or what this machine can do",
         description="With a bundle, or an ONNX file of any origin: which versions of TensorRT,"
         " TensorRT-RTX and ONNX Runtime take its graphs, and where one does not, which node and"
         " why. With --memory: what --model"

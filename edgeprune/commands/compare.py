@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune.progress import Bar
 
     request = _request(args)
-    len(request.evaluation.questions)  # a wrong file is told now, and so is a wrong folder
+    len(request.evaluation.questions)  # a wrong file or folder is refused now
     _common.check_output(args.output / "compare.json")
     with Bar() as bar:
         comparison = compare(request, bar, partial(_tell, bar))

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     methods = commands.add_parser(
         "methods",
-        help="list the pruning methods, or tell all about one",
+        help="list the pruning methods, or show all about one",
         description="List the pruning methods: where each prunes and what it needs beside the"
         " image. With a name: its paper, options and equations, and where it deviates from them."
         " With a model: the visual tokens that enter its layers, or why a method cannot prune it.",
     )
-    methods.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
+    methods.add_argument("name", nargs="?", metavar="NAME", help="show all about this one")
     _common.add_model(methods, default=None)
     _common.add_media(methods)
     methods.add_argument(
@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     methods.set_defaults(run=run_methods)
     models = commands.add_parser(
         "models",
-        help="list the model families, or tell a checkpoint's sizes",
+        help="list the model families, or show a checkpoint's sizes",
         description="List the model families. With a model: its decoder, and the visual tokens of"
         " an image of the size that a bundle would be frozen for.",
     )
@@ -50,7 +50,7 @@ def run_methods(args: argparse.Namespace) -> int:
         raise SpecError("--cr asks about a model; name it: edgeprune methods --model M --cr 4")
     if args.name and args.model:
         raise SpecError(
-            f"give a NAME or --model: with --model all methods are told, {args.name} too"
+            f"give a NAME or --model: with --model all methods are listed, {args.name} too"
         )
     if args.name:
         print(_described(args.name, policies.load(args.name)))
@@ -84,7 +84,7 @@ def _verdicts(args: argparse.Namespace) -> list[tuple[str, ...]]:
 
 
 def _entering(policy: Policy, shape: ModelShape, spec: PruneSpec) -> str:
-    """Tokens that enter layers 1 .. L, equal ones told once, as `576 x 2, 120 x 30`."""
+    """Tokens that enter layers 1 .. L, equal ones once, as `576 x 2, 120 x 30`."""
     from edgeprune.spec import budget, check_cr, check_reach, check_separators
 
     check_reach(spec, shape)

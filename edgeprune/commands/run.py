@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune.runtime.sampling import Sampling
 
     for image in args.images or ():
-        read_image(image)  # a bad image is told now, not after gigabytes have been read
+        read_image(image)  # a bad image is refused before gigabytes are read
     if args.video:
         check_file(args.video, "video")
     Sampling(**_asked(args))

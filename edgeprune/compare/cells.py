@@ -78,7 +78,7 @@ def grid(
                 cells += [Cell(method, own, n, options) for n in range(seeds if seeded else 1)]
     cells = list(dict.fromkeys(cells))
     for cell in cells:
-        policies.make(cell.spec)  # a wrong option is told now, not after an hour
+        policies.make(cell.spec)  # a wrong option is refused now, not after an hour
     formats = dict.fromkeys(text.strip() for text in weights)
     for text in formats:
         WeightFormat.parse(text)

@@ -192,7 +192,7 @@ def _setup(
 
 @dataclass
 class _Progress:
-    """Counts what several processes tell."""
+    """Counts what several processes report."""
 
     report: Progress
     step: str

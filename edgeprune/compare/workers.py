@@ -68,7 +68,7 @@ def each(
 def _listen(
     jobs: Sequence[Job], events: Any, staff: Sequence[BaseProcess], tick: Callable[[int], None]
 ) -> Iterator[tuple[Job, str]]:
-    """Pass on what the processes tell, until every job has ended or no process is left."""
+    """Pass on what the processes report, until every job has ended or no process is left."""
     open_jobs = set(range(len(jobs)))
     while open_jobs:
         alive = any(process.is_alive() for process in staff)

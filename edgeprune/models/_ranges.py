@@ -1,7 +1,7 @@
 """How large a model's numbers become: the largest magnitude of each operator's result, by module.
 
 The same modules run in float32 and in half precision call the same operators in the same order, so
-an operator has one key in both runs. The float32 run tells how large its result is, the other one
+an operator has one key in both runs. The float32 run gives the size of its result, the other one
 whether it is held in half precision.
 """
 

@@ -15,7 +15,7 @@ _PROBE = "\nWhat is it? It's 3  é女\n"
 
 
 def read_tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
-    """A tokenizer of transformers, and what to tell of it; ModelError where a folder has none."""
+    """A tokenizer of transformers, and notes on it; ModelError where a folder has none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
