@@ -120,7 +120,7 @@ class DecoderRecord:
     vocabulary: Count
     max_positions: Count
     cache: Annotated[str, OneOf(CACHES)]
-    image_positions: Amount  # that an image takes: r_1, or under M-RoPE fewer
+    image_positions: Amount  # that an image takes: r_1, V where tokens keep theirs, or by M-RoPE
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def _decoder(manifest: Manifest) -> tuple[Ends, Ends]:
         ("position", None): ("int64", (1,)),
         ("lengths", None): ("int64", (record.layers,)),
     }
-    if manifest.graphs[DECODER].input("visual_indices") is not None:  # under M-RoPE alone
+    if manifest.graphs[DECODER].input("visual_indices") is not None:  # where tokens keep places
         inputs["visual_indices", None] = "int64", ("visual",)
     outputs: Ends = {("logits", None): (element, (1, 1, record.vocabulary))}
     if TARGETS[manifest.target].token:

@@ -135,6 +135,17 @@ class Plan:
         return self.counts[0]
 
     @property
+    def keeps_positions(self) -> bool:
+        """Whether some of the V tokens enter the decoder, each at its position among the V."""
+        first = [stage for stage in self.stages if stage.layer == 1]
+        return bool(first) and not any(stage.renumber for stage in first)
+
+    @property
+    def span(self) -> int:
+        """Positions that an image takes where a token has one."""
+        return self.visual_tokens if self.keeps_positions else self.entering
+
+    @property
     def encoded(self) -> int:
         """Visual tokens that leave the vision graph: r_1, or more where the text prunes too."""
         before = self.before_decoder()

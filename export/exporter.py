@@ -255,5 +255,5 @@ def _decoder_record(adapter: Adapter, plan: Plan, cache: str) -> DecoderRecord:
         vocabulary=shape.vocabulary,
         max_positions=shape.max_positions,
         cache=cache,
-        image_positions=mrope.span if mrope else plan.entering,
+        image_positions=mrope.span if mrope else plan.span,
     )

@@ -49,6 +49,7 @@ class Spy(TorchOps):
         ("sparsevlm", {"version": "2"}, False),
         ("sparsevlm", {"version": "2", "positions": "renumber"}, True),
         ("fastv", {"K": "1"}, False),
+        ("fastv", {"K": "1", "positions": "renumber"}, True),
     ],
 )
 def test_positions_after_a_drop(
@@ -79,6 +80,52 @@ def test_positions_after_a_drop(
     for count, one, two in zip(counts, steps[:3], steps[3:], strict=True):
         first = PREFIX + TEXT + (count if moves else V)
         assert (one, two) == ([first], [first + 1, first + 2])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "moves"),
+    [
+        ("fastervlm", {}, True),
+        ("fastervlm", {"positions": "keep"}, False),
+        ("visionzip", {"positions": "keep"}, False),
+        ("cdpruner", {"positions": "keep"}, False),
+        ("dpp", {}, False),
+        ("dpp", {"positions": "renumber"}, True),
+    ],
+)
+def test_positions_before_the_decoder(
+    method: str, options: dict[str, str], moves: bool, tiny_checkpoint: Path
+) -> None:
+    """Kept, a token stands where it stood among the V, and text where it stands without pruning."""
+    policy, spy = policies.make(PruneSpec(method, 2, options=options)), Spy()
+    adapter = open_model(str(tiny_checkpoint))
+    plan = policy.plan(adapter.shape, 2)
+    with torch.device("meta"):
+        vision, decoder = adapter.vision(policy, plan), adapter.decoder(policy, plan, spy)
+    reference = Reference(adapter.load(vision), adapter.load(decoder))  # type: ignore[arg-type]
+    step = reference.prefill(random_prompt((1, 3, 56, 56), 66, 0))
+    seen, count = spy.by_layer()[0], plan.entering
+    span = count if moves else V
+    indices = reference.vision_kept
+    if plan.in_decoder:
+        indices = indices[step.kept[0]]
+    wanted = torch.arange(count) if moves else indices.clamp(max=V - 1)  # V is [CLS]
+    assert seen[PREFIX : PREFIX + count] == (PREFIX + wanted).tolist()
+    assert seen[-TEXT:] == list(range(PREFIX + span, PREFIX + span + TEXT))
+    reference.step(torch.tensor([[7]]))
+    assert spy.by_layer()[0] == [PREFIX + span + TEXT]
+
+
+@pytest.mark.parametrize("target", ["cpu", "jetpack6"])
+def test_a_bundle_that_keeps_positions_answers_as_eager_does(
+    target: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    spec = PruneSpec("visionzip", 2, options={"positions": "keep"})
+    recipe = Recipe(spec, tmp_path / "bundle", str(tiny_checkpoint), target=target, dtype="fp32")
+    exported = make(replace(recipe, parity=3))
+    assert exported.manifest.decoder.image_positions == V
+    assert exported.manifest.graphs["decoder.onnx"].input("visual_indices") is not None
+    assert exported.manifest.parity.ties == 0
 
 
 def test_a_graph_whose_caches_grow_renumbers_as_eager_does(

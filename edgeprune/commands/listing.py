@@ -100,10 +100,13 @@ def _entering(policy: Policy, shape: ModelShape, spec: PruneSpec) -> str:
 
 
 def _options(policy: type[Policy]) -> list[str]:
-    """Each with its default, as `K=2`."""
+    """Each with its default, as `K=2`, but for those that every method has."""
     from dataclasses import fields
 
-    return [f"{f.name}={_word(f.default)}" for f in fields(policy)]
+    from edgeprune.policies import Policy as Base
+
+    common = {f.name for f in fields(Base)}
+    return [f"{f.name}={_word(f.default)}" for f in fields(policy) if f.name not in common]
 
 
 def _word(default: object) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
 from edgeprune.models._encoder import ACTIVATIONS
+from edgeprune.models._kept_positions import kept_positions
 from edgeprune.models._layers import (
     Linear,
     Narrow,
@@ -219,7 +220,7 @@ class Decoder(WithBuffers):
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
         past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
         past_values: Sequence[Tensor],
-        visual_indices: Tensor | None = None,  # M-RoPE: int64 [V], index of each among the V
+        visual_indices: Tensor | None = None,  # where `places_tokens`: int64 [V], among all V
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions."""
         text, kept = self.embedding(text_ids), list[Tensor]()
@@ -261,20 +262,30 @@ class Decoder(WithBuffers):
     def span(self) -> int:
         """Positions that an image takes."""
         mrope = self.config.mrope
-        return self.plan.entering if mrope is None else mrope.span
+        return self.plan.span if mrope is None else mrope.span
+
+    @property
+    def places_tokens(self) -> bool:
+        """Whether a visual token's position follows from its index among the V."""
+        return self.config.mrope is not None or self.plan.keeps_positions
 
     def _rotary(
         self, first: Tensor, segments: Segments, visual_indices: Tensor | None
     ) -> tuple[Rotary, Tensor, Anchors]:
         """Rotary tables, the row of each token in them [1, S], those of the image's anchors."""
         mrope = self.config.mrope
-        if mrope is None:
+        if not self.places_tokens:
             last = first + segments.total - 1
             rows = self.rows(first + torch.arange(segments.total, device=first.device), last)
             start, count = self.rows(first + segments.prefix, last), segments.visual
             anchors = Anchors(start, start + count // 2, start + count - 1)
             return Rotary(self.cos, self.sin), rows[None], anchors
-        assert visual_indices is not None  # M-RoPE gives each visual token its position
+        assert visual_indices is not None
+        if mrope is None:
+            positions = kept_positions(first, segments, visual_indices, self.span)
+            rows = self.rows(positions, positions[segments.total - 1 : segments.total])
+            anchors = Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
+            return Rotary(self.cos, self.sin), rows[None, :-3], anchors
         positions = mrope.positions(first, segments, visual_indices)
         positions = self.rows(positions, positions[0, segments.total - 1 : segments.total])
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from edgeprune.errors import SpecError
+from edgeprune.policies._positions import with_positions
 from edgeprune.policies._signals import BlockSignals, InputSignals, LayerSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage
 
@@ -16,8 +17,9 @@ EVERY = """Of every method:
   read; decode steps and later turns choose nothing.
 - Scores are float32 in every graph. Of equal ones the lower position comes first; PyTorch, which
   the released codes use, promises no order.
-- Tokens that leave before the decoder leave no gap in positions, but under M-RoPE (Qwen-VL), where
-  each keeps its row and column.
+- --set positions=keep leaves each token its position, =renumber closes the gaps of those that left.
+  The default does what the published method does: most close gaps before the decoder and leave them
+  inside. Under M-RoPE (Qwen-VL) each token keeps its row and column.
 """
 """What holds of all methods alike, and so stands in no method's file."""
 
@@ -71,6 +73,8 @@ class BlockMerge:
 class Policy:
     """Base of all methods; never built itself. Sizes are ints, so traced shapes stay static."""
 
+    positions: str = "auto"  # of what stays: keep, renumber, or auto: as the published method does
+
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     sites: ClassVar[tuple[str, ...]] = ()
@@ -87,7 +91,16 @@ class Policy:
 
     def plan(self, shape: ModelShape, cr: float, schedule: Counts | None = None) -> Plan:
         """Stages for a model and a compression ratio; SpecError where it cannot be reached."""
+        plan = self.sizes(shape, cr, schedule)
+        return with_positions(plan, self.positions, shape, self.renumbers)
+
+    def sizes(self, shape: ModelShape, cr: float, schedule: Counts | None = None) -> Plan:
+        """As `plan`, whatever tokens' positions are."""
         raise NotImplementedError
+
+    def renumbers(self, stage: Stage) -> bool:
+        """Whether the published method numbers what stays anew: before the decoder most do."""
+        return stage.layer == 1
 
     def largest_topk(self, plan: Plan) -> int:
         """How many tokens the method puts in order at once, at most; a target may have a limit."""

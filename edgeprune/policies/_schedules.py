@@ -109,27 +109,6 @@ def too_late(method: str, first: int, shape: ModelShape, least: int, cr: float) 
     )
 
 
-POSITIONS = ("auto", "keep", "renumber")
-
-
-def with_positions(plan: Plan, positions: str, shape: ModelShape, *, renumber: bool) -> Plan:
-    """The plan with the positions that --set positions= names; `auto` is to `renumber` or not.
-
-    Under M-RoPE, where a token has its row and column, no position changes.
-    """
-    if positions not in POSITIONS:
-        raise SpecError(f"--set positions= is one of {', '.join(POSITIONS)}; got {positions!r}")
-    if positions == "renumber" and shape.mrope:
-        raise SpecError(
-            "--set positions=renumber needs one position a token, this model has three (M-RoPE);"
-            " leave it out or set positions=keep"
-        )
-    if shape.mrope or positions == "keep" or (positions == "auto" and not renumber):
-        return plan
-    stages = (replace(s, renumber=True) if s.site == "layer" else s for s in plan.stages)
-    return replace(plan, stages=tuple(stages))
-
-
 def merge_candidates(live: int, keep: int) -> int:
     """Of the tokens pruned, those that SparseVLM merges: floor(0.3 p) + 1, p = live - keep."""
     return 3 * (live - keep) // 10 + 1

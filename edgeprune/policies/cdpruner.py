@@ -30,14 +30,12 @@ from edgeprune.policies import _policy
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._diverse import determinant
 from edgeprune.policies._policy import Selection
+from edgeprune.policies._relevance import relevance
 from edgeprune.policies._select import unit
 from edgeprune.policies._signals import InputSignals
 from edgeprune.policies._sizes import least
 from edgeprune.policies._tiles import check_tiles, parts, shared, together
 from edgeprune.spec import ModelShape, Plan, Stage, flat_plan
-
-SMALL = 1e-6
-"""Added to the least relevance, so that no token is out of the question altogether."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Policy(_policy.Policy):
     needs: ClassVar[tuple[str, ...]] = ("text",)
     stands_in: ClassVar[str] = "the decoder's text embeddings in place of CLIP's text tower"
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         check_tiles(self.tiles)
         cr = ratio(self.counts, shape, cr)
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input", text=True)
@@ -74,12 +72,3 @@ class Policy(_policy.Policy):
                 best = determinant(vectors.index_select(0, own), keep, least(keep, count))
                 chosen.append(own.index_select(0, best))
         return Selection(together(chosen))
-
-
-def relevance(visual: Tensor, text: Tensor) -> Tensor:
-    """Mean cosine to the text, scaled to 0 .. 1 over the image: unit [n, D], [T, D] -> [n]."""
-    cosine = (visual @ text.T).mean(1)
-    lowest = torch.cat([cosine, cosine.new_full((1,), 2)]).amin(0)  # n may be 0
-    highest = torch.cat([cosine, cosine.new_full((1,), -2)]).amax(0)
-    scaled: Tensor = (cosine - lowest + SMALL) / (highest - lowest).clamp(min=SMALL)
-    return scaled

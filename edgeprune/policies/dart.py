@@ -47,7 +47,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("layer",)
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if min(self.image_pivots, self.text_pivots) < 0 or self.image_pivots + self.text_pivots < 1:
             raise SpecError(
                 "--set image_pivots= and text_pivots= are numbers of tokens, not both 0; got"

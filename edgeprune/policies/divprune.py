@@ -33,7 +33,7 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "tokens furthest apart in the decoder's space"
     sites: ClassVar[tuple[str, ...]] = ("input",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         cr = ratio(self.counts, shape, cr)
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input")
 

@@ -39,7 +39,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("vision",)
     needs: ClassVar[tuple[str, ...]] = ("[CLS]",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         check_tiles(self.tiles)
         return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
 

@@ -38,7 +38,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("layer",)
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return after_layer("fastv", self.K, shape, ratio(self.counts, shape, cr, self.K))
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:

@@ -44,7 +44,7 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "after layer K, averages of neighbouring tokens"
     sites: ClassVar[tuple[str, ...]] = ("layer",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         last = layer_of("K", self.K, DEPTH, shape.layers)
         plan = after_layer("llavolta", last, shape, ratio(self.counts, shape, cr, last))
         stages = (replace(stage, keep=0, merged=stage.keep) for stage in plan.stages)

@@ -14,7 +14,7 @@ from edgeprune.spec import ModelShape, Plan
 class Policy(_policy.Policy):
     summary: ClassVar[str] = "no pruning: the dense model"
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if cr != 1:
             raise SpecError(f"--method none prunes nothing, so --cr is 1; got {cr:g}")
         return Plan(shape.visual_tokens, shape.layers)

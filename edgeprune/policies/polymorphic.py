@@ -68,7 +68,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("vision", "layer")
     needs: ClassVar[tuple[str, ...]] = ("text", "[CLS] above CR 2")
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if self.score not in SCORES:
             raise SpecError(f"--set score= is hidden or attention; got {self.score!r}")
         tokens, layers = shape.visual_tokens, shape.layers

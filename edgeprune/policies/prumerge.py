@@ -55,7 +55,7 @@ class Policy(_policy.Policy):
         if self.neighbours < 1:
             raise SpecError(f"--set neighbours= is at least 1; got {self.neighbours}")
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return merging_plan(shape, ratio(self.counts, shape, cr), share=1)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:

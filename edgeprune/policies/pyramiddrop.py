@@ -32,7 +32,6 @@ from edgeprune.policies._schedules import (
     scaled,
     stepped,
     too_late,
-    with_positions,
 )
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
@@ -46,7 +45,6 @@ LATER = (1 / 16, 1 / 4, 1 / 2)
 class Policy(_policy.Policy):
     stages: str = "auto"  # or layers after which tokens are dropped, such as 8,16,24
     counts: str = "auto"  # or the tokens that stay after each, such as 288/144/72; --cr follows
-    positions: str = "auto"  # after a drop: renumber, keep, or auto: renumber but under M-RoPE
 
     paper: ClassVar[str] = (
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy"
@@ -58,10 +56,12 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("layer",)
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         tokens, layers = shape.visual_tokens, shape.layers
-        plan = plan_from_counts(tokens, self._counts(shape, budget(tokens, layers, cr), cr))
-        return with_positions(plan, self.positions, shape, renumber=True)
+        return plan_from_counts(tokens, self._counts(shape, budget(tokens, layers, cr), cr))
+
+    def renumbers(self, stage: Stage) -> bool:
+        return True
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))

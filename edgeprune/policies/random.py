@@ -28,7 +28,7 @@ class Policy(_policy.Policy):
         if not 0 <= self.seed < 1 << 63:
             raise SpecError(f"--seed is a whole number from 0, below 2^63; got {self.seed}")
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:

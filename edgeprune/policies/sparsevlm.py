@@ -53,7 +53,6 @@ from edgeprune.policies._schedules import (
     stepped,
     too_late,
     with_merged,
-    with_positions,
 )
 from edgeprune.policies._select import ranked
 from edgeprune.policies._signals import LayerSignals
@@ -69,7 +68,6 @@ class Policy(_policy.Policy):
     version: str = "1.5"  # 1.5, which recycles, or 2
     stages: str = "auto"  # or layers after which tokens are dropped, such as 3,7,16
     counts: str = "auto"  # or the tokens that stay after each, such as 309/204/113; --cr follows
-    positions: str = "auto"  # after a drop: renumber, keep, or auto: as the version does
     heads: int = 14  # of version 2, those that attend most from raters to the image
 
     paper: ClassVar[str] = (
@@ -79,7 +77,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("layer",)
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if self.version not in VERSIONS:
             raise SpecError(f"--set version= is 1.5 or 2; got {self.version!r}")
         tokens, layers = shape.visual_tokens, shape.layers
@@ -93,9 +91,10 @@ class Policy(_policy.Policy):
                 raise too_late("sparsevlm", drops[0], shape, least, cr)
             counts = falling(tokens, layers, drops, wanted)
         plan = plan_from_counts(tokens, counts)
-        if self.version == "1.5":
-            plan = with_merged(plan)
-        return with_positions(plan, self.positions, shape, renumber=self.version == "1.5")
+        return with_merged(plan) if self.version == "1.5" else plan
+
+    def renumbers(self, stage: Stage) -> bool:
+        return self.version == "1.5"
 
     def largest_topk(self, plan: Plan) -> int:
         if self.version != "1.5":

@@ -44,7 +44,7 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "in every encoder block, the patches most alike become one"
     sites: ClassVar[tuple[str, ...]] = ("block",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         tokens, cr = shape.visual_tokens, ratio(self.counts, shape, cr)
         plan = merging_plan(shape, cr, share=1, site="block")
         if plan.stages and not shape.blocks:

@@ -42,7 +42,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("input",)
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not 0 < self.aligned <= 1:
             raise SpecError(f"--set aligned= is a share above 0, at most 1; got {self.aligned:g}")
         cr = ratio(self.counts, shape, cr)

@@ -22,7 +22,7 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "control: tokens spread evenly over the image"
     sites: ClassVar[tuple[str, ...]] = ("vision",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:

@@ -63,7 +63,7 @@ class Policy(_policy.Policy):
     def entry_tokens(self, shape: ModelShape, cr: float) -> int | None:
         return _entering(shape, cr) if self.utr else None
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not self.utr:
             return plan_from_counts(shape.visual_tokens, self._two_steps(shape, cr))
         if schedule is None:

@@ -97,7 +97,7 @@ class Policy(_policy.Policy):
             raise SpecError(f"--set rounds= is at least 1; got {self.rounds}")
         check_tiles(self.tiles)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if shape.separators:
             raise SpecError(
                 "method visiontrim hands its dominant tokens to the decoder's graph as the first of"

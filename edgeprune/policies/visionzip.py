@@ -64,7 +64,7 @@ class Policy(_policy.Policy):
         if not 0 <= self.contextual < 1:
             raise SpecError(f"--set contextual= is a share below 1; got {self.contextual:g}")
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         check_tiles(self.tiles)
         return merging_plan(shape, ratio(self.counts, shape, cr), self.contextual)
 

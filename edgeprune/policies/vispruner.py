@@ -53,7 +53,7 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("vision",)
     needs: ClassVar[tuple[str, ...]] = ("[CLS]",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not 0 <= self.important <= 1:
             raise SpecError(f"--set important= is a share from 0 to 1; got {self.important:g}")
         check_tiles(self.tiles)

@@ -27,7 +27,7 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "all visual tokens leave after one layer, CR = L / K only"
     sites: ClassVar[tuple[str, ...]] = ("layer",)
 
-    def plan(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
+    def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         tokens, layers = shape.visual_tokens, shape.layers
         last = min(layers, max(1, round(layers / cr)))
         plan = plan_from_counts(tokens, (tokens,) * last + (0,) * (layers - last))
