@@ -221,7 +221,7 @@ def test_polymorphic_has_the_papers_counts() -> None:
     """Budgets 192, 128 and 64 of 576: 324+60, 216+40, 108+20 enter, and the mean is the budget."""
     for budget, kept, merged in ((192, 324, 60), (128, 216, 40), (64, 108, 20)):
         plan = _plan("polymorphic", 576 / budget)
-        assert plan.stages[0] == Stage("vision", kept, merged)
+        assert plan.stages[0] == Stage("vision", kept, merged, renumber=True)
         assert [stage.layer for stage in plan.stages] == [1, 4, 8, 17]
         assert sum(plan.counts) == 32 * budget
     assert _plan("polymorphic", 3, enter="1").counts == (192,) * 32
