@@ -5,7 +5,7 @@ Written as a kind with options: `int4:block=64:head=float:vision=int8`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from edgeprune.errors import SpecError
 
@@ -75,6 +75,11 @@ class WeightFormat:
     def is_float(self) -> bool:
         """Whether nothing is quantised."""
         return {self.kind, self.head, self.vision} == {"float"}
+
+    def within(self, block: int) -> WeightFormat:
+        """The same with blocks that divide one of another size, where there are such."""
+        fitting = [size for size in BLOCKS if size <= self.block and block % size == 0]
+        return replace(self, block=fitting[0]) if fitting else self
 
     def form(self, part: str, inputs: int, outputs: int) -> Form | None:
         """How a product of a part (`kind`, `head`, `vision`) is stored; None: as floats.

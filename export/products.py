@@ -36,6 +36,7 @@ class Packed:
     scales: Scales
     error: float  # sums of squares: of the difference from the checkpoint's weight
     power: float  # and of that weight
+    own: bool  # whether the codes are the checkpoint's own
 
 
 class ProductForm(ABC):
@@ -85,7 +86,7 @@ class Dequantized(ProductForm):
         inputs, outputs, four = product.inputs, product.outputs, form.bits == 4
         codes = np.empty((inputs, outputs // 2 if four else outputs), np.uint8)
         scales = np.empty((inputs // (form.block or inputs), outputs), np.float32)
-        error = power = 0.0
+        error, power, own = 0.0, 0.0, True
         for strip in strips:
             found = strip.weight.codes.numpy().view(np.uint8)
             at = strip.outputs
@@ -94,10 +95,10 @@ class Dequantized(ProductForm):
             else:
                 codes[:, at] = found
             scales[:, at] = strip.weight.scales.numpy()
-            error, power = error + strip.error, power + strip.power
+            error, power, own = error + strip.error, power + strip.power, own and strip.own
         kind = ir.DataType.INT4 if four else ir.DataType.INT8
         held = scales if form.block else scales[0]
-        return Packed(codes, kind, (inputs, outputs), held, error, power)
+        return Packed(codes, kind, (inputs, outputs), held, error, power, own)
 
     def rewire(self, model: ir.Model, product: Product, form: Form, scales: ir.Value) -> None:
         attributes = {"axis": 0, "block_size": form.block} if form.block else {"axis": 1}
@@ -121,7 +122,7 @@ class Fused(ProductForm):
         blocks, padding = -(-inputs // block), -inputs % block
         codes = np.empty((outputs, blocks, block * form.bits // 8), np.uint8)
         scales = np.empty((outputs, blocks), np.float32)
-        error = power = 0.0
+        error, power, own = 0.0, 0.0, True
         for strip in strips:
             raised = strip.weight.codes.numpy().T.astype(np.int16) + half
             found = np.pad(raised.astype(np.uint8), ((0, 0), (0, padding)), constant_values=half)
@@ -130,8 +131,8 @@ class Fused(ProductForm):
                 found = found[..., 0::2] | found[..., 1::2] << 4
             codes[strip.outputs] = found
             scales[strip.outputs] = strip.weight.scales.numpy().T  # of one scale, in each block
-            error, power = error + strip.error, power + strip.power
-        return Packed(codes, ir.DataType.UINT8, codes.shape, scales, error, power)
+            error, power, own = error + strip.error, power + strip.power, own and strip.own
+        return Packed(codes, ir.DataType.UINT8, codes.shape, scales, error, power, own)
 
     def rewire(self, model: ir.Model, product: Product, form: Form, scales: ir.Value) -> None:
         matmul, weight = product.matmul, product.weight

@@ -35,6 +35,7 @@ def weights_record(lowering: Lowering, stored: Stored) -> WeightsRecord | None:
         format=str(lowering.weights),
         algorithm="rounding",
         tensors=dict(stored.tensors),
+        own=stored.own,
         numbers=stored.numbers,
         bits=8 * stored.bytes / stored.numbers,
         error=math.sqrt(stored.error / stored.power) if stored.power else 0.0,

@@ -32,6 +32,7 @@ class Stored:
     """How the weights of products were stored."""
 
     tensors: Counter[str] = field(default_factory=Counter)  # by kind: float, int8, int4
+    own: int = 0  # of these, those whose codes are the checkpoint's own
     numbers: int = 0  # of those that are quantised
     bytes: int = 0  # of these, scales too
     error: float = 0.0  # sums of squares: of what quantising changed
@@ -100,6 +101,7 @@ class WeightsFile:
         self.form.rewire(model, product, source.form, scales)
         stored = self.stored
         stored.tensors[f"int{source.form.bits}"] += 1
+        stored.own += packed.own
         stored.numbers += math.prod(source.shape)
         stored.bytes += codes.nbytes + scales.const_value.nbytes
         stored.error, stored.power = stored.error + packed.error, stored.power + packed.power

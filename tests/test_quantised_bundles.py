@@ -4,6 +4,7 @@ to be caught where a code or a scale is another."""
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
+from benchmarks.shapes import Shape, write
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.errors import ParityError
@@ -27,7 +29,10 @@ from edgeprune.policies import make
 from edgeprune.runtime.session import Session
 from edgeprune.spec import PruneSpec
 from edgeprune.weight_format import WeightFormat
-from tests.families import llava_onevision
+from tests import packing
+from tests.families import llava, llava_onevision
+from tests.frozen import frozen
+from tests.test_quantised_checkpoints import GPTQ
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (56, 56, 3), np.uint8)
 ALL = [*((target, "int4") for target in TARGETS), ("cpu", "int8"), ("jetpack6", "int8")]
@@ -137,3 +142,41 @@ def test_a_tied_model_holds_its_head_apart(tmp_path):
     assert main([*map(str, ["export", *options, "-o", output])]) == 0
     graph = onnx.load(output / "decoder.onnx", load_external_data=False).graph
     assert {"embedding.weight", "head.weight"} <= {t.name for t in graph.initializer}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_of_a_quantised_checkpoint_are_kept_where_engines_take_them(symmetric, tmp_path):
+    """Those with zero points are quantised again, and the error of that is told."""
+
+    def packed(weight):
+        codes = packing.Codes.of(weight, 4, 32, symmetric=symmetric)
+        return packing.gptq(codes), codes.floats()
+
+    saved = llava(hidden_size=64, intermediate_size=96).save(tmp_path / "saved")
+    model, _ = packing.pack(saved, tmp_path, GPTQ | {"group_size": 32}, packed)
+    options = ["--method", "none", "--parity", 1, "--weights", "int4:head=off"]
+    output = tmp_path / "bundle"
+    assert main([*map(str, ["export", "--model", model, *options, "-o", output])]) == 0
+    record = Bundle.open(output).manifest.weights
+    assert record.tensors["int4"] == 21
+    assert (record.own, record.error == 0) == ((21, True) if symmetric else (0, False))
+    assert record.error < 0.15
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("rtx", "int4"), pytest.param("jetpack6", "int8", marks=pytest.mark.slow)],
+)
+def test_tensorrt_rtx_keeps_codes_as_they_are(target, kind, tmp_path):
+    """An engine of a wide model takes about as many bits a weight as the bundle, and some code."""
+    if sys.platform != "linux":
+        pytest.importorskip("tensorrt_rtx")
+    wide = Shape(2, 1024, 2048, 16, 4, 66, vision_layers=2, vision_width=64, image=56)
+    model = write(wide, tmp_path / "wide")
+    bundle = tmp_path / "bundle"
+    frozen(bundle, "none", model=model, target=target, dtype="fp16", weights=kind)
+    assert main(["build", str(bundle), "--backend", "trt-rtx", "--text-capacity", "64"]) == 0
+    (engine,) = bundle.glob("engines/*/decoder.engine")
+    products = 2 * (1024 * (2 * 1024 + 2 * 256) + 3 * 1024 * 2048)
+    bits = 8 * engine.stat().st_size / products
+    assert {"int4": 4.1, "int8": 8.0}[kind] < bits < {"int4": 8, "int8": 12}[kind]

@@ -132,9 +132,10 @@ def _range_lines(record: RangeRecord) -> list[str]:
 def _weights_lines(record: WeightsRecord) -> list[str]:
     """How weights are stored, and how far the model is from that of the checkpoint's weights."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(record.tensors.items()))
+    own = f", {record.own} in the checkpoint's own codes" if record.own else ""
     lines = [
-        f"weights {record.format}: products {kinds}; {record.bits:.2f} bits each where quantised,"
-        f" relative error {record.error:.2g} ({record.algorithm})"
+        f"weights {record.format}: products {kinds}{own}; {record.bits:.2f} bits each where"
+        f" quantised, relative error {record.error:.2g} ({record.algorithm})"
     ]
     if record.distance is not None:
         lines.append(f"quantised beside the checkpoint's weights: {_distance(record.distance)}")

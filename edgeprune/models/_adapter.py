@@ -20,7 +20,14 @@ from edgeprune.models._layers import Linear, compute_buffers
 from edgeprune.models._lora import MERGE
 from edgeprune.models._names import Stored
 from edgeprune.models._ops import TorchOps
-from edgeprune.models._quantised import BITS, QuantizedWeight, Strip, quantize, strips
+from edgeprune.models._quantised import (
+    BITS,
+    QuantizedWeight,
+    Strip,
+    fitted,
+    quantize,
+    strips,
+)
 from edgeprune.models._rounding import rounded
 from edgeprune.models._unread import check_unread
 from edgeprune.models._vision import Vision
@@ -53,8 +60,14 @@ class Adapter(Family):
         if wanted.is_float:
             return self
         changed = copy.copy(self)
-        changed.weights = plan_weights(wanted, *self._meta_modules(), scales)
+        changed.weights = plan_weights(self._as_stored(wanted), *self._meta_modules(), scales)
         return changed
+
+    def _as_stored(self, wanted: WeightFormat) -> WeightFormat:
+        """The format with blocks that a quantised checkpoint has: its codes can be kept then."""
+        packed = self.checkpoint.packed
+        first = next(iter(packed.weights.values())).quantized() if packed else None
+        return wanted if first is None else wanted.within(first.block)
 
     def weight_bytes(self, wanted: WeightFormat, element: int, kept: Collection[int] = BITS) -> int:
         """Bytes of all weights in a format, floats and scales of `element` bytes each; codes of
@@ -169,6 +182,10 @@ class Adapter(Family):
         assert source.form is not None and self.weights is not None
         outputs, inputs = source.shape
         form, scales = source.form, self.weights.scales
+        stored = self.quantized(source)
+        if stored and (own := fitted(stored, form.bits, form.block or inputs, scales)):
+            yield Strip.of(slice(0, outputs), own, stored.dequantised(), own=True)
+            return
         whole = len(source.names) > 1 or any(source.changes) or bool(source.stored.rows)
         for part in [None] if whole else strips(inputs, outputs):
             weight = self._read(source, torch.float32, part)

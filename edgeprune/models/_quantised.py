@@ -56,14 +56,34 @@ def quantize(
 
     `dtype` is what the graph stores scales in, so they are rounded to it before codes are made. A
     block so small that its scale would be 0 has the scale 1 and codes of 0. `block` divides K.
+    ExportError where a scale is beyond the dtype.
     """
     inputs, outputs = weight.shape
     largest = 2 ** (bits - 1) - 1
     blocks = weight.float().view(-1, block, outputs)
     scales = (blocks.abs().amax(1) / largest).to(dtype).float()
+    if not bool(scales.isfinite().all()):
+        raise ExportError(
+            f"weights reach {float(weight.abs().max()):.4g}, their scales do not fit"
+            f" {str(dtype).removeprefix('torch.')}; export with --dtype bf16 or fp32"
+        )
     scales[scales == 0] = 1
     codes = (blocks / scales[:, None]).round_().clamp_(-largest - 1, largest)
     return QuantizedWeight(codes.to(torch.int8).view(inputs, outputs), scales, None, bits, block)
+
+
+def fitted(
+    stored: QuantizedWeight, bits: int, block: int, dtype: torch.dtype
+) -> QuantizedWeight | None:
+    """The same codes in blocks of another size, scales rounded to a dtype; None where bits, blocks
+    or zero points do not allow that, or scales do not fit the dtype."""
+    if stored.zeros is not None or stored.bits != bits or stored.block % block:
+        return None
+    scales = stored.scales.to(dtype).float()
+    if not bool((scales.isfinite() & (scales > 0)).all()):
+        return None
+    wide = scales.repeat_interleave(stored.block // block, 0)
+    return QuantizedWeight(stored.codes, wide, None, bits, block)
 
 
 STRIP = 1 << 23
@@ -84,9 +104,12 @@ class Strip:
     weight: QuantizedWeight  # [K, those outputs]
     error: float  # of the difference from the checkpoint's weight
     power: float  # of that weight
+    own: bool  # whether the codes are the checkpoint's own
 
     @classmethod
-    def of(cls, outputs: slice, weight: QuantizedWeight, exact: Tensor) -> Strip:
+    def of(
+        cls, outputs: slice, weight: QuantizedWeight, exact: Tensor, *, own: bool = False
+    ) -> Strip:
         """With what `exact`, float32 [K, those outputs], loses."""
         error = float((weight.dequantised() - exact).square().sum())
-        return cls(outputs, weight, error, float(exact.square().sum()))
+        return cls(outputs, weight, error, float(exact.square().sum()), own)
