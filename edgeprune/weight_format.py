@@ -1,6 +1,6 @@
 """What `--weights` asks for: how the weights of products are stored.
 
-Written as a kind with options: `int4:block=64:head=float:vision=int8`.
+Written as a kind with options: `int4:block=64:head=float:vision=int8:clip=off`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class WeightFormat:
     block: int = BLOCKS[0]  # of int4, at most: smaller where it does not divide the inputs
     head: str = "float"  # the product that gives logits
     vision: str = "float"  # products of encoder and projector
+    clip: bool = True  # whether scales of int4 are searched for: models/_quantised.py
 
     def __post_init__(self) -> None:
         for part in ("kind", "head", "vision"):
@@ -57,24 +58,33 @@ class WeightFormat:
             raise SpecError(f"--weights has the options {', '.join(known)}; got {strange[0]!r}")
         if len(dict(pairs)) != len(pairs):
             raise SpecError(f"an option of --weights is given twice: {text!r}")
-        switches = {"on": kind, "off": "float"}
-        options = {"head": kind} | {name: switches.get(value, value) for name, value in pairs}
-        block = options.pop("block", str(BLOCKS[0]))
+        given = dict(pairs)
+        block = given.pop("block", str(BLOCKS[0]))
         if block not in map(str, BLOCKS):
             sizes = ", ".join(map(str, sorted(BLOCKS)))
             raise SpecError(f"block of --weights is one of {sizes}; got {block!r}")
-        return cls(kind, int(block), **options)
+        clip = _switch("clip", given.pop("clip", "on"))
+        kinds = {"on": kind, "off": "float"}
+        parts = {"head": kind} | {name: kinds.get(value, value) for name, value in given.items()}
+        return cls(kind, int(block), clip=clip, **parts)
 
     def __str__(self) -> str:
         """As `parse` reads it, with every option."""
         if self.is_float:
             return "float"
-        return f"{self.kind}:block={self.block}:head={self.head}:vision={self.vision}"
+        parts = f"{self.kind}:block={self.block}:head={self.head}:vision={self.vision}"
+        return f"{parts}:clip={'on' if self.clip else 'off'}"
 
     @property
     def is_float(self) -> bool:
         """Whether nothing is quantised."""
         return {self.kind, self.head, self.vision} == {"float"}
+
+    @property
+    def algorithm(self) -> str:
+        """How codes are chosen, in words."""
+        four = "int4" in {self.kind, self.head, self.vision}
+        return "rounding, clipped" if self.clip and four else "rounding"
 
     def within(self, block: int) -> WeightFormat:
         """The same with blocks that divide one of another size, where there are such."""
@@ -92,6 +102,12 @@ class WeightFormat:
             sizes = [size for size in BLOCKS if size <= self.block and inputs % size == 0]
             return Form(4, sizes[0]) if sizes and outputs % 2 == 0 else Form(8, None)
         return Form(bits, None) if bits else None
+
+
+def _switch(name: str, value: str) -> bool:
+    if value not in ("on", "off"):
+        raise SpecError(f"{name} of --weights is on or off; got {value!r}")
+    return value == "on"
 
 
 FLOAT = WeightFormat()

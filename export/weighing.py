@@ -33,7 +33,7 @@ def weights_record(lowering: Lowering, stored: Stored) -> WeightsRecord | None:
         return None
     return WeightsRecord(
         format=str(lowering.weights),
-        algorithm="rounding",
+        algorithm=lowering.weights.algorithm,
         tensors=dict(stored.tensors),
         own=stored.own,
         numbers=stored.numbers,

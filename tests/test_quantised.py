@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from edgeprune.errors import ExportError
-from edgeprune.models._quantised import QuantizedWeight, quantize
+from edgeprune.models._quantised import SHRINKS, QuantizedWeight, quantize
 
 
 def _weight(inputs: int = 64, outputs: int = 6) -> torch.Tensor:
@@ -41,6 +41,46 @@ def test_a_block_without_a_scale_is_zeros(value):
     found = quantize(torch.full((32, 2), value), 4, 32, torch.float16)
     assert bool((found.scales > 0).all())
     assert torch.equal(found.dequantised(torch.float16), torch.zeros(32, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("tail", [1, 3])  # 3: few weights are much larger than the others
+def test_a_clipped_scale_never_leaves_a_block_a_larger_error(dtype, weighted, tail):
+    weight = _weight(256, 20) ** tail
+    weight[:128, 0], weight[:128, 1] = 0, 1e-9
+    importance = _weight(256, 1)[:, 0].exp() if weighted else torch.ones(256)
+
+    def errors(**options):
+        found = quantize(weight, 4, 128, dtype, importance=importance, **options)
+        assert torch.equal(found.scales, found.scales.to(dtype).float())
+        assert bool((found.scales > 0).all())
+        square = (found.dequantised() - weight).square() * importance[:, None]
+        return square.view(2, 128, 20).sum(1)
+
+    rounded, clipped = errors(), errors(clip=True)
+    assert bool((clipped <= rounded * (1 + 1e-6)).all())
+    assert clipped.sum() < 0.95 * rounded.sum()
+
+
+def test_a_clipped_scale_is_the_best_of_those_tried():
+    weight = _weight(64, 3) ** 3
+    found = quantize(weight, 4, 64, clip=True)
+    for output in range(3):
+        part = weight[:, output].numpy()
+        left = {}
+        for shrink in SHRINKS:
+            scale = np.abs(part).max() / np.float32(7) * np.float32(shrink)
+            near = np.clip(np.rint(part / scale), -8, 7) * scale
+            left[scale] = float(np.square(near - part).sum())
+        assert found.scales[0, output].item() == pytest.approx(min(left, key=left.get))
+
+
+def test_a_weight_at_minus_eight_sevenths_is_held_exactly():
+    """Codes reach -8, which rounding to the largest as 7 does not use."""
+    weight = torch.arange(-8.0, 8).repeat(2)[:, None]
+    assert not torch.equal(quantize(weight, 4, 32).dequantised(), weight)
+    torch.testing.assert_close(quantize(weight, 4, 32, clip=True).dequantised(), weight)
 
 
 def test_zeros_are_taken_off_the_codes():

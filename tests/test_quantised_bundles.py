@@ -134,6 +134,13 @@ def test_the_distance_to_the_float_model_is_stored_and_told(bundles, tiny_checkp
     assert Bundle.open(bundles("rtx", "int4")).manifest.weights.running is None
 
 
+def test_scales_are_searched_for_unless_that_is_off(bundles):
+    kinds = ("int4", "int4:clip=off")
+    clipped, rounded = (Bundle.open(bundles("cpu", kind)).manifest.weights for kind in kinds)
+    assert clipped.error < 0.95 * rounded.error
+    assert (clipped.algorithm, rounded.algorithm) == ("rounding, clipped", "rounding")
+
+
 def test_a_tied_model_holds_its_head_apart(tmp_path):
     """The embedding stays as it is; the head is its tensor, quantised, and is compared so."""
     model, output = llava_onevision().save(tmp_path / "tied"), tmp_path / "bundle"

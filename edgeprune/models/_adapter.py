@@ -189,7 +189,8 @@ class Adapter(Family):
         whole = len(source.names) > 1 or any(source.changes) or bool(source.stored.rows)
         for part in [None] if whole else strips(inputs, outputs):
             weight = self._read(source, torch.float32, part)
-            codes = quantize(weight, form.bits, form.block or inputs, scales)
+            clip = self.weights.clip and form.bits == 4
+            codes = quantize(weight, form.bits, form.block or inputs, scales, clip=clip)
             yield Strip.of(part or slice(0, outputs), codes, weight)
 
     def _read(self, source: Source, dtype: torch.dtype, rows: slice | None = None) -> Tensor:

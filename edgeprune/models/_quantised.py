@@ -49,27 +49,56 @@ class QuantizedWeight:
         return (codes * self.scales[:, None]).view(self.codes.shape).to(dtype)
 
 
+SHRINKS = tuple(1 - step / 40 for step in range(21))
+"""Factors of a scale that `quantize` tries where it may clip. 7/8, where codes reach -8, is one."""
+
+
 def quantize(
-    weight: Tensor, bits: int, block: int, dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    bits: int,
+    block: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    clip: bool = False,
+    importance: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round a weight [K, N] to the nearest codes; symmetric, the largest of a block is 7 or 127.
 
     `dtype` is what the graph stores scales in, so they are rounded to it before codes are made. A
     block so small that its scale would be 0 has the scale 1 and codes of 0. `block` divides K.
-    ExportError where a scale is beyond the dtype.
+    With `clip` a block has the one of SHRINKS times this scale that leaves the least sum of
+    squared errors, so that few large weights do not make all others coarse; errors count by the
+    `importance` [K] of their inputs, if given. ExportError where a scale is beyond the dtype.
     """
     inputs, outputs = weight.shape
     largest = 2 ** (bits - 1) - 1
     blocks = weight.float().view(-1, block, outputs)
-    scales = (blocks.abs().amax(1) / largest).to(dtype).float()
+    widest = blocks.abs().amax(1) / largest
+    counts = 1.0 if importance is None else importance.view(-1, block, 1)
+    scales, errors = _usable(widest.to(dtype).float(), weight, dtype), torch.tensor(torch.inf)
+    for shrink in SHRINKS if clip else ():
+        tried = _usable((widest * shrink).to(dtype).float(), weight, dtype)
+        left = _codes(blocks, tried, largest).mul_(tried[:, None]).sub_(blocks).square_()
+        error = (left * counts).sum(1)
+        scales = torch.where(error < errors, tried, scales)
+        errors = torch.minimum(error, errors)
+    codes = _codes(blocks, scales, largest).to(torch.int8).view(inputs, outputs)
+    return QuantizedWeight(codes, scales, None, bits, block)
+
+
+def _codes(blocks: Tensor, scales: Tensor, largest: int) -> Tensor:
+    """The nearest codes, as floats, of blocks [K / block, block, N] with scales [K / block, N]."""
+    return (blocks / scales[:, None]).round_().clamp_(-largest - 1, largest)
+
+
+def _usable(scales: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as a graph of a dtype may hold them: finite, and 1 in place of 0."""
     if not bool(scales.isfinite().all()):
         raise ExportError(
             f"weights reach {float(weight.abs().max()):.4g}, their scales do not fit"
             f" {str(dtype).removeprefix('torch.')}; export with --dtype bf16 or fp32"
         )
-    scales[scales == 0] = 1
-    codes = (blocks / scales[:, None]).round_().clamp_(-largest - 1, largest)
-    return QuantizedWeight(codes.to(torch.int8).view(inputs, outputs), scales, None, bits, block)
+    return scales.masked_fill_(scales == 0, 1)
 
 
 def fitted(

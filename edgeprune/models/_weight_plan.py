@@ -22,6 +22,7 @@ class WeightPlan:
     forms: Mapping[str, Form]
     sizes: Mapping[str, tuple[int, int]]  # inputs and outputs of these
     scales: torch.dtype  # in which graphs store them
+    clip: bool = False  # whether scales of 4 bits are searched for
 
     @property
     def head_apart(self) -> bool:
@@ -37,7 +38,7 @@ def plan_weights(
     for part, name, size in _products(vision, decoder):
         if (form := wanted.form(part, *size)) is not None:
             forms[name], sizes[name] = form, size
-    return WeightPlan(forms, sizes, scales)
+    return WeightPlan(forms, sizes, scales, wanted.clip)
 
 
 def _products(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tuple[int, int]]]:
