@@ -260,6 +260,7 @@ class Manifest:
     versions: dict[str, str]
     range: RangeRecord | None = None  # None: the dtype is not fp16, or no sample was looked at
     weights: WeightsRecord | None = None  # None: all weights are of the dtype
+    checkpoint_weights: str = ""  # the form of a quantised checkpoint's; empty: floats
     schema: Count = SCHEMA
 
     @property

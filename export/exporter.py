@@ -206,7 +206,7 @@ def _manifest(
     draft: Path,
 ) -> Manifest:
     """All but what was compared."""
-    dialect = dialect_of(request.lowering)
+    dialect, packed = dialect_of(request.lowering), adapter.checkpoint.packed
     return Manifest(
         name=request.output.name,
         model=request.model,
@@ -223,6 +223,7 @@ def _manifest(
         files=record_files(draft),
         parity=ParityRecord(0),
         versions={package: installed(package) for package in PACKAGES},
+        checkpoint_weights=str(packed.form) if packed else "",
     )
 
 

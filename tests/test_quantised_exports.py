@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.models import open_model
 from edgeprune.runtime import Session
@@ -60,6 +61,7 @@ def test_a_bundle_of_a_quantised_checkpoint_answers_as_its_floats(
     assert main([*command, "-o", str(output)]) == 0
     told = f"note: 21 weights are stored in codes ({FORMS[name].told})"
     assert told in capfd.readouterr().err
+    assert Bundle.open(output).manifest.checkpoint_weights == FORMS[name].told
     with Session.open(output) as session:
         sampling = Sampling(max_new_tokens=32)
         answer = session.ask(drawn_image(family.sizes[0]), QUESTION, sampling)
