@@ -214,7 +214,8 @@ class WeightsRecord:
     format: str  # as --weights takes it, with every option
     algorithm: str  # that chose the codes, where they are not the checkpoint's own
     tensors: dict[str, Amount]  # products by kind: float, int8, int4
-    own: Amount  # products whose codes are the checkpoint's own
+    packed: Amount  # products whose weights the checkpoint stores in a quantised form
+    own: Amount  # of these, those whose codes are the checkpoint's own
     numbers: Bytes  # weights that are quantised
     bits: Annotated[float, Between(0, 64)]  # of each of these, scales included
     error: Share  # of all of these: norm of what was changed, as a share of their norm

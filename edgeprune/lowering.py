@@ -36,6 +36,11 @@ class Target:
     token: bool = True  # whether the graph gives the likeliest token, so that logits stay on a GPU
     codes: str = "DequantizeLinear"  # the operator that reads quantised weights
 
+    @property
+    def zero_points(self) -> bool:
+        """Whether quantised weights may have zero points; TensorRT refuses them."""
+        return self.codes == "MatMulNBits"
+
 
 @dataclass(frozen=True, slots=True)
 class Lowering:

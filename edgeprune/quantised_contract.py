@@ -21,10 +21,10 @@ def check_quantised(node: Quantised) -> None:
     read = list(node.inputs)
     if node.operator == FUSED:
         _, *read = node.inputs or (None,)
-    if len(read) != 2:
+    if len(read) not in ((2, 3) if node.operator == FUSED else (2,)):
         raise ValueError(f"{node.operator} {node.name} has not the inputs that exports write")
-    codes, scales = read
-    if codes is None or scales is None:
+    codes, scales, *zeros = read
+    if codes is None or scales is None or None in zeros:
         raise ValueError(f"{node.operator} {node.name} reads what is no constant")
     wanted = (_fused if node.operator == FUSED else _dequantised)(node, codes)
     found = codes.dtype, codes.sizes, scales.sizes
@@ -32,6 +32,18 @@ def check_quantised(node: Quantised) -> None:
         raise ValueError(
             f"{node.operator} {node.name} has codes {codes} and scales {scales}, want"
             f" {Value('', *wanted[:2])} and {Value('', 'floats', wanted[2])}"
+        )
+    for zero in zeros:
+        _check_zeros(node, zero, scales)
+
+
+def _check_zeros(node: Quantised, zeros: Value | None, scales: Value) -> None:
+    """One zero point for each scale, packed as codes are along the blocks."""
+    outputs, blocks = scales.sizes
+    wanted = (outputs, -(-int(blocks or 0) * node.attributes["bits"] // 8))
+    if zeros is None or (zeros.dtype, zeros.sizes) != ("uint8", wanted):
+        raise ValueError(
+            f"{FUSED} {node.name} has zero points {zeros}, want {Value('', 'uint8', wanted)}"
         )
 
 

@@ -28,7 +28,7 @@ from edgeprune.export.comparison import compare
 from edgeprune.export.dialects import dialect_of
 from edgeprune.export.generation import read_generation
 from edgeprune.export.prompts import read_text
-from edgeprune.export.weighing import weigh, weights_record
+from edgeprune.export.weighing import weigh, weights_notes, weights_record
 from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import DECODER, GraphRecord
 from edgeprune.lowering import DTYPES, TARGETS, Lowering, resolve
@@ -139,7 +139,7 @@ def export(
     check_topk(request.spec.method, policy.largest_topk(request.plan), request.target)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
-    exact, adapter = adapter, adapter.with_weights(request.lowering.weights, dtype)
+    exact, adapter = adapter, _with_weights(request.lowering, adapter)
     samples = [] if request.no_parity else list(prompts)
     proven, notes = _prove(request, adapter, policy, samples, report)
     wide = proven.float32 if proven else ()
@@ -170,7 +170,14 @@ def export(
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    return Exported(request.output, manifest, (*records.notes, *notes))
+    told = weights_notes(request.lowering, stored)
+    return Exported(request.output, manifest, (*records.notes, *told, *notes))
+
+
+def _with_weights(lowering: Lowering, adapter: Adapter) -> Adapter:
+    """The checkpoint with its weights as a bundle of this kind has them."""
+    dtype, zero_points = TORCH[lowering.dtype.name], lowering.target.zero_points
+    return adapter.with_weights(lowering.weights, dtype, zero_points=zero_points)
 
 
 def _open_again(draft: Path) -> None:

@@ -37,6 +37,7 @@ class Packed:
     error: float  # sums of squares: of the difference from the checkpoint's weight
     power: float  # and of that weight
     own: bool  # whether the codes are the checkpoint's own
+    zeros: Codes | None = None  # zero points; None: all are the middle of the codes
 
 
 class ProductForm(ABC):
@@ -47,8 +48,16 @@ class ProductForm(ABC):
         """Lay out a weight [inputs, outputs], whose strips come one by one."""
 
     @abstractmethod
-    def rewire(self, model: ir.Model, product: Product, form: Form, scales: ir.Value) -> None:
-        """Let a product read codes, which its weight's initializer holds now, and scales."""
+    def rewire(
+        self,
+        model: ir.Model,
+        product: Product,
+        form: Form,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+    ) -> None:
+        """Let a product read codes, which its weight's initializer holds now, scales and zero
+        points."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,15 @@ class Dequantized(ProductForm):
         held = scales if form.block else scales[0]
         return Packed(codes, kind, (inputs, outputs), held, error, power, own)
 
-    def rewire(self, model: ir.Model, product: Product, form: Form, scales: ir.Value) -> None:
+    def rewire(
+        self,
+        model: ir.Model,
+        product: Product,
+        form: Form,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+    ) -> None:
+        assert zeros is None, "TensorRT takes no zero points"
         attributes = {"axis": 0, "block_size": form.block} if form.block else {"axis": 1}
         matmul, read = product.matmul, product.cast or product.matmul
         name = "/".join([*(matmul.name or "").split("/")[:-1], "dequantizelinear"])
@@ -114,7 +131,8 @@ class Dequantized(ProductForm):
 
 
 class Fused(ProductForm):
-    """MatMulNBits: codes + 8 or 128, uint8 [N, blocks, bytes of a block], scales [N, blocks]."""
+    """MatMulNBits: codes + 8 or 128, uint8 [N, blocks, bytes of a block], scales [N, blocks], zero
+    points likewise raised and packed, uint8 [N, bytes of the blocks]."""
 
     def pack(self, product: Product, form: Form, strips: Iterable[Strip]) -> Packed:
         inputs, outputs = product.inputs, product.outputs
@@ -122,6 +140,7 @@ class Fused(ProductForm):
         blocks, padding = -(-inputs // block), -inputs % block
         codes = np.empty((outputs, blocks, block * form.bits // 8), np.uint8)
         scales = np.empty((outputs, blocks), np.float32)
+        zeros, moved = np.full((outputs, blocks + blocks % 2), half, np.uint8), False
         error, power, own = 0.0, 0.0, True
         for strip in strips:
             raised = strip.weight.codes.numpy().T.astype(np.int16) + half
@@ -131,16 +150,28 @@ class Fused(ProductForm):
                 found = found[..., 0::2] | found[..., 1::2] << 4
             codes[strip.outputs] = found
             scales[strip.outputs] = strip.weight.scales.numpy().T  # of one scale, in each block
+            if strip.weight.zeros is not None:
+                zeros[strip.outputs, :blocks] += strip.weight.zeros.numpy().T.view(np.uint8)
+                moved = True
             error, power, own = error + strip.error, power + strip.power, own and strip.own
-        return Packed(codes, ir.DataType.UINT8, codes.shape, scales, error, power, own)
+        held = zeros[:, 0::2] | zeros[:, 1::2] << 4 if form.bits == 4 else zeros[:, :blocks]
+        read = np.ascontiguousarray(held, np.uint8) if moved else None
+        return Packed(codes, ir.DataType.UINT8, codes.shape, scales, error, power, own, read)
 
-    def rewire(self, model: ir.Model, product: Product, form: Form, scales: ir.Value) -> None:
+    def rewire(
+        self,
+        model: ir.Model,
+        product: Product,
+        form: Form,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+    ) -> None:
         matmul, weight = product.matmul, product.weight
         sizes = {"K": product.inputs, "N": product.outputs, "bits": form.bits}
         sizes["block_size"] = block_size(form, product.inputs)
         fused = ir.node(
             "MatMulNBits",
-            [matmul.inputs[0], weight, scales],
+            [matmul.inputs[0], weight, scales, *([] if zeros is None else [zeros])],
             {**sizes, "accuracy_level": LEVEL},
             domain=MICROSOFT,
             name=f"{matmul.name}nbits",

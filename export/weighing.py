@@ -35,11 +35,27 @@ def weights_record(lowering: Lowering, stored: Stored) -> WeightsRecord | None:
         format=str(lowering.weights),
         algorithm=lowering.weights.algorithm,
         tensors=dict(stored.tensors),
+        packed=stored.packed,
         own=stored.own,
         numbers=stored.numbers,
         bits=8 * stored.bytes / stored.numbers,
         error=math.sqrt(stored.error / stored.power) if stored.power else 0.0,
     )
+
+
+def weights_notes(lowering: Lowering, stored: Stored) -> tuple[str, ...]:
+    """What became of weights that the checkpoint stores in a quantised form, for people."""
+    if not stored.packed:
+        return ()
+    if lowering.weights.is_float:
+        return (f"these are written as floats ({lowering.dtype.name}); --weights keeps them small",)
+    if anew := stored.packed - stored.own:
+        return (
+            f"{anew} of these {stored.packed} are rounded anew: where their form, their bits or"
+            f" their blocks are not those of --weights, or they have zero points"
+            f" ({'kept' if lowering.target.zero_points else 'not taken'} by this target)",
+        )
+    return (f"all {stored.own} of these keep their codes",)
 
 
 def weigh(

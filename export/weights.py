@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ExportError
-from edgeprune.export.products import ProductForm, product_of
+from edgeprune.export.products import Packed, ProductForm, product_of
 from edgeprune.lowering import DTYPES
 from edgeprune.models import Adapter
 from edgeprune.models._adapter import Source
@@ -32,7 +32,8 @@ class Stored:
     """How the weights of products were stored."""
 
     tensors: Counter[str] = field(default_factory=Counter)  # by kind: float, int8, int4
-    own: int = 0  # of these, those whose codes are the checkpoint's own
+    packed: int = 0  # of these, those that the checkpoint stores in a quantised form
+    own: int = 0  # and of these, those whose codes are the checkpoint's own
     numbers: int = 0  # of those that are quantised
     bytes: int = 0  # of these, scales too
     error: float = 0.0  # sums of squares: of what quantising changed
@@ -69,6 +70,7 @@ class WeightsFile:
                 self._quantise(model, value, adapter, sources[name], dtype)
             elif name in sources:
                 self.stored.tensors["float"] += sources[name].transposed
+                self.stored.packed += adapter.is_packed(sources[name])
                 value.const_value = self._append(name, adapter.read(sources[name], dtype))
             elif name in tables:
                 value.const_value = self._append(name, tables[name])
@@ -98,13 +100,27 @@ class WeightsFile:
         codes = self._write(weight.name or "", packed.codes.data, packed.kind, packed.shape)
         weight.const_value, weight.shape, weight.dtype = codes, codes.shape, packed.kind
         model.graph.register_initializer(scales)
-        self.form.rewire(model, product, source.form, scales)
+        zeros = self._zeros(model, packed, f"{weight.name}/zero")
+        self.form.rewire(model, product, source.form, scales, zeros)
         stored = self.stored
         stored.tensors[f"int{source.form.bits}"] += 1
+        stored.packed += adapter.is_packed(source)
         stored.own += packed.own
         stored.numbers += math.prod(source.shape)
         stored.bytes += codes.nbytes + scales.const_value.nbytes
+        stored.bytes += zeros.const_value.nbytes if zeros and zeros.const_value else 0
         stored.error, stored.power = stored.error + packed.error, stored.power + packed.power
+
+    def _zeros(self, model: ir.Model, packed: Packed, name: str) -> ir.Value | None:
+        """The zero points of a product's codes, where they have some."""
+        if packed.zeros is None:
+            return None
+        kind, data = ir.DataType.UINT8, packed.zeros
+        value = ir.Value(name=name)
+        value.const_value = self._write(name, data.data, kind, data.shape)
+        value.shape, value.dtype = value.const_value.shape, kind
+        model.graph.register_initializer(value)
+        return value
 
     def _append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
         data = tensor.detach().contiguous()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,11 +17,12 @@ from edgeprune.cli import main
 from edgeprune.models import open_model
 from edgeprune.runtime import Session
 from edgeprune.runtime.sampling import Sampling
+from edgeprune.weight_format import WeightFormat
 from tests import families, packing
 from tests.families import QUESTION, Family
 from tests.test_families import drawn_image, generated, ours, prompted
 from tests.test_lora import ALPHA, LINEAR, MODULES, RANK, adapt
-from tests.test_quantised_checkpoints import FORMS, codes, parameters
+from tests.test_quantised_checkpoints import AWQ, FORMS, Packer, codes, parameters
 from tests.test_weights import answers_as, loaded
 
 
@@ -94,3 +97,58 @@ def test_a_lora_adapter_is_merged_into_the_floats_of_its_base(
     head = LINEAR["lm_head.lora_B.weight"] @ LINEAR["lm_head.lora_A.weight"]
     model.lm_head.weight.data = model.lm_head.weight.data + ALPHA / RANK * head
     assert answers_as(model, family, packed)
+
+
+def wide_awq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """In groups of 32, of which engines take blocks."""
+    found = packing.Codes.of(weight, 4, 32)
+    return packing.awq(found), found.floats()
+
+
+WIDE = AWQ | {"group_size": 32}
+INT8 = FORMS["bitsandbytes of 8 bits"]
+KEPT = "note: all 21 of these keep their codes"
+ANEW = "note: 21 of these 21 are rounded anew: where their form, their bits or their blocks are"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "packer", "weights", "target", "own", "told"),
+    [
+        (WIDE, wide_awq, "int4:head=off", "cpu", 21, KEPT),
+        (WIDE, wide_awq, "int4:head=off", "rtx", 0, f"{ANEW} not those of --weights, or they have"),
+        (INT8.scheme, INT8.packed, "int8:head=off", "jetpack7", 21, KEPT),
+        (FORMS["nf4"].scheme, FORMS["nf4"].packed, "int8:head=off", "cpu", 0, ANEW),
+    ],
+    ids=["zero points", "zero points that TensorRT refuses", "int8", "no codes"],
+)
+def test_codes_of_the_checkpoint_are_kept_where_the_target_takes_them(
+    scheme: dict[str, Any],
+    packer: Packer,
+    weights: str,
+    target: str,
+    own: int,
+    told: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Parity holds with the eager model of the bundle's weights, the checkpoint's own or not."""
+    saved = families.llava(hidden_size=64, intermediate_size=96).save(tmp_path / "saved")
+    packed, floats = packing.pack(saved, tmp_path, scheme, packer)
+    output = tmp_path / "bundle"
+    command = ["export", "--model", packed, "--method", "none", "--parity", 1]
+    command += ["--weights", weights, "--target", target, "-o", output]
+    assert main([*map(str, command)]) == 0
+    assert told in capfd.readouterr().err
+    record = Bundle.open(output).manifest.weights
+    assert record is not None and (record.packed, record.own) == (21, own)
+    assert (record.error < 1e-3) == (own == 21)  # float32 scales are rounded to fp16
+    assert (record.error == 0) == (target == "cpu" and own == 21)
+    graph = onnx.load(output / "decoder.onnx", load_external_data=False).graph
+    zeros = [tensor.name for tensor in graph.initializer if tensor.name.endswith("/zero")]
+    assert len(zeros) == (21 if packer is wide_awq and target == "cpu" else 0)
+    exact = parameters(open_model(str(floats)))
+    bundled = open_model(str(packed)).with_weights(
+        WeightFormat.parse(weights), torch.float32, zero_points=target == "cpu"
+    )
+    query = "layers.1.attention.query.weight"
+    assert torch.equal(parameters(bundled)[query], exact[query]) == (own == 21)

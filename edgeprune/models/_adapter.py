@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import torch
@@ -55,12 +55,19 @@ class Adapter(Family):
     weights: WeightPlan | None = None
     """Which weights are quantised; None: none. What `read` and `load` give is quantised too."""
 
-    def with_weights(self, wanted: WeightFormat, scales: torch.dtype) -> Self:
-        """The same checkpoint with weights in a format, whose scales a graph stores in a dtype."""
+    def with_weights(
+        self, wanted: WeightFormat, scales: torch.dtype, *, zero_points: bool = False
+    ) -> Self:
+        """The same checkpoint with weights in a format, whose scales a graph stores in a dtype.
+
+        Codes that the checkpoint has may keep their zero points where `zero_points` says so.
+        """
         if wanted.is_float:
             return self
         changed = copy.copy(self)
-        changed.weights = plan_weights(self._as_stored(wanted), *self._meta_modules(), scales)
+        changed.weights = plan_weights(
+            self._as_stored(wanted), *self._meta_modules(), scales, zero_points=zero_points
+        )
         return changed
 
     def _as_stored(self, wanted: WeightFormat) -> WeightFormat:
@@ -182,16 +189,27 @@ class Adapter(Family):
         assert source.form is not None and self.weights is not None
         outputs, inputs = source.shape
         form, scales = source.form, self.weights.scales
-        stored = self.quantized(source)
-        if stored and (own := fitted(stored, form.bits, form.block or inputs, scales)):
-            yield Strip.of(slice(0, outputs), own, stored.dequantised(), own=True)
+        size, stored = form.block or inputs, self.quantized(source)
+        clip = self.weights.clip and form.bits == 4
+        anew = partial(quantize, bits=form.bits, block=size, dtype=scales, clip=clip)
+        if stored is not None:
+            own = fitted(stored, form.bits, size, scales, zero_points=self.weights.zero_points)
+            for part in strips(inputs, outputs):
+                exact = stored.part(part).dequantised()
+                weight = own.part(part) if own else anew(exact)
+                yield Strip.of(part, weight, exact, own=own is not None)
             return
-        whole = len(source.names) > 1 or any(source.changes) or bool(source.stored.rows)
-        for part in [None] if whole else strips(inputs, outputs):
-            weight = self._read(source, torch.float32, part)
-            clip = self.weights.clip and form.bits == 4
-            codes = quantize(weight, form.bits, form.block or inputs, scales, clip=clip)
-            yield Strip.of(part or slice(0, outputs), codes, weight)
+        in_parts = len(source.names) == 1 and not any(source.changes) and not source.stored.rows
+        in_parts = in_parts and not self.is_packed(source)
+        whole = None if in_parts else self._read(source, torch.float32)
+        for part in strips(inputs, outputs):
+            exact = self._read(source, torch.float32, part) if whole is None else whole[:, part]
+            yield Strip.of(part, anew(exact), exact)
+
+    def is_packed(self, source: Source) -> bool:
+        """Whether the checkpoint stores a parameter in a quantised form."""
+        packed = self.checkpoint.packed
+        return packed is not None and any(name in packed.weights for name in source.names)
 
     def _read(self, source: Source, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
         """One parameter as the checkpoint has it; of its only tensor some `rows`."""

@@ -6,7 +6,7 @@ A weight is [K, N], as MatMul reads it: K inputs, N outputs. A block is some inp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,10 +43,18 @@ class QuantizedWeight:
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [K, N], computed in float32 and rounded to a dtype."""
-        codes = self.codes.view(-1, self.block, self.codes.shape[1]).float()
+        weight = self.codes.view(-1, self.block, self.codes.shape[1]).float()
         if self.zeros is not None:
-            codes -= self.zeros[:, None]
-        return (codes * self.scales[:, None]).view(self.codes.shape).to(dtype)
+            weight -= self.zeros[:, None]
+        weight *= self.scales[:, None]
+        return weight.view(self.codes.shape).to(dtype)
+
+    def part(self, outputs: slice) -> QuantizedWeight:
+        """Some outputs of it."""
+        zeros = None if self.zeros is None else self.zeros[:, outputs]
+        return replace(
+            self, codes=self.codes[:, outputs], scales=self.scales[:, outputs], zeros=zeros
+        )
 
 
 SHRINKS = tuple(1 - step / 40 for step in range(21))
@@ -102,17 +110,19 @@ def _usable(scales: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fitted(
-    stored: QuantizedWeight, bits: int, block: int, dtype: torch.dtype
+    stored: QuantizedWeight, bits: int, block: int, dtype: torch.dtype, *, zero_points: bool
 ) -> QuantizedWeight | None:
     """The same codes in blocks of another size, scales rounded to a dtype; None where bits, blocks
     or zero points do not allow that, or scales do not fit the dtype."""
-    if stored.zeros is not None or stored.bits != bits or stored.block % block:
+    if (stored.zeros is not None and not zero_points) or stored.bits != bits:
         return None
     scales = stored.scales.to(dtype).float()
-    if not bool((scales.isfinite() & (scales > 0)).all()):
+    if stored.block % block or not bool((scales.isfinite() & (scales > 0)).all()):
         return None
-    wide = scales.repeat_interleave(stored.block // block, 0)
-    return QuantizedWeight(stored.codes, wide, None, bits, block)
+    times = stored.block // block
+    scales = scales.repeat_interleave(times, 0)
+    zeros = None if stored.zeros is None else stored.zeros.repeat_interleave(times, 0)
+    return QuantizedWeight(stored.codes, scales, zeros, bits, block)
 
 
 STRIP = 1 << 23

@@ -23,6 +23,7 @@ class WeightPlan:
     sizes: Mapping[str, tuple[int, int]]  # inputs and outputs of these
     scales: torch.dtype  # in which graphs store them
     clip: bool = False  # whether scales of 4 bits are searched for
+    zero_points: bool = False  # whether graphs take codes with zero points
 
     @property
     def head_apart(self) -> bool:
@@ -31,14 +32,19 @@ class WeightPlan:
 
 
 def plan_weights(
-    wanted: WeightFormat, vision: nn.Module, decoder: Decoder, scales: torch.dtype
+    wanted: WeightFormat,
+    vision: nn.Module,
+    decoder: Decoder,
+    scales: torch.dtype,
+    *,
+    zero_points: bool = False,
 ) -> WeightPlan:
     """The forms that a format has for a model; modules may be on the meta device."""
     forms, sizes = dict[str, Form](), dict[str, tuple[int, int]]()
     for part, name, size in _products(vision, decoder):
         if (form := wanted.form(part, *size)) is not None:
             forms[name], sizes[name] = form, size
-    return WeightPlan(forms, sizes, scales, wanted.clip)
+    return WeightPlan(forms, sizes, scales, wanted.clip, zero_points)
 
 
 def _products(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tuple[int, int]]]:
