@@ -47,15 +47,15 @@ def weights_notes(lowering: Lowering, stored: Stored) -> tuple[str, ...]:
     """What became of weights that the checkpoint stores in a quantised form, for people."""
     if not stored.packed:
         return ()
+    dtype, anew = lowering.dtype.name, stored.packed - stored.own
     if lowering.weights.is_float:
-        return (f"these are written as floats ({lowering.dtype.name}); --weights keeps them small",)
-    if anew := stored.packed - stored.own:
-        return (
-            f"{anew} of these {stored.packed} are rounded anew: where their form, their bits or"
-            f" their blocks are not those of --weights, or they have zero points"
-            f" ({'kept' if lowering.target.zero_points else 'not taken'} by this target)",
-        )
-    return (f"all {stored.own} of these keep their codes",)
+        done = f"are written as floats ({dtype}); --weights keeps them small"
+    elif not anew:
+        done = "keep their codes"
+    else:
+        done = f"are rounded anew, {anew} of them: not of the bits or blocks of --weights"
+        done += "" if lowering.target.zero_points else ", or with zero points"
+    return (f"the checkpoint's {stored.packed} quantised weights {done}",)
 
 
 def weigh(

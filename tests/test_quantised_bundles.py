@@ -29,10 +29,8 @@ from edgeprune.policies import make
 from edgeprune.runtime.session import Session
 from edgeprune.spec import PruneSpec
 from edgeprune.weight_format import WeightFormat
-from tests import packing
-from tests.families import llava, llava_onevision
+from tests.families import llava_onevision
 from tests.frozen import frozen
-from tests.test_quantised_checkpoints import GPTQ
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (56, 56, 3), np.uint8)
 ALL = [*((target, "int4") for target in TARGETS), ("cpu", "int8"), ("jetpack6", "int8")]
@@ -149,25 +147,6 @@ def test_a_tied_model_holds_its_head_apart(tmp_path):
     assert main([*map(str, ["export", *options, "-o", output])]) == 0
     graph = onnx.load(output / "decoder.onnx", load_external_data=False).graph
     assert {"embedding.weight", "head.weight"} <= {t.name for t in graph.initializer}
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_codes_of_a_quantised_checkpoint_are_kept_where_engines_take_them(symmetric, tmp_path):
-    """Those with zero points are quantised again, and the error of that is told."""
-
-    def packed(weight):
-        codes = packing.Codes.of(weight, 4, 32, symmetric=symmetric)
-        return packing.gptq(codes), codes.floats()
-
-    saved = llava(hidden_size=64, intermediate_size=96).save(tmp_path / "saved")
-    model, _ = packing.pack(saved, tmp_path, GPTQ | {"group_size": 32}, packed)
-    options = ["--method", "none", "--parity", 1, "--weights", "int4:head=off"]
-    output = tmp_path / "bundle"
-    assert main([*map(str, ["export", "--model", model, *options, "-o", output])]) == 0
-    record = Bundle.open(output).manifest.weights
-    assert record.tensors["int4"] == 21
-    assert (record.own, record.error == 0) == ((21, True) if symmetric else (0, False))
-    assert record.error < 0.15
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ CASES: dict[str, tuple[str, Edit, str]] = {
     "zero points": (
         "cpu",
         lambda m: node(m).input.append(SCALE),
-        "has not the inputs that exports write",
+        "has zero points fp32 [64, 3], want uint8 [64, 2]",
     ),
     "no scales": ("cpu", lambda m: node(m).input.pop(), "has not the inputs that exports write"),
     "codes of an input": (

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.models import open_model
+from edgeprune.onnx_file import Quantised, Value
+from edgeprune.quantised_contract import check_quantised
 from edgeprune.runtime import Session
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.weight_format import WeightFormat
@@ -22,7 +24,7 @@ from tests import families, packing
 from tests.families import QUESTION, Family
 from tests.test_families import drawn_image, generated, ours, prompted
 from tests.test_lora import ALPHA, LINEAR, MODULES, RANK, adapt
-from tests.test_quantised_checkpoints import AWQ, FORMS, Packer, codes, parameters
+from tests.test_quantised_checkpoints import AWQ, FORMS, GPTQ, Packer, codes, parameters
 from tests.test_weights import answers_as, loaded
 
 
@@ -63,7 +65,8 @@ def test_a_bundle_of_a_quantised_checkpoint_answers_as_its_floats(
     command = ["export", "--model", str(packed), "--method", "none", "--parity", "1"]
     assert main([*command, "-o", str(output)]) == 0
     told = f"note: 21 weights are stored in codes ({FORMS[name].told})"
-    assert told in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert told in said and "21 quantised weights are written as floats (fp32); --weights" in said
     assert Bundle.open(output).manifest.checkpoint_weights == FORMS[name].told
     with Session.open(output) as session:
         sampling = Sampling(max_new_tokens=32)
@@ -105,21 +108,36 @@ def wide_awq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tenso
     return packing.awq(found), found.floats()
 
 
-WIDE = AWQ | {"group_size": 32}
+def even_gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The same, symmetric."""
+    found = packing.Codes.of(weight, 4, 32, symmetric=True)
+    return packing.gptq(found), found.floats()
+
+
+WIDE, EVEN = AWQ | {"group_size": 32}, GPTQ | {"group_size": 32}
 INT8 = FORMS["bitsandbytes of 8 bits"]
-KEPT = "note: all 21 of these keep their codes"
-ANEW = "note: 21 of these 21 are rounded anew: where their form, their bits or their blocks are"
+MOVED = " or blocks of --weights, or with zero points"
+KEPT = "note: the checkpoint's 21 quantised weights keep their codes"
+ANEW = "note: the checkpoint's 21 quantised weights are rounded anew, 21 of them: not of the bits"
 
 
 @pytest.mark.parametrize(
     ("scheme", "packer", "weights", "target", "own", "told"),
     [
         (WIDE, wide_awq, "int4:head=off", "cpu", 21, KEPT),
-        (WIDE, wide_awq, "int4:head=off", "rtx", 0, f"{ANEW} not those of --weights, or they have"),
+        (
+            WIDE,
+            wide_awq,
+            "int4:head=off",
+            "rtx",
+            0,
+            f"{ANEW} or blocks of --weights, or with zero points",
+        ),
+        (EVEN, even_gptq, "int4:head=off", "rtx", 21, KEPT),
         (INT8.scheme, INT8.packed, "int8:head=off", "jetpack7", 21, KEPT),
         (FORMS["nf4"].scheme, FORMS["nf4"].packed, "int8:head=off", "cpu", 0, ANEW),
     ],
-    ids=["zero points", "zero points that TensorRT refuses", "int8", "no codes"],
+    ids=["zero points", "zero points that TensorRT refuses", "int4", "int8", "no codes"],
 )
 def test_codes_of_the_checkpoint_are_kept_where_the_target_takes_them(
     scheme: dict[str, Any],
@@ -142,7 +160,7 @@ def test_codes_of_the_checkpoint_are_kept_where_the_target_takes_them(
     record = Bundle.open(output).manifest.weights
     assert record is not None and (record.packed, record.own) == (21, own)
     assert (record.error < 1e-3) == (own == 21)  # float32 scales are rounded to fp16
-    assert (record.error == 0) == (target == "cpu" and own == 21)
+    assert (record.error == 0) == (own == 21 and packer is not INT8.packed)
     graph = onnx.load(output / "decoder.onnx", load_external_data=False).graph
     zeros = [tensor.name for tensor in graph.initializer if tensor.name.endswith("/zero")]
     assert len(zeros) == (21 if packer is wide_awq and target == "cpu" else 0)
@@ -152,3 +170,18 @@ def test_codes_of_the_checkpoint_are_kept_where_the_target_takes_them(
     )
     query = "layers.1.attention.query.weight"
     assert torch.equal(parameters(bundled)[query], exact[query]) == (own == 21)
+
+
+def test_zero_points_of_other_sizes_are_refused() -> None:
+    """A bundle of a stranger: an engine would read past their end."""
+    codes, scales = Value("w", "uint8", (64, 3, 16)), Value("s", "fp32", (64, 3))
+    sizes = {"K": 96, "N": 64, "bits": 4, "block_size": 32, "accuracy_level": 4}
+
+    def check(*zeros: Value | None) -> None:
+        check_quantised(Quantised("n", "MatMulNBits", (None, codes, scales, *zeros), sizes))
+
+    check()
+    check(Value("z", "uint8", (64, 2)))
+    for wrong in (Value("z", "uint8", (64, 3)), Value("z", "int8", (64, 2)), None):
+        with pytest.raises(ValueError, match=r"has zero points|reads what is no constant"):
+            check(wrong)
