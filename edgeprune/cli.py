@@ -15,7 +15,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from edgeprune import __version__, terminal
-from edgeprune.commands import bench, build, calibrate, check, compare, export, listing, run, show
+from edgeprune.commands import (
+    bench,
+    build,
+    calibrate,
+    check,
+    compare,
+    export,
+    listing,
+    run,
+    serve,
+    show,
+)
 from edgeprune.errors import EdgepruneError
 from edgeprune.install_hints import install
 from edgeprune.interrupts import interruptible
@@ -25,6 +36,9 @@ DEBUG = "EDGEPRUNE_DEBUG"
 EXTRAS = {
     name: f"this command needs {name} to read checkpoints; {install('export')}"
     for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "highspy")
+} | {
+    name: f"this command needs {name} to answer over HTTP; {install('serve')}"
+    for name in ("starlette", "uvicorn")
 }
 """What to say where a module is missing that the base install leaves out."""
 
@@ -46,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"edgeprune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (export, run, show, compare, check, build, bench, calibrate, listing):
+    for module in (export, run, serve, show, compare, check, build, bench, calibrate, listing):
         module.add(commands)
     return top
 

@@ -21,6 +21,11 @@ def peak_bytes() -> int | None:
     return _kilobytes(Path("/proc/self/status"), "VmHWM")
 
 
+def resident_bytes() -> int | None:
+    """Bytes that this process has resident; None where the machine does not say (Linux does)."""
+    return _kilobytes(Path("/proc/self/status"), "VmRSS")
+
+
 def _kilobytes(file: Path, field: str) -> int | None:
     """One entry of a list of kilobytes, in bytes."""
     if not file.is_file():

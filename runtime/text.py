@@ -90,6 +90,15 @@ class Prompter:
         segments = self._segments(self._record.next, {"prompt": [prompt]})
         return _row(self._encode(segments, self._continue))
 
+    def answer(self, text: str) -> Tokens:
+        """Ids of an answer that is known as text alone, [1, n], to follow a question's ids.
+
+        A model writes a space after a template that ends in a colon.
+        """
+        _check_text(text, "answer")
+        space = " " if self._record.next.endswith(":") else ""
+        return _row(self._encode([("", False), (space + text, True)], self._continue))
+
     def _with_system(self, system: str) -> str:
         _check_text(system, "system text")
         if IMAGE in system:

@@ -1,0 +1,90 @@
+"""`edgeprune serve`: answer requests in the form of OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+KEY = "EDGEPRUNE_API_KEY"
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "serve",
+        help="answer over HTTP, as OpenAI's chat completions",
+        description="Serve bundles over HTTP with the interface of OpenAI's chat completions:"
+        " /v1/chat/completions, /v1/models, /health, /metrics. It stops at SIGTERM or Ctrl-C, once"
+        " the answers that were begun are complete.",
+    )
+    command.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="exported folder")
+    command.add_argument(
+        "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)"
+    )
+    command.add_argument("--port", type=int, default=8000, help="default 8000; 0: any free one")
+    command.add_argument(
+        "--sequences",
+        type=int,
+        default=4,
+        metavar="N",
+        help="dialogues of a bundle whose caches are in memory, answering or kept (default 4)",
+    )
+    command.add_argument(
+        "--queue",
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests of a bundle that may wait; the next gets status 429 (default 64)",
+    )
+    command.add_argument(
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="for one answer, waiting included (default 300)",
+    )
+    command.add_argument(
+        "--drain",
+        type=int,
+        default=30,
+        metavar="SECONDS",
+        help="for answers to be completed after a signal to stop (default 30)",
+    )
+    command.add_argument(
+        "--max-body", type=int, default=32, metavar="MB", help="largest request (default 32)"
+    )
+    command.add_argument(
+        "--media", type=Path, metavar="DIR", help="requests may name image files below DIR"
+    )
+    command.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"only requests with this key are answered; better in the environment, as {KEY}",
+    )
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune.serve.server import ServeRequest, serve
+
+    serve(
+        ServeRequest(
+            bundles=tuple(args.bundles),
+            backend=args.backend,
+            host=args.host,
+            port=args.port,
+            threads=args.threads,
+            sequences=args.sequences,
+            queue=args.queue,
+            timeout=args.timeout,
+            drain=args.drain,
+            max_body_mb=args.max_body,
+            media=args.media,
+            api_key=os.environ.get(KEY) if args.api_key is None else args.api_key,
+        )
+    )
+    return 0

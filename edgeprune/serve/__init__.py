@@ -1,0 +1,1 @@
+"""An HTTP server for bundles, with the interface of OpenAI's chat completions. Needs no PyTorch."""

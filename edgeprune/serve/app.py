@@ -1,0 +1,267 @@
+"""The routes: what a server answers to each address."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from edgeprune import terminal
+from edgeprune.serve.errors import HttpError, http_error
+from edgeprune.serve.exchange import GONE, answer
+from edgeprune.serve.metrics import Metrics
+from edgeprune.serve.model import Finished, ServedBundle
+from edgeprune.serve.replies import ChatReply, model_record
+from edgeprune.serve.request import ChatRequest, parse
+
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask, and for how much."""
+
+    api_key: str | None  # None: anybody
+    media: Path | None  # folder whose files requests may name
+    body_bytes: int
+    body_seconds: float  # until a request's body is there
+    seconds: float  # until its answer is complete
+
+
+class Service:
+    """Answers requests with the bundles that are open."""
+
+    def __init__(self, bundles: Mapping[str, ServedBundle], access: Access) -> None:
+        self.bundles, self.access, self.metrics = bundles, access, Metrics()
+
+    def app(self) -> Starlette:
+        """All routes. Every error is JSON; a server's own error is told without its inside."""
+        return Starlette(
+            routes=[
+                Route("/health", self._guarded(self._health, key=False)),
+                Route("/metrics", self._guarded(self._metrics)),
+                Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/models/{model:path}", self._guarded(self._model)),
+                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            ],
+            exception_handlers={HTTPException: _no_route},
+        )
+
+    def _guarded(self, handler: Handler, *, key: bool = True) -> Handler:
+        """The handler behind the key, with its errors as answers."""
+
+        async def guarded(request: Request) -> Any:
+            try:
+                if key:
+                    self._check_key(request)
+                return await handler(request)
+            except (GONE, ClientDisconnect):
+                return Response(status_code=499)  # nobody reads it
+            except Exception as error:
+                return _error(error)
+
+        return guarded
+
+    def _check_key(self, request: Request) -> None:
+        if (wanted := self.access.api_key) is None:
+            return
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {wanted}".encode()):
+            raise HttpError(
+                401,
+                "the API key is missing or wrong; send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _health(self, request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(self.bundles), media_type="text/plain; version=0.0.4")
+
+    async def _models(self, request: Request) -> Response:
+        records = [model_record(bundle) for bundle in self.bundles.values()]
+        return _json({"object": "list", "data": records})
+
+    async def _model(self, request: Request) -> Response:
+        return _json(model_record(self._bundle(request.path_params["model"])))
+
+    async def _chat(self, request: Request) -> Any:
+        """A chat completion; the metrics learn how it ended."""
+        arrived, name = time.monotonic(), ""
+        try:
+            body = await self._body(request)
+            access = self.access
+            chat = await asyncio.to_thread(parse, body, access.media, access.body_bytes)
+            bundle = self._bundle(chat.model)
+            name = bundle.name
+            events = answer(bundle, chat, request.receive, access.seconds)
+            events = self._measured(events, name, arrived)
+            if chat.stream:
+                first = await anext(events)  # until here an error has a status
+                self.metrics.request(name, 200)
+                return EventStream(_chunks(first, events, ChatReply(name), chat))
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Finished):
+                        reply = _json(ChatReply(name).whole(event))
+        except (GONE, ClientDisconnect):
+            self.metrics.client_left(name)
+            raise
+        except Exception as error:
+            self.metrics.request(name, http_error(error).status)
+            raise
+        self.metrics.request(name, 200)
+        return reply
+
+    def _bundle(self, name: str) -> ServedBundle:
+        if (bundle := self.bundles.get(name)) is None:
+            raise HttpError(
+                404,
+                f"there is no model {name[:80]!r}; choose one of: {', '.join(self.bundles)}",
+                "model",
+                "model_not_found",
+            )
+        return bundle
+
+    async def _body(self, request: Request) -> bytes:
+        """The whole body; HttpError where it is no JSON, too large or too slow."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HttpError(415, f"the body is application/json; got {kind[:80]!r}")
+        length = request.headers.get("content-length", "")
+        if length.isdigit():
+            self._check_size(int(length))
+        if len(self.bundles) == 1:
+            next(iter(self.bundles.values())).scheduler.check_room()  # before megabytes are read
+        try:
+            return await asyncio.wait_for(self._read(request), self.access.body_seconds)
+        except asyncio.TimeoutError as error:
+            seconds = self.access.body_seconds
+            raise HttpError(408, f"the body did not come within {seconds:g} s") from error
+
+    async def _read(self, request: Request) -> bytes:
+        parts, size = list[bytes](), 0
+        async for part in request.stream():
+            size += len(part)
+            self._check_size(size)
+            parts.append(part)
+        return b"".join(parts)
+
+    def _check_size(self, size: int) -> None:
+        if size > (most := self.access.body_bytes):
+            raise HttpError(
+                413,
+                f"a request may have {most} bytes, this one has {size} or more; send smaller"
+                " images, or start the server with a larger --max-body",
+            )
+
+    async def _measured(
+        self, events: AsyncGenerator[str | Finished, None], name: str, arrived: float
+    ) -> AsyncGenerator[str | Finished, None]:
+        """The same events; the metrics learn when they came."""
+        first = None
+        async with aclosing(events):
+            async for event in events:
+                now = time.monotonic() - arrived
+                first = now if first is None else first
+                if isinstance(event, Finished):
+                    self.metrics.answer(name, event, first, now)
+                yield event
+
+
+class EventStream:
+    """A response of server-sent events, each a JSON object; [DONE] ends those that ended well."""
+
+    def __init__(self, records: AsyncGenerator[dict[str, Any] | None, None]) -> None:
+        self._records = records
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        async with aclosing(self._records):
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for record in self._records:
+                data = b"[DONE]" if record is None else _bytes(record)
+                body = b"data: " + data + b"\n\n"
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _chunks(
+    first: str | Finished,
+    events: AsyncGenerator[str | Finished, None],
+    reply: ChatReply,
+    chat: ChatRequest,
+) -> AsyncGenerator[dict[str, Any] | None, None]:
+    """The objects of a stream, None at a good end; an error is the last one."""
+    yield reply.first_chunk()
+    try:
+        async with aclosing(events):
+            event: str | Finished = first
+            while isinstance(event, str):
+                if event:
+                    yield reply.chunk(event)
+                event = await anext(events)
+    except GONE:
+        return
+    except Exception as error:
+        _log(error)
+        yield http_error(error).body()
+        return
+    yield reply.last_chunk(event)
+    if chat.stream_usage:
+        yield reply.usage_chunk(event)
+    yield None
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    told = f"there is no {request.method} {request.url.path[:80]}; see docs/serve.md"
+    return _response(HttpError(error.status_code, told))
+
+
+def _error(error: Exception) -> Response:
+    _log(error)
+    return _response(http_error(error))
+
+
+def _response(error: HttpError) -> Response:
+    return _json(error.body(), error.status, error.headers)
+
+
+def _json(
+    record: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return Response(_bytes(record), status, headers, "application/json")
+
+
+def _bytes(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode()  # ASCII, whatever the text holds
+
+
+def _log(error: Exception) -> None:
+    """A line about an error of the server's own: what and where, no text of a request."""
+    if http_error(error).status < 500:
+        return
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    terminal.note(f"edgeprune: {type(error).__name__}{place}")

@@ -1,0 +1,163 @@
+"""The dialogues of one bundle: a bounded number of sequences, some answering, the others kept.
+
+A kept sequence goes on where a request's messages are exactly what it has read and answered. Where
+none does, a sequence reads the turns again as follow-ups. So an answer depends on the messages
+alone, up to rounding: keys and values come out of one call in place of several.
+
+- What was said is remembered as tokens, also after its sequence was taken for another dialogue.
+- Answers that this server did not give, or that ended before a stop string, are read as text.
+
+Used by one thread.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeprune.generation import Sampling
+from edgeprune.runtime.answer import Answer
+from edgeprune.runtime.backend import EncodedImage, Ids
+from edgeprune.runtime.engine import Engine
+from edgeprune.runtime.sequence import NO_IDS
+from edgeprune.runtime.session import Session
+from edgeprune.serve.messages import Conversation
+
+REMEMBERED = 4096
+"""Answers whose tokens are remembered: a few bytes a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A dialogue that is answering."""
+
+    session: Session
+    pieces: Iterator[str]
+    cached: int  # tokens that its caches held before, visual tokens before pruning among them
+
+
+class Dialogues:
+    """At most `limit` sequences on an engine."""
+
+    def __init__(self, engine: Engine, limit: int) -> None:
+        self.engine, self.limit = engine, limit
+        self.continued = self.replayed = self.evicted = 0
+        self._kept: OrderedDict[bytes, Session] = OrderedDict()  # the longest unused one first
+        self._free: list[Session] = []
+        self._used = 0
+        self._said: OrderedDict[bytes, Ids] = OrderedDict()
+        self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
+
+    def open(self, conversation: Conversation, sampling: Sampling | None) -> Opened:
+        """A session that answers the question; `keep` or `drop` takes it back."""
+        keys = conversation.keys()
+        session = self._kept.pop(keys[-1], None) if keys else None
+        self._used += 1
+        cached = 0
+        if session is not None:
+            self.continued += 1
+            cached = session.sequence.ids.size
+        else:
+            session = self._unused()
+        try:
+            if not keys:
+                image = self._encoded(conversation)
+                pieces = session.stream(image, conversation.prompt, sampling, conversation.system)
+            else:
+                if not cached:
+                    self._replay(session, conversation, keys)
+                pieces = session.stream_follow_up(conversation.prompt, sampling)
+        except BaseException:
+            self.drop(session)
+            raise
+        return Opened(session, pieces, cached)
+
+    def keep(self, session: Session, key: bytes, answer: Answer) -> None:
+        """Keep a sequence that has answered, so that the dialogue can go on; `key` tells all that
+        was said. One that ended before a stop string has read more than was said."""
+        whole = answer.finish == "length" or answer.ids[-1] in self._ends
+        if not whole:
+            self._said.pop(key, None)
+            self.drop(session)
+            return
+        ended = answer.ids[-1] in self._ends
+        self._said[key] = np.array(answer.ids[:-1] if ended else answer.ids, np.int64)
+        self._said.move_to_end(key)
+        if len(self._said) > REMEMBERED:
+            self._said.popitem(last=False)
+        self._used -= 1
+        if (other := self._kept.pop(key, None)) is not None:
+            self._reset(other)
+        self._kept[key] = session
+
+    def drop(self, session: Session) -> None:
+        """Take back a sequence whose dialogue cannot go on."""
+        self._used -= 1
+        self._reset(session)
+
+    def close(self) -> None:
+        """Free all sequences that are not answering."""
+        for session in (*self._free, *self._kept.values()):
+            session.close()
+        self._free.clear()
+        self._kept.clear()
+        self._images.clear()
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return self.engine.manifest.text.eos_token_ids
+
+    def _reset(self, session: Session) -> None:
+        session.reset()
+        self._free.append(session)
+
+    def _unused(self) -> Session:
+        """A sequence that holds nothing; where all hold something, the longest unused one."""
+        if self._free:
+            return self._free.pop()
+        if self._used + len(self._kept) <= self.limit:
+            return Session(self.engine)
+        _, session = self._kept.popitem(last=False)
+        self.evicted += 1
+        session.reset()
+        return session
+
+    def _replay(self, session: Session, conversation: Conversation, keys: list[bytes]) -> None:
+        """Read the turns again: the image with the first question, then answers and questions."""
+        self.replayed += 1
+        prompter, sequence = self.engine.prompter, session.sequence
+        prompts = [prompt for prompt, _ in conversation.turns]
+        prefix_ids, text_ids = prompter.first_turn(prompts[0], conversation.system)
+        self._check_room(session, prefix_ids.size + text_ids.size, first=True)
+        sequence.read(text_ids, prefix_ids, self._encoded(conversation), logits=False)
+        for index, (_, answer) in enumerate(conversation.turns):
+            sequence.pending = self._answer_ids(keys[index], answer).tolist()
+            if index + 1 < len(prompts):
+                text_ids = prompter.next_turn(prompts[index + 1])
+                self._check_room(session, len(sequence.pending) + text_ids.size, first=False)
+                sequence.read(text_ids, logits=False)
+
+    def _answer_ids(self, key: bytes, answer: str) -> Ids:
+        if key in self._said:
+            self._said.move_to_end(key)
+            return self._said[key]
+        ids: Ids = self.engine.prompter.answer(answer)[0] if answer else NO_IDS[0]
+        return ids
+
+    def _check_room(self, session: Session, text: int, *, first: bool) -> None:
+        sequence, decoder = session.sequence, self.engine.manifest.decoder
+        span = decoder.image_positions if first else 0
+        self.engine.room(sequence.position, sequence.text_tokens, text, span, None)
+
+    def _encoded(self, conversation: Conversation) -> EncodedImage:
+        """What the vision graph makes of the images, which is the same at every question."""
+        key = conversation.image_key()
+        if (image := self._images.pop(key, None)) is None:
+            image = self.engine.encode_image(list(conversation.images))
+        self._images[key] = image
+        if len(self._images) > self.limit:
+            self._images.popitem(last=False)
+        return image

@@ -1,0 +1,84 @@
+"""Objects of OpenAI's API that a server sends: completions, chunks of a stream, models."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from edgeprune.serve.model import Finished, ServedBundle, Usage
+
+
+class ChatReply:
+    """What one chat completion sends; whole, or chunk by chunk."""
+
+    def __init__(self, model: str) -> None:
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, finished: Finished) -> dict[str, Any]:
+        """The answer in one object."""
+        answer = finished.answer
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish}
+        reply = {**self._head, "object": "chat.completion", "choices": [choice]}
+        reply["usage"] = usage_record(finished.usage)
+        if answer.warnings:
+            reply["warnings"] = list(answer.warnings)
+        return reply
+
+    def first_chunk(self) -> dict[str, Any]:
+        """The chunk that says who speaks."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def chunk(self, text: str) -> dict[str, Any]:
+        """A piece of the answer."""
+        return self._chunk({"content": text})
+
+    def last_chunk(self, finished: Finished) -> dict[str, Any]:
+        """The chunk that says why the answer ended."""
+        reply = self._chunk({}, finished.answer.finish)
+        if finished.answer.warnings:
+            reply["warnings"] = list(finished.answer.warnings)
+        return reply
+
+    def usage_chunk(self, finished: Finished) -> dict[str, Any]:
+        """The chunk with no choice, where the usage was asked for."""
+        usage = usage_record(finished.usage)
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def usage_record(usage: Usage) -> dict[str, Any]:
+    """Tokens; `visual_tokens` is no field of OpenAI's."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "visual_tokens": {
+            "before": usage.visual,
+            "after": sum(usage.kept) / len(usage.kept),
+            "layers": list(usage.kept),
+        },
+    }
+
+
+def model_record(bundle: ServedBundle) -> dict[str, Any]:
+    """A bundle in the list of models."""
+    prune = bundle.manifest.prune
+    return {
+        "id": bundle.name,
+        "object": "model",
+        "created": bundle.created,
+        "owned_by": "edgeprune",
+        "method": prune.method,
+        "cr": prune.cr_reached,
+        "visual_tokens": prune.visual_tokens,
+    }

@@ -1,0 +1,135 @@
+"""The body of a chat completion -> a request that is checked. Fields have OpenAI's names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import SpecError
+from edgeprune.generation import Sampling
+from edgeprune.serve.errors import refused
+from edgeprune.serve.messages import Conversation, conversation
+
+SETTINGS = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "seed": "seed",
+    "stop": "stop",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+}
+"""Fields that are settings of Sampling; those from top_k on are no fields of OpenAI's."""
+
+OWN = {"model", "messages", "stream", "stream_options", *SETTINGS}
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+"""Fields that this server does not follow, and the values with which they ask for nothing."""
+
+STOPS = 16
+"""Stop strings at most: each is looked for after each token."""
+
+IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"}
+"""Fields that change no answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A request, checked but for what depends on the bundle."""
+
+    model: str
+    conversation: Conversation
+    settings: dict[str, Any]  # of Sampling, those that were given
+    stream: bool
+    stream_usage: bool  # whether a stream ends with a chunk that holds the usage
+
+    def sampling(self, own: Sampling) -> Sampling | None:
+        """The checkpoint's own settings with the given ones on top; None where none was given."""
+        if not self.settings:
+            return None
+        return replace(own, **{"max_new_tokens": None, **self.settings})
+
+
+def parse(body: bytes, media: Path | None, limit: int) -> ChatRequest:
+    """A request from the bytes of its body; HttpError says which field is wrong."""
+    fields = _object(body)
+    for name, value in fields.items():
+        if value is None or name in OWN or name in IGNORED:
+            continue
+        if name not in NEUTRAL:
+            raise refused(f"there is no field {name[:40]!r}; leave it out", name[:40])
+        if not any(value == neutral for neutral in NEUTRAL[name]):
+            raise refused(f"{name} is not supported; leave it out", name)
+    model = fields.get("model")
+    if not isinstance(model, str):
+        raise refused("model is the name of a bundle; GET /v1/models lists them", "model")
+    options = fields.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise refused("stream_options is an object", "stream_options")
+    settings = _settings(fields)
+    return ChatRequest(
+        model,
+        conversation(fields.get("messages"), media, limit),
+        settings,
+        _flag(fields.get("stream"), "stream"),
+        _flag(options.get("include_usage"), "stream_options"),
+    )
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        why = "too deep" if isinstance(error, RecursionError) else str(error)
+        raise refused(f"the body is no JSON ({why}); send an object as application/json") from error
+    if not isinstance(fields, dict):
+        raise refused("the body is a JSON object with model and messages")
+    return fields
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _flag(value: Any, name: str) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise refused(f"{name} is true or false", name)
+
+
+def _settings(fields: dict[str, Any]) -> dict[str, Any]:
+    """Settings of Sampling; each is tried by itself, so that the error names the field."""
+    found: dict[str, Any] = {}
+    for name, setting in SETTINGS.items():
+        value: Any = fields.get(name)
+        if value is None:
+            continue
+        if setting in found:
+            raise refused(f"{name} says the same as another field; give one of them", name)
+        if setting == "stop":
+            value = (value,) if isinstance(value, str) else value
+            value = tuple(value) if isinstance(value, list) else value
+            if isinstance(value, tuple) and len(value) > STOPS:
+                raise refused(f"{STOPS} stop strings are the most; got {len(value)}", name)
+        try:
+            replace(Sampling(), **{setting: value})
+        except SpecError as error:
+            raise refused(str(error), name) from error
+        found[setting] = value
+    return found

@@ -1,0 +1,117 @@
+"""Open the bundles, listen, answer until a signal comes, then finish what was begun."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from edgeprune import terminal
+from edgeprune.errors import SpecError
+from edgeprune.serve.app import Access, Service
+from edgeprune.serve.model import ServedBundle
+
+SPARE = 16
+"""Connections beyond those that wait and are answered: health, metrics, bodies that come."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeRequest:
+    """What `edgeprune serve` was asked; SpecError where a value cannot be used."""
+
+    bundles: tuple[Path, ...]
+    backend: str = "ort-cpu"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    threads: int | None = None
+    sequences: int = 4
+    queue: int = 64
+    timeout: float = 300.0
+    drain: int = 30
+    max_body_mb: int = 32
+    media: Path | None = None
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequences", 1), ("queue", 1), ("max_body_mb", 1), ("drain", 0)):
+            if getattr(self, name) < least:
+                option = name.replace("_mb", "").replace("_", "-")
+                raise SpecError(f"--{option} is at least {least}; got {getattr(self, name)}")
+        if not 0 < self.timeout < 1e6:
+            raise SpecError(f"--timeout is a number of seconds above 0; got {self.timeout:g}")
+        if not 0 <= self.port < 1 << 16:
+            raise SpecError(f"--port is from 0 (any free one) to 65535; got {self.port}")
+        if self.media is not None and not self.media.is_dir():
+            raise SpecError(f"--media is a folder with images; there is none at {self.media}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
+            raise SpecError("the API key is empty or holds letters that no header takes")
+
+    def access(self) -> Access:
+        """What requests may ask for."""
+        media = None if self.media is None else self.media.resolve()
+        return Access(self.api_key, media, self.max_body_mb << 20, 30.0, self.timeout)
+
+
+def serve(request: ServeRequest) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers that were begun are finished before it returns."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listen(request.host, request.port))
+        bundles: dict[str, ServedBundle] = {}
+        for path in request.bundles:
+            bundle = ServedBundle.open(
+                path, request.backend, request.threads, request.sequences, request.queue
+            )
+            stack.callback(bundle.close)
+            if bundle.name in bundles:
+                raise SpecError(f"two bundles are called {bundle.name}; rename one and export it")
+            bundles[bundle.name] = bundle
+        server = uvicorn.Server(_config(request, Service(bundles, request.access())))
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        terminal.note(f"serving {', '.join(bundles)} on http://{shown}:{port}/v1")
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
+            asyncio.run(server.serve([listener]))
+        terminal.note("stopped")
+
+
+def _config(request: ServeRequest, service: Service) -> uvicorn.Config:
+    connections = len(request.bundles) * (request.queue + request.sequences) + SPARE
+    return uvicorn.Config(
+        service.app(),
+        log_config=None,
+        log_level="critical",  # errors are told by the app
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        http="h11",
+        loop="asyncio",
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=connections,
+        timeout_graceful_shutdown=request.drain,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; SpecError where the address cannot be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise SpecError(
+            f"{host}:{port} cannot be listened on ({error.strerror}); choose another --host or"
+            " --port"
+        ) from error
+    return listener
