@@ -135,6 +135,14 @@ def demo_utp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_fastv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with FastV at CR 2, which reads the question; without parity."""
+    from tests.frozen import frozen
+
+    return frozen(tmp_path_factory.mktemp("demo") / "demo-fastv", "fastv", 2)
+
+
+@pytest.fixture(scope="session")
 def engine_bundles(
     tiny_jetpack7: Path, tiny_jetpack6: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:

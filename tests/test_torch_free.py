@@ -1,4 +1,4 @@
-"""The runtime imports and works with neither torch nor transformers."""
+"""Runtime and server import and work with neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Absent:
 
 if HIDDEN:
     sys.meta_path.insert(0, Absent())
-runtime = import_module("edgeprune.runtime")
-found = [m.name for m in pkgutil.walk_packages(runtime.__path__, "edgeprune.runtime.")]
+package = import_module(PACKAGE)
+found = [m.name for m in pkgutil.walk_packages(package.__path__, PACKAGE + ".")]
 for name in found:
     import_module(name)
 loaded = sorted({name.partition(".")[0] for name in sys.modules} & HEAVY)
@@ -30,14 +30,23 @@ print(json.dumps([found, loaded]))
 HEAVY = {"torch", "torchvision", "transformers", "jinja2", "onnx", "onnxscript", "onnx_ir"}
 
 
+NAMES = {
+    "edgeprune.runtime": {"images", "sampling", "text"},
+    "edgeprune.serve": {"app", "dialogues", "server"},
+}
+
+
+@pytest.mark.parametrize("package", NAMES)
 @pytest.mark.parametrize("hidden", [False, True], ids=["installed", "hidden"])
-def test_no_module_of_the_runtime_needs_torch(hidden: bool) -> None:
-    script = f"HEAVY, HIDDEN = {HEAVY!r}, {hidden}\n{WALK}"
+def test_no_module_needs_torch(package: str, hidden: bool) -> None:
+    if package == "edgeprune.serve":
+        pytest.importorskip("starlette")
+        pytest.importorskip("uvicorn")
+    script = f"HEAVY, HIDDEN, PACKAGE = {HEAVY!r}, {hidden}, {package!r}\n{WALK}"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     found, loaded = json.loads(done.stdout)
-    names = {"edgeprune.runtime.images", "edgeprune.runtime.sampling", "edgeprune.runtime.text"}
-    assert names <= set(found), "the walk must see the modules"
-    assert loaded == [], "loaded although the runtime must not"
+    assert {f"{package}.{name}" for name in NAMES[package]} <= set(found), "the walk must see them"
+    assert loaded == [], "loaded although it must not be"
