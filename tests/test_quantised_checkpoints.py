@@ -19,7 +19,7 @@ from edgeprune.spec import Plan, PruneSpec
 from tests import families, packing
 from tests.families import Family
 from tests.packing import Codes
-from tests.test_weights import answers_as, loaded
+from tests.test_weights import answers_as, change, loaded
 
 GROUP = 16
 Packer = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
@@ -280,3 +280,15 @@ def test_modules_of_other_bits_are_told_by_their_tensors(
     assert {name for name, width in bits.items() if width == 8} == {
         f"layers.{layer}.mlp.down.weight" for layer in range(3)
     }
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_bias_of_zeros_that_the_model_has_not_is_no_news(
+    value: float, saved: Path, tmp_path: Path
+) -> None:
+    """AutoGPTQ stores one with every weight; any other is told, for nothing reads it."""
+    packed, _ = packing.pack(saved, tmp_path, GPTQ, FORMS["gptq"].packed)
+    name = "language_model.model.layers.0.self_attn.o_proj.bias"
+    change(packed, lambda tensors: tensors.update({name: torch.full((32,), value)}))
+    told = [note for note in open_model(str(packed)).all_notes if "read by nothing" in note]
+    assert told == ([f"stored, and read by nothing: {name}"] if value else [])

@@ -112,6 +112,14 @@ class Checkpoint(TensorFiles):
         if weight := self._packed(name):
             weight.form.check(weight.parts)
 
+    def is_empty_bias(self, name: str) -> bool:
+        """Whether a tensor is the bias of zeros that some quantisers store with every weight."""
+        module, _, leaf = name.rpartition(".")
+        weight = self._packed(f"{module}.weight")
+        if leaf != "bias" or weight is None or self.shape(name) != weight.shape[:1]:
+            return False
+        return not bool(self.read(name).any())
+
     def quantized(self, name: str) -> QuantizedWeight | None:
         """A quantised weight in codes [K, N]; None where it is stored in floats of any form."""
         weight = self._packed(name)

@@ -45,6 +45,7 @@ def check_unread(
             )
         lines.append(str(lora))
     unread = sorted(name for name in checkpoint.files.keys() - read if not spare(name))
+    unread = [name for name in unread if not checkpoint.is_empty_bias(name)]
     if wrapped := [name for name in unread if is_wrapped(name)]:
         raise ModelError(f"{checkpoint.folder} holds {wrapped[0]}: {UNWRAP}")
     if unread:

@@ -58,7 +58,8 @@ class Group:
             raise settings.error("actorder", order, "weight or none")
         settings.one_of(("dynamic",), (False,), False)
         group = settings.integer(("group_size",), -1)
-        strategy = settings.one_of(("strategy",), STRATEGIES, "channel" if group < 0 else "group")
+        usual = "tensor" if weights.get("group_size") is None else "channel"
+        strategy = settings.one_of(("strategy",), STRATEGIES, "group" if group > 0 else usual)
         rows, columns = {"tensor": (0, 0), "channel": (1, 0)}.get(strategy, (1, max(group, 0)))
         if strategy == "block":
             rows, columns = settings.block("block_structure") or (0, 0)
