@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import policies
+from edgeprune.calib import awq
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate
 from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
@@ -25,10 +26,15 @@ from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
+from edgeprune.models._rounding import TORCH
+from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
-from edgeprune.spec import ModelShape, PruneSpec, check_cr, check_reach, check_separators
+from edgeprune.spec import ModelShape, Plan, PruneSpec, check_cr, check_reach, check_separators
 from edgeprune.tiling import Size
+
+MOST_TUNING = 32
+"""Samples at most that say how large the inputs of products are: each has hundreds of tokens."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.lowering, adapter, compared=not why)
     _check_keep(recipe, why)
+    _check_awq(recipe)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
     schedule = _schedule(recipe, adapter, policy, processor, report)
@@ -117,6 +124,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         schedule=schedule.record() if schedule else None,
         no_parity=why,
         keep_fp32=recipe.keep_fp32,
+        tuning=_tuning(recipe, adapter, policy, processor, plan, report),
     )
     prompts = _prompts(samples, recipe, adapter, processor)
     return export(request, adapter, policy, processor, prompts, report)
@@ -180,6 +188,33 @@ def _check_keep(recipe: Recipe, why: str) -> None:
             f"--keep-fp32 auto measures on the samples of the parity check, which is {why}; give"
             " --parity N"
         )
+
+
+def _check_awq(recipe: Recipe) -> None:
+    """SpecError where samples are to say which weights count, and there are none."""
+    if recipe.lowering.weights.awq and recipe.samples_file is None and recipe.model != "demo":
+        raise SpecError(
+            "awq=on measures how large the inputs of products are; give images and questions with"
+            " --samples-file"
+        )
+
+
+def _tuning(
+    recipe: Recipe,
+    adapter: Adapter,
+    policy: Policy,
+    processor: Processor,
+    plan: Plan,
+    report: Progress,
+) -> Tuning:
+    """What calibration samples say of the weights, where that is asked."""
+    lowering = recipe.lowering
+    if not lowering.weights.awq:
+        return UNTUNED
+    count = min(recipe.samples, MOST_TUNING)
+    prompts = list(_prompts(count, recipe, adapter, processor))
+    quantised = adapter.with_weights(lowering.weights, TORCH[lowering.dtype.name])
+    return awq.tune(quantised, policy, plan, prompts, report)
 
 
 def _prompts(

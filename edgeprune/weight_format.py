@@ -1,6 +1,6 @@
 """What `--weights` asks for: how the weights of products are stored.
 
-Written as a kind with options: `int4:block=64:head=float:vision=int8:clip=off`.
+Written as a kind with options: `int4:block=64:head=float:vision=int8:awq=on`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class WeightFormat:
     head: str = "float"  # the product that gives logits
     vision: str = "float"  # products of encoder and projector
     clip: bool = True  # whether scales of int4 are searched for: models/_quantised.py
+    awq: bool = False  # whether samples say which channels count: calib/awq.py
 
     def __post_init__(self) -> None:
         for part in ("kind", "head", "vision"):
@@ -64,16 +65,19 @@ class WeightFormat:
             sizes = ", ".join(map(str, sorted(BLOCKS)))
             raise SpecError(f"block of --weights is one of {sizes}; got {block!r}")
         clip = _switch("clip", given.pop("clip", "on"))
+        awq = _switch("awq", given.pop("awq", "off"))
         kinds = {"on": kind, "off": "float"}
         parts = {"head": kind} | {name: kinds.get(value, value) for name, value in given.items()}
-        return cls(kind, int(block), clip=clip, **parts)
+        return cls(kind, int(block), clip=clip, awq=awq, **parts)
 
     def __str__(self) -> str:
         """As `parse` reads it, with every option."""
         if self.is_float:
             return "float"
         parts = f"{self.kind}:block={self.block}:head={self.head}:vision={self.vision}"
-        return f"{parts}:clip={'on' if self.clip else 'off'}"
+        switches = {"clip": self.clip, "awq": self.awq}
+        told = (f"{name}={'on' if on else 'off'}" for name, on in switches.items())
+        return ":".join([parts, *told])
 
     @property
     def is_float(self) -> bool:
@@ -83,8 +87,9 @@ class WeightFormat:
     @property
     def algorithm(self) -> str:
         """How codes are chosen, in words."""
-        four = "int4" in {self.kind, self.head, self.vision}
-        return "rounding, clipped" if self.clip and four else "rounding"
+        if "int4" not in {self.kind, self.head, self.vision}:
+            return "rounding"
+        return ("AWQ" if self.awq else "rounding") + (", clipped" if self.clip else "")
 
     def within(self, block: int) -> WeightFormat:
         """The same with blocks that divide one of another size, where there are such."""

@@ -35,6 +35,7 @@ from edgeprune.lowering import DTYPES, TARGETS, Lowering, resolve
 from edgeprune.models import Adapter
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._rounding import TORCH
+from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.policies import Policy, seed_of
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan, PruneSpec
@@ -57,6 +58,7 @@ class ExportRequest:
     schedule: dict[str, Any] | None = None
     no_parity: str = ""  # why parity is not checked; empty where it is
     keep_fp32: str = "none"  # or auto: parts that float16 cannot hold stay in float32
+    tuning: Tuning = UNTUNED  # what samples say of the weights that are quantised
 
     @property
     def lowering(self) -> Lowering:
@@ -139,7 +141,7 @@ def export(
     check_topk(request.spec.method, policy.largest_topk(request.plan), request.target)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
-    exact, adapter = adapter, _with_weights(request.lowering, adapter)
+    exact, adapter = adapter, _with_weights(request.lowering, adapter).tuned(request.tuning)
     samples = [] if request.no_parity else list(prompts)
     proven, notes = _prove(request, adapter, policy, samples, report)
     wide = proven.float32 if proven else ()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.shapes import write
 from edgeprune.cli import main
@@ -42,6 +45,23 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA of random weights with the demo's tokenizer: 3 layers, 16 visual tokens."""
     return write(TINY, tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def instruct(tmp_path: Path) -> Path:
+    """Five LLaVA-Instruct records with images beside them; the path of the JSON file."""
+    records = []
+    for number in range(5):
+        noise = np.random.default_rng(number).integers(0, 255, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+        turns = [
+            {"from": "human", "value": "<image>\nwhat color is the star ?"},
+            {"from": "gpt", "value": "red"},
+        ]
+        records.append({"id": f"s{number}", "image": f"{number}.png", "conversations": turns})
+    file = tmp_path / "samples.json"
+    file.write_text(json.dumps(records))
+    return file
 
 
 @pytest.fixture(scope="session")

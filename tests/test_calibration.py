@@ -119,23 +119,6 @@ def test_entry_scores_are_the_cls_attention_of_the_block_that_is_read(demo: Demo
     np.testing.assert_allclose(evidence.entry[0], wanted, atol=1e-6)
 
 
-@pytest.fixture
-def instruct(tmp_path: Path) -> Path:
-    """Five LLaVA-Instruct records with images beside them; the path of the JSON file."""
-    records = []
-    for number in range(5):
-        noise = np.random.default_rng(number).integers(0, 255, (70, 90, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{number}.png")
-        turns = [
-            {"from": "human", "value": "<image>\nwhat color is the star ?"},
-            {"from": "gpt", "value": "red"},
-        ]
-        records.append({"id": f"s{number}", "image": f"{number}.png", "conversations": turns})
-    file = tmp_path / "samples.json"
-    file.write_text(json.dumps(records))
-    return file
-
-
 @pytest.mark.parametrize("solver", ["joint", "exact", "paper"])
 def test_users_samples_make_a_schedule_that_export_takes(
     solver: str, instruct: Path, tiny_checkpoint: Path, tmp_path: Path

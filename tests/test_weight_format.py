@@ -17,6 +17,7 @@ from edgeprune.weight_format import FLOAT, Form, WeightFormat
         ("int4:block=32:vision=on", WeightFormat("int4", 32, head="int4", vision="int4")),
         ("int4:head=int8:vision=int8", WeightFormat("int4", head="int8", vision="int8")),
         ("int4:clip=off", WeightFormat("int4", head="int4", clip=False)),
+        ("int4:awq=on", WeightFormat("int4", head="int4", awq=True)),
     ],
 )
 def test_what_is_written_is_read_back(text, found):
@@ -32,7 +33,7 @@ def test_what_is_written_is_read_back(text, found):
         ("int4:block=48", "block of --weights is one of 32, 64, 128; got '48'"),
         ("int4:block=x", "block of --weights is one of 32, 64, 128; got 'x'"),
         ("int4:head=fp8", "head of --weights is one of float, int8, int4; got 'fp8'"),
-        ("int4:size=3", "--weights has the options block, head, vision, clip; got 'size'"),
+        ("int4:size=3", "--weights has the options block, head, vision, clip, awq; got 'size'"),
         ("int4:clip=7", "clip of --weights is on or off; got '7'"),
         ("int4:head", "options of --weights are written KIND:NAME=VALUE; got 'int4:head'"),
         ("int4:head=on:head=off", "given twice"),

@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default="float",
         metavar="FORMAT",
         help="float (default: the dtype), int8 or int4; with options, as"
-        " int4:block=64:head=off:vision=on",
+        " int4:block=64:head=off:vision=on:awq=on",
     )
     command.add_argument(
         "--keep-fp32",

@@ -29,6 +29,7 @@ from edgeprune.models._quantised import (
     strips,
 )
 from edgeprune.models._rounding import rounded
+from edgeprune.models._tuning import Fold, Tuning
 from edgeprune.models._unread import check_unread
 from edgeprune.models._vision import Vision
 from edgeprune.models._weight_plan import HEAD, WeightPlan, plan_weights
@@ -47,6 +48,8 @@ class Source:
     transposed: bool  # whether the module wants it the other way
     stored: Stored
     form: Form | None = None  # in which bundles hold it, where it is quantised
+    fold: Fold | None = None  # what it is scaled by before that
+    importance: Tensor | None = None  # float32 [inputs], how much the error of each counts
 
 
 class Adapter(Family):
@@ -66,8 +69,22 @@ class Adapter(Family):
             return self
         changed = copy.copy(self)
         changed.weights = plan_weights(
-            self._as_stored(wanted), *self._meta_modules(), scales, zero_points=zero_points
+            self._as_stored(wanted), *self.empty_modules(), scales, zero_points=zero_points
         )
+        return changed
+
+    def without_weights(self) -> Self:
+        """The same checkpoint with its own weights."""
+        changed = copy.copy(self)
+        changed.weights = None
+        return changed
+
+    def tuned(self, tuning: Tuning) -> Self:
+        """The same with what samples say of the weights that are quantised, if any are."""
+        if self.weights is None:
+            return self
+        changed = copy.copy(self)
+        changed.weights = replace(self.weights, tuning=tuning)
         return changed
 
     def _as_stored(self, wanted: WeightFormat) -> WeightFormat:
@@ -79,7 +96,7 @@ class Adapter(Family):
     def weight_bytes(self, wanted: WeightFormat, element: int, kept: Collection[int] = BITS) -> int:
         """Bytes of all weights in a format, floats and scales of `element` bytes each; codes of
         other bits than `kept` count as floats."""
-        plan = plan_weights(wanted, *self._meta_modules(), torch.float32)
+        plan = plan_weights(wanted, *self.empty_modules(), torch.float32)
         changed = sum(
             form.bytes(*plan.sizes[name], element) - math.prod(plan.sizes[name]) * element
             for name, form in plan.forms.items()
@@ -101,7 +118,7 @@ class Adapter(Family):
         )
         return Decoder(config, policy, plan, ops)
 
-    def _meta_modules(self) -> tuple[nn.Module, Decoder]:
+    def empty_modules(self) -> tuple[nn.Module, Decoder]:
         """Both modules without their weights, nothing pruned."""
         policy, plan = make(PruneSpec("none")), Plan(self.shape.visual_tokens, self.shape.layers)
         with torch.device("meta"):
@@ -129,8 +146,12 @@ class Adapter(Family):
                 f" config.json says {list(wanted)}; the two are not of one checkpoint"
             )
         changes = tuple(self._change(name, part) for part in stored.parts)
-        form = self.weights.forms.get(name) if self.weights else None
-        return Source(names, changes, wanted, transposed, stored, form)
+        source = Source(names, changes, wanted, transposed, stored)
+        if self.weights is None:
+            return source
+        form, tuning = self.weights.forms.get(name), self.weights.tuning
+        fold, importance = tuning.folds.get(name), tuning.importance.get(name)
+        return replace(source, form=form, fold=fold, importance=importance)
 
     def _found(self, names: tuple[str, ...]) -> str:
         """Under which of its names a tensor is stored; where under several, they must be equal."""
@@ -160,7 +181,7 @@ class Adapter(Family):
     def all_notes(self) -> tuple[str, ...]:
         """What was done with a folder's weights, for people; ModelError where they mean something
         else than what would be exported."""
-        modules = self._meta_modules()
+        modules = self.empty_modules()
         sources = [source for module in modules for source in self.sources(module).values()]
         read = {name for source in sources for part in source.stored.parts for name in part}
         changed = {change for source in sources for change in source.changes}
@@ -199,12 +220,18 @@ class Adapter(Family):
                 weight = own.part(part) if own else anew(exact)
                 yield Strip.of(part, weight, exact, own=own is not None)
             return
+        for part, exact in self.floats(source):
+            yield Strip.of(part, anew(exact, importance=source.importance), exact)
+
+    def floats(self, source: Source) -> Iterator[tuple[slice, Tensor]]:
+        """A product's weight in float32 before it is quantised, some outputs at a time: [K, n]."""
+        outputs, inputs = source.shape
         in_parts = len(source.names) == 1 and not any(source.changes) and not source.stored.rows
         in_parts = in_parts and not self.is_packed(source)
         whole = None if in_parts else self._read(source, torch.float32)
         for part in strips(inputs, outputs):
             exact = self._read(source, torch.float32, part) if whole is None else whole[:, part]
-            yield Strip.of(part, anew(exact), exact)
+            yield part, exact
 
     def is_packed(self, source: Source) -> bool:
         """Whether the checkpoint stores a parameter in a quantised form."""
@@ -212,7 +239,15 @@ class Adapter(Family):
         return packed is not None and any(name in packed.weights for name in source.names)
 
     def _read(self, source: Source, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
-        """One parameter as the checkpoint has it; of its only tensor some `rows`."""
+        """One parameter as the checkpoint has it, but for its fold; of its only tensor some
+        `rows`."""
+        if source.fold is None:
+            return self._unfolded(source, dtype, rows)
+        folded = source.fold.applied(self._unfolded(source, torch.float32, rows), rows)
+        return rounded(folded, dtype, f"{source.names[0]}, scaled by awq=on,")
+
+    def _unfolded(self, source: Source, dtype: torch.dtype, rows: slice | None) -> Tensor:
+        """One parameter as the checkpoint has it."""
         tensors = zip(source.names, source.changes, strict=True)
         parts = (self._part(name, change, source.stored, dtype, rows) for name, change in tensors)
         whole = next(parts)

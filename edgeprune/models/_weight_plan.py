@@ -10,6 +10,7 @@ from torch import nn
 
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._layers import Linear
+from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.weight_format import Form, WeightFormat
 
 HEAD = "head.weight"
@@ -24,6 +25,7 @@ class WeightPlan:
     scales: torch.dtype  # in which graphs store them
     clip: bool = False  # whether scales of 4 bits are searched for
     zero_points: bool = False  # whether graphs take codes with zero points
+    tuning: Tuning = UNTUNED  # what samples say of them
 
     @property
     def head_apart(self) -> bool:
