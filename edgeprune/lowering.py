@@ -34,7 +34,8 @@ class Target:
     engines: tuple[str, ...]  # dtypes that TensorRT compiles; none: no engine is built
     topk_limit: int | None = None  # the largest K of a TopK
     token: bool = True  # whether the graph gives the likeliest token, so that logits stay on a GPU
-    codes: str = "DequantizeLinear"  # the operator that reads quantised weights
+    codes: str = "DequantizeLinear"  # the operator that reads quantised weights of products
+    rows: str = "DequantizeLinear"  # the operator that reads a quantised embedding's codes first
 
     @property
     def zero_points(self) -> bool:
@@ -66,9 +67,9 @@ TENSORRT_TOPK = 3840
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", "modern", "fp32", (), token=False, codes="MatMulNBits"),
+        Target("cpu", "modern", "fp32", (), token=False, codes="MatMulNBits", rows="Gather"),
         # TensorRT has no float32 kernel for its Attention operator.
-        Target("cuda", "modern", "fp16", ("fp16", "bf16")),
+        Target("cuda", "modern", "fp16", ("fp16", "bf16"), rows="Gather"),
         Target("rtx", "modern", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
         Target("jetpack7", "jetpack7", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
         Target("jetpack6", "jetpack6", "fp16", ("fp16", "bf16", "fp32"), TENSORRT_TOPK),

@@ -51,16 +51,17 @@ Wanted = tuple[str, tuple[int, ...], tuple[int, ...]]  # type and sizes of codes
 
 
 def _dequantised(node: Quantised, codes: Value) -> Wanted:
-    """Codes [K, N], and scales [K / block, N] or one a column [N]."""
+    """Codes [K, N], and scales [K / block, N], one a column [N], or one a row [K]."""
     inputs, outputs = _matrix(node, codes)
     block = node.attributes.get("block_size", 0)
     axis = node.attributes.get("axis", 1)
-    if set(node.attributes) - {"axis", "block_size"} or axis != (0 if block else 1):
+    if set(node.attributes) - {"axis", "block_size"} or axis not in ((0,) if block else (0, 1)):
         raise ValueError(f"DequantizeLinear {node.name} has attributes that no export writes")
     if block and (block not in BLOCKS or inputs % block):
         raise ValueError(f"DequantizeLinear {node.name} has blocks of {block} in {inputs} inputs")
     kind = codes.dtype if codes.dtype in ("int4", "int8") else "int4 or int8"
-    return kind, (inputs, outputs), (inputs // block, outputs) if block else (outputs,)
+    scales = (inputs // block, outputs) if block else ((inputs, outputs)[axis],)
+    return kind, (inputs, outputs), scales
 
 
 def _matrix(node: Quantised, codes: Value) -> tuple[int, int]:

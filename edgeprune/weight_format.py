@@ -16,6 +16,13 @@ BLOCKS = (128, 64, 32)
 """How many inputs may share a scale of int4: sizes that every engine takes."""
 
 
+ROWS = ("float", "int8")
+"""Kinds of a table whose rows are read one by one."""
+
+PARTS = ("kind", "head", "vision", "embedding")
+"""Of a model: the decoder's layers, then what may be of another kind."""
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """How one product's weight [K, N] is stored."""
@@ -36,14 +43,16 @@ class WeightFormat:
     block: int = BLOCKS[0]  # of int4, at most: smaller where it does not divide the inputs
     head: str = "float"  # the product that gives logits
     vision: str = "float"  # products of encoder and projector
+    embedding: str = "float"  # the table of tokens, whose rows may be int8
     clip: bool = True  # whether scales of int4 are searched for: models/_quantised.py
     awq: bool = False  # whether samples say which channels count: calib/awq.py
 
     def __post_init__(self) -> None:
-        for part in ("kind", "head", "vision"):
-            if (value := getattr(self, part)) not in BITS:
+        for part in PARTS:
+            known = ROWS if part == "embedding" else tuple(BITS)
+            if (value := getattr(self, part)) not in known:
                 name = "--weights" if part == "kind" else f"{part} of --weights"
-                raise SpecError(f"{name} is one of {', '.join(BITS)}; got {value!r}")
+                raise SpecError(f"{name} is one of {', '.join(known)}; got {value!r}")
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
@@ -67,6 +76,8 @@ class WeightFormat:
         clip = _switch("clip", given.pop("clip", "on"))
         awq = _switch("awq", given.pop("awq", "off"))
         kinds = {"on": kind, "off": "float"}
+        if given.get("embedding") == "on":
+            given["embedding"] = "int8"
         parts = {"head": kind} | {name: kinds.get(value, value) for name, value in given.items()}
         return cls(kind, int(block), clip=clip, awq=awq, **parts)
 
@@ -74,15 +85,15 @@ class WeightFormat:
         """As `parse` reads it, with every option."""
         if self.is_float:
             return "float"
-        parts = f"{self.kind}:block={self.block}:head={self.head}:vision={self.vision}"
+        parts = (f"{part}={getattr(self, part)}" for part in PARTS[1:])
         switches = {"clip": self.clip, "awq": self.awq}
         told = (f"{name}={'on' if on else 'off'}" for name, on in switches.items())
-        return ":".join([parts, *told])
+        return ":".join([self.kind, f"block={self.block}", *parts, *told])
 
     @property
     def is_float(self) -> bool:
         """Whether nothing is quantised."""
-        return {self.kind, self.head, self.vision} == {"float"}
+        return {getattr(self, part) for part in PARTS} == {"float"}
 
     @property
     def algorithm(self) -> str:
@@ -97,7 +108,7 @@ class WeightFormat:
         return replace(self, block=fitting[0]) if fitting else self
 
     def form(self, part: str, inputs: int, outputs: int) -> Form | None:
-        """How a product of a part (`kind`, `head`, `vision`) is stored; None: as floats.
+        """How a weight of one of PARTS is stored; None: as floats.
 
         What int4 cannot hold is int8: where no block divides the inputs, and an odd number of
         outputs, since two codes share a byte.

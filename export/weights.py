@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ExportError
 from edgeprune.export.products import Packed, ProductForm, product_of
+from edgeprune.export.quantised_table import TableForm, gathers_of
 from edgeprune.lowering import DTYPES
 from edgeprune.models import Adapter
 from edgeprune.models._adapter import Source
@@ -43,8 +44,8 @@ class Stored:
 class WeightsFile:
     """Appends tensors to weights.bin and points initializers at them."""
 
-    def __init__(self, folder: Path, form: ProductForm) -> None:
-        self.folder, self.form, self.stored = folder, form, Stored()
+    def __init__(self, folder: Path, form: ProductForm, table: TableForm) -> None:
+        self.folder, self.form, self.table, self.stored = folder, form, table, Stored()
         self.stream: BinaryIO = (folder / WEIGHTS).open("wb")
 
     def __enter__(self) -> WeightsFile:
@@ -88,28 +89,42 @@ class WeightsFile:
         source: Source,
         dtype: torch.dtype,
     ) -> None:
-        """Give a product's weight its codes, and the product the nodes that read them."""
+        """Give a weight its codes, and what reads it the nodes that read them."""
         assert source.form is not None
-        product = product_of(weight)
-        packed = self.form.pack(product, source.form, adapter.strips(source))
-        name = f"{weight.name}/scale"
-        wide = dtype if product.cast is None else torch.float32
-        scales = ir.Value(name=name)
-        scales.const_value = self._append(name, torch.from_numpy(packed.scales).to(wide))
-        scales.shape, scales.dtype = scales.const_value.shape, scales.const_value.dtype
-        codes = self._write(weight.name or "", packed.codes.data, packed.kind, packed.shape)
-        weight.const_value, weight.shape, weight.dtype = codes, codes.shape, packed.kind
-        model.graph.register_initializer(scales)
-        zeros = self._zeros(model, packed, f"{weight.name}/zero")
-        self.form.rewire(model, product, source.form, scales, zeros)
+        strips = adapter.strips(source)
+        if source.transposed:
+            product = product_of(weight)
+            packed = self.form.pack(product, source.form, strips)
+            wide = dtype if product.cast is None else torch.float32
+            scales = self._place(model, weight, packed, wide)
+            zeros = self._zeros(model, packed, f"{weight.name}/zero")
+            self.form.rewire(model, product, source.form, scales, zeros)
+        else:
+            users, zeros = gathers_of(weight), None
+            packed = self.table.pack(source.shape, strips)
+            scales = self._place(model, weight, packed, dtype)
+            self.table.rewire(model, weight, users, scales)
+        held = [value.const_value for value in (weight, scales, zeros) if value is not None]
         stored = self.stored
         stored.tensors[f"int{source.form.bits}"] += 1
         stored.packed += adapter.is_packed(source)
         stored.own += packed.own
         stored.numbers += math.prod(source.shape)
-        stored.bytes += codes.nbytes + scales.const_value.nbytes
-        stored.bytes += zeros.const_value.nbytes if zeros and zeros.const_value else 0
+        stored.bytes += sum(tensor.nbytes for tensor in held if tensor is not None)
         stored.error, stored.power = stored.error + packed.error, stored.power + packed.power
+
+    def _place(
+        self, model: ir.Model, weight: ir.Value, packed: Packed, dtype: torch.dtype
+    ) -> ir.Value:
+        """Write codes in place of a weight, and scales beside it; these are returned."""
+        name = f"{weight.name}/scale"
+        scales = ir.Value(name=name)
+        scales.const_value = self._append(name, torch.from_numpy(packed.scales).to(dtype))
+        scales.shape, scales.dtype = scales.const_value.shape, scales.const_value.dtype
+        codes = self._write(weight.name or "", packed.codes.data, packed.kind, packed.shape)
+        weight.const_value, weight.shape, weight.dtype = codes, codes.shape, packed.kind
+        model.graph.register_initializer(scales)
+        return scales
 
     def _zeros(self, model: ir.Model, packed: Packed, name: str) -> ir.Value | None:
         """The zero points of a product's codes, where they have some."""

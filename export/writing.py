@@ -15,6 +15,7 @@ from torch import nn
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.products import FORMS
 from edgeprune.export.prompts import save_tokenizer
+from edgeprune.export.quantised_table import TABLES
 from edgeprune.export.trace import decoder_graph, strip_weights, vision_graph
 from edgeprune.export.weights import Stored, WeightsFile
 from edgeprune.graphs import DECODER, VISION, GraphRecord
@@ -64,7 +65,7 @@ def write_graphs(
     graphs = {VISION: vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
     report("trace decoder", 0, 1)
     graphs[DECODER] = decoder_graph(decoder, dtype, dialect)
-    with WeightsFile(draft, FORMS[dialect.codes]) as weights:
+    with WeightsFile(draft, FORMS[dialect.codes], TABLES[dialect.rows]) as weights:
         for name, module in ((VISION, vision), (DECODER, decoder)):
             step = partial(report, f"{name.removesuffix('.onnx')} weights")
             weights.fill(graphs[name].model, module, adapter, dtype, step)

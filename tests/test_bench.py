@@ -122,7 +122,7 @@ def row(name: str, backend: str, speed: float, **changes: Any) -> Row:
         "prefill_operations": 400,
         "decode_operations": 10,
     }
-    stored = ("int4:block=128:head=int4:vision=float", 5_000_000)
+    stored = ("int4:block=128:head=int4:vision=float:embedding=float", 5_000_000)
     return Row(name, backend, "utp", 2.0, "fp16", *stored, RoundSeconds(*times), **usual | changes)
 
 

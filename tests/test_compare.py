@@ -52,6 +52,18 @@ def test_the_grid_has_the_dense_model_once_and_draws_several_times() -> None:
     assert {cell.method for cell in grid(["all"], [2], 1)} == set(recipes.policies.names())
 
 
+def test_formats_of_weights_are_an_axis_of_the_grid() -> None:
+    cells = grid(["fastv"], [2], 1, ["float", "int4:block=64", "float"])
+    assert [(cell.name, cell.title) for cell in cells] == [
+        ("none-cr1", "none"),
+        ("fastv-cr2", "fastv"),
+        ("none-int4_block=64-cr1", "none int4:block=64"),
+        ("fastv-int4_block=64-cr2", "fastv int4:block=64"),
+    ]
+    with pytest.raises(SpecError, match="--weights is one of float, int8, int4; got 'int5'"):
+        grid(["fastv"], [2], 1, ["int5"])
+
+
 @pytest.mark.parametrize(
     ("methods", "cr", "seeds", "says"),
     [

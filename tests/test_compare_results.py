@@ -100,6 +100,21 @@ def test_a_method_of_which_a_part_is_replaced_is_marked_in_every_table() -> None
     assert "replaced" not in plain.to_markdown() and "stands_in" not in plain.to_csv()
 
 
+def test_formats_of_weights_are_beside_each_other() -> None:
+    cells = [result("none", 1, 198), result("utp", 4, 180)]
+    cells += [replace(cell, weights="int4", weight_bytes=2_000_000) for cell in cells]
+    found = Comparison({"questions": 200, "model": "m"}, tuple(cells))
+    lines = (line.split("|")[1:-1] for line in found.to_markdown().splitlines())
+    rows = [[cell.strip() for cell in line] for line in lines]
+    formats = {row[0]: row for row in rows if len(row) == 4}
+    assert formats["method"] == ["method", "CR", "float", "int4"]
+    assert formats["none"][2].startswith("99.0 ± 1.6, ")
+    assert formats["none"][3].endswith("2.0 MB")
+    assert {"none", "none int4", "utp", "utp int4"} <= {row[0] for row in rows if len(row) > 4}
+    table = csv.DictReader(found.to_csv().splitlines())
+    assert [row["weights"] for row in table] == ["float", "float", "int4", "int4"]
+
+
 def test_an_overview_has_a_row_per_method_and_a_column_per_ratio() -> None:
     draws = [result("random", 4, right, seed) for seed, right in enumerate((120, 100))]
     short = replace(result("fastv", 2, 196), cr=1.9)

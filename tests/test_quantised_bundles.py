@@ -139,6 +139,23 @@ def test_scales_are_searched_for_unless_that_is_off(bundles):
     assert (clipped.algorithm, rounded.algorithm) == ("rounding, clipped", "rounding")
 
 
+@pytest.mark.parametrize("target", ["cpu", "rtx"])
+def test_rows_of_an_embedding_are_int8(target, tiny_checkpoint, tmp_path):
+    """They are compared with the eager model of the same rows, as all weights are."""
+    bundle = tmp_path / "bundle"
+    options = ["--model", tiny_checkpoint, "--method", "none", "--parity", 1]
+    options += ["--target", target, "--weights", "int4:embedding=on", "-o", bundle]
+    assert main(["export", *map(str, options)]) == 0
+    with Session.open(bundle) as session:
+        assert session.ask(IMAGE, "What is it?", Sampling(max_new_tokens=2)).text is not None
+    graph = onnx.load(bundle / "decoder.onnx", load_external_data=False).graph
+    (table,) = (t for t in graph.initializer if t.name == "embedding.weight")
+    assert (table.data_type, list(table.dims)) == (TensorProto.INT8, [66, 64])
+    (kinds,) = ({n.op_type for n in graph.node if table.name in n.input},)
+    assert kinds == {"cpu": {"Gather"}, "rtx": {"DequantizeLinear"}}[target]
+    assert Bundle.open(bundle).manifest.weights.tensors["int8"] == 1
+
+
 def test_a_tied_model_holds_its_head_apart(tmp_path):
     """The embedding stays as it is; the head is its tensor, quantised, and is compared so."""
     model, output = llava_onevision().save(tmp_path / "tied"), tmp_path / "bundle"

@@ -18,6 +18,7 @@ from edgeprune.weight_format import FLOAT, Form, WeightFormat
         ("int4:head=int8:vision=int8", WeightFormat("int4", head="int8", vision="int8")),
         ("int4:clip=off", WeightFormat("int4", head="int4", clip=False)),
         ("int4:awq=on", WeightFormat("int4", head="int4", awq=True)),
+        ("int4:embedding=on", WeightFormat("int4", head="int4", embedding="int8")),
     ],
 )
 def test_what_is_written_is_read_back(text, found):
@@ -33,7 +34,8 @@ def test_what_is_written_is_read_back(text, found):
         ("int4:block=48", "block of --weights is one of 32, 64, 128; got '48'"),
         ("int4:block=x", "block of --weights is one of 32, 64, 128; got 'x'"),
         ("int4:head=fp8", "head of --weights is one of float, int8, int4; got 'fp8'"),
-        ("int4:size=3", "--weights has the options block, head, vision, clip, awq; got 'size'"),
+        ("int4:embedding=int4", "embedding of --weights is one of float, int8; got 'int4'"),
+        ("int4:size=3", "the options block, head, vision, embedding, clip, awq; got 'size'"),
         ("int4:clip=7", "clip of --weights is on or off; got '7'"),
         ("int4:head", "options of --weights are written KIND:NAME=VALUE; got 'int4:head'"),
         ("int4:head=on:head=off", "given twice"),

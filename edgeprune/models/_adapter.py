@@ -32,7 +32,7 @@ from edgeprune.models._rounding import rounded
 from edgeprune.models._tuning import Fold, Tuning
 from edgeprune.models._unread import check_unread
 from edgeprune.models._vision import Vision
-from edgeprune.models._weight_plan import HEAD, WeightPlan, plan_weights
+from edgeprune.models._weight_plan import WeightPlan, plan_weights
 from edgeprune.policies import Policy, make
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.weight_format import Form, WeightFormat
@@ -102,8 +102,8 @@ class Adapter(Family):
             for name, form in plan.forms.items()
             if form.bits in kept
         )
-        if plan.head_apart and self.decoder_config.tied:  # the embedding stays as it is
-            changed += math.prod(plan.sizes[HEAD]) * element
+        if plan.head_apart and self.decoder_config.tied:
+            changed += self.shape.vocabulary * self.shape.width * element
         return self.checkpoint.num_parameters() * element + changed
 
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
@@ -203,7 +203,7 @@ class Adapter(Family):
         whole = torch.empty(source.shape[::-1], dtype=dtype)
         for strip in self.strips(source):
             whole[:, strip.outputs] = strip.weight.dequantised(dtype)
-        return whole
+        return whole if source.transposed else whole.t().contiguous()
 
     def strips(self, source: Source) -> Iterator[Strip]:
         """A quantised weight, some outputs at a time, so that large ones need little memory."""
@@ -228,10 +228,14 @@ class Adapter(Family):
         outputs, inputs = source.shape
         in_parts = len(source.names) == 1 and not any(source.changes) and not source.stored.rows
         in_parts = in_parts and not self.is_packed(source)
-        whole = None if in_parts else self._read(source, torch.float32)
+        whole = None if in_parts else self._columns(source)
         for part in strips(inputs, outputs):
-            exact = self._read(source, torch.float32, part) if whole is None else whole[:, part]
-            yield part, exact
+            yield part, self._columns(source, part) if whole is None else whole[:, part]
+
+    def _columns(self, source: Source, rows: slice | None = None) -> Tensor:
+        """A weight in float32 with an output in each column, of an embedding a row of it."""
+        weight = self._read(source, torch.float32, rows)
+        return weight if source.transposed else weight.t().contiguous()
 
     def is_packed(self, source: Source) -> bool:
         """Whether the checkpoint stores a parameter in a quantised form."""

@@ -13,7 +13,7 @@ from edgeprune.models._layers import Linear
 from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.weight_format import Form, WeightFormat
 
-HEAD = "head.weight"
+HEAD, EMBEDDING = "head.weight", "embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class WeightPlan:
 
     @property
     def head_apart(self) -> bool:
-        """Whether the output head is quantised, so that it is no longer the embedding's tensor."""
-        return HEAD in self.forms
+        """Whether the output head or the embedding is quantised, so that they are no longer one
+        tensor."""
+        return bool(self.forms.keys() & {HEAD, EMBEDDING})
 
 
 def plan_weights(
@@ -43,14 +44,15 @@ def plan_weights(
 ) -> WeightPlan:
     """The forms that a format has for a model; modules may be on the meta device."""
     forms, sizes = dict[str, Form](), dict[str, tuple[int, int]]()
-    for part, name, size in _products(vision, decoder):
+    for part, name, size in _weights(vision, decoder):
         if (form := wanted.form(part, *size)) is not None:
             forms[name], sizes[name] = form, size
     return WeightPlan(forms, sizes, scales, wanted.clip, zero_points)
 
 
-def _products(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Every product with a weight: its part of the model, its parameter, inputs and outputs."""
+def _weights(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """Every product with a weight: its part of the model, its parameter, inputs and outputs. Of the
+    embedding a row is an output."""
     for part, module in (("vision", vision), ("kind", decoder)):
         for path, one in module.named_modules():
             if isinstance(one, Linear):
@@ -58,3 +60,4 @@ def _products(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, t
                 yield part, f"{path}.weight", (inputs, outputs)
     vocabulary, width = decoder.embedding.weight.shape
     yield "head", HEAD, (width, vocabulary)
+    yield "embedding", EMBEDDING, (width, vocabulary)
