@@ -89,7 +89,8 @@ def _bundle(path: Path, asked: list[str]) -> Report:
         return _report(path.name, [path], [], asked)
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    head = f"{manifest.name}: {manifest.dialect}, opset {manifest.opset}, {manifest.dtype}"
+    weights = f", weights {manifest.weights.format}" if manifest.weights else ""
+    head = f"{manifest.name}: {manifest.dialect}, opset {manifest.opset}, {manifest.dtype}{weights}"
     files, cpu = [bundle.file(name) for name in GRAPHS], manifest.target == "cpu"
     record, text = _report(manifest.name, files, parsers.ask(bundle), asked, for_a_cpu=cpu)
     return record, f"{head}\n{text}"
