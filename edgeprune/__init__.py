@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgeprune.policies import names as list_methods
     from edgeprune.recipe import Recipe
     from edgeprune.recipe import make as export_bundle
-    from edgeprune.runtime.answer import Answer, Timings
+    from edgeprune.runtime.answer import Answer, Choice, Timings
     from edgeprune.runtime.build import BuildRequest, Built
     from edgeprune.runtime.build import build as build_engines
     from edgeprune.runtime.engine import Engine
@@ -41,6 +41,7 @@ _HOMES = {
     "BuildRequest": ("runtime.build", "BuildRequest"),
     "Built": ("runtime.build", "Built"),
     "Bundle": ("bundle", "Bundle"),
+    "Choice": ("runtime.answer", "Choice"),
     "CompareRequest": ("compare.comparing", "CompareRequest"),
     "Comparison": ("compare.results", "Comparison"),
     "EdgepruneError": ("errors", "EdgepruneError"),
@@ -71,6 +72,7 @@ __all__ = [
     "BuildRequest",
     "Built",
     "Bundle",
+    "Choice",
     "CompareRequest",
     "Comparison",
     "EdgepruneError",

@@ -5,10 +5,10 @@ from edgeprune.runtime import Session
 answer = Session.open("out/demo-utp-cr4").ask("scene.png", "what color is the star ?")
 """
 
-from edgeprune.runtime.answer import Answer, Timings
+from edgeprune.runtime.answer import Answer, Choice, Timings
 from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.sequence import Sequence
 from edgeprune.runtime.session import Session
 
-__all__ = ["Answer", "Engine", "Sampling", "Sequence", "Session", "Timings"]
+__all__ = ["Answer", "Choice", "Engine", "Sampling", "Sequence", "Session", "Timings"]

@@ -16,6 +16,7 @@ class Timings:
     vision: float = 0.0
     prefill: float = 0.0
     decode: list[float] = field(default_factory=list)
+    score: float = 0.0  # of given choices
 
     @property
     def first_token(self) -> float:
@@ -35,6 +36,20 @@ class Answer:
     layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
     prompt_tokens: int
     warnings: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The likeliest of given answers. Probabilities sum to 1 over the choices; log-probabilities
+    are of each choice, end of turn included, among all that the model could say."""
+
+    text: str
+    probabilities: dict[str, float]
+    log_probabilities: dict[str, float]
+    ids: tuple[int, ...]  # of the text, without the end of the turn
+    timings: Timings  # `decode` is empty: scoring is told as `score`
+    prompt_tokens: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass

@@ -144,6 +144,14 @@ class Sequence:
                     " copy would not fit another question; fork before the image is read, and"
                     " encode the image once: Engine.encode_image"
                 )
+        return self.branch()
+
+    def branch(self) -> Sequence:
+        """As `fork`, for another answer to the question that was read last. An image whose tokens
+        were chosen for this question may be in the caches, so the copy reads no further question.
+        """
+        with self._alone():
+            self.check()
             twin = Sequence(self.engine, self.engine.copy(self._caches, self._state.lengths))
             twin._state, twin.pending = self._state, [*self.pending]
             return twin

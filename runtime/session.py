@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from edgeprune.errors import CapacityError, InputError, SessionError
 from edgeprune.runtime import backends
-from edgeprune.runtime.answer import Answer, Timings, Turn
+from edgeprune.runtime.answer import Answer, Choice, Timings, Turn
 from edgeprune.runtime.backend import EncodedImage
+from edgeprune.runtime.choosing import Choices
 from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.media import Shown, prepare
 from edgeprune.runtime.sampling import Sampler, Sampling, StopWatcher
@@ -113,6 +114,27 @@ class Session:
         with self._alone():
             return self._whole(self._next_turn(prompt, sampling))
 
+    def choose(
+        self,
+        shown: Shown | EncodedImage,
+        prompt: str,
+        choices: Collection[str],
+        system: str | None = None,
+    ) -> Choice:
+        """The likeliest of given answers to a question about an image, with the probability of
+        each; a new dialogue, which goes on as if that answer had been given."""
+        with self._alone():
+            wanted = self._choices(choices)
+            room = Sampling(max_new_tokens=wanted.longest)
+            return self._chosen(wanted, self._first_turn(shown, prompt, room, system))
+
+    def choose_follow_up(self, prompt: str, choices: Collection[str]) -> Choice:
+        """As `choose`, for a further question about the same image."""
+        with self._alone():
+            wanted = self._choices(choices)
+            room = Sampling(max_new_tokens=wanted.longest)
+            return self._chosen(wanted, self._next_turn(prompt, room))
+
     def stream(
         self,
         shown: Shown | EncodedImage,
@@ -210,10 +232,30 @@ class Session:
         assert self.answer is not None  # set when the pieces end
         return self.answer
 
+    def _choices(self, texts: Collection[str]) -> Choices:
+        return Choices.of(texts, self._prompter, self.manifest.text.eos_token_ids)
+
+    def _chosen(self, choices: Choices, turn: Turn) -> Choice:
+        sequence, clock = self.sequence, time.perf_counter
+        with self._breaking_off():
+            started = clock()
+            output = sequence.read(turn.text_ids, turn.prefix_ids, turn.image)
+            read = clock()
+            choice = choices.scored(sequence, output.logits, turn)
+        turn.timings.prefill, turn.timings.score = 1e3 * (read - started), 1e3 * (clock() - read)
+        sequence.pending = list(choice.ids)
+        return choice
+
     def _next(self, pieces: Iterator[str]) -> str | None:
-        """The next piece, None at the end; what breaks it off ends the dialogue too."""
-        try:
+        """The next piece, None at the end."""
+        with self._breaking_off():
             return next(pieces, None)
+
+    @contextmanager
+    def _breaking_off(self) -> Iterator[None]:
+        """What breaks an answer off ends the dialogue too."""
+        try:
+            yield
         except (CapacityError, SessionError):  # nothing was run
             raise
         except BaseException as error:

@@ -131,6 +131,23 @@ def test_a_seed_draws_what_a_session_draws(client: Any, session: Session) -> Non
     assert len(drawn) == 3
 
 
+def test_choices_are_a_sessions(client: Any, session: Session) -> None:
+    choices = ["yes", "no", "5"]
+    wanted = session.choose(SCENE, QUESTION, choices)
+    later = session.choose_follow_up(NEXT, choices)
+    body = {"extra_body": {"choices": choices}}
+    found = answer_of(client, asked(QUESTION), **body)
+    (choice,) = found.choices
+    assert (choice.message.content, choice.finish_reason) == ("5", "stop")
+    assert choice.probabilities == pytest.approx(wanted.probabilities)
+    assert choice.log_probabilities == pytest.approx(wanted.log_probabilities)
+    assert found.usage.prompt_tokens == wanted.prompt_tokens + 144
+    events = answer_of(client, went_on(asked(QUESTION), "5", NEXT), stream=True, **body)
+    *_, said, end = events
+    assert said.choices[0].delta.content == later.text
+    assert end.choices[0].probabilities == pytest.approx(later.probabilities, abs=1e-5)
+
+
 def test_text_before_the_image_stays_before_it(client: Any, session: Session) -> None:
     messages = asked(QUESTION)
     messages[0]["content"].insert(0, {"type": "text", "text": "is the star red ? "})
@@ -148,6 +165,9 @@ def test_text_before_the_image_stays_before_it(client: Any, session: Session) ->
         ({"n": 2}, "n", "n is not supported"),
         ({"extra_body": {"nosuch": 1}}, "nosuch", "there is no field 'nosuch'"),
         ({"logprobs": True}, "logprobs", "logprobs is not supported"),
+        ({"extra_body": {"choices": ["yes"]}}, "choices", "from 2 to 256"),
+        ({"extra_body": {"choices": {"yes": 1, "no": 2}}}, "choices", "a list of texts"),
+        ({"extra_body": {"choices": ["yes", "no"], "top_k": 2}}, "choices", "would do nothing"),
     ],
 )
 def test_what_cannot_be_met_is_a_bad_request(

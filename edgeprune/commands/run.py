@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import terminal
-from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.errors import EdgepruneError, InputError, SpecError
 
 if TYPE_CHECKING:
-    from edgeprune.runtime import Answer, Session
+    from edgeprune.runtime import Session
+    from edgeprune.runtime.answer import Answer, Choice
     from edgeprune.runtime.sampling import Sampling
 
 SAMPLING = (
@@ -58,6 +60,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--system", metavar="TEXT", help="system message in place of the chat template's own"
     )
+    command.add_argument(
+        "--choices",
+        type=_choices,
+        metavar="A,B,...",
+        help="answers to choose from: says the likeliest, and the probability of each",
+    )
     command.add_argument("--verify", action="store_true", help="hash large files too")
     command.add_argument("--json", action="store_true", help="one JSON object per bundle on stdout")
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
@@ -100,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if args.video:
         check_file(args.video, "video")
     Sampling(**_asked(args))
+    if args.choices is not None:
+        _check_choices(args)
     for bundle in args.bundles:
         _check_shown(bundle, args.images, args.video)
     for bundle in args.bundles:
@@ -108,10 +118,26 @@ def run(args: argparse.Namespace) -> int:
         ) as session:
             if len(args.bundles) > 1:  # compared with each other, so none pays for starting up
                 session.warm_up()
-            answers = [_ask(session, args, turn) for turn in range(len(args.prompts))]
+            ask = _ask if args.choices is None else _choose
+            answers = [ask(session, args, turn) for turn in range(len(args.prompts))]
             if args.json:
                 print(json.dumps(_record(session, args.prompts, answers)))
     return 0
+
+
+def _choices(text: str) -> tuple[str, ...]:
+    """`yes,no`, with or without spaces behind the commas."""
+    return tuple(choice.strip() for choice in text.split(","))
+
+
+def _check_choices(args: argparse.Namespace) -> None:
+    """SpecError where choices cannot be told apart, or options are given that they do not take."""
+    from edgeprune.runtime.choosing import check
+
+    check(args.choices)
+    if asked := _asked(args):
+        option = next(iter(asked)).replace("_", "-")
+        raise SpecError(f"--{option} does nothing with --choices, which are scored; leave it out")
 
 
 def _check_shown(bundle: Path, images: list[Path] | None, video: Path | None) -> None:
@@ -153,6 +179,20 @@ def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
     return session.answer
 
 
+def _choose(session: Session, args: argparse.Namespace, turn: int) -> Choice:
+    """One turn: the likeliest choice to stdout unless JSON is wanted, probabilities to stderr."""
+    prompt = args.prompts[turn]
+    if turn == 0:
+        choice = session.choose(args.video or args.images, prompt, args.choices, args.system)
+    else:
+        choice = session.choose_follow_up(prompt, args.choices)
+    if not args.json:
+        label = f"{session.manifest.name}: " if len(args.bundles) > 1 else ""
+        print(f"{label}{choice.text}", flush=True)
+    terminal.note(_summary(session, choice, turn))
+    return choice
+
+
 def _sampling(session: Session, args: argparse.Namespace) -> Sampling | None:
     """The checkpoint's defaults with what was asked on top; None where nothing was asked."""
     if not (asked := _asked(args)):
@@ -168,8 +208,10 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     return asked
 
 
-def _summary(session: Session, answer: Answer, turn: int) -> str:
+def _summary(session: Session, answer: Answer | Choice, turn: int) -> str:
     times, prune = answer.timings, session.manifest.prune
+    from edgeprune.runtime.answer import Answer
+
     lines = [f"{session.manifest.name} ({session.engine.backend.name})"]
     if turn == 0:
         lines += [f"note: {warning}" for warning in answer.warnings]
@@ -181,29 +223,21 @@ def _summary(session: Session, answer: Answer, turn: int) -> str:
         f"first token {times.first_token:.1f} ms (preprocess {times.preprocess:.1f}, vision"
         f" {times.vision:.1f}, prefill {times.prefill:.1f})"
     )
-    if times.decode:
+    if not isinstance(answer, Answer):
+        likely = sorted(answer.probabilities.items(), key=lambda item: -item[1])
+        lines.append(", ".join(f"{text} {share:.4f}" for text, share in likely))
+        lines.append(f"scored in {times.score:.1f} ms")
+    elif times.decode:
         mean = sum(times.decode) / len(times.decode)
         lines.append(f"decode {mean:.2f} ms/token, {len(answer.ids)} tokens, {answer.finish}")
     return "\n    ".join(lines)
 
 
-def _record(session: Session, prompts: list[str], answers: list[Answer]) -> dict[str, object]:
+def _record(
+    session: Session, prompts: list[str], answers: Sequence[Answer | Choice]
+) -> dict[str, object]:
     prune = session.manifest.prune
-    turns = [
-        {
-            "prompt": prompt,
-            "text": answer.text,
-            "ids": answer.ids,
-            "finish": answer.finish,
-            "warnings": answer.warnings,
-            "prompt_tokens": answer.prompt_tokens,
-            "preprocess_ms": answer.timings.preprocess,
-            "vision_ms": answer.timings.vision,
-            "prefill_ms": answer.timings.prefill,
-            "decode_ms": answer.timings.decode,
-        }
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    turns = [_turn(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     return {
         "bundle": session.manifest.name,
         "backend": session.engine.backend.name,
@@ -212,3 +246,26 @@ def _record(session: Session, prompts: list[str], answers: list[Answer]) -> dict
         "counts": prune.counts,
         "turns": turns,
     }
+
+
+def _turn(prompt: str, answer: Answer | Choice) -> dict[str, object]:
+    from edgeprune.runtime.answer import Choice
+
+    times = answer.timings
+    record: dict[str, object] = {
+        "prompt": prompt,
+        "text": answer.text,
+        "ids": answer.ids,
+        "warnings": answer.warnings,
+        "prompt_tokens": answer.prompt_tokens,
+        "preprocess_ms": times.preprocess,
+        "vision_ms": times.vision,
+        "prefill_ms": times.prefill,
+    }
+    if isinstance(answer, Choice):
+        return record | {
+            "probabilities": answer.probabilities,
+            "log_probabilities": answer.log_probabilities,
+            "score_ms": times.score,
+        }
+    return record | {"finish": answer.finish, "decode_ms": times.decode}

@@ -13,13 +13,10 @@ Used by one thread.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.generation import Sampling
-from edgeprune.runtime.answer import Answer
 from edgeprune.runtime.backend import EncodedImage, Ids
 from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.sequence import NO_IDS
@@ -32,10 +29,10 @@ REMEMBERED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A dialogue that is answering."""
+    """A dialogue that has read all but the question."""
 
     session: Session
-    pieces: Iterator[str]
+    image: EncodedImage | None  # None: the question is not the first
     cached: int  # tokens that its caches held before, visual tokens before pruning among them
 
 
@@ -51,40 +48,28 @@ class Dialogues:
         self._said: OrderedDict[bytes, Ids] = OrderedDict()
         self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
 
-    def open(self, conversation: Conversation, sampling: Sampling | None) -> Opened:
-        """A session that answers the question; `keep` or `drop` takes it back."""
+    def open(self, conversation: Conversation) -> Opened:
+        """A session for the question; `keep` or `drop` takes it back."""
         keys = conversation.keys()
         session = self._kept.pop(keys[-1], None) if keys else None
         self._used += 1
-        cached = 0
         if session is not None:
             self.continued += 1
-            cached = session.sequence.ids.size
-        else:
-            session = self._unused()
+            return Opened(session, None, session.sequence.ids.size)
+        session = self._unused()
         try:
             if not keys:
-                image = self._encoded(conversation)
-                pieces = session.stream(image, conversation.prompt, sampling, conversation.system)
-            else:
-                if not cached:
-                    self._replay(session, conversation, keys)
-                pieces = session.stream_follow_up(conversation.prompt, sampling)
+                return Opened(session, self._encoded(conversation), 0)
+            self._replay(session, conversation, keys)
         except BaseException:
             self.drop(session)
             raise
-        return Opened(session, pieces, cached)
+        return Opened(session, None, 0)
 
-    def keep(self, session: Session, key: bytes, answer: Answer) -> None:
-        """Keep a sequence that has answered, so that the dialogue can go on; `key` tells all that
-        was said. One that ended before a stop string has read more than was said."""
-        whole = answer.finish == "length" or answer.ids[-1] in self._ends
-        if not whole:
-            self._said.pop(key, None)
-            self.drop(session)
-            return
-        ended = answer.ids[-1] in self._ends
-        self._said[key] = np.array(answer.ids[:-1] if ended else answer.ids, np.int64)
+    def keep(self, session: Session, key: bytes, said: tuple[int, ...]) -> None:
+        """Keep a sequence that has answered, so that the dialogue can go on. `key` tells all that
+        was said; `said` are the tokens of the answer, without the end of the turn."""
+        self._said[key] = np.array(said, np.int64)
         self._said.move_to_end(key)
         if len(self._said) > REMEMBERED:
             self._said.popitem(last=False)
@@ -105,10 +90,6 @@ class Dialogues:
         self._free.clear()
         self._kept.clear()
         self._images.clear()
-
-    @property
-    def _ends(self) -> tuple[int, ...]:
-        return self.engine.manifest.text.eos_token_ids
 
     def _reset(self, session: Session) -> None:
         session.reset()

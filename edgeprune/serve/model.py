@@ -7,12 +7,15 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.runtime.answer import Answer
+from edgeprune.runtime.answer import Choice
 from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.session import Session
-from edgeprune.serve.dialogues import Dialogues
+from edgeprune.serve.dialogues import Dialogues, Opened
 from edgeprune.serve.request import ChatRequest
 from edgeprune.serve.scheduler import Scheduler
+
+Said = tuple[int, ...]
+"""Tokens of an answer, without the end of the turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +31,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last thing that an answer yields."""
+    """The last thing that an answer yields: the whole of it."""
 
-    answer: Answer
+    text: str
+    finish: str  # stop, length
     usage: Usage
+    warnings: tuple[str, ...]
+    choice: Choice | None  # where answers to choose from were given
 
 
 class ServedBundle:
@@ -61,20 +67,50 @@ class ServedBundle:
 
     def answer(self, request: ChatRequest) -> Generator[str | Finished, None, None]:
         """The pieces of an answer, and what it was. Left before its end, it frees its sequence."""
-        conversation = request.conversation
-        sampling = request.sampling(self.manifest.text.generation)
-        opened = self.dialogues.open(conversation, sampling)
-        session = opened.session
+        opened = self.dialogues.open(request.conversation)
         try:
-            yield from _stripped(opened.pieces)
-            answer = session.answer
-            assert answer is not None  # set when the pieces end
-            usage = self._usage(session, answer, opened.cached)
+            whole = self._choose if request.choices else self._say
+            finished, said = yield from whole(opened, request)
         except BaseException:
-            self.dialogues.drop(session)
+            self.dialogues.drop(opened.session)
             raise
-        self.dialogues.keep(session, conversation.after(answer.text), answer)
-        yield Finished(answer, usage)
+        if said is None:
+            self.dialogues.drop(opened.session)
+        else:
+            self.dialogues.keep(opened.session, request.conversation.after(finished.text), said)
+        yield finished
+
+    def _say(
+        self, opened: Opened, request: ChatRequest
+    ) -> Generator[str, None, tuple[Finished, Said | None]]:
+        """An answer as the model gives it; no tokens where the caches hold more than was said."""
+        session, talk = opened.session, request.conversation
+        sampling = request.sampling(self.manifest.text.generation)
+        if opened.image is None:
+            pieces = session.stream_follow_up(talk.prompt, sampling)
+        else:
+            pieces = session.stream(opened.image, talk.prompt, sampling, talk.system)
+        yield from _stripped(pieces)
+        answer = session.answer
+        assert answer is not None  # set when the pieces end
+        ended = answer.ids[-1] in self.manifest.text.eos_token_ids
+        said = answer.ids[:-1] if ended else answer.ids
+        usage = self._usage(opened, said, len(answer.ids))
+        finished = Finished(answer.text, answer.finish, usage, answer.warnings, None)
+        return finished, said if ended or answer.finish == "length" else None
+
+    def _choose(
+        self, opened: Opened, request: ChatRequest
+    ) -> Generator[str, None, tuple[Finished, Said | None]]:
+        """The likeliest of the given answers."""
+        session, talk, choices = opened.session, request.conversation, request.choices
+        if opened.image is None:
+            choice = session.choose_follow_up(talk.prompt, choices)
+        else:
+            choice = session.choose(opened.image, talk.prompt, choices, talk.system)
+        yield choice.text
+        usage = self._usage(opened, choice.ids, len(choice.ids) + 1)  # the end of the turn
+        return Finished(choice.text, "stop", usage, choice.warnings, choice), choice.ids
 
     def close(self) -> None:
         """Stop answering and free everything."""
@@ -82,16 +118,11 @@ class ServedBundle:
         self.dialogues.close()
         self.engine.close()
 
-    def _usage(self, session: Session, answer: Answer, cached: int) -> Usage:
-        sequence, prune = session.sequence, self.manifest.prune
-        said = len(answer.ids) - (answer.ids[-1] in self.manifest.text.eos_token_ids)
-        return Usage(
-            sequence.ids.size + len(sequence.pending) - said,
-            cached,
-            len(answer.ids),
-            prune.visual_tokens,
-            tuple(prune.counts),
-        )
+    def _usage(self, opened: Opened, said: Said, completion: int) -> Usage:
+        """`said` are the tokens of the answer that the sequence has, read or pending."""
+        sequence, prune = opened.session.sequence, self.manifest.prune
+        prompt = sequence.ids.size + len(sequence.pending) - len(said)
+        return Usage(prompt, opened.cached, completion, prune.visual_tokens, tuple(prune.counts))
 
 
 def _stripped(pieces: Iterator[str]) -> Iterator[str]:

@@ -21,14 +21,11 @@ class ChatReply:
 
     def whole(self, finished: Finished) -> dict[str, Any]:
         """The answer in one object."""
-        answer = finished.answer
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish}
+        message = {"role": "assistant", "content": finished.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None}
+        choice |= {"finish_reason": finished.finish, **_shares(finished)}
         reply = {**self._head, "object": "chat.completion", "choices": [choice]}
-        reply["usage"] = usage_record(finished.usage)
-        if answer.warnings:
-            reply["warnings"] = list(answer.warnings)
-        return reply
+        return reply | {"usage": usage_record(finished.usage), **_warnings(finished)}
 
     def first_chunk(self) -> dict[str, Any]:
         """The chunk that says who speaks."""
@@ -40,10 +37,9 @@ class ChatReply:
 
     def last_chunk(self, finished: Finished) -> dict[str, Any]:
         """The chunk that says why the answer ended."""
-        reply = self._chunk({}, finished.answer.finish)
-        if finished.answer.warnings:
-            reply["warnings"] = list(finished.answer.warnings)
-        return reply
+        reply = self._chunk({}, finished.finish)
+        reply["choices"][0] |= _shares(finished)
+        return reply | _warnings(finished)
 
     def usage_chunk(self, finished: Finished) -> dict[str, Any]:
         """The chunk with no choice, where the usage was asked for."""
@@ -53,6 +49,20 @@ class ChatReply:
     def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def _shares(finished: Finished) -> dict[str, Any]:
+    """What each of the given answers is worth; no fields of OpenAI's."""
+    if (choice := finished.choice) is None:
+        return {}
+    return {
+        "probabilities": choice.probabilities,
+        "log_probabilities": choice.log_probabilities,
+    }
+
+
+def _warnings(finished: Finished) -> dict[str, Any]:
+    return {"warnings": list(finished.warnings)} if finished.warnings else {}
 
 
 def usage_record(usage: Usage) -> dict[str, Any]:

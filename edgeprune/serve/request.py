@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeprune.errors import SpecError
 from edgeprune.generation import Sampling
+from edgeprune.runtime.choosing import check
 from edgeprune.serve.errors import refused
 from edgeprune.serve.messages import Conversation, conversation
 
@@ -27,7 +28,7 @@ SETTINGS = {
 }
 """Fields that are settings of Sampling; those from top_k on are no fields of OpenAI's."""
 
-OWN = {"model", "messages", "stream", "stream_options", *SETTINGS}
+OWN = {"model", "messages", "stream", "stream_options", "choices", *SETTINGS}
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -56,6 +57,7 @@ class ChatRequest:
     model: str
     conversation: Conversation
     settings: dict[str, Any]  # of Sampling, those that were given
+    choices: tuple[str, ...]  # answers to choose from; empty: whatever the model says
     stream: bool
     stream_usage: bool  # whether a stream ends with a chunk that holds the usage
 
@@ -87,6 +89,7 @@ def parse(body: bytes, media: Path | None, limit: int) -> ChatRequest:
         model,
         conversation(fields.get("messages"), media, limit),
         settings,
+        _choices(fields.get("choices"), settings),
         _flag(fields.get("stream"), "stream"),
         _flag(options.get("include_usage"), "stream_options"),
     )
@@ -111,6 +114,20 @@ def _flag(value: Any, name: str) -> bool:
     if value is None or isinstance(value, bool):
         return bool(value)
     raise refused(f"{name} is true or false", name)
+
+
+def _choices(value: Any, settings: dict[str, Any]) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    try:
+        check(value if isinstance(value, list) else "")
+    except SpecError as error:
+        raise refused(str(error), "choices") from error
+    if settings:
+        raise refused(
+            f"{', '.join(settings)} would do nothing: choices are scored; leave it out", "choices"
+        )
+    return tuple(value)
 
 
 def _settings(fields: dict[str, Any]) -> dict[str, Any]:
