@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,7 +78,9 @@ def tune(
     check_memory(floats, "awq=on", "leave it out")
     moments = collect(floats, policy, plan, prompts, report)
     sources = adapter.sources(adapter.empty_modules()[1])
-    groups = [group for group in _groups(adapter.decoder_config) if _helps(group, adapter.weights)]
+    groups = [
+        group for group in groups_of(adapter.decoder_config) if _helps(group, adapter.weights)
+    ]
     folds: dict[str, Fold] = defaultdict(Fold)
     for number, group in enumerate(groups, 1):
         scales = _search(group, adapter, sources, moments)
@@ -87,10 +89,11 @@ def tune(
         for name in (name for name in group.source if name in sources):
             folds[name] = Fold(folds[name].inputs, group.of_source(scales))
         report("AWQ scales", number, len(groups))
-    return Tuning(dict(folds), dict(_importance(moments, folds, adapter.weights)))
+    importance = dict(_importance(moments, folds, adapter.weights))
+    return replace(adapter.weights.tuning, folds=dict(folds), importance=importance)
 
 
-def _groups(config: DecoderConfig) -> Iterator[Group]:
+def groups_of(config: DecoderConfig) -> Iterator[Group]:
     """All of a decoder, in its order."""
     shared = (config.kv_heads, config.heads // config.kv_heads, config.head_size)
     for layer in range(len(config.layers)):
@@ -142,6 +145,6 @@ def _importance(
     moments: Mapping[str, Moments], folds: Mapping[str, Fold], weights: WeightPlan
 ) -> Iterator[tuple[str, Tensor]]:
     """The mean square of each channel as a product reads it after the folds."""
-    for name in weights.forms:
+    for name in weights.forms.keys() & moments.keys():  # no product reads the embedding
         fold, squares = folds.get(name, Fold()), moments[name].mean_square
         yield name, squares if fold.inputs is None else squares / fold.inputs.square()

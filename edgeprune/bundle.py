@@ -219,6 +219,7 @@ class WeightsRecord:
     numbers: Bytes  # weights that are quantised
     bits: Annotated[float, Between(0, 64)]  # of each of these, scales included
     error: Share  # of all of these: norm of what was changed, as a share of their norm
+    kinds: dict[str, str] = field(default_factory=dict)  # of products that --weights auto chose for
     distance: DistanceRecord | None = None  # None: no sample was compared
     running: DistanceRecord | None = None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import policies
-from edgeprune.calib import awq
+from edgeprune.calib import awq, sensitivity
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate
 from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
@@ -32,9 +32,13 @@ from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import ModelShape, Plan, PruneSpec, check_cr, check_reach, check_separators
 from edgeprune.tiling import Size
+from edgeprune.weight_format import AUTO
 
 MOST_TUNING = 32
 """Samples at most that say how large the inputs of products are: each has hundreds of tokens."""
+
+MOST_MEASURED = 4
+"""Samples at most on which each group of products is measured: there are several in each layer."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.lowering, adapter, compared=not why)
     _check_keep(recipe, why)
-    _check_awq(recipe)
+    _check_samples(recipe)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
     schedule = _schedule(recipe, adapter, policy, processor, report)
@@ -190,12 +194,13 @@ def _check_keep(recipe: Recipe, why: str) -> None:
         )
 
 
-def _check_awq(recipe: Recipe) -> None:
+def _check_samples(recipe: Recipe) -> None:
     """SpecError where samples are to say which weights count, and there are none."""
-    if recipe.lowering.weights.awq and recipe.samples_file is None and recipe.model != "demo":
+    wanted = recipe.lowering.weights
+    if wanted.measured and recipe.samples_file is None and recipe.model != "demo":
         raise SpecError(
-            "awq=on measures how large the inputs of products are; give images and questions with"
-            " --samples-file"
+            f"--weights {wanted.kind}{':awq=on' if wanted.awq else ''} measures on samples; give"
+            " images and questions with --samples-file"
         )
 
 
@@ -209,12 +214,19 @@ def _tuning(
 ) -> Tuning:
     """What calibration samples say of the weights, where that is asked."""
     lowering = recipe.lowering
-    if not lowering.weights.awq:
+    if not lowering.weights.measured:
         return UNTUNED
+    wanted, dtype, tuning = lowering.weights, TORCH[lowering.dtype.name], UNTUNED
     count = min(recipe.samples, MOST_TUNING)
     prompts = list(_prompts(count, recipe, adapter, processor))
-    quantised = adapter.with_weights(lowering.weights, TORCH[lowering.dtype.name])
-    return awq.tune(quantised, policy, plan, prompts, report)
+    if wanted.awq:
+        four = adapter.with_weights(wanted.settled("int4"), dtype)
+        tuning = awq.tune(four, policy, plan, prompts, report)
+    if wanted.kind != AUTO:
+        return tuning
+    few = prompts[:MOST_MEASURED]
+    kinds = sensitivity.mix(adapter, wanted, dtype, policy, plan, few, tuning, report)
+    return replace(tuning, kinds=kinds)
 
 
 def _prompts(

@@ -1,6 +1,7 @@
 """What `--weights` asks for: how the weights of products are stored.
 
 Written as a kind with options: `int4:block=64:head=float:vision=int8:awq=on`.
+With `auto:bits=4.5` each product of the decoder has the kind that a measurement gives it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ from edgeprune.errors import SpecError
 
 BITS = {"float": 0, "int8": 8, "int4": 4}
 """Kinds of weights; float: as the graph's dtype."""
+
+AUTO = "auto"
+"""A kind that is chosen product by product: calib/sensitivity.py."""
+
+BITS_A_WEIGHT = 4.5
+"""Of AUTO, unless others are asked for."""
 
 BLOCKS = (128, 64, 32)
 """How many inputs may share a scale of int4: sizes that every engine takes."""
@@ -46,10 +53,13 @@ class WeightFormat:
     embedding: str = "float"  # the table of tokens, whose rows may be int8
     clip: bool = True  # whether scales of int4 are searched for: models/_quantised.py
     awq: bool = False  # whether samples say which channels count: calib/awq.py
+    bits: float = 0.0  # a weight on average, scales included, where the kind is AUTO
 
     def __post_init__(self) -> None:
         for part in PARTS:
             known = ROWS if part == "embedding" else tuple(BITS)
+            if part == "kind" or (part == "head" and self.kind == AUTO):
+                known = (*known, AUTO)
             if (value := getattr(self, part)) not in known:
                 name = "--weights" if part == "kind" else f"{part} of --weights"
                 raise SpecError(f"{name} is one of {', '.join(known)}; got {value!r}")
@@ -75,20 +85,22 @@ class WeightFormat:
             raise SpecError(f"block of --weights is one of {sizes}; got {block!r}")
         clip = _switch("clip", given.pop("clip", "on"))
         awq = _switch("awq", given.pop("awq", "off"))
+        bits = _bits(given.pop("bits", None), kind)
         kinds = {"on": kind, "off": "float"}
         if given.get("embedding") == "on":
             given["embedding"] = "int8"
         parts = {"head": kind} | {name: kinds.get(value, value) for name, value in given.items()}
-        return cls(kind, int(block), clip=clip, awq=awq, **parts)
+        return cls(kind, int(block), clip=clip, awq=awq, bits=bits, **parts)
 
     def __str__(self) -> str:
         """As `parse` reads it, with every option."""
         if self.is_float:
             return "float"
         parts = (f"{part}={getattr(self, part)}" for part in PARTS[1:])
+        mixed = [f"bits={self.bits:g}"] if self.kind == AUTO else []
         switches = {"clip": self.clip, "awq": self.awq}
         told = (f"{name}={'on' if on else 'off'}" for name, on in switches.items())
-        return ":".join([self.kind, f"block={self.block}", *parts, *told])
+        return ":".join([self.kind, *mixed, f"block={self.block}", *parts, *told])
 
     @property
     def is_float(self) -> bool:
@@ -96,28 +108,57 @@ class WeightFormat:
         return {getattr(self, part) for part in PARTS} == {"float"}
 
     @property
+    def measured(self) -> bool:
+        """Whether calibration samples decide anything."""
+        return self.awq or self.kind == AUTO
+
+    @property
     def algorithm(self) -> str:
         """How codes are chosen, in words."""
-        if "int4" not in {self.kind, self.head, self.vision}:
+        if not {"int4", AUTO} & {self.kind, self.head, self.vision}:
             return "rounding"
-        return ("AWQ" if self.awq else "rounding") + (", clipped" if self.clip else "")
+        words = ["AWQ" if self.awq else "rounding"]
+        words += ["clipped"] if self.clip else []
+        return ", ".join([*words, *(["mixed by measured loss"] if self.kind == AUTO else [])])
+
+    def settled(self, kind: str) -> WeightFormat:
+        """The same with one kind in place of AUTO."""
+        head = kind if self.head == AUTO else self.head
+        return replace(self, kind=kind if self.kind == AUTO else self.kind, head=head, bits=0.0)
 
     def within(self, block: int) -> WeightFormat:
         """The same with blocks that divide one of another size, where there are such."""
         fitting = [size for size in BLOCKS if size <= self.block and block % size == 0]
         return replace(self, block=fitting[0]) if fitting else self
 
-    def form(self, part: str, inputs: int, outputs: int) -> Form | None:
+    def form(self, part: str, inputs: int, outputs: int, chosen: str = "") -> Form | None:
         """How a weight of one of PARTS is stored; None: as floats.
 
         What int4 cannot hold is int8: where no block divides the inputs, and an odd number of
-        outputs, since two codes share a byte.
+        outputs, since two codes share a byte. Where the kind is AUTO it is the `chosen` one, int8
+        as long as none is.
         """
-        bits = BITS[getattr(self, part)]
+        kind = getattr(self, part)
+        bits = BITS[(chosen or "int8") if kind == AUTO else kind]
         if bits == 4:
             sizes = [size for size in BLOCKS if size <= self.block and inputs % size == 0]
             return Form(4, sizes[0]) if sizes and outputs % 2 == 0 else Form(8, None)
         return Form(bits, None) if bits else None
+
+
+def _bits(given: str | None, kind: str) -> float:
+    """Bits a weight of AUTO; 0 for other kinds, which have no such option."""
+    if kind != AUTO:
+        if given is not None:
+            raise SpecError(f"bits is an option of --weights auto; got {kind}:bits={given}")
+        return 0.0
+    try:
+        bits = float(given or BITS_A_WEIGHT)
+    except ValueError:
+        bits = 0.0
+    if not 4 <= bits <= 32:
+        raise SpecError(f"bits of --weights is a number from 4 to 32; got {given!r}")
+    return bits
 
 
 def _switch(name: str, value: str) -> bool:

@@ -141,7 +141,7 @@ def export(
     check_topk(request.spec.method, policy.largest_topk(request.plan), request.target)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
-    exact, adapter = adapter, _with_weights(request.lowering, adapter).tuned(request.tuning)
+    exact, adapter = adapter, _with_weights(request.lowering, adapter, request.tuning)
     samples = [] if request.no_parity else list(prompts)
     proven, notes = _prove(request, adapter, policy, samples, report)
     wide = proven.float32 if proven else ()
@@ -151,7 +151,7 @@ def export(
             graphs, stored = write_graphs(draft, modules, adapter, dialect, dtype, report)
             copy_text(adapter.checkpoint.folder, draft, processor)
             checked = ParityRecord(0, request.no_parity)
-            weights = weights_record(request.lowering, stored)
+            weights = weights_record(request.lowering, stored, request.tuning.kinds)
             if compared:
                 models = adapter, policy, request.plan
                 record = graphs[DECODER]
@@ -176,10 +176,10 @@ def export(
     return Exported(request.output, manifest, (*records.notes, *told, *notes))
 
 
-def _with_weights(lowering: Lowering, adapter: Adapter) -> Adapter:
+def _with_weights(lowering: Lowering, adapter: Adapter, tuning: Tuning) -> Adapter:
     """The checkpoint with its weights as a bundle of this kind has them."""
     dtype, zero_points = TORCH[lowering.dtype.name], lowering.target.zero_points
-    return adapter.with_weights(lowering.weights, dtype, zero_points=zero_points)
+    return adapter.with_weights(lowering.weights, dtype, tuning, zero_points=zero_points)
 
 
 def _open_again(draft: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +27,11 @@ from edgeprune.spec import Plan
 Wanted = list[tuple[Outcome, torch.Tensor]]  # of each sample, with the first decode step's token
 
 
-def weights_record(lowering: Lowering, stored: Stored) -> WeightsRecord | None:
-    """How the weights of a bundle were stored; None where none is quantised."""
+def weights_record(
+    lowering: Lowering, stored: Stored, kinds: Mapping[str, str]
+) -> WeightsRecord | None:
+    """How the weights of a bundle were stored, of which `kinds` were chosen one by one; None where
+    none is quantised."""
     if not stored.numbers:
         return None
     return WeightsRecord(
@@ -39,6 +42,7 @@ def weights_record(lowering: Lowering, stored: Stored) -> WeightsRecord | None:
         own=stored.own,
         numbers=stored.numbers,
         bits=8 * stored.bytes / stored.numbers,
+        kinds=dict(kinds),
         error=math.sqrt(stored.error / stored.power) if stored.power else 0.0,
     )
 

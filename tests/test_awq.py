@@ -72,7 +72,7 @@ def test_folded_scales_leave_the_float_model_as_it_is(
     assert biases == adapter.shape.layers * adapter.decoder_config.layers[0].qkv_bias
     inputs = torch.cat([fold.inputs for fold in weights if fold.inputs is not None])
     assert inputs.max() > 1.2
-    folded = quantised.tuned(tuning)
+    folded = adapter.with_weights(WeightFormat.parse(format), torch.float32, tuning)
     # All weights as floats; in the head, which is apart where it has codes, each with a scale.
     folded.weights = replace(folded.weights, forms={HEAD: Form(8, 1)} if heads else {})
     found, wanted = (
@@ -110,8 +110,10 @@ def test_less_is_lost_with_scales_than_without(uneven):
         pairs = zip(prompts, wanted, strict=True)
         return sum(float((built.prefill(p).logits - w).square().sum()) for p, w in pairs)
 
-    quantised = adapter.with_weights(WeightFormat.parse("int4:clip=off"), torch.float32)
-    assert lost(quantised.tuned(awq.tune(quantised, POLICY, plan, prompts))) < 0.6 * lost(quantised)
+    form = WeightFormat.parse("int4:clip=off"), torch.float32
+    quantised = adapter.with_weights(*form)
+    tuned = adapter.with_weights(*form, awq.tune(quantised, POLICY, plan, prompts))
+    assert lost(tuned) < 0.6 * lost(quantised)
 
 
 @pytest.mark.parametrize(("target", "weights"), [("cpu", "int4"), ("rtx", "int4:clip=off")])
@@ -128,7 +130,7 @@ def test_a_bundle_with_scales_passes_parity(target, weights, uneven, instruct, t
 
 def test_scales_need_samples_and_floats(uneven, instruct, tmp_path, refused):
     command = ["export", "--method", "none", "--weights", "int4:awq=on", "--model"]
-    assert "awq=on measures how large the inputs" in refused(*command, uneven)
+    assert "--weights int4:awq=on measures on samples" in refused(*command, uneven)
     packed, _ = packing.pack(uneven, tmp_path, FORMS["awq"].scheme, FORMS["awq"].packed)
     said = refused(*command, packed, "--samples-file", instruct)
     assert "awq=on needs the floats of a checkpoint" in said

@@ -29,7 +29,7 @@ from edgeprune.models._quantised import (
     strips,
 )
 from edgeprune.models._rounding import rounded
-from edgeprune.models._tuning import Fold, Tuning
+from edgeprune.models._tuning import UNTUNED, Fold, Tuning
 from edgeprune.models._unread import check_unread
 from edgeprune.models._vision import Vision
 from edgeprune.models._weight_plan import WeightPlan, plan_weights
@@ -59,17 +59,24 @@ class Adapter(Family):
     """Which weights are quantised; None: none. What `read` and `load` give is quantised too."""
 
     def with_weights(
-        self, wanted: WeightFormat, scales: torch.dtype, *, zero_points: bool = False
+        self,
+        wanted: WeightFormat,
+        scales: torch.dtype,
+        tuning: Tuning = UNTUNED,
+        *,
+        zero_points: bool = False,
     ) -> Self:
         """The same checkpoint with weights in a format, whose scales a graph stores in a dtype.
 
+        `tuning` is what samples say of them.
         Codes that the checkpoint has may keep their zero points where `zero_points` says so.
         """
         if wanted.is_float:
             return self
         changed = copy.copy(self)
         changed.weights = plan_weights(
-            self._as_stored(wanted), *self.empty_modules(), scales, zero_points=zero_points
+            *(self._as_stored(wanted), *self.empty_modules(), scales, tuning),
+            zero_points=zero_points,
         )
         return changed
 
@@ -77,14 +84,6 @@ class Adapter(Family):
         """The same checkpoint with its own weights."""
         changed = copy.copy(self)
         changed.weights = None
-        return changed
-
-    def tuned(self, tuning: Tuning) -> Self:
-        """The same with what samples say of the weights that are quantised, if any are."""
-        if self.weights is None:
-            return self
-        changed = copy.copy(self)
-        changed.weights = replace(self.weights, tuning=tuning)
         return changed
 
     def _as_stored(self, wanted: WeightFormat) -> WeightFormat:

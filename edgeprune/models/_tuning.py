@@ -31,10 +31,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Folds, and how much each input of a product counts where its weight is quantised."""
+    """Folds, how much each input of a product counts where its weight is quantised, and the kinds
+    of products that were left open."""
 
     folds: Mapping[str, Fold] = field(default_factory=dict)
     importance: Mapping[str, Tensor] = field(default_factory=dict)  # float32 [K], after the folds
+    kinds: Mapping[str, str] = field(default_factory=dict)  # float, int8 or int4
 
 
 UNTUNED = Tuning()

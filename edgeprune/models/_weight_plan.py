@@ -39,15 +39,16 @@ def plan_weights(
     vision: nn.Module,
     decoder: Decoder,
     scales: torch.dtype,
+    tuning: Tuning = UNTUNED,
     *,
     zero_points: bool = False,
 ) -> WeightPlan:
     """The forms that a format has for a model; modules may be on the meta device."""
     forms, sizes = dict[str, Form](), dict[str, tuple[int, int]]()
     for part, name, size in _weights(vision, decoder):
-        if (form := wanted.form(part, *size)) is not None:
+        if (form := wanted.form(part, *size, tuning.kinds.get(name, ""))) is not None:
             forms[name], sizes[name] = form, size
-    return WeightPlan(forms, sizes, scales, wanted.clip, zero_points)
+    return WeightPlan(forms, sizes, scales, wanted.clip, zero_points, tuning)
 
 
 def _weights(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tuple[int, int]]]:
