@@ -38,7 +38,7 @@ EXTRAS = {
     for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "highspy")
 } | {
     name: f"this command needs {name} to answer over HTTP; {install('serve')}"
-    for name in ("starlette", "uvicorn")
+    for name in ("h11", "starlette", "uvicorn")
 }
 """What to say where a module is missing that the base install leaves out."""
 

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ MODEL = "demo-fastv"
 @pytest.fixture(scope="module")
 def server(demo_fastv: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     media = folder_of(SCENE, tmp_path_factory.mktemp("media") / "open")
-    options = ["--sequences", 1, "--queue", 2, "--max-body", 1, "--media", media, "--api-key", KEY]
+    options = ["--sequences", 1, "--queue", 2, "--max-body", 1, "--media", media]
+    options += ["--api-key", KEY, "--receive", 1]
     with running(demo_fastv, *options) as server:
         yield server
 
@@ -203,6 +205,33 @@ def test_half_a_request_leaves_nothing_behind(server: Server, client: Any) -> No
     is_well(client)
 
 
+def test_a_request_that_does_not_come_is_not_waited_for(server: Server, client: Any) -> None:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer {KEY}\r\n"
+    with (
+        socket.create_connection(server.address, timeout=10) as no_head,
+        socket.create_connection(server.address, timeout=10) as no_body,
+    ):
+        no_head.sendall(head.encode())
+        no_body.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert no_body.recv(12) == b"HTTP/1.1 408"
+        assert no_head.recv(1) == b""
+    is_well(client)
+
+
+def test_bodies_share_a_bound(server: Server, client: Any) -> None:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer {KEY}\r\nContent-Length: 1000000\r\n\r\n"
+    with ExitStack() as stack:
+        links = [stack.enter_context(socket.create_connection(server.address)) for _ in range(5)]
+        for link in links:
+            link.settimeout(10)
+            link.sendall(head.encode() + bytes(999_999))
+        statuses = sorted(link.recv(12) for link in links)
+    assert statuses == [*[b"HTTP/1.1 408"] * 4, b"HTTP/1.1 429"]
+    is_well(client)
+
+
 def test_a_client_that_leaves_makes_room_at_once(server: Server, client: Any) -> None:
     fields = {"stream": True, "max_tokens": 700, "min_tokens": 700}
     body = {"model": MODEL, "messages": asked(QUESTION), **fields}
@@ -259,11 +288,14 @@ def test_a_stop_signal_lets_answers_end(demo_fastv: Path) -> None:
                 assert reply.json()["usage"]["completion_tokens"] == 150
 
 
-def test_an_answer_has_a_deadline(demo_fastv: Path) -> None:
+def test_an_answer_has_a_deadline_and_a_local_server_no_name(demo_fastv: Path) -> None:
     with (
         running(demo_fastv, "--timeout", 0.2) as server,
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
+        named = client.get("/v1/models", headers={"Host": "example.org"})
+        assert "called by an address or as localhost" in refusal(named, 403)
+        assert client.get("/v1/models", headers={"Host": "localhost:80"}).status_code == 200
         told = refusal(chat(client, max_tokens=800, min_tokens=800), 504)
         assert told == "there was no answer within 0.2 s; ask again"
         streamed = chat(client, max_tokens=800, min_tokens=800, stream=True).text
@@ -274,7 +306,7 @@ def test_an_answer_has_a_deadline(demo_fastv: Path) -> None:
     ("options", "says"),
     [
         (["--sequences", 0], "--sequences is at least 1"),
-        (["--timeout", 0], "--timeout is a number of seconds above 0"),
+        (["--timeout", 0], "--timeout is a number of seconds above 0; got 0"),
         (["--port", 70000], "--port is from 0"),
         (["--media", "nosuch"], "--media is a folder"),
         (["--host", "203.0.113.1"], "cannot be listened on"),

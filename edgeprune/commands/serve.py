@@ -48,6 +48,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="for one answer, waiting included (default 300)",
     )
     command.add_argument(
+        "--receive",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="for a request to arrive (default 30)",
+    )
+    command.add_argument(
         "--drain",
         type=int,
         default=30,
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
             sequences=args.sequences,
             queue=args.queue,
             timeout=args.timeout,
+            receive=args.receive,
             drain=args.drain,
             max_body_mb=args.max_body,
             media=args.media,

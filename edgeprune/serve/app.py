@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import time
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from edgeprune import terminal
+from edgeprune.serve.admission import Admission, Limits
 from edgeprune.serve.errors import HttpError, http_error
 from edgeprune.serve.exchange import GONE, answer
 from edgeprune.serve.metrics import Metrics
@@ -31,22 +30,12 @@ from edgeprune.serve.request import ChatRequest, parse
 Handler = Callable[[Request], Awaitable[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Who may ask, and for how much."""
-
-    api_key: str | None  # None: anybody
-    media: Path | None  # folder whose files requests may name
-    body_bytes: int
-    body_seconds: float  # until a request's body is there
-    seconds: float  # until its answer is complete
-
-
 class Service:
     """Answers requests with the bundles that are open."""
 
-    def __init__(self, bundles: Mapping[str, ServedBundle], access: Access) -> None:
-        self.bundles, self.access, self.metrics = bundles, access, Metrics()
+    def __init__(self, bundles: Mapping[str, ServedBundle], limits: Limits) -> None:
+        self.bundles, self.limits, self.metrics = bundles, limits, Metrics()
+        self._admission = Admission(limits)
 
     def app(self) -> Starlette:
         """All routes. Every error is JSON; a server's own error is told without its inside."""
@@ -67,7 +56,7 @@ class Service:
         async def guarded(request: Request) -> Any:
             try:
                 if key:
-                    self._check_key(request)
+                    self._admission.check(request)
                 return await handler(request)
             except (GONE, ClientDisconnect):
                 return Response(status_code=499)  # nobody reads it
@@ -75,18 +64,6 @@ class Service:
                 return _error(error)
 
         return guarded
-
-    def _check_key(self, request: Request) -> None:
-        if (wanted := self.access.api_key) is None:
-            return
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {wanted}".encode()):
-            raise HttpError(
-                401,
-                "the API key is missing or wrong; send the header Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
 
     async def _health(self, request: Request) -> Response:
         return _json({"status": "ok"})
@@ -105,21 +82,19 @@ class Service:
         """A chat completion; the metrics learn how it ended."""
         arrived, name = time.monotonic(), ""
         try:
-            body = await self._body(request)
-            access = self.access
-            chat = await asyncio.to_thread(parse, body, access.media, access.body_bytes)
-            bundle = self._bundle(chat.model)
-            name = bundle.name
-            events = answer(bundle, chat, request.receive, access.seconds)
-            events = self._measured(events, name, arrived)
-            if chat.stream:
-                first = await anext(events)  # until here an error has a status
-                self.metrics.request(name, 200)
-                return EventStream(_chunks(first, events, ChatReply(name), chat))
-            async with aclosing(events):
-                async for event in events:
-                    if isinstance(event, Finished):
-                        reply = _json(ChatReply(name).whole(event))
+            self._check_room()
+            async with self._admission.body(request) as body:
+                limits = self.limits
+                chat = await asyncio.to_thread(parse, body, limits.media, limits.body_bytes)
+                bundle = self._bundle(chat.model)
+                name = bundle.name
+                events = answer(bundle, chat, request.receive, limits.seconds)
+                events = self._measured(events, name, arrived)
+                first = await anext(events)  # until here an error of a stream has a status
+                if chat.stream:
+                    self.metrics.request(name, 200)
+                    return EventStream(_chunks(first, events, ChatReply(name), chat))
+                finished = await _last(first, events)
         except (GONE, ClientDisconnect):
             self.metrics.client_left(name)
             raise
@@ -127,7 +102,13 @@ class Service:
             self.metrics.request(name, http_error(error).status)
             raise
         self.metrics.request(name, 200)
-        return reply
+        return _json(ChatReply(name).whole(finished))
+
+    def _check_room(self) -> None:
+        """HttpError where no bundle has room for one more, before megabytes are read."""
+        schedulers = [bundle.scheduler for bundle in self.bundles.values()]
+        if all(scheduler.is_full for scheduler in schedulers):
+            schedulers[0].check_room()
 
     def _bundle(self, name: str) -> ServedBundle:
         if (bundle := self.bundles.get(name)) is None:
@@ -138,38 +119,6 @@ class Service:
                 "model_not_found",
             )
         return bundle
-
-    async def _body(self, request: Request) -> bytes:
-        """The whole body; HttpError where it is no JSON, too large or too slow."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise HttpError(415, f"the body is application/json; got {kind[:80]!r}")
-        length = request.headers.get("content-length", "")
-        if length.isdigit():
-            self._check_size(int(length))
-        if len(self.bundles) == 1:
-            next(iter(self.bundles.values())).scheduler.check_room()  # before megabytes are read
-        try:
-            return await asyncio.wait_for(self._read(request), self.access.body_seconds)
-        except asyncio.TimeoutError as error:
-            seconds = self.access.body_seconds
-            raise HttpError(408, f"the body did not come within {seconds:g} s") from error
-
-    async def _read(self, request: Request) -> bytes:
-        parts, size = list[bytes](), 0
-        async for part in request.stream():
-            size += len(part)
-            self._check_size(size)
-            parts.append(part)
-        return b"".join(parts)
-
-    def _check_size(self, size: int) -> None:
-        if size > (most := self.access.body_bytes):
-            raise HttpError(
-                413,
-                f"a request may have {most} bytes, this one has {size} or more; send smaller"
-                " images, or start the server with a larger --max-body",
-            )
 
     async def _measured(
         self, events: AsyncGenerator[str | Finished, None], name: str, arrived: float
@@ -204,6 +153,13 @@ class EventStream:
                 body = b"data: " + data + b"\n\n"
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _last(event: str | Finished, events: AsyncGenerator[str | Finished, None]) -> Finished:
+    async with aclosing(events):
+        while isinstance(event, str):
+            event = await anext(events)
+    return event
 
 
 async def _chunks(

@@ -83,11 +83,16 @@ class Scheduler:
         """Jobs that have started and go on."""
         return len(self._running)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether one more job would be refused."""
+        return self._closed or len(self._waiting) >= self._most
+
     def check_room(self) -> None:
         """HttpError with status 429 where the queue is full."""
         if self._closed:
             raise HttpError(503, "the server is stopping; ask again later")
-        if len(self._waiting) >= self._most:
+        if self.is_full:
             seconds = math.ceil(self._seconds * (len(self._waiting) + len(self._running)))
             raise HttpError(
                 429,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgeprune import terminal
 from edgeprune.errors import SpecError
-from edgeprune.serve.app import Access, Service
+from edgeprune.serve.admission import Limits
+from edgeprune.serve.app import Service
 from edgeprune.serve.model import ServedBundle
 
 SPARE = 16
@@ -31,6 +35,7 @@ class ServeRequest:
     sequences: int = 4
     queue: int = 64
     timeout: float = 300.0
+    receive: float = 30.0
     drain: int = 30
     max_body_mb: int = 32
     media: Path | None = None
@@ -41,8 +46,9 @@ class ServeRequest:
             if getattr(self, name) < least:
                 option = name.replace("_mb", "").replace("_", "-")
                 raise SpecError(f"--{option} is at least {least}; got {getattr(self, name)}")
-        if not 0 < self.timeout < 1e6:
-            raise SpecError(f"--timeout is a number of seconds above 0; got {self.timeout:g}")
+        for name, seconds in (("timeout", self.timeout), ("receive", self.receive)):
+            if not 0 < seconds < 1e6:
+                raise SpecError(f"--{name} is a number of seconds above 0; got {seconds:g}")
         if not 0 <= self.port < 1 << 16:
             raise SpecError(f"--port is from 0 (any free one) to 65535; got {self.port}")
         if self.media is not None and not self.media.is_dir():
@@ -50,10 +56,16 @@ class ServeRequest:
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise SpecError("the API key is empty or holds letters that no header takes")
 
-    def access(self) -> Access:
-        """What requests may ask for."""
-        media = None if self.media is None else self.media.resolve()
-        return Access(self.api_key, media, self.max_body_mb << 20, 30.0, self.timeout)
+    def limits(self, address: str) -> Limits:
+        """What requests may ask for of a server that listens at an IP address."""
+        return Limits(
+            self.api_key,
+            ipaddress.ip_address(address).is_loopback,
+            None if self.media is None else self.media.resolve(),
+            self.max_body_mb << 20,
+            self.receive,
+            self.timeout,
+        )
 
 
 def serve(request: ServeRequest) -> None:
@@ -69,13 +81,34 @@ def serve(request: ServeRequest) -> None:
             if bundle.name in bundles:
                 raise SpecError(f"two bundles are called {bundle.name}; rename one and export it")
             bundles[bundle.name] = bundle
-        server = uvicorn.Server(_config(request, Service(bundles, request.access())))
         host, port = listener.getsockname()[:2]
+        server = uvicorn.Server(_config(request, Service(bundles, request.limits(host))))
         shown = f"[{host}]" if ":" in host else host
         terminal.note(f"serving {', '.join(bundles)} on http://{shown}:{port}/v1")
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
-            asyncio.run(server.serve([listener]))
+            asyncio.run(_run(server, listener, request.receive))
         terminal.note("stopped")
+
+
+async def _run(server: uvicorn.Server, listener: socket.socket, seconds: float) -> None:
+    sweep = asyncio.create_task(_sweep(server, seconds))
+    try:
+        await server.serve([listener])
+    finally:
+        sweep.cancel()
+
+
+async def _sweep(server: uvicorn.Server, seconds: float) -> None:
+    """Close connections that have sent no whole head of a request for so long; uvicorn lets them
+    wait without an end."""
+    idle = set[H11Protocol]()
+    while True:
+        await asyncio.sleep(seconds)
+        connections = [c for c in server.server_state.connections if isinstance(c, H11Protocol)]
+        waiting = {one for one in connections if one.conn.our_state is h11.IDLE}
+        for connection in waiting & idle:
+            connection.transport.close()
+        idle = waiting
 
 
 def _config(request: ServeRequest, service: Service) -> uvicorn.Config:
