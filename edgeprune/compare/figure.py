@@ -101,7 +101,7 @@ def _curves(cells: Sequence[Result], timed: bool) -> tuple[Mark | None, list[Cur
     marks: dict[str, list[Mark]] = {}
     for group in grouped(cells):
         if group[0].rounds or not timed:
-            marks.setdefault(group[0].title, []).append(_mark(group, timed))
+            marks.setdefault(_name(group[0]), []).append(_mark(group, timed))
     dense = marks.pop(DENSE, [None])[0]
     usual = {
         cr: statistics.mean(m.y for found in marks.values() for m in found if m.cr == cr)
@@ -116,6 +116,12 @@ def _curves(cells: Sequence[Result], timed: bool) -> tuple[Mark | None, list[Cur
     colours = dict(zip(best, PALETTE, strict=False))
     curves = [Curve(name, tuple(marks[name]), colours.get(name, FAINT)) for name in best]
     return dense, curves[::-1]
+
+
+def _name(cell: Result) -> str:
+    """What a line is called; the dense model with quantised weights is one among them."""
+    quantised = cell.method == DENSE and cell.title != DENSE
+    return f"dense {cell.weights}" if quantised else cell.title
 
 
 def _mark(group: Sequence[Result], timed: bool) -> Mark:
