@@ -118,6 +118,7 @@ NONSENSE: list[dict[str, Any]] = [
     {"temperature": -0.1},
     {"temperature": float("nan")},
     {"temperature": float("inf")},
+    {"temperature": 10**400},
     {"top_k": -1},
     {"temperature": "0.7"},
     {"temperature": True},

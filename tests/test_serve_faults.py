@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -10,7 +11,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -219,17 +220,36 @@ def test_a_request_that_does_not_come_is_not_waited_for(server: Server, client: 
     is_well(client)
 
 
-def test_bodies_share_a_bound(server: Server, client: Any) -> None:
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    head += f"Authorization: Bearer {KEY}\r\nContent-Length: 1000000\r\n\r\n"
-    with ExitStack() as stack:
-        links = [stack.enter_context(socket.create_connection(server.address)) for _ in range(5)]
-        for link in links:
-            link.settimeout(10)
-            link.sendall(head.encode() + bytes(999_999))
-        statuses = sorted(link.recv(12) for link in links)
-    assert statuses == [*[b"HTTP/1.1 408"] * 4, b"HTTP/1.1 429"]
-    is_well(client)
+def test_bodies_share_a_bound() -> None:
+    from starlette.requests import Request
+
+    from edgeprune.serve.admission import Admission, Limits
+    from edgeprune.serve.errors import HttpError
+
+    admission = Admission(Limits(None, True, None, 100, 60.0, 60.0))
+
+    def request(size: int) -> Request:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": bytes(size)}
+
+        headers = [(b"content-type", b"application/json")]
+        return Request({"type": "http", "headers": headers}, receive)
+
+    async def hold() -> None:
+        async with AsyncExitStack() as stack:
+            for _ in range(4):
+                body = await stack.enter_async_context(admission.body(request(90)))
+                assert len(body) == 90
+            with pytest.raises(HttpError, match="ask again in a second") as caught:
+                await stack.enter_async_context(admission.body(request(90)))
+            assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "1"})
+            await stack.enter_async_context(admission.body(request(40)))
+        for size, status in ((90, None), (101, 413), (90, None)):
+            with nullcontext() if status is None else pytest.raises(HttpError, match="may have"):
+                async with admission.body(request(size)):
+                    pass
+
+    asyncio.run(hold())
 
 
 def test_a_client_that_leaves_makes_room_at_once(server: Server, client: Any) -> None:
