@@ -14,6 +14,7 @@ from edgeprune.calib.activations import collect
 from edgeprune.cli import main
 from edgeprune.models import open_model
 from edgeprune.models._processor import random_prompt
+from edgeprune.models._quantised import quantize
 from edgeprune.models._reference import Reference
 from edgeprune.models._weight_plan import HEAD
 from edgeprune.policies import make
@@ -114,6 +115,21 @@ def test_less_is_lost_with_scales_than_without(uneven):
     quantised = adapter.with_weights(*form)
     tuned = adapter.with_weights(*form, awq.tune(quantised, POLICY, plan, prompts))
     assert lost(tuned) < 0.6 * lost(quantised)
+
+
+def test_clipped_scales_count_channels_by_their_size(uneven):
+    adapter, plan, prompts = opened(uneven)
+    form = WeightFormat.parse("int4"), torch.float32
+    tuning = awq.tune(adapter.with_weights(*form), POLICY, plan, prompts)
+    tuned, name = adapter.with_weights(*form, tuning), "layers.0.mlp.gate.weight"
+    source = tuned.sources(tuned.empty_modules()[1])[name]
+    ((_, exact),) = tuned.floats(source)
+    weighed = quantize(exact, 4, 64, clip=True, importance=tuning.importance[name])
+    assert torch.equal(tuned.read(source, torch.float32), weighed.dequantised())
+    assert not torch.equal(weighed.codes, quantize(exact, 4, 64, clip=True).codes)
+    moments = collect(adapter, POLICY, plan, prompts, silent)[name]
+    square = moments.mean_square / tuning.folds[name].inputs.square()
+    torch.testing.assert_close(tuning.importance[name], square)
 
 
 @pytest.mark.parametrize(("target", "weights"), [("cpu", "int4"), ("rtx", "int4:clip=off")])

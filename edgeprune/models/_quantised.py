@@ -57,7 +57,7 @@ class QuantizedWeight:
         )
 
 
-SHRINKS = tuple(1 - step / 40 for step in range(21))
+SHRINKS = tuple(1 - step / 16 for step in range(9))
 """Factors of a scale that `quantize` tries where it may clip. 7/8, where codes reach -8, is one."""
 
 
