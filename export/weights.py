@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -72,7 +72,7 @@ class WeightsFile:
             elif name in sources:
                 self.stored.tensors["float"] += sources[name].transposed
                 self.stored.packed += adapter.is_packed(sources[name])
-                value.const_value = self._append(name, adapter.read(sources[name], dtype))
+                value.const_value = self._append_rows(name, adapter.rows(sources[name], dtype))
             elif name in tables:
                 value.const_value = self._append(name, tables[name])
             elif value.const_value is None or value.const_value.nbytes > INLINE:
@@ -138,20 +138,38 @@ class WeightsFile:
         return value
 
     def _append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
-        data = tensor.detach().contiguous()
-        kind = ir.DataType(DTYPES[NAMES[data.dtype]].onnx)
-        return self._write(name, data.reshape(-1).view(torch.uint8).numpy().data, kind, data.shape)
+        return self._append_rows(name, [tensor])
+
+    def _append_rows(self, name: str, pieces: Iterable[Tensor]) -> ir.ExternalTensor:
+        """A tensor that comes some rows at a time."""
+        offset, shape, kind = self._aligned(), list[int](), ir.DataType.UNDEFINED
+        for piece in pieces:
+            data = piece.detach().contiguous()
+            kind = ir.DataType(DTYPES[NAMES[data.dtype]].onnx)
+            self.stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            shape = [shape[0] + len(data), *shape[1:]] if shape else [*data.shape]
+        return self._written(name, offset, kind, shape)
 
     def _write(
         self, name: str, data: memoryview, kind: ir.DataType, shape: Sequence[int]
     ) -> ir.ExternalTensor:
-        self.stream.write(b"\0" * (-self.stream.tell() % ALIGNMENT))
-        offset = self.stream.tell()
+        offset = self._aligned()
         self.stream.write(data)
+        return self._written(name, offset, kind, shape)
+
+    def _aligned(self) -> int:
+        """Where the next tensor starts."""
+        self.stream.write(b"\0" * (-self.stream.tell() % ALIGNMENT))
+        return self.stream.tell()
+
+    def _written(
+        self, name: str, offset: int, kind: ir.DataType, shape: Sequence[int]
+    ) -> ir.ExternalTensor:
+        """The tensor whose bytes were written last, from an offset on."""
         return ir.ExternalTensor(
             WEIGHTS,
             offset,
-            data.nbytes,
+            self.stream.tell() - offset,
             kind,
             shape=ir.Shape(shape),
             name=name,

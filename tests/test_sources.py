@@ -118,3 +118,22 @@ def test_parts_that_do_not_make_the_whole_are_refused(
     said = refused("models", "--model", folder)
     sizes = f"{part(names[0], 0)} is {list(shape)} and {part(names[0], 1)} is [24, 32],"
     assert f"{sizes} config.json says [32, 32]; the two are not of one checkpoint" in said
+
+
+def test_a_large_embedding_comes_some_rows_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products and vectors come whole: they lie in another order, or are small."""
+    monkeypatch.setattr("edgeprune.models._quantised.STRIP", 1024)
+    adapter = open_model(str(folder))
+    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+    with torch.device("meta"):
+        module = adapter.decoder(make(PruneSpec("none")), plan)
+    found = {
+        name: list(adapter.rows(source, torch.float32))
+        for name, source in adapter.sources(module).items()
+    }
+    parts = {name: len(pieces) for name, pieces in found.items() if len(pieces) > 1}
+    assert parts == {"embedding.weight": 3, "head.weight": 3}
+    for name, weight in weights(folder).items():
+        assert torch.equal(torch.cat(found[name]), weight), name

@@ -204,6 +204,23 @@ class Adapter(Family):
             whole[:, strip.outputs] = strip.weight.dequantised(dtype)
         return whole if source.transposed else whole.t().contiguous()
 
+    def rows(self, source: Source, dtype: torch.dtype) -> Iterator[Tensor]:
+        """What `read` gives; of a large one that is stored as it is, an embedding, some rows at a
+        time."""
+        plain = source.form is None and not source.transposed and self._is_whole(source)
+        if not plain or len(source.shape) != 2 or source.fold is not None:
+            yield self.read(source, dtype)
+            return
+        outputs, inputs = source.shape
+        for part in strips(inputs, outputs):
+            yield self._read(source, dtype, part)
+
+    def _is_whole(self, source: Source) -> bool:
+        """Whether one stored tensor is the parameter, in floats, so that its rows may be read."""
+        if len(source.names) > 1 or any(source.changes) or source.stored.rows:
+            return False
+        return self.checkpoint.shape(source.names[0]) == source.shape and not self.is_packed(source)
+
     def strips(self, source: Source) -> Iterator[Strip]:
         """A quantised weight, some outputs at a time, so that large ones need little memory."""
         assert source.form is not None and self.weights is not None
@@ -225,9 +242,7 @@ class Adapter(Family):
     def floats(self, source: Source) -> Iterator[tuple[slice, Tensor]]:
         """A product's weight in float32 before it is quantised, some outputs at a time: [K, n]."""
         outputs, inputs = source.shape
-        in_parts = len(source.names) == 1 and not any(source.changes) and not source.stored.rows
-        in_parts = in_parts and not self.is_packed(source)
-        whole = None if in_parts else self._columns(source)
+        whole = None if self._is_whole(source) else self._columns(source)
         for part in strips(inputs, outputs):
             yield part, self._columns(source, part) if whole is None else whole[:, part]
 
@@ -265,8 +280,8 @@ class Adapter(Family):
         None where it stores floats, or where what it stores is not the whole of the parameter:
         `read` gives the floats then.
         """
-        stored = source.stored
-        if any(source.changes) or stored.rows or (stored.factor, stored.offset) != (1, 0):
+        stored, changed = source.stored, any(source.changes) or source.fold is not None
+        if changed or stored.rows or (stored.factor, stored.offset) != (1, 0):
             return None
         return self.checkpoint.quantized(source.names[0]) if len(source.names) == 1 else None
 
