@@ -17,6 +17,7 @@ from edgeprune.demo import SAMPLES_DIR
 SCENE = (SAMPLES_DIR / "scene-1.png").read_bytes()
 OTHER = (SAMPLES_DIR / "scene-6.png").read_bytes()
 QUESTION = "what digit is on the purple card ?"
+MODEL = "demo-fastv"
 NEXT = "how many circles are there ?"
 
 LONG = {"min_tokens": 150}
@@ -79,3 +80,28 @@ def folder_of(image: bytes, path: Path) -> Path:
     (path / "link.png").symlink_to(path.parent / "secret.png")
     (path / "out").symlink_to(path.parent)
     return path
+
+
+def chat(client: Any, messages: Any = None, **fields: Any) -> Any:
+    body = {"model": MODEL, "messages": messages or asked(QUESTION), **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def refusal(response: Any, status: int) -> str:
+    """The one line of an error in OpenAI's shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    assert "Traceback" not in response.text
+    return str(error["message"])
+
+
+def running_now(client: Any) -> dict[str, float]:
+    """The gauges of what is being done."""
+    lines = client.get("/metrics").text.splitlines()
+    found = (
+        line.rsplit(" ", 1) for line in lines if line.startswith(("edgeprune_run", "edgeprune_q"))
+    )
+    return {name.partition("{")[0]: float(value) for name, value in found}

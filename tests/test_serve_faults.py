@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import socket
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -17,8 +15,21 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Refused
-from tests.server import LONG, NEXT, QUESTION, SCENE, Server, asked, data_uri, folder_of, running
+from tests.server import (
+    LONG,
+    MODEL,
+    NEXT,
+    QUESTION,
+    SCENE,
+    Server,
+    asked,
+    chat,
+    data_uri,
+    folder_of,
+    refusal,
+    running,
+    running_now,
+)
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
@@ -26,7 +37,6 @@ pytest.importorskip("starlette")
 
 KEY = "a key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-MODEL = "demo-fastv"
 
 
 @pytest.fixture(scope="module")
@@ -44,35 +54,10 @@ def client(server: Server) -> Iterator[Any]:
         yield client
 
 
-def chat(client: Any, messages: Any = None, **fields: Any) -> Any:
-    body = {"model": MODEL, "messages": messages or asked(QUESTION), **fields}
-    return client.post("/v1/chat/completions", json=body)
-
-
-def refusal(response: Any, status: int) -> str:
-    """The one line of an error in OpenAI's shape."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"] and "\n" not in error["message"]
-    assert "Traceback" not in response.text
-    return str(error["message"])
-
-
 def is_well(client: Any) -> None:
     found = chat(client)
     assert found.status_code == 200, found.text
     assert found.json()["choices"][0]["message"]["content"] == "5"
-
-
-def running_now(client: Any) -> dict[str, float]:
-    """The gauges of what is being done."""
-    lines = client.get("/metrics").text.splitlines()
-    found = (
-        line.rsplit(" ", 1) for line in lines if line.startswith(("edgeprune_run", "edgeprune_q"))
-    )
-    return {name.partition("{")[0]: float(value) for name, value in found}
 
 
 def image_of(url: str) -> list[dict[str, Any]]:
@@ -278,63 +263,3 @@ def test_an_overload_is_told_with_a_time_to_wait(client: Any) -> None:
     texts = {r.json()["choices"][0]["message"]["content"] for r in found if r.status_code == 200}
     assert len(texts) == 1
     is_well(client)
-
-
-def test_a_stop_signal_lets_answers_end(demo_fastv: Path) -> None:
-    with running(demo_fastv, "--sequences", 2) as server:
-        replies: list[Any] = []
-
-        def ask(stream: bool) -> None:
-            with httpx.Client(base_url=server.url, timeout=60) as client:
-                replies.append(chat(client, stream=stream, max_tokens=150, **LONG))
-
-        threads = [threading.Thread(target=ask, args=[index % 2 == 0]) for index in range(4)]
-        for thread in threads:
-            thread.start()
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            while sum(running_now(client).values()) < 4:
-                time.sleep(0.01)
-        server.process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join()
-        assert server.process.wait(30) == 0
-        assert server.process.stderr is not None
-        assert server.process.stderr.read() == "stopped\n"
-        assert [reply.status_code for reply in replies] == [200] * 4
-        for reply in replies:
-            if reply.headers["content-type"].startswith("text/event-stream"):
-                assert reply.text.endswith("data: [DONE]\n\n")
-            else:
-                assert reply.json()["usage"]["completion_tokens"] == 150
-
-
-def test_an_answer_has_a_deadline_and_a_local_server_no_name(demo_fastv: Path) -> None:
-    with (
-        running(demo_fastv, "--timeout", 0.2) as server,
-        httpx.Client(base_url=server.url, timeout=60) as client,
-    ):
-        named = client.get("/v1/models", headers={"Host": "example.org"})
-        assert "called by an address or as localhost" in refusal(named, 403)
-        assert client.get("/v1/models", headers={"Host": "localhost:80"}).status_code == 200
-        told = refusal(chat(client, max_tokens=800, min_tokens=800), 504)
-        assert told == "there was no answer within 0.2 s; ask again"
-        streamed = chat(client, max_tokens=800, min_tokens=800, stream=True).text
-        assert '"code": "timeout"' in streamed and "[DONE]" not in streamed
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--sequences", 0], "--sequences is at least 1"),
-        (["--timeout", 0], "--timeout is a number of seconds above 0; got 0"),
-        (["--port", 70000], "--port is from 0"),
-        (["--media", "nosuch"], "--media is a folder"),
-        (["--host", "203.0.113.1"], "cannot be listened on"),
-        (["--api-key", ""], "the API key is empty"),
-        (["--port", 0], "no bundle"),
-    ],
-)
-def test_what_cannot_be_served_is_one_line(
-    options: list[Any], says: str, refused: Refused, tmp_path: Path
-) -> None:
-    assert says in refused("serve", tmp_path / "nosuch", *options)

@@ -66,6 +66,9 @@ class Service:
         return guarded
 
     async def _health(self, request: Request) -> Response:
+        failed = {bundle.name: bundle.failure for bundle in self.bundles.values() if bundle.failure}
+        if failed:
+            return _json({"status": "failed", "models": failed}, 503)
         return _json({"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeprune.errors import BackendError, CapacityError, EdgepruneError, InputError, SpecError
+from edgeprune.errors import (
+    BackendError,
+    CapacityError,
+    EdgepruneError,
+    InputError,
+    SessionError,
+    SpecError,
+)
 
 KINDS = {
     401: "authentication_error",
@@ -57,6 +64,9 @@ def http_error(error: Exception) -> HttpError:
         return HttpError(400, message, "messages", "context_length_exceeded")
     if isinstance(error, (InputError, SpecError)):
         return refused(message)
+    if isinstance(error, SessionError):
+        told = "the engine failed and was opened again while it answered; ask again"
+        return HttpError(503, told, code="engine_failed", headers={"Retry-After": "1"})
     if isinstance(error, BackendError):
         return HttpError(500, message, code="backend_error")
     return HttpError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
+from edgeprune import terminal
+from edgeprune.errors import BackendError
 from edgeprune.runtime.answer import Choice
 from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.session import Session
@@ -43,42 +45,60 @@ class Finished:
 class ServedBundle:
     """A bundle that is open; `answer` runs on the scheduler's thread."""
 
-    def __init__(self, engine: Engine, sequences: int, queue: int) -> None:
-        self.engine, self.manifest = engine, engine.manifest
-        self.name = engine.manifest.name
-        self.created = int(time.time())
-        self.dialogues = Dialogues(engine, sequences)
+    def __init__(self, open_engine: Callable[[], Engine], sequences: int, queue: int) -> None:
+        """`open_engine` is called again where the engine fails."""
+        self._open_engine, self._sequences = open_engine, sequences
+        self.engine = _warm(open_engine())
+        self.manifest, self.name = self.engine.manifest, self.engine.manifest.name
+        self.created, self.failure = int(time.time()), ""
+        self.dialogues = Dialogues(self.engine, sequences)
         self.scheduler = Scheduler(sequences, queue, self.name)
-
-    @classmethod
-    def open(
-        cls, path: Path, backend: str, threads: int | None, sequences: int, queue: int
-    ) -> ServedBundle:
-        """Open a bundle and run it once, so that the first answer is as fast as the next."""
-        engine = Engine.open(path, backend, threads=threads)
-        try:
-            with Session(engine) as session:
-                session.warm_up()
-            _ = engine.prompter  # read now: it may be refused
-        except BaseException:
-            engine.close()
-            raise
-        return cls(engine, sequences, queue)
 
     def answer(self, request: ChatRequest) -> Generator[str | Finished, None, None]:
         """The pieces of an answer, and what it was. Left before its end, it frees its sequence."""
-        opened = self.dialogues.open(request.conversation)
+        if self.failure:
+            self._reopen()
+        dialogues = self.dialogues
         try:
-            whole = self._choose if request.choices else self._say
-            finished, said = yield from whole(opened, request)
-        except BaseException:
-            self.dialogues.drop(opened.session)
+            opened = dialogues.open(request.conversation)
+            try:
+                whole = self._choose if request.choices else self._say
+                finished, said = yield from whole(opened, request)
+            except BaseException:
+                dialogues.drop(opened.session)
+                raise
+        except (BackendError, MemoryError):
+            self._check_engine()
             raise
         if said is None:
-            self.dialogues.drop(opened.session)
+            dialogues.drop(opened.session)
         else:
-            self.dialogues.keep(opened.session, request.conversation.after(finished.text), said)
+            dialogues.keep(opened.session, request.conversation.after(finished.text), said)
         yield finished
+
+    def close(self) -> None:
+        """Stop answering and free everything."""
+        self.scheduler.close()
+        self.dialogues.close()
+        self.engine.close()
+
+    def _check_engine(self) -> None:
+        """After a failure: open the engine again unless it runs on nothing. Dialogues that it was
+        answering end, those that were kept are read again."""
+        try:
+            _warm(self.engine, close=False)
+        except Exception as error:
+            self.failure = f"the engine failed ({type(error).__name__})"
+            terminal.note(f"edgeprune: {self.name}: {self.failure}; it is opened again")
+            with suppress(Exception):  # told to whoever asks next
+                self._reopen()
+
+    def _reopen(self) -> None:
+        self.dialogues.close()
+        self.engine.close()
+        self.engine = _warm(self._open_engine())
+        self.dialogues = Dialogues(self.engine, self._sequences)
+        self.failure = ""
 
     def _say(
         self, opened: Opened, request: ChatRequest
@@ -112,17 +132,24 @@ class ServedBundle:
         usage = self._usage(opened, choice.ids, len(choice.ids) + 1)  # the end of the turn
         return Finished(choice.text, "stop", usage, choice.warnings, choice), choice.ids
 
-    def close(self) -> None:
-        """Stop answering and free everything."""
-        self.scheduler.close()
-        self.dialogues.close()
-        self.engine.close()
-
     def _usage(self, opened: Opened, said: Said, completion: int) -> Usage:
         """`said` are the tokens of the answer that the sequence has, read or pending."""
         sequence, prune = opened.session.sequence, self.manifest.prune
         prompt = sequence.ids.size + len(sequence.pending) - len(said)
         return Usage(prompt, opened.cached, completion, prune.visual_tokens, tuple(prune.counts))
+
+
+def _warm(engine: Engine, *, close: bool = True) -> Engine:
+    """Run an engine once, so that the first answer is as fast as the next."""
+    try:
+        with Session(engine) as session:
+            session.warm_up()
+        _ = engine.prompter  # read now: it may be refused
+    except BaseException:
+        if close:
+            engine.close()
+        raise
+    return engine
 
 
 def _stripped(pieces: Iterator[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import ipaddress
 import socket
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import h11
@@ -15,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgeprune import terminal
 from edgeprune.errors import SpecError
+from edgeprune.runtime.engine import Engine
 from edgeprune.serve.admission import Limits
 from edgeprune.serve.app import Service
 from edgeprune.serve.model import ServedBundle
@@ -74,9 +76,8 @@ def serve(request: ServeRequest) -> None:
         listener = stack.enter_context(_listen(request.host, request.port))
         bundles: dict[str, ServedBundle] = {}
         for path in request.bundles:
-            bundle = ServedBundle.open(
-                path, request.backend, request.threads, request.sequences, request.queue
-            )
+            open_engine = partial(Engine.open, path, request.backend, threads=request.threads)
+            bundle = ServedBundle(open_engine, request.sequences, request.queue)
             stack.callback(bundle.close)
             if bundle.name in bundles:
                 raise SpecError(f"two bundles are called {bundle.name}; rename one and export it")

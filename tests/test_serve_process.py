@@ -1,0 +1,78 @@
+"""The process of a server: how it starts, what it is told, and how it stops."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Refused
+from tests.server import LONG, chat, refusal, running, running_now
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+
+
+def test_a_stop_signal_lets_answers_end(demo_fastv: Path) -> None:
+    with running(demo_fastv, "--sequences", 2) as server:
+        replies: list[Any] = []
+
+        def ask(stream: bool) -> None:
+            with httpx.Client(base_url=server.url, timeout=60) as client:
+                replies.append(chat(client, stream=stream, max_tokens=150, **LONG))
+
+        threads = [threading.Thread(target=ask, args=[index % 2 == 0]) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while sum(running_now(client).values()) < 4:
+                time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert server.process.wait(30) == 0
+        assert server.process.stderr is not None
+        assert server.process.stderr.read() == "stopped\n"
+        assert [reply.status_code for reply in replies] == [200] * 4
+        for reply in replies:
+            if reply.headers["content-type"].startswith("text/event-stream"):
+                assert reply.text.endswith("data: [DONE]\n\n")
+            else:
+                assert reply.json()["usage"]["completion_tokens"] == 150
+
+
+def test_an_answer_has_a_deadline_and_a_local_server_no_name(demo_fastv: Path) -> None:
+    with (
+        running(demo_fastv, "--timeout", 0.2) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        named = client.get("/v1/models", headers={"Host": "example.org"})
+        assert "called by an address or as localhost" in refusal(named, 403)
+        assert client.get("/v1/models", headers={"Host": "localhost:80"}).status_code == 200
+        told = refusal(chat(client, max_tokens=800, min_tokens=800), 504)
+        assert told == "there was no answer within 0.2 s; ask again"
+        streamed = chat(client, max_tokens=800, min_tokens=800, stream=True).text
+        assert '"code": "timeout"' in streamed and "[DONE]" not in streamed
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--sequences", 0], "--sequences is at least 1"),
+        (["--timeout", 0], "--timeout is a number of seconds above 0; got 0"),
+        (["--port", 70000], "--port is from 0"),
+        (["--media", "nosuch"], "--media is a folder"),
+        (["--host", "203.0.113.1"], "cannot be listened on"),
+        (["--api-key", ""], "the API key is empty"),
+        (["--port", 0], "no bundle"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    options: list[Any], says: str, refused: Refused, tmp_path: Path
+) -> None:
+    assert says in refused("serve", tmp_path / "nosuch", *options)
