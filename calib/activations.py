@@ -48,7 +48,7 @@ class Moments:
         return self._mean(self.squared)
 
     def _mean(self, total: Tensor | float) -> Tensor:
-        assert isinstance(total, Tensor)  # every product has seen a row
+        assert isinstance(total, Tensor)  # as soon as there are rows
         return total / self.rows
 
 
@@ -57,7 +57,8 @@ def collect(
 ) -> dict[str, Moments]:
     """Moments of each product's inputs, by its weight's name, in the float32 model with a policy.
 
-    Each prompt is answered by some tokens. The adapter's weights are the checkpoint's own.
+    Each prompt is answered by some tokens. The adapter's weights are the checkpoint's own. Products
+    that nothing went into are left out.
     """
     model = Reference.build(adapter, policy, plan)
     found: dict[str, Moments] = {}
@@ -65,7 +66,7 @@ def collect(
         for number, prompt in enumerate(prompts, 1):
             model.generate(prompt, ANSWER, lambda token: False)
             report("activations", number, len(prompts))
-    return found
+    return {name: moments for name, moments in found.items() if moments.rows}
 
 
 @contextmanager

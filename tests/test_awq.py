@@ -132,7 +132,9 @@ def test_clipped_scales_count_channels_by_their_size(uneven):
     torch.testing.assert_close(tuning.importance[name], square)
 
 
-@pytest.mark.parametrize(("target", "weights"), [("cpu", "int4"), ("rtx", "int4:clip=off")])
+@pytest.mark.parametrize(
+    ("target", "weights"), [("cpu", "int4"), ("rtx", "int4:clip=off:vision=on")]
+)
 def test_a_bundle_with_scales_passes_parity(target, weights, uneven, instruct, tmp_path):
     """The graph is as without them, the reference reads the same folded weights."""
     output = tmp_path / "bundle"
