@@ -117,7 +117,7 @@ def write(
 ) -> Path:
     """Write a checkpoint that transformers loads: random, or (sparse) zeros that take no disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = _write_tokenizer(folder)
+    tokens = write_tokenizer(folder)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     config = _config(shape, tokens, str(dtype).removeprefix("torch."))
     if shape.awq:
@@ -133,7 +133,7 @@ def write(
     return folder
 
 
-def _write_tokenizer(folder: Path) -> dict[str, int]:
+def write_tokenizer(folder: Path) -> dict[str, int]:
     """Bytes as tokens, and the special ones; their ids."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
@@ -231,7 +231,7 @@ def _tensors(shape: QwenShape) -> Sizes:
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
         for name, size in (("q", width), ("k", kv), ("v", kv)):
-            yield from _linear(f"{prefix}self_attn.{name}_proj", size, width)
+            yield from linear(f"{prefix}self_attn.{name}_proj", size, width)
         yield f"{prefix}self_attn.o_proj.weight", (width, width)
         for name in ("gate", "up"):
             yield f"{prefix}mlp.{name}_proj.weight", (shape.mlp, width)
@@ -247,24 +247,24 @@ def _vision_tensors(shape: QwenShape) -> Sizes:
     names = {"gate_proj": mlp, "up_proj": mlp} if shape.windowed else {"fc1": mlp}
     for block in range(shape.blocks):
         prefix = f"visual.blocks.{block}."
-        for norm in ("norm1", "norm2"):
-            yield from _norm(f"{prefix}{norm}", width, bias=not shape.windowed)
-        yield from _linear(f"{prefix}attn.qkv", 3 * width, width)
-        yield from _linear(f"{prefix}attn.proj", width, width)
+        for name in ("norm1", "norm2"):
+            yield from norm(f"{prefix}{name}", width, bias=not shape.windowed)
+        yield from linear(f"{prefix}attn.qkv", 3 * width, width)
+        yield from linear(f"{prefix}attn.proj", width, width)
         for name, size in names.items():
-            yield from _linear(f"{prefix}mlp.{name}", size, width)
-        yield from _linear(f"{prefix}mlp.{'down_proj' if shape.windowed else 'fc2'}", width, mlp)
-    yield from _norm("visual.merger.ln_q", width, bias=not shape.windowed)
-    yield from _linear("visual.merger.mlp.0", joined, joined)
-    yield from _linear("visual.merger.mlp.2", shape.width, joined)
+            yield from linear(f"{prefix}mlp.{name}", size, width)
+        yield from linear(f"{prefix}mlp.{'down_proj' if shape.windowed else 'fc2'}", width, mlp)
+    yield from norm("visual.merger.ln_q", width, bias=not shape.windowed)
+    yield from linear("visual.merger.mlp.0", joined, joined)
+    yield from linear("visual.merger.mlp.2", shape.width, joined)
 
 
-def _linear(name: str, outputs: int, inputs: int) -> Sizes:
+def linear(name: str, outputs: int, inputs: int) -> Sizes:
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)
 
 
-def _norm(name: str, width: int, *, bias: bool) -> Sizes:
+def norm(name: str, width: int, *, bias: bool) -> Sizes:
     yield f"{name}.weight", (width,)
     if bias:
         yield f"{name}.bias", (width,)

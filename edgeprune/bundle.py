@@ -121,6 +121,12 @@ class DecoderRecord:
     max_positions: Count
     cache: Annotated[str, OneOf(CACHES)]
     image_positions: Amount  # that an image takes: r_1, V where tokens keep theirs, or by M-RoPE
+    deepstack: Amount = 0  # first layers after each of which a row is added to every visual token
+
+    @property
+    def visual_width(self) -> int:
+        """Of a visual token between the graphs, the rows that are added to it beside it."""
+        return self.width * (1 + self.deepstack)
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def _role(role: str, layer: int | None) -> str:
 def _vision(manifest: Manifest) -> tuple[Ends, Ends]:
     element, encoded = manifest.dtype, manifest.prune.encoded
     outputs: Ends = {
-        ("visual", None): (element, (1, encoded, manifest.decoder.width)),
+        ("visual", None): (element, (1, encoded, manifest.decoder.visual_width)),
         ("visual_indices", None): ("int64", (encoded,)),
     }
     return {("pixels", None): (element, manifest.image.shape)}, outputs
@@ -105,7 +105,7 @@ def _decoder(manifest: Manifest) -> tuple[Ends, Ends]:
     record, element = manifest.decoder, manifest.dtype
     inputs: Ends = {
         ("prefix_ids", None): ("int64", (1, "prefix")),
-        ("visual", None): (element, (1, "visual", record.width)),
+        ("visual", None): (element, (1, "visual", record.visual_width)),
         ("text_ids", None): ("int64", (1, "text")),
         ("position", None): ("int64", (1,)),
         ("lengths", None): ("int64", (record.layers,)),

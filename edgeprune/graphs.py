@@ -16,7 +16,7 @@ from edgeprune.records import Amount, Few, Matches, OneOf
 
 ROLES = {
     "pixels": "normalised image tiles [tiles, 3, height, width]",
-    "visual": "visual tokens between the graphs [1, encoded, width]",
+    "visual": "visual tokens between the graphs [1, encoded, width], DeepStack rows beside them",
     "visual_indices": "int64 [encoded]: index among the V visual tokens that each of them has",
     "prefix_ids": "int64 [1, P]: text before the image",
     "text_ids": "int64 [1, T]: text after it, or of a later turn",

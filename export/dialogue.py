@@ -96,7 +96,7 @@ class Graphs:
 
     def step(self, ids: Tensor) -> Step:
         """More text, int64 [1, T]: one token to decode, or the next turn's."""
-        empty = torch.zeros(1, 0, self.config.width, dtype=self.dtype).numpy()
+        empty = torch.zeros(1, 0, self.config.visual_width, dtype=self.dtype).numpy()
         nothing = np.zeros((1, 0), np.int64)
         return self._run(nothing, empty, ids.numpy(), nothing[0])
 

@@ -266,4 +266,5 @@ def _decoder_record(adapter: Adapter, plan: Plan, cache: str) -> DecoderRecord:
         max_positions=shape.max_positions,
         cache=cache,
         image_positions=mrope.span if mrope else plan.span,
+        deepstack=adapter.decoder_config.deepstack,
     )

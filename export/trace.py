@@ -106,7 +106,7 @@ def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
     caches = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     return (
         torch.zeros(1, prefix, dtype=torch.int64),
-        torch.zeros(1, visual, config.width, dtype=dtype),
+        torch.zeros(1, visual, config.visual_width, dtype=dtype),
         torch.zeros(1, text, dtype=torch.int64),
         torch.zeros(1, dtype=torch.int64),
         torch.zeros(len(caches), dtype=torch.int64),

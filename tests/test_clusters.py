@@ -8,12 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.policies._clusters import assign, average, density_peaks, distances, merge
+from edgeprune.policies._clusters import assign, average, clusters, density_peaks, distances
 from tests import oracles
 
 FOUR = st.lists(st.integers(-2, 2), min_size=4, max_size=4)
 HALF = st.lists(FOUR, min_size=1, max_size=8)
 """With their opposites, tokens whose squared distances are exact: ties and repeats are common."""
+
+
+def merge(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centres, and the mean of each cluster."""
+    centres, members = clusters(tokens, count)
+    return centres, average(members, tokens)
 
 
 @settings(deadline=None)
@@ -33,9 +39,9 @@ def test_clusters_of_real_tokens(count: int, seed: int, shared: float, data) -> 
     """`shared` is a part that all tokens have, which a plain Gram matrix would drown in."""
     rng = np.random.default_rng(seed)
     tokens = (rng.standard_normal((count, 24)) + shared).astype(np.float32).astype(np.float64)
-    clusters = data.draw(st.integers(1, count))
-    centres, means = merge(torch.tensor(tokens), clusters)
-    wanted, features = oracles.merged(tokens, clusters)
+    number = data.draw(st.integers(1, count))
+    centres, means = merge(torch.tensor(tokens), number)
+    wanted, features = oracles.merged(tokens, number)
     assert centres.tolist() == wanted
     np.testing.assert_allclose(means.numpy(), features, atol=1e-4)
 
@@ -55,9 +61,9 @@ def test_distances_are_symmetric_nothing_to_itself_and_exact_enough(count: int, 
 def test_the_order_of_the_tokens_does_not_matter(count: int, seed: int, data) -> None:
     rng = np.random.default_rng(seed)
     tokens, order = torch.tensor(rng.standard_normal((count, 16))), rng.permutation(count)
-    clusters = data.draw(st.integers(2, count))  # one cluster has any centre, see below
-    centres, means = merge(tokens, clusters)
-    others, moved = merge(tokens[order], clusters)
+    number = data.draw(st.integers(2, count))  # one cluster has any centre, see below
+    centres, means = merge(tokens, number)
+    others, moved = merge(tokens[order], number)
     indices = order[others.numpy()]
     assert sorted(indices.tolist()) == sorted(centres.tolist())
     back, first = np.argsort(indices), centres.argsort()  # two may tie, and then the first is first

@@ -170,9 +170,9 @@ def test_complement_tokens_are_the_papers(
     found = policy.input(signals, stage, stage)
     centres, tokens = gathered(visual[dominant:], text, count, variant, rounds)
     assert found.indices.tolist() == [*range(dominant), *(dominant + i for i in centres)]
-    assert found.tokens is not None
     wanted = np.concatenate([visual[:dominant], tokens])
-    np.testing.assert_allclose(found.tokens[0].numpy(), wanted, rtol=1e-4, atol=1e-4)
+    merged = found.gather(signals.visual)[0]
+    np.testing.assert_allclose(merged.numpy(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
@@ -182,8 +182,7 @@ def test_where_all_tokens_are_equal_the_first_are_centres(variant: str) -> None:
     signals = InputSignals(torch.ones(1, 9, 4), 9, torch.zeros(1, 3, 4))
     found = made("visiontrim", variant=variant).input(signals, stage, stage)
     assert found.indices.tolist() == [0, 1, 2, 3, 4]
-    assert found.tokens is not None
-    heights = found.tokens[0, :, 0].tolist()
+    heights = found.gather(signals.visual)[0, :, 0].tolist()
     assert heights == pytest.approx([1, 1, 4, 1, 1]), "all join the first, empty ones stay"
 
 
@@ -241,7 +240,8 @@ def test_llavolta_averages_neighbours(count: int, seed: int, data) -> None:
     found = made("llavolta").layer(signals, stage, stage)
     bounds = [i * count // merged for i in range(merged + 1)]
     means = [hidden[a:b].mean(0) for a, b in pairwise(bounds)]
-    np.testing.assert_allclose(found.gather(torch.zeros(1)).numpy()[0], means, atol=1e-6)
+    merged = found.gather(signals.visual.float())[0]
+    np.testing.assert_allclose(merged.numpy(), means, atol=1e-6)
     middles = [a + (b - a - 1) // 2 for a, b in pairwise(bounds)]
     assert found.indices.tolist() == middles
     nothing: Any = SimpleNamespace(visual=torch.zeros(1, 0, 4), visual_tokens=count)

@@ -140,7 +140,8 @@ def test_visionzip_is_the_papers(count: int, seed: int, scale: float, variant: s
     found = policy.vision(encoder.signals(), Stage("vision", keep, merged))
     indices, tokens = visionzip(encoder, keep, merged, variant)
     assert found.indices.tolist() == indices
-    np.testing.assert_allclose(found.gather(torch.zeros(1)).numpy()[0], tokens, atol=1e-5)
+    merged = found.gather(encoder.signals().features)[0]
+    np.testing.assert_allclose(merged.numpy(), tokens, atol=1e-5)
 
 
 def spread(attention: Array, chosen: list[int], wanted: int) -> list[int]:
@@ -206,18 +207,19 @@ def test_prumerge_is_the_papers(
     found = policy.vision(encoder.signals(), Stage("vision", 0, total))
     indices, tokens = prumerge(encoder, total, near, variant, outliers)
     assert found.indices.tolist() == indices
-    np.testing.assert_allclose(found.gather(torch.zeros(1)).numpy()[0], tokens, atol=1e-5)
+    merged = found.gather(encoder.signals().features)[0]
+    np.testing.assert_allclose(merged.numpy(), tokens, atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(9)), st.integers(0, 20))
 def test_prumerge_does_not_care_for_the_order_of_patches(order: list[int], seed: int) -> None:
     stage, policy = Stage("vision", 0, 4), _made("prumerge", neighbours="3")
-    plain = policy.vision(Encoder(9, seed).signals(), stage)
-    moved = policy.vision(Encoder(9, seed, order=order).signals(), stage)
+    signals, others = Encoder(9, seed).signals(), Encoder(9, seed, order=order).signals()
+    plain, moved = policy.vision(signals, stage), policy.vision(others, stage)
     assert [order[i] for i in moved.indices.tolist()] == plain.indices.tolist()
-    one = torch.zeros(1)
-    torch.testing.assert_close(moved.gather(one), plain.gather(one), atol=1e-5, rtol=1e-5)
+    merged = plain.gather(signals.features)
+    torch.testing.assert_close(moved.gather(others.features), merged, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [_signals.WEIGHTS, 130])

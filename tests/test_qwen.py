@@ -25,7 +25,7 @@ from edgeprune.commands._common import image_size
 from edgeprune.errors import InputError, ModelError
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._mrope import Grid, MRope
+from edgeprune.models._mrope import Grid, MRope, in_runs
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make, names
@@ -184,7 +184,10 @@ def test_positions_are_those_of_transformers(
     wanted, delta = Qwen2VLModel.get_rope_index(
         model, kinds, kinds, torch.tensor([[1, 2 * rows, 2 * columns]])
     )
-    mrope, segments = MRope.of((2, 3, 3), Grid(rows, columns)), Segments(before, len(kept), after)
+    mrope, segments = (
+        MRope.of(in_runs((2, 3, 3)), Grid(rows, columns)),
+        Segments(before, len(kept), after),
+    )
     found = mrope.positions(torch.tensor([0]), segments, torch.tensor(kept))
     alive = [*range(before), *(before + k for k in kept)]
     alive += range(before + len(patches), kinds.shape[1])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._mrope import Grid, MRope
+from edgeprune.models._mrope import Grid, MRope, in_runs
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
@@ -85,7 +85,7 @@ def test_a_pruned_bundle_equals_the_eager_reference(
 
 def test_images_stand_one_after_the_other_with_text_between() -> None:
     """An image takes as many positions as its longest axis; a video may be longest in time."""
-    mrope = MRope.of((2, 3, 3), Grid(2, 3), 2, Grid(3, 1))
+    mrope = MRope.of(in_runs((2, 3, 3)), Grid(2, 3), 2, Grid(3, 1))
     first = [(0, r, c) for r in range(2) for c in range(3)]
     assert list(mrope.offsets) == [
         *first,
@@ -94,7 +94,7 @@ def test_images_stand_one_after_the_other_with_text_between() -> None:
         *((5, 5 + row, 5) for row in range(3)),
     ]
     assert mrope.span == 8
-    film = MRope.of((2, 3, 3), Grid(1, 2, times=(0, 4)))
+    film = MRope.of(in_runs((2, 3, 3)), Grid(1, 2, times=(0, 4)))
     assert (film.offsets, film.span) == (((0, 0, 0), (0, 0, 1), (4, 0, 0), (4, 0, 1)), 5)
 
 

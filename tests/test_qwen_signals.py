@@ -119,7 +119,7 @@ def test_agnostic_attention_has_every_visual_token_in_the_middle_of_the_image(
     # grid of 5 x 7: rows start .. start + 4, columns start .. start + 6
     middle = np.array([start, start + 2, start + 3])
     frequencies = np.array(reference.decoder.config.rope.frequencies)
-    axes = np.repeat([0, 1, 2], adapter.decoder_config.mrope.sections)  # type: ignore[union-attr]
+    axes = list(adapter.decoder_config.mrope.axes)  # type: ignore[union-attr]
     angles = middle[axes] * frequencies
     key = signals.key[0].numpy()
     low, high = np.split(key[:, start : start + visual], 2, axis=-1)

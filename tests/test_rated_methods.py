@@ -48,7 +48,8 @@ def _check_kept_and_merged(
     kept, spare = sorted(order[: stage.keep]), sorted(order[stage.keep : stage.keep + pool])
     centres, means = oracles.merged(tokens[spare], stage.merged)
     assert found.indices.tolist() == kept + [spare[centre] for centre in centres]
-    np.testing.assert_allclose(found.tokens[0].numpy(), [*tokens[kept], *means], atol=1e-5)
+    merged = found.gather(torch.tensor(tokens)[None])[0]
+    np.testing.assert_allclose(merged.numpy(), [*tokens[kept], *means], atol=1e-5)
 
 
 @settings(max_examples=10, deadline=None)
@@ -82,7 +83,7 @@ def test_sparsevlm_2_looks_at_the_busiest_heads_without_distance(seed: int, head
     np.testing.assert_allclose(policy.calibration_scores(1, signals).numpy(), scores, rtol=1e-4)
     stage = Stage("layer", 9, layer=2)
     found = policy.layer(signals, stage, stage)
-    assert found.indices.tolist() == sorted(_best(scores)[:9]) and found.tokens is None
+    assert found.indices.tolist() == sorted(_best(scores)[:9]) and found.merge is None
 
 
 @settings(max_examples=10, deadline=None)
@@ -107,7 +108,7 @@ def test_a_layer_may_keep_all_or_nothing(method: str, keep: int) -> None:
     signals, *_ = _layer(2)
     stage = Stage("layer", keep, layer=2)
     found = _make(method).layer(signals, stage, stage)
-    assert found.indices.tolist() == list(range(keep)) and found.tokens is None
+    assert found.indices.tolist() == list(range(keep)) and found.merge is None
 
 
 def test_polymorphic_can_score_by_attention() -> None:

@@ -33,7 +33,7 @@ class Every(nn.Module):
         shares = _raters.similarity(tokens, text)
         taken = _diverse.unlike(tokens, text[:2], [self.count, 1], tokens.new_zeros(live))
         return (
-            *_clusters.merge(tokens, keep),
+            *_clusters.clusters(tokens, keep),
             _diverse.determinant(tokens, self.count, keep),
             _select.top(_raters.rated(shares, _raters.raters(shares)), keep),
             _select.top(taken, least(self.count + 1, live)),

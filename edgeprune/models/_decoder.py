@@ -28,7 +28,7 @@ from edgeprune.models._layers import (
     join_heads,
     split_heads,
 )
-from edgeprune.models._ops import Causal, TorchOps
+from edgeprune.models._ops import Causal, TorchOps, cast
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
@@ -140,18 +140,18 @@ class Prune(nn.Module):
 
     def forward(
         self, hidden: Tensor, positions: Tensor, signals: LayerSignals, live: Stage
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states and positions of the survivors, and their indices among the live tokens."""
+    ) -> tuple[Tensor, Tensor, Selection]:
+        """Hidden states and positions of the survivors, and what was chosen of the live tokens."""
         segments = signals.segments
         start, end = segments.prefix, segments.prefix + segments.visual
         chosen = self._choose(signals, live)
         slots = torch.arange(segments.total, device=hidden.device)
         survivors = torch.cat([slots[:start], chosen.indices + start, slots[end:]])
         positions = positions.index_select(1, survivors)
-        if chosen.tokens is None:
-            return hidden.index_select(1, survivors), positions, chosen.indices
-        visual = chosen.gather(hidden)
-        return torch.cat([hidden[:, :start], visual, hidden[:, end:]], 1), positions, chosen.indices
+        if chosen.merge is None:
+            return hidden.index_select(1, survivors), positions, chosen
+        visual = chosen.gather(hidden[:, start:end])
+        return torch.cat([hidden[:, :start], visual, hidden[:, end:]], 1), positions, chosen
 
     def _choose(self, signals: LayerSignals, live: Stage) -> Selection:
         if self.stage.survivors == 0:
@@ -169,8 +169,9 @@ class PruneInput(nn.Module):
         self.policy, self.stage, self.encoded, self.tile_of = policy, stage, encoded, tile_of
 
     def forward(self, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, V, width], [1, T, width] -> the survivors, and their indices among the V."""
-        signals = InputSignals(visual, self.encoded, text, self.tile_of)
+        """[1, V, visual width], [1, T, width] -> the survivors, and their indices among the V."""
+        tokens = visual if visual.shape[2] == text.shape[2] else visual[..., : text.shape[2]]
+        signals = InputSignals(tokens, self.encoded, text, self.tile_of)
         chosen = self.policy.input(signals, self.stage, _live(self.stage, visual.shape[1]))
         return chosen.gather(visual), chosen.indices
 
@@ -187,6 +188,7 @@ class Decoder(WithBuffers):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.eps, ops)
+        self.deepstack = Sum()
         if config.head_apart:
             self.head: nn.Linear | Narrow = Narrow(config.width, config.vocabulary, ops)
         elif not config.tied:
@@ -214,7 +216,7 @@ class Decoder(WithBuffers):
     def forward(
         self,
         prefix_ids: Tensor,  # int64 [1, P]
-        visual: Tensor,  # [1, V, width]
+        visual: Tensor,  # [1, V, width], or with DeepStack [1, V, (1 + n) * width]
         text_ids: Tensor,  # int64 [1, T]
         position: Tensor,  # int64 [1], of the first token of this call
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
@@ -229,6 +231,7 @@ class Decoder(WithBuffers):
             if visual_indices is not None:
                 visual_indices = visual_indices.index_select(0, chosen)
             kept.append(chosen)
+        visual, *rows = self._rows(visual)
         inputs = InputSignals(visual, self.plan.entering, text)
         hidden = torch.cat([self.embedding(prefix_ids), visual, text], dim=1)
         segments = Segments(prefix_ids.shape[1], visual.shape[1], text_ids.shape[1])
@@ -244,7 +247,8 @@ class Decoder(WithBuffers):
                 live = _live(site.stage, entered)
                 hidden, positions, chosen = site(hidden, positions, signals, live)
                 segments = Segments(segments.prefix, live.survivors, segments.text)
-                kept.append(chosen)
+                kept.append(chosen.indices)
+                rows = list(map(chosen.gather, rows))
                 if site.stage.renumber:
                     positions = self._slots(lengths[index : index + 1], segments)
             start, end = (held[index : index + 1] for held in (lengths, filled))
@@ -252,11 +256,25 @@ class Decoder(WithBuffers):
             hidden, present, seen = layer(hidden, positions, rotary, cache)
             keys.append(present.key)
             values.append(present.value)
+            if rows:
+                hidden = self._stacked(hidden, rows.pop(0), segments)
             signals = self._signals(
                 index, segments, hidden, seen, rotary, positions[0], anchors, inputs
             )
             self.observe(index + 1, signals)
         return self.logits(hidden), keys, values, kept
+
+    def _rows(self, visual: Tensor) -> Sequence[Tensor]:
+        """Visual tokens, and the rows beside them, each [1, V, width]."""
+        beside = self.config.deepstack
+        return visual.chunk(1 + beside, dim=-1) if beside else (visual,)
+
+    def _stacked(self, hidden: Tensor, row: Tensor, segments: Segments) -> Tensor:
+        """Hidden states [1, S, width] with rows [1, V, width] added to their visual tokens."""
+        start, end = segments.prefix, segments.prefix + segments.visual
+        visual = self.deepstack(hidden[:, start:end], row)
+        before, after = (cast(part, visual.dtype) for part in (hidden[:, :start], hidden[:, end:]))
+        return torch.cat([before, visual, after], dim=1)
 
     @property
     def span(self) -> int:

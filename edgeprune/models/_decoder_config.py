@@ -48,8 +48,14 @@ class DecoderConfig:
     tied: bool = False
     head_apart: bool = False  # the head is a product like others, quantised by itself
     mrope: MRope | None = None  # None: one position a token
+    deepstack: int = 0  # first layers after each of which a row is added to every visual token
     tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
     rescaled: tuple[Rescale, ...] = ()  # the first that matches a parameter holds
+
+    @property
+    def visual_width(self) -> int:
+        """Of a visual token with the rows that are added to it beside it."""
+        return self.width * (1 + self.deepstack)
 
     def rescaling(self, parameter: str) -> tuple[float, float]:
         """Factor and offset with which a parameter of the decoder is read."""

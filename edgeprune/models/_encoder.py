@@ -95,6 +95,7 @@ class Encoded:
     query: Tensor  # [tiles, heads, S, head]
     key: Tensor  # [tiles, heads, S, head]
     indices: Tensor | None = None  # int64 [N'], patch of each token, where some were merged
+    middle: tuple[Tensor, ...] = ()  # each [tiles, N, width], output of a middle block that is read
 
 
 @dataclass(frozen=True)

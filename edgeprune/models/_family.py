@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -81,7 +81,8 @@ class Family(ABC):
         self.tiling = self.read_tiling()
         self.media = self.read_media()
         layout = self.read_layout()
-        self.vision_config = VisionConfig(self.encoder, self.read_projector(), layout)
+        parts = self.encoder, self.read_projector(), layout, self.read_deepstack()
+        self.vision_config = VisionConfig(*parts)
         self.decoder_config = self.read_decoder()
 
     @abstractmethod
@@ -117,10 +118,16 @@ class Family(ABC):
     def read_projector(self) -> ProjectorLike:
         """From the tower's features to the decoder's width."""
 
+    def read_deepstack(self) -> tuple[ProjectorLike, ...]:
+        """The same for each middle block of the tower that the decoder reads too: a row of each is
+        added to every visual token after one of the first layers, in this order."""
+        return ()
+
     def read_decoder(self) -> DecoderConfig:
         """The language model."""
         tied = is_tied(self.checkpoint, self.config)
-        return decoder_config(self.config.text_config, tied, self.decoder_kind)
+        decoder = decoder_config(self.config.text_config, tied, self.decoder_kind)
+        return replace(decoder, deepstack=len(self.vision_config.deepstack))
 
     def tensor_names(self) -> TensorNames:
         """How checkpoints name the parameters."""

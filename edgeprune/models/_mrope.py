@@ -9,6 +9,7 @@ gaps: nobody moves up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -17,6 +18,21 @@ import torch
 from torch import Tensor
 
 from edgeprune.policies._signals import Segments
+
+
+def in_runs(sections: Sequence[int]) -> tuple[int, ...]:
+    """Axes of a head's pairs where so many turn by time, then by row, by column (Qwen2-VL)."""
+    return tuple(axis % 3 for axis, pairs in enumerate(sections) for _ in range(pairs))
+
+
+def interleaved(sections: Sequence[int]) -> tuple[int, ...]:
+    """The same where axes take turns, so that each has high and low frequencies (Qwen3-VL): time,
+    row, column and so on, as long as row and column have pairs left; the rest turns by time."""
+
+    def axis(pair: int) -> int:
+        return pair % 3 if pair < 3 * sections[pair % 3] else 0
+
+    return tuple(axis(pair) for pair in range(sum(sections)))
 
 
 class Grid(NamedTuple):
@@ -36,12 +52,12 @@ class Grid(NamedTuple):
 class MRope:
     """How a head's pairs are shared out, and where the V visual tokens of a prompt stand."""
 
-    sections: tuple[int, ...]  # pairs of a head that turn by time, by row, by column
+    axes: tuple[int, ...]  # of each pair of a head what it turns by: 0 time, 1 row, 2 column
     offsets: tuple[tuple[int, int, int], ...]  # of each, from the position of the first image
     span: int  # positions that they take together
 
     @classmethod
-    def of(cls, sections: tuple[int, ...], *parts: Grid | int) -> MRope:
+    def of(cls, axes: tuple[int, ...], *parts: Grid | int) -> MRope:
         """Images one after the other, with so many text tokens between them."""
         offsets, start = list[tuple[int, int, int]](), 0
         for part in parts:
@@ -49,10 +65,10 @@ class MRope:
                 offsets += [(start + i,) * 3 for i in range(part)]
                 start += part
             else:
-                axes = (part.times, range(part.rows), range(part.columns))
-                offsets += [(start + t, start + r, start + c) for t, r, c in product(*axes)]
+                places = product(part.times, range(part.rows), range(part.columns))
+                offsets += [(start + t, start + r, start + c) for t, r, c in places]
                 start += part.span
-        return cls(sections, tuple(offsets), start)
+        return cls(axes, tuple(offsets), start)
 
     def positions(self, first: Tensor, segments: Segments, visual_indices: Tensor) -> Tensor:
         """Time, row and column of each token of a call, then of the three anchors.
@@ -71,8 +87,7 @@ class MRope:
 
     def read(self, table: Tensor, positions: Tensor) -> Tensor:
         """A rotary table at three positions a token: [n, head / 2], [3, S] -> [S, head / 2]."""
-        axes = [axis % 3 for axis, pairs in enumerate(self.sections) for _ in range(pairs)]
-        return table.gather(0, positions.index_select(0, torch.tensor(axes)).T)
+        return table.gather(0, positions.index_select(0, torch.tensor(self.axes)).T)
 
     def _anchors(self) -> list[list[int]]:
         """The first, the middle and the last position of each axis."""

@@ -75,6 +75,7 @@ class TensorNames:
         "language_model.",
     )
     head: tuple[str, ...] = ("lm_head.weight", "language_model.lm_head.weight")
+    deepstack: Mapping[str, str] = field(default_factory=dict)
     newline: tuple[str, ...] = ("image_newline", "model.image_newline")
 
     def of(self, parameter: str) -> tuple[str, ...]:
@@ -87,6 +88,8 @@ class TensorNames:
         prefixes, table = self.decoder_prefixes, self.decoder
         if owner == "encoder":
             prefixes, table = self.tower_prefixes, self.tower
+        elif owner == "deepstack":
+            prefixes, table = self.tower_prefixes, self.deepstack
         elif owner == "projector":
             prefixes, table = self.projector_prefixes, self.projector
         else:  # text between images is of the decoder's embedding

@@ -1,7 +1,7 @@
-"""What Qwen2-VL and Qwen2.5-VL share: images of any size, frozen to one; M-RoPE; 2 x 2 merger.
+"""What the Qwen-VL families share: images of any size, frozen to one; M-RoPE; 2 x 2 merger.
 
-The input size is the bundle's: both sides are multiples of patch times merge (28 pixels), and each
-such square is one visual token. A video has one for each square of each pair of frames.
+The input size is the bundle's: both sides are multiples of patch times merge (28 or 32 pixels), and
+each such square is one visual token. A video has one for each square of each pair of frames.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgeprune.models._family import on_canvas
 from edgeprune.models._image_record import Reader, rounded_size
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Media, Takes
-from edgeprune.models._mrope import Grid, MRope
+from edgeprune.models._mrope import Grid, MRope, in_runs
 from edgeprune.models._names import TensorNames
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._video import video
@@ -46,21 +46,33 @@ _PROJECTOR = {r"^first\.": "merger.mlp.0.", r"^second\.": "merger.mlp.2."}
 
 
 class Adapter(_adapter.Adapter):
-    """Base of the two families; never built itself."""
+    """Base of the families; never built itself."""
 
     takes: ClassVar[Takes] = Takes(frames=True, sized_frames=True)
     decoder_kind: ClassVar[str | None] = "qwen2"
+    sections: ClassVar[tuple[int, ...]] = (16, 24, 24)
+    """Pairs of a head that turn by time, by row and by column, where the config does not say."""
     gated: ClassVar[bool]
     frozen: Size
     encoder: TowerConfig
 
     def demands(self) -> dict[str, bool]:
-        return _demands(self.config)
+        return _demands(self.config, self._sections)
 
     @property
     def _merge(self) -> int:
         """Patches a side that become one token."""
         return int(self.config.vision_config.spatial_merge_size)
+
+    @property
+    def _sections(self) -> tuple[int, ...]:
+        """Pairs of a head that turn by time, by row and by column."""
+        rope = self.config.text_config.rope_parameters
+        return tuple(rope.get("mrope_section", self.sections))
+
+    def axes(self) -> tuple[int, ...]:
+        """What each pair of a head turns by: 0 time, 1 row, 2 column."""
+        return in_runs(self._sections)
 
     @property
     def _step(self) -> int:
@@ -91,15 +103,13 @@ class Adapter(_adapter.Adapter):
 
     def read_decoder(self) -> DecoderConfig:
         """With the positions of what a prompt shows."""
-        rope = self.config.text_config.rope_parameters
-        sections = tuple(rope.get("mrope_section", (16, 24, 24)))
         grid = Grid(self.encoder.rows // self._merge, self.encoder.columns // self._merge)
         others: tuple[int | Grid, ...] = ()
         if self.asked.frames is not None:
             grid = grid._replace(times=self.times(self._spans()))
         else:
             others = tuple(part for text in self.between for part in (len(text), grid))
-        return replace(super().read_decoder(), mrope=MRope.of(sections, grid, *others))
+        return replace(super().read_decoder(), mrope=MRope.of(self.axes(), grid, *others))
 
     def _spans(self) -> int:
         """Groups of frames that are one in time, of a video."""
@@ -167,11 +177,11 @@ def _grid(config: Any, size: Size, step: int) -> tuple[int, int]:
     return size.height // patch, size.width // patch
 
 
-def _demands(config: Any) -> dict[str, bool]:
+def _demands(config: Any, sections: tuple[int, ...]) -> dict[str, bool]:
     vision, text = config.vision_config, config.text_config
     kind = vision.rope_parameters["rope_type"]
-    head_size = text.hidden_size // text.num_attention_heads
-    sections = text.rope_parameters.get("mrope_section", (16, 24, 24))
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = set(getattr(text, "layer_types", ()))
     return {
         f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
         f"patch_size {vision.patch_size}": isinstance(vision.patch_size, int),
@@ -179,5 +189,5 @@ def _demands(config: Any) -> dict[str, bool]:
         f"{vision.in_channels} colours": vision.in_channels == 3,
         f"rope_type {kind!r} in the vision tower": kind == "axial",
         f"mrope_section {list(sections)}": 2 * sum(sections) == head_size,
-        "sliding windows in the decoder": set(text.layer_types) == {"full_attention"},
+        "sliding windows in the decoder": layers <= {"full_attention"},
     }

@@ -1,15 +1,17 @@
-"""The vision transformer of Qwen2-VL and Qwen2.5-VL: any size, positions by rotation only.
+"""The vision transformer of the Qwen-VL families, for images of any size.
 
 A patch spans two frames, a still image being both. Queries and keys turn by the patch's row and
-column. Qwen2-VL has LayerNorms, a plain MLP and full attention in all blocks; Qwen2.5-VL has RMS
-norms, a gated MLP, and attention within windows in most blocks. For a frozen size the windows are
-known, so patches are put in their order once, by one gather, and back at the end.
+column. Qwen2-VL has LayerNorms, a plain MLP and full attention in all blocks. Qwen3-VL adds a
+learned grid of positions, resampled to the image, and its middle blocks are read too. Qwen2.5-VL
+has RMS norms, a gated MLP, and attention within windows in most blocks. For a frozen size the
+windows are known, so patches are put in their order once, by one gather, and back at the end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from edgeprune.models._layers import (
     join_heads,
     split_heads,
 )
-from edgeprune.models._ops import TorchOps
+from edgeprune.models._ops import TorchOps, cast
 
 EPS = 1e-6
 """Of every norm; no config says otherwise."""
@@ -82,6 +84,9 @@ class TowerConfig:
     full: tuple[int, ...] = ()  # blocks with full attention all the same
     cls: bool = False
     still: bool = True  # each image stands for all frames of a patch; else they come one by one
+    patch_bias: bool = False
+    position_side: int = 0  # of the square grid of learned positions; 0: there is none
+    middle: tuple[int, ...] = ()  # blocks whose output is read beside the last one's
 
     @property
     def size(self) -> tuple[int, int]:
@@ -187,6 +192,41 @@ class Block(nn.Module):
         return mixed.reshape(tiles, windows * patches, width), query, key
 
 
+class PositionGrid(nn.Module):
+    """Learned positions of a square grid, resampled to the patches of an image: bilinear, the
+    corners of both grids on each other. The sums are float32."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.position_side**2, config.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds each patch's position, in reading order: [tiles, N, width] -> the same."""
+        config, side = self.config, self.config.position_side
+        rows, columns = taps(config.rows, side), taps(config.columns, side)
+        whole: Tensor | None = None
+        for row, column in product((0, 1), repeat=2):
+            indices = [r[row][0] * side + c[column][0] for r in rows for c in columns]
+            shares = [r[row][1] * c[column][1] for r in rows for c in columns]
+            read = cast(self.weight.index_select(0, torch.tensor(indices)), torch.float32)
+            part = read * torch.tensor(shares)[:, None]
+            whole = part if whole is None else whole + part
+        assert whole is not None
+        return x + cast(whole, x.dtype)
+
+
+def taps(count: int, side: int) -> list[tuple[tuple[int, float], tuple[int, float]]]:
+    """For each of `count` points over a line of `side` values, the value at or before it and the
+    next one, each with its share."""
+    found = list[tuple[tuple[int, float], tuple[int, float]]]()
+    steps = max(1, count - 1)
+    for point in range(count):
+        low, rest = divmod(point * (side - 1), steps)
+        found.append(((low, 1 - rest / steps), (min(low + 1, side - 1), rest / steps)))
+    return found
+
+
 class QwenTower(WithBuffers):
     """Pixels [frames, 3, H, W] to normed features, and queries and keys, in reading order."""
 
@@ -194,8 +234,10 @@ class QwenTower(WithBuffers):
         super().__init__()
         self.config = config
         self.patch = nn.Conv2d(
-            3 * config.frames, config.width, config.patch, config.patch, bias=False
+            3 * config.frames, config.width, config.patch, config.patch, bias=config.patch_bias
         )
+        if config.position_side:
+            self.position = PositionGrid(config)
         self.blocks = nn.ModuleList(
             Block(config, config.runs(block), ops) for block in range(config.blocks)
         )
@@ -218,18 +260,24 @@ class QwenTower(WithBuffers):
     def forward(self, pixels: Tensor) -> Encoded:
         config, sorted_ = self.config, self.config.windows
         x = self.patch(self._spans(pixels)).flatten(2).transpose(1, 2)
+        if config.position_side:
+            x = self.position(x)
         reorder = list(sorted_.order) != list(range(config.patches))
         if reorder:
             x = x.index_select(1, torch.tensor(sorted_.order))
+        middle = list[Tensor]()
         for number, block in enumerate(self.blocks):
             x, *seen = block(x, self.cos, self.sin)
             if number == config.looks_everywhere:
                 query, key = seen
+            if number in config.middle:
+                middle.append(x)
         x = self.post_norm(x)
         if reorder:
             back = torch.tensor(sorted_.inverse())
             x, query, key = (t.index_select(-2, back) for t in (x, query, key))
-        return Encoded(x, None, query, key)
+            middle = [t.index_select(-2, back) for t in middle]
+        return Encoded(x, None, query, key, middle=tuple(middle))
 
     def _spans(self, pixels: Tensor) -> Tensor:
         """Frames beside each other within each colour: [n, 3, H, W] -> [spans, 3 frames, H, W]."""

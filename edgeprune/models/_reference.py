@@ -93,7 +93,7 @@ class Reference:
         self.values = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
         self.lengths = torch.zeros(len(counts), dtype=torch.int64)
         self.position = 0
-        self.visual = torch.empty(1, 0, config.width, dtype=self.dtype)
+        self.visual = torch.empty(1, 0, config.visual_width, dtype=self.dtype)
         self.vision_kept = torch.empty(0, dtype=torch.int64)
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class Reference:
     @torch.no_grad()
     def step(self, ids: Tensor) -> Step:
         """More text, int64 [1, T]: one token to decode, or the next turn's."""
-        empty = torch.zeros(1, 0, self.decoder.config.width, dtype=self.dtype)
+        empty = torch.zeros(1, 0, self.decoder.config.visual_width, dtype=self.dtype)
         nothing = torch.zeros(1, 0, dtype=torch.int64)
         return self._run(nothing, empty, ids, nothing[0])
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._layers import LayerNorm, Linear
@@ -43,6 +44,7 @@ class ProjectorConfig:
     bias: bool = True
     norm: bool = False  # a layer norm before the first
     hidden: int | None = None  # between the two; None: as output
+    eps: float = 1e-5  # of the norm
 
     def build(self, ops: TorchOps) -> Projector:
         return Projector(self, ops)
@@ -53,13 +55,14 @@ class VisionConfig:
     encoder: EncoderConfig | TowerConfig
     projector: ProjectorLike
     layout: Layout
+    deepstack: tuple[ProjectorLike, ...] = ()  # of the middle blocks that are read
 
 
 class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig, ops: TorchOps) -> None:
         super().__init__()
         self.config = config
-        self.norm = LayerNorm(config.inputs, 1e-5, ops) if config.norm else nn.Identity()
+        self.norm = LayerNorm(config.inputs, config.eps, ops) if config.norm else nn.Identity()
         hidden = config.hidden or config.output
         self.first = Linear(config.inputs, hidden, ops, config.bias)
         self.second = Linear(hidden, config.output, ops, config.bias)
@@ -73,12 +76,13 @@ class Projector(nn.Module):
 class Fixed(nn.Module):
     """Puts tokens that are no tile's between those of the tiles; none of them is dropped here.
 
-    They are the model's newline, [CLS] where it is read too, and text between images.
+    They are the model's newline, [CLS] where it is read too, and text between images. Text has
+    zeros in the `beside` columns that tiles' tokens have beside their own.
     """
 
-    def __init__(self, layout: Layout, width: int) -> None:
+    def __init__(self, layout: Layout, width: int, beside: int = 0) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.beside = layout, beside
         self.newline = nn.Parameter(torch.empty(width)) if layout.newline else None
         text = len(layout.text)
         self.text = nn.Parameter(torch.empty(text, width)) if text else None
@@ -107,7 +111,7 @@ class Fixed(nn.Module):
         """The fixed tokens in reading order: [1, V - C, width]."""
         parts = [] if self.newline is None else [self.newline[None, None]]
         parts += [] if cls is None else [cls]
-        parts += [] if self.text is None else [self.text[None]]
+        parts += [] if self.text is None else [F.pad(self.text[None], (0, self.beside))]
         which = [-1 - source for source in self.layout.order if source < 0]
         bank = torch.cat(parts, dim=1)
         return bank.index_select(1, torch.tensor(which, device=bank.device))
@@ -132,31 +136,42 @@ class Vision(nn.Module):
         ops = ops or TorchOps()
         self.encoder = config.encoder.build(ops)
         self.projector = config.projector.build(ops)
+        if config.deepstack:
+            self.deepstack = nn.ModuleList(part.build(ops) for part in config.deepstack)
         layout = config.layout
-        self.fixed = Fixed(layout, config.projector.output) if layout.fixed else None
+        width = config.projector.output
+        self.fixed = Fixed(layout, width, len(config.deepstack) * width) if layout.fixed else None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [tiles, 3, H, W] -> visual tokens [1, r_1, output], their indices int64 [r_1].
 
-        A stage's count includes the fixed tokens, which cannot be scored here and stay.
+        With DeepStack each token's rows of the middle blocks stand beside it, [1, r_1, (1 + n) *
+        output]: they go where the token goes, and are averaged where it is. A stage's count
+        includes the fixed tokens, which cannot be scored here and stay.
         """
         stages, layout = self.plan.before_decoder(), self.config.layout
         fixed = len(layout.fixed)
         if stages and stages[0].site == "block":
             features, kept, merged = self._merge_in_encoder(pixels, stages[0])
+            middle: tuple[Tensor, ...] = ()
         else:
             signals = self.encode(pixels)
-            features, merged = signals.features, 0
+            features, middle, merged = signals.features, signals.middle, 0
             kept = torch.arange(features.shape[1], device=features.device)
         for stage in (s for s in stages if s.site == "vision"):
             chosen = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
             features, kept, merged = chosen.gather(features), chosen.indices, stage.merged
+            middle = tuple(map(chosen.gather, middle))
         visual = features if layout.late else self.projector(features)
+        if middle:
+            rows = (part(own) for part, own in zip(self.deepstack, middle, strict=True))
+            visual = torch.cat([visual, *rows], dim=-1)
         if self.fixed is not None:
             cls = self.projector(signals.cls_features()) if layout.cls else None
             visual, kept = self.fixed(visual, kept, merged, cls)
         for stage in (s for s in stages if s.site == "input"):
-            chosen = self.policy.input(InputSignals(visual, visual.shape[1]), stage, stage)
+            tokens = visual[..., : self.config.projector.output] if middle else visual
+            chosen = self.policy.input(InputSignals(tokens, visual.shape[1]), stage, stage)
             visual, kept = chosen.gather(visual), kept.index_select(0, chosen.indices)
         return visual, kept
 
@@ -182,6 +197,7 @@ class Vision(nn.Module):
             layout.mean,
             cls_stays=layout.cls,
             tile_of=layout.tile_of,
+            middle=tuple(map(layout.tokens, seen.middle)),
         )
 
     def entry_scores(self, pixels: Tensor) -> Tensor:

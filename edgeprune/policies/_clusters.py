@@ -15,15 +15,14 @@ FAR = 1e12
 """A squared distance beyond that of any two tokens."""
 
 
-def merge(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`count` = min(clusters, n) tokens that stand for n: [n, width] -> int64 [count], [count, ..].
+def clusters(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`count` = min(clusters, n) clusters of n tokens: [n, width] -> int64 [count], [count, n].
 
-    First the clusters' centres, the most prominent first, then the mean of each cluster's members,
-    float32.
+    First the clusters' centres, the most prominent first, then the members of each, 1 or 0.
     """
     apart = distances(tokens)
     centres = density_peaks(apart, count)
-    return centres, average(assign(apart, centres), tokens)
+    return centres, assign(apart, centres)
 
 
 def distances(tokens: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgeprune.policies._clusters import merge
+from edgeprune.policies._clusters import average, clusters
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._select import ascending, ranked, top
 from edgeprune.policies._sizes import least
@@ -27,6 +27,10 @@ def keep_and_merge(
     order = ranked(scores, live.keep + rest)
     kept = ascending(order.narrow(0, 0, live.keep))
     others = ascending(order.narrow(0, live.keep, rest))
-    centres, means = merge(tokens.index_select(0, others), live.merged)
-    features = torch.cat([tokens.index_select(0, kept), means.to(tokens.dtype)])
-    return Selection(torch.cat([kept, others.index_select(0, centres)]), features[None])
+    centres, members = clusters(tokens.index_select(0, others), live.merged)
+
+    def merge(features: Tensor) -> Tensor:
+        means = average(members, features.index_select(0, others))
+        return torch.cat([features.index_select(0, kept), means.to(features.dtype)])
+
+    return Selection(torch.cat([kept, others.index_select(0, centres)]), merge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -31,6 +32,10 @@ class Counts(Protocol):
     def counts(self) -> tuple[int, ...]: ...
 
 
+Merge = Callable[[Tensor], Tensor]
+"""From features of the live tokens to those of what goes on: [n, width] -> [survivors, width]."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """What goes on at a site, in the order in which the decoder will read it.
@@ -38,18 +43,19 @@ class Selection:
     `indices` int64 [survivors]: for each token its index among the live ones; for a merged token
     the index of its cluster's centre. The stage.merged ones come last. In the vision graph N, the
     number of patches, stands for the encoder's own [CLS], which is no patch.
-    `tokens` [1, survivors, width]: their features where merging changed them, None where they are
-    those at `indices`. There are stage.keep + stage.merged of them.
+    There are stage.keep + stage.merged of them. `merge` makes their features of the live tokens'
+    where some are merged, [n, width] -> [survivors, width]: sums with weights that are chosen
+    already, so it serves any features of the live tokens. None: they are those at `indices`.
     """
 
     indices: Tensor
-    tokens: Tensor | None = None
+    merge: Merge | None = None
 
     def gather(self, live: Tensor) -> Tensor:
         """The features that go on, in the live tokens' dtype: [1, n, width] -> [1, survivors, .."""
-        if self.tokens is None:
+        if self.merge is None:
             return live.index_select(1, self.indices)
-        return self.tokens.to(live.dtype)
+        return self.merge(live[0]).to(live.dtype)[None]
 
 
 @dataclass(frozen=True)

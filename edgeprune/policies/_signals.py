@@ -66,6 +66,7 @@ class VisionSignals:
     # [tiles, patches, ...] -> [N, ...]; None where tokens are the patches of one tile
     cls_stays: bool = False  # whether every tile's [CLS] goes on, whatever is pruned
     tile_of: tuple[int, ...] = ()  # of each of the N tokens, its tile; empty where there is one
+    middle: tuple[Tensor, ...] = ()  # as `features`, of middle blocks that the decoder sees too
 
     def cls_features(self) -> Tensor:
         """The block's output for the [CLS] of each tile: [1, tiles, width]."""

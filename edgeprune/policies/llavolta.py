@@ -58,7 +58,8 @@ class Policy(_policy.Policy):
         indices = torch.arange(live.merged, device=tokens.device)
         members = (indices[:, None] == own[None, :]).float()
         middles = torch.tensor([(first + end - 1) // 2 for first, end in edges])
-        return Selection(middles.to(tokens.device)[: live.merged], average(members, tokens)[None])
+        chosen = middles.to(tokens.device)[: live.merged]
+        return Selection(chosen, lambda features: average(members, features))
 
 
 def runs(count: int, parts: int) -> list[tuple[int, int]]:

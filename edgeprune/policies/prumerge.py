@@ -59,16 +59,22 @@ class Policy(_policy.Policy):
         return merging_plan(shape, ratio(self.counts, shape, cr), share=1)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
-        signals, tokens = signals.as_one_head(), signals.features[0].float()
-        attention, extra = signals.salience(), self._extra(stage)
+        signals = signals.as_one_head()
+        keys, attention, extra = signals.keys(), signals.salience(), self._extra(stage)
         chosen = self.choose(attention, stage.survivors - extra)
-        at, merged = [chosen], [self._merged(signals.keys(), tokens, attention, chosen)]
+        at, rest = [chosen], list[Tensor]()
         if extra:
-            indices = torch.arange(tokens.shape[0], device=tokens.device)
+            indices = torch.arange(attention.shape[0], device=attention.device)
             taken = (chosen[:, None] == indices[None, :]).float().sum(0)
             at.append((attention - TAKEN * taken)[None].argmax(1))
-            merged.append((attention * (1 - taken))[None] @ tokens)
-        return Selection(torch.cat(at), torch.cat(merged)[None])
+            rest.append((attention * (1 - taken))[None])
+
+        def merge(features: Tensor) -> Tensor:
+            tokens = features.float()
+            merged = self._merged(keys, tokens, attention, chosen)
+            return torch.cat([merged, *(weights @ tokens for weights in rest)])
+
+        return Selection(torch.cat(at), merge)
 
     def choose(self, attention: Tensor, count: int) -> Tensor:
         """Those with the most attention, the most first: [N] -> int64 [count]."""

@@ -54,7 +54,7 @@ from edgeprune.policies._clusters import average
 from edgeprune.policies._counts import listed
 from edgeprune.policies._locality import locality
 from edgeprune.policies._merge import join, split
-from edgeprune.policies._policy import Selection
+from edgeprune.policies._policy import Merge, Selection
 from edgeprune.policies._raters import similarity
 from edgeprune.policies._schedules import layer_of
 from edgeprune.policies._select import top, unit
@@ -136,19 +136,23 @@ class Policy(_policy.Policy):
         count, start = visual.shape[0], live.keep
         sizes = [len(own) for own in parts(signals.tile_of, signals.visual_tokens, self.tiles)]
         left = [size - kept for size, kept in zip(sizes, shared(stage.keep, sizes), strict=True)]
-        at, tokens = (
-            [torch.arange(live.keep, device=visual.device)],
-            [visual.narrow(0, 0, live.keep)],
-        )
+        at = [torch.arange(live.keep, device=visual.device)]
+        made = list[tuple[int, int, Merge]]()
         for others, merged in zip(left, shared(stage.merged, left), strict=True):
             size = least(others, count)
             if merged:
                 rest = visual.narrow(0, start, size)
-                centres, made = self._gathered(rest, text, least(merged, count))
+                centres, gather = self._gathered(rest, text, least(merged, count))
                 at.append(centres + start)
-                tokens.append(made)
+                made.append((start, size, gather))
             start = start + size
-        return Selection(torch.cat(at), torch.cat(tokens)[None])
+
+        def merge(features: Tensor) -> Tensor:
+            tokens = features.float()
+            merged = (gather(tokens.narrow(0, begin, own)) for begin, own, gather in made)
+            return torch.cat([tokens.narrow(0, 0, live.keep), *merged])
+
+        return Selection(torch.cat(at), merge)
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         visual, text = signals.visual[0].float(), signals.text[0].float()
@@ -198,21 +202,31 @@ class Policy(_policy.Policy):
 
         return scores
 
-    def _gathered(self, rest: Tensor, text: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Centres int64 [count], rising, and complement tokens [count, D] of the rest [n, D]."""
+    def _gathered(self, rest: Tensor, text: Tensor, count: int) -> tuple[Tensor, Merge]:
+        """Centres int64 [count], rising, of the rest [n, D], and what makes complement tokens
+        [count, width] of features of the rest."""
         released = self.variant == "released"
         alike = (unit(rest) @ unit(text).T).mean(1) if released else shares(rest, text)
         centres = top(alike, count)
         tokens = rest.index_select(0, centres)
         indices = torch.arange(rest.shape[0], device=rest.device)
         free = 1 - total((centres[:, None] == indices[None, :]).float(), 0)
-        members, weights = self._related(rest, text), None
+        related, weights = self._related(rest, text), None
+        joined = list[tuple[Tensor, Tensor | None]]()
         for _ in range(self.rounds):
-            products = self._related(tokens, text) @ members.T  # [count, n]
+            products = self._related(tokens, text) @ related.T  # [count, n]
             if not released:
                 weights = products + 1 / text.shape[0]
-            tokens = tokens + average(join(products) * free, rest, weights)
-        return centres, tokens
+            joined.append((join(products) * free, weights))
+            tokens = tokens + average(joined[-1][0], rest, weights)
+
+        def gather(features: Tensor) -> Tensor:
+            gathered = features.index_select(0, centres)
+            for members, weights in joined:
+                gathered = gathered + average(members, features, weights)
+            return gathered
+
+        return centres, gather
 
     def _related(self, tokens: Tensor, text: Tensor) -> Tensor:
         """How each token relates to each text token: [n, D], [T, D] -> [n, T].

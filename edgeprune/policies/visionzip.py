@@ -31,7 +31,7 @@ from edgeprune.policies import _policy
 from edgeprune.policies._clusters import average
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._merge import join, split
-from edgeprune.policies._policy import Selection
+from edgeprune.policies._policy import Merge, Selection
 from edgeprune.policies._select import unit
 from edgeprune.policies._signals import VisionSignals
 from edgeprune.policies._tiles import (
@@ -69,11 +69,12 @@ class Policy(_policy.Policy):
         return merging_plan(shape, ratio(self.counts, shape, cr), self.contextual)
 
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
-        features, scores = signals.features[0], signals.salience()
+        scores = signals.salience()
         cls, count = self._cls(signals, stage.keep), scores.shape[0]
         groups = parts(signals.tile_of, count, self.tiles)
         totals = shared(stage.survivors - cls.shape[1], [len(indices) for indices in groups])
-        dominant, at, tokens = list[Tensor](), list[Tensor](), list[Tensor]()
+        dominant, at = list[Tensor](), list[Tensor]()
+        means = list[tuple[Tensor, Merge]]()
         for own, total, merged in zip(groups, totals, shared(stage.merged, totals), strict=True):
             best, rest = split(part(scores, own), total - merged)
             if total > merged:
@@ -81,13 +82,18 @@ class Policy(_policy.Policy):
             if merged:
                 rest = among_all(rest, own, count)
                 keys = signals.keys().index_select(0, rest)
-                means, centres = self._contextual(features.index_select(0, rest), keys, merged)
-                tokens.append(means.to(features.dtype))
+                centres, mean = self._contextual(keys, merged)
+                means.append((rest, mean))
                 at.append(rest.index_select(0, centres))
         first = together(dominant)
         behind = torch.full((cls.shape[1],), count, device=first.device)
-        kept = cls[0], features.index_select(0, first)
-        return Selection(torch.cat([behind, first, *at]), torch.cat([*kept, *tokens])[None])
+
+        def merge(features: Tensor) -> Tensor:
+            merged = (mean(features.index_select(0, rest)) for rest, mean in means)
+            kept = cls[0], features.index_select(0, first)
+            return torch.cat([*kept, *(tokens.to(features.dtype) for tokens in merged)])
+
+        return Selection(torch.cat([behind, first, *at]), merge)
 
     def _cls(self, signals: VisionSignals, keep: int) -> Tensor:
         """The [CLS] features that go on: [1, tiles, width], or none."""
@@ -98,17 +104,22 @@ class Policy(_policy.Policy):
             return features[:, :0]
         return signals.cls_features()
 
-    def _contextual(self, tokens: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, Tensor]:
-        """[n, width], [n, head] -> merged tokens float32 [merged, width], targets int64 [merged].
+    def _contextual(self, keys: Tensor, merged: int) -> tuple[Tensor, Merge]:
+        """[n, head] -> targets int64 [merged], and what makes merged tokens float32 [merged, width]
+        of n.
 
         The targets are every s-th of the n, s = n // merged, from the first on.
         """
-        chosen = torch.arange(merged, device=tokens.device) * (tokens.shape[0] // merged)
+        chosen = torch.arange(merged, device=keys.device) * (keys.shape[0] // merged)
         similar = unit(keys.index_select(0, chosen)) @ unit(keys).T
-        indices = torch.arange(tokens.shape[0], device=tokens.device)
+        indices = torch.arange(keys.shape[0], device=keys.device)
         own = (chosen[:, None] == indices[None, :]).float()
         taken = own.sum(0)
         members = join(similar) * (1 - taken)
-        if self.variant == "paper":
-            return average(members + own, tokens), chosen
-        return tokens.float().index_select(0, chosen) + average(members, tokens), chosen
+
+        def mean(tokens: Tensor) -> Tensor:
+            if self.variant == "paper":
+                return average(members + own, tokens)
+            return tokens.float().index_select(0, chosen) + average(members, tokens)
+
+        return chosen, mean

@@ -67,7 +67,7 @@ class OrtBackend:
         token = self._graph.output("token")
         self._token = None if token is None else self._host(np.zeros((1, 1), np.int64))
         self._no_ids = self._host(np.zeros((1, 0), np.int64))
-        no_visual = self._host(np.zeros((1, 0, self.record.width), self.element))
+        no_visual = self._host(np.zeros((1, 0, self.record.visual_width), self.element))
         no_indices = np.zeros(0, np.int64)
         self._no_image = EncodedImage(no_visual, self._host(no_indices), no_indices)
 

@@ -1,0 +1,97 @@
+"""Qwen3-VL, and Cosmos-Reason2 on it: a learned position grid in the tower, DeepStack, M-RoPE whose
+axes take turns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from edgeprune.models import _qwen
+from edgeprune.models._media import Takes
+from edgeprune.models._mrope import interleaved
+from edgeprune.models._names import TensorNames
+from edgeprune.models._qwen_tower import EPS, TowerConfig
+from edgeprune.models._vision import ProjectorConfig
+
+_TOWER = {
+    r"^patch\.": "patch_embed.proj.",
+    r"^position\.": "pos_embed.",
+    r"^post_norm\.": "merger.norm.",
+    r"\.attention_norm\.": ".norm1.",
+    r"\.mlp_norm\.": ".norm2.",
+    r"\.qkv\.": ".attn.qkv.",
+    r"\.output\.": ".attn.proj.",
+    r"\.mlp\.up\.": ".mlp.linear_fc1.",
+    r"\.mlp\.down\.": ".mlp.linear_fc2.",
+}
+_MERGER = {r"first\.": "linear_fc1.", r"second\.": "linear_fc2."}
+
+
+class Adapter(_qwen.Adapter):
+    """Features of three middle blocks of the tower go through mergers of their own. They are added
+    to the visual tokens after the decoder's first three layers (DeepStack, arXiv 2406.04334).
+
+    transformers lets axes take turns whatever `mrope_interleaved` says.
+    """
+
+    takes: ClassVar[Takes] = Takes()
+    decoder_kind: ClassVar[str | None] = "qwen3"
+    sections: ClassVar[tuple[int, ...]] = (24, 20, 20)
+
+    def config_class(self) -> Any:
+        from transformers import Qwen3VLConfig
+
+        return Qwen3VLConfig
+
+    def demands(self) -> dict[str, bool]:
+        vision, text = self.config.vision_config, self.config.text_config
+        grid, read = vision.num_position_embeddings, list(vision.deepstack_visual_indexes)
+        inside = all(0 <= block < vision.depth for block in read)
+        return {
+            **super().demands(),
+            f"a grid of {grid} positions": math.isqrt(grid) ** 2 == grid,
+            f"deepstack_visual_indexes {read} of {vision.depth} blocks": inside
+            and read == sorted(set(read)),
+            f"{len(read)} DeepStack layers of {text.num_hidden_layers}": len(read)
+            < text.num_hidden_layers,
+            f"out_hidden_size {vision.out_hidden_size} for a decoder of {text.hidden_size}": (
+                vision.out_hidden_size == text.hidden_size
+            ),
+        }
+
+    def axes(self) -> tuple[int, ...]:
+        return interleaved(self._sections)
+
+    def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
+        return TowerConfig(
+            blocks=vision.depth,
+            width=vision.hidden_size,
+            mlp_width=vision.intermediate_size,
+            heads=vision.num_heads,
+            patch=vision.patch_size,
+            frames=vision.temporal_patch_size,
+            rows=rows,
+            columns=columns,
+            activation=vision.hidden_act,
+            theta=vision.rope_parameters["rope_theta"],
+            patch_bias=True,
+            position_side=math.isqrt(vision.num_position_embeddings),
+            middle=tuple(vision.deepstack_visual_indexes),
+        )
+
+    def read_deepstack(self) -> tuple[ProjectorConfig, ...]:
+        inputs, output = self._merge**2 * self.encoder.width, self.config.text_config.hidden_size
+        merger = ProjectorConfig(inputs, output, "gelu", norm=True, hidden=inputs, eps=EPS)
+        return (merger,) * len(self.encoder.middle)
+
+    def tensor_names(self) -> TensorNames:
+        prefixes = "model.visual.", "visual."
+        return TensorNames(
+            tower=_TOWER,
+            tower_prefixes=prefixes,
+            projector={r"^": "merger.", **_MERGER},
+            projector_prefixes=prefixes,
+            deepstack={r"^": "deepstack_merger_list.", **_MERGER},
+            decoder_prefixes=("model.language_model.", "model."),
+            head=("lm_head.weight",),
+        )
