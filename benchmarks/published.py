@@ -43,6 +43,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
+from benchmarks.qwen3_shapes import QWEN3_SHAPES, Qwen3Shape
 from benchmarks.qwen_shapes import SHAPES, QwenShape
 from benchmarks.shapes import write_random, write_sparse
 from edgeprune.demo import MODEL_DIR
@@ -225,7 +226,7 @@ def _internvl_processor() -> Any:
     return GotOcr2ImageProcessorPil(size=_square(448), crop_to_patches=True)
 
 
-PUBLISHED: dict[str, Published | QwenShape] = {
+PUBLISHED: dict[str, Published | QwenShape | Qwen3Shape] = {
     "llava-1.5-7b": Published(lambda: _llava(_vicuna(32, 4096, 11008, 32)), _clip_processor),
     "llava-1.5-13b": Published(lambda: _llava(_vicuna(40, 5120, 13824, 40)), _clip_processor),
     "llava-next-7b": Published(_llava_next, _next_processor, Size(672, 672)),
@@ -243,6 +244,7 @@ PUBLISHED: dict[str, Published | QwenShape] = {
         tokens=("<fake_token_around_image>", "<global-img>"),
     ),
     **SHAPES,
+    **QWEN3_SHAPES,
 }
 
 

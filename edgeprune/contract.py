@@ -51,6 +51,8 @@ def _prune(prune: PruneRecord, layers: int) -> Iterator[str]:
 def _decoder(record: DecoderRecord) -> Iterator[str]:
     if record.attention_heads % record.kv_heads:
         yield f"{record.attention_heads} heads cannot share {record.kv_heads} keys"
+    if record.deepstack > record.layers:
+        yield f"DeepStack rows for {record.deepstack} of {record.layers} layers"
 
 
 def _image(record: ImageRecord) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tiny random Qwen2-VL and Qwen2.5-VL checkpoints, images, and what transformers answers."""
+"""Tiny random checkpoints of the Qwen-VL families, images, and what transformers answers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from benchmarks.qwen3_shapes import Qwen3Shape
 from benchmarks.qwen_shapes import QwenShape, write
 from edgeprune.models import Adapter
 from edgeprune.models._processor import Processor
@@ -29,8 +30,27 @@ TINY = QwenShape(
     vision_heads=2,
     full=(1,),
 )
+STACKED = Qwen3Shape(
+    layers=4,
+    width=64,
+    mlp=96,
+    heads=4,
+    kv_heads=2,
+    head=32,  # not width / heads, as of the 4B
+    vocabulary=270,
+    tied=False,
+    positions=512,
+    blocks=4,
+    vision_width=32,
+    vision_mlp=64,
+    vision_heads=2,
+    deepstack=(0, 1, 2),
+    grid=49,
+)
 # images (width, height) that the processor makes these sizes of; windows are 112 pixels a side
 IMAGES = {"224x112": (220, 118), "84x168": (90, 160), "196x140": (190, 150)}
+# the same of Qwen3-VL: its processor makes images of 65,536 pixels and more
+STACKED_IMAGES = {"256x256": (250, 262), "384x192": (390, 190), "224x320": (230, 310)}
 QUESTION = "what is it ?"
 
 
@@ -48,6 +68,12 @@ def plain_checkpoint(folder: Path, layers: int = TINY.layers) -> Path:
 def windowed_checkpoint(folder: Path, layers: int = TINY.layers) -> Path:
     """A Qwen2.5-VL in one shard, bf16, an output head of its own."""
     return write(replace(TINY, windowed=True, layers=layers), folder, dtype=torch.bfloat16)
+
+
+def stacked_checkpoint(folder: Path, layers: int = STACKED.layers) -> Path:
+    """A Qwen3-VL in shards, fp32, an output head of its own."""
+    shape = replace(STACKED, layers=layers)
+    return shape.write(folder, sparse=False, dtype=torch.float32, shard_bytes=200_000)
 
 
 def patches(adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:

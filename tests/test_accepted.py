@@ -17,7 +17,7 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
 }
 
 
-QUICK = ("qwen2_vl", "qwen2_5_vl")  # positions of three axes: the other decoders are alike
+QUICK = ("qwen2_5_vl", "qwen3_vl")  # positions of three axes: the other decoders are alike
 FAMILIES = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHECKPOINTS
 ]

@@ -50,9 +50,14 @@ LLAVAS: dict[str, Callable[..., Family]] = {
 QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
     "qwen2_5_vl": qwen.windowed_checkpoint,
+    "qwen3_vl": qwen.stacked_checkpoint,
 }
-NO_VIDEO = ("llava", "llava_next", "smolvlm", "idefics3")
-QWEN_SHAPES = tuple(Size(int(h), int(w)) for w, h in (s.split("x") for s in qwen.IMAGES))
+NO_VIDEO = ("llava", "llava_next", "smolvlm", "idefics3", "qwen3_vl")
+
+
+def qwen_shapes(name: str) -> tuple[Size, ...]:
+    told = qwen.STACKED_IMAGES if name == "qwen3_vl" else qwen.IMAGES
+    return tuple(Size(int(h), int(w)) for w, h in (size.split("x") for size in told))
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Case:
 
 def inputs(name: str) -> list[Case]:
     """One image of three aspect ratios, two images, a video."""
-    shapes = QWEN_SHAPES if name in QWENS else LLAVAS[name]().sizes
+    shapes = qwen_shapes(name) if name in QWENS else LLAVAS[name]().sizes
     own = {"size": shapes[1]} if name in QWENS or LLAVAS[name]().tiled else {}
     if own:
         cases = [Case(name, {"size": s}, (s,), pruned=s is shapes[1]) for s in shapes]

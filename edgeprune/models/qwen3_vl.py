@@ -53,7 +53,7 @@ class Adapter(_qwen.Adapter):
             f"deepstack_visual_indexes {read} of {vision.depth} blocks": inside
             and read == sorted(set(read)),
             f"{len(read)} DeepStack layers of {text.num_hidden_layers}": len(read)
-            < text.num_hidden_layers,
+            <= text.num_hidden_layers,
             f"out_hidden_size {vision.out_hidden_size} for a decoder of {text.hidden_size}": (
                 vision.out_hidden_size == text.hidden_size
             ),
