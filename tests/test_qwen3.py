@@ -97,13 +97,19 @@ def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, th
     torch.testing.assert_close(ours.step(more[:, 1:]).logits, logits[-1], atol=1e-5, rtol=1e-5)
 
 
-def test_two_images_with_text_between_are_those_of_transformers(checkpoint: Path) -> None:
+def test_two_images_with_text_between_are_those_of_transformers(
+    checkpoint: Path, theirs: Any
+) -> None:
     """Text between images gets no DeepStack rows."""
     adapter = open_model(str(checkpoint), size=SIZE, images=2)
     images = [drawn_image(250, 262, seed) for seed in range(2)]
     prompt = Processor(adapter)(images, QUESTION)
-    wanted = generated(adapter, images, prompt.pixels)
-    assert dense(adapter).generate(prompt, 32, lambda token: False) == wanted
+    ours, seen = dense(adapter), inputs(adapter, images, prompt.pixels)
+    with torch.no_grad():
+        wanted = theirs(**seen).logits[0, -1]
+    torch.testing.assert_close(ours.prefill(prompt).logits, wanted, atol=1e-5, rtol=1e-5)
+    answer = generated(adapter, images, prompt.pixels)
+    assert ours.generate(prompt, 32, lambda token: False) == answer
 
 
 def pruned_logits(
