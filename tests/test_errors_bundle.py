@@ -92,6 +92,8 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other grid": (lambda d: d["prune"].update(grid=[3, 5]), "a grid of 3 x 5 has not 16 tokens"),
     "other ratio": (lambda d: d["prune"].update(cr_reached=2), "a ratio of 1, not 2"),
     "heads": (lambda d: d["decoder"].update(attention_heads=5), "5 heads cannot share 2 keys"),
+    "rows": (lambda d: d["decoder"].update(deepstack=99), "DeepStack rows for 99 of "),
+    "a row": (lambda d: d["decoder"].update(deepstack=1), "lists visual as "),
     "end token": (lambda d: d["text"].update(eos_token_ids=[66]), "end token 66 is not among 66"),
     "other pixels": (lambda d: d["image"].update(height=28), "give 56 x 56 pixels, not 28 x 56"),
     "huge resize": (

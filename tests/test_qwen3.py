@@ -194,6 +194,7 @@ def exported(
     return Session.open(made.path), Reference.build(adapter, policy, plan), prompt
 
 
+@pytest.mark.slow
 def test_a_dense_bundle_answers_as_transformers(checkpoint: Path, tmp_path: Path) -> None:
     session, _, prompt = exported(checkpoint, PruneSpec("none"), Plan(64, 4), tmp_path)
     assert session.manifest.decoder.deepstack == 3
