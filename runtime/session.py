@@ -13,11 +13,12 @@ import numpy as np
 from edgeprune.errors import CapacityError, InputError, SessionError
 from edgeprune.runtime import backends
 from edgeprune.runtime.answer import Answer, Choice, Timings, Turn
+from edgeprune.runtime.answering import pieces
 from edgeprune.runtime.backend import EncodedImage
 from edgeprune.runtime.choosing import Choices
 from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.media import Shown, prepare
-from edgeprune.runtime.sampling import Sampler, Sampling, StopWatcher
+from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.sequence import NO_IDS, Sequence
 
 WARM_UP = 128
@@ -264,56 +265,7 @@ class Session:
 
     def _pieces(self, turn: Turn) -> Iterator[str]:
         """The text of an answer as it grows; `answer` is set at its end."""
-        watcher, text = StopWatcher(turn.sampling.stop), ""
-        for piece in self._prompter.pieces(self._tokens(turn)):
-            if ready := watcher.feed(piece):
-                text += ready
-                yield ready
-            if watcher.stopped:
-                break
-        if rest := watcher.finish():
-            text += rest
-            yield rest
-        said, sequence = turn.said, self.sequence
-        ended = watcher.stopped or len(said) < turn.room or self._is_end(said)
-        self.answer = Answer(
-            text.strip(),
-            tuple(said),
-            "stop" if ended else "length",
-            turn.timings,
-            sequence.vision_kept,
-            sequence.layer_kept,
-            turn.prompt_tokens,
-            sequence.warnings,
-        )
-
-    def _tokens(self, turn: Turn) -> Iterator[int]:
-        """Ids of the answer as they are picked, the end token left out; fills `turn.said`."""
-        said, sequence, clock = turn.said, self.sequence, time.perf_counter
-        before = sequence.ids.size + turn.prompt_tokens
-        before += self.engine.visual_ids.size if turn.image else 0
-        sampler = Sampler(turn.sampling, self.manifest.text.eos_token_ids, before)
-        known, started = sampler.takes_likeliest, clock()
-        output = sequence.read(turn.text_ids, turn.prefix_ids, turn.image, logits=not known)
-        turn.timings.prefill = 1e3 * (clock() - started)
-        while True:
-            if output.logits is None:
-                token = output.token
-            else:
-                token = sampler.pick(output.logits, sequence.ids)
-            said.append(token)
-            if self._is_end(said):
-                return
-            sequence.pending = [token]
-            yield token
-            if len(said) == turn.room:
-                return
-            started = clock()
-            output = sequence.read(logits=not known)
-            turn.timings.decode.append(1e3 * (clock() - started))
-
-    def _is_end(self, said: list[int]) -> bool:
-        return bool(said) and said[-1] in self.manifest.text.eos_token_ids
+        self.answer = yield from pieces(self.sequence, turn)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
