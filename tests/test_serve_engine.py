@@ -14,7 +14,7 @@ from edgeprune.serve.errors import http_error
 from edgeprune.serve.messages import conversation
 from edgeprune.serve.model import Finished, ServedBundle
 from edgeprune.serve.request import ChatRequest
-from tests.server import NEXT, OTHER, QUESTION, asked, went_on
+from tests.server import NEXT, OTHER, QUESTION, SCENE, asked, went_on
 
 
 class Engines:
@@ -100,6 +100,28 @@ def test_an_engine_that_fails_is_opened_again(
     assert (again.text, again.usage.cached) == (wanted.text, 0)
     texts = {answered(bundle, asked(QUESTION, OTHER)).text for _ in range(3)}
     assert len(texts) == 1, "no sequence was lost"
+
+
+def test_caches_that_find_no_memory_cost_no_place(
+    engines: Engines, bundle: ServedBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = engines.opened[0].backend
+    caches, full = backend.caches, [True]
+
+    def full_once() -> Any:
+        if full:
+            full.clear()
+            raise BackendError("out of memory")
+        return caches()
+
+    monkeypatch.setattr(backend, "caches", full_once)
+    with pytest.raises(BackendError, match="out of memory"):
+        answered(bundle, asked(QUESTION))
+    assert len(engines.opened) == 1
+    for image in (SCENE, OTHER, SCENE, OTHER):
+        answered(bundle, asked(QUESTION, image))
+    running = [bundle.answer(request(asked(QUESTION, image))) for image in (SCENE, OTHER)]
+    assert [next(one) for one in running], "two at once, as many as there are sequences"
 
 
 def test_where_it_cannot_be_opened_each_request_tries(

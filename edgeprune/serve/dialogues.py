@@ -52,11 +52,12 @@ class Dialogues:
         """A session for the question; `keep` or `drop` takes it back."""
         keys = conversation.keys()
         session = self._kept.pop(keys[-1], None) if keys else None
-        self._used += 1
         if session is not None:
+            self._used += 1
             self.continued += 1
             return Opened(session, None, session.sequence.ids.size)
         session = self._unused()
+        self._used += 1
         try:
             if not keys:
                 return Opened(session, self._encoded(conversation), 0)
@@ -99,7 +100,7 @@ class Dialogues:
         """A sequence that holds nothing; where all hold something, the longest unused one."""
         if self._free:
             return self._free.pop()
-        if self._used + len(self._kept) <= self.limit:
+        if self._used + len(self._kept) < self.limit:
             return Session(self.engine)
         _, session = self._kept.popitem(last=False)
         self.evicted += 1
