@@ -33,6 +33,7 @@ class Cell:
     cr: float
     target: str = "cuda"
     sites: int | None = None  # layers at which tokens go; None: nearly every one
+    weights: str = "float"  # as --weights says it
 
     @property
     def visual(self) -> int:
@@ -42,6 +43,7 @@ class Cell:
     def name(self) -> str:
         method = "dense" if self.method == "none" else f"{self.method}-cr{self.cr:g}"
         method += "" if self.sites is None else f"-sites{self.sites}"
+        method += "" if self.weights == "float" else f"-{self.weights}"
         return f"{self.shape}-{self.visual}-{method}-{self.target}"
 
     @property
@@ -67,6 +69,9 @@ def _methods(shape: str, side: int) -> Iterator[Cell]:
     yield Cell(shape, side, "utp", 4, sites=4)
     if shape != "2b":
         yield Cell(shape, side, "utp", 16)
+    for weights in ("int4", "int8"):
+        yield Cell(shape, side, "none", 1, weights=weights)
+    yield Cell(shape, side, "utp", 4, sites=4, weights="int4")
 
 
 def _dialects(shape: str) -> Iterator[Cell]:

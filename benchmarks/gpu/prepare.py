@@ -41,7 +41,7 @@ def _export(cell: Cell, work: Path) -> Path:
     adapter = open_model(str(write(cell.sized, work / "checkpoint", sparse=True)))
     assert adapter.shape.visual_tokens == cell.visual
     spec = PruneSpec(cell.method, cell.cr)
-    return _bundle(adapter, spec, work / cell.name, cell.target, cell.sites)
+    return _bundle(adapter, spec, work / cell.name, cell.target, cell.sites, cell.weights)
 
 
 def prepare_demo(folder: Path, methods: Sequence[str] = ()) -> None:
@@ -70,12 +70,17 @@ def stepped(visual: int, layers: int, cr: float, sites: int) -> tuple[int, ...]:
 
 
 def _bundle(
-    adapter: Adapter, spec: PruneSpec, output: Path, target: str, sites: int | None = None
+    adapter: Adapter,
+    spec: PruneSpec,
+    output: Path,
+    target: str,
+    sites: int | None = None,
+    weights: str = "float",
 ) -> Path:
     """A float16 bundle; a schedule that a method wants is made up."""
     policy, shape = make(spec), adapter.shape
     counts = stepped(shape.visual_tokens, shape.layers, spec.cr, sites) if sites else ()
     plan = planned(policy, shape, spec.cr, counts)
     why = "it is compared on the GPU"
-    request = ExportRequest(output.name, spec, plan, output, target, "fp16", no_parity=why)
+    request = ExportRequest(output.name, spec, plan, output, target, "fp16", weights, no_parity=why)
     return export(request, adapter, policy, Processor(adapter), []).path

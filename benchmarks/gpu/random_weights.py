@@ -1,7 +1,8 @@
 """Bundles without their weights: a few megabytes travel, random weights are made on the spot.
 
 `empty` takes weights.bin out of a bundle that was exported from a checkpoint of zeros and notes
-what was in it: tables and other constants keep their bytes, all else is to be random. `fill` writes
+what was in it: tables and other constants keep their bytes, all else is to be random, codes of
+quantised weights too. `fill` writes
 weights.bin again, with numpy alone, so that a device without torch can do it. Equal notes of two
 bundles mean equal weights; the file is then linked, not written again.
 """
@@ -27,14 +28,24 @@ BLOCK = 1 << 25
 """Random numbers drawn once; each tensor is a piece of them, from an offset of its own."""
 
 
+CODES = "codes"
+"""In place of a dtype: bytes of codes of 4 or 8 bits, every one as likely as another."""
+DEVIATION = {"int4": 4.6, "int8": 74.0}
+"""Standard deviation of such codes."""
+
+
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of weights.bin. `spread`: the standard deviation; 0: ones; None: bytes kept."""
+    """One tensor of weights.bin: `count` numbers of a dtype, or bytes of another type.
+
+    `spread` is their standard deviation; 0: all are `value`; None: bytes are kept.
+    """
 
     offset: int
     count: int
     dtype: str
     spread: float | None
+    value: float = 1.0
 
 
 def empty(bundle: Path) -> None:
@@ -57,18 +68,29 @@ def _pieces(bundle: Path) -> list[Piece]:
 
     weights = np.memmap(bundle / WEIGHTS, np.uint8, "r")
     names = {dtype.onnx: dtype.name for dtype in DTYPES.values()}
+    kinds = {onnx.TensorProto.INT4: "int4", onnx.TensorProto.INT8: "int8"}
     found = dict[int, Piece]()
     for graph in GRAPHS:
-        for tensor in onnx.load(bundle / graph, load_external_data=False).graph.initializer:
+        stored = onnx.load(bundle / graph, load_external_data=False).graph.initializer
+        codes = {t.name: t for t in stored if t.data_type in kinds}
+        for tensor in stored:
             where = {entry.key: entry.value for entry in tensor.external_data}
             if "offset" not in where:
                 continue
             offset, length = int(where["offset"]), int(where["length"])
-            dtype = names.get(tensor.data_type, "uint8")
+            dtype, dims = names.get(tensor.data_type, "uint8"), list(tensor.dims)
             count = length // (DTYPES[dtype].bytes if dtype in DTYPES else 1)
-            zero = not weights[offset : offset + length].any()
-            spread = _spread(tensor.name, list(tensor.dims)) if zero and dtype in DTYPES else None
-            found[offset] = Piece(offset, count, dtype, spread)
+            coded = codes.get(tensor.name.removesuffix("/scale"))
+            if tensor.name in codes:
+                piece = Piece(offset, count, CODES, 1.0)
+            elif coded is not None:
+                unit = DEVIATION[kinds[coded.data_type]] * math.sqrt(coded.dims[0])
+                piece = Piece(offset, count, dtype, 0.0, 1 / unit)
+            elif dtype in DTYPES and not weights[offset : offset + length].any():
+                piece = Piece(offset, count, dtype, _spread(tensor.name, dims))
+            else:
+                piece = Piece(offset, count, dtype, None)
+            found[offset] = piece
     return list(found.values())
 
 
@@ -113,13 +135,17 @@ def _same(one: Path, other: Path, text: str) -> bool:
 def _write(stream: BinaryIO, kept: BinaryIO, pieces: list[Piece], seed: int) -> None:
     rng = np.random.default_rng(seed)
     drawn = rng.standard_normal(BLOCK, np.float32)
+    codes = rng.integers(0, 256, BLOCK, np.uint8)
     blocks = dict[tuple[str, float], NDArray[Any]]()
     for piece in pieces:
         stream.seek(piece.offset)
         if piece.spread is None:
             stream.write(kept.read(_bytes(piece)))
+        elif piece.dtype == CODES:
+            _repeat(stream, codes, piece.count, int(rng.integers(BLOCK)))
         elif piece.spread == 0:
-            stream.write(to_stored(np.ones(piece.count, np.float32), piece.dtype).data)
+            equal = np.full(piece.count, piece.value, np.float32)
+            stream.write(to_stored(equal, piece.dtype).data)
         else:
             key = piece.dtype, piece.spread
             if key not in blocks:
