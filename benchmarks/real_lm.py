@@ -111,7 +111,8 @@ def llava(vision_config: Any) -> tuple[Any, Any]:
         raise ModelError(f"{', '.join(absent)} are missing: {INSTALL}")
     decoder, tokenizer = language_model()
     image_token = add_image_token(tokenizer)
-    decoder.resize_token_embeddings(image_token + 1)  # the new row is the mean of the others
+    rows = decoder.resize_token_embeddings(image_token + 1, mean_resizing=False).weight.data
+    rows[image_token] = rows[:image_token].mean(0)  # the same in every run; no graph reads it
     text = decoder.config.to_dict()
     text.pop("quantization_config", None)
     config = LlavaConfig(

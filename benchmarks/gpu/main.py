@@ -64,7 +64,7 @@ def main() -> None:
         from benchmarks.gpu.prepare import prepare, prepare_demo
 
         args.prepared.mkdir(parents=True, exist_ok=True)
-        prepare_demo(args.prepared, ("none", "utp") if args.dry else ())
+        prepare_demo(args.prepared, ("none", "utp") if args.dry or args.only else ())
         prepare(_chosen(args), args.prepared)
     else:
         backends = ("ort-cpu",) if args.dry else tuple(args.backends)
