@@ -111,4 +111,3 @@ def test_the_table_of_small_details_is_the_measured_one() -> None:
     table = accuracy.partition("\n| method ")[2].partition("\n\n")[0].splitlines()[2:]
     assert len(table) == 20
     assert set(table) <= set(measured.splitlines())
-

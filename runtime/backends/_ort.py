@@ -73,8 +73,8 @@ class OrtBackend:
 
     def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
         with _refusals("vision.onnx"):
-            binding = self._vision.io_binding()
-            binding.bind_ortvalue_input("pixels", self._host(pixels.astype(self.element)))
+            binding, shown = self._vision.io_binding(), self._host(pixels.astype(self.element))
+            binding.bind_ortvalue_input("pixels", shown)
             binding.bind_output("visual", self.device)
             binding.bind_output("visual_indices", "cpu")
             self._vision.run_with_iobinding(binding)
@@ -112,9 +112,11 @@ class OrtBackend:
             "position": np.array([inputs.position]),
             "lengths": inputs.lengths,
         }
+        # A binding holds no array before ONNX Runtime 1.31: these live until the call is over.
+        held = {role: self._host(array) for role, array in sources.items()}
         for tensor in self._graph.inputs:
-            if tensor.role in sources:
-                binding.bind_ortvalue_input(tensor.name, self._host(sources[tensor.role]))
+            if tensor.role in held:
+                binding.bind_ortvalue_input(tensor.name, held[tensor.role])
         caches.bind(binding, inputs.lengths, inputs.filled)
         for tensor in sites:
             binding.bind_output(tensor.name, "cpu")
