@@ -20,6 +20,8 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
+from edgeprune.calib.collect import Recorder, collect
+from edgeprune.calib.samples import Sample
 from edgeprune.commands._common import image_size
 from edgeprune.errors import ModelError
 from edgeprune.export.exporter import ExportRequest, export
@@ -264,3 +266,21 @@ def test_sizes_and_videos_that_cannot_be_frozen_are_refused(
     assert "multiples of 32; the nearest such size is 448x448" in said
     said = refused("models", "--model", checkpoint, "--frames", "4")
     assert "qwen3_vl bundles take images, not videos" in said
+
+
+def test_calibration_sees_what_each_layer_loses(checkpoint: Path) -> None:
+    """The loss of layers from l on without visual tokens, whose rows are then not added either."""
+    adapter = open_model(str(checkpoint), size=SIZE)
+    prompt = Processor(adapter)(drawn_image(250, 262), QUESTION)
+    evidence = collect(adapter, make(PruneSpec("utp", 4)), [Sample("one", prompt)])
+    features = list[Tensor]()
+    for last in range(1, 5):  # that sees visual tokens
+        plan = plan_from_counts(64, (64,) * last + (0,) * (4 - last))
+        reference = Reference.build(adapter, make(PruneSpec("none")), plan, decoder=Recorder)
+        recorder: Any = reference.decoder
+        recorder.begin()
+        reference.prefill(prompt)
+        features.append(recorder.feature(recorder.states[-1])[0])
+    for layer, feature in enumerate(features[:3], start=2):
+        angle = torch.cosine_similarity(feature, features[3], dim=0).clamp(-1, 1).acos()
+        assert evidence.loss[0, layer - 1] == pytest.approx(float(angle), abs=2e-3)
