@@ -102,6 +102,21 @@ def test_an_engine_that_fails_is_opened_again(
     assert len(texts) == 1, "no sequence was lost"
 
 
+def test_turns_are_read_again_as_the_tokens_that_were_said(bundle: ServedBundle) -> None:
+    """Not as what a tokenizer makes of their text."""
+    dialogues, talk = bundle.dialogues, conversation(asked(QUESTION), None, 1 << 20)
+    opened = dialogues.open(talk)
+    assert opened.image is not None
+    opened.session.ask(opened.image, QUESTION)
+    dialogues.keep(opened.session, talk.after("5"), (9, 8, 7))
+    for image in (SCENE, OTHER):
+        answered(bundle, asked(NEXT, image))
+    later = conversation(went_on(asked(QUESTION), "5", NEXT), None, 1 << 20)
+    again = dialogues.open(later)
+    assert (again.cached, again.session.sequence.pending) == (0, [9, 8, 7])
+    dialogues.drop(again.session)
+
+
 def test_caches_that_find_no_memory_cost_no_place(
     engines: Engines, bundle: ServedBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
