@@ -20,7 +20,7 @@ from edgeprune.models._stored_formats._format import Parts
 
 FILE = Path(__file__).parent / "vectors" / "quantised.safetensors"
 with safe_open(FILE, framework="pt") as opened:
-    SCHEMES = {name: json.loads(scheme) for name, scheme in opened.metadata().items()}
+    SCHEMES = {name: json.loads(scheme) for name, scheme in sorted(opened.metadata().items())}
     STORED = list(opened.keys())
 
 

@@ -71,7 +71,7 @@ def loaded(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "method", [*(AUTO_QUANTIZATION_CONFIG_MAPPING.keys() - READ), "modelopt", "nosuch"]
+    "method", [*sorted(AUTO_QUANTIZATION_CONFIG_MAPPING.keys() - READ), "modelopt", "nosuch"]
 )
 def test_a_quantisation_that_is_not_read_is_refused_by_its_name(
     method: str, folder: Path, refused: Refused
