@@ -22,7 +22,7 @@ from edgeprune.errors import ModelError
 from edgeprune.models import Adapter
 from edgeprune.models._adapter import Source
 from edgeprune.models._decoder_config import DecoderConfig
-from edgeprune.models._memory import check_memory
+from edgeprune.models._memory import check_memory, needed_bytes
 from edgeprune.models._processor import Prompt
 from edgeprune.models._quantised import quantize
 from edgeprune.models._tuning import Fold, Tuning
@@ -75,7 +75,7 @@ def tune(
             "awq=on needs the floats of a checkpoint, and this one's weights are quantised"
             f" ({adapter.checkpoint.packed}); leave it out"
         )
-    check_memory(floats, "awq=on", "leave it out")
+    check_memory(needed_bytes(floats), "awq=on", "leave it out")
     moments = collect(floats, policy, plan, prompts, report)
     sources = adapter.sources(adapter.empty_modules()[1])
     groups = [

@@ -18,7 +18,7 @@ from edgeprune.calib.schedule import Evidence, Schedule, read_schedule, solve
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.files import write_whole
 from edgeprune.models import Adapter
-from edgeprune.models._memory import check_memory
+from edgeprune.models._memory import check_memory, layerwise_bytes
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
@@ -103,12 +103,13 @@ def _evidence(
     if stored.is_file():
         with suppress(Exception):  # damaged in any way; zipfile raises many kinds: measure again
             return _load(stored)
-    check_memory(adapter, "calibration", "make a schedule on a larger machine: edgeprune calibrate")
+    need = layerwise_bytes(adapter, request.samples)
+    check_memory(need, "calibration", "make a schedule on a larger machine: edgeprune calibrate")
     evidence = collect(
         adapter,
         policy,
         _samples(request, adapter, processor),
-        lambda done: report("calibrate", done, request.samples),
+        lambda done, total: report("calibrate", done, total),
     )
     _save(stored, evidence)
     return evidence

@@ -3,12 +3,14 @@
 For each sample, one full forward collects a^l, the attention of layer l to each visual token, and
 L - 1 text-only continuations give ell_l: how far the output turns when layers l .. L see no visual
 token. A continuation needs only the text tokens' hidden states of the full forward, and all of them
-that have begun run as one batch, so the whole costs about 1.6 prefills and not L.
+that have begun run as one batch, so the whole costs about 1.6 prefills and not L. All samples go
+through one layer before the next layer is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,83 +19,86 @@ from torch import Tensor
 from edgeprune.calib.samples import Sample
 from edgeprune.calib.schedule import Evidence
 from edgeprune.models import Adapter
-from edgeprune.models._decoder import Cache, Decoder, Rotary
+from edgeprune.models._activations import Activations
+from edgeprune.models._decoder import Flow
+from edgeprune.models._layerwise import Layerwise, Started
 from edgeprune.models._processor import Prompt
-from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
-from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import Plan
 
 
-class Recorder(Decoder):
-    """A decoder that keeps what each layer's signals say, and its hidden states."""
+@dataclass(frozen=True)
+class Run:
+    """One sample between two layers: the full forward, and the continuations without vision."""
 
-    def begin(self) -> None:
-        self.attention: list[Tensor] = []  # each [V]
-        self.states: list[Tensor] = []  # each layer's output [1, S, width]
-
-    def observe(self, layer: int, signals: LayerSignals) -> None:
-        self.attention.append(self.policy.calibration_scores(layer, signals))
-        self.states.append(signals.hidden)
-
-    def feature(self, hidden: Tensor) -> Tensor:
-        """Output feature of the last token after the final norm: [n, S, width] -> [n, width]."""
-        feature: Tensor = self.norm(hidden[:, -1])
-        return feature.float()
-
-    def without_vision(self, text: Tensor, rows: Tensor) -> Tensor:
-        """Features [L - 1, width] when layers l .. L, l = 2 .. L, see text tokens only.
-
-        `text` [L - 1, S, width] holds the text tokens' hidden states that enter layer l.
-        """
-        rotary, batch, length = Rotary(self.cos, self.sin), text[:0], text.shape[1]
-        start, end = torch.tensor([0]), torch.tensor([length])
-        for index in range(1, len(self.layers)):
-            batch = torch.cat([batch, text[index - 1 : index]])  # one more has begun
-            shape = (len(batch), self.config.kv_heads, length, self.config.head_size)
-            empty = Cache(batch.new_zeros(shape), batch.new_zeros(shape), start, end)
-            batch, _, _ = self.layers[index](batch, rows, rotary, empty)
-        return self.feature(batch)
+    flow: Flow
+    text: Tensor  # [l - 1, P + T, width]: hidden states where layers 2 .. l, each by itself, began
+    slots: Tensor  # int64 [P + T], where the text is among the tokens of the full forward
+    rows: Tensor  # int64 [1, P + T], of the rotary tables, at the text's true positions
 
 
+@torch.no_grad()
 def collect(
     adapter: Adapter,
     policy: Policy,
     samples: Iterable[Sample],
-    progress: Callable[[int], None] = lambda done: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    activations: Activations | None = None,
 ) -> Evidence:
-    """Run the dense model over samples: attention [S, L, V], loss [S, L], [CLS] scores [S, V]."""
-    shape = adapter.shape
-    plan = Plan(shape.visual_tokens, shape.layers)
-    reference = Reference.build(adapter, policy, plan, decoder=Recorder)
-    rows, ids = [], []
-    for done, sample in enumerate(samples, start=1):
-        rows.append(_one(reference, sample.prompt))
-        ids.append(sample.id)
-        progress(done)
-    attention, loss, entry = (np.stack(column) for column in zip(*rows, strict=True))
-    return Evidence(attention, loss, entry, tuple(ids))
+    """Run the dense model over samples: attention [S, L, V], loss [S, L], [CLS] scores [S, V].
+
+    `report` is told how often a sample went through a layer, and how often it will.
+    """
+    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+    engine = Layerwise(adapter, policy, plan, report, activations=activations)
+    ids, entry = list[str](), list[np.ndarray]()
+
+    def prompts() -> Iterator[Prompt]:
+        for sample in samples:
+            ids.append(sample.id)
+            yield sample.prompt
+
+    def begun(started: Started) -> Run:
+        # its salience decides the tokens that enter layer 1 above CR 4
+        entry.append(engine.vision.entry_scores(started.encoded).numpy())
+        return _begun(engine, started)
+
+    runs = engine.keep(begun(started) for started in engine.start(prompts()))
+    attention: list[list[np.ndarray]] = [[] for _ in range(plan.layers)]
+
+    def step(index: int, run: Run) -> Run:
+        text = run.text
+        if index > 0:
+            text = torch.cat([text, run.flow.hidden.index_select(1, run.slots)])  # one more begins
+            text = engine.continued(index, text, run.rows)
+        done = engine.advance(index, run.flow)
+        attention[index].append(policy.calibration_scores(index + 1, done.signals).numpy())
+        return Run(done.flow, text, run.slots, run.rows)
+
+    runs = engine.layers(runs, step)
+    loss = [_loss(engine, run) for run in engine.normed(runs.drain())]
+    by_sample = np.stack([np.stack(layer) for layer in attention], axis=1)
+    return Evidence(by_sample, np.stack(loss), np.stack(entry), tuple(ids))
 
 
-@torch.no_grad()
-def _one(reference: Reference, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    decoder: Recorder = reference.decoder  # type: ignore[assignment]
-    decoder.begin()
-    reference.prefill(prompt)
-    text, rows = _text_only(decoder, prompt)
-    full = decoder.feature(decoder.states[-1])
-    cosine = torch.cosine_similarity(decoder.without_vision(text, rows), full)
-    loss = torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()])  # ell_1 is not used
-    # its salience decides the tokens that enter layer 1 above CR 4
-    entry = reference.vision.entry_scores(prompt.pixels)  # type: ignore[operator]
-    return torch.stack(decoder.attention).numpy(), loss.numpy(), entry.numpy()
-
-
-def _text_only(decoder: Recorder, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Hidden states entering layers 2 .. L without the image's, and their rows of the rotary
-    tables, which are those of their true positions."""
-    prefix, visual = prompt.prefix_ids.shape[1], decoder.plan.visual_tokens
-    before, after = torch.arange(prefix), torch.arange(prefix, prefix + prompt.text_ids.shape[1])
-    states = torch.cat(decoder.states[:-1])[:, torch.cat([before, after + visual])]
+def _begun(engine: Layerwise, started: Started) -> Run:
+    decoder = engine.decoder
+    prefix, text = started.prefix_ids.shape[1], started.text_ids.shape[1]
+    before, after = torch.arange(prefix), torch.arange(prefix, prefix + text)
     positions = torch.cat([before, after + decoder.span])
-    return states, decoder.rows(positions, positions[-1:])[None]
+    return Run(
+        flow=started.flow,
+        text=started.flow.hidden.new_empty(0, prefix + text, decoder.config.width),
+        slots=torch.cat([before, after + decoder.plan.visual_tokens]),
+        rows=decoder.rows(positions, positions[-1:])[None],
+    )
+
+
+def _loss(engine: Layerwise, run: Run) -> np.ndarray:
+    """The angle between output features of the last token with vision and without, by the layer
+    from which on there is none: float32 [L], radians; that of layer 1 is not used."""
+    norm = engine.decoder.norm
+    full, without = (norm(hidden[:, -1]).float() for hidden in (run.flow.hidden, run.text))
+    cosine = torch.cosine_similarity(without, full)
+    loss: np.ndarray = torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()]).numpy()
+    return loss

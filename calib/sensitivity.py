@@ -20,7 +20,7 @@ from edgeprune.calib.mixed import Candidate, choose
 from edgeprune.errors import SpecError
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
-from edgeprune.models._memory import check_memory
+from edgeprune.models._memory import check_memory, needed_bytes
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -72,7 +72,7 @@ def mix(
     Open are those that int4 can hold; together they have `wanted.bits` a weight at most, scales
     included. SpecError where that is less than int4 takes.
     """
-    check_memory(adapter, "--weights auto", "choose int8 or int4")
+    check_memory(needed_bytes(adapter), "--weights auto", "choose int8 or int4")
     settled = (wanted.settled(kind) for kind in ("int4", "int8"))
     four, eight = (adapter.with_weights(one, scales, tuning) for one in settled)
     measured = _Measured(four, eight, policy, plan, scales.itemsize)

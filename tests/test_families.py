@@ -32,13 +32,11 @@ from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.exporter import Exported, ExportRequest, export
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._decoder import Decoder
 from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.models._vision import Fixed
 from edgeprune.policies import make, names
-from edgeprune.policies._signals import LayerSignals
 from edgeprune.recipe import Recipe
 from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime import Session
@@ -48,6 +46,7 @@ from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators
 from edgeprune.tiling import Size
 from tests import families
 from tests.families import QUESTION, TEXT, Family
+from tests.whole_model import advances
 
 FAMILIES: dict[str, Callable[..., Family]] = {
     "internvl": families.internvl,
@@ -276,14 +275,9 @@ def test_a_policy_sees_attention_with_the_scale_of_the_layer(tmp_path: Path) -> 
     """Granite's is 0.6, and not 8 ** -0.5."""
     family = families.internvl(config=DECODERS["granite"])
     adapter, pixels = ours(family, family.save(tmp_path), drawn_image(family.sizes[0]))
-    heard: list[LayerSignals] = []
-
-    class Listening(Decoder):
-        def observe(self, layer: int, signals: LayerSignals) -> None:
-            heard.append(signals)
-
     plan, prompt = Plan(adapter.shape.visual_tokens, 3), prompted(adapter, pixels)
-    Reference.build(adapter, make(PruneSpec("none")), plan, decoder=Listening).prefill(prompt)
+    reference = Reference.build(adapter, make(PruneSpec("none")), plan)
+    heard = [layer.signals for layer in advances(reference, prompt)]
     assert len(heard) == 3
     for signals in heard:
         keys = signals.rotated_key[0].repeat_interleave(2, 0)  # two heads share one

@@ -170,7 +170,9 @@ def test_rows_of_merged_tokens_are_averaged_as_the_tokens_are(
     policy = make(PruneSpec(method, 4))
     plan = policy.plan(adapter.shape, 4)
     vision: Any = Reference.build(adapter, policy, plan).vision
-    signals = vision.encode(Processor(adapter)(drawn_image(250, 262), QUESTION).pixels)
+    signals = vision.signals(
+        vision.encoder(Processor(adapter)(drawn_image(250, 262), QUESTION).pixels)
+    )
     alike = replace(signals, middle=(signals.features,) * 3)
     (stage,) = plan.before_decoder()
     assert stage.merged

@@ -14,17 +14,17 @@ from transformers import AttentionInterface, AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_window_index
 
 from edgeprune.calib.calibrate import CalibrationRequest, evidence_key
-from edgeprune.calib.collect import Recorder, collect
+from edgeprune.calib.collect import collect
 from edgeprune.calib.samples import Sample
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._decoder import Decoder
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
+from edgeprune.models._vision import Vision
 from edgeprune.policies import make
-from edgeprune.policies._signals import LayerSignals, VisionSignals
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests.qwen import IMAGES, QUESTION, drawn_image, plain_checkpoint, windowed_checkpoint
+from tests.whole_model import advances
 
 SIZE = Size(140, 196)  # 5 x 7 tokens
 
@@ -95,7 +95,8 @@ def test_salience_is_the_attention_that_a_tokens_patches_receive(
     """Of the last block, which looks at all patches: mean over heads and queries, then over four
     patches."""
     reference = Reference.build(adapter, make(PruneSpec("none")), Plan(35, 4))
-    found: VisionSignals = reference.vision.encode(prompt.pixels)  # type: ignore[operator]
+    vision: Vision = reference.vision  # type: ignore[assignment]
+    found = vision.signals(vision.encoder(prompt.pixels))
     received = seen[0][-1].mean((0, 1, 2)).view(35, 4).mean(1)  # in the order of windows
     if adapter.shape.family == "qwen2_5_vl":
         order, _ = get_vision_window_index(torch.tensor([[1, 10, 14]]), 2, 112, 14)
@@ -103,18 +104,12 @@ def test_salience_is_the_attention_that_a_tokens_patches_receive(
     torch.testing.assert_close(found.salience(), received, atol=1e-6, rtol=1e-5)
 
 
-class Listening(Decoder):
-    def observe(self, layer: int, signals: LayerSignals) -> None:
-        self.seen = {**getattr(self, "seen", {}), layer: signals}
-
-
 def test_agnostic_attention_has_every_visual_token_in_the_middle_of_the_image(
     adapter: Adapter, prompt: Prompt
 ) -> None:
     """UTP's Eq. 2 with three positions: each visual token's are the image's own middles."""
-    reference = Reference.build(adapter, make(PruneSpec("none")), Plan(35, 4), decoder=Listening)
-    reference.prefill(prompt)
-    signals = reference.decoder.seen[2]  # type: ignore[attr-defined]
+    reference = Reference.build(adapter, make(PruneSpec("none")), Plan(35, 4))
+    signals = advances(reference, prompt)[1].signals
     start, visual = prompt.prefix_ids.shape[1], 35
     # grid of 5 x 7: rows start .. start + 4, columns start .. start + 6
     middle = np.array([start, start + 2, start + 3])
@@ -156,11 +151,10 @@ def _feature(adapter: Adapter, prompt: Prompt, first_without: int) -> Tensor:
     """The last token's output where layers from `first_without` on see no visual token."""
     counts = tuple(35 if layer < first_without else 0 for layer in range(1, 5))
     plan = plan_from_counts(35, counts)
-    reference = Reference.build(adapter, make(PruneSpec("none")), plan, decoder=Recorder)
-    decoder: Recorder = reference.decoder  # type: ignore[assignment]
-    decoder.begin()
-    reference.prefill(prompt)
-    return decoder.feature(decoder.states[-1])[0]
+    reference = Reference.build(adapter, make(PruneSpec("none")), plan)
+    hidden = advances(reference, prompt)[-1].flow.hidden
+    feature: Tensor = reference.decoder.norm(hidden[0, -1])
+    return feature
 
 
 def test_evidence_is_stored_for_one_image_size(checkpoint: Path) -> None:

@@ -25,13 +25,13 @@ from edgeprune.models._processor import Processor
 from edgeprune.models._reference import Reference
 from edgeprune.models._rope import Rope
 from edgeprune.policies import make
-from edgeprune.policies._signals import LayerSignals
 from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families
 from tests.qwen import IMAGES, QUESTION, drawn_image, generated, windowed_checkpoint
 from tests.test_weights import answers_as, loaded
+from tests.whole_model import advances
 
 SCALES: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 24},
@@ -144,11 +144,10 @@ def test_calibration_reads_the_long_tables_too(tmp_path: Path) -> None:
 def test_nearness_is_that_of_the_angles_alone(tmp_path: Path) -> None:
     """What SparseVLM divides by is 1 at no distance, whatever multiplies the tables."""
     folder = families.llava(rope_parameters={"rope_theta": 1e4, **KINDS["yarn"]}).save(tmp_path)
-    adapter, seen = open_model(str(folder)), list[LayerSignals]()
+    adapter = open_model(str(folder))
     reference = Reference.build(adapter, make(PruneSpec("none")), Plan(9, 3))
-    reference.decoder.observe = lambda layer, signals: seen.append(signals)  # type: ignore[method-assign]
-    reference.prefill(Processor(adapter)(drawn_image(42, 42), QUESTION))
-    rows = replace(seen[0], rows=torch.zeros_like(seen[0].rows))
+    seen = advances(reference, Processor(adapter)(drawn_image(42, 42), QUESTION))[0].signals
+    rows = replace(seen, rows=torch.zeros_like(seen.rows))
     torch.testing.assert_close(rows.text_nearness(), torch.ones_like(rows.text_nearness()))
 
 

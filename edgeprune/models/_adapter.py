@@ -105,7 +105,7 @@ class Adapter(Family):
             changed += self.shape.vocabulary * self.shape.width * element
         return self.checkpoint.num_parameters() * element + changed
 
-    def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> nn.Module:
+    def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Vision:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
         return Vision(self.vision_config, policy, plan, ops)
 

@@ -9,26 +9,16 @@ positions go with them. Every layer has its own cache and its own length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
-from edgeprune.models._encoder import ACTIVATIONS
+from edgeprune.models._decoder_config import DecoderConfig
+from edgeprune.models._decoder_layer import AttentionStates, Cache, DecoderLayer, Rotary
 from edgeprune.models._kept_positions import kept_positions
-from edgeprune.models._layers import (
-    Linear,
-    Narrow,
-    Product,
-    RMSNorm,
-    Scores,
-    Sum,
-    WithBuffers,
-    join_heads,
-    split_heads,
-)
-from edgeprune.models._ops import Causal, TorchOps, cast
+from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
+from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._sites import Prune, PruneInput, live_stage
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
@@ -36,98 +26,29 @@ from edgeprune.spec import Plan
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Tables [n, head / 2] in the graph's dtype; a token's position names its row."""
+class Flow:
+    """A call between two layers: what goes on from one to the next."""
 
-    cos: Tensor
-    sin: Tensor
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of one layer, [1, kv_heads, capacity, head]; int64 [1] each, how many tokens
-    it holds before a call and after it."""
-
-    key: Tensor
-    value: Tensor
-    start: Tensor
-    end: Tensor
+    hidden: Tensor  # [1, S, width]
+    positions: Tensor  # int64 [1, S], rows of the rotary tables
+    segments: Segments
+    rotary: Rotary | None  # of this call; None: the decoder's own tables
+    anchors: Anchors
+    inputs: InputSignals
+    lengths: Tensor  # int64 [layers], tokens in each layer's cache before the call
+    filled: Tensor  # int64 [layers], and after it
+    entered: int  # visual tokens that entered layer 1
+    rows: tuple[Tensor, ...] = ()  # with DeepStack, of the layers to come, each [1, visual, width]
 
 
 @dataclass(frozen=True)
-class AttentionStates:
-    """Queries and keys of one layer, [1, heads, S, head], before and after rotary embedding."""
+class Advanced:
+    """What one layer gives: the way on, its cache, and what a policy may look at in it."""
 
-    query: Tensor
-    key: Tensor
-    rotated_query: Tensor
-    rotated_key: Tensor
-
-
-class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
-        super().__init__()
-        self.config = config
-        inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.query = Narrow(config.width, inner, ops, layer.qkv_bias)
-        self.key = Narrow(config.width, kv_inner, ops, layer.qkv_bias)
-        self.value = Narrow(config.width, kv_inner, ops, layer.qkv_bias)
-        self.output = Linear(inner, config.width, ops, layer.output_bias)
-        norm = (config.head_size, config.eps, ops)
-        self.query_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, [1, heads, S, head], no positions yet."""
-        kv_heads = self.config.kv_heads
-        return (
-            self.query_norm(split_heads(self.query(x), self.config.heads)),
-            self.key_norm(split_heads(self.key(x), kv_heads)),
-            split_heads(self.value(x), kv_heads),
-        )
-
-
-class MLP(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[layer.activation]
-        self.gate = Linear(config.width, config.mlp_width, ops, layer.mlp_bias)
-        self.up = Linear(config.width, config.mlp_width, ops, layer.mlp_bias)
-        self.product = Product()
-        self.down = Linear(config.mlp_width, config.width, ops, layer.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.down(self.product(self.activation(self.gate(x)), self.up(x)))
-        return down
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
-        super().__init__()
-        self.window, self.ops = layer.window, ops
-        self.attention_norm = RMSNorm(config.width, config.eps, ops)
-        self.attention = Attention(config, layer, ops)
-        self.scores = Scores(ops, layer.scale)
-        self.mlp_norm = RMSNorm(config.width, config.eps, ops)
-        self.mlp = MLP(config, layer, ops)
-        self.residual = Sum()
-
-    def forward(
-        self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
-    ) -> tuple[Tensor, Cache, AttentionStates]:
-        """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
-        ops = self.ops
-        query, key, value = self.attention.project(self.attention_norm(hidden))
-        rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
-        rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
-        keys = ops.write(cache.key, rotated_key, cache.start)
-        values = ops.write(cache.value, value, cache.start)
-        causal = Causal(cache.start, cache.end, self.window)
-        mixed = self.scores(rotated_query, keys, values, causal)
-        hidden = self.residual(hidden, self.attention.output(join_heads(mixed)))
-        hidden = self.residual(hidden, self.mlp(self.mlp_norm(hidden)))
-        seen = AttentionStates(query, key, rotated_query, rotated_key)
-        return hidden, Cache(keys, values, cache.start, cache.end), seen
+    flow: Flow
+    cache: Cache
+    signals: LayerSignals
+    kept: tuple[Tensor, ...] = ()  # int64, indices of the survivors where tokens are dropped
 
 
 class Decoder(WithBuffers):
@@ -179,6 +100,26 @@ class Decoder(WithBuffers):
         visual_indices: Tensor | None = None,  # where `places_tokens`: int64 [V], among all V
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions."""
+        ids = (prefix_ids, text_ids)
+        flow, kept = self.enter(*ids, visual, position, lengths, visual_indices)
+        keys, values = list[Tensor](), list[Tensor]()
+        for index, (key, value) in enumerate(zip(past_keys, past_values, strict=True)):
+            done = self.advance(index, flow, key, value)
+            keys.append(done.cache.key)
+            values.append(done.cache.value)
+            flow, kept = done.flow, [*kept, *done.kept]
+        return self.logits(flow.hidden), keys, values, kept
+
+    def enter(
+        self,
+        prefix_ids: Tensor,
+        text_ids: Tensor,
+        visual: Tensor,
+        position: Tensor,
+        lengths: Tensor,
+        visual_indices: Tensor | None,
+    ) -> tuple[Flow, list[Tensor]]:
+        """A call before layer 1, and the kept positions where tokens are dropped by the text."""
         text, kept = self.embedding(text_ids), list[Tensor]()
         if self.prune_input is not None:
             visual, chosen = self.prune_input(visual, text)
@@ -193,30 +134,41 @@ class Decoder(WithBuffers):
         # Through an index, which keeps the sum where the lengths are: sums of inputs and sizes are
         # moved to the CPU by ONNX Runtime, and each layer's part of them would be copied back.
         filled = lengths.index_select(0, torch.arange(len(self.layers))) + self._new(segments)
-        entered, keys, values = segments.visual, list[Tensor](), list[Tensor]()
-        signals: LayerSignals | None = None
-        for index, layer in enumerate(self.layers):
-            if signals is not None and str(index) in self.prune:
-                site = self._site(index)
-                live = live_stage(site.stage, entered)
-                hidden, positions, chosen = site(hidden, positions, signals, live)
-                segments = Segments(segments.prefix, live.survivors, segments.text)
-                kept.append(chosen.indices)
-                rows = list(map(chosen.gather, rows))
-                if site.stage.renumber:
-                    positions = self._slots(lengths[index : index + 1], segments)
-            start, end = (held[index : index + 1] for held in (lengths, filled))
-            cache = Cache(past_keys[index], past_values[index], start, end)
-            hidden, present, seen = layer(hidden, positions, rotary, cache)
-            keys.append(present.key)
-            values.append(present.value)
-            if rows:
-                hidden = self._stacked(hidden, rows.pop(0), segments)
-            signals = self._signals(
-                index, segments, hidden, seen, rotary, positions[0], anchors, inputs
-            )
-            self.observe(index + 1, signals)
-        return self.logits(hidden), keys, values, kept
+        entered = segments.visual
+        held = (lengths, filled, entered, tuple(rows))
+        return Flow(hidden, positions, segments, rotary, anchors, inputs, *held), kept
+
+    def advance(self, index: int, flow: Flow, past_key: Tensor, past_value: Tensor) -> Advanced:
+        """One layer, and what is dropped behind it. Its cache is [1, kv_heads, capacity, head]."""
+        rotary = flow.rotary or self.own_rotary
+        start, end = (held[index : index + 1] for held in (flow.lengths, flow.filled))
+        cache = Cache(past_key, past_value, start, end)
+        hidden, present, seen = self.layers[index](flow.hidden, flow.positions, rotary, cache)
+        if flow.rows:
+            hidden = self._stacked(hidden, flow.rows[0], flow.segments)
+        signals = self._signals(index, flow, hidden, seen, rotary)
+        flow = replace(flow, hidden=hidden, rows=flow.rows[1:])
+        if str(index + 1) not in self.prune:
+            return Advanced(flow, present, signals)
+        flow, chosen = self._drop(index + 1, flow, signals)
+        return Advanced(flow, present, signals, (chosen,))
+
+    def _drop(self, index: int, flow: Flow, signals: LayerSignals) -> tuple[Flow, Tensor]:
+        """What enters the layer of an index where the policy drops tokens before it."""
+        site = self._site(index)
+        live = live_stage(site.stage, flow.entered)
+        hidden, positions, chosen = site(flow.hidden, flow.positions, signals, live)
+        segments = Segments(flow.segments.prefix, live.survivors, flow.segments.text)
+        if site.stage.renumber:
+            positions = self._slots(flow.lengths[index : index + 1], segments)
+        rows = tuple(map(chosen.gather, flow.rows))
+        flow = replace(flow, hidden=hidden, positions=positions, segments=segments, rows=rows)
+        return flow, chosen.indices
+
+    @property
+    def own_rotary(self) -> Rotary:
+        """The tables, whose rows are positions."""
+        return Rotary(self.cos, self.sin)
 
     def _rows(self, visual: Tensor) -> Sequence[Tensor]:
         """Visual tokens, and the rows beside them, each [1, V, width]."""
@@ -243,21 +195,22 @@ class Decoder(WithBuffers):
 
     def _rotary(
         self, first: Tensor, segments: Segments, visual_indices: Tensor | None
-    ) -> tuple[Rotary, Tensor, Anchors]:
-        """Rotary tables, the row of each token in them [1, S], those of the image's anchors."""
+    ) -> tuple[Rotary | None, Tensor, Anchors]:
+        """Rotary tables if not the decoder's own, the row of each token in them [1, S], and those
+        of the image's anchors."""
         mrope = self.config.mrope
         if not self.places_tokens:
             last = first + segments.total - 1
             rows = self.rows(first + torch.arange(segments.total, device=first.device), last)
             start, count = self.rows(first + segments.prefix, last), segments.visual
             anchors = Anchors(start, start + count // 2, start + count - 1)
-            return Rotary(self.cos, self.sin), rows[None], anchors
+            return None, rows[None], anchors
         assert visual_indices is not None
         if mrope is None:
             positions = kept_positions(first, segments, visual_indices, self.span)
             rows = self.rows(positions, positions[segments.total - 1 : segments.total])
             anchors = Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
-            return Rotary(self.cos, self.sin), rows[None, :-3], anchors
+            return None, rows[None, :-3], anchors
         positions = mrope.positions(first, segments, visual_indices)
         positions = self.rows(positions, positions[0, segments.total - 1 : segments.total])
         rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
@@ -281,17 +234,14 @@ class Decoder(WithBuffers):
     def _signals(
         self,
         index: int,  # of the layer just run
-        segments: Segments,
-        hidden: Tensor,  # [1, S, width]
+        flow: Flow,  # that entered it
+        hidden: Tensor,  # [1, S, width], its output
         seen: AttentionStates,
         rotary: Rotary,
-        rows: Tensor,  # [S]
-        anchors: Anchors,
-        inputs: InputSignals,
     ) -> LayerSignals:
         """What a policy may look at after a layer."""
         return LayerSignals(
-            segments=segments,
+            segments=flow.segments,
             hidden=hidden,
             query=seen.query,
             key=seen.key,
@@ -301,19 +251,16 @@ class Decoder(WithBuffers):
             sin=rotary.sin,
             factor=self.config.rope.factor,
             scale=self.config.layers[index].scale,
-            rows=rows,
-            anchors=anchors,
+            rows=flow.positions[0],
+            anchors=flow.anchors,
             visual_tokens=self.plan.counts[index],
-            inputs=inputs,
+            inputs=flow.inputs,
         )
 
     def _site(self, index: int) -> Prune:
         site = self.prune[str(index)]
         assert isinstance(site, Prune)  # ModuleDict forgets what it holds
         return site
-
-    def observe(self, layer: int, signals: LayerSignals) -> None:
-        """Called after each layer; calibration listens here."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[1, S, width] -> [1, 1, vocabulary]: only the last token reaches the output head."""

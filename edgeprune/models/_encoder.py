@@ -122,6 +122,19 @@ class Groups:
         return (sums / groups.sizes)[None].to(x.dtype), groups
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """A batch of tiles between two blocks."""
+
+    hidden: Tensor  # [tiles, S, width]
+    query: Tensor | None = None  # [tiles, heads, S, head], of the block that policies look at
+    key: Tensor | None = None
+    groups: Groups | None = None  # of tokens, once some were merged
+    read: tuple[
+        Tensor, ...
+    ] = ()  # hidden states that are read beside the last, of the blocks so far
+
+
 ChooseMerge = Callable[[Tensor], BlockMerge | None]
 """From the keys [tiles, heads, S, head] of a block to the tokens that it merges, if any."""
 PolicyMerge = Callable[[BlockSignals], BlockMerge | None]
@@ -171,7 +184,32 @@ class Block(nn.Module):
         return x, query, key, groups
 
 
-class Encoder(nn.Module):
+class Tower(nn.Module):
+    """A vision transformer: what comes before its blocks, the blocks, and what comes after."""
+
+    blocks: nn.ModuleList
+
+    def enter(self, pixels: Tensor) -> Encoding:
+        """Pixels [tiles, 3, H, W] as they enter the first block."""
+        raise NotImplementedError
+
+    def advance(self, number: int, seen: Encoding, policy: PolicyMerge | None = None) -> Encoding:
+        """One block, of index `number`; with `policy`, of one tile, it may merge tokens."""
+        raise NotImplementedError
+
+    def leave(self, seen: Encoding) -> Encoded:
+        """Features, queries and keys after the last block."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor, policy: PolicyMerge | None = None) -> Encoded:
+        """Encode tiles; with `policy` one tile, whose tokens each block may merge."""
+        seen = self.enter(pixels)
+        for number in range(len(self.blocks)):
+            seen = self.advance(number, seen, policy)
+        return self.leave(seen)
+
+
+class Encoder(Tower):
     """Pixels [tiles, 3, H, W] to features, queries and keys."""
 
     def __init__(self, config: EncoderConfig, ops: TorchOps) -> None:
@@ -186,25 +224,30 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.blocks))
         self.post_norm = LayerNorm(*norm) if config.post_norm else nn.Identity()
 
-    def forward(self, pixels: Tensor, policy: PolicyMerge | None = None) -> Encoded:
-        """Encode tiles; with `policy` one tile, whose tokens each block may merge."""
+    def enter(self, pixels: Tensor) -> Encoding:
         x = self.patch(pixels).flatten(2).transpose(1, 2)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         x = self.pre_norm(x + self.position)
-        groups: Groups | None = None
-        joined = self.config.joined
-        states = {0: x} if 0 in joined else {}
-        for number, block in enumerate(self.blocks, start=1):
-            x, query, key, groups = block(x, groups, self._choose_in(number - 1, policy))
-            if number in joined:
-                states[number] = x
-        x, first = self.post_norm(x), int(self.cls is not None)
-        if joined:
+        return Encoding(x, read=(x,) if 0 in self.config.joined else ())
+
+    def advance(self, number: int, seen: Encoding, policy: PolicyMerge | None = None) -> Encoding:
+        choose = self._choose_in(number, policy)
+        x, query, key, groups = self.blocks[number](seen.hidden, seen.groups, choose)
+        if number + 1 < len(self.blocks):
+            query = key = None  # policies look at the last block
+        read = (*seen.read, x) if number + 1 in self.config.joined else seen.read
+        return Encoding(x, query, key, groups, read)
+
+    def leave(self, seen: Encoding) -> Encoded:
+        x, first = self.post_norm(seen.hidden), int(self.cls is not None)
+        if joined := self.config.joined:
+            states = dict(zip(sorted(set(joined)), seen.read, strict=True))
             x = torch.cat(common(False, *(states[number] for number in joined)), dim=-1)
         cls = x[:, :1] if first else None
-        indices = None if groups is None else groups.indices[first:] - first
-        return Encoded(x[:, first:], cls, query, key, indices)
+        indices = None if seen.groups is None else seen.groups.indices[first:] - first
+        assert seen.query is not None and seen.key is not None
+        return Encoded(x[:, first:], cls, seen.query, seen.key, indices)
 
     def _choose_in(self, block: int, policy: PolicyMerge | None) -> ChooseMerge:
         """What a policy merges in one block, by its keys."""

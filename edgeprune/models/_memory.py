@@ -1,13 +1,21 @@
-"""Whether a checkpoint's weights, loaded for eager work, fit in this machine's memory."""
+"""Whether eager work on a checkpoint fits in this machine's memory."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from edgeprune.errors import ModelError
 from edgeprune.memory import available_bytes
+from edgeprune.models._activations import BOUND
 from edgeprune.models._adapter import Adapter
+from edgeprune.models._layerwise import part_of
 
 OVERHEAD = 1.3
 """Activations, the process itself and the tensor being read, as a factor on the weights."""
+PROCESS = 600_000_000
+"""Bytes of a process that has imported torch and transformers."""
+TEXT = 64
+"""Tokens of a sample's text that an estimate counts."""
 
 
 def needed_bytes(adapter: Adapter, element: int = 4) -> int:
@@ -21,10 +29,32 @@ def fits(adapter: Adapter, element: int = 4) -> bool:
     return available is None or needed_bytes(adapter, element) <= available
 
 
-def check_memory(adapter: Adapter, work: str, otherwise: str) -> None:
-    """ModelError, before anything slow, where eager float32 weights would not fit."""
-    if not fits(adapter):
-        need, have = needed_bytes(adapter) / 1e9, (available_bytes() or 0) / 1e9
+def check_memory(need: int, work: str, otherwise: str) -> None:
+    """ModelError, before anything slow, where work that needs so many bytes would not fit."""
+    available = available_bytes()
+    if available is not None and need > available:
         raise ModelError(
-            f"{work} needs {need:.1f} GB of memory, {have:.1f} GB is free; {otherwise}"
+            f"{work} needs {need / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB is free;"
+            f" {otherwise}"
         )
+
+
+def layerwise_bytes(adapter: Adapter, samples: int) -> int:
+    """Bytes of float32 calibration at its peak: the process, the largest part of the model, the
+    tensor being read, the activations that stay in memory, and one sample's work in a layer."""
+    shape, encoder = adapter.shape, adapter.vision_config.encoder
+    parts, largest = defaultdict[str, int](int), 0
+    for module in adapter.empty_modules():
+        for name, parameter in module.named_parameters():
+            parts[f"{type(module).__name__} {part_of(name)}"] += 4 * parameter.numel()
+            largest = max(largest, parameter.numel())
+    alone = (shape.layers - 1) * TEXT  # tokens of the text-only continuations
+    tokens = shape.visual_tokens + TEXT
+    kept = 4 * shape.width * (tokens + shape.visual_tokens + alone) * samples
+    tiles, _, height, width = adapter.pixels
+    patches = tiles * (height // encoder.patch) * (width // encoder.patch)
+    work = max(
+        max(tokens, alone) * (8 * shape.width + 3 * shape.mlp_width),
+        patches * (8 * encoder.width + 3 * encoder.mlp_width),
+    )
+    return PROCESS + max(parts.values()) + 10 * largest + min(kept, BOUND) + 4 * work

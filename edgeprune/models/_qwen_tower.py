@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models._encoder import ACTIVATIONS, Encoded
+from edgeprune.models._encoder import ACTIVATIONS, Encoded, Encoding, PolicyMerge, Tower
 from edgeprune.models._layers import (
     LayerNorm,
     Linear,
@@ -227,7 +227,7 @@ def taps(count: int, side: int) -> list[tuple[tuple[int, float], tuple[int, floa
     return found
 
 
-class QwenTower(WithBuffers):
+class QwenTower(Tower, WithBuffers):
     """Pixels [frames, 3, H, W] to normed features, and queries and keys, in reading order."""
 
     def __init__(self, config: TowerConfig, ops: TorchOps) -> None:
@@ -257,27 +257,35 @@ class QwenTower(WithBuffers):
         angles = (axes[..., None] * (1.0 / config.theta**exponents)).flatten(1)  # [N, head / 2]
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def forward(self, pixels: Tensor) -> Encoded:
-        config, sorted_ = self.config, self.config.windows
+    @property
+    def reorders(self) -> bool:
+        """Whether the windows' order is not that of reading."""
+        return list(self.config.windows.order) != list(range(self.config.patches))
+
+    def enter(self, pixels: Tensor) -> Encoding:
         x = self.patch(self._spans(pixels)).flatten(2).transpose(1, 2)
-        if config.position_side:
+        if self.config.position_side:
             x = self.position(x)
-        reorder = list(sorted_.order) != list(range(config.patches))
-        if reorder:
-            x = x.index_select(1, torch.tensor(sorted_.order))
-        middle = list[Tensor]()
-        for number, block in enumerate(self.blocks):
-            x, *seen = block(x, self.cos, self.sin)
-            if number == config.looks_everywhere:
-                query, key = seen
-            if number in config.middle:
-                middle.append(x)
-        x = self.post_norm(x)
-        if reorder:
-            back = torch.tensor(sorted_.inverse())
+        if self.reorders:
+            x = x.index_select(1, torch.tensor(self.config.windows.order))
+        return Encoding(x)
+
+    def advance(self, number: int, seen: Encoding, policy: PolicyMerge | None = None) -> Encoding:
+        x, query, key = self.blocks[number](seen.hidden, self.cos, self.sin)
+        if number != self.config.looks_everywhere:
+            query, key = seen.query, seen.key
+        read = (*seen.read, x) if number in self.config.middle else seen.read
+        return Encoding(x, query, key, read=read)
+
+    def leave(self, seen: Encoding) -> Encoded:
+        x, query, key = self.post_norm(seen.hidden), seen.query, seen.key
+        assert query is not None and key is not None
+        middle = seen.read
+        if self.reorders:
+            back = torch.tensor(self.config.windows.inverse())
             x, query, key = (t.index_select(-2, back) for t in (x, query, key))
-            middle = [t.index_select(-2, back) for t in middle]
-        return Encoded(x, None, query, key, middle=tuple(middle))
+            middle = tuple(t.index_select(-2, back) for t in middle)
+        return Encoded(x, None, query, key, middle=middle)
 
     def _spans(self, pixels: Tensor) -> Tensor:
         """Frames beside each other within each colour: [n, 3, H, W] -> [spans, 3 frames, H, W]."""

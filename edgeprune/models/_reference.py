@@ -16,6 +16,9 @@ from edgeprune.models._processor import Prompt
 from edgeprune.policies import Policy
 from edgeprune.spec import Plan
 
+ROOM = 256
+"""Tokens of text that caches have room for."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -31,7 +34,7 @@ class Reference:
     quantised: Collection[str] = ()
     """Parameters whose values are those of codes and scales."""
 
-    def __init__(self, vision: nn.Module, decoder: Decoder, capacity: int = 256) -> None:
+    def __init__(self, vision: nn.Module, decoder: Decoder, capacity: int = ROOM) -> None:
         self.vision, self.decoder, self.room = vision, decoder, capacity
         self.restart()
 

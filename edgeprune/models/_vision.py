@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._encoder import (
+    ACTIVATIONS,
+    Encoded,
+    EncoderConfig,
+    PolicyMerge,
+    Tower,
+)
 from edgeprune.models._layers import LayerNorm, Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._ops import TorchOps, cast
@@ -18,7 +24,7 @@ from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.policies import Policy
 from edgeprune.policies._select import ranked
 from edgeprune.policies._signals import InputSignals, VisionSignals
-from edgeprune.spec import Plan, Stage
+from edgeprune.spec import Plan
 
 
 class ProjectorLike(Protocol):
@@ -134,7 +140,7 @@ class Vision(nn.Module):
         super().__init__()
         self.config, self.policy, self.plan = config, policy, plan
         ops = ops or TorchOps()
-        self.encoder = config.encoder.build(ops)
+        self.encoder: Tower = config.encoder.build(ops)
         self.projector = config.projector.build(ops)
         if config.deepstack:
             self.deepstack = nn.ModuleList(part.build(ops) for part in config.deepstack)
@@ -149,13 +155,26 @@ class Vision(nn.Module):
         output]: they go where the token goes, and are averaged where it is. A stage's count
         includes the fixed tokens, which cannot be scored here and stay.
         """
+        return self.select(self.encoder(pixels, self.merge_in_encoder))
+
+    @property
+    def merge_in_encoder(self) -> PolicyMerge | None:
+        """What merges tokens in the encoder's blocks, if anything does."""
+        stages = self.plan.before_decoder()
+        if not stages or stages[0].site != "block":
+            return None
+        return partial(self.policy.merge_in_block, stage=stages[0])
+
+    def select(self, seen: Encoded) -> tuple[Tensor, Tensor]:
+        """From what the encoder gives to visual tokens and their indices."""
         stages, layout = self.plan.before_decoder(), self.config.layout
         fixed = len(layout.fixed)
         if stages and stages[0].site == "block":
-            features, kept, merged = self._merge_in_encoder(pixels, stages[0])
+            assert seen.indices is not None
+            features, kept, merged = seen.features, seen.indices, stages[0].merged
             middle: tuple[Tensor, ...] = ()
         else:
-            signals = self.encode(pixels)
+            signals = self.signals(seen)
             features, middle, merged = signals.features, signals.middle, 0
             kept = torch.arange(features.shape[1], device=features.device)
         for stage in (s for s in stages if s.site == "vision"):
@@ -175,17 +194,12 @@ class Vision(nn.Module):
             visual, kept = chosen.gather(visual), kept.index_select(0, chosen.indices)
         return visual, kept
 
-    def _merge_in_encoder(self, pixels: Tensor, stage: Stage) -> tuple[Tensor, Tensor, int]:
-        """What is left by an encoder that merges: [1, merged, width], indices, how many merged."""
-        seen = self.encoder(pixels, partial(self.policy.merge_in_block, stage=stage))
-        return seen.features, seen.indices, stage.merged
-
-    def encode(self, pixels: Tensor) -> VisionSignals:
+    def signals(self, seen: Encoded) -> VisionSignals:
         """The output of the last block that is run, and what a policy may look at in it.
 
         Where patches are resized after the projector, the features are projected.
         """
-        seen, layout = self.encoder(pixels), self.config.layout
+        layout = self.config.layout
         features = layout.tokens(self.projector(seen.features) if layout.late else seen.features)
         grid = (1, features.shape[1]) if layout.fixed else layout.grid
         return VisionSignals(
@@ -200,6 +214,6 @@ class Vision(nn.Module):
             middle=tuple(map(layout.tokens, seen.middle)),
         )
 
-    def entry_scores(self, pixels: Tensor) -> Tensor:
+    def entry_scores(self, seen: Encoded) -> Tensor:
         """The salience of each visual token, above all others at the fixed tokens: [V]."""
-        return self.config.layout.among_all(self.encode(pixels).salience(), other=2.0)
+        return self.config.layout.among_all(self.signals(seen).salience(), other=2.0)

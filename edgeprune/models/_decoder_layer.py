@@ -1,0 +1,116 @@
+"""One layer of the decoder: attention over a cache, and an MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
+from edgeprune.models._encoder import ACTIVATIONS
+from edgeprune.models._layers import (
+    Linear,
+    Narrow,
+    Product,
+    RMSNorm,
+    Scores,
+    Sum,
+    join_heads,
+    split_heads,
+)
+from edgeprune.models._ops import Causal, TorchOps
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Tables [n, head / 2] in the graph's dtype; a token's position names its row."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer, [1, kv_heads, capacity, head]; int64 [1] each, how many tokens
+    it holds before a call and after it."""
+
+    key: Tensor
+    value: Tensor
+    start: Tensor
+    end: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionStates:
+    """Queries and keys of one layer, [1, heads, S, head], before and after rotary embedding."""
+
+    query: Tensor
+    key: Tensor
+    rotated_query: Tensor
+    rotated_key: Tensor
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
+        super().__init__()
+        self.config = config
+        inner, kv_inner = config.heads * config.head_size, config.kv_heads * config.head_size
+        self.query = Narrow(config.width, inner, ops, layer.qkv_bias)
+        self.key = Narrow(config.width, kv_inner, ops, layer.qkv_bias)
+        self.value = Narrow(config.width, kv_inner, ops, layer.qkv_bias)
+        self.output = Linear(inner, config.width, ops, layer.output_bias)
+        norm = (config.head_size, config.eps, ops)
+        self.query_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, [1, heads, S, head], no positions yet."""
+        kv_heads = self.config.kv_heads
+        return (
+            self.query_norm(split_heads(self.query(x), self.config.heads)),
+            self.key_norm(split_heads(self.key(x), kv_heads)),
+            split_heads(self.value(x), kv_heads),
+        )
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[layer.activation]
+        self.gate = Linear(config.width, config.mlp_width, ops, layer.mlp_bias)
+        self.up = Linear(config.width, config.mlp_width, ops, layer.mlp_bias)
+        self.product = Product()
+        self.down = Linear(config.mlp_width, config.width, ops, layer.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(self.product(self.activation(self.gate(x)), self.up(x)))
+        return down
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
+        super().__init__()
+        self.window, self.ops = layer.window, ops
+        self.attention_norm = RMSNorm(config.width, config.eps, ops)
+        self.attention = Attention(config, layer, ops)
+        self.scores = Scores(ops, layer.scale)
+        self.mlp_norm = RMSNorm(config.width, config.eps, ops)
+        self.mlp = MLP(config, layer, ops)
+        self.residual = Sum()
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
+    ) -> tuple[Tensor, Cache, AttentionStates]:
+        """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
+        ops = self.ops
+        query, key, value = self.attention.project(self.attention_norm(hidden))
+        rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
+        rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
+        keys = ops.write(cache.key, rotated_key, cache.start)
+        values = ops.write(cache.value, value, cache.start)
+        causal = Causal(cache.start, cache.end, self.window)
+        mixed = self.scores(rotated_query, keys, values, causal)
+        hidden = self.residual(hidden, self.attention.output(join_heads(mixed)))
+        hidden = self.residual(hidden, self.mlp(self.mlp_norm(hidden)))
+        seen = AttentionStates(query, key, rotated_query, rotated_key)
+        return hidden, Cache(keys, values, cache.start, cache.end), seen

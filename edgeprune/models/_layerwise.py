@@ -1,0 +1,192 @@
+"""A model that runs on many samples with one decoder layer or encoder block in memory at a time.
+
+A layer's weights are read from the checkpoint, all samples go through it, and it is let go. The
+modules are those of `Reference`, which holds every layer: results are the same numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.models._activations import Activations, Kept
+from edgeprune.models._adapter import Adapter
+from edgeprune.models._decoder import Advanced, Flow
+from edgeprune.models._decoder_layer import Cache
+from edgeprune.models._encoder import Encoded, Encoding
+from edgeprune.models._layers import compute_buffers
+from edgeprune.models._processor import Prompt
+from edgeprune.models._reference import ROOM
+from edgeprune.policies import Policy
+from edgeprune.spec import Plan
+
+T = TypeVar("T")
+
+
+class Streamed:
+    """A module without weights, whose parts have theirs while they are used."""
+
+    def __init__(self, adapter: Adapter, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module, self._adapter, self._dtype = module.eval(), adapter, dtype
+        self._sources = adapter.sources(module)
+        self.parts: dict[str, list[str]] = {}
+        for name in self._sources:
+            self.parts.setdefault(part_of(name), []).append(name)
+        compute_buffers(module, dtype)
+
+    @contextmanager
+    def loaded(self, *parts: str) -> Iterator[None]:
+        """While this is open, the parameters of these parts are in memory."""
+        names = [name for part in parts for name in self.parts.get(part, ())]
+        empty = {name: self.module.get_parameter(name) for name in names}
+        try:
+            for name in names:
+                self._set(name, self._adapter.read(self._sources[name], self._dtype))
+            yield
+        finally:
+            for name, parameter in empty.items():
+                self._set(name, parameter)
+
+    def _set(self, name: str, value: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(value, requires_grad=False)
+        setattr(self.module.get_submodule(owner), leaf, parameter)
+
+
+def part_of(name: str) -> str:
+    """What is loaded together with a parameter: its decoder layer, its encoder block, or what else
+    has its first name."""
+    numbered = re.match(r"(encoder\.blocks|layers)\.\d+", name)
+    return numbered[0] if numbered else name.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Started:
+    """One sample before the first decoder layer."""
+
+    encoded: Encoded
+    prefix_ids: Tensor  # int64 [1, P]
+    text_ids: Tensor  # int64 [1, T]
+    flow: Flow
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One sample between two encoder blocks."""
+
+    prefix_ids: Tensor
+    text_ids: Tensor
+    encoding: Encoding
+
+
+class Layerwise:
+    """Prefills of many prompts, layer by layer."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        policy: Policy,
+        plan: Plan,
+        report: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        activations: Activations | None = None,
+    ) -> None:
+        """`report` is told how often a sample went through a block or layer, and how often it
+        will."""
+        with torch.device("meta"):
+            self.vision, self.decoder = adapter.vision(policy, plan), adapter.decoder(policy, plan)
+        self._vision = Streamed(adapter, self.vision, dtype)
+        self._decoder = Streamed(adapter, self.decoder, dtype)
+        self._activations, self._dtype = activations or Activations(), dtype
+        self._report, self._samples, self._done = report, 0, 0
+
+    def start(self, prompts: Iterable[Prompt]) -> Iterator[Started]:
+        """Each prompt through the encoder, block by block, and to the decoder's first layer.
+
+        While one is looked at, all of the vision module but its blocks is in memory.
+        """
+        tower, merge = self.vision.encoder, self.vision.merge_in_encoder
+        rest = [part for part in self._vision.parts if not part.startswith("encoder.blocks.")]
+        with self._vision.loaded(*rest):
+            kept = self._activations.keep(self._seen(prompt) for prompt in prompts)
+            self._samples = len(kept)
+            for number in range(len(tower.blocks)):
+                with self._vision.loaded(f"encoder.blocks.{number}"):
+                    kept = self._each(
+                        kept,
+                        lambda seen, number=number: replace(  # type: ignore[misc]
+                            seen, encoding=tower.advance(number, seen.encoding, merge)
+                        ),
+                    )
+            with self._decoder.loaded("embedding"):
+                for seen in kept.drain():
+                    yield self._started(seen)
+
+    def layers(self, kept: Kept[T], step: Callable[[int, T], T]) -> Kept[T]:
+        """Values of all samples after each has gone through `step` with each layer's index, while
+        that layer is in memory."""
+        for index in range(len(self.decoder.layers)):
+            with self._decoder.loaded(f"layers.{index}"):
+                kept = self._each(kept, partial(step, index))
+        return kept
+
+    def keep(self, values: Iterable[T]) -> Kept[T]:
+        """Values of all samples, for `layers`."""
+        return self._activations.keep(values)
+
+    def advance(self, index: int, flow: Flow) -> Advanced:
+        """One prefill through the layer that is in memory. Its cache is as large as `Reference`
+        makes it, since attention rounds by the size of the cache."""
+        text = flow.segments.prefix + flow.segments.text
+        room = flow.segments.visual + max(text, ROOM)
+        return self.decoder.advance(index, flow, *self.empty_cache(1, room))
+
+    def continued(self, index: int, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Sequences by themselves [n, S, width] through the layer that is in memory; `rows` int64
+        [1, S] of the decoder's rotary tables."""
+        count, length, _ = hidden.shape
+        decoder, ends = self.decoder, (torch.tensor([0]), torch.tensor([length]))
+        cache = Cache(*self.empty_cache(count, length), *ends)
+        done: Tensor = decoder.layers[index](hidden, rows, decoder.own_rotary, cache)[0]
+        return done
+
+    def normed(self, values: Iterable[T]) -> Iterator[T]:
+        """The values, while the decoder's final norm is in memory."""
+        with self._decoder.loaded("norm"):
+            yield from values
+
+    def empty_cache(self, count: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer before a call: [count, kv_heads, length, head] each."""
+        config = self.decoder.config
+        room = torch.zeros(count, config.kv_heads, length, config.head_size, dtype=self._dtype)
+        return room, room
+
+    def _seen(self, prompt: Prompt) -> _Seen:
+        encoding = self.vision.encoder.enter(prompt.pixels.to(self._dtype))
+        return _Seen(prompt.prefix_ids, prompt.text_ids, encoding)
+
+    def _started(self, seen: _Seen) -> Started:
+        encoded = self.vision.encoder.leave(seen.encoding)
+        visual, indices = self.vision.select(encoded)
+        ids, zero = (seen.prefix_ids, seen.text_ids), torch.tensor([0])
+        lengths = torch.zeros(len(self.decoder.layers), dtype=torch.int64)
+        flow, _ = self.decoder.enter(*ids, visual, zero, lengths, indices)
+        return Started(encoded, *ids, flow)
+
+    def _each(self, kept: Kept[T], step: Callable[[T], T]) -> Kept[T]:
+        return self._activations.keep(self._counted(map(step, kept.drain())))
+
+    def _counted(self, values: Iterable[T]) -> Iterator[T]:
+        blocks = len(self.vision.encoder.blocks) + len(self.decoder.layers)
+        for value in values:
+            yield value
+            self._done += 1
+            self._report(self._done, self._samples * blocks)
