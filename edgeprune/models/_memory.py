@@ -14,6 +14,8 @@ OVERHEAD = 1.3
 """Activations, the process itself and the tensor being read, as a factor on the weights."""
 PROCESS = 600_000_000
 """Bytes of a process that has imported torch and transformers."""
+READING = 6
+"""Bytes of each number of a tensor being read: as stored in 2, and not yet transposed in 4."""
 TEXT = 64
 """Tokens of a sample's text that an estimate counts."""
 
@@ -40,14 +42,15 @@ def check_memory(need: int, work: str, otherwise: str) -> None:
 
 
 def layerwise_bytes(adapter: Adapter, samples: int) -> int:
-    """Bytes of float32 calibration at its peak: the process, the largest part of the model, the
+    """Bytes of float32 calibration at its peak: the process, the largest part of the model with the
     tensor being read, the activations that stay in memory, and one sample's work in a layer."""
     shape, encoder = adapter.shape, adapter.vision_config.encoder
-    parts, largest = defaultdict[str, int](int), 0
+    parts = defaultdict[str, list[int]](list)
     for module in adapter.empty_modules():
         for name, parameter in module.named_parameters():
-            parts[f"{type(module).__name__} {part_of(name)}"] += 4 * parameter.numel()
-            largest = max(largest, parameter.numel())
+            parts[part_of(name)].append(parameter.numel())
+    parts.pop("head", None)  # calibration needs no logits
+    largest = max(4 * sum(sizes) + READING * max(sizes) for sizes in parts.values())
     alone = (shape.layers - 1) * TEXT  # tokens of the text-only continuations
     tokens = shape.visual_tokens + TEXT
     kept = 4 * shape.width * (tokens + shape.visual_tokens + alone) * samples
@@ -57,4 +60,4 @@ def layerwise_bytes(adapter: Adapter, samples: int) -> int:
         max(tokens, alone) * (8 * shape.width + 3 * shape.mlp_width),
         patches * (8 * encoder.width + 3 * encoder.mlp_width),
     )
-    return PROCESS + max(parts.values()) + 10 * largest + min(kept, BOUND) + 4 * work
+    return PROCESS + largest + min(kept, BOUND) + 4 * work
