@@ -109,7 +109,7 @@ def _evidence(
         adapter,
         policy,
         _samples(request, adapter, processor),
-        lambda done, total: report("calibrate", done, total),
+        lambda done, total: report(f"calibrate in {need / 1e9:.1f} GB", done, total),
     )
     _save(stored, evidence)
     return evidence

@@ -14,10 +14,10 @@ import torch
 from conftest import Refused
 
 from benchmarks.schedules import planned
+from edgeprune.calib.calibrate import CalibrationRequest, calibrate
 from edgeprune.calib.collect import collect
 from edgeprune.calib.samples import Sample, demo_samples
 from edgeprune.calib.schedule import solve
-from edgeprune.cli import main
 from edgeprune.errors import ModelError
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._activations import Activations
@@ -192,17 +192,18 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_said_beforehand(
-    tiny_checkpoint: Path,
-    instruct: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    refused: Refused,
-    capfd: Any,
+    tiny_checkpoint: Path, instruct: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
-    options = ["--model", str(tiny_checkpoint), "--cr", "2", "--samples-file", str(instruct)]
-    options += ["--samples", "2", "-o", str(instruct.parent / "s.json")]
-    assert main(["calibrate", *options]) == 0
-    assert "calibration takes about 0.6 GB of memory" in capfd.readouterr().err
-    monkeypatch.setenv("EDGEPRUNE_CACHE", str(instruct.parent / "other"))
+    """With the progress; where there is less, nothing begins."""
+    adapter, told = open_model(str(tiny_checkpoint)), set[str]()
+    request = CalibrationRequest(2, samples=2, file=instruct, cache=instruct.parent / "cache")
+
+    def report(step: str, done: int, total: int) -> None:
+        told.add(step)
+
+    calibrate(request, adapter, make(PruneSpec("utp", 2)), Processor(adapter), report)
+    assert told == {"calibrate in 0.6 GB", "solve schedule"}
     monkeypatch.setattr("edgeprune.models._memory.available_bytes", lambda: 10**8)
-    line = refused("calibrate", *options)
+    options = ["--model", str(tiny_checkpoint), "--cr", "2", "--samples-file", str(instruct)]
+    line = refused("calibrate", *options, "--samples", "2", "-o", str(instruct.parent / "s.json"))
     assert "calibration needs 0.6 GB of memory, 0.1 GB is free" in line

@@ -177,9 +177,9 @@ def test_rows_of_merged_tokens_are_averaged_as_the_tokens_are(
     (stage,) = plan.before_decoder()
     assert stage.merged
     merged = policy.vision(signals, stage).gather(signals.features)
-    vision.encode = lambda pixels: alike
+    vision.signals = lambda seen: alike
     with torch.no_grad():
-        visual, _ = vision(torch.empty(0))
+        visual, _ = vision.select(None)
     rows = visual.chunk(4, dim=-1)[1:]
     for part, row in zip(vision.deepstack, rows, strict=True):
         torch.testing.assert_close(row, part(merged))

@@ -26,7 +26,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgeprune import policies
     from edgeprune.calib.calibrate import calibrate
-    from edgeprune.models._memory import layerwise_bytes
     from edgeprune.models._processor import Processor
     from edgeprune.progress import Bar
     from edgeprune.spec import check_reach
@@ -37,8 +36,6 @@ def run(args: argparse.Namespace) -> int:
     adapter = _common.model(args)
     check_reach(spec, adapter.shape)
     processor = Processor(adapter)
-    need = layerwise_bytes(adapter, args.samples)
-    terminal.note(f"calibration takes about {need / 1e9:.1f} GB of memory, a layer at a time")
     with Bar() as bar:
         schedule = calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)
     _common.write_output(args.output, schedule.to_json())
