@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from edgeprune.calib.collect import Recorder, collect
+from edgeprune.calib.collect import collect
 from edgeprune.calib.samples import Sample
 from edgeprune.commands._common import image_size
 from edgeprune.errors import ModelError
@@ -35,6 +35,7 @@ from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests.qwen import QUESTION, STACKED_IMAGES, drawn_image, generated, inputs, stacked_checkpoint
+from tests.whole_model import advances
 
 SIZE = Size(256, 256)  # 64 tokens
 
@@ -278,11 +279,9 @@ def test_calibration_sees_what_each_layer_loses(checkpoint: Path) -> None:
     features = list[Tensor]()
     for last in range(1, 5):  # that sees visual tokens
         plan = plan_from_counts(64, (64,) * last + (0,) * (4 - last))
-        reference = Reference.build(adapter, make(PruneSpec("none")), plan, decoder=Recorder)
-        recorder: Any = reference.decoder
-        recorder.begin()
-        reference.prefill(prompt)
-        features.append(recorder.feature(recorder.states[-1])[0])
+        reference = Reference.build(adapter, make(PruneSpec("none")), plan)
+        hidden = advances(reference, prompt)[-1].flow.hidden
+        features.append(reference.decoder.norm(hidden[0, -1]))
     for layer, feature in enumerate(features[:3], start=2):
         angle = torch.cosine_similarity(feature, features[3], dim=0).clamp(-1, 1).acos()
         assert evidence.loss[0, layer - 1] == pytest.approx(float(angle), abs=2e-3)
