@@ -34,7 +34,8 @@ def load(name: str) -> type[Policy]:
 def make(spec: PruneSpec) -> Policy:
     """The policy a spec asks for, its options parsed by the type of their field's default."""
     cls = load(spec.method)
-    known = {f.name: f for f in fields(cls)}
+    common = {f.name for f in fields(Policy)}  # these are named last
+    known = {f.name: f for f in sorted(fields(cls), key=lambda f: f.name in common)}
     values: dict[str, Any] = {"seed": spec.seed} if "seed" in known else {}
     for name, text in spec.options.items():
         if name not in known:
