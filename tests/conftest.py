@@ -201,3 +201,18 @@ def tiny_rtx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     folder = tmp_path_factory.mktemp("rtx") / "tiny"
     return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp16")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Three questions of a user's own, the last with two right answers and a kind."""
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (60, 60), colour).save(tmp_path / name)
+    records: list[dict[str, object]] = [
+        {"image": "a.png", "question": "what color ?", "answer": "red"},
+        {"image": "b.png", "question": "what color ?", "answer": " blue "},
+        {"image": "b.png", "question": "how many ?", "answer": ["0", 1], "kind": "count"},
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, records)))
+    return file

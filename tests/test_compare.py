@@ -60,7 +60,7 @@ def test_formats_of_weights_are_an_axis_of_the_grid() -> None:
         ("none-int4_block=64-cr1", "none int4:block=64"),
         ("fastv-int4_block=64-cr2", "fastv int4:block=64"),
     ]
-    with pytest.raises(SpecError, match="--weights is one of float, int8, int4; got 'int5'"):
+    with pytest.raises(SpecError, match="--weights is one of float, int8, int4, auto; got 'int5'"):
         grid(["fastv"], [2], 1, ["int5"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,21 +9,6 @@ from PIL import Image
 
 from edgeprune.compare.questions import Questions
 from edgeprune.errors import InputError
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    """Three questions of a user's own, the last with two right answers and a kind."""
-    for name, colour in (("a.png", "red"), ("b.png", "blue")):
-        Image.new("RGB", (60, 60), colour).save(tmp_path / name)
-    records: list[dict[str, object]] = [
-        {"image": "a.png", "question": "what color ?", "answer": "red"},
-        {"image": "b.png", "question": "what color ?", "answer": " blue "},
-        {"image": "b.png", "question": "how many ?", "answer": ["0", 1], "kind": "count"},
-    ]
-    file = tmp_path / "own.jsonl"
-    file.write_text("\n\n".join(map(json.dumps, records)))
-    return file
 
 
 def test_own_questions_are_read_with_their_kinds(own: Path) -> None:

@@ -121,8 +121,9 @@ def test_two_turns_equal_one_long_dialogue(dense: Session) -> None:
 def greedy(session: Session, image: Any, prefix: Any, text: Any) -> tuple[int, ...]:
     """Ids of an answer, the end token among them, read token by token on a sequence of its own."""
     sequence, said = session.engine.sequence(), list[int]()
+    ends = session.manifest.text.eos_token_ids
     output = sequence.read(text, prefix, session.engine.encode_image(image))
-    while len(said) < 8 and not session._is_end(said):
+    while len(said) < 8 and not (said and said[-1] in ends):
         said.append(output.token)
         output = sequence.read(np.array([said[-1:]]), logits=False)
     return tuple(said)

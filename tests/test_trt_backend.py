@@ -16,6 +16,7 @@ from edgeprune.errors import CapacityError
 from edgeprune.runtime import Sampling, Session
 from tests import fake_gpu
 from tests.conftest import Refused
+from tests.endless import endless
 from tests.fake_gpu import TEXT, VERSION, FakeGpu, pretend
 from tests.frozen import frozen
 from tests.tiny import ASK_SCENE
@@ -42,7 +43,7 @@ def tiny(
 
 def dialogue(session: Session, tokens: int = 24) -> list[tuple[int, ...]]:
     """Two turns about two images each, and none ends early."""
-    session._is_end = lambda said: False  # type: ignore[method-assign]
+    endless(session)
     sampling, said = Sampling(max_new_tokens=tokens), []
     for image, question in held_out(2):
         said.append(session.ask(image, question.text, sampling).ids)
@@ -83,7 +84,7 @@ def test_a_step_copies_one_small_piece_in_and_eight_bytes_out(
     session = Session.open(tiny, backend="trt")
     (device,) = gpus
     image, question = next(held_out(1))
-    session._is_end = lambda said: False  # type: ignore[method-assign]
+    endless(session)
     moved = []
     for tokens in (8, 20):
         before = device.uploaded, device.downloaded, device.replays
@@ -118,7 +119,7 @@ def test_visual_tokens_and_caches_stay_on_the_gpu(tiny: Path, gpus: list[FakeGpu
 
 def test_an_answer_ends_where_the_caches_are_full(tiny: Path, gpus: list[FakeGpu]) -> None:
     session = Session.open(tiny, backend="trt")
-    session._is_end = lambda said: False  # type: ignore[method-assign]
+    endless(session)
     image, question = next(held_out(1))
     answer = session.ask(image, question.text)
     assert (answer.finish, answer.prompt_tokens + len(answer.ids)) == ("length", TEXT)

@@ -63,7 +63,7 @@ class Decoder(WithBuffers):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.eps, ops)
-        self.deepstack = Sum()
+        self.deepstack = Sum() if config.deepstack else nn.Identity()
         if config.head_apart:
             self.head: nn.Linear | Narrow = Narrow(config.width, config.vocabulary, ops)
         elif not config.tied:
@@ -178,7 +178,7 @@ class Decoder(WithBuffers):
     def _stacked(self, hidden: Tensor, row: Tensor, segments: Segments) -> Tensor:
         """Hidden states [1, S, width] with rows [1, V, width] added to their visual tokens."""
         start, end = segments.prefix, segments.prefix + segments.visual
-        visual = self.deepstack(hidden[:, start:end], row)
+        visual: Tensor = self.deepstack(hidden[:, start:end], row)
         before, after = (cast(part, visual.dtype) for part in (hidden[:, :start], hidden[:, end:]))
         return torch.cat([before, visual, after], dim=1)
 
