@@ -22,6 +22,7 @@ from edgeprune.errors import ExportError
 from edgeprune.export.assumptions import Sizes, check_sizes
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.passes import add_token, clean
+from edgeprune.export.translations import translations
 from edgeprune.graphs import GraphRecord, TensorRecord
 from edgeprune.lowering import DTYPES
 from edgeprune.models._decoder import Decoder
@@ -137,7 +138,12 @@ def to_graph(
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
         check_sizes(program, calls)
         exported = torch.onnx.export(
-            program, dynamo=True, optimize=False, opset_version=opset, verbose=False
+            program,
+            dynamo=True,
+            optimize=False,
+            opset_version=opset,
+            custom_translation_table=translations(opset),
+            verbose=False,
         )
     if exported is None:
         raise ExportError("torch.onnx.export returned no graph")
