@@ -32,6 +32,7 @@ from edgeprune.records import (
     Between,
     Count,
     Few,
+    LongestEdge,
     Matches,
     OneOf,
     Side,
@@ -69,7 +70,6 @@ Difference = Annotated[float, Between(0, 1e6)]
 Magnitude = Annotated[float, Between(0, 1e39)]
 Rgb = tuple[_Byte, _Byte, _Byte]
 Filter = Annotated[int, Between(0, 5)]  # Pillow's numbers
-LongestEdge = Annotated[int, Between(1, 4096)]  # pixels; its square is held in memory
 
 
 @dataclass(frozen=True, slots=True)

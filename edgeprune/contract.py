@@ -70,6 +70,8 @@ def _image(record: ImageRecord) -> Iterator[str]:
             yield f"tiles of {tiling.tile} pixels, images of {record.height} x {record.width}"
         if tiling.kind == "stretch" and tiling.tiles > 1 and not tiling.ratios:
             yield "tiling.ratios is empty"
+        if (tiling.kind == "round_up") != (tiling.longest_edge is not None):
+            yield f"tiles by {tiling.kind} with a longest edge of {tiling.longest_edge} pixels"
     yield from _resizing(record, frozen)
 
 

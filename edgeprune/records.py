@@ -84,6 +84,8 @@ Amount = Annotated[int, Between(0, 1 << 24)]
 """As Count, and none."""
 Few = Annotated[int, Between(1, 1 << 12)]
 """Layers, heads, images, tiles."""
+LongestEdge = Annotated[int, Between(1, 1 << 12)]
+"""Pixels; its square is held in memory."""
 Side = Annotated[int, Between(1, 1 << 15)]
 """Pixels of an image's side."""
 

@@ -1,8 +1,10 @@
 """How an image is cut into tiles: the arithmetic that an export freezes and a runtime repeats.
 
-Two ways are known. `stretch` (InternVL): the image is made exactly as large as a grid of tiles,
+Three ways are known. `stretch` (InternVL): the image is made exactly as large as a grid of tiles,
 the grid of the nearest aspect ratio. `fit` (LLaVA-NeXT, LLaVA-OneVision): it is made as large as it
 can be inside the grid and padded; whole rows or columns of tokens that show padding are left out.
+`round_up` (SmolVLM, Idefics3): its longer side gets a fixed length, then each side is stretched to
+the next multiple of the tile; the view of the whole image is made from that.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-from edgeprune.records import Between, Few, OneOf, Side
+from edgeprune.records import Between, Few, LongestEdge, OneOf, Side
 
 AspectRatio = Annotated[float, Between(1e-4, 1e4)]
 
@@ -31,7 +33,7 @@ class Size(NamedTuple):
 class Tiling:
     """The tiles of a bundle: rows x columns of them, and the whole image as one more."""
 
-    kind: Annotated[str, OneOf(("stretch", "fit"))]
+    kind: Annotated[str, OneOf(("stretch", "fit", "round_up"))]
     rows: Few
     columns: Few
     height: Side  # of the images that the bundle is frozen for, pixels
@@ -40,6 +42,7 @@ class Tiling:
     tokens: Few  # visual tokens a side of a tile
     overview: Annotated[str, OneOf(("first", "last", "none"))]  # where the whole image stands
     ratios: tuple[AspectRatio, ...] = ()  # stretch: columns / rows of every grid to choose from
+    longest_edge: LongestEdge | None = None  # round_up: pixels of the longer side at first
 
     @property
     def tiles(self) -> int:
@@ -61,6 +64,9 @@ class Tiling:
         if self.kind == "stretch":
             ratio = self.columns / self.rows
             return self.tiles == 1 or ratio in nearest(width / height, self.ratios)
+        if self.longest_edge is not None:
+            grid = round_up_grid(Size(height, width), self.longest_edge, self.tile)
+            return grid == (self.rows, self.columns)
         frozen = Size(self.height, self.width)
         return shown(self.grid, Size(height, width)) == shown(self.grid, frozen)
 
@@ -129,6 +135,31 @@ def fit_canvas(image: Size, choices: Iterable[Size]) -> Size:
             best, most, wasted = choice, useful, waste
     assert best is not None  # an image has pixels
     return best
+
+
+def longest(image: Size, edge: int) -> Size:
+    """An image's size with a longer side of `edge` pixels, enlarged too; the other is rounded down,
+    then up to an even number."""
+    ratio = image.width / image.height
+    if image.width >= image.height:
+        other = int(edge / ratio)
+        return Size(max(1, other + other % 2), edge)
+    other = int(edge * ratio)
+    return Size(edge, max(1, other + other % 2))
+
+
+def round_up_grid(image: Size, edge: int, tile: int) -> Size:
+    """Rows and columns of the tiles of an image whose longer side is made `edge` pixels first.
+
+    The other side follows the longer one when that is rounded up, so it may get a tile more.
+    """
+    height, width = longest(image, edge)
+    ratio = width / height
+    if width >= height:
+        columns = math.ceil(width / tile)
+        return Size(math.ceil(int(columns * tile / ratio) / tile), columns)
+    rows = math.ceil(height / tile)
+    return Size(rows, math.ceil(int(rows * tile * ratio) / tile))
 
 
 def fitted(image: Size, canvas: Size) -> Size:

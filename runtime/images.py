@@ -16,7 +16,7 @@ from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
 from edgeprune.images import MAX_PIXELS
 from edgeprune.runtime.tiles import cut, on_black, shape_warning
-from edgeprune.tiling import Size, rounded, rounds_to
+from edgeprune.tiling import Size, longest, rounded, rounds_to
 
 
 def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
@@ -25,8 +25,8 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
         views = cut(image, record.tiling, record.resample)
         return np.concatenate([_normalise(np.asarray(view), record) for view in views])
     if record.longest_edge is not None:
-        size = _longest(image.size, record.longest_edge)
-        image = image.resize(size, Image.Resampling(record.resample))
+        height, width = longest(Size(image.height, image.width), record.longest_edge)
+        image = image.resize((width, height), Image.Resampling(record.resample))
     if record.pad_to_square is not None:
         image = _pad_to_square(image, record.pad_to_square)
     if record.step is not None and not _rounds(image, record):
@@ -82,18 +82,6 @@ def _resized(size: tuple[int, int], resize: tuple[int, int] | int) -> tuple[int,
     new_size = (resize, long) if width <= height else (long, resize)
     _check_shape(size, new_size)
     return new_size
-
-
-def _longest(size: tuple[int, int], edge: int) -> tuple[int, int]:
-    """(width, height) with a longer side of `edge` pixels; the other is rounded down, then up to an
-    even number."""
-    width, height = size
-    ratio = width / height
-    if width >= height:
-        other = int(edge / ratio)
-        return edge, max(1, other + other % 2)
-    other = int(edge * ratio)
-    return max(1, other + other % 2), edge
 
 
 def _check_shape(size: tuple[int, int], new_size: tuple[int, int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from PIL import Image
 
 from edgeprune.errors import InputError
-from edgeprune.tiling import Size, Tiling, fitted
+from edgeprune.tiling import Size, Tiling, fitted, longest
 
 EXTREME = 8
 """An image so many times longer than the frozen shape is refused: next to nothing is left."""
@@ -20,10 +20,13 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     if not tiling.suits(image.height, image.width):
         image = on_black(image, Size(tiling.height, tiling.width), resample)
     canvas, side = tiling.canvas, tiling.tile
-    if tiling.kind == "stretch":
-        whole = image.resize((canvas.width, canvas.height), Image.Resampling(resample))
-    else:
+    if tiling.longest_edge is not None:
+        height, width = longest(Size(image.height, image.width), tiling.longest_edge)
+        image = image.resize((width, height), Image.Resampling(resample))
+    if tiling.kind == "fit":
         whole = on_black(image, canvas, resample)
+    else:
+        whole = image.resize((canvas.width, canvas.height), Image.Resampling(resample))
     corners = [
         (column * side, row * side)
         for row in range(tiling.rows)
@@ -32,7 +35,8 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     tiles = [whole.crop((x, y, x + side, y + side)) for x, y in corners]
     if tiling.overview == "none":
         return tiles
-    overview = image.resize((side, side), Image.Resampling(resample))
+    seen = whole if tiling.kind == "round_up" else image
+    overview = seen.resize((side, side), Image.Resampling(resample))
     return [overview, *tiles] if tiling.overview == "first" else [*tiles, overview]
 
 

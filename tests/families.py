@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Family:
         if self.name == "internvl":  # as its processor asks, whatever the settings say
             options["crop_to_patches"] = True
         if self.name in ("smolvlm", "idefics3"):
-            options["do_image_splitting"] = False
+            options["do_image_splitting"] = self.tiled
         return self.image_processor(images, return_tensors="pt", **options)
 
     def frozen(self, size: Size) -> Size | None:
@@ -278,6 +278,11 @@ SMOL = {
 def smolvlm(**text: Any) -> Family:
     """One tile of 48 pixels, 16 tokens; as SmolVLM2 is published."""
     return _smol("smolvlm", text)
+
+
+def smolvlm_tiles(**text: Any) -> Family:
+    """The same with 7 to 17 tiles, as the processor cuts an image by default."""
+    return replace(smolvlm(**text), tiled=True)
 
 
 def idefics3(**text: Any) -> Family:

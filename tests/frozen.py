@@ -13,6 +13,7 @@ from edgeprune.models._processor import Processor
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec
+from edgeprune.tiling import Size
 
 
 def frozen(
@@ -25,9 +26,10 @@ def frozen(
     dtype: str = "fp32",
     weights: str = "float",
     counts: tuple[int, ...] = (),
+    size: Size | None = None,
 ) -> Path:
     """Export a method; where it needs a schedule that is `counts`, or made up for the ratio."""
-    adapter, spec = open_model(str(model)), PruneSpec(method, cr)
+    adapter, spec = open_model(str(model), size=size), PruneSpec(method, cr)
     policy, processor = make(spec), Processor(adapter)
     plan = planned(policy, adapter.shape, cr, counts)
     why = "left out by a test"

@@ -45,6 +45,7 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "video_llava": families.video_llava,
     "internvl": partial(families.internvl, side=112),  # text between frames is less than CR 4
     "smolvlm": families.smolvlm,
+    "smolvlm_tiles": families.smolvlm_tiles,
     "idefics3": families.idefics3,
 }
 QWENS: dict[str, Callable[..., Path]] = {
@@ -52,7 +53,7 @@ QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_5_vl": qwen.windowed_checkpoint,
     "qwen3_vl": qwen.stacked_checkpoint,
 }
-NO_VIDEO = ("llava", "llava_next", "smolvlm", "idefics3", "qwen3_vl")
+NO_VIDEO = ("llava", "llava_next", "smolvlm", "smolvlm_tiles", "idefics3", "qwen3_vl")
 
 
 def qwen_shapes(name: str) -> tuple[Size, ...]:

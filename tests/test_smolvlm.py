@@ -1,33 +1,39 @@
-"""SmolVLM and Idefics3, one tile: pixels, prompts and answers are those of transformers."""
+"""SmolVLM and Idefics3, one tile or many: pixels, prompts and answers are those of transformers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from text_cases import built, byte_level
 from transformers import Idefics3Processor
+from transformers.image_utils import SizeDict
 
 from edgeprune.cli import main
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.export import prompts
-from edgeprune.export.exporter import read_records
+from edgeprune.export.exporter import ExportRequest, export, read_records
 from edgeprune.export.generation import Generation
 from edgeprune.models import open_model
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._media import InputOptions, Media
-from edgeprune.models._processor import Processor
+from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models.smolvlm import IMAGE, Adapter, in_order, squeezed
+from edgeprune.policies import make
 from edgeprune.runtime import Session
 from edgeprune.runtime.images import to_pixels
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.text import Prompter
-from edgeprune.tiling import Size
+from edgeprune.spec import Plan, PruneSpec
+from edgeprune.tiling import Size, longest, round_up_grid
 from tests import families
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
@@ -74,9 +80,47 @@ def test_pixels_are_those_of_the_processor(family: Family, size: tuple[int, int]
     assert seen["pixel_attention_mask"].min() == 1
 
 
-def test_a_prompt_is_written_as_the_processor_writes_it(family: Family, checkpoint: Path) -> None:
+@pytest.mark.parametrize("size", [(84, 84), (70, 150), (181, 60), (500, 1), (1, 500), (192, 96)])
+def test_tiles_are_those_of_the_processor(
+    family: Family, checkpoint: Path, size: tuple[int, int]
+) -> None:
+    image, split = drawn_image(Size(*size)), replace(family, tiled=True)
+    wanted = split.look(image)["pixel_values"].flatten(0, -4).numpy()
+    adapter = open_model(str(checkpoint), size=Size(*size))
+    assert adapter.tiling is not None and adapter.tiling.suits(*size)
+    record = adapter.image_record(Processor(adapter))
+    assert adapter.pixels == record.shape == wanted.shape
+    np.testing.assert_array_equal(to_pixels(image, record), wanted)
+    np.testing.assert_array_equal(Processor(adapter)(image, QUESTION).pixels, wanted)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(192, 48), (2048, 512)]))
+def test_the_grid_is_that_of_the_processor(height: int, width: int, sides: tuple[int, int]) -> None:
+    edge, tile = sides
+    processor, seen = families.smolvlm().image_processor, list[Size]()
+    processor_module = type(processor).__mro__[1]
+    image = np.broadcast_to(np.uint8(0), (3, height, width))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            processor_module,
+            "resize",
+            lambda self, image, size, **_: (
+                seen.append(Size(size.height, size.width))
+                or np.broadcast_to(np.uint8(0), (3, size.height, size.width))
+            ),
+        )
+        image = processor.resize(image, SizeDict(longest_edge=edge))
+        processor.resize_for_vision_encoder(image, tile)
+    rows, columns = round_up_grid(Size(height, width), edge, tile)
+    assert seen == [longest(Size(height, width), edge), Size(rows * tile, columns * tile)]
+
+
+@pytest.mark.parametrize("size", [None, Size(60, 90)])
+def test_a_prompt_is_written_as_the_processor_writes_it(
+    family: Family, checkpoint: Path, size: Size | None
+) -> None:
     for images in (1, 2):
-        adapter = open_model(str(checkpoint), images=images)
+        adapter = open_model(str(checkpoint), images=images, size=size)
         ours = Processor(adapter)
         theirs = Idefics3Processor(
             family.image_processor,
@@ -92,14 +136,10 @@ def test_a_prompt_is_written_as_the_processor_writes_it(family: Family, checkpoi
         wanted = theirs(
             images=[shown],
             text=[text],
-            images_kwargs={"do_image_splitting": False},
+            images_kwargs={"do_image_splitting": size is not None},
         )["input_ids"][0]
         prompt = ours(shown, QUESTION)
-        block = [
-            token
-            for number in range(images)
-            for token in [*([] if number == 0 else adapter.between[number - 1]), *[4] * 16]
-        ]
+        block = [*[4] * 16, *(token for ids in adapter.between for token in [*ids, *[4] * 16])]
         assert [*prompt.prefix_ids[0].tolist(), *block, *prompt.text_ids[0].tolist()] == wanted
         text_record = read_records(adapter, ours).text
         (file := checkpoint / "run.json").write_text(
@@ -136,6 +176,27 @@ def test_a_dense_bundle_answers_as_transformers_does(idefics3: Path, tmp_path: P
         ends = [n for n, token in enumerate(wanted, 1) if token == 2]
         assert list(answer.ids) == wanted[: ends[0] if ends else 64]
         assert answer.warnings == ()
+
+
+def test_a_bundle_of_tiles_answers_as_transformers_does(idefics3: Path, tmp_path: Path) -> None:
+    """64 greedy tokens of an image in 13 tiles with text between them, dense."""
+    family, size = replace(families.idefics3(), tiled=True), Size(60, 80)
+    adapter = open_model(str(idefics3), size=size)
+    assert adapter.shape.visual_tokens == 13 * 16 + sum(map(len, adapter.between))
+    spec, shape = PruneSpec("none"), adapter.shape
+    prompts = [random_prompt(adapter.pixels, shape.vocabulary, 0)]
+    request = ExportRequest("tiny", spec, Plan(shape.visual_tokens, shape.layers), tmp_path / "b")
+    made = export(request, adapter, make(spec), Processor(adapter), prompts)
+    assert (made.manifest.parity.ties, made.notes) == (0, ())
+    session, image = Session.open(made.path), drawn_image(size)
+    prompt = prompted(adapter, to_pixels(image, session.manifest.image))
+    wanted = generated(family, adapter, prompt, tokens=64, **family.look(image))
+    answer = session.ask(image, QUESTION, Sampling(max_new_tokens=64))
+    ends = [n for n, token in enumerate(wanted, 1) if token == 2]
+    assert list(answer.ids) == wanted[: ends[0] if ends else 64]
+    assert answer.warnings == ()
+    other = session.ask(drawn_image(Size(80, 60)), QUESTION, Sampling(max_new_tokens=1))
+    assert "for such images export with --image-size 60x80" in other.warnings[0]
 
 
 def test_a_pruned_bundle_equals_the_eager_reference(idefics3: Path, tmp_path: Path) -> None:
@@ -248,8 +309,6 @@ def test_what_a_config_asks_beyond_is_refused_by_name(
 def test_what_is_asked_beyond_is_refused(idefics3: Path) -> None:
     with pytest.raises(SpecError, match="idefics3 bundles take images, not videos"):
         open_model(str(idefics3), frames=4)
-    with pytest.raises(SpecError, match="takes every image as 48 x 48 pixels"):
-        open_model(str(idefics3), size=Size(96, 96))
 
 
 @pytest.mark.parametrize(
@@ -268,6 +327,13 @@ def test_settings_of_the_processor_that_make_no_tile_are_refused(
         setattr(processor, name, value)
     with pytest.raises(ModelError, match=says):
         squeezed(processor, 48)
+
+
+def test_tiles_of_a_processor_that_does_not_resize_are_refused(idefics3: Path) -> None:
+    adapter, processor = open_model(str(idefics3), size=Size(60, 80)), families.idefics3()
+    processor.image_processor.do_resize = False
+    with pytest.raises(ModelError, match="do_resize is False, supported is True"):
+        adapter.image_record(processor.image_processor)
 
 
 def test_positions_are_in_order_where_the_tower_says_so() -> None:
@@ -291,13 +357,14 @@ def test_every_stored_tensor_is_read(idefics3: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [None, Size(60, 80)])
 @pytest.mark.parametrize("method", ["none", "utp"])
 @pytest.mark.parametrize("target", ["cuda", "rtx", "jetpack7", "jetpack6"])
-def test_engines_take_it(target: str, method: str, tmp_path: Path) -> None:
+def test_engines_take_it(target: str, method: str, size: Size | None, tmp_path: Path) -> None:
     """`check` accepts the bundle, and TensorRT-RTX compiles that for RTX cards."""
     model = families.idefics3(num_hidden_layers=5).save(tmp_path / "deep")
     cr, options = (4 if method == "utp" else 1), {"target": target, "dtype": "fp16"}
-    bundle = frozen(tmp_path / "b", method, cr, model=model, **options)
+    bundle = frozen(tmp_path / "b", method, cr, model=model, size=size, **options)
     assert main(["check", str(bundle), "--target", target]) == 0
     if target == "rtx":
         pytest.importorskip("tensorrt_rtx")

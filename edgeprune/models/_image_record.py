@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import ImageRecord
 from edgeprune.errors import ModelError
+from edgeprune.models._stored import read_json
 from edgeprune.tiling import Size, Tiling
 
 Triple = tuple[float, float, float]
@@ -34,6 +36,16 @@ def read_image_processor(processor: Any, readers: Mapping[str, Reader]) -> Image
             f"the checkpoint's image processor is a {name}, supported are: {', '.join(readers)}"
         )
     return reader(processor)
+
+
+def image_settings(folder: Path) -> dict[str, Any]:
+    """Settings of a checkpoint's image processor, wherever its folder keeps them."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            inner = found.get("image_processor", found)
+            return inner if isinstance(inner, dict) else {}
+    return {}
 
 
 def plain(processor: Any) -> ImageRecord:

@@ -11,11 +11,10 @@ from edgeprune.models._chat import Chat
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._family import Elsewhere
-from edgeprune.models._image_record import Reader, tiled
+from edgeprune.models._image_record import Reader, image_settings, tiled
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames
-from edgeprune.models._stored import read_json
 from edgeprune.models._towers import projector
 from edgeprune.models._video import FRAME_READERS, frame_processor
 from edgeprune.models._vision import ProjectorConfig
@@ -134,7 +133,7 @@ def _tiling(
     checkpoint: Checkpoint, encoder: EncoderConfig, merge: int, size: Size | None
 ) -> Tiling:
     """The grid that the checkpoint's processor gives an image of the asked size, or one tile."""
-    settings = _settings(checkpoint)
+    settings = image_settings(checkpoint.folder)
     least, most = settings.get("min_patches", 1), settings.get("max_patches", 12)
     image = size or Size(encoder.image, encoder.image)
     rows, columns = stretch_grid(image, encoder.image, least, most)
@@ -149,16 +148,6 @@ def _tiling(
         overview="last" if rows * columns > 1 else "none",
         ratios=tuple(sorted({grid.width / grid.height for grid in grids(least, most)})),
     )
-
-
-def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of the image processor, wherever the checkpoint keeps them."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (checkpoint.folder / name).is_file():
-            found = read_json(checkpoint.folder / name)
-            inner = found.get("image_processor", found)
-            return inner if isinstance(inner, dict) else {}
-    return {}
 
 
 def _demands(config: Any) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""SmolVLM, SmolVLM2 and Idefics3 (types `smolvlm`, `idefics3`): SigLIP, pixel shuffle, one tile."""
+"""SmolVLM, SmolVLM2 and Idefics3 (types `smolvlm`, `idefics3`): SigLIP, pixel shuffle, tiles."""
 
 from __future__ import annotations
 
@@ -13,22 +13,32 @@ from torch import Tensor, nn
 from edgeprune.bundle import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
-from edgeprune.models._image_record import Reader, count, levels, resample, unsupported
+from edgeprune.models._image_record import (
+    Reader,
+    count,
+    image_settings,
+    levels,
+    resample,
+    unsupported,
+)
 from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._names import TensorNames
 from edgeprune.models._ops import TorchOps, cast
-from edgeprune.models._towers import one_size
+from edgeprune.tiling import Tiling, round_up_grid
 
-IMAGE = f"<fake_token_around_image><global-img>{IMAGE_SLOT}<fake_token_around_image>"
-"""What the processor writes for an image of one tile."""
+EDGE = "<fake_token_around_image>"
+IMAGE = f"{EDGE}<global-img>{IMAGE_SLOT}{EDGE}"
+"""What the processor writes for an image of one tile, and for the view after the tiles."""
 LONGEST = 4096
 """Pixels of the longest side to which the image processor resizes at most."""
 
 
 class Adapter(_adapter.Adapter):
-    """An image is one tile: the processor's image splitting is off.
+    """An image is one tile, or with --image-size rows and columns of tiles and a view of it all.
+
+    One tile is what the processor makes where its image splitting is off.
 
     The tower is SigLIP's. Its position grid, made for tiles that are partly padding, gives a whole
     tile the positions in order.
@@ -72,11 +82,23 @@ class Adapter(_adapter.Adapter):
             post_norm=True,
         )
 
+    def read_tiling(self) -> Tiling | None:
+        """The grid that the processor gives an image of the asked size; None: one tile."""
+        size, tile = self.asked.size, self.encoder.image
+        if size in (None, (tile, tile)):
+            return None
+        edge = longest_edge(image_settings(self.checkpoint.folder).get("size"))
+        rows, columns = round_up_grid(size, edge, tile)
+        if rows * columns == 1:
+            return None
+        tokens = self.encoder.side // self.config.scale_factor
+        frozen, whole = (rows, columns, *size, tile, tokens), "last"
+        return Tiling("round_up", *frozen, whole, longest_edge=edge)
+
     def read_media(self) -> Media:
-        return Media.of_images(self.config, self.asked.images, IMAGE)
+        return Media.of_images(self.config, self.asked.images, written(self.tiling))
 
     def read_layout(self) -> Layout:
-        one_size(self.asked.size, self.encoder.image)
         return Layout.plain(self.encoder.side, self.config.scale_factor).chained(self.between)
 
     def read_projector(self) -> Connector:
@@ -93,19 +115,23 @@ class Adapter(_adapter.Adapter):
         )
 
     def image_readers(self) -> Mapping[str, Reader]:
-        reader = partial(squeezed, side=self.encoder.image)
+        reader: Reader = partial(squeezed, side=self.encoder.image)
+        if self.tiling is not None:
+            reader = partial(cut, tiling=self.tiling)
         return {"SmolVLMImageProcessor": reader, "Idefics3ImageProcessor": reader}
 
     def image_processor(self, own: Callable[[], Any]) -> Any:
         processor = own()
-        processor.do_image_splitting = False
+        processor.do_image_splitting = self.tiling is not None
         return processor
 
     def notes(self) -> tuple[str, ...]:
+        if self.tiling is not None:
+            return ()
         side = self.encoder.image
         return (
             f"an image is one tile of {side} x {side} pixels: image splitting, which published"
-            " processors do, is off",
+            " processors do, is off; --image-size WxH of your images turns it on",
         )
 
 
@@ -129,22 +155,52 @@ class _Connector(nn.Module):
         return cast(self.linear(features), self.linear.weight.dtype)
 
 
+def written(tiling: Tiling | None) -> str:
+    """What the processor writes for an image: text before each tile, a line for each row of them,
+    and the view of the whole image last."""
+    if tiling is None:
+        return IMAGE
+    tiles = [
+        [f"{EDGE}<row_{row + 1}_col_{column + 1}>{IMAGE_SLOT}" for column in range(tiling.columns)]
+        for row in range(tiling.rows)
+    ]
+    return "".join(f"{''.join(row)}\n" for row in tiles) + f"\n{IMAGE}"
+
+
+def longest_edge(size: Any) -> int:
+    """Pixels of the longer side to which a processor with such a `size` resizes an image first."""
+    longest = count("size", dict(size or {}).get("longest_edge"))
+    if longest > LONGEST:
+        raise unsupported("size", longest, f"a longest edge of at most {LONGEST} pixels")
+    return longest
+
+
 def squeezed(processor: Any, side: int) -> ImageRecord:
     """Of a processor that resizes an image to a longest edge, then to a tile, whatever its shape.
 
     What it pads is nothing then, and its mask of pixels is all ones.
     """
-    longest = None
-    if processor.do_resize:
-        longest = count("size", dict(processor.size).get("longest_edge"))
-        if longest > LONGEST:
-            raise unsupported("size", longest, f"a longest edge of at most {LONGEST} pixels")
-    tile = dict(processor.max_image_size).get("longest_edge")
-    if tile != side:
-        raise unsupported("max_image_size", tile, f"the encoder's {side} pixels a side")
+    longest = longest_edge(processor.size) if processor.do_resize else None
+    check_tile(processor, side)
     values, size = levels(processor), (side, side)
     how = resample(processor.resample)
     return ImageRecord(side, side, size, how, None, *values, longest_edge=longest)
+
+
+def cut(processor: Any, tiling: Tiling) -> ImageRecord:
+    """Of a processor that cuts an image into tiles."""
+    if not processor.do_resize:
+        raise unsupported("do_resize", False, "True")
+    check_tile(processor, tiling.tile)
+    side, how = tiling.tile, resample(processor.resample)
+    return ImageRecord(side, side, None, how, None, *levels(processor), tiling=tiling)
+
+
+def check_tile(processor: Any, side: int) -> None:
+    """ModelError unless tiles come out of the processor as large as the encoder takes them."""
+    tile = dict(processor.max_image_size).get("longest_edge")
+    if tile != side:
+        raise unsupported("max_image_size", tile, f"the encoder's {side} pixels a side")
 
 
 def in_order(patches: int) -> bool:
