@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgeprune.runtime.build import BuildRequest, Built
     from edgeprune.runtime.build import build as build_engines
     from edgeprune.runtime.engine import Engine
+    from edgeprune.runtime.formats import AnswerFormat
     from edgeprune.runtime.sequence import Sequence
     from edgeprune.runtime.session import Session
     from edgeprune.spec import PruneSpec
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Answer": ("runtime.answer", "Answer"),
+    "AnswerFormat": ("runtime.formats", "AnswerFormat"),
     "BenchRequest": ("bench.bench", "BenchRequest"),
     "BenchResult": ("bench.bench", "BenchResult"),
     "BuildRequest": ("runtime.build", "BuildRequest"),
@@ -67,6 +69,7 @@ _HOMES = {
 
 __all__ = [
     "Answer",
+    "AnswerFormat",
     "BenchRequest",
     "BenchResult",
     "BuildRequest",

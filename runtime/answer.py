@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from edgeprune.generation import Sampling
 from edgeprune.runtime.backend import EncodedImage, Ids
+from edgeprune.runtime.formats import Grammar
 
 
 @dataclass
@@ -63,4 +64,5 @@ class Turn:
     sampling: Sampling
     room: int  # tokens that may be said
     timings: Timings
+    grammar: Grammar | None = None  # the form that the answer has
     said: list[int] = field(default_factory=list)

@@ -42,7 +42,7 @@ def _tokens(sequence: Sequence, turn: Turn) -> Iterator[int]:
     engine, said, clock = sequence.engine, turn.said, time.perf_counter
     before = sequence.ids.size + turn.prompt_tokens
     before += engine.visual_ids.size if turn.image else 0
-    sampler = Sampler(turn.sampling, engine.manifest.text.eos_token_ids, before)
+    sampler = Sampler(turn.sampling, engine.manifest.text.eos_token_ids, before, turn.grammar)
     known, started = sampler.takes_likeliest, clock()
     output = sequence.read(turn.text_ids, turn.prefix_ids, turn.image, logits=not known)
     turn.timings.prefill = 1e3 * (clock() - started)

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.generation import Sampling
 from edgeprune.runtime.backend import NOT_FINITE
+from edgeprune.runtime.formats import Grammar
 from edgeprune.runtime.logits import Context, Ids, active
 
 __all__ = ["Sampler", "Sampling", "StopWatcher", "distribution"]
@@ -22,23 +23,37 @@ __all__ = ["Sampler", "Sampling", "StopWatcher", "distribution"]
 class Sampler:
     """Chooses the tokens of one answer; equal settings and seeds give equal answers."""
 
-    def __init__(self, sampling: Sampling, ends: Sequence[int], prompt: int) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        ends: Sequence[int],
+        prompt: int,
+        grammar: Grammar | None = None,
+    ) -> None:
         """`ends` are the tokens that end an answer, `prompt` is how many tokens stand before it,
-        those of images included."""
+        those of images included; `grammar` is the form that the answer has."""
         self._sampling, self._ends, self._prompt = sampling, ends, prompt
+        self._grammar = grammar
         self._processors = active(sampling)
         self._rng = np.random.default_rng(sampling.seed)
 
     @property
     def takes_likeliest(self) -> bool:
         """Whether each token is the likeliest, so that the graph's own choice will do."""
-        return self._sampling.temperature == 0 and not self._processors
+        greedy = self._sampling.temperature == 0
+        return greedy and not self._processors and self._grammar is None
 
     def pick(self, logits: ArrayLike, ids: Ids) -> int:
         """The next token from the logits of all, [vocabulary], after the dialogue `ids`, [n]."""
         scores = _checked(logits)
-        if self._processors:
+        if self._processors or self._grammar:
             scores = self._processed(scores, ids)
+        token = self._drawn(scores)
+        if self._grammar:
+            self._grammar.take(token)
+        return token
+
+    def _drawn(self, scores: NDArray[np.float32]) -> int:
         if self._sampling.temperature == 0:
             return int(scores.argmax())  # of equal ones the first
         probabilities = distribution(scores, self._sampling)
@@ -50,6 +65,8 @@ class Sampler:
         with np.errstate(over="ignore"):  # a huge penalty
             for processor, setting in self._processors:
                 processor(scores, setting, context)
+        if self._grammar:
+            self._grammar.mask(scores)
         if not np.isfinite(scores.max()):
             raise SpecError(
                 "the settings of generation leave no token to choose; allow more with fewer"

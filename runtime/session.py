@@ -17,7 +17,9 @@ from edgeprune.runtime.answering import pieces
 from edgeprune.runtime.backend import EncodedImage
 from edgeprune.runtime.choosing import Choices
 from edgeprune.runtime.engine import Engine
+from edgeprune.runtime.formats import AnswerFormat, Grammar, check_settings
 from edgeprune.runtime.media import Shown, prepare
+from edgeprune.runtime.room import room
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.sequence import NO_IDS, Sequence
 
@@ -102,18 +104,25 @@ class Session:
         prompt: str,
         sampling: Sampling | None = None,
         system: str | None = None,
+        answer_format: AnswerFormat | None = None,
     ) -> Answer:
         """Answer a question about an image, or what else the bundle takes; a new dialogue.
 
-        `system` is a system message in place of the chat template's own.
+        `system` is a system message in place of the chat template's own; `answer_format` is the
+        form that the answer has unless it ends with `length`.
         """
         with self._alone():
-            return self._whole(self._first_turn(shown, prompt, sampling, system))
+            return self._whole(self._first_turn(shown, prompt, sampling, system, answer_format))
 
-    def follow_up(self, prompt: str, sampling: Sampling | None = None) -> Answer:
+    def follow_up(
+        self,
+        prompt: str,
+        sampling: Sampling | None = None,
+        answer_format: AnswerFormat | None = None,
+    ) -> Answer:
         """Answer a further question about the same image, on the same caches."""
         with self._alone():
-            return self._whole(self._next_turn(prompt, sampling))
+            return self._whole(self._next_turn(prompt, sampling, answer_format))
 
     def choose(
         self,
@@ -126,15 +135,15 @@ class Session:
         each; a new dialogue, which goes on as if that answer had been given."""
         with self._alone():
             wanted = self._choices(choices)
-            room = Sampling(max_new_tokens=wanted.longest)
-            return self._chosen(wanted, self._first_turn(shown, prompt, room, system))
+            longest = Sampling(max_new_tokens=wanted.longest)
+            return self._chosen(wanted, self._first_turn(shown, prompt, longest, system))
 
     def choose_follow_up(self, prompt: str, choices: Collection[str]) -> Choice:
         """As `choose`, for a further question about the same image."""
         with self._alone():
             wanted = self._choices(choices)
-            room = Sampling(max_new_tokens=wanted.longest)
-            return self._chosen(wanted, self._next_turn(prompt, room))
+            longest = Sampling(max_new_tokens=wanted.longest)
+            return self._chosen(wanted, self._next_turn(prompt, longest))
 
     def stream(
         self,
@@ -142,6 +151,7 @@ class Session:
         prompt: str,
         sampling: Sampling | None = None,
         system: str | None = None,
+        answer_format: AnswerFormat | None = None,
     ) -> Iterator[str]:
         """As `ask`, piece by piece; `answer` holds the whole once the last piece is out.
 
@@ -149,13 +159,18 @@ class Session:
         question was asked is a SessionError.
         """
         with self._alone():
-            turn = self._first_turn(shown, prompt, sampling, system)
+            turn = self._first_turn(shown, prompt, sampling, system, answer_format)
         return _Stream(self, turn)
 
-    def stream_follow_up(self, prompt: str, sampling: Sampling | None = None) -> Iterator[str]:
+    def stream_follow_up(
+        self,
+        prompt: str,
+        sampling: Sampling | None = None,
+        answer_format: AnswerFormat | None = None,
+    ) -> Iterator[str]:
         """As `follow_up`, piece by piece."""
         with self._alone():
-            turn = self._next_turn(prompt, sampling)
+            turn = self._next_turn(prompt, sampling, answer_format)
         return _Stream(self, turn)
 
     def _reset(self) -> None:
@@ -168,13 +183,15 @@ class Session:
         prompt: str,
         sampling: Sampling | None,
         system: str | None,
+        answer_format: AnswerFormat | None = None,
     ) -> Turn:
         """A question about an image, which is encoded; what is refused leaves all as it was."""
         clock, engine = time.perf_counter, self.engine
         started = clock()
         prefix_ids, text_ids = self._prompter.first_turn(prompt, system)
         text = prefix_ids.size + text_ids.size
-        room = self._room(text, sampling, first=True)
+        most = room(self.sequence, text, sampling, first=True)
+        grammar = self._grammar(sampling, answer_format)
         if isinstance(shown, EncodedImage):
             engine.check_own(shown)
             image, loaded = shown, clock()
@@ -184,11 +201,15 @@ class Session:
             image = engine.encode_pixels(prepared.pixels, prepared.warnings)
         timings = Timings(1e3 * (loaded - started), 1e3 * (clock() - loaded))
         self._reset()
-        turn = Turn(prefix_ids, text_ids, image, text, sampling or self.sampling, room, timings)
+        turn = Turn(
+            prefix_ids, text_ids, image, text, sampling or self.sampling, most, timings, grammar
+        )
         self._turn = turn
         return turn
 
-    def _next_turn(self, prompt: str, sampling: Sampling | None) -> Turn:
+    def _next_turn(
+        self, prompt: str, sampling: Sampling | None, answer_format: AnswerFormat | None = None
+    ) -> Turn:
         sequence = self.sequence
         sequence.check()
         if not sequence.position:
@@ -196,35 +217,18 @@ class Session:
         started = time.perf_counter()
         text_ids = self._prompter.next_turn(prompt)
         text = len(sequence.pending) + text_ids.size
-        room = self._room(text, sampling, first=False)
+        most = room(sequence, text, sampling, first=False)
+        grammar = self._grammar(sampling, answer_format)
         timings = Timings(preprocess=1e3 * (time.perf_counter() - started))
-        turn = Turn(NO_IDS, text_ids, None, text, sampling or self.sampling, room, timings)
+        turn = Turn(NO_IDS, text_ids, None, text, sampling or self.sampling, most, timings, grammar)
         self._turn, self.answer = turn, None
         return turn
 
-    def _room(self, text: int, sampling: Sampling | None, *, first: bool) -> int:
-        """How many tokens may be said after so much text, behind an image or what was read."""
-        engine, sequence, visual = self.engine, self.sequence, self.engine.visual_ids.size
-        wanted = sampling.max_new_tokens if sampling else None
-        if first:
-            room = engine.room(0, 0, text, self.manifest.decoder.image_positions, wanted)
-        else:
-            room = engine.room(sequence.position, sequence.text_tokens, text, 0, wanted)
-        if wanted is not None:
-            return wanted
-        return min(room, self._longest(sampling, text + (visual if first else sequence.ids.size)))
-
-    def _longest(self, sampling: Sampling | None, before: int) -> int:
-        """How many tokens an answer has at most where none was asked for; `before` stand first."""
-        length = (sampling or self.sampling).max_length
-        if self.sampling.max_new_tokens is not None or length is None:
-            return self.sampling.max_new_tokens or 512
-        if before >= length:
-            raise CapacityError(
-                f"the dialogue has {before} tokens (the image's included), max_length is {length};"
-                " shorten the prompt, or ask for --max-new-tokens"
-            )
-        return length - before
+    def _grammar(self, sampling: Sampling | None, wanted: AnswerFormat | None) -> Grammar | None:
+        if wanted is None:
+            return None
+        check_settings(sampling or self.sampling)
+        return self._prompter.vocabulary.grammar(wanted)
 
     def _whole(self, turn: Turn) -> Answer:
         pieces = self._pieces(turn)

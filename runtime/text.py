@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import DATE, TextRecord
 from edgeprune.errors import BundleError, InputError
+from edgeprune.runtime.formats import Vocabulary
 from edgeprune.runtime.tokenizer import SafeTokenizer
 
 IMAGE = "<image>"
@@ -121,6 +122,11 @@ class Prompter:
                 found += [(self._image, False), (piece, True)]
             found.append((text, False))
         return found
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What keeps answers to a form; BackendError where its library is missing."""
+        return Vocabulary(self._tokenizer, self._record.eos_token_ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of an answer, without control tokens."""

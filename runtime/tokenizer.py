@@ -77,6 +77,16 @@ class SafeTokenizer:
         with _guarded(self._file, "cannot decode an answer"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def for_grammars(self, ends: list[int]) -> Any:
+        """The tokens as llguidance takes them, `ends` among them those that end an answer."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        with _guarded(self._file, "has tokens that cannot be kept to a form"):
+            if self._tokenizer.decoder is not None:
+                return LLTokenizer(self._tokenizer.to_str(), eos_token=ends)
+            words = _SpacedWords(self._tokenizer, ends)
+            return LLTokenizer(TokenizerWrapper(words), n_vocab=len(words.tokens), eos_token=ends)
+
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
@@ -109,6 +119,39 @@ class SafeTokenizer:
             if isinstance(outcome[0], BaseException):
                 raise outcome[0]
             return outcome[0]
+
+
+class _SpacedWords:
+    """Words that a space joins: what a file without a decoder makes of its tokens.
+
+    Behind them stand the bytes, which the model has not: llguidance writes text that is certain
+    in tokens, and takes those back that a longer one may begin with.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, ends: list[int]) -> None:
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder()
+        if (last := max(vocabulary.values(), default=0)) > LAST:
+            raise ValueError(f"its largest id is {last:,}, at most {LAST:,} is read")
+        self.eos_token_id = ends[0]
+        self.special_token_ids = [number for number, token in added.items() if token.special]
+        words = [b""] * (last + 1)
+        for word, number in vocabulary.items():
+            words[number] = f" {word}".encode()
+        self._numbers = {word: number for number, word in enumerate(words) if word}
+        self._first_byte, self._longest = len(words), max(map(len, words))
+        self.tokens = words + [bytes([byte]) for byte in range(256)]
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Tokens of a text, each as long as can be."""
+        found, at = list[int](), 0
+        while at < len(text):
+            ends = range(min(at + self._longest, len(text)), at + 1, -1)
+            end = next((end for end in ends if text[at:end] in self._numbers), at + 1)
+            found.append(self._numbers.get(text[at:end], self._first_byte + text[at]))
+            at = end
+        return found
 
 
 @contextmanager

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import terminal
-from edgeprune.errors import EdgepruneError, InputError, SpecError
+from edgeprune.errors import EdgepruneError, InputError, SpecError, brief
 
 if TYPE_CHECKING:
     from edgeprune.runtime import Session
     from edgeprune.runtime.answer import Answer, Choice
+    from edgeprune.runtime.formats import AnswerFormat
     from edgeprune.runtime.sampling import Sampling
 
 SAMPLING = (
@@ -60,7 +61,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--system", metavar="TEXT", help="system message in place of the chat template's own"
     )
-    command.add_argument(
+    form = command.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE",
+        help="the answer is JSON that this schema allows; {} allows any",
+    )
+    form.add_argument(
+        "--regex", metavar="PATTERN", help="the answer is text that this expression matches"
+    )
+    form.add_argument(
         "--choices",
         type=_choices,
         metavar="A,B,...",
@@ -107,7 +118,11 @@ def run(args: argparse.Namespace) -> int:
         read_image(image)  # a bad image is refused before gigabytes are read
     if args.video:
         check_file(args.video, "video")
-    Sampling(**_asked(args))
+    sampling, answer_format = Sampling(**_asked(args)), _answer_format(args)
+    if answer_format is not None:
+        from edgeprune.runtime.formats import check_settings
+
+        check_settings(sampling)
     if args.choices is not None:
         _check_choices(args)
     for bundle in args.bundles:
@@ -118,8 +133,12 @@ def run(args: argparse.Namespace) -> int:
         ) as session:
             if len(args.bundles) > 1:  # compared with each other, so none pays for starting up
                 session.warm_up()
-            ask = _ask if args.choices is None else _choose
-            answers = [ask(session, args, turn) for turn in range(len(args.prompts))]
+            answers: list[Answer | Choice] = []
+            for turn in range(len(args.prompts)):
+                if args.choices is None:
+                    answers.append(_ask(session, args, turn, answer_format))
+                else:
+                    answers.append(_choose(session, args, turn))
             if args.json:
                 print(json.dumps(_record(session, args.prompts, answers)))
     return 0
@@ -153,14 +172,33 @@ def _check_shown(bundle: Path, images: list[Path] | None, video: Path | None) ->
         check_count(len(images), record)
 
 
-def _ask(session: Session, args: argparse.Namespace, turn: int) -> Answer:
+def _answer_format(args: argparse.Namespace) -> AnswerFormat | None:
+    """The form of the answers that was asked for; SpecError where it cannot be read."""
+    from edgeprune.runtime.formats import AnswerFormat
+
+    if args.regex is not None:
+        return AnswerFormat.regex(args.regex)
+    if args.json_schema is None:
+        return None
+    try:
+        return AnswerFormat.json_schema(json.loads(args.json_schema.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(
+            f"--json-schema {args.json_schema} is no JSON file ({brief(error)})"
+        ) from error
+
+
+def _ask(
+    session: Session, args: argparse.Namespace, turn: int, answer_format: AnswerFormat | None
+) -> Answer:
     """One turn: streamed to stdout unless JSON is wanted, timings to stderr."""
     sampling = _sampling(session, args)
     prompt = args.prompts[turn]
     if turn == 0:
-        pieces = session.stream(args.video or args.images, prompt, sampling, args.system)
+        shown = args.video or args.images
+        pieces = session.stream(shown, prompt, sampling, args.system, answer_format)
     else:
-        pieces = session.stream_follow_up(prompt, sampling)
+        pieces = session.stream_follow_up(prompt, sampling, answer_format)
     label = f"{session.manifest.name}: " if len(args.bundles) > 1 and not args.json else ""
     print(label, end="", flush=True)
     begun = bool(label)

@@ -107,9 +107,11 @@ class ServedBundle:
         session, talk = opened.session, request.conversation
         sampling = request.sampling(self.manifest.text.generation)
         if opened.image is None:
-            pieces = session.stream_follow_up(talk.prompt, sampling)
+            pieces = session.stream_follow_up(talk.prompt, sampling, request.answer_format)
         else:
-            pieces = session.stream(opened.image, talk.prompt, sampling, talk.system)
+            pieces = session.stream(
+                opened.image, talk.prompt, sampling, talk.system, request.answer_format
+            )
         yield from _stripped(pieces)
         answer = session.answer
         assert answer is not None  # set when the pieces end

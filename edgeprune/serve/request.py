@@ -10,6 +10,7 @@ from typing import Any
 from edgeprune.errors import SpecError
 from edgeprune.generation import Sampling
 from edgeprune.runtime.choosing import check
+from edgeprune.runtime.formats import AnswerFormat, check_settings
 from edgeprune.serve.errors import refused
 from edgeprune.serve.messages import Conversation, conversation
 
@@ -28,7 +29,8 @@ SETTINGS = {
 }
 """Fields that are settings of Sampling; those from top_k on are no fields of OpenAI's."""
 
-OWN = {"model", "messages", "stream", "stream_options", "choices", *SETTINGS}
+OWN = {"model", "messages", "stream", "stream_options", "choices", "response_format", "regex"}
+OWN |= {*SETTINGS}
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -38,7 +40,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 """Fields that this server does not follow, and the values with which they ask for nothing."""
@@ -58,6 +59,7 @@ class ChatRequest:
     conversation: Conversation
     settings: dict[str, Any]  # of Sampling, those that were given
     choices: tuple[str, ...]  # answers to choose from; empty: whatever the model says
+    answer_format: AnswerFormat | None  # the form of the answer; None: any
     stream: bool
     stream_usage: bool  # whether a stream ends with a chunk that holds the usage
 
@@ -85,11 +87,13 @@ def parse(body: bytes, media: Path | None, limit: int) -> ChatRequest:
     if not isinstance(options, dict):
         raise refused("stream_options is an object", "stream_options")
     settings = _settings(fields)
+    wanted = _answer_format(fields, settings)
     return ChatRequest(
         model,
         conversation(fields.get("messages"), media, limit),
         settings,
-        _choices(fields.get("choices"), settings),
+        _choices(fields.get("choices"), settings, wanted),
+        wanted,
         _flag(fields.get("stream"), "stream"),
         _flag(options.get("include_usage"), "stream_options"),
     )
@@ -116,13 +120,47 @@ def _flag(value: Any, name: str) -> bool:
     raise refused(f"{name} is true or false", name)
 
 
-def _choices(value: Any, settings: dict[str, Any]) -> tuple[str, ...]:
+def _answer_format(fields: dict[str, Any], settings: dict[str, Any]) -> AnswerFormat | None:
+    """The form of the answer: OpenAI's `response_format`, or a regular expression."""
+    name = "response_format" if fields.get("regex") is None else "regex"
+    try:
+        if name == "regex":
+            if fields.get("response_format") not in (None, {"type": "text"}):
+                raise SpecError("response_format and regex both say a form; give one of them")
+            found: AnswerFormat | None = AnswerFormat.regex(fields["regex"])
+        else:
+            found = _response_format(fields.get("response_format"))
+        if found is not None:
+            check_settings(replace(Sampling(), **settings))
+    except SpecError as error:
+        raise refused(str(error), name) from error
+    return found
+
+
+def _response_format(value: Any) -> AnswerFormat | None:
+    kind = value.get("type") if isinstance(value, dict) else value
+    if kind is None or (kind == "text" and isinstance(value, dict)):
+        return None
+    if kind == "json_object":
+        return AnswerFormat.json_object()
+    described = value.get("json_schema") if isinstance(value, dict) else None
+    if kind == "json_schema" and isinstance(described, dict):
+        return AnswerFormat.json_schema(described.get("schema", {}))
+    raise SpecError(
+        "response_format is {type: text}, {type: json_object}, or {type: json_schema,"
+        " json_schema: {name: ..., schema: {...}}}"
+    )
+
+
+def _choices(value: Any, settings: dict[str, Any], wanted: AnswerFormat | None) -> tuple[str, ...]:
     if value is None:
         return ()
     try:
         check(value if isinstance(value, list) else "")
     except SpecError as error:
         raise refused(str(error), "choices") from error
+    if wanted is not None:
+        raise refused("choices are a form of the answer themselves; leave the other out", "choices")
     if settings:
         raise refused(
             f"{', '.join(settings)} would do nothing: choices are scored; leave it out", "choices"
