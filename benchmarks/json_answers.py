@@ -5,7 +5,8 @@ answer parses and has the schema's fields, or where it ends with `length`; both 
 
     python -m benchmarks.real_lm checkpoints/smollm2-llava
     edgeprune export --model checkpoints/smollm2-llava --method none --dtype fp32 \
-        --samples-file checkpoints/smollm2-llava/samples.json --output out/smollm2
+        --samples-file checkpoints/smollm2-llava/samples.json \
+        --image-dir checkpoints/smollm2-llava/images --output out/smollm2
     python -m benchmarks.json_answers out/smollm2 --tries 500
 """
 
