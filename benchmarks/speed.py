@@ -3,6 +3,8 @@
     python -m benchmarks.speed 12x1024 --cr 4
     python -m benchmarks.speed onevision-0.5b --no-flat --rounds 4
     python -m benchmarks.speed qwen2-vl-2b --no-flat --apart --rounds 4   # 23 GB of disk
+    python -m benchmarks.speed 0.5b --no-flat --rounds 6 --new-tokens 32 \
+        --weights float,int8,int8:activations=on,int4
 
 Writes a checkpoint and two bundles below --work (kept, so a second run only measures), then times
 both in turn with `edgeprune bench`. A third bundle, `flat`, is fed the pruned one's average number
@@ -42,33 +44,41 @@ def opened(model: str, work: Path) -> Adapter:
     return published.open(folder if there else published.write(folder, sparse=False))
 
 
-def bundle(adapter: Adapter, name: str, method: str, plan: Plan, cr: float, dtype: str) -> Path:
+def bundle(
+    adapter: Adapter, name: str, method: str, plan: Plan, cr: float, dtype: str, weights: str
+) -> Path:
     """Export one bundle of a checkpoint, unless it is there."""
     checkpoint = adapter.checkpoint.folder
-    output = checkpoint.parent / f"{checkpoint.name}-{name}-{dtype}"
+    suffix = "" if weights == "float" else f"-{weights.replace(':', '-')}"
+    output = checkpoint.parent / f"{checkpoint.name}-{name}-{dtype}{suffix}"
     if (output / MANIFEST).is_file():
         return output
     why = "timed only" if checkpoint.name in PUBLISHED else ""
     spec, processor = PruneSpec(method, cr), Processor(adapter)
-    request = ExportRequest(checkpoint.name, spec, plan, output, dtype=dtype, no_parity=why)
+    request = ExportRequest(
+        checkpoint.name, spec, plan, output, dtype=dtype, weights=weights, no_parity=why
+    )
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
     export(request, adapter, make(spec), processor, prompts)
     return output
 
 
-def bundles(model: str, cr: float, work: Path, dtype: str, *, flat: bool) -> tuple[Path, ...]:
-    """Dense, pruned layer by layer and, if asked, flat at the same average."""
+def bundles(
+    model: str, cr: float, work: Path, dtype: str, formats: Sequence[str], *, flat: bool
+) -> tuple[Path, ...]:
+    """Dense, pruned layer by layer and, if asked, flat at the same average; in each format of
+    weights."""
     adapter = opened(model, work)
     visual, layers = adapter.shape.visual_tokens, adapter.shape.layers
     pruned = plan_from_counts(visual, declining(visual, layers, cr))
     even = plan_from_counts(visual, (round(visual / cr),) * layers)
-    found = (
-        bundle(adapter, "dense", "none", Plan(visual, layers), 1, dtype),
-        bundle(adapter, f"utp-cr{cr:g}", "utp", pruned, cr, dtype),
-    )
-    if not flat:
-        return found
-    return *found, bundle(adapter, f"flat-cr{cr:g}", "uniform", even, cr, dtype)
+    kinds: list[tuple[str, str, Plan, float]] = [
+        ("dense", "none", Plan(visual, layers), 1),
+        (f"utp-cr{cr:g}", "utp", pruned, cr),
+    ]
+    if flat:
+        kinds.append((f"flat-cr{cr:g}", "uniform", even, cr))
+    return tuple(bundle(adapter, *kind, dtype, weights) for kind in kinds for weights in formats)
 
 
 def apart(request: BenchRequest) -> BenchResult:
@@ -96,6 +106,8 @@ def main() -> None:
     parser.add_argument("model", choices=[*SHAPES, *PUBLISHED], metavar="MODEL")
     parser.add_argument("--cr", type=float, default=4)
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--weights", default="float", help="formats, with commas between them")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--backend", default="ort-cpu")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -104,8 +116,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/speed"))
     parser.add_argument("--json", type=Path, help="write every round here")
     args = parser.parse_args()
-    paths = bundles(args.model, args.cr, args.work, args.dtype, flat=not args.no_flat)
-    request = BenchRequest(paths, (args.backend,), rounds=args.rounds, new_tokens=args.new_tokens)
+    formats = args.weights.split(",")
+    paths = bundles(args.model, args.cr, args.work, args.dtype, formats, flat=not args.no_flat)
+    request = BenchRequest(
+        paths,
+        (args.backend,),
+        rounds=args.rounds,
+        new_tokens=args.new_tokens,
+        threads=args.threads,
+    )
     result = apart(request) if args.apart else bench(request)
     print(table(result))
     print(result.machine, file=sys.stderr)

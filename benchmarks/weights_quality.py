@@ -3,7 +3,8 @@
 Each format is compared with the float model on prompts that it was not tuned on: the demo's
 questions with the float model's own answers, or English prose (`--text`, for a checkpoint with a
 real language model, such as benchmarks/real_lm.py writes). Runs the eager model, whose weights are
-those of the bundle: what rounding of activations adds at run time is not in these numbers.
+those of the bundle, and whose activations are rounded where `activations=on`: what ONNX Runtime's
+own rounding adds to products of other formats is not in these numbers.
 
     python -m benchmarks.weights_quality --weights int8,int4:clip=off,int4,int4:awq=on,auto:bits=5
     python -m benchmarks.weights_quality --model checkpoints/smollm2-llava --text --tests 16
@@ -25,10 +26,12 @@ from torch.nn import functional as F
 from edgeprune.calib import awq, sensitivity
 from edgeprune.calib.samples import demo_samples
 from edgeprune.demo.questions import calibration_samples
+from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
+from edgeprune.models._rounded_inputs import round_inputs
 from edgeprune.models._tuning import UNTUNED
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
@@ -101,7 +104,8 @@ def prepared(adapter: Adapter, wanted: WeightFormat, plan: Plan, prompts: list[P
         few = prompts[:4]
         kinds = sensitivity.mix(adapter, wanted, torch.float16, POLICY, plan, few, tuning)
         tuning = replace(tuning, kinds=kinds)
-    return adapter.with_weights(wanted, torch.float16, tuning)
+    largest = TARGETS["cpu"].largest_code
+    return adapter.with_weights(wanted, torch.float16, tuning, largest=largest)
 
 
 def size_and_error(adapter: Adapter, model: Reference) -> tuple[float, float]:
@@ -142,6 +146,8 @@ def main() -> None:
     for text in args.weights.split(","):
         quantised = prepared(adapter, WeightFormat.parse(text), plan, tuned)
         model = Reference.build(quantised, POLICY, plan, decoder=Everywhere)
+        if quantised.weights is not None:
+            round_inputs(quantised.weights, model.vision, model.decoder)
         bits, error = size_and_error(quantised, model)
         kl = equal = nll = 0.0
         for case, float32 in zip(tests, wanted, strict=True):

@@ -214,7 +214,8 @@ class WeightsRecord:
 
     `distance` is that of the model with these weights, computed in float32, to the same model with
     the checkpoint's own; `running` that of the graph as ONNX Runtime's CPU provider runs it, which
-    rounds activations to int8 in these products, and is None for other targets.
+    rounds activations to int8 in these products, and is None for other targets. `rounded` is that
+    of the eager model whose activations are rounded as `activations=on` of --weights has it.
     """
 
     format: str  # as --weights takes it, with every option
@@ -228,6 +229,7 @@ class WeightsRecord:
     kinds: dict[str, str] = field(default_factory=dict)  # of products that --weights auto chose for
     distance: DistanceRecord | None = None  # None: no sample was compared
     running: DistanceRecord | None = None
+    rounded: DistanceRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)

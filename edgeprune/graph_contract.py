@@ -51,8 +51,8 @@ def check_signature(manifest: Manifest) -> None:
 
 def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
     """ValueError where `vision.onnx` or `decoder.onnx` is not the graph of the manifest."""
-    codes = TARGETS[manifest.target].codes
-    if strange := graph.operators - OPERATORS - {codes}:
+    target = TARGETS[manifest.target]
+    if strange := graph.operators - OPERATORS - {target.codes, target.integers}:
         raise ValueError(f"it has the operator {min(strange)}, which no bundle needs")
     if outside := graph.files - {WEIGHTS}:
         raise ValueError(f"it has weights in {min(outside)!r}, not in {WEIGHTS}")

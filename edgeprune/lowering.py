@@ -36,6 +36,16 @@ class Target:
     token: bool = True  # whether the graph gives the likeliest token, so that logits stay on a GPU
     codes: str = "DequantizeLinear"  # the operator that reads quantised weights of products
     rows: str = "DequantizeLinear"  # the operator that reads a quantised embedding's codes first
+    integers: str = ""  # the operator of products whose inputs are int8 too; none: there are none
+
+    @property
+    def largest_code(self) -> int | None:
+        """Of a weight whose product has inputs of 8 bits; None: what 8 bits hold.
+
+        ONNX Runtime on x86 without VNNI adds two products of unsigned and signed bytes in 16 bits,
+        without a word where they do not fit: 2 * 255 * 64 does.
+        """
+        return 64 if self.integers == "MatMulIntegerToFloat" else None
 
     @property
     def zero_points(self) -> bool:
@@ -67,7 +77,16 @@ TENSORRT_TOPK = 3840
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", "modern", "fp32", (), token=False, codes="MatMulNBits", rows="Gather"),
+        Target(
+            "cpu",
+            "modern",
+            "fp32",
+            (),
+            token=False,
+            codes="MatMulNBits",
+            rows="Gather",
+            integers="MatMulIntegerToFloat",
+        ),
         # TensorRT has no float32 kernel for its Attention operator.
         Target("cuda", "modern", "fp16", ("fp16", "bf16"), rows="Gather"),
         Target("rtx", "modern", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
@@ -86,4 +105,22 @@ def resolve(target: str, dtype: str | None = None, weights: str = "float") -> Lo
     name = dtype or chosen.dtype
     if name not in DTYPES:
         raise SpecError(f"--dtype is one of {', '.join(DTYPES)}; got {name!r}")
-    return Lowering(chosen, DTYPES[name], WeightFormat.parse(weights))
+    return _checked(Lowering(chosen, DTYPES[name], WeightFormat.parse(weights)))
+
+
+def _checked(lowering: Lowering) -> Lowering:
+    """SpecError where a target has no product whose inputs are rounded as asked."""
+    target, dtype = lowering.target, lowering.dtype.name
+    if not lowering.weights.activations:
+        return lowering
+    if not target.integers:
+        able = ", ".join(one.name for one in TARGETS.values() if one.integers)
+        raise SpecError(
+            f"activations=on of --weights is for the targets {able}; got --target {target.name}"
+        )
+    if target.integers == "MatMulIntegerToFloat" and dtype != "fp32":
+        raise SpecError(
+            f"activations=on of --weights computes between products in fp32 on --target"
+            f" {target.name}; got --dtype {dtype}"
+        )
+    return lowering

@@ -24,11 +24,12 @@ NUMBERS = {d.onnx: d.name for d in DTYPES.values()} | {6: "int32", 7: "int64", 9
 CODES = {2: "uint8", 3: "int8", 22: "int4"}
 """The same, of quantised weights."""
 MICROSOFT = "com.microsoft"
-FUSED = "MatMulNBits"
-"""The one operator of ONNX Runtime's own domain that a bundle may have."""
+FUSED, INTEGERS = "MatMulNBits", "MatMulIntegerToFloat"
+OWN = (FUSED, INTEGERS)
+"""The operators of ONNX Runtime's own domain that a bundle may have."""
 AXES = 8
-QUANTISED = ("DequantizeLinear", FUSED)
-"""Operators that read quantised weights."""
+QUANTISED = ("DequantizeLinear", "QuantizeLinear", *OWN)
+"""Operators that read or make codes."""
 
 Found = dict[int, list[memoryview | int]]  # values of a message by the field's number
 Known = Mapping[int, tuple[int, ...]]  # wire types by the field's number
@@ -159,7 +160,7 @@ class _Reader:
         for view in _views(parts, 1):
             node = self._found(view, _NODE)
             operator = _text(node, 4)
-            if (domain := _text(node, 7)) and (domain, operator) != (MICROSOFT, FUSED):
+            if (domain := _text(node, 7)) and (domain != MICROSOFT or operator not in OWN):
                 raise ValueError(f"it has the operator {domain}.{operator}")
             if not any(map(len, _views(node, 2))):
                 raise ValueError(f"it has a node of the operator {operator} without outputs")
@@ -168,7 +169,7 @@ class _Reader:
             if operator in QUANTISED:
                 quantised.append(self._quantised(node, operator, constants))
         return OnnxFile(
-            self._opset(_views(found, 8), fused=FUSED in operators),
+            self._opset(_views(found, 8), own=not operators.isdisjoint(OWN)),
             frozenset(operators),
             tuple(map(self._value, _views(parts, 11))),
             tuple(map(self._value, _views(parts, 12))),
@@ -176,14 +177,14 @@ class _Reader:
             tuple(quantised),
         )
 
-    def _opset(self, messages: list[memoryview], *, fused: bool) -> int:
+    def _opset(self, messages: list[memoryview], *, own: bool) -> int:
         """Of ONNX's own operators; ONNX Runtime's one, where it is there, is of version 1."""
         opsets = [self._found(view, _OPSET) for view in messages]
-        own = [opset for opset in opsets if not _text(opset, 1)]
+        usual = [opset for opset in opsets if not _text(opset, 1)]
         others = [(_text(opset, 1), _number(opset, 2)) for opset in opsets if _text(opset, 1)]
-        if len(own) != 1 or others != fused * [(MICROSOFT, 1)]:
+        if len(usual) != 1 or others != own * [(MICROSOFT, 1)]:
             raise ValueError("it has operators of several domains")
-        return _number(own[0], 2)
+        return _number(usual[0], 2)
 
     def _constant(self, message: memoryview) -> Value:
         """Type and sizes of a tensor of the graph."""

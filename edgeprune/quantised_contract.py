@@ -6,18 +6,34 @@ it would read past their end, so nothing is left to the engine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgeprune.lowering import DTYPES
-from edgeprune.onnx_file import FUSED, Quantised, Value
+from edgeprune.onnx_file import FUSED, INTEGERS, Quantised, Value
 
 BLOCKS = (16, 32, 64, 128, 256)
 """Inputs that may share a scale."""
 FUSED_ATTRIBUTES = {"K", "N", "bits", "block_size", "accuracy_level"}
 LEVELS = range(5)
 """Of accuracy, 0 that of the activations' dtype."""
+ROUNDING = ("QuantizeLinear",)
+"""Operators that round a tensor of a call."""
+ROUNDED = ("uint8",)
+"""Types to which they do."""
 
 
 def check_quantised(node: Quantised) -> None:
     """ValueError where a node's codes, scales and attributes do not fit each other."""
+    if node.operator in ROUNDING:
+        _check_rounding(node)
+    elif node.operator == INTEGERS:
+        _check_integers(node)
+    else:
+        _check_codes(node)
+
+
+def _check_codes(node: Quantised) -> None:
+    """Weights whose products have inputs of floats."""
     read = list(node.inputs)
     if node.operator == FUSED:
         _, *read = node.inputs or (None,)
@@ -35,6 +51,44 @@ def check_quantised(node: Quantised) -> None:
         )
     for zero in zeros:
         _check_zeros(node, zero, scales)
+
+
+def _check_rounding(node: Quantised) -> None:
+    """What rounds a tensor of a call: one scale and one zero point."""
+    _require(node, [None, Value("scale", "", ()), Value("zero point", "", ())])
+    zero = node.inputs[2]
+    if zero is None or zero.dtype not in ROUNDED:
+        raise ValueError(f"{node.operator} {node.name} gives {zero}, which no export asks for")
+
+
+def _check_integers(node: Quantised) -> None:
+    """Codes int8 [K, N] and one scale an output; one scale and one zero point of the inputs."""
+    codes = node.inputs[1] if len(node.inputs) > 1 else None
+    inputs, outputs = _matrix(node, codes or Value("codes", "nothing", ()))
+    one, middle = Value("scale", "fp32", ()), Value("zero point", "uint8", ())
+    weights, scales = Value("codes", "int8", (inputs, outputs)), Value("scales", "fp32", (outputs,))
+    _require(node, [None, weights, one, scales, middle])
+
+
+def _require(node: Quantised, wanted: Sequence[Value | None]) -> None:
+    """ValueError unless a node reads constants of these types and sizes, and has no attributes.
+
+    None stands for what is computed; an empty type for floats, or what is looked at apart.
+    """
+    if node.attributes or len(node.inputs) != len(wanted):
+        raise ValueError(f"{node.operator} {node.name} is not as exports write it")
+    for found, value in zip(node.inputs, wanted, strict=True):
+        if value is None:
+            continue
+        if (
+            found is None
+            or found.sizes != value.sizes
+            or found.dtype != (value.dtype or found.dtype)
+        ):
+            raise ValueError(
+                f"{node.operator} {node.name} has the {value.name} {found or 'computed'}, want"
+                f" {value}"
+            )
 
 
 def _check_zeros(node: Quantised, zeros: Value | None, scales: Value) -> None:
@@ -66,7 +120,7 @@ def _dequantised(node: Quantised, codes: Value) -> Wanted:
 
 def _matrix(node: Quantised, codes: Value) -> tuple[int, int]:
     if len(codes.sizes) != 2 or not all(isinstance(n, int) and n > 0 for n in codes.sizes):
-        raise ValueError(f"DequantizeLinear {node.name} has codes {codes}, want a matrix")
+        raise ValueError(f"{node.operator} {node.name} has codes {codes}, want a matrix")
     inputs, outputs = codes.sizes
     return int(inputs), int(outputs)
 

@@ -36,6 +36,7 @@ class Form:
 
     bits: int
     block: int | None  # inputs that share a scale; None: all K, one scale an output
+    activations: bool = False  # whether the product's inputs are rounded to as many bits
 
     def bytes(self, inputs: int, outputs: int, scale: int) -> int:
         """Of a weight whose scales have `scale` bytes each."""
@@ -54,6 +55,7 @@ class WeightFormat:
     clip: bool = True  # whether scales of int4 are searched for: models/_quantised.py
     awq: bool = False  # whether samples say which channels count: calib/awq.py
     bits: float = 0.0  # a weight on average, scales included, where the kind is AUTO
+    activations: bool = False  # whether inputs of the products of layers are rounded too
 
     def __post_init__(self) -> None:
         for part in PARTS:
@@ -63,6 +65,8 @@ class WeightFormat:
             if (value := getattr(self, part)) not in known:
                 name = "--weights" if part == "kind" else f"{part} of --weights"
                 raise SpecError(f"{name} is one of {', '.join(known)}; got {value!r}")
+        if self.activations and self.kind != "int8":
+            raise SpecError(f"activations=on is an option of --weights int8; got {self.kind}")
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
@@ -85,12 +89,15 @@ class WeightFormat:
             raise SpecError(f"block of --weights is one of {sizes}; got {block!r}")
         clip = _switch("clip", given.pop("clip", "on"))
         awq = _switch("awq", given.pop("awq", "off"))
+        activations = _switch("activations", given.pop("activations", "off"))
         bits = _bits(given.pop("bits", None), kind)
         kinds = {"on": kind, "off": "float"}
         if given.get("embedding") == "on":
             given["embedding"] = "int8"
         parts = {"head": kind} | {name: kinds.get(value, value) for name, value in given.items()}
-        return cls(kind, int(block), clip=clip, awq=awq, bits=bits, **parts)
+        return cls(
+            kind, int(block), clip=clip, awq=awq, bits=bits, activations=activations, **parts
+        )
 
     def __str__(self) -> str:
         """As `parse` reads it, with every option."""
@@ -98,7 +105,7 @@ class WeightFormat:
             return "float"
         parts = (f"{part}={getattr(self, part)}" for part in PARTS[1:])
         mixed = [f"bits={self.bits:g}"] if self.kind == AUTO else []
-        switches = {"clip": self.clip, "awq": self.awq}
+        switches = {"clip": self.clip, "awq": self.awq, "activations": self.activations}
         told = (f"{name}={'on' if on else 'off'}" for name, on in switches.items())
         return ":".join([self.kind, *mixed, f"block={self.block}", *parts, *told])
 
@@ -143,7 +150,8 @@ class WeightFormat:
         if bits == 4:
             sizes = [size for size in BLOCKS if size <= self.block and inputs % size == 0]
             return Form(4, sizes[0]) if sizes and outputs % 2 == 0 else Form(8, None)
-        return Form(bits, None) if bits else None
+        rounded = self.activations and kind == self.kind and part in ("kind", "vision")
+        return Form(bits, None, rounded) if bits else None
 
 
 def _bits(given: str | None, kind: str) -> float:

@@ -106,7 +106,8 @@ class Dialect:
     """A set of lowerings, its opset, and whether the cache is written in place or grows.
 
     With `token` the graph says which token is the likeliest; a CPU has the logits at hand. `codes`
-    is the operator that reads quantised weights of products, `rows` that reads an embedding's.
+    is the operator that reads quantised weights of products, `rows` that reads an embedding's,
+    `integers` that of products whose inputs are codes too.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Dialect:
     token: bool = True
     codes: str = "DequantizeLinear"
     rows: str = "DequantizeLinear"
+    integers: str = ""
 
 
 MODERN = Dialect("modern", 24, ModernOps, "in-place")
@@ -133,4 +135,11 @@ def dialect_of(lowering: Lowering) -> Dialect:
     """The dialect of a target; quantised weights need a later opset than jetpack6 has else."""
     target, found = lowering.target, DIALECTS[lowering.target.dialect]
     opset = found.opset if lowering.weights.is_float else max(found.opset, QUANTISED)
-    return replace(found, opset=opset, token=target.token, codes=target.codes, rows=target.rows)
+    return replace(
+        found,
+        opset=opset,
+        token=target.token,
+        codes=target.codes,
+        rows=target.rows,
+        integers=target.integers,
+    )

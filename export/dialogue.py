@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeprune.errors import ParityError, brief
+from edgeprune.export.unrounded import without_rounding
 from edgeprune.graphs import DECODER, VISION, GraphRecord
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._processor import Prompt
@@ -128,7 +128,7 @@ class Graphs:
 
 def session(file: Path, *, exact: bool) -> Any:
     """A graph in ONNX Runtime; `exact`: products with quantised weights compute in float32, else
-    as they run on a device, with activations rounded to int8."""
+    as they run on a device, with activations rounded."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -136,7 +136,7 @@ def session(file: Path, *, exact: bool) -> Any:
     model: str | bytes = str(file)
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        if (copy := _in_float32(file)) is not None:
+        if (copy := without_rounding(file)) is not None:
             folder = str(file.parent)
             options.add_session_config_entry(WEIGHTS_FOLDER, folder)
             model = copy
@@ -145,18 +145,6 @@ def session(file: Path, *, exact: bool) -> Any:
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """Where a session that is given a graph as bytes looks for its weights."""
-
-
-def _in_float32(file: Path) -> bytes | None:
-    """A graph whose MatMulNBits compute in float32; None where it has none."""
-    model = onnx.load(file, load_external_data=False)
-    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    found: bytes = model.SerializeToString()
-    return found if nodes else None
 
 
 @contextmanager

@@ -178,8 +178,14 @@ def export(
 
 def _with_weights(lowering: Lowering, adapter: Adapter, tuning: Tuning) -> Adapter:
     """The checkpoint with its weights as a bundle of this kind has them."""
-    dtype, zero_points = TORCH[lowering.dtype.name], lowering.target.zero_points
-    return adapter.with_weights(lowering.weights, dtype, tuning, zero_points=zero_points)
+    dtype, target = TORCH[lowering.dtype.name], lowering.target
+    return adapter.with_weights(
+        lowering.weights,
+        dtype,
+        tuning,
+        zero_points=target.zero_points,
+        largest=target.largest_code,
+    )
 
 
 def _open_again(draft: Path) -> None:

@@ -99,7 +99,7 @@ def measure(
     _require_near(eager, half)
     if graphs is None:
         return eager.record(), None
-    _require_no_farther(graph, eager, _name(half))
+    require_no_farther(graph, eager, _name(half))
     return eager.record(), graph.record()
 
 
@@ -128,7 +128,7 @@ def _require_near(eager: Tally, half: Reference) -> None:
         )
 
 
-def _require_no_farther(graph: Tally, eager: Tally, dtype: str) -> None:
+def require_no_farther(graph: Tally, eager: Tally, numbers: str) -> None:
     """ParityError where the graph is farther from float32 than the eager model and the margin."""
     ours, theirs = graph.record(), eager.record()
     worse = [
@@ -150,7 +150,7 @@ def _require_no_farther(graph: Tally, eager: Tally, dtype: str) -> None:
         )
     if worse:
         raise ParityError(
-            f"the exported graph is farther from float32 than the eager model in {dtype}: it"
+            f"the exported graph is farther from float32 than the eager model in {numbers}: it"
             f" {'; it '.join(worse)}; nothing was written. {REPORT}"
         )
 

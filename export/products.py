@@ -9,7 +9,7 @@ has it at once opens faster and in half the memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,15 +176,20 @@ class Fused(ProductForm):
             domain=MICROSOFT,
             name=f"{matmul.name}nbits",
         )
-        old, new = matmul.outputs[0], fused.outputs[0]
-        new.shape, new.type, name = old.shape, old.type, old.name
-        model.graph.insert_before(matmul, fused)
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        model.graph.remove(matmul, safe=True)
-        new.name = name
+        put_in_place(model, matmul, [fused])
         model.graph.opset_imports[MICROSOFT] = 1
         if product.cast is not None:
             model.graph.remove(product.cast, safe=True)
+
+
+def put_in_place(model: ir.Model, old: ir.Node, made: Sequence[ir.Node]) -> None:
+    """Let the last of some nodes give what a node gave, and remove that."""
+    before, after = old.outputs[0], made[-1].outputs[0]
+    after.shape, after.type, name = before.shape, before.type, before.name
+    model.graph.insert_before(old, made)
+    ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    model.graph.remove(old, safe=True)
+    after.name = name
 
 
 LEVEL = 4

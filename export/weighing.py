@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from edgeprune.bundle import DistanceRecord, WeightsRecord
+from edgeprune.bundle import WeightsRecord
 from edgeprune.export import precision
 from edgeprune.export.dialogue import Graphs, Outcome, play, require_finite
 from edgeprune.export.parity import WEIGHTS
@@ -19,6 +19,7 @@ from edgeprune.lowering import Lowering
 from edgeprune.models import Adapter
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
+from edgeprune.models._rounded_inputs import round_inputs
 from edgeprune.models._rounding import TORCH
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress
@@ -86,16 +87,24 @@ def weigh(
     del model
     quantised = Reference.build(adapter, policy, plan)
 
-    def apart(engine: Reference | Graphs, step: str) -> DistanceRecord:
+    def apart(engine: Reference | Graphs, step: str) -> precision.Tally:
         tick = _ticking(report, step, len(samples))
         return _apart(engine, wanted, samples, plan, tick)
 
-    found = replace(weights, distance=apart(quantised, "distance of quantised weights"))
+    found = replace(weights, distance=apart(quantised, "distance of quantised weights").record())
     if lowering.target.codes != "MatMulNBits" or lowering.dtype.name == "bf16":
         return found
     dtype = TORCH[lowering.dtype.name]
-    running = Graphs(draft, record, quantised.decoder, dtype, exact=False)
-    return replace(found, running=apart(running, "distance as the graph runs"))
+    graphs = Graphs(draft, record, quantised.decoder, dtype, exact=False)
+    running = apart(graphs, "distance as the graph runs")
+    found = replace(found, running=running.record())
+    if not lowering.weights.activations:
+        return found
+    assert adapter.weights is not None
+    round_inputs(adapter.weights, quantised.vision, quantised.decoder)
+    rounded = apart(quantised, "distance of rounded activations")
+    precision.require_no_farther(running, rounded, "activations of int8")
+    return replace(found, rounded=rounded.record())
 
 
 def _ticking(report: Progress, step: str, count: int) -> Callable[[int], None]:
@@ -108,7 +117,7 @@ def _apart(
     samples: Sequence[Prompt],
     plan: Plan,
     progress: Callable[[int], None],
-) -> DistanceRecord:
+) -> precision.Tally:
     """How far an engine is from what another said of the same samples."""
     tally = precision.Tally()
     for number, (prompt, (outcome, token)) in enumerate(zip(samples, wanted, strict=True), 1):
@@ -116,4 +125,4 @@ def _apart(
         require_finite(found, "the quantised model", number, "choose another --weights")
         tally.add(found, outcome, plan)
         progress(number)
-    return tally.record()
+    return tally

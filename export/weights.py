@@ -44,8 +44,12 @@ class Stored:
 class WeightsFile:
     """Appends tensors to weights.bin and points initializers at them."""
 
-    def __init__(self, folder: Path, form: ProductForm, table: TableForm) -> None:
+    def __init__(
+        self, folder: Path, form: ProductForm, integers: ProductForm | None, table: TableForm
+    ) -> None:
+        """`form` is of products, `integers` of those whose inputs are codes too."""
         self.folder, self.form, self.table, self.stored = folder, form, table, Stored()
+        self.integers = integers
         self.stream: BinaryIO = (folder / WEIGHTS).open("wb")
 
     def __enter__(self) -> WeightsFile:
@@ -93,12 +97,15 @@ class WeightsFile:
         assert source.form is not None
         strips = adapter.strips(source)
         if source.transposed:
-            product = product_of(weight)
-            packed = self.form.pack(product, source.form, strips)
+            product, form = product_of(weight), self.form
+            if source.form.activations:
+                assert self.integers is not None, "refused as soon as the target is known"
+                form = self.integers
+            packed = form.pack(product, source.form, strips)
             wide = dtype if product.cast is None else torch.float32
             scales = self._place(model, weight, packed, wide)
             zeros = self._zeros(model, packed, f"{weight.name}/zero")
-            self.form.rewire(model, product, source.form, scales, zeros)
+            form.rewire(model, product, source.form, scales, zeros)
         else:
             users, zeros = gathers_of(weight), None
             packed = self.table.pack(source.shape, strips)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from edgeprune.export.dialects import Dialect
+from edgeprune.export.integers import INTEGERS
 from edgeprune.export.products import FORMS
 from edgeprune.export.prompts import save_tokenizer
 from edgeprune.export.quantised_table import TABLES
@@ -65,7 +66,8 @@ def write_graphs(
     graphs = {VISION: vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
     report("trace decoder", 0, 1)
     graphs[DECODER] = decoder_graph(decoder, dtype, dialect)
-    with WeightsFile(draft, FORMS[dialect.codes], TABLES[dialect.rows]) as weights:
+    forms = FORMS[dialect.codes], INTEGERS.get(dialect.integers)
+    with WeightsFile(draft, *forms, TABLES[dialect.rows]) as weights:
         for name, module in ((VISION, vision), (DECODER, decoder)):
             step = partial(report, f"{name.removesuffix('.onnx')} weights")
             weights.fill(graphs[name].model, module, adapter, dtype, step)

@@ -24,15 +24,19 @@ NAME = "layers.1.mlp.down.weight"
 def bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("quantised")
     return {
-        target: frozen(
-            folder / target,
+        name: frozen(
+            folder / name,
             "none",
             model=tiny_checkpoint,
             target=target,
             dtype=dtype,
-            weights="int4",
+            weights=weights,
         )
-        for target, dtype in (("cpu", "fp32"), ("rtx", "fp16"))
+        for name, target, dtype, weights in (
+            ("cpu", "cpu", "fp32", "int4"),
+            ("rtx", "rtx", "fp16", "int4"),
+            ("integers", "cpu", "fp32", "int8:activations=on"),
+        )
     }
 
 
@@ -67,6 +71,7 @@ def typed(kind: int, name: str = NAME) -> Edit:
 
 ATTRIBUTES = "has attributes that no export writes"
 SCALE = f"{NAME}/scale"
+MIDDLE = "integers/uint8/128"
 CASES: dict[str, tuple[str, Edit, str]] = {
     "more inputs": ("cpu", says("K", 1 << 40), "has codes uint8 [64, 3, 16] and scales"),
     "more outputs": ("cpu", says("N", 1 << 40), "want uint8 [1099511627776, 3, 16] and"),
@@ -107,6 +112,23 @@ CASES: dict[str, tuple[str, Edit, str]] = {
         lambda m: setattr(m.opset_import[-1], "version", 2),
         "operators of several domains",
     ),
+    "integers: more codes": ("integers", sized(96, 32), "scales fp32 [64], want"),
+    "integers: three axes": ("integers", sized(1, 96, 64), "want a matrix"),
+    "integers: unsigned": ("integers", typed(TensorProto.UINT8), "uint8 [96, 64], want"),
+    "integers: fewer scales": ("integers", sized(32, name=SCALE), "scales fp32 [32], want"),
+    "integers: half scales": (
+        "integers",
+        typed(TensorProto.FLOAT16, name=SCALE),
+        "scales fp16 [64], want",
+    ),
+    "integers: no zero point": ("integers", lambda m: node(m).input.pop(), "not as exports write"),
+    "integers: attribute": ("integers", says("K", 3), "not as exports write"),
+    "integers: many zero points": (
+        "integers",
+        sized(1, name=MIDDLE),
+        "zero point uint8 [1], want []",
+    ),
+    "integers: rounded to int8": ("integers", typed(TensorProto.INT8, name=MIDDLE), "int8"),
     "DQ: more codes": ("rtx", sized(1 << 20, 64), "want"),
     "DQ: three axes": ("rtx", sized(1, 96, 64), "want a matrix"),
     "DQ: floats": ("rtx", typed(TensorProto.FLOAT16), "want int4 or int8"),

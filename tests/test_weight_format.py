@@ -21,6 +21,7 @@ from edgeprune.weight_format import FLOAT, Form, WeightFormat
         ("auto:bits=5:head=int8", WeightFormat("auto", head="int8", bits=5)),
         ("int4:awq=on", WeightFormat("int4", head="int4", awq=True)),
         ("int4:embedding=on", WeightFormat("int4", head="int4", embedding="int8")),
+        ("int8:activations=on", WeightFormat("int8", head="int8", activations=True)),
     ],
 )
 def test_what_is_written_is_read_back(text, found):
@@ -37,7 +38,10 @@ def test_what_is_written_is_read_back(text, found):
         ("int4:block=x", "block of --weights is one of 32, 64, 128; got 'x'"),
         ("int4:head=fp8", "head of --weights is one of float, int8, int4; got 'fp8'"),
         ("int4:embedding=int4", "embedding of --weights is one of float, int8; got 'int4'"),
-        ("int4:size=3", "the options block, head, vision, embedding, clip, awq, bits; got 'size'"),
+        (
+            "int4:size=3",
+            "options block, head, vision, embedding, clip, awq, bits, activations; got 'size'",
+        ),
         ("int4:bits=5", "bits is an option of --weights auto; got int4:bits=5"),
         ("auto:bits=3", "bits of --weights is a number from 4 to 32; got '3'"),
         ("auto:bits=x", "bits of --weights is a number from 4 to 32; got 'x'"),

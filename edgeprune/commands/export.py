@@ -36,8 +36,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--weights",
         default="float",
         metavar="FORMAT",
-        help="float (default: the dtype), int8, int4 or auto; with options, as auto:bits=5 or"
-        " int4:block=64:head=off:vision=on:awq=on",
+        help="float (default: the dtype), int8, int4 or auto; with options, as auto:bits=5,"
+        " int8:activations=on or int4:block=64:head=off:vision=on:awq=on",
     )
     command.add_argument(
         "--keep-fp32",
@@ -139,6 +139,8 @@ def _weights_lines(record: WeightsRecord) -> list[str]:
     ]
     if record.distance is not None:
         lines.append(f"quantised beside the checkpoint's weights: {_distance(record.distance)}")
+    if record.rounded is not None:
+        lines.append(f"its activations rounded to 8 bits, eager: {_distance(record.rounded)}")
     if record.running is not None:
         lines.append(f"the same as it runs, activations rounded: {_distance(record.running)}")
     return lines

@@ -65,11 +65,13 @@ class Adapter(Family):
         tuning: Tuning = UNTUNED,
         *,
         zero_points: bool = False,
+        largest: int | None = None,
     ) -> Self:
         """The same checkpoint with weights in a format, whose scales a graph stores in a dtype.
 
         `tuning` is what samples say of them.
-        Codes that the checkpoint has may keep their zero points where `zero_points` says so.
+        Codes that the checkpoint has may keep their zero points where `zero_points` says so; those
+        of products whose inputs are rounded are `largest` at most.
         """
         if wanted.is_float:
             return self
@@ -77,6 +79,7 @@ class Adapter(Family):
         changed.weights = plan_weights(
             *(self._as_stored(wanted), *self.empty_modules(), scales, tuning),
             zero_points=zero_points,
+            largest=largest,
         )
         return changed
 
@@ -228,9 +231,14 @@ class Adapter(Family):
         form, scales = source.form, self.weights.scales
         size, stored = form.block or inputs, self.quantized(source)
         clip = self.weights.clip and form.bits == 4
-        anew = partial(quantize, bits=form.bits, block=size, dtype=scales, clip=clip)
+        largest = self.weights.largest if form.activations else None
+        asked = form.bits, size, scales
+        anew = partial(
+            quantize, bits=form.bits, block=size, dtype=scales, clip=clip, largest=largest
+        )
         if stored is not None:
-            own = fitted(stored, form.bits, size, scales, zero_points=self.weights.zero_points)
+            zero_points = self.weights.zero_points
+            own = fitted(stored, *asked, zero_points=zero_points, largest=largest)
             for part in strips(inputs, outputs):
                 exact = stored.part(part).dequantised()
                 weight = own.part(part) if own else anew(exact)

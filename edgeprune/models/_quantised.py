@@ -69,8 +69,10 @@ def quantize(
     *,
     clip: bool = False,
     importance: Tensor | None = None,
+    largest: int | None = None,
 ) -> QuantizedWeight:
-    """Round a weight [K, N] to the nearest codes; symmetric, the largest of a block is 7 or 127.
+    """Round a weight [K, N] to the nearest codes; symmetric, the largest of a block is 7 or 127, or
+    as given.
 
     `dtype` is what the graph stores scales in, so they are rounded to it before codes are made. A
     block so small that its scale would be 0 has the scale 1 and codes of 0. `block` divides K.
@@ -79,7 +81,7 @@ def quantize(
     `importance` [K] of their inputs, if given. ExportError where a scale is beyond the dtype.
     """
     inputs, outputs = weight.shape
-    largest = 2 ** (bits - 1) - 1
+    largest = largest or 2 ** (bits - 1) - 1
     blocks = weight.float().view(-1, block, outputs)
     widest = blocks.abs().amax(1) / largest
     counts = 1.0 if importance is None else importance.view(-1, block, 1)
@@ -110,11 +112,19 @@ def _usable(scales: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fitted(
-    stored: QuantizedWeight, bits: int, block: int, dtype: torch.dtype, *, zero_points: bool
+    stored: QuantizedWeight,
+    bits: int,
+    block: int,
+    dtype: torch.dtype,
+    *,
+    zero_points: bool,
+    largest: int | None = None,
 ) -> QuantizedWeight | None:
-    """The same codes in blocks of another size, scales rounded to a dtype; None where bits, blocks
-    or zero points do not allow that, or scales do not fit the dtype."""
+    """The same codes in blocks of another size, scales rounded to a dtype; None where bits, blocks,
+    zero points or the `largest` code do not allow that, or scales do not fit the dtype."""
     if (stored.zeros is not None and not zero_points) or stored.bits != bits:
+        return None
+    if largest is not None and int(stored.codes.int().abs().max()) > largest:
         return None
     scales = stored.scales.to(dtype).float()
     if stored.block % block or not bool((scales.isfinite() & (scales > 0)).all()):

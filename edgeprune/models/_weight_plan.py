@@ -25,6 +25,7 @@ class WeightPlan:
     scales: torch.dtype  # in which graphs store them
     clip: bool = False  # whether scales of 4 bits are searched for
     zero_points: bool = False  # whether graphs take codes with zero points
+    largest: int | None = None  # code of a product whose inputs are codes too; None: what bits hold
     tuning: Tuning = UNTUNED  # what samples say of them
 
     @property
@@ -42,13 +43,14 @@ def plan_weights(
     tuning: Tuning = UNTUNED,
     *,
     zero_points: bool = False,
+    largest: int | None = None,
 ) -> WeightPlan:
     """The forms that a format has for a model; modules may be on the meta device."""
     forms, sizes = dict[str, Form](), dict[str, tuple[int, int]]()
     for part, name, size in _weights(vision, decoder):
         if (form := wanted.form(part, *size, tuning.kinds.get(name, ""))) is not None:
             forms[name], sizes[name] = form, size
-    return WeightPlan(forms, sizes, scales, wanted.clip, zero_points, tuning)
+    return WeightPlan(forms, sizes, scales, wanted.clip, zero_points, largest, tuning)
 
 
 def _weights(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tuple[int, int]]]:

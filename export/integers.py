@@ -1,0 +1,103 @@
+"""Products whose inputs are rounded to 8 bits too, so that integers are multiplied.
+
+`MatMulIntegerToFloat` of com.microsoft is for ONNX Runtime on a CPU. Each token has a scale of its
+own, found as the graph runs:
+
+    scale = max(|x|) / 127
+    codes = QuantizeLinear(x / scale, 1, 128)          uint8, 128 stands for 0
+    y = MatMulIntegerToFloat(codes, weights) * scale   times one scale an output
+
+One scale for a whole call, as DynamicQuantizeLinear has it, would be set by the largest token: real
+models have a few that are far larger than all others, and these would leave the others few values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeprune.export.products import MICROSOFT, Dequantized, Product, ProductForm, put_in_place
+from edgeprune.models._rounded_inputs import LARGEST, TINY
+from edgeprune.weight_format import Form
+
+
+class ByToken(Dequantized):
+    """MatMulIntegerToFloat: codes int8 [K, N], one scale an output; fp32 alone."""
+
+    def rewire(
+        self,
+        model: ir.Model,
+        product: Product,
+        form: Form,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+    ) -> None:
+        assert zeros is None and product.cast is None, "codes are symmetric, the graph is fp32"
+        matmul = product.matmul
+        (x, _), name = matmul.inputs, matmul.name
+        assert x is not None
+        stem = "/".join((name or "").split("/")[:-1])
+        codes, scale = _rounded(model, x, stem)
+        one, middle = _constant(model, np.float32(1)), _constant(model, MIDDLE)
+        made = ir.node(
+            "MatMulIntegerToFloat",
+            [codes, product.weight, one, scales, middle],
+            domain=MICROSOFT,
+            name=f"{name}integer",
+        )
+        scaled = ir.node("Mul", [made.outputs[0], scale], name=f"{stem}/scaled")
+        put_in_place(model, matmul, [made, scaled])
+        made.outputs[0].shape, made.outputs[0].type = scaled.outputs[0].shape, scales.type
+        model.graph.opset_imports[MICROSOFT] = 1
+
+
+MIDDLE = np.uint8(128)
+"""The code of 0."""
+UNITS = "/units"
+"""How the name of the node ends that gives a tensor in steps of its scale."""
+
+
+def _rounded(model: ir.Model, x: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+    """Codes and scales of a tensor; those that another product has are taken again."""
+    for user in x.consumers():
+        if (user.name or "").endswith(UNITS):
+            (quantize,), found = user.outputs[0].consumers(), user.inputs[1]
+            assert found is not None
+            return quantize.outputs[0], found
+    axis = _constant(model, np.array([-1], np.int64))
+    step, least = (_constant(model, np.float32(n)) for n in (1 / LARGEST, TINY))
+    size = ir.node("Abs", [x], name=f"{name}/abs")
+    most = ir.node("ReduceMax", [size.outputs[0], axis], {"keepdims": 1}, name=f"{name}/max")
+    scale = ir.node("Mul", [most.outputs[0], step], name=f"{name}/step")
+    usable = ir.node("Max", [scale.outputs[0], least], name=f"{name}/scale")
+    units = ir.node("Div", [x, usable.outputs[0]], name=f"{name}{UNITS}")
+    one, middle = _constant(model, np.float32(1)), _constant(model, MIDDLE)
+    codes = ir.node("QuantizeLinear", [units.outputs[0], one, middle], name=f"{name}/codes")
+    made = [size, most, scale, usable, units, codes]
+    for node in made:
+        node.outputs[0].name, node.outputs[0].type = node.name, x.type
+    for node in (size, units, codes):
+        node.outputs[0].shape = x.shape
+    codes.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+    if (producer := x.producer()) is not None:
+        model.graph.insert_after(producer, made)
+    else:
+        model.graph.insert_before(model.graph[0], made)
+    return codes.outputs[0], usable.outputs[0]
+
+
+def _constant(model: ir.Model, number: np.generic | np.ndarray) -> ir.Value:
+    """A small initializer, one for all that read the same number."""
+    array = np.asarray(number)
+    name = f"integers/{array.dtype}/{'.'.join(map(str, array.ravel().tolist()))}"
+    found = model.graph.initializers.get(name)
+    if found is None:
+        held = ir.tensor(array, name=name)
+        kind, shape = ir.TensorType(held.dtype), ir.Shape(array.shape)
+        found = ir.Value(name=name, type=kind, shape=shape, const_value=held)
+        model.graph.register_initializer(found)
+    return found
+
+
+INTEGERS: dict[str, ProductForm] = {"MatMulIntegerToFloat": ByToken()}
+"""By the operator that multiplies."""

@@ -1,0 +1,45 @@
+"""A graph with all its codes and scales, whose products have inputs that are not rounded.
+
+Rounding turns a difference of the last digit into one of a whole step, so two engines agree to the
+last digits only without it. What rounding adds is measured apart (weighing.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+ROUNDED = ("MatMulNBits", "QuantizeLinear")
+"""Operators that round what goes into a product."""
+
+
+def without_rounding(file: Path) -> bytes | None:
+    """The graph of a file, without its weights; None where nothing is rounded."""
+    model = onnx.load(file, load_external_data=False)
+    if not any(node.op_type in ROUNDED for node in model.graph.node):
+        return None
+    units = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    nodes = [made for node in model.graph.node for made in _unrounded(node, units)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    found: bytes = model.SerializeToString()
+    return found
+
+
+def _unrounded(node: Any, units: dict[str, str]) -> Iterator[Any]:
+    """What stands for a node; `units` are what was rounded, by its codes."""
+    if node.op_type == "MatMulNBits":
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    if node.op_type == "MatMulIntegerToFloat":
+        codes, weights, _, scales, _ = node.input
+        floats = f"{weights}/float"
+        yield helper.make_node("DequantizeLinear", [weights, scales], [floats], axis=1)
+        yield helper.make_node("MatMul", [units[codes], floats], node.output)
+    elif node.op_type != "QuantizeLinear":
+        yield node
