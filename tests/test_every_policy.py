@@ -31,6 +31,7 @@ METHODS = [(name, {}) for name in policies.names() if name not in ("none", "tome
     ("sparsevlm", {"version": "2"}),
     ("polymorphic", {"score": "attention"}),
     ("utp", {"utr": "off", "position": "none"}),
+    ("utp", {"utr": "off", "query": "text"}),
 ]
 """ToMe, which merges inside the encoder, has tests of its own."""
 

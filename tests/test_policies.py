@@ -89,12 +89,17 @@ def test_last_query_attention_is_the_papers_formula(prefix, visual, text, heads,
     st.integers(1, 5),
     st.sampled_from([(2, 2), (4, 2), (6, 1)]),
     st.integers(0, 99),
+    st.booleans(),
 )
-def test_text_attention_is_causal_attention(prefix, visual, text, heads, seed) -> None:
-    """Row by row: a text token sees what stands before it and itself, each at its position."""
+def test_text_attention_is_causal_attention(prefix, visual, text, heads, seed, agnostic) -> None:
+    """Row by row: a text token sees what stands before it and itself, each at its position, or
+    each visual token at the middle of the image."""
     signals, query, key, positions, tables = layer_signals(prefix, visual, text, *heads, seed)
     group, end = heads[0] // heads[1], prefix + visual
-    found = signals.text_attention().numpy()
+    found = signals.text_attention(signals.anchors.middle if agnostic else None).numpy()
+    if agnostic:
+        positions = positions.copy()
+        positions[prefix:end] = signals.anchors.middle.item()
     assert found.shape == (heads[0], text, visual)
     for head in range(heads[0]):
         for row in range(text):
@@ -155,6 +160,17 @@ def test_utp_scores_the_first_layers_without_positions() -> None:
     assert not torch.allclose(plain, agnostic)
     assert torch.equal(policy.calibration_scores(3, signals), agnostic)
     assert torch.equal(policy.calibration_scores(4, signals), plain)
+
+
+def test_utp_scores_by_all_text_where_asked_to() -> None:
+    signals, *_ = layer_signals(2, 6, 3, 2, 2, seed=1)
+    policy = policies.make(PruneSpec("utp", options={"query": "text"}))
+    for layer, position in ((3, signals.anchors.middle), (4, None)):
+        wanted = signals.text_attention(position).mean((0, 1))
+        assert torch.equal(policy.calibration_scores(layer, signals), wanted)
+        assert not torch.allclose(wanted, signals.last_query_attention(position))
+    with pytest.raises(SpecError, match="position=none is for query=last"):
+        policies.make(PruneSpec("utp", options={"query": "text", "position": "none"}))
 
 
 def test_utp_without_its_schedule_prunes_once() -> None:

@@ -213,12 +213,10 @@ class LayerSignals:
         rotary tables (UTP, Eq. 2); text tokens keep theirs, so they still share the softmax.
         """
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        logits = dot(
-            self.rotated_query[:, :, -1:], self.rotated_key, self.scale
-        )  # [1, kv_heads, group, S]
+        last = self.rotated_query[:, :, -1:]
+        logits = dot(last, self.rotated_key, self.scale)  # [1, kv_heads, group, S]
         if agnostic is not None:
-            moved = dot(self._query_against(agnostic), self.key[:, :, start:end], self.scale)
-            logits = torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
+            logits = self._moved(logits, last, agnostic)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
 
     def last_query_likeness(self) -> Tensor:
@@ -228,12 +226,14 @@ class LayerSignals:
             dot(self.query[:, :, -1:], self.key, self.scale).softmax(-1).mean((0, 1, 2))[start:end]
         )
 
-    def text_attention(self) -> Tensor:
+    def text_attention(self, agnostic: Tensor | None = None) -> Tensor:
         """Attention of each text token after the image to each visual token, the softmax over all
-        tokens up to itself: float32 [heads, T, n]."""
+        tokens up to itself: float32 [heads, T, n]. `agnostic` as in `last_query_attention`."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
         queries = self.rotated_query[:, :, end:]
-        logits = dot(queries, self.rotated_key, self.scale)
+        logits = dot(queries, self.rotated_key, self.scale)  # [1, kv_heads, group * T, S]
+        if agnostic is not None:
+            logits = self._moved(logits, queries, agnostic)
         logits = logits.reshape(queries.shape[1], self.segments.text, self.segments.total)
         indices = torch.arange(self.segments.total, device=logits.device)
         later = indices[None, :] > indices[end:, None]
@@ -248,11 +248,17 @@ class LayerSignals:
         near: Tensor = cos[end:] @ cos[start:end].T + sin[end:] @ sin[start:end].T
         return near / (cos.shape[1] * self.factor**2)
 
-    def _query_against(self, position: Tensor) -> Tensor:
-        """The last query turned so that its dot product with an unrotated key is that of a key
-        rotated to `position`: R_p'^T R_n q."""
+    def _moved(self, logits: Tensor, queries: Tensor, position: Tensor) -> Tensor:
+        """`logits` of rotated queries, [1, kv_heads, group * R, S], as if each visual token stood
+        at `position`."""
+        start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
+        moved = dot(self._against(queries, position), self.key[:, :, start:end], self.scale)
+        return torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
+
+    def _against(self, queries: Tensor, position: Tensor) -> Tensor:
+        """Rotated queries, [1, heads, R, head], turned so that their dot product with an unrotated
+        key is that of a key rotated to `position`: R_p'^T R_n q."""
         cos = self.cos.index_select(0, position).float()  # [1, head / 2]
         sin = self.sin.index_select(0, position).float()
-        last = self.rotated_query[:, :, -1:]
-        low, high = last.float().chunk(2, dim=-1)
+        low, high = queries.float().chunk(2, dim=-1)
         return torch.cat([low * cos + high * sin, high * cos - low * sin], dim=-1)

@@ -10,6 +10,10 @@ Ablations of the paper: `ure=off` scores with plain attention everywhere; `utr=o
 nothing and prunes once, after layer K, as the paper's baseline FastV does (Table 2); `position` is
 where URE puts all visual tokens, `none` leaves rotary embedding out of its attention (Tables 3, 4).
 
+Not of the paper: `query=text` scores, in every layer, by the mean attention of all tokens after the
+image in place of the last one's. It helps where the last token is the end of a chat template and
+looks at what was asked for only in late layers.
+
 Deviations:
 - The paper's budget V*L/CR - V presumes r_1 = V; here r_1 is what really enters, so that the CR
   asked for is the CR reached.
@@ -40,6 +44,7 @@ from edgeprune.policies._signals import LayerSignals, VisionSignals
 from edgeprune.spec import ModelShape, Plan, Stage, budget, floor_cr, plan_from_counts
 
 POSITIONS = ("middle", "start", "end", "none")
+QUERIES = ("last", "text")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class Policy(_policy.Policy):
     utr: bool = True  # off: no schedule, all pruning after layer K
     K: int = 2  # with utr=off, layers that see every token that enters
     position: str = "middle"  # of all visual tokens in URE: middle, start, end or none
+    query: str = (
+        "last"  # whose attention scores: the last prompt token's, or text: all after the image
+    )
 
     paper: ClassVar[str] = "Unbiased Token Pruning for Efficient Large Multimodal Models"
     summary: ClassVar[str] = "position-agnostic attention, per-layer counts from an integer program"
@@ -59,6 +67,10 @@ class Policy(_policy.Policy):
         if self.position not in POSITIONS:
             known = ", ".join(POSITIONS)
             raise SpecError(f"--set position= is one of {known}; got {self.position!r}")
+        if self.query not in QUERIES:
+            raise SpecError(f"--set query= is one of {', '.join(QUERIES)}; got {self.query!r}")
+        if self.query == "text" and self.position == "none":
+            raise SpecError("--set position=none is for query=last; choose one of the two")
 
     def entry_tokens(self, shape: ModelShape, cr: float) -> int | None:
         return _entering(shape, cr) if self.utr else None
@@ -77,13 +89,15 @@ class Policy(_policy.Policy):
         return Selection(top(self.calibration_scores(stage.layer - 1, signals), live.keep))
 
     def calibration_scores(self, layer: int, signals: LayerSignals) -> Tensor:
-        if not self.ure or layer > self.agnostic_layers:
-            return signals.last_query_attention()
-        if self.position == "none":
+        agnostic = self.ure and layer <= self.agnostic_layers
+        if agnostic and self.position == "none":
             return signals.last_query_likeness()
         anchors = signals.anchors
         at = {"start": anchors.first, "middle": anchors.middle, "end": anchors.last}
-        return signals.last_query_attention(at[self.position])
+        position = at[self.position] if agnostic else None
+        if self.query == "text":
+            return signals.text_attention(position).mean((0, 1))
+        return signals.last_query_attention(position)
 
     def _two_steps(self, shape: ModelShape, cr: float) -> tuple[int, ...]:
         """r_1 in layers 1..K, what the budget leaves in all others."""
