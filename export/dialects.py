@@ -42,7 +42,7 @@ class ModernOps(TorchOps):
     ) -> Tensor:
         scaled = {} if scale is None else {"scale": scale}
         inputs: list[Tensor | None] = [query, key, value]
-        if isinstance(mask, Causal) and mask.window is None:
+        if isinstance(mask, Causal) and mask.is_plain:
             inputs += [None, None, None, mask.end]
             return _emit("Attention", inputs, query, is_causal=1, **scaled)
         if mask is not None:

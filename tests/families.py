@@ -11,6 +11,9 @@ import torch
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GenerationConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -37,6 +40,7 @@ from transformers import (
     VideoLlavaImageProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -108,6 +112,13 @@ class Family:
             options["do_image_splitting"] = self.tiled
         return self.image_processor(images, return_tensors="pt", **options)
 
+    def kinds(self, ids: Any, later: int) -> dict[str, Any]:
+        """What says to transformers' model which ids, int64 [1, S], see each other; the last
+        `later` of them are of a second turn."""
+        if self.name == "gemma3":
+            return {"token_type_ids": (ids == self.model.config.image_token_id).int()}
+        return {}
+
     def frozen(self, size: Size) -> Size | None:
         """The size to freeze a bundle for images of `size` for."""
         return size if self.tiled else None
@@ -122,7 +133,9 @@ class Family:
             "<image>", self.image_token
         )
         tokenizer.save_pretrained(folder)
-        assert tokenizer.convert_tokens_to_ids(self.image_token) == self.model.config.image_token_id
+        config = self.model.config
+        placeholder = getattr(config, "boi_token_id", config.image_token_id)
+        assert tokenizer.convert_tokens_to_ids(self.image_token) == placeholder
         return folder
 
 
@@ -323,3 +336,45 @@ def _smol(name: str, text: dict[str, Any]) -> Family:
         (Size(84, 84), Size(60, 101), Size(211, 41)),
         tiled=False,
     )
+
+
+def gemma3(**text: Any) -> Family:
+    """Images of 48 pixels, 16 tokens; windows of 12 tokens in two layers of three."""
+    own = {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 12,
+        "sliding_window_pattern": 2,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "max_position_embeddings": 1024,
+    }
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**SMOL, vision_use_head=False),
+        text_config=Gemma3TextConfig(**{**TEXT, **own, **text}),
+        mm_tokens_per_image=16,
+        boi_token_index=67,
+        eoi_token_index=68,
+        image_token_index=66,
+    )
+    tokens = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    return Family(
+        "gemma3",
+        offset_norms(settled(Gemma3ForConditionalGeneration(config))),
+        Gemma3ImageProcessorPil(size={"height": 48, "width": 48}),
+        "<start_of_image>",
+        tokens,
+        (Size(84, 84), Size(60, 101), Size(211, 41)),
+        tiled=False,
+    )
+
+
+def offset_norms(model: Any) -> Any:
+    """A model whose norms are stored less 1, with weights that are not all alike."""
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight, std=1.0)
+    return model

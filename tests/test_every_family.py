@@ -47,13 +47,15 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "smolvlm": families.smolvlm,
     "smolvlm_tiles": families.smolvlm_tiles,
     "idefics3": families.idefics3,
+    "gemma3": families.gemma3,
 }
 QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
     "qwen2_5_vl": qwen.windowed_checkpoint,
     "qwen3_vl": qwen.stacked_checkpoint,
 }
-NO_VIDEO = ("llava", "llava_next", "smolvlm", "smolvlm_tiles", "idefics3", "qwen3_vl")
+ONE_IMAGE = ("gemma3",)
+NO_VIDEO = ("llava", "llava_next", "smolvlm", "smolvlm_tiles", "idefics3", "qwen3_vl", *ONE_IMAGE)
 
 
 def qwen_shapes(name: str) -> tuple[Size, ...]:
@@ -84,7 +86,8 @@ def inputs(name: str) -> list[Case]:
     else:
         cases = [Case(name, {}, shapes)]
     two = {} if name == "llava_onevision" else own  # several images are not cut
-    cases.append(Case(name, {**two, "images": 2}, shapes[1:2]))
+    if name not in ONE_IMAGE:
+        cases.append(Case(name, {**two, "images": 2}, shapes[1:2]))
     if name not in NO_VIDEO:
         sized = own if name in QWENS else {}
         cases.append(Case(name, {**sized, "frames": 4}, shapes[1:2]))

@@ -114,7 +114,9 @@ def generated(
         "image_sizes",
         "batch_num_images",
         "pixel_attention_mask",
+        "token_type_ids",
     )
+    seen |= family.kinds(ids, 0)
     found = family.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._decoder_layer import AttentionStates, Cache, DecoderLayer, Rotary
 from edgeprune.models._kept_positions import kept_positions
 from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
-from edgeprune.models._ops import TorchOps, cast
+from edgeprune.models._ops import Together, TorchOps, cast
 from edgeprune.models._sites import Prune, PruneInput, live_stage
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
@@ -74,15 +75,19 @@ class Decoder(WithBuffers):
         )
         stages = {index: plan.entering_layer(index + 1) for index in range(1, len(config.layers))}
         self.prune = nn.ModuleDict({str(i): Prune(policy, s) for i, s in stages.items() if s})
-        self.register_buffer("cos", torch.empty(0), persistent=False)
-        self.register_buffer("sin", torch.empty(0), persistent=False)
-        self.cos: Tensor
-        self.sin: Tensor
+        for name in self._tables():
+            self.register_buffer(name, torch.empty(0), persistent=False)
+
+    def _tables(self) -> list[str]:
+        """Names of the rotary tables: cosines and sines of each of the ropes."""
+        endings = ["", *(f"_{number}" for number in range(1, len(self.config.ropes)))]
+        return [name + ending for ending in endings for name in ("cos", "sin")]
 
     def compute_buffers(self, dtype: torch.dtype) -> None:
         """Compute the rotary tables in float32, as transformers does, then round them."""
-        cos, sin = self.config.rope.tables(self.config.max_positions)
-        self.cos, self.sin = cos.to(dtype), sin.to(dtype)
+        made = (rope.tables(self.config.max_positions) for rope in self.config.ropes)
+        for name, table in zip(self._tables(), chain.from_iterable(made), strict=True):
+            setattr(self, name, table.to(dtype))
 
     def rows(self, positions: Tensor, last: Tensor) -> Tensor:
         """Rows of the rotary tables for the positions of a call that ends at `last`, [1]."""
@@ -140,10 +145,11 @@ class Decoder(WithBuffers):
 
     def advance(self, index: int, flow: Flow, past_key: Tensor, past_value: Tensor) -> Advanced:
         """One layer, and what is dropped behind it. Its cache is [1, kv_heads, capacity, head]."""
-        rotary = flow.rotary or self.own_rotary
+        rotary = flow.rotary or self.own_rotary(index)
         start, end = (held[index : index + 1] for held in (flow.lengths, flow.filled))
         cache = Cache(past_key, past_value, start, end)
-        hidden, present, seen = self.layers[index](flow.hidden, flow.positions, rotary, cache)
+        given = flow.hidden, flow.positions, rotary, cache
+        hidden, present, seen = self.layers[index](*given, self._together(flow.segments))
         if flow.rows:
             hidden = self._stacked(hidden, flow.rows[0], flow.segments)
         signals = self._signals(index, flow, hidden, seen, rotary)
@@ -165,10 +171,23 @@ class Decoder(WithBuffers):
         flow = replace(flow, hidden=hidden, positions=positions, segments=segments, rows=rows)
         return flow, chosen.indices
 
-    @property
-    def own_rotary(self) -> Rotary:
-        """The tables, whose rows are positions."""
-        return Rotary(self.cos, self.sin)
+    def own_rotary(self, index: int) -> Rotary:
+        """The tables of the layer of an index, whose rows are positions."""
+        number = self.config.ropes.index(self.config.rope_of(index))
+        cos, sin = (self.get_buffer(name) for name in self._tables()[2 * number :][:2])
+        return Rotary(cos, sin)
+
+    def _together(self, segments: Segments) -> Together | None:
+        """The tokens of a call that see each other, later ones too."""
+        if self.config.sees == "past":
+            return None
+        prefix, visual, total = (
+            torch.scalar_tensor(size, dtype=torch.int64)
+            for size in (segments.prefix, segments.visual, segments.total)
+        )
+        if self.config.sees == "image":
+            return Together(prefix, prefix + visual)
+        return Together(prefix - prefix, total * visual.minimum(torch.tensor(1)))
 
     def _rows(self, visual: Tensor) -> Sequence[Tensor]:
         """Visual tokens, and the rows beside them, each [1, V, width]."""
@@ -213,7 +232,8 @@ class Decoder(WithBuffers):
             return None, rows[None, :-3], anchors
         positions = mrope.positions(first, segments, visual_indices)
         positions = self.rows(positions, positions[0, segments.total - 1 : segments.total])
-        rotary = Rotary(mrope.read(self.cos, positions), mrope.read(self.sin, positions))
+        own = self.own_rotary(0)
+        rotary = Rotary(mrope.read(own.cos, positions), mrope.read(own.sin, positions))
         rows = torch.arange(segments.total + 3, device=first.device)  # of this call alone
         return rotary, rows[None, :-3], Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
 
@@ -249,7 +269,7 @@ class Decoder(WithBuffers):
             rotated_key=seen.rotated_key,
             cos=rotary.cos,
             sin=rotary.sin,
-            factor=self.config.rope.factor,
+            factor=self.config.rope_of(index).factor,
             scale=self.config.layers[index].scale,
             rows=flow.positions[0],
             anchors=flow.anchors,

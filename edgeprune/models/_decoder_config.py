@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from edgeprune.models._mrope import MRope
 from edgeprune.models._rope import Rope
@@ -20,6 +21,8 @@ class LayerConfig:
     qk_norm: bool = False  # RMS norms of queries and keys, head by head
     scale: float | None = None  # of products of queries and keys; None: head_size ** -0.5
     window: int | None = None  # how many tokens of its cache a token sees, itself the last
+    rope: Rope | None = None  # None: the decoder's
+    branch_norms: bool = False  # RMS norms behind attention and MLP as well as before them
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,11 @@ class Rescale:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A LLaMA-like decoder: RMS norms before attention and a gated MLP, rotary halves."""
+    """A LLaMA-like decoder: RMS norms before attention and a gated MLP, rotary halves.
+
+    `sees` says what a token of a call sees beside the tokens up to itself: "past" nothing, "image"
+    the image that it is a token of, "prompt" the whole call, if that has an image.
+    """
 
     layers: tuple[LayerConfig, ...]
     width: int
@@ -51,11 +58,23 @@ class DecoderConfig:
     deepstack: int = 0  # first layers after each of which a row is added to every visual token
     tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
     rescaled: tuple[Rescale, ...] = ()  # the first that matches a parameter holds
+    branch_eps: float | None = None  # of norms that do not read the residual stream; None: `eps`
+    sees: Literal["past", "image", "prompt"] = "past"
 
     @property
     def visual_width(self) -> int:
         """Of a visual token with the rows that are added to it beside it."""
         return self.width * (1 + self.deepstack)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of its layers, the decoder's own first."""
+        found = (layer.rope for layer in self.layers if layer.rope is not None)
+        return tuple(dict.fromkeys([self.rope, *found]))
+
+    def rope_of(self, index: int) -> Rope:
+        """The rotary embedding of the layer of an index."""
+        return self.layers[index].rope or self.rope
 
     def rescaling(self, parameter: str) -> tuple[float, float]:
         """Factor and offset with which a parameter of the decoder is read."""

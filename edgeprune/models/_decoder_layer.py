@@ -18,7 +18,7 @@ from edgeprune.models._layers import (
     join_heads,
     split_heads,
 )
-from edgeprune.models._ops import Causal, TorchOps
+from edgeprune.models._ops import Causal, Together, TorchOps
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.key = Narrow(config.width, kv_inner, ops, layer.qkv_bias)
         self.value = Narrow(config.width, kv_inner, ops, layer.qkv_bias)
         self.output = Linear(inner, config.width, ops, layer.output_bias)
-        norm = (config.head_size, config.eps, ops)
+        norm = (config.head_size, config.branch_eps or config.eps, ops)
         self.query_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
 
@@ -96,10 +96,18 @@ class DecoderLayer(nn.Module):
         self.scores = Scores(ops, layer.scale)
         self.mlp_norm = RMSNorm(config.width, config.eps, ops)
         self.mlp = MLP(config, layer, ops)
+        behind = (config.width, config.branch_eps or config.eps, ops)
+        self.attention_out_norm = RMSNorm(*behind) if layer.branch_norms else nn.Identity()
+        self.mlp_out_norm = RMSNorm(*behind) if layer.branch_norms else nn.Identity()
         self.residual = Sum()
 
     def forward(
-        self, hidden: Tensor, positions: Tensor, rotary: Rotary, cache: Cache
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        rotary: Rotary,
+        cache: Cache,
+        together: Together | None = None,
     ) -> tuple[Tensor, Cache, AttentionStates]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
         ops = self.ops
@@ -108,9 +116,10 @@ class DecoderLayer(nn.Module):
         rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
         keys = ops.write(cache.key, rotated_key, cache.start)
         values = ops.write(cache.value, value, cache.start)
-        causal = Causal(cache.start, cache.end, self.window)
+        causal = Causal(cache.start, cache.end, self.window, together)
         mixed = self.scores(rotated_query, keys, values, causal)
-        hidden = self.residual(hidden, self.attention.output(join_heads(mixed)))
-        hidden = self.residual(hidden, self.mlp(self.mlp_norm(hidden)))
+        branch = self.attention_out_norm(self.attention.output(join_heads(mixed)))
+        hidden = self.residual(hidden, branch)
+        hidden = self.residual(hidden, self.mlp_out_norm(self.mlp(self.mlp_norm(hidden))))
         seen = AttentionStates(query, key, rotated_query, rotated_key)
         return hidden, Cache(keys, values, cache.start, cache.end), seen

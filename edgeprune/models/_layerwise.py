@@ -155,7 +155,7 @@ class Layerwise:
         count, length, _ = hidden.shape
         decoder, ends = self.decoder, (torch.tensor([0]), torch.tensor([length]))
         cache = Cache(*self.empty_cache(count, length), *ends)
-        done: Tensor = decoder.layers[index](hidden, rows, decoder.own_rotary, cache)[0]
+        done: Tensor = decoder.layers[index](hidden, rows, decoder.own_rotary(index), cache)[0]
         return done
 
     def normed(self, values: Iterable[T]) -> Iterator[T]:

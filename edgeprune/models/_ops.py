@@ -29,19 +29,36 @@ def scalar(value: float, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Together:
+    """A run of the S new tokens: int64 [] each, the number of its first, and of the one behind its
+    last; equal where there is none."""
+
+    first: Tensor
+    end: Tensor
+
+
+@dataclass(frozen=True)
 class Causal:
-    """New tokens see the slots of a cache up to their own."""
+    """New tokens see the slots of a cache up to their own, or to the last of their run."""
 
     start: Tensor  # int64 [1], the slot of the first new token
     end: Tensor  # int64 [1], how many slots are filled, the new tokens' among them
     window: int | None = None  # how many slots a token sees, its own the last; None: all up to it
+    together: Together | None = None  # of the new tokens, those that all see each other
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each token sees all slots up to its own, and no other."""
+        return self.window is None and self.together is None
 
     def seen(self, query: Tensor, key: Tensor) -> Tensor:
         """Which of n slots each of S new tokens sees: bool [S, n]."""
-        new, slots = query.shape[2], key.shape[2]
-        rows = self.start + torch.arange(new, device=query.device)
+        slots, new = key.shape[2], torch.arange(query.shape[2], device=query.device)
+        rows = last = self.start + new
+        if (run := self.together) is not None:
+            last = torch.where((new >= run.first) & (new < run.end), self.start + run.end - 1, rows)
         columns = torch.arange(slots, device=query.device)[None, :]
-        seen = columns <= rows[:, None]
+        seen = columns <= last[:, None]
         return seen if self.window is None else seen & (columns > rows[:, None] - self.window)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:

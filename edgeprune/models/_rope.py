@@ -20,6 +20,10 @@ KINDS = ("default", "dynamic", "linear", "llama3", "yarn", "longrope")
 """Values of `rope_type` that are supported."""
 
 
+FULL = "full_attention"
+"""The type of a layer that sees all tokens before it, as configs say it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rope:
     """How a decoder turns the pairs of a head, [head / 2] frequencies in radians per position."""
@@ -45,14 +49,16 @@ class Rope:
         return positions + count * (last >= self.original).to(torch.int64)
 
 
-def read_rope(config: Any, head_size: int, positions: int) -> Rope:
-    """The rotary embedding of a decoder whose dialogues take at most so many positions.
+def read_rope(config: Any, head_size: int, positions: int, layers: str = FULL) -> Rope:
+    """The rotary embedding of a decoder whose dialogues take at most so many positions; where
+    `layers` of some types have one of their own, of those.
 
     transformers 5 keeps the settings in `rope_parameters` and fills it from older configs, so only
     that is read. `dynamic` changes nothing up to the decoder's number of positions, and no
     dialogue is longer; kinds that are not supported are refused by name.
     """
-    parameters = config.rope_parameters
+    apart = config.rope_parameters.get(layers)
+    parameters = config.rope_parameters if apart is None else apart
     kind = parameters.get("rope_type", "default")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("this decoder rotates only a part of each head, which is not supported")
@@ -62,11 +68,11 @@ def read_rope(config: Any, head_size: int, positions: int) -> Rope:
         exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
         return Rope(tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()))
     try:
-        frequencies, factor = _scaled(config, kind)
+        frequencies, factor = _scaled(config, kind, None if apart is None else layers)
         if kind != "longrope":
             return Rope(frequencies, factor)
         original = int(parameters["original_max_position_embeddings"])
-        long = _scaled(config, kind, original + 1)[0] if positions > original else ()
+        long = _scaled(config, kind, None, original + 1)[0] if positions > original else ()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"the rope settings of config.json (rope_type {kind!r}) are incomplete or wrong:"
@@ -75,9 +81,13 @@ def read_rope(config: Any, head_size: int, positions: int) -> Rope:
     return Rope(frequencies, factor, long, original)
 
 
-def _scaled(config: Any, kind: str, length: int | None = None) -> tuple[tuple[float, ...], float]:
-    """Frequencies of a kind for dialogues of a length, and the factor of its tables."""
+def _scaled(
+    config: Any, kind: str, layers: str | None, length: int | None = None
+) -> tuple[tuple[float, ...], float]:
+    """Frequencies of a kind for dialogues of a length, and the factor of its tables; of `layers` of
+    a type, where these have settings of their own."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
+    given = {} if layers is None else {"layer_type": layers}
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length, **given)
     return tuple(frequencies.tolist()), float(factor)

@@ -13,6 +13,8 @@ from edgeprune.models._rope import read_rope
 
 Kind = Callable[[Any, DecoderConfig], DecoderConfig]
 """From a text config, and the plain decoder of its sizes, to the decoder of one kind."""
+ACTIVATION = "hidden_activation", "hidden_act"
+"""Names of the setting that says the MLP's activation, likeliest first."""
 
 
 def _plain(text: Any, decoder: DecoderConfig) -> DecoderConfig:
@@ -68,18 +70,20 @@ DECODERS: dict[str, Kind] = {
 are."""
 
 
-def decoder_config(text: Any, tied: bool, kind: str | None = None) -> DecoderConfig:
+def decoder_config(text: Any, tied: bool, kind: str | Kind | None = None) -> DecoderConfig:
     """Sizes of a decoder of some kind, or of the one that the config names; ModelError names what
     it asks for and is not supported."""
-    kind = kind or text.model_type
-    if kind not in DECODERS:
-        raise ModelError(f"this checkpoint has a {kind} decoder; supported: {', '.join(DECODERS)}")
-    if text.hidden_act not in ACTIVATIONS:
-        raise ModelError(f"activation {text.hidden_act!r} in the decoder is not supported")
+    name = text.model_type if kind is None else kind
+    if isinstance(name, str) and name not in DECODERS:
+        raise ModelError(f"this checkpoint has a {name} decoder; supported: {', '.join(DECODERS)}")
+    made = DECODERS[name] if isinstance(name, str) else name
+    found = [value for setting in ACTIVATION if (value := getattr(text, setting, None))]
+    if not found or found[0] not in ACTIVATIONS:
+        raise ModelError(f"activation {found[:1]} in the decoder is not supported")
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     positions = _positions(text)
     plain = DecoderConfig(
-        layers=(LayerConfig(text.hidden_act),) * text.num_hidden_layers,
+        layers=(LayerConfig(found[0]),) * text.num_hidden_layers,
         width=text.hidden_size,
         mlp_width=text.intermediate_size,
         heads=text.num_attention_heads,
@@ -91,7 +95,7 @@ def decoder_config(text: Any, tied: bool, kind: str | None = None) -> DecoderCon
         rope=read_rope(text, head_size, positions),
         tied=tied,
     )
-    return DECODERS[kind](text, plain)
+    return made(text, plain)
 
 
 def _positions(text: Any) -> int:

@@ -94,6 +94,23 @@ def clip_or_siglip(config: Any, *, cls: bool = False) -> EncoderConfig:
     )
 
 
+def siglip(vision: Any) -> EncoderConfig:
+    """A whole SigLIP tower, whose last block's output is read behind its norm."""
+    return EncoderConfig(
+        blocks=vision.num_hidden_layers,
+        width=vision.hidden_size,
+        mlp_width=vision.intermediate_size,
+        heads=vision.num_attention_heads,
+        image=vision.image_size,
+        patch=vision.patch_size,
+        eps=vision.layer_norm_eps,
+        activation=vision.hidden_act,
+        cls=False,
+        patch_bias=True,
+        post_norm=True,
+    )
+
+
 def _blocks_read(layers: Any, blocks: int) -> tuple[int, ...]:
     """After how many of a tower's blocks its output is read, for one hidden state or several, the
     0th before the first block; empty where there are none such."""

@@ -26,6 +26,7 @@ from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._names import TensorNames
 from edgeprune.models._ops import TorchOps, cast
+from edgeprune.models._towers import siglip
 from edgeprune.tiling import Tiling, round_up_grid
 
 EDGE = "<fake_token_around_image>"
@@ -67,20 +68,7 @@ class Adapter(_adapter.Adapter):
         }
 
     def read_encoder(self) -> EncoderConfig:
-        vision = self.config.vision_config
-        return EncoderConfig(
-            blocks=vision.num_hidden_layers,
-            width=vision.hidden_size,
-            mlp_width=vision.intermediate_size,
-            heads=vision.num_attention_heads,
-            image=vision.image_size,
-            patch=vision.patch_size,
-            eps=vision.layer_norm_eps,
-            activation=vision.hidden_act,
-            cls=False,
-            patch_bias=True,
-            post_norm=True,
-        )
+        return siglip(self.config.vision_config)
 
     def read_tiling(self) -> Tiling | None:
         """The grid that the processor gives an image of the asked size; None: one tile."""

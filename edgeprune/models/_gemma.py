@@ -1,0 +1,58 @@
+"""The decoders of the Gemma models, as settings of ours.
+
+Embeddings of text are multiplied by m, the root of the width; visual tokens are not. Here the
+residual stream is held divided by m: norms do not see that, but for their eps, which is divided by
+m^2, visual tokens are divided by m in the projector's weights, and what comes back from a branch in
+those of its last norm or product. So the graph has no product for it, and the numbers of the
+stream, which is known to overflow in half precision, are m times smaller.
+
+transformers rounds m to the dtype of the weights; this is its m in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from edgeprune.models._decoder_config import DecoderConfig, LayerConfig, Rescale
+from edgeprune.models._rope import read_rope
+
+SLIDING = "sliding_attention"
+"""Among `layer_types` of a text config, a layer with a window."""
+
+
+def gemma3(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    """Norms before and behind both branches, of queries and keys; two rotary embeddings."""
+    local = read_rope(text, decoder.head_size, text.max_position_embeddings, SLIDING)
+    layers = (
+        replace(layer, qk_norm=True, branch_norms=True, rope=local if layer.window else None)
+        for layer in _layers(text, decoder)
+    )
+    return _gemma(text, replace(decoder, layers=tuple(layers), sees="image"))
+
+
+def _layers(text: Any, decoder: DecoderConfig) -> list[LayerConfig]:
+    """Layers with their windows and the scale of attention."""
+    scale, bias = text.query_pre_attn_scalar**-0.5, text.attention_bias
+    windows = [text.sliding_window if kind == SLIDING else None for kind in text.layer_types]
+    return [
+        replace(layer, qkv_bias=bias, output_bias=bias, scale=scale, window=window)
+        for layer, window in zip(decoder.layers, windows, strict=True)
+    ]
+
+
+def _gemma(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    """Weights of norms that are stored less 1, and the factor of the embeddings."""
+    m, behind = math.sqrt(text.hidden_size), r"layers\.\d+\.(attention|mlp)_out_norm\."
+    return replace(
+        decoder,
+        eps=decoder.eps / m**2,
+        branch_eps=decoder.eps,
+        max_positions=text.max_position_embeddings,
+        rescaled=(
+            Rescale(behind, 1 / m, 1 / m),
+            Rescale(r"(layers\..*_norm|norm|projector\.norm)\.", offset=1.0),
+            Rescale(r"projector\.(weight|bias|linear\.)", 1 / m),
+        ),
+    )

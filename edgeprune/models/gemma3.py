@@ -1,0 +1,123 @@
+"""Gemma 3 4B and larger, and MedGemma on them: SigLIP, its patches averaged, one linear layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.bundle import ImageRecord
+from edgeprune.models import _adapter
+from edgeprune.models._decoder_config import DecoderConfig
+from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._gemma import gemma3
+from edgeprune.models._image_record import Reader, plain, unsupported
+from edgeprune.models._layers import RMSNorm
+from edgeprune.models._layout import Layout
+from edgeprune.models._media import IMAGE_SLOT, Media, Takes
+from edgeprune.models._names import LLAMA, TensorNames
+from edgeprune.models._ops import TorchOps, cast
+from edgeprune.models._text import decoder_config
+from edgeprune.models._tokenizer import read_tokenizer
+from edgeprune.models._towers import SIGLIP, is_tied, one_size, siglip
+
+DECODER = {
+    **LLAMA,
+    r"\.mlp_norm\.": ".pre_feedforward_layernorm.",
+    r"\.attention_out_norm\.": ".post_attention_layernorm.",
+    r"\.mlp_out_norm\.": ".post_feedforward_layernorm.",
+}
+"""Decoder parameters, where norms stand before and behind both branches."""
+
+
+class Adapter(_adapter.Adapter):
+    """Visual tokens of the image see each other, later ones too."""
+
+    takes: ClassVar[Takes] = Takes(several=False)
+    encoder: EncoderConfig
+
+    def config_class(self) -> Any:
+        from transformers import Gemma3Config
+
+        return Gemma3Config
+
+    def demands(self) -> dict[str, bool]:
+        vision, text = self.config.vision_config, self.config.text_config
+        tokens = self.config.mm_tokens_per_image
+        side, patches = math.isqrt(tokens), vision.image_size // vision.patch_size
+        return {
+            f"a {vision.model_type} vision tower": vision.model_type == SIGLIP,
+            f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
+            f"{tokens} tokens of {patches} x {patches} patches": side**2 == tokens > 0
+            and patches % side == 0,
+            "attention to later text": not text.use_bidirectional_attention,
+            f"a cap of {text.final_logit_softcapping} of logits": not text.final_logit_softcapping,
+        }
+
+    def read_encoder(self) -> EncoderConfig:
+        return siglip(self.config.vision_config)
+
+    def read_media(self) -> Media:
+        """The template writes the token that begins an image; the image stands behind it."""
+        tokenizer, _ = read_tokenizer(self.checkpoint.folder)
+        start, end = self.config.boi_token_index, self.config.eoi_token_index
+        around = (str(tokenizer.convert_ids_to_tokens(token)) for token in (start, end))
+        written = IMAGE_SLOT.join(around)
+        return Media(start, int(self.config.image_token_id), template=f"\n\n{written}\n\n")
+
+    def read_layout(self) -> Layout:
+        one_size(self.asked.size, self.encoder.image)
+        merge = self.encoder.side // math.isqrt(self.config.mm_tokens_per_image)
+        return Layout.plain(self.encoder.side, merge, pool="mean")
+
+    def read_projector(self) -> Projector:
+        vision, text = self.config.vision_config, self.config.text_config
+        return Projector(vision.hidden_size, text.hidden_size, vision.layer_norm_eps)
+
+    def read_decoder(self) -> DecoderConfig:
+        return decoder_config(
+            self.config.text_config, is_tied(self.checkpoint, self.config), gemma3
+        )
+
+    def tensor_names(self) -> TensorNames:
+        return TensorNames(
+            projector={r"^weight$": "mm_input_projection_weight", r"^norm\.": "mm_soft_emb_norm."},
+            decoder=DECODER,
+        )
+
+    def image_readers(self) -> Mapping[str, Reader]:
+        return {"Gemma3ImageProcessor": whole}
+
+
+@dataclass(frozen=True, slots=True)
+class Projector:
+    """An RMS norm and one linear layer without bias."""
+
+    inputs: int
+    output: int
+    eps: float
+
+    def build(self, ops: TorchOps) -> nn.Module:
+        return _Projector(self, ops)
+
+
+class _Projector(nn.Module):
+    def __init__(self, config: Projector, ops: TorchOps) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm = RMSNorm(config.inputs, config.eps, ops)
+        self.weight = nn.Parameter(torch.empty(config.inputs, config.output))  # as it is stored
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.ops.linear(cast(self.norm(features), self.weight.dtype), self.weight)
+
+
+def whole(processor: Any) -> ImageRecord:
+    """Of a processor that shows an image as one view."""
+    if processor.do_pan_and_scan:
+        raise unsupported("do_pan_and_scan", True, "False")
+    return plain(processor)

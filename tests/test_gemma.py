@@ -1,0 +1,228 @@
+"""Gemma 3 against transformers' own model: masks, windows, norms, answers, layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edgeprune.errors import ModelError, SpecError
+from edgeprune.export.check import check_graph
+from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.lowering import TARGETS
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._processor import Processor, Prompt, random_prompt
+from edgeprune.models._reference import Reference
+from edgeprune.policies import make
+from edgeprune.runtime import Sampling, Session
+from edgeprune.runtime.images import to_pixels
+from edgeprune.spec import Plan, PruneSpec, plan_from_counts
+from edgeprune.tiling import Size
+from tests import families
+from tests.families import QUESTION, Family
+from tests.frozen import frozen
+from tests.test_engines import compiled
+from tests.test_families import block, drawn_image, generated
+
+KINDS: dict[str, Callable[..., Family]] = {"gemma3": families.gemma3}
+
+
+def old_gemma3(config: dict[str, Any]) -> dict[str, Any]:
+    """As google/gemma-3-4b-it says it."""
+    text = {name: config["text_config"][name] for name in SIZES}
+    text |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    text |= {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
+    return {**config, "text_config": {**text, "sliding_window_pattern": 2}}
+
+
+SIZES = (
+    *("head_dim", "hidden_size", "intermediate_size", "num_hidden_layers", "sliding_window"),
+    *("num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar", "vocab_size"),
+    *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+OLD = {"gemma3": old_gemma3}
+MORE = torch.tensor([[7, 8, 9]])
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def family(request: pytest.FixtureRequest) -> Family:
+    return KINDS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family.save(tmp_path_factory.mktemp(family.name) / "tiny")
+
+
+def dense(adapter: Adapter) -> Reference:
+    shape = adapter.shape
+    plan = Plan(shape.visual_tokens, shape.layers)
+    return Reference.build(adapter, make(PruneSpec("none")), plan)
+
+
+def logits(family: Family, adapter: Adapter, prompt: Prompt, shown: Any) -> torch.Tensor:
+    """Of transformers' model, for every token of a prompt and of MORE: [S, vocabulary]."""
+    parts = prompt.prefix_ids, torch.tensor([block(adapter)]), prompt.text_ids, MORE
+    ids = torch.cat(parts, dim=1)
+    given = {"input_ids": ids, "pixel_values": family.look(shown)["pixel_values"]}
+    given |= family.kinds(ids, MORE.shape[1])
+    with torch.no_grad():
+        found: torch.Tensor = family.model(**given).logits[0]
+    return found
+
+
+@pytest.mark.parametrize("size", [Size(84, 84), Size(60, 101), Size(211, 41)])
+def test_the_dense_model_is_that_of_transformers(
+    family: Family, checkpoint: Path, size: Size
+) -> None:
+    """Pixels, answers of 64 tokens, and logits over two turns."""
+    adapter, image = open_model(str(checkpoint)), drawn_image(size)
+    pixels = to_pixels(image, adapter.image_record(Processor(adapter)))
+    np.testing.assert_array_equal(pixels, family.look(image)["pixel_values"].numpy())
+    prompt, ours = Processor(adapter)(image, QUESTION), dense(adapter)
+    wanted = generated(family, adapter, prompt, tokens=64, **family.look(image))
+    assert ours.generate(prompt, 64, lambda token: False) == wanted
+    theirs = logits(family, adapter, prompt, image)
+    torch.testing.assert_close(ours.prefill(prompt).logits, theirs[-4], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.step(MORE[:, :1]).logits, theirs[-3], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.step(MORE[:, 1:]).logits, theirs[-1], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["sees", "windows", "ropes", "scale"])
+def test_the_comparison_above_sees_each_part(family: Family, checkpoint: Path, part: str) -> None:
+    adapter, image = open_model(str(checkpoint)), drawn_image(Size(84, 84))
+    prompt, config = Processor(adapter)(image, QUESTION), adapter.decoder_config
+    wanted = dense(adapter).prefill(prompt).logits
+    change = {"windows": {"window": None}, "ropes": {"rope": None}, "scale": {"scale": None}}
+    layers = tuple(replace(layer, **change.get(part, {})) for layer in config.layers)
+    adapter.decoder_config = replace(config, layers=layers)
+    if part == "sees":
+        adapter.decoder_config = replace(config, sees="past")
+    found = dense(adapter).prefill(prompt).logits
+    assert float((found - wanted).abs().max()) > 1e-2
+
+
+def test_a_dense_bundle_answers_as_transformers(
+    family: Family, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of two images of other shapes, then a second turn."""
+    adapter = open_model(str(checkpoint))
+    shape, processor = adapter.shape, Processor(adapter)
+    request = ExportRequest(
+        "tiny", PruneSpec("none"), Plan(shape.visual_tokens, shape.layers), tmp_path / "b"
+    )
+    prompts = [random_prompt(adapter.pixels, shape.vocabulary, 0)]
+    made = export(request, adapter, make(request.spec), processor, prompts)
+    assert made.notes == () and made.manifest.parity.ties == 0
+    session = Session.open(made.path)
+    for size in (Size(60, 101), Size(211, 41)):
+        image = drawn_image(size)
+        prompt = processor(image, QUESTION)
+        wanted = generated(family, adapter, prompt, tokens=64, **family.look(image))
+        assert list(session.ask(image, QUESTION, Sampling(max_new_tokens=64)).ids) == wanted
+
+
+def test_a_pruned_bundle_answers_as_its_reference(
+    family: Family, checkpoint: Path, tmp_path: Path
+) -> None:
+    """And a second turn, on the same caches; tokens are dropped before layers 1, 2 and 3."""
+    adapter, policy = open_model(str(checkpoint)), make(PruneSpec("utp", 4))
+    plan = plan_from_counts(16, (8, 3, 1))
+    request = ExportRequest("tiny", PruneSpec("utp", 4), plan, tmp_path / "b")
+    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
+    made = export(request, adapter, policy, Processor(adapter), prompts)
+    assert made.manifest.parity.ties == 0
+    session, image = Session.open(made.path), drawn_image(Size(60, 101))
+    reference = Reference.build(adapter, policy, plan)
+    answer = session.ask(image, QUESTION, Sampling(max_new_tokens=8))
+    prompt = Processor(adapter)(image, QUESTION)
+    assert list(answer.ids) == reference.generate(prompt, 8, lambda token: token == 2)
+    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
+    again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
+    assert again.ids == (int(step.logits.argmax()),)
+
+
+def test_both_published_layouts_are_the_same(
+    family: Family, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The modules' own names of tensors beside the older ones that are saved; settings under the
+    names of 2025; the template in chat_template.json."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    own = {name: tensor for name, tensor in family.model.state_dict().items() if "head" not in name}
+    assert own.keys().isdisjoint(load_file(checkpoint / "model.safetensors"))
+    save_file(own, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(OLD[family.name](config)))
+    template = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    ours, again = open_model(str(checkpoint)), open_model(str(tmp_path))
+    assert again.decoder_config == ours.decoder_config
+    assert again.vision_config == ours.vision_config
+    assert again.all_notes == ours.all_notes == ()
+    prompt = Processor(again)(drawn_image(Size(84, 84)), QUESTION)
+    assert torch.equal(dense(again).prefill(prompt).logits, dense(ours).prefill(prompt).logits)
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "tokens": (lambda c: c.update(mm_tokens_per_image=9), "9 tokens of 8 x 8 patches"),
+    "text": (
+        lambda c: c["text_config"].update(use_bidirectional_attention=True),
+        "attention to later text",
+    ),
+    "cap": (
+        lambda c: c["text_config"].update(final_logit_softcapping=30.0),
+        "a cap of 30.0 of logits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_config_asks_beyond_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    folder, (change, says) = families.gemma3().save(tmp_path), REFUSED[name]
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"gemma3 checkpoint has .*{says}.*: not supported"):
+        open_model(str(folder))
+
+
+def test_what_is_asked_beyond_is_refused(tmp_path: Path) -> None:
+    folder = families.gemma3().save(tmp_path)
+    with pytest.raises(SpecError, match="gemma3 bundles take one image"):
+        open_model(str(folder), images=2)
+    with pytest.raises(SpecError, match="takes every image as 48 x 48 pixels"):
+        open_model(str(folder), size=Size(60, 80))
+    processor = families.gemma3().image_processor
+    processor.do_pan_and_scan = True
+    with pytest.raises(ModelError, match="do_pan_and_scan is True, supported is False"):
+        open_model(str(folder)).image_record(processor)
+
+
+GPUS = [target for target in TARGETS if target != "cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("method", ["none", "utp"])
+@pytest.mark.parametrize("target", GPUS)
+def test_engines_take_it(
+    family: Family, target: str, method: str, dtype: str, tmp_path: Path
+) -> None:
+    """`check` accepts the bundle, and TensorRT-RTX compiles that for RTX cards."""
+    model = KINDS[family.name](num_hidden_layers=5).save(tmp_path / "deep")
+    cr = 4 if method == "utp" else 1
+    bundle = frozen(tmp_path / "b", method, cr, model=model, target=target, dtype=dtype)
+    for graph in ("vision.onnx", "decoder.onnx"):
+        (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
+        assert not verdict.problems, verdict.problems[0].message
+    if target == "rtx":
+        compiled(bundle)
