@@ -115,7 +115,8 @@ class Records:
 def read_records(adapter: Adapter, processor: Processor) -> Records:
     """Read a checkpoint's small files; ModelError names what a bundle cannot take over."""
     folder, config, media = adapter.checkpoint.folder, adapter.config, adapter.media
-    generation = read_generation(folder, config, processor.tokenizer, adapter.shape)
+    ends, tokenizer = adapter.read_ends(), processor.tokenizer
+    generation = read_generation(folder, config, tokenizer, adapter.shape, ends)
     image = replace(
         adapter.image_record(processor),
         images=adapter.asked.images,

@@ -94,8 +94,19 @@ class Generation:
     notes: tuple[str, ...] = ()
 
 
-def read_generation(folder: Path, config: Any, tokenizer: Any, shape: ModelShape) -> Generation:
-    """The settings of a checkpoint in `folder`; ModelError where one cannot be used."""
+def read_generation(
+    folder: Path, config: Any, tokenizer: Any, shape: ModelShape, ends: tuple[int, ...] = ()
+) -> Generation:
+    """The settings of a checkpoint in `folder`; ModelError where one cannot be used.
+
+    `ends` are the tokens that end an answer where the model's own code says so, and no settings do.
+    """
+    if ends:
+        return replace(_read_generation(folder, config, tokenizer, shape), eos_token_ids=ends)
+    return _read_generation(folder, config, tokenizer, shape)
+
+
+def _read_generation(folder: Path, config: Any, tokenizer: Any, shape: ModelShape) -> Generation:
     if (folder / FILE).is_file():
         return generation(read_json(folder / FILE), config, tokenizer, shape, folder / FILE)
     whole = read_json(folder / "config.json")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
-from edgeprune.models import elsewhere
+from edgeprune.models import elsewhere, names
 from tests import families
 from tests.clips import clip
 from tests.families import QUESTION
@@ -37,9 +37,9 @@ def test_a_family_that_transformers_lacks_is_told_with_the_nearest(
 def test_a_family_that_nobody_asked_for_is_told_with_all_that_there_are(
     tmp_path: Path, refused: Refused
 ) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "paligemma"}')
+    (tmp_path / "config.json").write_text('{"model_type": "blip_2"}')
     said = refused("export", "--model", tmp_path)
-    assert "is a paligemma; edgeprune knows: internvl, llava, llava_next" in said
+    assert f"is a blip_2; edgeprune knows: {', '.join(names())}" in said
 
 
 def test_one_missing_shard_of_several(tmp_path: Path, refused: Refused) -> None:

@@ -327,13 +327,6 @@ def test_sizes_that_cannot_be_frozen_are_refused(tmp_path: Path) -> None:
         open_model("demo", size=Size(336, 336))
 
 
-def test_a_family_that_transformers_lacks_is_told_with_the_nearest(tmp_path: Path) -> None:
-    config = {"model_type": "internvl_chat", "architectures": ["InternVLChatModel"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="the nearest family that edgeprune knows is internvl"):
-        open_model(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -17,10 +17,11 @@ from edgeprune.models._tokenizer import read_tokenizer
 class Chat:
     """Reads tokenizer and template by themselves: none of a checkpoint's code is run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: str | None = None) -> None:
+        """`template` goes before what the folder has."""
         self.tokenizer, self.notes = read_tokenizer(folder)
-        if template := _processors_template(folder):
-            self.tokenizer.chat_template = template
+        if found := template or _processors_template(folder):
+            self.tokenizer.chat_template = found
 
     def ids(self, media: Media, question: str) -> Tensor:
         """The whole prompt, one visual token for each run of them: int64 [n]."""

@@ -73,7 +73,7 @@ class Family(ABC):
 
     def __init__(self, checkpoint: Checkpoint, asked: InputOptions) -> None:
         self.checkpoint, self.asked = checkpoint, asked
-        self.config = read_config(checkpoint, self.config_class())
+        self.config = self.read_config()
         asked.check(self.config.model_type, self.takes)
         refuse(self.config, self.demands())
         self.frozen = self.read_size()
@@ -88,6 +88,18 @@ class Family(ABC):
     @abstractmethod
     def config_class(self) -> Any:
         """transformers' class of config.json; imported here, since that takes long."""
+
+    def read_config(self) -> Any:
+        """config.json as an object of that class."""
+        return read_config(self.checkpoint, self.config_class())
+
+    def read_chat(self) -> Chat:
+        """Tokenizer and chat template."""
+        return Chat(self.checkpoint.folder)
+
+    def read_ends(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer, where no settings of the checkpoint say so."""
+        return ()
 
     def demands(self) -> dict[str, bool]:
         """What the config asks for, in words, and whether the steps below do that. Where one is
@@ -199,12 +211,17 @@ class Family(ABC):
         return self.asked.frames or self.asked.images
 
     @cached_property
+    def chat(self) -> Chat:
+        """Tokenizer and chat template, read when they are first asked for."""
+        return self.read_chat()
+
+    @cached_property
     def between(self) -> list[list[int]]:
         """Ids of the text between the runs of visual tokens of a prompt; none where there is one
         run alone."""
         if self.media.runs == 1:
             return []
-        return Chat(self.checkpoint.folder).split(self.media, "?")[1]
+        return self.chat.split(self.media, "?")[1]
 
     @property
     def pixels(self) -> tuple[int, ...]:
@@ -217,14 +234,21 @@ class Family(ABC):
 
     def look(self, image_processor: Any, image: Image.Image) -> Tensor:
         """An image through the checkpoint's own image processor: float32, of shape `pixels`."""
-        if self.tiling is not None:
-            image = on_canvas(image, Size(self.tiling.height, self.tiling.width))
+        if (tiling := self.tiling) is not None:
+            size = Size(tiling.height, tiling.width)
+            whole = tiling.kind == "stretch" and tiling.suits(image.height, image.width)
+            image = stretched(image, size) if whole else on_canvas(image, size)
         found: Tensor = image_processor(image, return_tensors="pt")["pixel_values"]
         return found.float().flatten(0, -4)
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """Names under which checkpoints of this family store a parameter, likeliest first."""
         return self.tensor_names().of(parameter)
+
+
+def stretched(image: Image.Image, size: Size) -> Image.Image:
+    """An image in another size, whatever its aspect ratio."""
+    return image.resize((size.width, size.height), Image.Resampling.BICUBIC)
 
 
 def on_canvas(image: Image.Image, size: Size) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LLAMA = {
@@ -103,7 +103,7 @@ class Stored:
     W = factor * T + offset."""
 
     parts: tuple[tuple[str, ...], ...]  # of each tensor its names, likeliest first
-    rows: tuple[int, ...] = ()  # only these of a single tensor; (): all
+    rows: Sequence[int] = ()  # only these of a single tensor, a tuple or a range; (): all
     factor: float = 1.0
     offset: float = 0.0
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from edgeprune.errors import ModelError, brief
 from edgeprune.models._adapter import Adapter
-from edgeprune.models._chat import Chat
 from edgeprune.models._stored import read_json
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class Processor:
 
     def __init__(self, adapter: Adapter) -> None:
         folder = adapter.checkpoint.folder
-        self.chat, self.adapter = Chat(folder), adapter
+        self.chat, self.adapter = adapter.chat, adapter
         self.image_processor: Any = adapter.image_processor(partial(_image_processor, folder))
 
     @property

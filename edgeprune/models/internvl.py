@@ -7,10 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from edgeprune.models import _adapter
-from edgeprune.models._chat import Chat
-from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
-from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, image_settings, tiled
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
@@ -48,9 +45,6 @@ TOWER = {
 class Adapter(_adapter.Adapter):
     """An image is cut into tiles; a frame of a video is one tile with text before it."""
 
-    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
-        Elsewhere("InternVL in its own code", "InternVLChatModel", "internvl, the -hf checkpoints"),
-    )
     takes: ClassVar[Takes] = Takes(frames=True)
     encoder: EncoderConfig
 
@@ -74,15 +68,25 @@ class Adapter(_adapter.Adapter):
     def read_tiling(self) -> Tiling | None:
         if self.asked.frames is not None:
             return None
-        return _tiling(self.checkpoint, self.encoder, self._merge, self.asked.size)
+        return _tiling(self.encoder, self._merge, self.asked.size, self.grid_limits())
+
+    def grid_limits(self) -> tuple[int, int]:
+        """The fewest and the most tiles of a grid."""
+        settings = image_settings(self.checkpoint.folder)
+        return settings.get("min_patches", 1), settings.get("max_patches", 12)
 
     def read_media(self) -> Media:
         if self.asked.frames is None:
             return Media.of_images(self.config, self.asked.images, IMAGE)
-        tokenizer = Chat(self.checkpoint.folder).tokenizer
-        placeholder = tokenizer.convert_tokens_to_ids(tokenizer.video_token)
         template = "\n".join(f"Frame{i}: {IMAGE}" for i in range(1, self.asked.frames + 1))
-        return Media(placeholder, int(self.config.image_token_id), "video", template=template)
+        token = int(self.config.image_token_id)
+        return Media(self.video_token_id, token, "video", template=template)
+
+    @property
+    def video_token_id(self) -> int:
+        """What the chat template writes for a video."""
+        tokenizer = self.chat.tokenizer
+        return int(tokenizer.convert_tokens_to_ids(tokenizer.video_token))
 
     def read_layout(self) -> Layout:
         tiles = self.tiling.tiles if self.tiling else 1
@@ -130,11 +134,10 @@ def _encoder(config: Any) -> EncoderConfig:
 
 
 def _tiling(
-    checkpoint: Checkpoint, encoder: EncoderConfig, merge: int, size: Size | None
+    encoder: EncoderConfig, merge: int, size: Size | None, limits: tuple[int, int]
 ) -> Tiling:
     """The grid that the checkpoint's processor gives an image of the asked size, or one tile."""
-    settings = image_settings(checkpoint.folder)
-    least, most = settings.get("min_patches", 1), settings.get("max_patches", 12)
+    least, most = limits
     image = size or Size(encoder.image, encoder.image)
     rows, columns = stretch_grid(image, encoder.image, least, most)
     return Tiling(
