@@ -15,11 +15,13 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgeprune.compare.answers import EvalRequest, EvalResult, difference
-from edgeprune.compare.cells import DENSE, Cell, grid
+from edgeprune.compare.answers import EvalRequest, EvalResult
+from edgeprune.compare.cells import Cell, grid
 from edgeprune.compare.comparing import CompareRequest, answers, compare
 from edgeprune.compare.questions import HELD_OUT, Questions
+from edgeprune.compare.titles import DENSE
 from edgeprune.files import write_whole
+from edgeprune.intervals import difference
 from edgeprune.progress import Bar
 from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec

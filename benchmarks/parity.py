@@ -25,9 +25,10 @@ import torch
 from edgeprune import policies
 from edgeprune.bundle import Bundle
 from edgeprune.compare.bundles import Bundles, code
-from edgeprune.compare.cells import DENSE, Cell, grid
+from edgeprune.compare.cells import Cell, grid
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.store import Store, key_of
+from edgeprune.compare.titles import DENSE
 from edgeprune.compare.workers import each
 from edgeprune.errors import ParityError
 from edgeprune.export import parity

@@ -139,6 +139,8 @@ def build(kind: Any, value: Any, path: str) -> Any:
         kinds = inner[:1] * len(value) if inner[-1] is ... else inner
         if len(kinds) == len(value):
             return tuple(build(k, v, path) for k, v in zip(kinds, value, strict=True))
+    elif origin is list and isinstance(value, list):
+        return [build(inner[0], item, path) for item in value]
     elif origin is Literal:
         if value in inner:
             return value

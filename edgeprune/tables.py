@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of as many cells as there are heads; the caption says what they show."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Rows
+
+    def markdown(self) -> str:
+        """The table alone, without its caption."""
+        return markdown(self.heads, self.rows)
 
 
 def plain(rows: Rows, left: int | None = None) -> str:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.compare.answers import difference, wilson
-from edgeprune.compare.results import (
-    Comparison,
-    Missing,
-    Result,
-    accuracy_table,
-    overview_table,
-    time_table,
-)
+from edgeprune import policies
+from edgeprune.compare import result_tables
+from edgeprune.compare.results import Comparison, Missing, Result
+from edgeprune.intervals import difference, wilson
 
 
 @settings(deadline=None)
@@ -68,34 +64,32 @@ def test_results_survive_json_and_csv() -> None:
 
 def test_draws_share_a_row_and_the_best_comes_first() -> None:
     draws = [result("random", 4, right, seed) for seed, right in enumerate((120, 100, 110))]
-    lines = accuracy_table([result("utp", 4, 180), *draws, result("dart", 4, 190)]).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[0] == ["method", "CR", "overall", "color", "count"]
-    assert [row[0] for row in cells[2:]] == ["dart", "utp", "random"]
-    assert cells[4] == ["random", "4", "55.0 (50.0 to 60.0)", "55.0", "55.0"]
-    assert cells[3][2] == "90.0 ± 4.2"
+    cells = [result("utp", 4, 180), *draws, result("dart", 4, 190)]
+    lines = result_tables.accuracy(cells, "").markdown().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert rows[0] == ["method", "CR", "overall", "color", "count"]
+    assert [row[0] for row in rows[2:]] == ["dart", "utp", "random"]
+    assert rows[4] == ["random", "4", "55.0 (50.0 to 60.0)", "55.0", "55.0"]
+    assert rows[3][2] == "90.0 ± 4.2"
     assert len({len(line) for line in lines}) == 1
 
 
 def test_a_method_of_which_a_part_is_replaced_is_marked_in_every_table() -> None:
     """CDPruner's and VisionTrim's text branch: no supported checkpoint holds CLIP's text tower."""
-    methods = ("none", "cdpruner", "visiontrim variant=paper", "divprune", "was-a-method")
-    cells = tuple(result(name, 4, 180) for name in methods)
+    names = ("none", "cdpruner", "visiontrim variant=paper", "divprune")
+    cells = tuple(
+        replace(result(name, 4, 180), stands_in=policies.load(name.partition(" ")[0]).stands_in)
+        for name in names
+    )
     found = Comparison({"questions": 200, "model": "m"}, cells)
-    for table in (accuracy_table(cells), overview_table(cells), time_table(cells)):
-        names = {line.split("|")[1].strip() for line in table.splitlines()[2:]}
-        assert names == {
-            "none",
-            "cdpruner *",
-            "visiontrim variant=paper *",
-            "divprune",
-            "was-a-method",
-        }
+    starred = {"none", "cdpruner *", "visiontrim variant=paper *", "divprune"}
+    tables = [*found.tables(), result_tables.overview(cells, "")]
+    assert [{row[0] for row in table.rows} for table in tables] == [starred] * 3
     text = found.to_markdown()
     assert "\\* A part of the published method is replaced:\n\n- cdpruner: " in text
     assert "- visiontrim: the decoder's text embeddings in place of CLIP's text tower.\n" in text
     rows = list(csv.DictReader(found.to_csv().splitlines()))
-    assert [bool(row["stands_in"]) for row in rows] == [False, True, True, False, False]
+    assert [bool(row["stands_in"]) for row in rows] == [False, True, True, False]
     plain = Comparison({"questions": 200, "model": "m"}, (result("divprune", 4, 180),))
     assert "replaced" not in plain.to_markdown() and "stands_in" not in plain.to_csv()
 
@@ -119,7 +113,7 @@ def test_an_overview_has_a_row_per_method_and_a_column_per_ratio() -> None:
     draws = [result("random", 4, right, seed) for seed, right in enumerate((120, 100))]
     short = replace(result("fastv", 2, 196), cr=1.9)
     cells = [result("none", 1, 198), result("utp", 4, 180), result("utp", 2, 190), *draws, short]
-    lines = overview_table(cells).splitlines()
+    lines = result_tables.overview(cells, "").markdown().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert [rows[0], *rows[2:]] == [
         ["method", "CR 2", "CR 4"],
@@ -129,6 +123,29 @@ def test_an_overview_has_a_row_per_method_and_a_column_per_ratio() -> None:
         ["random", "-", "55.0 (50.0 to 60.0)"],
     ]
     setup = {"questions": 200, "model": "m"}
-    assert overview_table(cells) in Comparison(setup, tuple(cells)).to_markdown()
+    assert (
+        result_tables.overview(cells, "").markdown()
+        in Comparison(setup, tuple(cells)).to_markdown()
+    )
     one = Comparison(setup, (result("utp", 4, 180),))
     assert "CR 4" not in one.to_markdown(), "one ratio needs no overview"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"right": {"color": 101, "count": 1}}, "more right answers"),
+        ({"asked": {"color": 100}}, "other kinds"),
+        ({"rounds": {"prefill": [1.0]}}, "lacks times"),
+    ],
+)
+def test_results_that_contradict_themselves_are_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        replace(result("utp", 4, 180), **changes)
+
+
+def test_results_of_others_are_checked_by_type_and_range() -> None:
+    good = Comparison({"questions": 200, "model": "m"}, (result("utp", 4, 180),)).to_json()
+    for wrong in (good.replace('"cr": 4', '"cr": 0'), good.replace("[8, 4]", '["8"]'), "[]"):
+        with pytest.raises((ValueError, TypeError), match="comparison"):
+            Comparison.from_json(wrong)

@@ -25,12 +25,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from edgeprune import policies
 from edgeprune.bundle import MANIFEST, sha256
-from edgeprune.compare.answers import EvalRequest, EvalResult, difference
+from edgeprune.compare.answers import EvalRequest, EvalResult
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.results import Comparison, Result
 from edgeprune.errors import EdgepruneError
 from edgeprune.graph_contract import GRAPHS, WEIGHTS
+from edgeprune.intervals import difference
 
 BLOCK = 100
 """Questions in a block."""
@@ -209,6 +211,7 @@ def _result(manifest: dict[str, Any], name: str, found: EvalResult) -> Result:
         found.right,
         found.asked,
         kv_bytes=found.kv_bytes,
+        stands_in=policies.load(prune["method"]).stands_in,
     )
 
 

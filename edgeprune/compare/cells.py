@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from edgeprune import policies
+from edgeprune.compare.titles import DENSE, FLOAT, titled
 from edgeprune.errors import SpecError
 from edgeprune.spec import PruneSpec
 from edgeprune.weight_format import WeightFormat
-
-DENSE = "none"
-FLOAT = "float"
-"""Weights that are not quantised."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,6 @@ class Cell:
     @property
     def spec(self) -> PruneSpec:
         return PruneSpec(self.method, self.cr, self.seed, dict(self.options))
-
-
-def titled(label: str, weights: str) -> str:
-    """A method's label with the format of quantised weights."""
-    return label if weights == FLOAT else f"{label} {weights}"
 
 
 def grid(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from edgeprune import __version__
+from edgeprune import __version__, policies
 from edgeprune.compare.answers import EvalRequest, EvalResult
 from edgeprune.compare.bundles import Bundles
 from edgeprune.compare.cells import Cell
@@ -167,6 +167,7 @@ def _result(
         seed=cell.seed,
         weights=cell.weights,
         weight_bytes=made.weight_bytes,
+        stands_in=policies.load(cell.method).stands_in,
         bundle=made.hash,
         kv_bytes=found.kv_bytes,
         rounds=times.get("rounds", {}).get(cell.name, {}),

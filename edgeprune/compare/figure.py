@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edgeprune.compare.answers import wilson
-from edgeprune.compare.cells import DENSE
 from edgeprune.compare.labels import Box, column, placed
-from edgeprune.compare.results import Comparison, Result, grouped, marked
+from edgeprune.compare.result_tables import grouped
+from edgeprune.compare.results import Comparison, Result
+from edgeprune.compare.titles import DENSE
 from edgeprune.drawing.canvas import GHOST, INK, PAPER, QUIET, Colour, Pen, Point, Sheet
+from edgeprune.intervals import wilson
 
 WIDTH, HEIGHT, MARGIN = 1200, 800, 40  # in pixels at scale 1
 SIZE = 17.0  # of letters
@@ -51,6 +52,11 @@ class Curve:
     name: str
     marks: tuple[Mark, ...]
     colour: Colour = FAINT
+    starred: bool = False  # a part of the published method is replaced
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} *" if self.starred else self.name
 
     @property
     def strong(self) -> bool:
@@ -92,13 +98,14 @@ def figure(comparison: Comparison) -> Sheet:
     for curve in curves:
         _draw(sheet, axes, curve, ratios)
     _names(sheet, axes, curves, dense)
-    _legend(sheet, axes, ratios, starred=any(marked(c.name) != c.name for c in curves))
+    _legend(sheet, axes, ratios, starred=any(curve.starred for curve in curves))
     return sheet
 
 
 def _curves(cells: Sequence[Result], timed: bool) -> tuple[Mark | None, list[Curve]]:
     """The dense model, and the methods: those least often right first, so the others lie above."""
     marks: dict[str, list[Mark]] = {}
+    starred = {_name(cell) for cell in cells if cell.stands_in}
     for group in grouped(cells):
         if group[0].rounds or not timed:
             marks.setdefault(_name(group[0]), []).append(_mark(group, timed))
@@ -114,7 +121,9 @@ def _curves(cells: Sequence[Result], timed: bool) -> tuple[Mark | None, list[Cur
 
     best = sorted(marks, key=lead, reverse=True)
     colours = dict(zip(best, PALETTE, strict=False))
-    curves = [Curve(name, tuple(marks[name]), colours.get(name, FAINT)) for name in best]
+    curves = [
+        Curve(name, tuple(marks[name]), colours.get(name, FAINT), name in starred) for name in best
+    ]
     return dense, curves[::-1]
 
 
@@ -230,8 +239,7 @@ def _names(sheet: Sheet, axes: Axes, curves: Sequence[Curve], dense: Mark | None
     """
     lines = [[axes.at(mark.x, mark.y) for mark in curve.marks] for curve in curves]
     names = [
-        (marked(c.name), c.marks[-1].cr, c.colour, line)
-        for c, line in zip(curves, lines, strict=True)
+        (c.label, c.marks[-1].cr, c.colour, line) for c, line in zip(curves, lines, strict=True)
     ]
     names.reverse()  # the best are placed first
     most = max((cr for _, cr, _, _ in names), default=0)
