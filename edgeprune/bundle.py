@@ -302,7 +302,7 @@ class Bundle:
         up to QUICK bytes only; True hashes all, False none.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         for name, record in manifest.files.items():
             try:
                 hashed = record.bytes <= QUICK if verify is None else verify
@@ -324,7 +324,8 @@ class Bundle:
         return self.path / name
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a bundle's folder, checked by itself; BundleError where it is damaged."""
     file = path / MANIFEST
     if not is_utf8(str(path)):
         raise BundleError(f"the name of {path} is not UTF-8, which engines want; rename the folder")

@@ -23,6 +23,7 @@ from edgeprune.commands import (
     compare,
     export,
     listing,
+    report,
     run,
     serve,
     show,
@@ -60,7 +61,19 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"edgeprune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (export, run, serve, show, compare, check, build, bench, calibrate, listing):
+    for module in (
+        export,
+        run,
+        serve,
+        show,
+        compare,
+        check,
+        build,
+        bench,
+        report,
+        calibrate,
+        listing,
+    ):
         module.add(commands)
     return top
 

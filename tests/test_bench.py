@@ -136,7 +136,7 @@ def test_the_table_and_the_figure() -> None:
     absent = (Absent("pruned", "trt", "no engines; build them"),)
     one = Answer([1], [[0]], pack(np.ones(1, np.float32)))
     agreed = compare("dense", "trt", one, "ort-cpu", one)
-    result = BenchResult(rows, absent, (agreed,), {"new_tokens": 4}, {})
+    result = BenchResult(rows, absent, (agreed,), {"text_tokens": 16, "new_tokens": 4}, {})
     lines = table(result).splitlines()
     found = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[1:4]]
     pruned, engine = (dict(zip(HEADS, cells, strict=True)) for cells in found[1:])
@@ -148,7 +148,9 @@ def test_the_table_and_the_figure() -> None:
     assert lines[5] == "not run: pruned on trt: no engines; build them"
     image = np.asarray(png.render(figure(result)))
     assert image.shape[1] == 1200
-    taller = np.asarray(png.render(figure(BenchResult(rows, (), (), {"new_tokens": 4}, {}))))
+    taller = np.asarray(
+        png.render(figure(BenchResult(rows, (), (), {"text_tokens": 16, "new_tokens": 4}, {})))
+    )
     assert image.shape[0] - taller.shape[0] == 44, "what could not run has a line of its own"
 
 

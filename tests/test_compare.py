@@ -180,11 +180,11 @@ def test_a_second_run_does_what_is_missing_alone(
         patch.setattr(bundles, "make", never)
         assert compare(request) == first
     (request.folder / "cells" / "utp-cr4.answers.json").unlink()
-    asked: list[str] = []
+    asked, kinds = list[str](), first.cells[0].asked
 
     def ask(self: EvalRequest, path: Path, tick: object) -> EvalResult:
         asked.append(path.name)
-        return EvalResult({"color": 1}, {"color": 1}, ["red"], "1", 9, 9)
+        return EvalResult(kinds, kinds, ["red"], "1", 9, 9)
 
     with monkeypatch.context() as patch:
         patch.setattr(EvalRequest, "ask", ask)

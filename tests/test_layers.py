@@ -27,12 +27,14 @@ ABOVE = {
     "edgeprune.compare",
     "edgeprune.drawing",
     "edgeprune.recipe",
+    "edgeprune.report",
     "edgeprune.serve",
 }
 TORCH_FREE = {"edgeprune.export", "edgeprune.calib", *HEAVY}
 BANNED = {
-    "edgeprune.compare": {"edgeprune.commands"},
+    "edgeprune.compare": {"edgeprune.commands", "edgeprune.report"},
     "edgeprune.bench": {*ABOVE - {"edgeprune.bench", "edgeprune.drawing"}, *TORCH_FREE},
+    "edgeprune.report": {"edgeprune.commands", "edgeprune.serve", "edgeprune.recipe", *TORCH_FREE},
     "edgeprune.serve": {*ABOVE - {"edgeprune.serve"}, *TORCH_FREE},
     "edgeprune.drawing": {*ABOVE - {"edgeprune.drawing"}, *TORCH_FREE},
     "edgeprune.recipe": {*ABOVE - {"edgeprune.recipe"}, "edgeprune.runtime"},
@@ -62,6 +64,7 @@ CORE = {
     *("bundle", "contract", "cost", "errors", "files", "generation", "graph_contract", "graphs"),
     *(
         "install_hints",
+        "intervals",
         "lowering",
         "memory",
         "onnx_file",

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgeprune.records import Amount, Between
+
+Magnitude = Annotated[float, Between(0, 1e39)]
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,12 @@ class Agreement:
     bundle: str
     backend: str
     against: str
-    tokens: int  # asked
-    same_tokens: int  # up to the first that differs
-    kept: int  # indices, all sites together
-    same_kept: int
-    logits: float  # largest difference
-    largest: float  # of the other's logits, without sign
+    tokens: Amount  # asked
+    same_tokens: Amount  # up to the first that differs
+    kept: Amount  # indices, all sites together
+    same_kept: Amount
+    logits: Magnitude  # largest difference
+    largest: Magnitude  # of the other's logits, without sign
 
     def line(self) -> str:
         """For people."""

@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from edgeprune import cost, errors
 from edgeprune.bench import agreement, worker
@@ -28,6 +28,7 @@ from edgeprune.errors import BackendError, SpecError
 from edgeprune.graph_contract import WEIGHTS
 from edgeprune.lowering import DTYPES
 from edgeprune.progress import Progress, silent
+from edgeprune.records import Between, build, parse
 from edgeprune.runtime import backends, machine
 
 
@@ -52,13 +53,24 @@ class BenchRequest:
             backends.find(backend)
 
 
+Seconds = Annotated[float, Between(0, 1e9)]
+Bytes = Annotated[int, Between(0, 1 << 50)]
+Operations = Annotated[int, Between(1, 1 << 62)]
+
+
 @dataclass(frozen=True)
 class RoundSeconds:
     """Seconds of each counted round; decode is per token."""
 
-    vision: tuple[float, ...]
-    prefill: tuple[float, ...]
-    decode: tuple[float, ...]
+    vision: tuple[Seconds, ...]
+    prefill: tuple[Seconds, ...]
+    decode: tuple[Seconds, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.vision) == len(self.prefill) == len(self.decode) > 0:
+            raise ValueError("a bundle's rounds lack a part")
+        if min(*self.prefill, *self.decode) <= 0:
+            raise ValueError("a bundle's prefill or decode takes no time")
 
 
 @dataclass(frozen=True)
@@ -68,19 +80,20 @@ class Row:
     name: str
     backend: str
     method: str
-    cr: float
+    cr: Annotated[float, Between(1, 1 << 24)]
     dtype: str
     weights: str  # how those of products are stored, as --weights takes it
-    weight_bytes: int  # of all weights, in the bundle
+    weight_bytes: Bytes  # of all weights, in the bundle
     rounds: RoundSeconds
-    load_seconds: float
-    build_seconds: float | None  # of engines; None where nothing is built
-    kv_bytes: int  # of the caches as reserved, prefill and answer
-    peak_bytes: int | None  # of the process, or on a GPU of what it holds for the bundle
-    joules: tuple[float, ...] | None  # of each round; None where the machine measures no power
+    load_seconds: Seconds
+    build_seconds: Seconds | None  # of engines; None where nothing is built
+    kv_bytes: Bytes  # of the caches as reserved, prefill and answer
+    peak_bytes: Bytes | None  # of the process, or on a GPU of what it holds for the bundle
+    joules: tuple[Annotated[float, Between(0, 1e12)], ...] | None  # of each round; None where the
+    # machine measures no power
     meter: str  # where power is from
-    prefill_operations: int
-    decode_operations: int
+    prefill_operations: Operations
+    decode_operations: Operations
 
     @property
     def first_token(self) -> float:
@@ -105,6 +118,18 @@ class BenchResult:
     agreements: tuple[Agreement, ...]  # of each bundle's backends with its first
     request: dict[str, Any]
     machine: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if len({len(row.rounds.prefill) for row in self.rows}) > 1:
+            raise ValueError("bundles were timed in different numbers of rounds")
+        if any(type(self.request.get(name)) is not int for name in ("text_tokens", "new_tokens")):
+            raise ValueError("the request does not say how many tokens were read and written")
+
+    @classmethod
+    def from_json(cls, text: str) -> BenchResult:
+        """ValueError or TypeError where the text is not what `to_json` writes."""
+        found: BenchResult = build(cls, parse(text), "bench")
+        return found
 
     def to_json(self) -> str:
         """One line, for programs."""

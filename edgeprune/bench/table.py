@@ -31,11 +31,16 @@ HEADS = (
 
 def table(result: BenchResult) -> str:
     """Medians with p10-p90; ratios, round by round, to the first bundle on the same backend."""
-    first: dict[str, Row] = {}
-    lines = [HEADS, *(_cells(row, first.setdefault(row.backend, row)) for row in result.rows)]
+    lines = [HEADS, *rows(result)]
     agree = [one.line() for one in result.agreements]
     absent = [f"not run: {one.name} on {one.backend}: {one.why}" for one in result.absent]
     return "\n".join([plain(lines, left=2), *agree, *absent])
+
+
+def rows(result: BenchResult) -> list[tuple[str, ...]]:
+    """A row per bundle and backend, a cell for each of HEADS."""
+    first: dict[str, Row] = {}
+    return [_cells(row, first.setdefault(row.backend, row)) for row in result.rows]
 
 
 def _cells(row: Row, first: Row) -> tuple[str, ...]:

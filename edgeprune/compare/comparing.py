@@ -167,6 +167,7 @@ def _result(
         seed=cell.seed,
         weights=cell.weights,
         weight_bytes=made.weight_bytes,
+        marks=found.marks,
         stands_in=policies.load(cell.method).stands_in,
         bundle=made.hash,
         kv_bytes=found.kv_bytes,

@@ -161,7 +161,8 @@ def _frame(sheet: Sheet, axes: Axes, comparison: Comparison, timed: bool) -> Non
     sheet.text(MARGIN, MARGIN + 24, f"Accuracy against {against}", 28, bold=True)
     caption = f"{setup['model']}, {setup['questions']:,} questions to each bundle"
     if timed:
-        caption += f", {setup['timing']['rounds']} timing rounds"
+        rounds = max(len(cell.rounds.get("prefill", ())) for cell in comparison.cells)
+        caption += f", {rounds} timing rounds"
     caption += "; bars are 95% intervals; axes are logarithmic, the vertical one in errors"
     sheet.text(
         MARGIN, MARGIN + 54, sheet.pen.wrap(caption, SIZE, WIDTH - 2 * MARGIN, 1)[0], SIZE, QUIET

@@ -15,7 +15,7 @@ from edgeprune.compare import result_tables
 from edgeprune.compare.result_tables import PARTS
 from edgeprune.compare.titles import DENSE, FLOAT, titled
 from edgeprune.intervals import wilson
-from edgeprune.records import Amount, Between, Count, build, parse
+from edgeprune.records import Amount, Between, Count, Matches, build, parse
 from edgeprune.tables import Table
 
 Ratio = Annotated[float, Between(1, 1 << 24)]
@@ -41,12 +41,15 @@ class Result:
     weights: str = FLOAT  # of products
     weight_bytes: Bytes = 0  # of all weights
     stands_in: str = ""  # what stands in for a part of the published method
+    marks: Annotated[str, Matches("[01]*", "a 0 or 1 for each question")] = ""  # 1: right
 
     def __post_init__(self) -> None:
         if not self.asked or self.right.keys() != self.asked.keys():
             raise ValueError(f"{self.method} answered other kinds of questions than it was asked")
         if any(self.right[kind] > asked for kind, asked in self.asked.items()):
             raise ValueError(f"{self.method} has more right answers than questions")
+        if self.marks and self.total != (self.marks.count("1"), len(self.marks)):
+            raise ValueError(f"{self.method} has other right answers than its marks say")
         rounds = {part: len(found) for part, found in self.rounds.items()}
         if rounds and (
             set(rounds) != set(PARTS) or len({*rounds.values()}) > 1 or 0 in rounds.values()
@@ -97,7 +100,7 @@ class Comparison:
     failed: tuple[Missing, ...] = ()
 
     def __post_init__(self) -> None:
-        if len({tuple(cell.asked) for cell in self.cells}) > 1:
+        if len({frozenset(cell.asked) for cell in self.cells}) > 1:
             raise ValueError("bundles were asked different kinds of questions")
         if len({len(found) for cell in self.cells for found in cell.rounds.values()}) > 1:
             raise ValueError("bundles were timed in different numbers of rounds")
