@@ -142,7 +142,7 @@ def test_a_bundle_with_scales_passes_parity(target, weights, uneven, instruct, t
     command += ["--samples-file", instruct, "--weights", f"{weights}:awq=on", "-o", output]
     assert main([*map(str, command)]) == 0
     record = Bundle.open(output).manifest.weights
-    assert record.format.endswith(":awq=on")
+    assert record.format.endswith(":awq=on:activations=off")
     assert record.algorithm == ("AWQ, clipped" if target == "cpu" else "AWQ")
 
 

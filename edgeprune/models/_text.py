@@ -77,13 +77,14 @@ def decoder_config(text: Any, tied: bool, kind: str | Kind | None = None) -> Dec
     if isinstance(name, str) and name not in DECODERS:
         raise ModelError(f"this checkpoint has a {name} decoder; supported: {', '.join(DECODERS)}")
     made = DECODERS[name] if isinstance(name, str) else name
-    found = [value for setting in ACTIVATION if (value := getattr(text, setting, None))]
-    if not found or found[0] not in ACTIVATIONS:
-        raise ModelError(f"activation {found[:1]} in the decoder is not supported")
+    named = (getattr(text, setting, None) for setting in ACTIVATION)
+    activation = next(filter(None, named), None)
+    if activation not in ACTIVATIONS:
+        raise ModelError(f"activation {activation!r} in the decoder is not supported")
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     positions = _positions(text)
     plain = DecoderConfig(
-        layers=(LayerConfig(found[0]),) * text.num_hidden_layers,
+        layers=(LayerConfig(activation),) * text.num_hidden_layers,
         width=text.hidden_size,
         mlp_width=text.intermediate_size,
         heads=text.num_attention_heads,
