@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from benchmarks.schedules import planned
-from edgeprune.drawing.show import drawn, seen, survivors
 from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.exporter import Exported, ExportRequest, export
 from edgeprune.models import Adapter, open_model
@@ -42,6 +41,7 @@ from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime import Session
 from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.runtime.sampling import Sampling
+from edgeprune.runtime.survivors import drawn, seen, survivors
 from edgeprune.spec import ModelShape, Plan, PruneSpec, check_separators
 from edgeprune.tiling import Size
 from tests import families

@@ -21,11 +21,12 @@ from edgeprune.drawing import png, svg
 from edgeprune.drawing.canvas import ACCENT, Pen, Sheet
 from edgeprune.drawing.image_files import save
 from edgeprune.drawing.schedule_chart import LOSS, chart
-from edgeprune.drawing.show import MERGED, Said, Site, dim, seen, survivors
+from edgeprune.drawing.show import MERGED, Said, dim
 from edgeprune.drawing.show_figure import figure, representative
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.images import read_image
 from edgeprune.runtime import Answer, Session, Timings
+from edgeprune.runtime.survivors import Site, seen, survivors
 from edgeprune.spec import Stage
 from tests.hostile import edit_graph, set_size
 
@@ -52,10 +53,10 @@ def test_positions_among_the_alive_become_places_on_the_grid(tiny_bundle: Path) 
     manifest = manifest_with(tiny_bundle, stages=stages)
     sites = survivors(answered([0, 2, 3, 5], [1, 2, 3], [0, 2], []), manifest)
     assert sites == [
-        Site("vision", {(0, 0), (0, 2), (1, 0), (1, 2)}),
-        Site("layer 2", {(0, 2), (1, 0), (1, 2)}),
-        Site("layer 3", {(0, 2), (1, 2)}),
-        Site("layer 9", set()),
+        Site("vision", 1, {(0, 0), (0, 2), (1, 0), (1, 2)}),
+        Site("layer 2", 2, {(0, 2), (1, 0), (1, 2)}),
+        Site("layer 3", 3, {(0, 2), (1, 2)}),
+        Site("layer 9", 9, set()),
     ]
     assert [site.caption for site in sites[2:]] == ["layer 3: 2", "layer 9: 0"]
 
@@ -65,9 +66,9 @@ def test_merged_tokens_have_their_centres_places_and_cls_has_none(tiny_bundle: P
     manifest = manifest_with(tiny_bundle, stages=stages)
     sites = survivors(answered([6, 0, 5, 2, 3], [0, 3, 1], [1]), manifest)
     assert sites == [
-        Site("vision", {(0, 0), (1, 2)}, {(0, 2), (1, 0)}, 1),
-        Site("layer 2", set(), {(0, 0), (0, 2)}, 1),
-        Site("layer 3", set(), {(0, 2)}),
+        Site("vision", 1, {(0, 0), (1, 2)}, {(0, 2), (1, 0)}, 1),
+        Site("layer 2", 2, set(), {(0, 0), (0, 2)}, 1),
+        Site("layer 3", 3, set(), {(0, 2)}),
     ]
     captions = ["vision: 2 + 2 merged + [CLS]", "layer 2: 2 merged + [CLS]", "layer 3: 1 merged"]
     assert [site.caption for site in sites] == captions
@@ -90,7 +91,7 @@ def test_kept_patches_are_untouched_and_pruned_ones_grey_dark_and_ruled() -> Non
     rng = np.random.default_rng(0)
     levels = rng.integers(0, 256, (8, 15, 3), np.uint8)  # patches of 4 x 5 on a grid of 2 x 3
     before = levels.copy()
-    shown = dim(levels, Site("", {(0, 1), (1, 2)}), (2, 3))
+    shown = dim(levels, Site("", 1, {(0, 1), (1, 2)}), (2, 3))
     assert (levels == before).all(), "the image itself must not change"
     for row, column in np.ndindex(2, 3):
         window = np.s_[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
@@ -107,7 +108,7 @@ def test_kept_patches_are_untouched_and_pruned_ones_grey_dark_and_ruled() -> Non
 
 def test_the_centre_of_a_merged_token_is_outlined() -> None:
     levels = np.full((12, 18, 3), 200, np.uint8)  # patches of 6 x 6 on a grid of 2 x 3
-    shown = dim(levels, Site("", set(), {(1, 1)}), (2, 3))
+    shown = dim(levels, Site("", 1, set(), {(1, 1)}), (2, 3))
     patch = shown[6:, 6:12].astype(int)
     assert (patch[2:4, 2:4] == 200).all()
     patch[2:4, 2:4] = MERGED
@@ -125,7 +126,7 @@ def test_the_image_is_shown_as_the_model_sees_it(demo_dense: Path) -> None:
 
 
 def test_of_many_sites_the_first_the_last_and_some_between_are_drawn() -> None:
-    sites = [Site(f"layer {i}", {(0, i)}) for i in range(31)]
+    sites = [Site(f"layer {i}", i, {(0, i)}) for i in range(31)]
     assert [site.title for site in representative(sites)] == [
         f"layer {i}" for i in (0, 5, 10, 15, 20, 25, 30)
     ]
@@ -149,7 +150,7 @@ def test_long_lines_are_wrapped_cut_and_never_too_wide() -> None:
 @pytest.mark.parametrize("sites", [0, 1, 2, 6, 40])
 def test_any_number_of_sites_and_layers_fits(sites: int, layers: int, tiny_bundle: Path) -> None:
     prune = manifest_with(tiny_bundle, counts=(6,) * (layers // 2) + (2,) * -(-layers // 2)).prune
-    drawn = [Site(f"layer {i + 1}", {(0, 0)}, {(0, 1)}) for i in range(sites)]
+    drawn = [Site(f"layer {i + 1}", i + 1, {(0, 0)}, {(0, 1)}) for i in range(sites)]
     levels = np.full((40, 60, 3), 200, np.uint8)
     sheet = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)])
     image = png.render(sheet)
@@ -240,7 +241,7 @@ def test_survivors_of_a_real_answer_are_nested_and_as_many_as_scheduled(
 def test_in_the_image_kept_patches_have_the_image_s_colours(demo_utp: Path) -> None:
     manifest = Bundle.open(demo_utp, verify=False).manifest
     levels = np.full((168, 168, 3), (200, 40, 40), np.uint8)
-    sites = [Site("layer 3", {(0, 0), (5, 7)})]
+    sites = [Site("layer 3", 3, {(0, 0), (5, 7)})]
     sheet = figure(levels, sites, manifest.prune, "?", [Said("utp", "red")])
     image = np.asarray(png.render(sheet))
     red = (image == (200, 40, 40)).all(axis=2)

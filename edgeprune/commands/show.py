@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune.drawing.canvas import check_font
     from edgeprune.drawing.show_figure import figure
     from edgeprune.images import read_image
+    from edgeprune.runtime.survivors import drawn, seen, survivors
 
     image_files.check_target(args.output)
     check_font(args.font)
@@ -70,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     said = [show.Said.by(manifest, answer)]
     if args.dense:
         said.append(show.Said.by(*_ask(args.dense, image, args)))
-    levels, sites = show.seen(image, manifest.image), show.survivors(answer, manifest)
-    prune = replace(manifest.prune, grid=show.drawn(manifest))
+    levels, sites = seen(image, manifest.image), survivors(answer, manifest)
+    prune = replace(manifest.prune, grid=drawn(manifest))
     sheet = figure(levels, sites, prune, args.prompt, said, font=args.font)
     image_files.save(sheet, args.output, args.scale)
     for note in (*read.warnings, *answer.warnings):

@@ -20,7 +20,8 @@ from edgeprune.drawing.canvas import (
     Sheet,
 )
 from edgeprune.drawing.schedule_chart import chart
-from edgeprune.drawing.show import DROPPED, MERGED, Said, Site, Sites, dim
+from edgeprune.drawing.show import DROPPED, MERGED, Said, dim
+from edgeprune.runtime.survivors import Site, Sites
 
 MOST_SITES = 7
 """Of more pruning sites so many are drawn: the first, the last, evenly between."""

@@ -41,7 +41,16 @@ class Admission:
         """The key, or where there is none the name by which a local server is called."""
         if self.limits.api_key is not None:
             self._check_key(request, self.limits.api_key)
-        elif self.limits.local and not _is_local(request.url.hostname or ""):
+        else:
+            self.check_name(request)
+
+    def check_name(self, request: Request) -> None:
+        """The name by which a local server without a key is called."""
+        if (
+            self.limits.api_key is None
+            and self.limits.local
+            and not _is_local(request.url.hostname or "")
+        ):
             # A page in a browser may let its own name point to this machine.
             raise HttpError(
                 403,

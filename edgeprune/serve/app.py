@@ -24,6 +24,7 @@ from edgeprune.serve.errors import HttpError, http_error
 from edgeprune.serve.exchange import GONE, answer
 from edgeprune.serve.metrics import Metrics
 from edgeprune.serve.model import Finished, ServedBundle
+from edgeprune.serve.page import page_file
 from edgeprune.serve.replies import ChatReply, model_record
 from edgeprune.serve.request import ChatRequest, parse
 
@@ -41,6 +42,8 @@ class Service:
         """All routes. Every error is JSON; a server's own error is told without its inside."""
         return Starlette(
             routes=[
+                Route("/", self._guarded(self._page, key=False)),
+                Route("/page/{name}", self._guarded(self._page, key=False)),
                 Route("/health", self._guarded(self._health, key=False)),
                 Route("/metrics", self._guarded(self._metrics)),
                 Route("/v1/models", self._guarded(self._models)),
@@ -64,6 +67,11 @@ class Service:
                 return _error(error)
 
         return guarded
+
+    async def _page(self, request: Request) -> Response:
+        """Anybody may see the page, which asks for the key; it shows nothing by itself."""
+        self._admission.check_name(request)
+        return await page_file(request)
 
     async def _health(self, request: Request) -> Response:
         failed = {bundle.name: bundle.failure for bundle in self.bundles.values() if bundle.failure}

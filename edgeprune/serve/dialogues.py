@@ -12,13 +12,16 @@ Used by one thread.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
+from edgeprune.runtime.answer import Timings
 from edgeprune.runtime.backend import EncodedImage, Ids
 from edgeprune.runtime.engine import Engine
+from edgeprune.runtime.media import prepare
 from edgeprune.runtime.sequence import NO_IDS
 from edgeprune.runtime.session import Session
 from edgeprune.serve.messages import Conversation
@@ -34,6 +37,7 @@ class Opened:
     session: Session
     image: EncodedImage | None  # None: the question is not the first
     cached: int  # tokens that its caches held before, visual tokens before pruning among them
+    timings: Timings  # of the image, where it was encoded for this question
 
 
 class Dialogues:
@@ -55,17 +59,18 @@ class Dialogues:
         if session is not None:
             self._used += 1
             self.continued += 1
-            return Opened(session, None, session.sequence.ids.size)
+            return Opened(session, None, session.sequence.ids.size, Timings())
         session = self._unused()
         self._used += 1
         try:
             if not keys:
-                return Opened(session, self._encoded(conversation), 0)
+                timings = Timings()
+                return Opened(session, self._encoded(conversation, timings), 0, timings)
             self._replay(session, conversation, keys)
         except BaseException:
             self.drop(session)
             raise
-        return Opened(session, None, 0)
+        return Opened(session, None, 0, Timings())
 
     def keep(self, session: Session, key: bytes, said: tuple[int, ...]) -> None:
         """Keep a sequence that has answered, so that the dialogue can go on. `key` tells all that
@@ -114,7 +119,8 @@ class Dialogues:
         prompts = [prompt for prompt, _ in conversation.turns]
         prefix_ids, text_ids = prompter.first_turn(prompts[0], conversation.system)
         self._check_room(session, prefix_ids.size + text_ids.size, first=True)
-        sequence.read(text_ids, prefix_ids, self._encoded(conversation), logits=False)
+        image = self._encoded(conversation, Timings())
+        sequence.read(text_ids, prefix_ids, image, logits=False)
         for index, (_, answer) in enumerate(conversation.turns):
             sequence.pending = self._answer_ids(keys[index], answer).tolist()
             if index + 1 < len(prompts):
@@ -134,11 +140,18 @@ class Dialogues:
         span = decoder.image_positions if first else 0
         self.engine.room(sequence.position, sequence.text_tokens, text, span, None)
 
-    def _encoded(self, conversation: Conversation) -> EncodedImage:
-        """What the vision graph makes of the images, which is the same at every question."""
+    def _encoded(self, conversation: Conversation, timings: Timings) -> EncodedImage:
+        """What the vision graph makes of the images, which is the same at every question; the
+        times that it takes now are added to `timings`."""
         key = conversation.image_key()
         if (image := self._images.pop(key, None)) is None:
-            image = self.engine.encode_image(list(conversation.images))
+            clock = time.perf_counter
+            started = clock()
+            prepared = prepare(list(conversation.images), self.engine.manifest.image)
+            ready = clock()
+            image = self.engine.encode_pixels(prepared.pixels, prepared.warnings)
+            timings.preprocess = 1e3 * (ready - started)
+            timings.vision = 1e3 * (clock() - ready)
         self._images[key] = image
         if len(self._images) > self.limit:
             self._images.popitem(last=False)

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from edgeprune import terminal
 from edgeprune.errors import BackendError
-from edgeprune.runtime.answer import Choice
+from edgeprune.runtime.answer import Choice, Timings
 from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.session import Session
+from edgeprune.serve.details import details
 from edgeprune.serve.dialogues import Dialogues, Opened
 from edgeprune.serve.request import ChatRequest
 from edgeprune.serve.scheduler import Scheduler
@@ -40,6 +42,7 @@ class Finished:
     usage: Usage
     warnings: tuple[str, ...]
     choice: Choice | None  # where answers to choose from were given
+    details: dict[str, Any]  # times and kept tokens, where they were asked for
 
 
 class ServedBundle:
@@ -118,7 +121,8 @@ class ServedBundle:
         ended = answer.ids[-1] in self.manifest.text.eos_token_ids
         said = answer.ids[:-1] if ended else answer.ids
         usage = self._usage(opened, said, len(answer.ids))
-        finished = Finished(answer.text, answer.finish, usage, answer.warnings, None)
+        found = self._details(opened, request, answer.timings)
+        finished = Finished(answer.text, answer.finish, usage, answer.warnings, None, found)
         return finished, said if ended or answer.finish == "length" else None
 
     def _choose(
@@ -132,7 +136,16 @@ class ServedBundle:
             choice = session.choose(opened.image, talk.prompt, choices, talk.system)
         yield choice.text
         usage = self._usage(opened, choice.ids, len(choice.ids) + 1)  # the end of the turn
-        return Finished(choice.text, "stop", usage, choice.warnings, choice), choice.ids
+        found = self._details(opened, request, choice.timings)
+        return Finished(choice.text, "stop", usage, choice.warnings, choice, found), choice.ids
+
+    def _details(self, opened: Opened, request: ChatRequest, timings: Timings) -> dict[str, Any]:
+        if not request.details:
+            return {}
+        timings.preprocess += opened.timings.preprocess
+        timings.vision += opened.timings.vision
+        images = request.conversation.images
+        return details(opened.session.sequence, self.manifest, images, timings)
 
     def _usage(self, opened: Opened, said: Said, completion: int) -> Usage:
         """`said` are the tokens of the answer that the sequence has, read or pending."""

@@ -25,7 +25,8 @@ class ChatReply:
         choice = {"index": 0, "message": message, "logprobs": None}
         choice |= {"finish_reason": finished.finish, **_shares(finished)}
         reply = {**self._head, "object": "chat.completion", "choices": [choice]}
-        return reply | {"usage": usage_record(finished.usage), **_warnings(finished)}
+        reply |= {"usage": usage_record(finished.usage), **_warnings(finished)}
+        return reply | finished.details
 
     def first_chunk(self) -> dict[str, Any]:
         """The chunk that says who speaks."""
@@ -39,7 +40,7 @@ class ChatReply:
         """The chunk that says why the answer ended."""
         reply = self._chunk({}, finished.finish)
         reply["choices"][0] |= _shares(finished)
-        return reply | _warnings(finished)
+        return reply | _warnings(finished) | finished.details
 
     def usage_chunk(self, finished: Finished) -> dict[str, Any]:
         """The chunk with no choice, where the usage was asked for."""
@@ -91,4 +92,7 @@ def model_record(bundle: ServedBundle) -> dict[str, Any]:
         "method": prune.method,
         "cr": prune.cr_reached,
         "visual_tokens": prune.visual_tokens,
+        "layers": list(prune.counts),
+        "images": bundle.manifest.image.images,
+        "frames": bundle.manifest.image.frames,
     }

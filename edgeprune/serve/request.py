@@ -30,7 +30,7 @@ SETTINGS = {
 """Fields that are settings of Sampling; those from top_k on are no fields of OpenAI's."""
 
 OWN = {"model", "messages", "stream", "stream_options", "choices", "response_format", "regex"}
-OWN |= {*SETTINGS}
+OWN |= {"details", *SETTINGS}
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -60,6 +60,7 @@ class ChatRequest:
     settings: dict[str, Any]  # of Sampling, those that were given
     choices: tuple[str, ...]  # answers to choose from; empty: whatever the model says
     answer_format: AnswerFormat | None  # the form of the answer; None: any
+    details: bool  # whether times and kept tokens are told
     stream: bool
     stream_usage: bool  # whether a stream ends with a chunk that holds the usage
 
@@ -94,6 +95,7 @@ def parse(body: bytes, media: Path | None, limit: int) -> ChatRequest:
         settings,
         _choices(fields.get("choices"), settings, wanted),
         wanted,
+        _flag(fields.get("details"), "details"),
         _flag(fields.get("stream"), "stream"),
         _flag(options.get("include_usage"), "stream_options"),
     )
