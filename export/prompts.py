@@ -52,7 +52,7 @@ def read_text(
         first=found.first,
         next=found.following,
         with_system=found.with_system,
-        add_special_tokens=not (bos and found.first.startswith(bos)),
+        add_special_tokens=not (bos and found.first.removeprefix("{image}").startswith(bos)),
         image_token_id=config.image_token_id if media is None else media.token,
         eos_token_ids=generation.eos_token_ids,
         generation=generation.sampling,

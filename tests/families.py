@@ -11,9 +11,11 @@ import torch
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
+    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GemmaConfig,
     GenerationConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -30,6 +32,8 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Qwen2Config,
     SiglipVisionConfig,
     SmolVLMConfig,
@@ -49,6 +53,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from edgeprune.demo import MODEL_DIR
@@ -117,6 +122,9 @@ class Family:
         `later` of them are of a second turn."""
         if self.name == "gemma3":
             return {"token_type_ids": (ids == self.model.config.image_token_id).int()}
+        if self.name == "paligemma":
+            first = ids.shape[1] - later
+            return {"token_type_ids": (torch.arange(ids.shape[1]) >= first).int()[None]}
         return {}
 
     def frozen(self, size: Size) -> Size | None:
@@ -132,6 +140,8 @@ class Family:
         tokenizer.chat_template = template.replace(IMAGES, IMAGES + VIDEOS).replace(
             "<image>", self.image_token
         )
+        if self.name == "paligemma":  # as published
+            tokenizer.chat_template = None
         tokenizer.save_pretrained(folder)
         config = self.model.config
         placeholder = getattr(config, "boi_token_id", config.image_token_id)
@@ -367,6 +377,39 @@ def gemma3(**text: Any) -> Family:
         Gemma3ImageProcessorPil(size={"height": 48, "width": 48}),
         "<start_of_image>",
         tokens,
+        (Size(84, 84), Size(60, 101), Size(211, 41)),
+        tiled=False,
+    )
+
+
+def paligemma(**text: Any) -> Family:
+    """Images of 48 pixels, 64 tokens; the decoder is Gemma, with one key for all heads."""
+    own = {"head_dim": 16, "num_key_value_heads": 1}
+    return _paligemma(GemmaConfig(**{**TEXT, **own, **text}))
+
+
+def paligemma2(**text: Any) -> Family:
+    """The same with Gemma 2, whose first layer and third have windows of 12 tokens."""
+    own = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 12}
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    return _paligemma(Gemma2Config(**{**TEXT, **own, **caps, **text}))
+
+
+def _paligemma(text: Any) -> Family:
+    tower = SiglipVisionConfig(**SMOL, vision_use_head=False)
+    config = PaliGemmaConfig(
+        vision_config=tower, text_config=text, image_token_index=4, projection_dim=32
+    )
+    model = offset_norms(settled(PaliGemmaForConditionalGeneration(config)))
+    model.set_attn_implementation("eager")  # torch's own attention leaves out the cap
+    return Family(
+        "paligemma",
+        model,
+        SiglipImageProcessorPil(
+            size={"height": 48, "width": 48}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        "<image>",
+        {},
         (Size(84, 84), Size(60, 101), Size(211, 41)),
         tiled=False,
     )

@@ -48,13 +48,15 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "smolvlm_tiles": families.smolvlm_tiles,
     "idefics3": families.idefics3,
     "gemma3": families.gemma3,
+    "paligemma": families.paligemma,
+    "paligemma2": families.paligemma2,
 }
 QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
     "qwen2_5_vl": qwen.windowed_checkpoint,
     "qwen3_vl": qwen.stacked_checkpoint,
 }
-ONE_IMAGE = ("gemma3",)
+ONE_IMAGE = ("gemma3", "paligemma", "paligemma2")
 NO_VIDEO = ("llava", "llava_next", "smolvlm", "smolvlm_tiles", "idefics3", "qwen3_vl", *ONE_IMAGE)
 
 

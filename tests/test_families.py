@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    GemmaConfig,
     GenerationConfig,
     GraniteConfig,
     LlamaConfig,
@@ -253,6 +254,7 @@ def test_another_shape_is_fitted_and_remarked_an_extreme_one_refused(
 
 
 DECODERS = {
+    "gemma": GemmaConfig(**TEXT, head_dim=16),
     "granite": GraniteConfig(
         **TEXT,
         embedding_multiplier=12,

@@ -1,4 +1,4 @@
-"""Gemma 3 against transformers' own model: masks, windows, norms, answers, layouts."""
+"""Gemma 3 and PaliGemma against transformers: masks, windows, norms, caps, answers, layouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ from tests.frozen import frozen
 from tests.test_engines import compiled
 from tests.test_families import block, drawn_image, generated
 
-KINDS: dict[str, Callable[..., Family]] = {"gemma3": families.gemma3}
+KINDS: dict[str, Callable[..., Family]] = {
+    "gemma3": families.gemma3,
+    "paligemma": families.paligemma,
+    "paligemma2": families.paligemma2,
+}
 
 
 def old_gemma3(config: dict[str, Any]) -> dict[str, Any]:
@@ -47,13 +51,39 @@ SIZES = (
     *("num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar", "vocab_size"),
     *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-OLD = {"gemma3": old_gemma3}
+
+
+def old_paligemma(config: dict[str, Any]) -> dict[str, Any]:
+    """As google/paligemma-3b-mix-448 and its successors say it."""
+    kept = {*SIZES, "model_type", "attn_logit_softcapping", "final_logit_softcapping"}
+    text = {name: value for name, value in config["text_config"].items() if name in kept}
+    vision = {**config["vision_config"], "num_image_tokens": 64, "projector_hidden_act": "gelu"}
+    return {**config, "text_config": {**text, "torch_dtype": "float32"}, "vision_config": vision}
+
+
+OLD = {"gemma3": old_gemma3, "paligemma": old_paligemma}
+PARTS = {
+    "gemma3": ("sees", "windows", "ropes", "scale"),
+    "paligemma": ("sees",),
+    "paligemma2": ("sees", "windows", "scale", "caps", "cap"),
+}
+NO_TEMPLATE = "the checkpoint has no chat template; PaliGemma's is used"
 MORE = torch.tensor([[7, 8, 9]])
 
 
+def bundled(*quick: str) -> list[Any]:
+    """All kinds; those that are not `quick` in a slow run alone."""
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def family(request: pytest.FixtureRequest) -> Family:
-    return KINDS[request.param]()
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def family(kind: str) -> Family:
+    return KINDS[kind]()
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +125,31 @@ def test_the_dense_model_is_that_of_transformers(
     torch.testing.assert_close(ours.step(MORE[:, 1:]).logits, theirs[-1], atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["sees", "windows", "ropes", "scale"])
-def test_the_comparison_above_sees_each_part(family: Family, checkpoint: Path, part: str) -> None:
-    adapter, image = open_model(str(checkpoint)), drawn_image(Size(84, 84))
+def test_the_comparison_above_sees_each_part(kind: str, checkpoint: Path) -> None:
+    image, adapter = drawn_image(Size(84, 84)), open_model(str(checkpoint))
     prompt, config = Processor(adapter)(image, QUESTION), adapter.decoder_config
-    wanted = dense(adapter).prefill(prompt).logits
-    change = {"windows": {"window": None}, "ropes": {"rope": None}, "scale": {"scale": None}}
-    layers = tuple(replace(layer, **change.get(part, {})) for layer in config.layers)
-    adapter.decoder_config = replace(config, layers=layers)
-    if part == "sees":
-        adapter.decoder_config = replace(config, sees="past")
-    found = dense(adapter).prefill(prompt).logits
-    assert float((found - wanted).abs().max()) > 1e-2
+    changes: dict[str, dict[str, Any]] = {
+        "windows": {"window": None},
+        "ropes": {"rope": None},
+        "scale": {"scale": None},
+        "caps": {"cap": None},
+    }
+
+    def second(**changed: Any) -> torch.Tensor:
+        adapter.decoder_config = replace(config, **changed)
+        reference = dense(adapter)
+        reference.prefill(prompt)
+        return reference.step(MORE[:, :1]).logits
+
+    wanted = second()
+    for part in PARTS[kind]:
+        layers = tuple(replace(layer, **changes.get(part, {})) for layer in config.layers)
+        whole = {"sees": {"sees": "past"}, "cap": {"cap": None}}.get(part, {})
+        found = second(layers=layers, **whole)
+        assert float((found - wanted).abs().max()) > 1e-2, part
 
 
+@pytest.mark.parametrize("kind", bundled("gemma3"), indirect=True, scope="module")
 def test_a_dense_bundle_answers_as_transformers(
     family: Family, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -120,7 +161,8 @@ def test_a_dense_bundle_answers_as_transformers(
     )
     prompts = [random_prompt(adapter.pixels, shape.vocabulary, 0)]
     made = export(request, adapter, make(request.spec), processor, prompts)
-    assert made.notes == () and made.manifest.parity.ties == 0
+    assert made.notes == ((NO_TEMPLATE,) if family.name == "paligemma" else ())
+    assert made.manifest.parity.ties == 0
     session = Session.open(made.path)
     for size in (Size(60, 101), Size(211, 41)):
         image = drawn_image(size)
@@ -129,12 +171,14 @@ def test_a_dense_bundle_answers_as_transformers(
         assert list(session.ask(image, QUESTION, Sampling(max_new_tokens=64)).ids) == wanted
 
 
+@pytest.mark.parametrize("kind", bundled("gemma3", "paligemma2"), indirect=True, scope="module")
 def test_a_pruned_bundle_answers_as_its_reference(
     family: Family, checkpoint: Path, tmp_path: Path
 ) -> None:
     """And a second turn, on the same caches; tokens are dropped before layers 1, 2 and 3."""
     adapter, policy = open_model(str(checkpoint)), make(PruneSpec("utp", 4))
-    plan = plan_from_counts(16, (8, 3, 1))
+    tokens = adapter.shape.visual_tokens
+    plan = plan_from_counts(tokens, (tokens // 2, tokens // 5, 1))
     request = ExportRequest("tiny", PruneSpec("utp", 4), plan, tmp_path / "b")
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
     made = export(request, adapter, policy, Processor(adapter), prompts)
@@ -149,6 +193,25 @@ def test_a_pruned_bundle_answers_as_its_reference(
     assert again.ids == (int(step.logits.argmax()),)
 
 
+def test_a_prompt_whose_image_is_dropped_is_seen_whole(tmp_path: Path) -> None:
+    """As transformers computes the second layer of the text alone: later text is seen too."""
+    family = families.paligemma(num_hidden_layers=2)
+    adapter = open_model(str(family.save(tmp_path)))
+    prompt = Processor(adapter)(drawn_image(Size(84, 84)), QUESTION)
+    reference = Reference.build(adapter, make(PruneSpec("vtw")), plan_from_counts(64, (64, 0)))
+    found = reference.prefill(prompt).logits
+    model = family.model.model.language_model
+    ids = torch.cat([prompt.prefix_ids, torch.tensor([block(adapter)]), prompt.text_ids], dim=1)
+    given = {"input_ids": ids, "pixel_values": prompt.pixels, **family.kinds(ids, 0)}
+    with torch.no_grad():
+        states = family.model(**given, output_hidden_states=True).hidden_states
+        stay = (ids[0] != adapter.image_token_id).nonzero()[:, 0]
+        rotary = model.rotary_emb(states[1], stay[None])
+        last = model.layers[1](states[1][:, stay], position_embeddings=rotary)
+        wanted = family.model.lm_head(model.norm(last))[0, -1]
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
 def test_both_published_layouts_are_the_same(
     family: Family, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -161,9 +224,10 @@ def test_both_published_layouts_are_the_same(
     save_file(own, tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(OLD[family.name](config)))
-    template = (tmp_path / "chat_template.jinja").read_text()
-    (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    if (file := tmp_path / "chat_template.jinja").exists():
+        template = file.read_text()
+        file.unlink()
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     ours, again = open_model(str(checkpoint)), open_model(str(tmp_path))
     assert again.decoder_config == ours.decoder_config
     assert again.vision_config == ours.vision_config
@@ -214,11 +278,9 @@ GPUS = [target for target in TARGETS if target != "cpu"]
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("method", ["none", "utp"])
 @pytest.mark.parametrize("target", GPUS)
-def test_engines_take_it(
-    family: Family, target: str, method: str, dtype: str, tmp_path: Path
-) -> None:
+def test_engines_take_it(kind: str, target: str, method: str, dtype: str, tmp_path: Path) -> None:
     """`check` accepts the bundle, and TensorRT-RTX compiles that for RTX cards."""
-    model = KINDS[family.name](num_hidden_layers=5).save(tmp_path / "deep")
+    model = KINDS[kind](num_hidden_layers=5, max_position_embeddings=1024).save(tmp_path / "deep")
     cr = 4 if method == "utp" else 1
     bundle = frozen(tmp_path / "b", method, cr, model=model, target=target, dtype=dtype)
     for graph in ("vision.onnx", "decoder.onnx"):

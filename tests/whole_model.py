@@ -12,6 +12,7 @@ from torch import Tensor
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Advanced
 from edgeprune.models._decoder_layer import Cache
+from edgeprune.models._ops import Together
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
@@ -71,12 +72,15 @@ def _losses(reference: Reference, prompt: Prompt, states: list[Tensor]) -> np.nd
         [*range(prefix), *range(prefix + decoder.span, prefix + decoder.span + text)]
     )
     rows, config = decoder.rows(positions, positions[-1:])[None], decoder.config
+    together = None
+    if config.sees == "prompt":
+        together = Together(torch.tensor(0), torch.tensor(len(at)), windowed=False)
     ends, batch = (torch.tensor([0]), torch.tensor([len(at)])), states[0][:0, at]
     for index, before in enumerate(states[:-1], start=1):
         layer, rotary = decoder.layers[index], decoder.own_rotary(index)
         batch = torch.cat([batch, before[:, at]])
         empty = torch.zeros(len(batch), config.kv_heads, len(at), config.head_size)
-        batch = layer(batch, rows, rotary, Cache(empty, empty, *ends))[0]
+        batch = layer(batch, rows, rotary, Cache(empty, empty, *ends), together)[0]
     full, without = (decoder.norm(hidden[:, -1]) for hidden in (states[-1], batch))
     angles = torch.cosine_similarity(without, full).clamp(-1, 1).acos()
     return np.concatenate([np.zeros(1, np.float32), angles.numpy()])

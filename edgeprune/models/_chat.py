@@ -27,9 +27,10 @@ class Chat:
         """The whole prompt, one visual token for each run of them: int64 [n]."""
         written, token = map(self._token, (media.placeholder, media.token))
         text = self._written(media, question, written)
+        begun = text.removeprefix(written)
         text = text.replace(written, media.template.replace(IMAGE_SLOT, token))
         bos = self.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))
+        special = not (bos and begun.startswith(bos))
         return torch.tensor(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _written(self, media: Media, question: str, placeholder: str) -> str:

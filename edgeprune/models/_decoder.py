@@ -19,7 +19,7 @@ from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._decoder_layer import AttentionStates, Cache, DecoderLayer, Rotary
 from edgeprune.models._kept_positions import kept_positions
 from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
-from edgeprune.models._ops import Together, TorchOps, cast
+from edgeprune.models._ops import Together, TorchOps, capped, cast
 from edgeprune.models._sites import Prune, PruneInput, live_stage
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
@@ -149,7 +149,9 @@ class Decoder(WithBuffers):
         start, end = (held[index : index + 1] for held in (flow.lengths, flow.filled))
         cache = Cache(past_key, past_value, start, end)
         given = flow.hidden, flow.positions, rotary, cache
-        hidden, present, seen = self.layers[index](*given, self._together(flow.segments))
+        hidden, present, seen = self.layers[index](
+            *given, self.together(flow.segments, flow.entered)
+        )
         if flow.rows:
             hidden = self._stacked(hidden, flow.rows[0], flow.segments)
         signals = self._signals(index, flow, hidden, seen, rotary)
@@ -177,17 +179,17 @@ class Decoder(WithBuffers):
         cos, sin = (self.get_buffer(name) for name in self._tables()[2 * number :][:2])
         return Rotary(cos, sin)
 
-    def _together(self, segments: Segments) -> Together | None:
-        """The tokens of a call that see each other, later ones too."""
+    def together(self, segments: Segments, entered: int) -> Together | None:
+        """The tokens of a call that see each other, later ones too; `entered` is how many visual
+        tokens entered layer 1."""
         if self.config.sees == "past":
             return None
-        prefix, visual, total = (
-            torch.scalar_tensor(size, dtype=torch.int64)
-            for size in (segments.prefix, segments.visual, segments.total)
-        )
+        sizes = segments.prefix, segments.visual, segments.total, entered
+        prefix, visual, total, image = (torch.scalar_tensor(n, dtype=torch.int64) for n in sizes)
         if self.config.sees == "image":
-            return Together(prefix, prefix + visual)
-        return Together(prefix - prefix, total * visual.minimum(torch.tensor(1)))
+            return Together(prefix, prefix + visual, windowed=True)
+        whole = total * image.minimum(torch.tensor(1))
+        return Together(torch.zeros_like(whole), whole, windowed=False)
 
     def _rows(self, visual: Tensor) -> Sequence[Tensor]:
         """Visual tokens, and the rows beside them, each [1, V, width]."""
@@ -271,6 +273,8 @@ class Decoder(WithBuffers):
             sin=rotary.sin,
             factor=self.config.rope_of(index).factor,
             scale=self.config.layers[index].scale,
+            cap=self.config.layers[index].cap,
+            past=self.config.sees != "prompt",
             rows=flow.positions[0],
             anchors=flow.anchors,
             visual_tokens=self.plan.counts[index],
@@ -286,7 +290,9 @@ class Decoder(WithBuffers):
         """[1, S, width] -> [1, 1, vocabulary]: only the last token reaches the output head."""
         last: Tensor = self.norm(self.ops.last(hidden))
         if self.config.head_apart:
-            apart: Tensor = self.head(last[0])
-            return apart[None]
-        weight = self.embedding.weight if self.config.tied else self.head.weight
-        return self.ops.linear(last[0], weight, transposed=True)[None]
+            logits: Tensor = self.head(last[0])
+        else:
+            weight = self.embedding.weight if self.config.tied else self.head.weight
+            logits = self.ops.linear(last[0], weight, transposed=True)
+        cap = self.config.cap
+        return (logits if cap is None else capped(logits, cap))[None]

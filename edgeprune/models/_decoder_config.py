@@ -22,6 +22,7 @@ class LayerConfig:
     scale: float | None = None  # of products of queries and keys; None: head_size ** -0.5
     window: int | None = None  # how many tokens of its cache a token sees, itself the last
     rope: Rope | None = None  # None: the decoder's
+    cap: float | None = None  # that scores of attention are bent towards, cap * tanh(score / cap)
     branch_norms: bool = False  # RMS norms behind attention and MLP as well as before them
 
 
@@ -59,6 +60,7 @@ class DecoderConfig:
     tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
     rescaled: tuple[Rescale, ...] = ()  # the first that matches a parameter holds
     branch_eps: float | None = None  # of norms that do not read the residual stream; None: `eps`
+    cap: float | None = None  # that logits are bent towards
     sees: Literal["past", "image", "prompt"] = "past"
 
     @property

@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
         self.window, self.ops = layer.window, ops
         self.attention_norm = RMSNorm(config.width, config.eps, ops)
         self.attention = Attention(config, layer, ops)
-        self.scores = Scores(ops, layer.scale)
+        self.scores = Scores(ops, layer.scale, layer.cap)
         self.mlp_norm = RMSNorm(config.width, config.eps, ops)
         self.mlp = MLP(config, layer, ops)
         behind = (config.width, config.branch_eps or config.eps, ops)

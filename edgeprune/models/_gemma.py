@@ -16,10 +16,34 @@ from dataclasses import replace
 from typing import Any
 
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig, Rescale
+from edgeprune.models._names import LLAMA
 from edgeprune.models._rope import read_rope
 
 SLIDING = "sliding_attention"
 """Among `layer_types` of a text config, a layer with a window."""
+
+
+BRANCH_NORMS = {
+    **LLAMA,
+    r"\.mlp_norm\.": ".pre_feedforward_layernorm.",
+    r"\.attention_out_norm\.": ".post_attention_layernorm.",
+    r"\.mlp_out_norm\.": ".post_feedforward_layernorm.",
+}
+"""Names of decoder parameters where norms stand before and behind both branches."""
+
+
+def gemma(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    """Norms before both branches, as LLaMA has them."""
+    bias = text.attention_bias
+    layers = (replace(layer, qkv_bias=bias, output_bias=bias) for layer in decoder.layers)
+    return _gemma(text, replace(decoder, layers=tuple(layers)))
+
+
+def gemma2(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    """Norms before and behind both branches; caps of attention scores and of logits."""
+    scores, logits = text.attn_logit_softcapping or None, text.final_logit_softcapping or None
+    layers = (replace(layer, branch_norms=True, cap=scores) for layer in _layers(text, decoder))
+    return _gemma(text, replace(decoder, layers=tuple(layers), cap=logits))
 
 
 def gemma3(text: Any, decoder: DecoderConfig) -> DecoderConfig:
@@ -44,15 +68,17 @@ def _layers(text: Any, decoder: DecoderConfig) -> list[LayerConfig]:
 
 def _gemma(text: Any, decoder: DecoderConfig) -> DecoderConfig:
     """Weights of norms that are stored less 1, and the factor of the embeddings."""
-    m, behind = math.sqrt(text.hidden_size), r"layers\.\d+\.(attention|mlp)_out_norm\."
+    m, last = math.sqrt(text.hidden_size), r"layers\.\d+\.(attention\.output|mlp\.down)\."
+    if decoder.layers[0].branch_norms:
+        last = r"layers\.\d+\.(attention|mlp)_out_norm\."
     return replace(
         decoder,
         eps=decoder.eps / m**2,
         branch_eps=decoder.eps,
         max_positions=text.max_position_embeddings,
         rescaled=(
-            Rescale(behind, 1 / m, 1 / m),
-            Rescale(r"(layers\..*_norm|norm|projector\.norm)\.", offset=1.0),
-            Rescale(r"projector\.(weight|bias|linear\.)", 1 / m),
+            Rescale(last, 1 / m, 1 / m if decoder.layers[0].branch_norms else 0.0),
+            Rescale(r"(layers\..*_norm|norm)\.", offset=1.0),
+            Rescale(r"projector\.(weight|bias|linear\.|second\.)", 1 / m),
         ),
     )

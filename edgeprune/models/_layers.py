@@ -87,13 +87,17 @@ def common(wide: bool, *tensors: Tensor) -> list[Tensor]:
 class Scores(Part):
     """Attention; its scores may stay in float32."""
 
-    def __init__(self, ops: TorchOps, scale: float | None = None) -> None:
+    def __init__(self, ops: TorchOps, scale: float | None = None, cap: float | None = None) -> None:
         super().__init__()
-        self.ops, self.scale = ops, scale
+        self.ops, self.scale, self.cap = ops, scale, cap
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Causal | Tensor | None = None
     ) -> Tensor:
+        if self.cap is not None:
+            if self.wide:
+                query, key = query.float(), key.float()
+            return self.ops.attend_capped(query, key, value, mask, self.scale, self.cap)
         attend = self.ops.attend_wide if self.wide else self.ops.attend
         return attend(query, key, value, mask, self.scale)
 

@@ -25,6 +25,7 @@ from edgeprune.models._layers import compute_buffers
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import ROOM
 from edgeprune.policies import Policy
+from edgeprune.policies._signals import Segments
 from edgeprune.spec import Plan
 
 T = TypeVar("T")
@@ -155,7 +156,9 @@ class Layerwise:
         count, length, _ = hidden.shape
         decoder, ends = self.decoder, (torch.tensor([0]), torch.tensor([length]))
         cache = Cache(*self.empty_cache(count, length), *ends)
-        done: Tensor = decoder.layers[index](hidden, rows, decoder.own_rotary(index), cache)[0]
+        given = hidden, rows, decoder.own_rotary(index), cache
+        together = decoder.together(Segments(0, 0, length), entered=1)
+        done: Tensor = decoder.layers[index](*given, together)[0]
         return done
 
     def normed(self, values: Iterable[T]) -> Iterator[T]:

@@ -35,6 +35,7 @@ class Together:
 
     first: Tensor
     end: Tensor
+    windowed: bool  # whether a window hides from them what lies before it
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,16 @@ class Causal:
     def seen(self, query: Tensor, key: Tensor) -> Tensor:
         """Which of n slots each of S new tokens sees: bool [S, n]."""
         slots, new = key.shape[2], torch.arange(query.shape[2], device=query.device)
-        rows = last = self.start + new
-        if (run := self.together) is not None:
-            last = torch.where((new >= run.first) & (new < run.end), self.start + run.end - 1, rows)
+        rows = last = (self.start + new)[:, None]
+        first, run = None if self.window is None else rows - self.window, self.together
+        if run is not None:
+            inside = ((new >= run.first) & (new < run.end))[:, None]
+            last = torch.where(inside, self.start + run.end - 1, rows)
+            if first is not None and not run.windowed:
+                first = torch.where(inside, self.start + run.first - 1, first).minimum(first)
         columns = torch.arange(slots, device=query.device)[None, :]
-        seen = columns <= last[:, None]
-        return seen if self.window is None else seen & (columns > rows[:, None] - self.window)
+        seen = columns <= last
+        return seen if first is None else seen & (columns > first)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
         """The same as what is added to the logits of `scores`: [S, n], or of the query heads that
@@ -138,6 +143,18 @@ class TorchOps:
             mask = mask.float()
         return attention(query.float(), key.float(), value, mask, scale)
 
+    def attend_capped(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Causal | Tensor | None,
+        scale: float | None,
+        cap: float,
+    ) -> Tensor:
+        """As `attend`, with scores bent towards a cap: no engine's own attention does that."""
+        return attention(query, key, value, mask, scale, cap)
+
     def last(self, x: Tensor) -> Tensor:
         """The last token: [1, S, width] -> [1, 1, width]."""
         return x[:, -1:]
@@ -146,6 +163,11 @@ class TorchOps:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in a dtype; where it has it already nothing is traced."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap)."""
+    return (x * scalar(1 / cap, x)).tanh() * scalar(cap, x)
 
 
 def scores(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
@@ -168,12 +190,14 @@ def attention(
     value: Tensor,
     mask: Causal | Tensor | None = None,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """TorchOps.attend from products and a softmax, scores in the dtype of query and key."""
     cached = isinstance(mask, Causal)
     if isinstance(mask, Causal):
         mask = mask.bias(query, key)
     logits = scores(query, key, scale)
+    logits = logits if cap is None else capped(logits, cap)
     weights = (logits if mask is None else logits + mask).softmax(-1)
     mixed: Tensor = cast(weights, value.dtype) @ value
-    return mixed.reshape(1, *query.shape[1:]) if cached else mixed
+    return mixed.reshape(query.shape) if cached else mixed

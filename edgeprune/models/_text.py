@@ -9,6 +9,7 @@ from typing import Any
 from edgeprune.errors import ModelError
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig, Rescale
 from edgeprune.models._encoder import ACTIVATIONS
+from edgeprune.models._gemma import gemma
 from edgeprune.models._rope import read_rope
 
 Kind = Callable[[Any, DecoderConfig], DecoderConfig]
@@ -60,6 +61,7 @@ def _layers(decoder: DecoderConfig, **changes: Any) -> DecoderConfig:
 
 
 DECODERS: dict[str, Kind] = {
+    "gemma": gemma,
     "llama": _llama,
     "granite": _granite,
     "mistral": _plain,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,26 +12,18 @@ from torch import Tensor, nn
 
 from edgeprune.bundle import ImageRecord
 from edgeprune.models import _adapter
-from edgeprune.models._decoder_config import DecoderConfig
+from edgeprune.models._decoder_config import DecoderConfig, Rescale
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
-from edgeprune.models._gemma import gemma3
+from edgeprune.models._gemma import BRANCH_NORMS, gemma3
 from edgeprune.models._image_record import Reader, plain, unsupported
 from edgeprune.models._layers import RMSNorm
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
-from edgeprune.models._names import LLAMA, TensorNames
+from edgeprune.models._names import TensorNames
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._text import decoder_config
 from edgeprune.models._tokenizer import read_tokenizer
 from edgeprune.models._towers import SIGLIP, is_tied, one_size, siglip
-
-DECODER = {
-    **LLAMA,
-    r"\.mlp_norm\.": ".pre_feedforward_layernorm.",
-    r"\.attention_out_norm\.": ".post_attention_layernorm.",
-    r"\.mlp_out_norm\.": ".post_feedforward_layernorm.",
-}
-"""Decoder parameters, where norms stand before and behind both branches."""
 
 
 class Adapter(_adapter.Adapter):
@@ -79,14 +71,15 @@ class Adapter(_adapter.Adapter):
         return Projector(vision.hidden_size, text.hidden_size, vision.layer_norm_eps)
 
     def read_decoder(self) -> DecoderConfig:
-        return decoder_config(
-            self.config.text_config, is_tied(self.checkpoint, self.config), gemma3
-        )
+        tied = is_tied(self.checkpoint, self.config)
+        decoder = decoder_config(self.config.text_config, tied, gemma3)
+        own = Rescale(r"projector\.norm\.", offset=1.0)
+        return replace(decoder, rescaled=(own, *decoder.rescaled))
 
     def tensor_names(self) -> TensorNames:
         return TensorNames(
             projector={r"^weight$": "mm_input_projection_weight", r"^norm\.": "mm_soft_emb_norm."},
-            decoder=DECODER,
+            decoder=BRANCH_NORMS,
         )
 
     def image_readers(self) -> Mapping[str, Reader]:

@@ -194,6 +194,8 @@ class LayerSignals:
     inputs: InputSignals  # what entered layer 1
     factor: float = 1.0  # of the rotary tables, beside 1 where a model's context is stretched
     scale: float | None = None  # of products of queries and keys; None: head ** -0.5
+    cap: float | None = None  # that the scaled products are bent towards, cap * tanh(x / cap)
+    past: bool = True  # whether text sees what is up to itself alone, and not the whole prompt
 
     @property
     def visual(self) -> Tensor:
@@ -214,7 +216,7 @@ class LayerSignals:
         """
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
         last = self.rotated_query[:, :, -1:]
-        logits = dot(last, self.rotated_key, self.scale)  # [1, kv_heads, group, S]
+        logits = self._dot(last, self.rotated_key)  # [1, kv_heads, group, S]
         if agnostic is not None:
             logits = self._moved(logits, last, agnostic)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
@@ -222,22 +224,23 @@ class LayerSignals:
     def last_query_likeness(self) -> Tensor:
         """As the last token's attention, were there no rotary embedding at all: [visual]."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        return (
-            dot(self.query[:, :, -1:], self.key, self.scale).softmax(-1).mean((0, 1, 2))[start:end]
-        )
+        logits = self._dot(self.query[:, :, -1:], self.key)
+        return logits.softmax(-1).mean((0, 1, 2))[start:end]
 
     def text_attention(self, agnostic: Tensor | None = None) -> Tensor:
         """Attention of each text token after the image to each visual token, the softmax over all
-        tokens up to itself: float32 [heads, T, n]. `agnostic` as in `last_query_attention`."""
+        tokens that it sees: float32 [heads, T, n]. `agnostic` as in `last_query_attention`."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
         queries = self.rotated_query[:, :, end:]
-        logits = dot(queries, self.rotated_key, self.scale)  # [1, kv_heads, group * T, S]
+        logits = self._dot(queries, self.rotated_key)  # [1, kv_heads, group * T, S]
         if agnostic is not None:
             logits = self._moved(logits, queries, agnostic)
         logits = logits.reshape(queries.shape[1], self.segments.text, self.segments.total)
         indices = torch.arange(self.segments.total, device=logits.device)
-        later = indices[None, :] > indices[end:, None]
-        attention: Tensor = torch.where(later, LEAST, logits).softmax(-1)
+        if self.past:
+            later = indices[None, :] > indices[end:, None]
+            logits = torch.where(later, LEAST, logits)
+        attention: Tensor = logits.softmax(-1)
         return attention[:, :, start:end]
 
     def text_nearness(self) -> Tensor:
@@ -248,11 +251,16 @@ class LayerSignals:
         near: Tensor = cos[end:] @ cos[start:end].T + sin[end:] @ sin[start:end].T
         return near / (cos.shape[1] * self.factor**2)
 
+    def _dot(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scores of the layer's attention, as `dot` gives them."""
+        logits = dot(query, key, self.scale)
+        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+
     def _moved(self, logits: Tensor, queries: Tensor, position: Tensor) -> Tensor:
         """`logits` of rotated queries, [1, kv_heads, group * R, S], as if each visual token stood
         at `position`."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        moved = dot(self._against(queries, position), self.key[:, :, start:end], self.scale)
+        moved = self._dot(self._against(queries, position), self.key[:, :, start:end])
         return torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
 
     def _against(self, queries: Tensor, position: Tensor) -> Tensor:
