@@ -27,6 +27,7 @@ from edgeprune.commands import (
     run,
     serve,
     show,
+    watch,
 )
 from edgeprune.errors import EdgepruneError
 from edgeprune.install_hints import install
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         export,
         run,
         serve,
+        watch,
         show,
         compare,
         check,

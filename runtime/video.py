@@ -43,13 +43,36 @@ def read_frames(path: Path | str, count: int, take: Callable[[RgbImage], T]) -> 
     """
     path = Path(path)
     check_file(path, "video")
-    av = _import()
-    try:
+    av = pyav()
+    with _readable(path):
         total = _declared(av, path)
         frames = _spread(av, path, total, count, take)
         if len(frames) < count:  # what a file says of itself may be wrong, or nothing
             total = sum(1 for _ in _decoded(av, path))
             frames = _spread(av, path, total, count, take)
+    if len(frames) == count:
+        return frames
+    raise InputError(
+        f"{path} has {total} frames, this bundle takes {count}; give a longer video, or export with"
+        " fewer --frames"
+    )
+
+
+def all_frames(path: Path | str) -> Iterator[tuple[RgbImage, float]]:
+    """Every frame of a clip and its time in seconds; InputError where the file is no video."""
+    path = Path(path)
+    check_file(path, "video")
+    av = pyav()
+    with _readable(path):
+        for number, (frame, aspect) in enumerate(_decoded(av, path)):
+            yield frame_image(frame, aspect), float(number if frame.time is None else frame.time)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is an InputError."""
+    try:
+        yield
     except (InputError, BackendError):
         raise
     except Exception as error:  # PyAV raises more than its own errors on a damaged file
@@ -58,12 +81,6 @@ def read_frames(path: Path | str, count: int, take: Callable[[RgbImage], T]) -> 
             f"{path} cannot be read as a video ({reason}): it is damaged, in a format that is not"
             f" read, or its frames have more than {MAX_FRAME_PIXELS:,} pixels; convert it to an MP4"
         ) from error
-    if len(frames) == count:
-        return frames
-    raise InputError(
-        f"{path} has {total} frames, this bundle takes {count}; give a longer video, or export with"
-        " fewer --frames"
-    )
 
 
 @contextmanager
@@ -111,8 +128,13 @@ def _decoded(av: Any, path: Path) -> Iterator[tuple[Any, Fraction]]:
                     f"{path} has more than {MAX_CLIP_PIXELS:,} pixels in all its frames; cut it to"
                     " the part to ask about, or scale it down"
                 )
-            aspect: Fraction | None = stream.sample_aspect_ratio
-            yield frame, aspect if aspect and aspect > 0 else Fraction(1)
+            yield frame, aspect_of(stream)
+
+
+def aspect_of(stream: Any) -> Fraction:
+    """How many times wider than high the pixels of a stream are; 1 where it does not say."""
+    aspect: Fraction | None = stream.sample_aspect_ratio
+    return aspect if aspect and aspect > 0 else Fraction(1)
 
 
 def _until(av: Any, path: Path, wanted: list[int]) -> Iterator[tuple[Any, Fraction]]:
@@ -179,7 +201,8 @@ def _turn(frame: Any) -> Image.Transpose | None:
     return None
 
 
-def _import() -> Any:
+def pyav() -> Any:
+    """The package; BackendError where it is missing."""
     try:
         import av
     except ImportError as error:

@@ -29,6 +29,7 @@ ABOVE = {
     "edgeprune.recipe",
     "edgeprune.report",
     "edgeprune.serve",
+    "edgeprune.watch",
 }
 TORCH_FREE = {"edgeprune.export", "edgeprune.calib", *HEAVY}
 BANNED = {
@@ -36,6 +37,7 @@ BANNED = {
     "edgeprune.bench": {*ABOVE - {"edgeprune.bench", "edgeprune.drawing"}, *TORCH_FREE},
     "edgeprune.report": {"edgeprune.commands", "edgeprune.serve", "edgeprune.recipe", *TORCH_FREE},
     "edgeprune.serve": {*ABOVE - {"edgeprune.serve"}, *TORCH_FREE},
+    "edgeprune.watch": {*ABOVE - {"edgeprune.watch"}, *TORCH_FREE},
     "edgeprune.drawing": {*ABOVE - {"edgeprune.drawing"}, *TORCH_FREE},
     "edgeprune.recipe": {*ABOVE - {"edgeprune.recipe"}, "edgeprune.runtime"},
     "edgeprune.export": {"edgeprune.runtime", "edgeprune.calib", *ABOVE},

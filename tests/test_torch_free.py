@@ -33,6 +33,7 @@ HEAVY = {"torch", "torchvision", "transformers", "jinja2", "onnx", "onnxscript",
 NAMES = {
     "edgeprune.runtime": {"images", "sampling", "text"},
     "edgeprune.serve": {"app", "dialogues", "server"},
+    "edgeprune.watch": {"sources", "watching"},
 }
 
 

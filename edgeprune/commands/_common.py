@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.errors import SpecError
+from edgeprune.errors import SpecError, brief
 from edgeprune.files import obstacle, real, unwritable, write_whole
 from edgeprune.tiling import Size
 
 if TYPE_CHECKING:
     from edgeprune.calib.calibrate import CalibrationRequest
     from edgeprune.models import Adapter
+    from edgeprune.runtime.formats import AnswerFormat
     from edgeprune.spec import PruneSpec
 
 
@@ -55,6 +57,34 @@ def check_model(args: argparse.Namespace, command: str) -> None:
         raise SpecError(
             f"{', '.join(options)} asks about a model; name it: edgeprune {command} --model M"
         )
+
+
+def add_answer_format(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE",
+        help="the answer is JSON that this schema allows; {} allows any",
+    )
+    command.add_argument(
+        "--regex", metavar="PATTERN", help="the answer is text that this expression matches"
+    )
+
+
+def answer_format(args: argparse.Namespace) -> AnswerFormat | None:
+    """The form of the answers that was asked for; SpecError where it cannot be read."""
+    from edgeprune.runtime.formats import AnswerFormat
+
+    if args.regex is not None:
+        return AnswerFormat.regex(args.regex)
+    if args.json_schema is None:
+        return None
+    try:
+        return AnswerFormat.json_schema(json.loads(args.json_schema.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(
+            f"--json-schema {args.json_schema} is no JSON file ({brief(error)})"
+        ) from error
 
 
 def image_size(text: str) -> Size:

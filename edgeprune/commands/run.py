@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import terminal
-from edgeprune.errors import EdgepruneError, InputError, SpecError, brief
+from edgeprune.commands import _common
+from edgeprune.errors import EdgepruneError, InputError, SpecError
 
 if TYPE_CHECKING:
     from edgeprune.runtime import Session
@@ -62,15 +63,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--system", metavar="TEXT", help="system message in place of the chat template's own"
     )
     form = command.add_mutually_exclusive_group()
-    form.add_argument(
-        "--json-schema",
-        type=Path,
-        metavar="FILE",
-        help="the answer is JSON that this schema allows; {} allows any",
-    )
-    form.add_argument(
-        "--regex", metavar="PATTERN", help="the answer is text that this expression matches"
-    )
+    _common.add_answer_format(form)
     form.add_argument(
         "--choices",
         type=_choices,
@@ -118,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         read_image(image)  # a bad image is refused before gigabytes are read
     if args.video:
         check_file(args.video, "video")
-    sampling, answer_format = Sampling(**_asked(args)), _answer_format(args)
+    sampling, answer_format = Sampling(**_asked(args)), _common.answer_format(args)
     if answer_format is not None:
         from edgeprune.runtime.formats import check_settings
 
@@ -170,22 +163,6 @@ def _check_shown(bundle: Path, images: list[Path] | None, video: Path | None) ->
         raise InputError(f"{bundle} takes {takes}; give that, or export another bundle")
     if images is not None:
         check_count(len(images), record)
-
-
-def _answer_format(args: argparse.Namespace) -> AnswerFormat | None:
-    """The form of the answers that was asked for; SpecError where it cannot be read."""
-    from edgeprune.runtime.formats import AnswerFormat
-
-    if args.regex is not None:
-        return AnswerFormat.regex(args.regex)
-    if args.json_schema is None:
-        return None
-    try:
-        return AnswerFormat.json_schema(json.loads(args.json_schema.read_text("utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(
-            f"--json-schema {args.json_schema} is no JSON file ({brief(error)})"
-        ) from error
 
 
 def _ask(

@@ -1,0 +1,113 @@
+"""`edgeprune watch`: ask a bundle about the frames of a camera, a stream, a file or a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from edgeprune.commands import _common
+from edgeprune.errors import InputError, SpecError
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "watch",
+        help="ask a bundle about the frames of a camera, stream, file or folder",
+        description="Ask one question about frames, one after the other. Each answer is a line of"
+        " JSON on stdout. Of a live source the newest frame is asked; what came meanwhile is"
+        " dropped and counted. A stream that ends is opened again.",
+    )
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="exported folder")
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="/dev/video0, an RTSP address, a video file, an image, a folder of images, or - for"
+        " raw frames on stdin",
+    )
+    command.add_argument("--prompt", required=True, help="question about every frame")
+    command.add_argument("--system", metavar="TEXT", help="system message")
+    command.add_argument(
+        "--every", type=float, default=0.0, metavar="SECONDS", help="ask no more often than this"
+    )
+    command.add_argument(
+        "--on-change",
+        type=float,
+        metavar="T",
+        help="ask only where a part of the frame changed by T, from 0 (at all) to 1 (from black to"
+        " white), since the last frame that was asked; 0.05 suits most cameras",
+    )
+    command.add_argument(
+        "--choices", metavar="A,B,...", help="answers to choose from, with probabilities"
+    )
+    command.add_argument(
+        "--alarm",
+        metavar="CONDITION",
+        help="such as 'yes>0.8': tell whether it holds; --choices are yes,no unless given",
+    )
+    _common.add_answer_format(command)
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    command.add_argument(
+        "--frames",
+        choices=("newest", "all"),
+        help="which frames of the source: newest (default of live sources), all (of files)",
+    )
+    command.add_argument(
+        "--size", type=_common.image_size, metavar="WxH", help="of raw frames, in pixels"
+    )
+    command.add_argument(
+        "--pixels",
+        default="rgb",
+        choices=("rgb", "bgr", "rgbx", "bgrx", "gray"),
+        help="bytes of a pixel of raw frames (default rgb)",
+    )
+    command.add_argument(
+        "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune.bundle import Bundle
+    from edgeprune.runtime import Session
+    from edgeprune.watch.alarm import Alarm
+    from edgeprune.watch.sources import find
+    from edgeprune.watch.watching import Watch, WatchRequest
+
+    choices: tuple[str, ...] = ()
+    if args.choices is not None or args.alarm is not None:
+        choices = _choices(args.choices or "yes,no")
+    size = None if args.size is None else (args.size.width, args.size.height)
+    request = WatchRequest(
+        args.prompt,
+        args.system,
+        choices,
+        None if args.alarm is None else Alarm.parse(args.alarm, choices),
+        _common.answer_format(args),
+        args.max_new_tokens,
+        args.every,
+        args.on_change,
+        None if args.frames is None else args.frames == "all",
+    )
+    with open(0, "rb", buffering=0, closefd=False) as pipe:
+        source = find(args.source, size, args.pixels, pipe)
+        record = Bundle.open(args.bundle, verify=False).manifest.image
+        if record.frames is not None or record.images != 1:
+            raise InputError(f"watch asks about one image at a time; {args.bundle} takes more")
+        with Session.open(args.bundle, backend=args.backend, threads=args.threads) as session:
+            session.warm_up()
+            for found in Watch(session, request).records(source):
+                print(json.dumps(found), flush=True)
+    return 0
+
+
+def _choices(text: str) -> tuple[str, ...]:
+    from edgeprune.runtime.choosing import check
+
+    choices = tuple(choice.strip() for choice in text.split(","))
+    try:
+        check(choices)
+    except SpecError as error:
+        raise SpecError(f"--choices: {error}") from error
+    return choices
