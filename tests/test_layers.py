@@ -26,6 +26,7 @@ ABOVE = {
     "edgeprune.commands",
     "edgeprune.compare",
     "edgeprune.drawing",
+    "edgeprune.lmms_eval",
     "edgeprune.recipe",
     "edgeprune.report",
     "edgeprune.serve",
@@ -36,6 +37,7 @@ BANNED = {
     "edgeprune.compare": {"edgeprune.commands", "edgeprune.report"},
     "edgeprune.bench": {*ABOVE - {"edgeprune.bench", "edgeprune.drawing"}, *TORCH_FREE},
     "edgeprune.report": {"edgeprune.commands", "edgeprune.serve", "edgeprune.recipe", *TORCH_FREE},
+    "edgeprune.lmms_eval": {*ABOVE - {"edgeprune.lmms_eval"}, *TORCH_FREE},
     "edgeprune.serve": {*ABOVE - {"edgeprune.serve"}, *TORCH_FREE},
     "edgeprune.watch": {*ABOVE - {"edgeprune.watch"}, *TORCH_FREE},
     "edgeprune.drawing": {*ABOVE - {"edgeprune.drawing"}, *TORCH_FREE},
@@ -80,6 +82,8 @@ CORE = {
     ),
 }
 """Modules at the package's root that use the standard library alone, so that runtime may too."""
+EXTRAS = {"edgeprune.serve": "starlette", "edgeprune.lmms_eval.model": "lmms_eval"}
+"""What a part needs that not every installation has."""
 IMAGING = {"images", "rgb"}
 """Those that use NumPy and Pillow as well, which every installation has."""
 
@@ -169,7 +173,7 @@ def test_every_module_imports() -> None:
         ]
     assert len(names) > 30
     for name in names:
-        if find_spec("starlette") or not within(name, "edgeprune.serve"):
+        if all(find_spec(needed) or not within(name, part) for part, needed in EXTRAS.items()):
             importlib.import_module(name)
 
 

@@ -25,7 +25,8 @@ def summary(sources: Sources) -> Iterator[Markup]:
         facts.append(_checked(sources))
     if sources.left_out:
         facts.append(f"{len(sources.left_out)} files could not be read; the last section has why.")
-    yield bullets(facts)
+    if facts:
+        yield bullets(facts)
 
 
 def _best_table(comparison: Comparison, lines: Sequence[Sequence[str]]) -> Table:
