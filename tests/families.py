@@ -17,6 +17,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GenerationConfig,
+    GraniteConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3VisionConfig,
@@ -232,6 +233,30 @@ def llava_next(**text: Any) -> Family:
     )
     model = settled(LlavaNextForConditionalGeneration(config))
     return Family("llava_next", model, processor, "<image>", {}, SHAPES)
+
+
+def granite_vision(**text: Any) -> Family:
+    """Granite Vision 3.x: LLaVA-NeXT with a SigLIP tower, three of whose hidden states are joined,
+    one before the first block, and a decoder of kind granite."""
+    factors = {"embedding_multiplier": 12, "residual_multiplier": 0.22, "logits_scaling": 8}
+    config = LlavaNextConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=GraniteConfig(**{**TEXT, **factors, "attention_multiplier": 0.2, **text}),
+        image_token_index=4,
+        image_grid_pinpoints=GRIDS,
+        vision_feature_layer=[-4, -2, -1],
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    processor = LlavaNextImageProcessorPil(
+        size={"height": 42, "width": 42},
+        crop_size={"height": 42, "width": 42},
+        image_grid_pinpoints=GRIDS,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    model = settled(LlavaNextForConditionalGeneration(config))
+    return Family("granite_vision", model, processor, "<image>", {}, SHAPES)
 
 
 def llava_onevision(**text: Any) -> Family:

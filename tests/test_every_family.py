@@ -40,6 +40,7 @@ LAYERS = 5  # of those that are pruned
 LLAVAS: dict[str, Callable[..., Family]] = {
     "llava": families.llava,
     "llava_next": families.llava_next,
+    "granite_vision": families.granite_vision,
     "llava_onevision": families.llava_onevision,
     "llava_next_video": families.llava_next_video,
     "video_llava": families.video_llava,
@@ -57,7 +58,16 @@ QWENS: dict[str, Callable[..., Path]] = {
     "qwen3_vl": qwen.stacked_checkpoint,
 }
 ONE_IMAGE = ("gemma3", "paligemma", "paligemma2")
-NO_VIDEO = ("llava", "llava_next", "smolvlm", "smolvlm_tiles", "idefics3", "qwen3_vl", *ONE_IMAGE)
+NO_VIDEO = (
+    "granite_vision",
+    "llava",
+    "llava_next",
+    "smolvlm",
+    "smolvlm_tiles",
+    "idefics3",
+    "qwen3_vl",
+    *ONE_IMAGE,
+)
 
 
 def qwen_shapes(name: str) -> tuple[Size, ...]:

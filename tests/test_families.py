@@ -54,7 +54,12 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "llava_next": families.llava_next,
     "llava_onevision": families.llava_onevision,
 }
-OTHERS = families.llava, families.llava_next_video, families.video_llava  # no tiles of their own
+OTHERS = (
+    families.granite_vision,
+    families.llava,
+    families.llava_next_video,
+    families.video_llava,
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
