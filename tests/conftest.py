@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,28 +140,46 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A bundle that is made once in a run, whichever process needs it first; the others wait."""
+    processes = "PYTEST_XDIST_WORKER" in os.environ
+    folder = factory.getbasetemp().parent if processes else factory.mktemp("demo")
+    output, lock = folder / "shared" / name, folder / f"{name}.lock"
+    lock.touch()
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not output.exists():  # a bundle is whole or absent
+            output.parent.mkdir(exist_ok=True)
+            make(output)
+    return output
+
+
 @pytest.fixture(scope="session")
 def demo_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's dense bundle."""
-    output = tmp_path_factory.mktemp("demo") / "demo-none"
-    assert main(["export", "--method", "none", "-o", str(output)]) == 0
-    return output
+    """The demo model's dense bundle; a test that changes it takes a copy."""
+
+    def make(output: Path) -> None:
+        assert main(["export", "--method", "none", "-o", str(output)]) == 0
+
+    return _once(tmp_path_factory, "demo-none", make)
 
 
 @pytest.fixture(scope="session")
 def demo_utp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's bundle with UTP at CR 4, calibrated on its 100 scenes."""
-    output = tmp_path_factory.mktemp("demo") / "demo-utp-cr4"
-    assert main(["export", "--method", "utp", "--cr", "4", "-o", str(output)]) == 0
-    return output
+    """The demo model's bundle with UTP at CR 4, calibrated on its 100 scenes; as above."""
+
+    def make(output: Path) -> None:
+        assert main(["export", "--method", "utp", "--cr", "4", "-o", str(output)]) == 0
+
+    return _once(tmp_path_factory, "demo-utp-cr4", make)
 
 
 @pytest.fixture(scope="session")
 def demo_fastv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model with FastV at CR 2, which reads the question; without parity."""
+    """The demo model with FastV at CR 2, which reads the question; without parity; as above."""
     from tests.frozen import frozen
 
-    return frozen(tmp_path_factory.mktemp("demo") / "demo-fastv", "fastv", 2)
+    return _once(tmp_path_factory, "demo-fastv", lambda output: frozen(output, "fastv", 2))
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def bundle(engines: Engines) -> Iterator[ServedBundle]:
 
 def request(messages: Any, **settings: int) -> ChatRequest:
     talk = conversation(messages, None, 1 << 20)
-    return ChatRequest("demo", talk, settings, (), None, False, False)
+    return ChatRequest("demo", talk, settings, choices=())
 
 
 def answered(bundle: ServedBundle, messages: Any) -> Finished:

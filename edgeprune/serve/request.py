@@ -59,10 +59,10 @@ class ChatRequest:
     conversation: Conversation
     settings: dict[str, Any]  # of Sampling, those that were given
     choices: tuple[str, ...]  # answers to choose from; empty: whatever the model says
-    answer_format: AnswerFormat | None  # the form of the answer; None: any
-    details: bool  # whether times and kept tokens are told
-    stream: bool
-    stream_usage: bool  # whether a stream ends with a chunk that holds the usage
+    answer_format: AnswerFormat | None = None  # the form of the answer; None: any
+    details: bool = False  # whether times and kept tokens are told
+    stream: bool = False
+    stream_usage: bool = False  # whether a stream ends with a chunk that holds the usage
 
     def sampling(self, own: Sampling) -> Sampling | None:
         """The checkpoint's own settings with the given ones on top; None where none was given."""
