@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from conftest import Refused
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
-from edgeprune.models import elsewhere, names
+from edgeprune.models import elsewhere, names, nearby
 from tests import families
 from tests.clips import clip
 from tests.families import QUESTION
@@ -32,6 +33,50 @@ def test_a_family_that_transformers_lacks_is_told_with_the_nearest(
     said = refused("export", "--model", tmp_path)
     assert other.name in said
     assert said.endswith(f"the nearest family that edgeprune knows is {other.nearest}\n")
+
+
+@pytest.mark.parametrize(("family", "near"), nearby(), ids=str)
+def test_a_model_that_is_not_supported_is_told_with_the_nearest_and_what_is_missing(
+    family: str, near: Any, tmp_path: Path, refused: Refused
+) -> None:
+    for kind in near.model_types:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        said = refused("models", "--model", tmp_path)
+        assert f"is a {kind} ({near.name}), which is not supported; the nearest family" in said
+        assert f"is {family}, and what is missing is: {near.missing}" in said
+        assert near.missing.partition(":")[0] in ("tower", "projector", "decoder", "processor")
+
+
+def test_weights_of_a_model_that_is_not_supported_are_not_fetched(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = list[Any]()
+
+    def snapshot(model: str, **asked: Any) -> str:
+        if asked.get("local_files_only"):
+            raise LocalEntryNotFoundError("not there")
+        fetched.append(asked["allow_patterns"])
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    said = refused("models", "--model", "Qwen/Qwen3.5-4B")
+    assert "Qwen/Qwen3.5-4B is a qwen3_5 (Qwen3.5), which is not supported" in said
+    assert fetched == [["config.json"]]
+
+
+def test_parts_of_an_unknown_model_are_told_one_by_one(tmp_path: Path, refused: Refused) -> None:
+    parts = {"vision_config": {"model_type": "siglip_vision_model"}, "text_config": {}}
+    config = {"model_type": "new_vl", **parts}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = refused("models", "--model", tmp_path)
+    assert said.endswith("; its tower, siglip_vision_model, is known here\n")
+    config["text_config"] = {"model_type": "mamba2"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert said[:-1] + "; its decoder, mamba2, is not here\n" == refused(
+        "models", "--model", tmp_path
+    )
 
 
 def test_a_family_that_nobody_asked_for_is_told_with_all_that_there_are(

@@ -57,7 +57,7 @@ def test_what_calibrates_says_so(name: str) -> None:
 
 def test_every_family_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, "models").splitlines()
-    others = ["-"] * len(models.elsewhere())
+    others = ["-"] * (len(models.elsewhere()) + len(models.nearby()))
     assert [line.split()[0] for line in lines] == [*models.names(), "demo", *others]
 
 

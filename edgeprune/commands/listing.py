@@ -158,8 +158,12 @@ def run_models(args: argparse.Namespace) -> int:
         rows.append((name, summary.splitlines()[0]))
     rows.append(("demo", "the embedded demo checkpoint, a small trained LLaVA: --model demo"))
     for other in models.elsewhere():
-        why = f"not in transformers; nearest is {other.nearest}"
+        why = f"its code is in the checkpoint, not in transformers; nearest is {other.nearest}"
         rows.append(("-", f"{other.name}: {why}"))
+    for family, near in models.nearby():
+        rows.append(
+            ("-", f"{near.name}: not supported; nearest is {family}; missing: {near.missing}")
+        )
     print(plain(rows))
     return 0
 

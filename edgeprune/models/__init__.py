@@ -6,6 +6,7 @@ their files.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -17,10 +18,11 @@ from edgeprune.models._family import Elsewhere
 from edgeprune.models._format import check_format
 from edgeprune.models._lora import base_of
 from edgeprune.models._media import InputOptions
+from edgeprune.models._nearby import Nearby, parts
 from edgeprune.models._stored import read_json
 from edgeprune.tiling import Size
 
-__all__ = ["Adapter", "Checkpoint", "elsewhere", "load", "names", "open_model"]
+__all__ = ["Adapter", "Checkpoint", "elsewhere", "load", "names", "nearby", "open_model"]
 
 
 def names() -> list[str]:
@@ -37,6 +39,11 @@ def load(name: str) -> type[Adapter]:
 def elsewhere() -> list[Elsewhere]:
     """Checkpoints that transformers does not implement, each with its nearest family."""
     return [other for name in names() for other in load(name).elsewhere]
+
+
+def nearby() -> list[tuple[str, Nearby]]:
+    """Models of transformers that are not supported, each behind its nearest family."""
+    return [(name, near) for name in names() for near in load(name).nearby]
 
 
 def open_model(
@@ -57,7 +64,7 @@ def open_model(
         from edgeprune.demo import MODEL_DIR
 
         model = str(MODEL_DIR)
-    folder, lora = locate(model, revision), None
+    folder, lora = locate(model, revision, partial(_family_of, model)), None
     if not (folder / "config.json").is_file():
         folder, lora = base_of(folder, locate), folder
     config = read_json(folder / "config.json")
@@ -87,7 +94,14 @@ def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
                 f"{model} is {other.name}, whose code is in the checkpoint and not in transformers;"
                 f" the nearest family that edgeprune knows is {other.nearest}"
             )
+    for family, near in nearby():
+        if kind in near.model_types:
+            raise ModelError(
+                f"{model} is a {kind} ({near.name}), which is not supported; the nearest family is"
+                f" {family}, and what is missing is: {near.missing}"
+            )
+    known = parts(config)
     raise ModelError(
         f"{model} is a {kind or 'checkpoint without model_type'}; edgeprune knows:"
-        f" {', '.join(names())}"
+        f" {', '.join(names())}" + (f"; {known}" if known else "")
     )

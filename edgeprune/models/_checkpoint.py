@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,13 @@ SINGLE = "model.safetensors"
 BLOCK, BLOCKS = 1 << 16, 1 << 10  # bytes of a block that is hashed, blocks of a file
 
 
-def locate(model: str, revision: str | None = None) -> Path:
+Check = Callable[[dict[str, Any]], object]
+"""Of a config.json; ModelError where the checkpoint is not supported."""
+
+
+def locate(model: str, revision: str | None = None, check: Check | None = None) -> Path:
     """The local folder of a checkpoint or an adapter; a hub id is fetched, or found in the hub's
-    local cache."""
+    local cache. What `check` refuses is not fetched."""
     folder = Path(model).expanduser()
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         if not any((folder / file).is_file() for file in ("config.json", CONFIG)):
@@ -38,25 +42,37 @@ def locate(model: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise SpecError(f"--revision is one of a hub id's, {model} is a folder; leave it out")
         return folder
-    return _from_hub(model, revision)
+    return _from_hub(model, revision, check)
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
+WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+"""Files of a checkpoint that are fetched."""
+
+
+def _from_hub(model: str, revision: str | None, check: Check | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-    try:
+    with _hub(model):
         with suppress(LocalEntryNotFoundError):
             folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
             if _is_whole(folder):
                 return folder
         HfApi().model_info(model, revision=revision, timeout=10)  # at once, before any retry
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        first = Path(snapshot_download(model, revision=revision, allow_patterns=["config.json"]))
+    if check is not None and (first / "config.json").is_file():
+        check(read_json(first / "config.json"))
+    with _hub(model):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+
+
+@contextmanager
+def _hub(model: str) -> Iterator[None]:
+    """ModelError where the hub does not give what is asked for here."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
     except HFValidationError as error:
         raise ModelError(f"{model} is neither a folder nor a hub id owner/name") from error
     except HfHubHTTPError as error:

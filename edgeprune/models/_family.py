@@ -24,6 +24,7 @@ from edgeprune.models._image_record import Reader, read_image_processor
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import InputOptions, Media, Takes
 from edgeprune.models._names import Stored, TensorNames
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._text import decoder_config
 from edgeprune.models._towers import is_tied, read_config, refuse
@@ -54,6 +55,9 @@ class Family(ABC):
 
     elsewhere: ClassVar[tuple[Elsewhere, ...]] = ()
     """Checkpoints with code of their own for which this is the nearest family."""
+
+    nearby: ClassVar[tuple[Nearby, ...]] = ()
+    """Models that are not supported, for which this is the nearest family."""
 
     decoder_kind: ClassVar[str | None] = None
     """The kind of decoder in `_text.py`, where `text_config` has a type of the family's own."""

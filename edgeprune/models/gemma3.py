@@ -20,6 +20,7 @@ from edgeprune.models._layers import RMSNorm
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._text import decoder_config
 from edgeprune.models._tokenizer import read_tokenizer
@@ -29,6 +30,14 @@ from edgeprune.models._towers import SIGLIP, is_tied, one_size, siglip
 class Adapter(_adapter.Adapter):
     """Visual tokens of the image see each other, later ones too."""
 
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "Gemma 3n and Gemma 4 E2B, E4B",
+            ("gemma3n", "gemma4"),
+            tower="one of their own",
+            decoder="keys that layers share, inputs of each layer by token",
+        ),
+    )
     takes: ClassVar[Takes] = Takes(several=False)
     encoder: EncoderConfig
 

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 from edgeprune.errors import SpecError
 from edgeprune.models import _llava
 from edgeprune.models._anyres import anyres_layout, anyres_tiling
+from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, padded, tiled
 from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.models._media import Media, Takes
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._towers import one_size
 from edgeprune.models._video import FRAME_READERS, SETTINGS, frame_processor, video
 from edgeprune.tiling import Size, Tiling, shown
@@ -25,6 +27,17 @@ class Adapter(_llava.Adapter):
     Several images in a prompt are not cut into tiles.
     """
 
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "FastVLM as transformers has it",
+            ("fast_vlm",),
+            tower="FastViT, of convolutions: it gives few tokens, so there is little to prune",
+        ),
+    )
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
+        Elsewhere("FastVLM as Apple publishes it", "LlavaQwen2ForCausalLM", "llava_onevision"),
+        Elsewhere("MiniCPM-V up to 4.5", "MiniCPMV", "llava_onevision"),
+    )
     takes: ClassVar[Takes] = Takes(frames=True)
 
     def config_class(self) -> Any:

@@ -10,6 +10,7 @@ from edgeprune.models import _qwen
 from edgeprune.models._media import Takes
 from edgeprune.models._mrope import interleaved
 from edgeprune.models._names import TensorNames
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._qwen_tower import EPS, TowerConfig
 from edgeprune.models._vision import ProjectorConfig
 
@@ -34,6 +35,25 @@ class Adapter(_qwen.Adapter):
     transformers lets axes take turns whatever `mrope_interleaved` says.
     """
 
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "Qwen3.5",
+            ("qwen3_5",),
+            decoder="linear attention with a state in three layers of four, attention with a gate"
+            " and rotary embedding of a part of each head",
+        ),
+        Nearby(
+            "Qwen3-VL and Qwen3.5 with experts",
+            ("qwen3_vl_moe", "qwen3_5_moe"),
+            decoder="a mixture of experts in place of the MLP",
+        ),
+        Nearby(
+            "Cosmos3-Edge",
+            ("cosmos3_edge",),
+            tower="a position grid that follows SigLIP2",
+            decoder="an MLP without gate, of a squared relu",
+        ),
+    )
     takes: ClassVar[Takes] = Takes()
     decoder_kind: ClassVar[str | None] = "qwen3"
     sections: ClassVar[tuple[int, ...]] = (24, 20, 20)

@@ -25,6 +25,7 @@ from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._names import TensorNames
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._towers import siglip
 from edgeprune.tiling import Tiling, round_up_grid
@@ -45,6 +46,15 @@ class Adapter(_adapter.Adapter):
     tile the positions in order.
     """
 
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "LFM2-VL and LFM2.5-VL",
+            ("lfm2_vl", "lfm2-vl"),
+            tower="SigLIP2 for images of any size: its position grid is resampled",
+            decoder="short convolutions with a state in most layers",
+            processor="transformers has none that runs on Pillow",
+        ),
+    )
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
     encoder: EncoderConfig
 
