@@ -15,6 +15,7 @@ from edgeprune import __version__
 from edgeprune.calib.collect import collect
 from edgeprune.calib.samples import Sample, check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Evidence, Schedule, read_schedule, solve
+from edgeprune.encoder_methods import EncoderMethod
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.files import write_whole
 from edgeprune.models import Adapter
@@ -26,6 +27,8 @@ from edgeprune.progress import Progress, silent
 CACHE = "EDGEPRUNE_CACHE"
 EVIDENCE = 2
 """Raised where images are read, or prompts written, in another way: old evidence is made anew."""
+ENCODER = 1
+"""Likewise of what is measured of the encoder."""
 PROMPT_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
     *("preprocessor_config.json", "processor_config.json"),
@@ -87,7 +90,7 @@ def calibrate(
         solver=request.solver,  # type: ignore[arg-type]
         max_sites=request.max_sites,
     )
-    _write(stored, schedule.to_json().encode())
+    write_cached(stored, schedule.to_json().encode())
     return schedule
 
 
@@ -108,16 +111,17 @@ def _evidence(
     evidence = collect(
         adapter,
         policy,
-        _samples(request, adapter, processor),
+        samples_of(request, adapter, processor),
         lambda done, total: report(f"calibrate in {need / 1e9:.1f} GB", done, total),
     )
     _save(stored, evidence)
     return evidence
 
 
-def _samples(
+def samples_of(
     request: CalibrationRequest, adapter: Adapter, processor: Processor
 ) -> Iterator[Sample]:
+    """The user's samples, or the demo's own scenes; SpecError where there are none."""
     if request.file is not None:
         images = request.image_dir or request.file.parent
         return user_samples(processor, request.file, images, request.samples)
@@ -134,10 +138,26 @@ def _samples(
 def evidence_key(request: CalibrationRequest, adapter: Adapter, policy: Policy) -> str:
     """Names evidence by all that it depends on: weights, what a prompt shows, method with options,
     samples, and this version of edgeprune."""
+    site = adapter.vision_config.site
+    return _key(
+        request,
+        adapter,
+        f"evidence {EVIDENCE}",
+        f"{type(policy).__module__}:{policy}",
+        f"encoder {site.method if site else 'dense'}",
+    )
+
+
+def encoder_key(request: CalibrationRequest, adapter: Adapter, method: EncoderMethod) -> str:
+    """Names what was measured of a method of the encoder likewise."""
+    return _key(request, adapter, f"encoder {ENCODER}", str(method))
+
+
+def _key(request: CalibrationRequest, adapter: Adapter, *what: str) -> str:
+    """A hash of the weights, what a prompt shows, samples, this version, and `what` else."""
     folder = adapter.checkpoint.folder
-    parts = [__version__, f"evidence {EVIDENCE}", adapter.checkpoint.fingerprint()]
+    parts = [__version__, adapter.checkpoint.fingerprint(), *what]
     parts += [f"{name} {_digest(folder / name)}" for name in PROMPT_FILES]
-    parts.append(f"{type(policy).__module__}:{policy}")
     parts.append(f"{adapter.pixels} {adapter.tiling} {adapter.asked}")
     parts.append(f"{request.samples} of {_samples_fingerprint(request)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
@@ -177,10 +197,10 @@ def _save(file: Path, evidence: Evidence) -> None:
         entry=entry,
         ids=np.array(evidence.sample_ids),
     )
-    _write(file, buffer.getvalue())
+    write_cached(file, buffer.getvalue())
 
 
-def _write(file: Path, data: bytes) -> None:
+def write_cached(file: Path, data: bytes) -> None:
     """A cache that cannot be written is no reason to fail."""
     with suppress(SpecError):
         write_whole(file, data)

@@ -60,7 +60,9 @@ def collect(
 
     def begun(started: Started) -> Run:
         # its salience decides the tokens that enter layer 1 above CR 4
-        entry.append(engine.vision.entry_scores(started.encoded).numpy())
+        scores = engine.vision.entry_scores(started.encoded)
+        if scores is not None:
+            entry.append(scores.numpy())
         return _begun(engine, started)
 
     runs = engine.keep(begun(started) for started in engine.start(prompts()))
@@ -78,7 +80,8 @@ def collect(
     runs = engine.layers(runs, step)
     loss = [_loss(engine, run) for run in engine.normed(runs.drain())]
     by_sample = np.stack([np.stack(layer) for layer in attention], axis=1)
-    return Evidence(by_sample, np.stack(loss), np.stack(entry), tuple(ids))
+    entered = np.stack(entry) if entry else None
+    return Evidence(by_sample, np.stack(loss), entered, tuple(ids))
 
 
 def _begun(engine: Layerwise, started: Started) -> Run:

@@ -108,6 +108,35 @@ class PruneRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderRecord:
+    """The vision encoder: what goes through its blocks, and what shortening it does.
+
+    A unit is the patches that become one visual token, or one patch. Operations are of all tiles:
+    patch embedding, blocks and the map of an exit.
+    """
+
+    method: str  # as --encoder takes it
+    blocks: Few
+    width: Count
+    patches: Count  # of a tile
+    operations: Bytes
+    dense_operations: Bytes  # were nothing to leave
+    units: Count  # of a tile
+    kept: Count  # units of a tile that go through all blocks
+    samples: Amount = 0  # on which loss was measured
+    r2: Annotated[float, Between(-1e6, 1)] | None = None  # of an exit's map, on images it never saw
+    angle: Annotated[float, Between(0, 4)] | None = (
+        None  # mean, radians, between the decoder's last
+    )
+    # features with the shortened encoder and with all of it
+
+    @property
+    def share(self) -> float:
+        """Of the dense encoder's operations."""
+        return self.operations / max(1, self.dense_operations)
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderRecord:
     """What the runtime needs to feed decoder.onnx; sizes are counts."""
 
@@ -261,6 +290,7 @@ class Manifest:
     dtype: Annotated[str, OneOf(tuple(DTYPES))]
     opset: Few
     prune: PruneRecord
+    encoder: EncoderRecord
     decoder: DecoderRecord
     image: ImageRecord
     text: TextRecord

@@ -46,6 +46,16 @@ def kv_bytes(sizes: Sizes, counts: Sequence[int], text: int, element: int) -> in
     return sum(2 * sizes.kv_heads * sizes.head_size * (n + text) * element for n in counts)
 
 
+def block_operations(
+    width: int, mlp_width: int, windows: Sequence[tuple[int, int]], products: int = 2
+) -> int:
+    """Operations of an encoder block whose tokens attend within `windows`, each run of them given
+    as their number and the tokens of each; `products` of its MLP."""
+    tokens = sum(number * size for number, size in windows)
+    pairs = sum(number * size * size for number, size in windows)
+    return 2 * tokens * width * (4 * width + products * mlp_width) + 4 * pairs * width
+
+
 def _layer(sizes: Sizes, new: int, seen: int) -> int:
     attention = sizes.attention_heads * sizes.head_size
     projections = 2 * sizes.width * (attention + sizes.kv_heads * sizes.head_size)

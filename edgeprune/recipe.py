@@ -8,11 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeprune import policies
+import torch
+
+from edgeprune import encoder_methods, policies
 from edgeprune.calib import awq, sensitivity
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate
+from edgeprune.calib.encoder import measure_site
 from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
+from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import SpecError
 from edgeprune.export import parity
 from edgeprune.export.exporter import (
@@ -24,13 +28,23 @@ from edgeprune.export.exporter import (
 )
 from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
+from edgeprune.models._encoder_site import SiteConfig
+from edgeprune.models._layers import compute_buffers
 from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
-from edgeprune.spec import ModelShape, Plan, PruneSpec, check_cr, check_reach, check_separators
+from edgeprune.spec import (
+    ModelShape,
+    Plan,
+    PruneSpec,
+    check_cr,
+    check_reach,
+    check_separators,
+    plan_from_counts,
+)
 from edgeprune.tiling import Size
 from edgeprune.weight_format import AUTO
 
@@ -55,6 +69,7 @@ class Recipe:
     target: str = "cpu"
     dtype: str | None = None  # None: the target's own
     weights: str = "float"  # int8 or int4, with options: edgeprune/weight_format.py
+    encoder: str = DENSE  # or what shortens it, with options: edgeprune/encoder_methods
     keep_fp32: str = "none"  # auto: in fp16, parts that float16 cannot hold stay in float32
     parity: int | None = None  # samples of the check; None: 8, where there is memory for it
     schedule: Path | None = None  # a file in place of a calibration
@@ -90,7 +105,10 @@ class Recipe:
         name, spec = self.model_name.rpartition("/")[2], self.spec
         ratio = f"-cr{spec.cr:.4g}" if spec.cr != 1 else ""
         seed = policies.seed_of(policies.make(spec))
-        return Path("out") / f"{name}-{spec.method}{ratio}{f'-seed{seed}' if seed else ''}"
+        method = encoder_methods.make(self.encoder)
+        encoder = f"-{method}".replace(":", "-").replace("=", "") if method else ""
+        seeded = f"-seed{seed}" if seed else ""
+        return Path("out") / f"{name}-{spec.method}{ratio}{encoder}{seeded}"
 
 
 def make(recipe: Recipe, report: Progress = silent) -> Exported:
@@ -107,12 +125,16 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         spec = with_reached_ratio(spec, policy, adapter.shape)
         recipe = replace(recipe, spec=spec)
     check_reach(spec, adapter.shape)
+    site = _site(recipe, adapter, policy)
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.lowering, adapter, compared=not why)
     _check_keep(recipe, why)
     _check_samples(recipe)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
+    if site is not None:
+        measured = measure_site(_calibration(recipe), adapter, processor, site, report)
+        adapter = adapter.with_encoder(measured)
     schedule = _schedule(recipe, adapter, policy, processor, report)
     plan = policy.plan(adapter.shape, spec.cr, schedule)
     check_cr(plan, spec.cr)
@@ -156,15 +178,37 @@ def _schedule(
         return None
     if recipe.schedule is not None:
         return read_schedule(recipe.schedule, adapter.shape, spec.cr)
-    request = CalibrationRequest(
-        spec.cr,
+    return calibrate(_calibration(recipe), adapter, policy, processor, report)
+
+
+def _calibration(recipe: Recipe) -> CalibrationRequest:
+    return CalibrationRequest(
+        recipe.spec.cr,
         recipe.samples,
         recipe.samples_file,
         recipe.image_dir,
         recipe.solver,
         recipe.max_sites,
     )
-    return calibrate(request, adapter, policy, processor, report)
+
+
+def _site(recipe: Recipe, adapter: Adapter, policy: Policy) -> SiteConfig | None:
+    """What shortens the encoder; SpecError, before anything slow, where it or the method cannot do
+    that in this model."""
+    method = encoder_methods.make(recipe.encoder)
+    if method is None:
+        return None
+    site, shape, cr = adapter.encoder_site(method), adapter.shape, recipe.spec.cr
+    first = policy.entry_tokens(shape, cr)
+    counts = None if first is None else (first,) * shape.layers
+    plan = (
+        policy.plan(shape, cr) if counts is None else plan_from_counts(shape.visual_tokens, counts)
+    )
+    with torch.device("meta"):
+        vision = adapter.with_encoder(adapter.unfitted(site)).vision(policy, plan)
+        compute_buffers(vision, torch.float32)
+        vision.eval()(torch.empty(adapter.pixels))
+    return site
 
 
 def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:

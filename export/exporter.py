@@ -12,6 +12,7 @@ from edgeprune.bundle import (
     MANIFEST,
     Bundle,
     DecoderRecord,
+    EncoderRecord,
     ImageRecord,
     Manifest,
     ParityRecord,
@@ -22,6 +23,7 @@ from edgeprune.bundle import (
     check_target,
     record_files,
 )
+from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import BundleError, ExportError, SpecError
 from edgeprune.export import ranges
 from edgeprune.export.comparison import compare
@@ -33,6 +35,7 @@ from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import DECODER, GraphRecord
 from edgeprune.lowering import DTYPES, TARGETS, Lowering, resolve
 from edgeprune.models import Adapter
+from edgeprune.models._encoder_site import encoder_operations
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -93,12 +96,12 @@ def preflight(output: Path, lowering: Lowering, adapter: Adapter, *, compared: b
         )
 
 
-def check_topk(method: str, ranked: int, target: str) -> None:
+def check_topk(what: str, ranked: int, target: str) -> None:
     """SpecError where a method puts more tokens in order at once than a target's engines can."""
     limit = TARGETS[target].topk_limit
     if limit is not None and ranked > limit:
         raise SpecError(
-            f"method {method} ranks {ranked} visual tokens at once, engines of --target {target}"
+            f"{what} ranks {ranked} visual tokens at once, engines of --target {target}"
             f" rank {limit} at most; use a smaller image, a larger --cr or another method"
         )
 
@@ -139,7 +142,9 @@ def export(
     """Trace, write weights, check parity, and rename the whole into place."""
     compared = not request.no_parity
     preflight(request.output, request.lowering, adapter, compared=compared)
-    check_topk(request.spec.method, policy.largest_topk(request.plan), request.target)
+    check_topk(f"method {request.spec.method}", policy.largest_topk(request.plan), request.target)
+    if (site := adapter.vision_config.site) is not None:
+        check_topk(f"--encoder {site.method}", site.units.count, request.target)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
     exact, adapter = adapter, _with_weights(request.lowering, adapter, request.tuning)
@@ -232,6 +237,7 @@ def _manifest(
         dtype=request.lowering.dtype.name,
         opset=dialect.opset,
         prune=_prune_record(request, adapter, policy),
+        encoder=_encoder_record(adapter),
         decoder=_decoder_record(adapter, request.plan, dialect.cache),
         graphs=graphs,
         image=records.image,
@@ -257,6 +263,27 @@ def _prune_record(request: ExportRequest, adapter: Adapter, policy: Policy) -> P
         seed=seed_of(policy),
         options=dict(spec.options),
         schedule=request.schedule,
+    )
+
+
+def _encoder_record(adapter: Adapter) -> EncoderRecord:
+    encoder, site = adapter.vision_config.encoder, adapter.vision_config.site
+    tiles, _, height, width = adapter.pixels
+    patches = (height // encoder.patch) * (width // encoder.patch)
+    tiles = tiles // encoder.spans
+    whole, loss = site.units.count if site else patches, site.loss if site else None
+    return EncoderRecord(
+        method=str(site.method) if site else DENSE,
+        blocks=encoder.blocks,
+        width=encoder.width,
+        patches=patches,
+        operations=tiles * encoder_operations(encoder, patches, site),
+        dense_operations=tiles * encoder_operations(encoder, patches),
+        units=whole,
+        kept=site.kept_units if site else whole,
+        samples=loss.samples if loss else 0,
+        r2=loss.r2 if loss else None,
+        angle=loss.angle if loss else None,
     )
 
 

@@ -11,7 +11,13 @@ from edgeprune import terminal
 from edgeprune.commands import _common
 
 if TYPE_CHECKING:
-    from edgeprune.bundle import DistanceRecord, ParityRecord, RangeRecord, WeightsRecord
+    from edgeprune.bundle import (
+        DistanceRecord,
+        EncoderRecord,
+        ParityRecord,
+        RangeRecord,
+        WeightsRecord,
+    )
     from edgeprune.export.exporter import Exported
     from edgeprune.recipe import Recipe
 
@@ -38,6 +44,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="FORMAT",
         help="float (default: the dtype), int8, int4 or auto; with options, as auto:bits=5,"
         " int8:activations=on or int4:block=64:head=off:vision=on:awq=on",
+    )
+    command.add_argument(
+        "--encoder",
+        default="dense",
+        metavar="METHOD",
+        help="what shortens the vision encoder: dense (default: nothing), or with options"
+        " exit:at=BLOCK:keep=SHARE; see: edgeprune methods exit",
     )
     command.add_argument(
         "--keep-fp32",
@@ -82,6 +95,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         target=args.target,
         dtype=args.dtype,
         weights=args.weights,
+        encoder=args.encoder,
         keep_fp32=args.keep_fp32,
         parity=args.parity,
         schedule=args.schedule,
@@ -99,6 +113,7 @@ def _summary(exported: Exported, seconds: float) -> str:
     lines = [
         f"visual tokens {prune.visual_tokens} -> {' '.join(str(n) for n in prune.counts)}",
         f"CR asked {prune.cr:g}, reached {prune.cr_reached:.3f}",
+        *_encoder_lines(manifest.encoder),
     ]
     if prune.schedule:
         lines.append(
@@ -116,6 +131,18 @@ def _summary(exported: Exported, seconds: float) -> str:
     lines.append(f"{manifest.dtype}, opset {manifest.opset}, {seconds:.1f} s")
     lines.append(f"next: edgeprune run {exported.path} --image IMAGE --prompt QUESTION")
     return "\n".join(lines)
+
+
+def _encoder_lines(record: EncoderRecord) -> list[str]:
+    """What leaves the encoder early, and what that costs."""
+    if record.angle is None:
+        return []
+    fit = "" if record.r2 is None else f", map R2 {record.r2:.3f}"
+    return [
+        f"encoder {record.method}: {record.kept} of {record.units} go through all"
+        f" {record.blocks} blocks, {record.share:.2f} of the operations{fit}; output turned by"
+        f" {record.angle:.3f} radians on {record.samples} samples"
+    ]
 
 
 def _range_lines(record: RangeRecord) -> list[str]:

@@ -12,8 +12,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from edgeprune.errors import ModelError
+from edgeprune.encoder_methods import EncoderMethod
+from edgeprune.errors import ModelError, SpecError
 from edgeprune.models._decoder import Decoder
+from edgeprune.models._encoder_site import ExitMap, SiteConfig
 from edgeprune.models._family import Family
 from edgeprune.models._format import check_stored, why_missing
 from edgeprune.models._layers import Linear, compute_buffers
@@ -88,6 +90,34 @@ class Adapter(Family):
         changed = copy.copy(self)
         changed.weights = None
         return changed
+
+    def with_encoder(self, site: SiteConfig | None) -> Self:
+        """The same checkpoint with patches that leave the encoder at a site; None: with none."""
+        changed = copy.copy(self)
+        changed.vision_config = replace(self.vision_config, site=site)
+        return changed
+
+    def encoder_site(self, method: EncoderMethod) -> SiteConfig:
+        """The sizes that a method has in this model; SpecError where it has no place there."""
+        encoder, layout = self.vision_config.encoder, self.vision_config.layout
+        method = method.settled(encoder.blocks, encoder.cls)
+        units = encoder.units(layout.merge if layout.pool == "join" else 1)
+        site = SiteConfig(method, units)
+        if site.kept_units == units.count:
+            raise SpecError(
+                f"--encoder {method} keeps all of {units.count} patches or groups of patches;"
+                " choose a smaller keep"
+            )
+        return site
+
+    def unfitted(self, site: SiteConfig) -> SiteConfig:
+        """A site whose exit gives what left as it was, for each state that is read."""
+        if not site.method.rejoins:
+            return site
+        encoder = self.vision_config.encoder
+        states = encoder.states_after(site.at)
+        same = torch.eye(encoder.width).repeat(1, states)
+        return replace(site, exit_map=ExitMap(same, torch.zeros(same.shape[1])))
 
     def _as_stored(self, wanted: WeightFormat) -> WeightFormat:
         """The format with blocks that a quantised checkpoint has: its codes can be kept then."""

@@ -8,12 +8,13 @@ here, so the forward passes have no branches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Split, Units
 from edgeprune.models._layers import (
     Gain,
     LayerNorm,
@@ -82,18 +83,50 @@ class EncoderConfig:
         """Height and width of a tile in pixels."""
         return self.image, self.image
 
-    def build(self, ops: TorchOps) -> Encoder:
-        return Encoder(self, ops)
+    def units(self, side: int) -> Units:
+        """The patches of a tile as squares of `side` x `side`."""
+        patches = self.side**2
+        return Units.of(range(patches), (self.side, self.side), side, ((1, patches),))
+
+    def states_after(self, at: int) -> int:
+        """Hidden states that are read after block `at` has begun."""
+        return sum(number > at for number in set(self.joined)) if self.joined else 1
+
+    def windows(self, block: int, site: SiteConfig | None = None) -> Runs:
+        """What attends to itself alone in a block: one window of all tokens."""
+        kept = site.kept_runs[0][1] if site and block >= site.at else self.side**2
+        return ((1, kept + self.cls),)
+
+    @property
+    def spans(self) -> int:
+        """Images or frames that are encoded as one."""
+        return 1
+
+    @property
+    def products(self) -> int:
+        """Of the MLP of a block."""
+        return 2
+
+    @property
+    def inputs(self) -> int:
+        """Numbers of a patch."""
+        return 3 * self.patch**2
+
+    def build(self, ops: TorchOps, site: SiteConfig | None = None) -> Encoder:
+        return Encoder(self, ops, site)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the last block says of a batch of tiles; S = 1 + N with [CLS] first, N without."""
+    """What the last block says of a batch of tiles; S = 1 + N with [CLS] first, N without.
+
+    Queries and keys are of the last block in which all patches take part; None where there is none.
+    """
 
     features: Tensor  # [tiles, N, width], its output for the patches; of several blocks, joined
     cls: Tensor | None  # [tiles, 1, width], and for [CLS]
-    query: Tensor  # [tiles, heads, S, head]
-    key: Tensor  # [tiles, heads, S, head]
+    query: Tensor | None  # [tiles, heads, S, head]
+    key: Tensor | None  # [tiles, heads, S, head]
     indices: Tensor | None = None  # int64 [N'], patch of each token, where some were merged
     middle: tuple[Tensor, ...] = ()  # each [tiles, N, width], output of a middle block that is read
 
@@ -133,6 +166,9 @@ class Encoding:
     read: tuple[
         Tensor, ...
     ] = ()  # hidden states that are read beside the last, of the blocks so far
+    contrast: Tensor | None = None  # float32 [tiles, units], of the pixels, until units leave by it
+    split: Split | None = None  # what has left
+    joined: int = 0  # hidden states for which it came back
 
 
 ChooseMerge = Callable[[Tensor], BlockMerge | None]
@@ -188,14 +224,47 @@ class Tower(nn.Module):
     """A vision transformer: what comes before its blocks, the blocks, and what comes after."""
 
     blocks: nn.ModuleList
+    site: EncoderSite | None
+    looked_at: int
+    """The block whose queries and keys policies look at: the last one with full attention in which
+    all patches take part; -1: there is none."""
 
     def enter(self, pixels: Tensor) -> Encoding:
         """Pixels [tiles, 3, H, W] as they enter the first block."""
         raise NotImplementedError
 
     def advance(self, number: int, seen: Encoding, policy: PolicyMerge | None = None) -> Encoding:
-        """One block, of index `number`; with `policy`, of one tile, it may merge tokens."""
+        """One block, of index `number`; with `policy`, of one tile, it may merge tokens.
+
+        Before the block of the encoder's site patches leave.
+        """
+        if self.site is not None and number == self.site.config.at:
+            seen = self.split(seen, self.site)
+        return self.run_block(number, seen, policy)
+
+    def contrast(self, pixels: Tensor, site: EncoderSite | None) -> Tensor | None:
+        """How far each unit's colours are from the usual, where a site chooses by that."""
         raise NotImplementedError
+
+    def split(self, seen: Encoding, site: EncoderSite) -> Encoding:
+        """Without the patches that leave here."""
+        kept, split = site.split(seen.hidden, seen.contrast)
+        return replace(seen, hidden=kept, contrast=None, split=split)
+
+    def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
+        """The block itself."""
+        raise NotImplementedError
+
+    def states(self, seen: Encoding, at: int) -> tuple[Tensor, ...]:
+        """After the last block, the states that are read after block `at` has begun, of patches in
+        the sequence's order: each [tiles, P, width]. None may have left."""
+        raise NotImplementedError
+
+    def whole(self, patches: Tensor, seen: Encoding) -> Tensor:
+        """A hidden state that is read, with the patches that left: [tiles, n, width]."""
+        if seen.split is None or self.site is None or not self.site.config.method.rejoins:
+            return patches
+        return self.site.rejoin(patches, seen.split, seen.joined)
 
     def leave(self, seen: Encoding) -> Encoded:
         """Features, queries and keys after the last block."""
@@ -212,9 +281,13 @@ class Tower(nn.Module):
 class Encoder(Tower):
     """Pixels [tiles, 3, H, W] to features, queries and keys."""
 
-    def __init__(self, config: EncoderConfig, ops: TorchOps) -> None:
+    def __init__(
+        self, config: EncoderConfig, ops: TorchOps, site: SiteConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.site = EncoderSite(site, ops) if site else None
+        self.looked_at = (site.at if site else config.blocks) - 1
         positions = config.side**2 + config.cls
         self.cls = nn.Parameter(torch.empty(config.width)) if config.cls else None
         self.patch = nn.Conv2d(3, config.width, config.patch, config.patch, bias=config.patch_bias)
@@ -229,25 +302,59 @@ class Encoder(Tower):
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         x = self.pre_norm(x + self.position)
-        return Encoding(x, read=(x,) if 0 in self.config.joined else ())
+        read = (x,) if 0 in self.config.joined else ()
+        return Encoding(x, read=read, contrast=self.contrast(pixels, self.site))
 
-    def advance(self, number: int, seen: Encoding, policy: PolicyMerge | None = None) -> Encoding:
+    def contrast(self, pixels: Tensor, site: EncoderSite | None) -> Tensor | None:
+        if site is None or not site.looks_at_pixels:
+            return None
+        return site.contrast(pixels, self.config.patch)
+
+    def split(self, seen: Encoding, site: EncoderSite) -> Encoding:
+        first, attention = int(self.cls is not None), None
+        if site.looks_at_cls:
+            attention = _cls_attention(seen)
+        kept, split = site.split(seen.hidden[:, first:], seen.contrast, attention)
+        hidden = torch.cat([seen.hidden[:, :first], kept], dim=1) if first else kept
+        return replace(seen, hidden=hidden, contrast=None, split=split)
+
+    def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
         choose = self._choose_in(number, policy)
         x, query, key, groups = self.blocks[number](seen.hidden, seen.groups, choose)
-        if number + 1 < len(self.blocks):
-            query = key = None  # policies look at the last block
-        read = (*seen.read, x) if number + 1 in self.config.joined else seen.read
-        return Encoding(x, query, key, groups, read)
+        if number != self.looked_at:
+            query, key = seen.query, seen.key
+        seen = replace(seen, hidden=x, query=query, key=key, groups=groups)
+        if number + 1 not in self.config.joined:
+            return seen
+        joined = seen.joined + (seen.split is not None)
+        return replace(seen, read=(*seen.read, self._with_cls(x, seen)), joined=joined)
 
     def leave(self, seen: Encoding) -> Encoded:
         x, first = self.post_norm(seen.hidden), int(self.cls is not None)
+        cls = x[:, :1] if first else None
         if joined := self.config.joined:
             states = dict(zip(sorted(set(joined)), seen.read, strict=True))
             x = torch.cat(common(False, *(states[number] for number in joined)), dim=-1)
-        cls = x[:, :1] if first else None
+            cls, features = x[:, :1] if first else None, x[:, first:]
+        else:
+            features = self.whole(x[:, first:], seen)
         indices = None if seen.groups is None else seen.groups.indices[first:] - first
-        assert seen.query is not None and seen.key is not None
-        return Encoded(x[:, first:], cls, seen.query, seen.key, indices)
+        return Encoded(features, cls, seen.query, seen.key, indices)
+
+    def states(self, seen: Encoding, at: int) -> tuple[Tensor, ...]:
+        first = int(self.cls is not None)
+        if not self.config.joined:
+            return (self.post_norm(seen.hidden)[:, first:],)
+        states = zip(sorted(set(self.config.joined)), seen.read, strict=True)
+        return tuple(x[:, first:] for number, x in states if number > at)
+
+    def _with_cls(self, x: Tensor, seen: Encoding) -> Tensor:
+        """A state that is read: [tiles, 1 + n, width] with the patches that left."""
+        if seen.split is None:
+            return x
+        first = int(self.cls is not None)
+        whole = self.whole(x[:, first:], seen)
+        return torch.cat(common(False, x[:, :first], whole), dim=1) if first else whole
 
     def _choose_in(self, block: int, policy: PolicyMerge | None) -> ChooseMerge:
         """What a policy merges in one block, by its keys."""
@@ -255,3 +362,11 @@ class Encoder(Tower):
             return lambda key: None
         blocks, patches = len(self.blocks), self.config.side**2
         return lambda key: policy(BlockSignals(key, block, blocks, patches, self.config.cls))
+
+
+def _cls_attention(seen: Encoding) -> Tensor:
+    """What [CLS] gives each patch in the block that was looked at, head mean: [tiles, patches]."""
+    assert seen.query is not None and seen.key is not None
+    logits = seen.query[:, :, :1].float() @ seen.key.float().transpose(-1, -2)
+    weights: Tensor = (logits * seen.query.shape[-1] ** -0.5).softmax(-1)
+    return weights[:, :, 0, 1:].mean(1)

@@ -115,21 +115,30 @@ class Layerwise:
         While one is looked at, all of the vision module but its blocks is in memory.
         """
         tower, merge = self.vision.encoder, self.vision.merge_in_encoder
-        rest = [part for part in self._vision.parts if not part.startswith("encoder.blocks.")]
-        with self._vision.loaded(*rest):
-            kept = self._activations.keep(self._seen(prompt) for prompt in prompts)
-            self._samples = len(kept)
-            for number in range(len(tower.blocks)):
-                with self._vision.loaded(f"encoder.blocks.{number}"):
-                    kept = self._each(
-                        kept,
-                        lambda seen, number=number: replace(  # type: ignore[misc]
-                            seen, encoding=tower.advance(number, seen.encoding, merge)
-                        ),
-                    )
+
+        def step(number: int, seen: _Seen) -> _Seen:
+            return replace(seen, encoding=tower.advance(number, seen.encoding, merge))
+
+        with self.around_blocks():
+            kept = self.blocks(self.keep(self._seen(prompt) for prompt in prompts), step)
             with self._decoder.loaded("embedding"):
                 for seen in kept.drain():
                     yield self._started(seen)
+
+    @contextmanager
+    def around_blocks(self) -> Iterator[None]:
+        """While this is open, all of the vision module but its blocks is in memory."""
+        rest = [part for part in self._vision.parts if not part.startswith("encoder.blocks.")]
+        with self._vision.loaded(*rest):
+            yield
+
+    def blocks(self, kept: Kept[T], step: Callable[[int, T], T]) -> Kept[T]:
+        """As `layers`, of the encoder's blocks."""
+        self._samples = len(kept)
+        for index in range(len(self.vision.encoder.blocks)):
+            with self._vision.loaded(f"encoder.blocks.{index}"):
+                kept = self._each(kept, partial(step, index))
+        return kept
 
     def layers(self, kept: Kept[T], step: Callable[[int, T], T]) -> Kept[T]:
         """Values of all samples after each has gone through `step` with each layer's index, while

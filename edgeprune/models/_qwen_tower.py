@@ -9,7 +9,7 @@ windows are known, so patches are put in their order once, by one gather, and ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.models._encoder import ACTIVATIONS, Encoded, Encoding, PolicyMerge, Tower
+from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Units
 from edgeprune.models._layers import (
     LayerNorm,
     Linear,
@@ -108,21 +109,47 @@ class TowerConfig:
         return self.rows * self.columns
 
     @cached_property
-    def windows(self) -> Windows:
+    def all_windows(self) -> Windows:
         return Windows.of((self.rows, self.columns), self.window or max(self.rows, self.columns))
 
-    def runs(self, block: int) -> tuple[tuple[int, int], ...]:
-        """What attends to itself alone in a block, as (windows, patches of each)."""
-        whole = not self.window or block in self.full
-        return ((1, self.patches),) if whole else self.windows.runs
+    @property
+    def spans(self) -> int:
+        """Images or frames that are encoded as one."""
+        return 1 if self.still else self.frames
 
     @property
-    def looks_everywhere(self) -> int:
-        """The last block with full attention: what policies look at."""
-        return max(b for b in range(self.blocks) if self.runs(b) == ((1, self.patches),))
+    def products(self) -> int:
+        """Of the MLP of a block."""
+        return 3 if self.gated else 2
 
-    def build(self, ops: TorchOps) -> QwenTower:
-        return QwenTower(self, ops)
+    @property
+    def inputs(self) -> int:
+        """Numbers of a patch."""
+        return 3 * self.frames * self.patch**2
+
+    def windows(self, block: int, site: SiteConfig | None = None) -> Runs:
+        """What attends to itself alone in a block, as (windows, patches of each)."""
+        left = site is not None and block >= site.at
+        windows = site.kept_runs if site and left else self.all_windows.runs
+        whole = not self.window or block in self.full
+        return ((1, sum(n * size for n, size in windows)),) if whole else windows
+
+    def looks_everywhere(self, blocks: int) -> int:
+        """The last of the first blocks with full attention, which policies look at; -1: none."""
+        found = (b for b in range(blocks) if self.windows(b) == ((1, self.patches),))
+        return max(found, default=-1)
+
+    def units(self, side: int) -> Units:
+        """The patches of an image as squares of `side` x `side`."""
+        windows = self.all_windows
+        return Units.of(windows.order, (self.rows, self.columns), side, windows.runs)
+
+    def states_after(self, at: int) -> int:
+        """Hidden states that are read after block `at` has begun."""
+        return 1 + sum(block >= at for block in self.middle)
+
+    def build(self, ops: TorchOps, site: SiteConfig | None = None) -> QwenTower:
+        return QwenTower(self, ops, site)
 
 
 class MLP(nn.Module):
@@ -149,7 +176,7 @@ class GatedMLP(MLP):
 
 
 class Block(nn.Module):
-    def __init__(self, config: TowerConfig, runs: tuple[tuple[int, int], ...], ops: TorchOps):
+    def __init__(self, config: TowerConfig, runs: Runs, ops: TorchOps) -> None:
         super().__init__()
         self.config, self.runs, self.ops = config, runs, ops
         self.attention_norm = _norm(config, ops)
@@ -160,13 +187,22 @@ class Block(nn.Module):
         self.mlp = (GatedMLP if config.gated else MLP)(config, ops)
         self.residual = Sum()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [tiles, N, width], query and key of the last run [windows, heads, n, head]."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, left: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [tiles, N, width], query and key of the last run [windows, heads, n, head].
+
+        `left` int64 [tiles, N] are the rows of the rotary tables of what is left, where some left.
+        """
         qkv, mixed, start = self.qkv(self.attention_norm(x)), list[Tensor](), 0
         for windows, patches in self.runs:
             end = start + windows * patches
-            rows = torch.arange(start, end, device=x.device).view(windows, patches)
             part = qkv if len(self.runs) == 1 else qkv[:, start:end]
+            if left is None:
+                rows = torch.arange(start, end, device=x.device).view(windows, patches)
+                rows = rows.repeat(len(x), 1)
+            else:
+                rows = (left if len(self.runs) == 1 else left[:, start:end]).reshape(-1, patches)
             attended, query, key = self._attend(part, rows, cos, sin)
             mixed.append(attended)
             start = end
@@ -179,17 +215,15 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention within equal windows: [tiles, windows * n, 3 width] -> [tiles, .., width].
 
-        `rows` int64 [windows, n] are those of the rotary tables.
+        `rows` int64 [tiles * windows, n] are those of the rotary tables.
         """
         tiles, width, heads, ops = len(qkv), self.config.width, self.config.heads, self.ops
-        windows, patches = rows.shape
-        shape = (tiles * windows, patches, width)
+        shape = (*rows.shape, width)
         query, key, value = (split_heads(p.reshape(shape), heads) for p in qkv.chunk(3, dim=-1))
-        rows = rows.repeat(tiles, 1)
         query = ops.rotate(query, cos, sin, rows)
         key = ops.rotate(key, cos, sin, rows)
         mixed = join_heads(self.scores(query, key, value))
-        return mixed.reshape(tiles, windows * patches, width), query, key
+        return mixed.reshape(tiles, -1, width), query, key
 
 
 class PositionGrid(nn.Module):
@@ -230,16 +264,18 @@ def taps(count: int, side: int) -> list[tuple[tuple[int, float], tuple[int, floa
 class QwenTower(Tower, WithBuffers):
     """Pixels [frames, 3, H, W] to normed features, and queries and keys, in reading order."""
 
-    def __init__(self, config: TowerConfig, ops: TorchOps) -> None:
+    def __init__(self, config: TowerConfig, ops: TorchOps, site: SiteConfig | None = None) -> None:
         super().__init__()
         self.config = config
+        self.site = EncoderSite(site, ops) if site else None
+        self.looked_at = config.looks_everywhere(site.at if site else config.blocks)
         self.patch = nn.Conv2d(
             3 * config.frames, config.width, config.patch, config.patch, bias=config.patch_bias
         )
         if config.position_side:
             self.position = PositionGrid(config)
         self.blocks = nn.ModuleList(
-            Block(config, config.runs(block), ops) for block in range(config.blocks)
+            Block(config, config.windows(block, site), ops) for block in range(config.blocks)
         )
         self.post_norm = _norm(config, ops)  # the merger's, over each patch
         self.register_buffer("cos", torch.empty(0), persistent=False)
@@ -252,7 +288,7 @@ class QwenTower(Tower, WithBuffers):
         config = self.config
         pairs = config.width // config.heads // 4  # of a head, that turn by the row
         exponents = torch.arange(0, 2 * pairs, 2, dtype=torch.int64).float() / (2 * pairs)
-        indices = torch.tensor(config.windows.order)
+        indices = torch.tensor(config.all_windows.order)
         axes = torch.stack([indices // config.columns, indices % config.columns], dim=1).float()
         angles = (axes[..., None] * (1.0 / config.theta**exponents)).flatten(1)  # [N, head / 2]
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -260,30 +296,46 @@ class QwenTower(Tower, WithBuffers):
     @property
     def reorders(self) -> bool:
         """Whether the windows' order is not that of reading."""
-        return list(self.config.windows.order) != list(range(self.config.patches))
+        return list(self.config.all_windows.order) != list(range(self.config.patches))
 
     def enter(self, pixels: Tensor) -> Encoding:
         x = self.patch(self._spans(pixels)).flatten(2).transpose(1, 2)
         if self.config.position_side:
             x = self.position(x)
         if self.reorders:
-            x = x.index_select(1, torch.tensor(self.config.windows.order))
-        return Encoding(x)
+            x = x.index_select(1, torch.tensor(self.config.all_windows.order))
+        return Encoding(x, contrast=self.contrast(pixels, self.site))
 
-    def advance(self, number: int, seen: Encoding, policy: PolicyMerge | None = None) -> Encoding:
-        x, query, key = self.blocks[number](seen.hidden, self.cos, self.sin)
-        if number != self.config.looks_everywhere:
+    def contrast(self, pixels: Tensor, site: EncoderSite | None) -> Tensor | None:
+        if site is None or not site.looks_at_pixels:
+            return None
+        return site.contrast(self._spans(pixels), self.config.patch)
+
+    def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
+        left = None
+        if seen.split is not None and self.site is not None:
+            left = self.site.rows(seen.split.chosen)
+        x, query, key = self.blocks[number](seen.hidden, self.cos, self.sin, left)
+        if number != self.looked_at:
             query, key = seen.query, seen.key
-        read = (*seen.read, x) if number in self.config.middle else seen.read
-        return Encoding(x, query, key, read=read)
+        seen = replace(seen, hidden=x, query=query, key=key)
+        if number not in self.config.middle:
+            return seen
+        joined = seen.joined + (seen.split is not None)
+        return replace(seen, read=(*seen.read, self.whole(x, seen)), joined=joined)
+
+    def states(self, seen: Encoding, at: int) -> tuple[Tensor, ...]:
+        middle = zip(self.config.middle, seen.read, strict=True)
+        return *(x for block, x in middle if block >= at), self.post_norm(seen.hidden)
 
     def leave(self, seen: Encoding) -> Encoded:
-        x, query, key = self.post_norm(seen.hidden), seen.query, seen.key
-        assert query is not None and key is not None
+        x, query, key = self.whole(self.post_norm(seen.hidden), seen), seen.query, seen.key
         middle = seen.read
         if self.reorders:
-            back = torch.tensor(self.config.windows.inverse())
-            x, query, key = (t.index_select(-2, back) for t in (x, query, key))
+            back = torch.tensor(self.config.all_windows.inverse())
+            x = x.index_select(-2, back)
+            query = None if query is None else query.index_select(-2, back)
+            key = None if key is None else key.index_select(-2, back)
             middle = tuple(t.index_select(-2, back) for t in middle)
         return Encoded(x, None, query, key, middle=middle)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeprune.errors import SpecError
 from edgeprune.models._encoder import (
     ACTIVATIONS,
     Encoded,
@@ -17,6 +18,7 @@ from edgeprune.models._encoder import (
     PolicyMerge,
     Tower,
 )
+from edgeprune.models._encoder_site import SiteConfig
 from edgeprune.models._layers import LayerNorm, Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._ops import TorchOps, cast
@@ -62,6 +64,7 @@ class VisionConfig:
     projector: ProjectorLike
     layout: Layout
     deepstack: tuple[ProjectorLike, ...] = ()  # of the middle blocks that are read
+    site: SiteConfig | None = None  # where patches leave the encoder
 
 
 class Projector(nn.Module):
@@ -140,7 +143,12 @@ class Vision(nn.Module):
         super().__init__()
         self.config, self.policy, self.plan = config, policy, plan
         ops = ops or TorchOps()
-        self.encoder: Tower = config.encoder.build(ops)
+        if config.site is not None and self.merge_in_encoder is not None:
+            raise SpecError(
+                f"--encoder {config.site.method} needs a method that leaves the encoder's blocks as"
+                " they are; choose one that prunes behind them, such as visionzip"
+            )
+        self.encoder: Tower = config.encoder.build(ops, config.site)
         self.projector = config.projector.build(ops)
         if config.deepstack:
             self.deepstack = nn.ModuleList(part.build(ops) for part in config.deepstack)
@@ -214,6 +222,10 @@ class Vision(nn.Module):
             middle=tuple(map(layout.tokens, seen.middle)),
         )
 
-    def entry_scores(self, seen: Encoded) -> Tensor:
-        """The salience of each visual token, above all others at the fixed tokens: [V]."""
-        return self.config.layout.among_all(self.signals(seen).salience(), other=2.0)
+    def entry_scores(self, seen: Encoded) -> Tensor | None:
+        """The salience of each visual token, above all others at the fixed tokens: [V]; None where
+        no block of the encoder sees all patches."""
+        signals = self.signals(seen)
+        if not signals.sees_attention:
+            return None
+        return self.config.layout.among_all(signals.salience(), other=2.0)

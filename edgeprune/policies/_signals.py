@@ -58,8 +58,11 @@ class VisionSignals:
     """
 
     features: Tensor  # [1, N, width], the block's output for the N tokens, [CLS] dropped
-    query: Tensor  # [tiles, heads, (1 +) patches, head], [CLS] first where there is one
-    key: Tensor  # [tiles, heads, (1 +) patches, head]
+    query: (
+        Tensor | None
+    )  # [tiles, heads, (1 +) patches, head], [CLS] first where there is one; None
+    # where patches leave the encoder before a block has seen all of them
+    key: Tensor | None  # [tiles, heads, (1 +) patches, head]
     grid: tuple[int, int]  # rows, columns of the tokens; (1, V) where they are no rectangle
     cls: Tensor | None = None  # [tiles, 1, width], the block's output for [CLS]; None without one
     pool: Callable[[Tensor], Tensor] | None = None  # mean over each token's patches:
@@ -75,14 +78,14 @@ class VisionSignals:
     def cls_attention(self) -> Tensor:
         """Attention of [CLS] to each token, softmax over its tile's patches, head mean: [N]."""
         self._needed_cls()
-        return self._per_token(self._attention(self.query[:, :, :1])[:, 0])
+        return self._per_token(self._attention(self._states()[0][:, :, :1])[:, 0])
 
     def received_attention(self, *, from_others: bool = False) -> Tensor:
         """Attention that each token receives, mean over heads and its tile's patches: [N].
 
         With `from_others` what a patch gives to itself is left out, and the mean is over the rest.
         """
-        queries, given, own = self.query[:, :, self._first :], list[Tensor](), list[Tensor]()
+        queries, given, own = self._states()[0][:, :, self._first :], list[Tensor](), list[Tensor]()
         tiles, heads, patches, _ = queries.shape
         rows = max(1, WEIGHTS // (tiles * heads * patches))
         for start in range(0, patches, rows):
@@ -100,11 +103,11 @@ class VisionSignals:
 
     def keys(self) -> Tensor:
         """Keys of the tokens, mean over heads, float32: [N, head]."""
-        return self._per_token(self.key[:, :, self._first :].float().mean(1))
+        return self._per_token(self._states()[1][:, :, self._first :].float().mean(1))
 
     def as_one_head(self) -> VisionSignals:
         """The same with all heads side by side as one: queries and keys [tiles, 1, .., width]."""
-        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (self.query, self.key))
+        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in self._states())
         return replace(self, query=query, key=key)
 
     @property
@@ -115,9 +118,25 @@ class VisionSignals:
     def _attention(self, query: Tensor) -> Tensor:
         """Attention of R queries to the patches, softmax over [CLS] too, head mean:
         [tiles, heads, R, head] -> [tiles, R, patches]."""
-        logits = query.float() @ self.key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+        _, key = self._states()
+        logits = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
         attention: Tensor = logits.softmax(-1)[..., self._first :]
         return attention.mean(1)
+
+    @property
+    def sees_attention(self) -> bool:
+        """Whether there is a block whose attention the method may look at."""
+        return self.query is not None
+
+    def _states(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys."""
+        if self.query is None or self.key is None:
+            raise SpecError(
+                "this method looks at the attention of an encoder block that sees all patches, and"
+                " --encoder lets patches leave before there is one; choose a larger at=, or a"
+                " method that needs none, such as divprune or utp up to CR 4"
+            )
+        return self.query, self.key
 
     def _per_token(self, values: Tensor) -> Tensor:
         """[tiles, patches, ...] -> [N, ...]."""

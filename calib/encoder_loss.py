@@ -1,0 +1,44 @@
+"""How far a site in the encoder turns the model's output: the angle that schedules count in too.
+
+The mean over samples of the angle between the decoder's output feature (of the last prompt token,
+after the final norm) with the site and without, the decoder dense both times. Angles obey the
+triangle inequality, so this and a schedule's loss on the shortened encoder bound the whole's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from edgeprune.models import Adapter
+from edgeprune.models._decoder import Flow
+from edgeprune.models._layerwise import Layerwise
+from edgeprune.models._processor import Prompt
+from edgeprune.policies import make
+from edgeprune.spec import Plan, PruneSpec
+
+
+@torch.no_grad()
+def features(
+    adapter: Adapter,
+    prompts: Iterable[Prompt],
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """The output feature of each prompt, no visual token pruned: float32 [samples, width]."""
+    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+    engine = Layerwise(adapter, make(PruneSpec("none")), plan, report)
+
+    def step(index: int, flow: Flow) -> Flow:
+        return engine.advance(index, flow).flow
+
+    flows = engine.keep(started.flow for started in engine.start(prompts))
+    last = [flow.hidden[:, -1] for flow in engine.layers(flows, step).drain()]
+    return torch.cat([engine.decoder.norm(one).float() for one in engine.normed(last)])
+
+
+def angle(found: Tensor, dense: Tensor) -> float:
+    """Mean angle between the rows of two sets of features, in radians."""
+    cosine = torch.cosine_similarity(found.double(), dense.double())
+    return float(cosine.clamp(-1, 1).acos().mean())
