@@ -119,18 +119,21 @@ def row(name: str, backend: str, speed: float, **changes: Any) -> Row:
         "peak_bytes": None,
         "joules": None,
         "meter": "",
+        "encoder_operations": 90,
         "prefill_operations": 400,
         "decode_operations": 10,
     }
     stored = ("int4:block=128:head=int4:vision=float:embedding=float", 5_000_000)
-    return Row(name, backend, "utp", 2.0, "fp16", *stored, RoundSeconds(*times), **usual | changes)
+    return Row(
+        name, backend, "utp", 2.0, "dense", "fp16", *stored, RoundSeconds(*times), **usual | changes
+    )
 
 
 def test_the_table_and_the_figure() -> None:
     """Ratios are to the first bundle on the same backend."""
     rows = (
         row("dense", "ort-cpu", 1),
-        row("pruned", "ort-cpu", 2, prefill_operations=100),
+        row("pruned", "ort-cpu", 2, prefill_operations=100, encoder_operations=60),
         row("dense", "trt", 10, build_seconds=61.0, peak_bytes=5 * 10**6, joules=(1.0, 3.0)),
     )
     absent = (Absent("pruned", "trt", "no engines; build them"),)
@@ -141,6 +144,8 @@ def test_the_table_and_the_figure() -> None:
     found = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[1:4]]
     pruned, engine = (dict(zip(HEADS, cells, strict=True)) for cells in found[1:])
     assert (pruned["prefill x"], pruned["limit x"], pruned["reached"]) == ("2.00", "4.00", "50%")
+    vision = pruned["vision x"], pruned["vision limit x"], pruned["TTFT x"]
+    assert vision == ("2.00", "1.50", "2.00")
     assert pruned["weights"] == "int4 5.0 MB"
     assert (pruned["TTFT ms"], pruned["tok/s"], pruned["peak MB"]) == ("82.50", "266.7", "-")
     assert (engine["prefill x"], engine["build s"], engine["J"]) == ("1.00", "61.0", "2.00")

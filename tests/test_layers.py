@@ -62,6 +62,15 @@ BANNED = {
         "edgeprune.models",
         *ABOVE,
     },
+    "edgeprune.encoder_methods": {
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "onnxruntime",
+        "edgeprune.models",
+        *FOLDERS.values(),
+        *ABOVE,
+    },
     "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values(), *ABOVE},
 }
 CORE = {

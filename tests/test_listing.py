@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from conftest import Refused
 
-from edgeprune import models, policies
+from edgeprune import encoder_methods, models, policies
 from edgeprune.cli import main, parser
 from edgeprune.policies import Policy
 
+ROOT = Path(__file__).resolve().parents[1]
 CONTROLS = {"none", "random", "uniform"}
 
 
@@ -22,13 +24,25 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_list_has_a_line_for_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    head, *lines = printed(capsys, "methods").splitlines()
+    listed, shorter = printed(capsys, "methods").split("\n\n")
+    head, *lines = listed.splitlines()
     assert head.split() == ["method", "prunes", "at", "needs", "what", "stays"]
     assert [line.split()[0] for line in lines] == policies.names()
     for name, line in zip(policies.names(), lines, strict=True):
         policy = policies.load(name)
         assert line.endswith(policy.summary)
         assert all(word in line for word in (*policy.sites, *policy.needs))
+    assert [line.split()[0] for line in shorter.splitlines()[1:]] == encoder_methods.names()
+
+
+@pytest.mark.parametrize("name", encoder_methods.names())
+def test_a_method_of_the_encoder_tells_its_options(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, text = encoder_methods.load(name), printed(capsys, "methods", name)
+    for field in fields(method):
+        assert f" {field.name}={field.default}  " in text
+    assert f"| `{name}` | {method.summary} |" in (ROOT / "docs/encoder.md").read_text()
 
 
 @pytest.mark.parametrize("name", policies.names())

@@ -81,6 +81,7 @@ class Row:
     backend: str
     method: str
     cr: Annotated[float, Between(1, 1 << 24)]
+    encoder: str  # what shortens it, as --encoder takes it
     dtype: str
     weights: str  # how those of products are stored, as --weights takes it
     weight_bytes: Bytes  # of all weights, in the bundle
@@ -92,6 +93,7 @@ class Row:
     joules: tuple[Annotated[float, Between(0, 1e12)], ...] | None  # of each round; None where the
     # machine measures no power
     meter: str  # where power is from
+    encoder_operations: Operations
     prefill_operations: Operations
     decode_operations: Operations
 
@@ -253,6 +255,7 @@ class _WorkerProcess:
             backend=self.backend,
             method=prune.method,
             cr=prune.cr_reached,
+            encoder=self.manifest.encoder.method,
             dtype=self.manifest.dtype,
             weights=self.manifest.weights.format if self.manifest.weights else "float",
             weight_bytes=self.manifest.files[WEIGHTS].bytes,
@@ -263,6 +266,7 @@ class _WorkerProcess:
             peak_bytes=max(peaks, default=None),
             joules=_joules(self.rounds, new),
             meter=self.loaded["meter"],
+            encoder_operations=self.manifest.encoder.operations,
             prefill_operations=cost.prefill_operations(record, prune.counts, text),
             decode_operations=cost.decode_operations(record, prune.counts, text + new // 2),
         )

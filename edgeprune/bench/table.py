@@ -22,6 +22,9 @@ HEADS = (
     "load s",
     "build s",
     "J",
+    "vision x",
+    "vision limit x",
+    "TTFT x",
     "prefill x",
     "limit x",
     "reached",
@@ -46,6 +49,7 @@ def rows(result: BenchResult) -> list[tuple[str, ...]]:
 def _cells(row: Row, first: Row) -> tuple[str, ...]:
     speedup = _ratio(first.rounds.prefill, row.rounds.prefill)
     limit = first.prefill_operations / row.prefill_operations
+    encoder = first.encoder_operations / row.encoder_operations
     return (
         row.name,
         row.backend,
@@ -60,11 +64,19 @@ def _cells(row: Row, first: Row) -> tuple[str, ...]:
         f"{row.load_seconds:.2f}",
         "-" if row.build_seconds is None else f"{row.build_seconds:.1f}",
         "-" if row.joules is None else f"{statistics.median(row.joules):.2f}",
+        f"{_ratio(first.rounds.vision, row.rounds.vision):.2f}",
+        f"{encoder:.2f}",
+        f"{_ratio(_first_tokens(first), _first_tokens(row)):.2f}",
         f"{speedup:.2f}",
         f"{limit:.2f}",
         f"{speedup / limit:.0%}",
         f"{_ratio(first.rounds.decode, row.rounds.decode):.2f}",
     )
+
+
+def _first_tokens(row: Row) -> list[float]:
+    """Seconds of vision and prefill together, of each round."""
+    return [v + p for v, p in zip(row.rounds.vision, row.rounds.prefill, strict=True)]
 
 
 def _ratio(base: Sequence[float], other: Sequence[float]) -> float:

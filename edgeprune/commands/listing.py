@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run_methods(args: argparse.Namespace) -> int:
-    from edgeprune import policies
+    from edgeprune import encoder_methods, policies
 
     _common.check_model(args, "methods")
     if args.cr is not None and not args.model:
@@ -52,6 +52,9 @@ def run_methods(args: argparse.Namespace) -> int:
         raise SpecError(
             f"give a NAME or --model: with --model all methods are listed, {args.name} too"
         )
+    if args.name in encoder_methods.names():
+        print(_described_encoder(args.name))
+        return 0
     if args.name:
         print(_described(args.name, policies.load(args.name)))
         return 0
@@ -64,6 +67,9 @@ def run_methods(args: argparse.Namespace) -> int:
         sites, needs = ", ".join(policy.sites), ", ".join(policy.needs)
         rows.append((name, sites or "-", needs or "-", policy.summary))
     print(plain(rows))
+    shorter = [("--encoder", "what leaves")]
+    shorter += [(name, encoder_methods.load(name).summary) for name in encoder_methods.names()]
+    print(f"\n{plain(shorter)}")
     return 0
 
 
@@ -136,6 +142,27 @@ def _described(name: str, policy: type[Policy]) -> str:
         lines.append(f"{label:<10} --set {option}" + (f"  {comment[1]}" if comment else ""))
     text = inspect.getdoc(sys.modules[policy.__module__]) or ""
     return "\n".join([*lines, "", text, *(["", EVERY.rstrip()] if policy.sites else [])])
+
+
+def _described_encoder(name: str) -> str:
+    """Everything that the file of a method of the encoder says of itself."""
+    import inspect
+    import re
+    import sys
+    from dataclasses import fields
+
+    from edgeprune import encoder_methods
+    from edgeprune.encoder_methods import EncoderMethod
+
+    method = encoder_methods.load(name)
+    source = re.sub(r"\n    # ", " ", inspect.getsource(EncoderMethod))
+    lines = [name, "leaves at  encoder"]
+    for number, field in enumerate(fields(method)):
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
+        label = "" if number else "options"
+        lines.append(f"{label:<10} {field.name}={field.default}  {comment[1] if comment else ''}")
+    text = inspect.getdoc(sys.modules[method.__module__]) or ""
+    return "\n".join([*lines, "", text])
 
 
 def run_models(args: argparse.Namespace) -> int:

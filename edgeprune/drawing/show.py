@@ -32,6 +32,8 @@ class Said:
         prune = manifest.prune
         dense = prune.method == "none"
         label = "dense" if dense else f"{prune.method}, CR {prune.cr_reached:.2f}"
+        if (encoder := manifest.encoder).kept < encoder.units:
+            label += f", encoder {encoder.share:.2f}"
         return cls(label, answer.text or "(nothing)")
 
 

@@ -25,6 +25,12 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if module.name[0] != "_")
 
 
+def load(name: str) -> type[EncoderMethod]:
+    """The class of one method."""
+    method: type[EncoderMethod] = import_module(f"{__name__}.{name}").Method
+    return method
+
+
 def make(text: str) -> EncoderMethod | None:
     """The method that `--encoder exit:at=8:keep=0.5` asks for; None for `dense`."""
     name, *options = text.split(":")
@@ -33,7 +39,7 @@ def make(text: str) -> EncoderMethod | None:
     if name not in names():
         known = ", ".join([DENSE, *names()])
         raise SpecError(f"--encoder has no method {name!r}; choose one of: {known}")
-    cls: type[EncoderMethod] = import_module(f"{__name__}.{name}").Method
+    cls = load(name)
     defaults = {field.name: field.default for field in fields(cls)}
     values = dict[str, Any]()
     for option in options:

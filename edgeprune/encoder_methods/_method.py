@@ -68,8 +68,7 @@ class EncoderMethod:
         not what it looks at."""
         if self.at >= blocks:
             raise SpecError(
-                f"--encoder {self}: this model's encoder runs {blocks} blocks, so at is at most"
-                f" {blocks - 1}"
+                f"--encoder {self}: at is from 0 to {blocks - 1}, blocks of this model's encoder"
             )
         if self.by == AUTO:
             best = "pixels" if self.at == 0 else "salient" if cls else "contrast"
