@@ -17,6 +17,7 @@ from edgeprune.runtime import AnswerFormat, Sampling, Session
 from edgeprune.runtime.formats import LONGEST, Grammar, Vocabulary
 from edgeprune.runtime.tokenizer import SafeTokenizer
 from edgeprune.serve.errors import HttpError
+from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.request import parse
 from tests.conftest import Refused
 from tests.server import NEXT, QUESTION, SCENE, asked
@@ -151,7 +152,7 @@ def test_a_form_that_cannot_be_kept_is_refused(
 def test_a_request_names_its_wrong_form(fields: dict[str, Any], param: str, says: str) -> None:
     body = json.dumps({"model": "demo", "messages": asked(QUESTION), **fields}).encode()
     with pytest.raises(HttpError) as caught:
-        parse(body, None, 1 << 20)
+        parse(body, ImageDoors(1 << 20))
     assert (caught.value.status, caught.value.param) == (400, param)
     assert says in str(caught.value)
 
@@ -164,7 +165,7 @@ def test_a_request_says_its_form() -> None:
         ({"type": "text"}, None),
     ]:
         body = {"model": "demo", "messages": asked(QUESTION), "response_format": value}
-        assert parse(json.dumps(body).encode(), None, 1 << 20).answer_format == wanted
+        assert parse(json.dumps(body).encode(), ImageDoors(1 << 20)).answer_format == wanted
 
 
 def test_the_command_keeps_a_form(

@@ -11,6 +11,7 @@ import pytest
 from edgeprune.errors import BackendError, SessionError
 from edgeprune.runtime import Engine
 from edgeprune.serve.errors import http_error
+from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.messages import conversation
 from edgeprune.serve.model import Finished, ServedBundle
 from edgeprune.serve.request import ChatRequest
@@ -59,7 +60,7 @@ def bundle(engines: Engines) -> Iterator[ServedBundle]:
 
 
 def request(messages: Any, **settings: int) -> ChatRequest:
-    talk = conversation(messages, None, 1 << 20)
+    talk = conversation(messages, ImageDoors(1 << 20))
     return ChatRequest("demo", talk, settings, choices=())
 
 
@@ -104,14 +105,14 @@ def test_an_engine_that_fails_is_opened_again(
 
 def test_turns_are_read_again_as_the_tokens_that_were_said(bundle: ServedBundle) -> None:
     """Not as what a tokenizer makes of their text."""
-    dialogues, talk = bundle.dialogues, conversation(asked(QUESTION), None, 1 << 20)
+    dialogues, talk = bundle.dialogues, conversation(asked(QUESTION), ImageDoors(1 << 20))
     opened = dialogues.open(talk)
     assert opened.image is not None
     opened.session.ask(opened.image, QUESTION)
     dialogues.keep(opened.session, talk.after("5"), (9, 8, 7))
     for image in (SCENE, OTHER):
         answered(bundle, asked(NEXT, image))
-    later = conversation(went_on(asked(QUESTION), "5", NEXT), None, 1 << 20)
+    later = conversation(went_on(asked(QUESTION), "5", NEXT), ImageDoors(1 << 20))
     again = dialogues.open(later)
     assert (again.cached, again.session.sequence.pending) == (0, [9, 8, 7])
     dialogues.drop(again.session)

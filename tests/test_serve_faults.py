@@ -210,8 +210,9 @@ def test_bodies_share_a_bound() -> None:
 
     from edgeprune.serve.admission import Admission, Limits
     from edgeprune.serve.errors import HttpError
+    from edgeprune.serve.images import ImageDoors
 
-    admission = Admission(Limits(None, True, None, 100, 60.0, 60.0))
+    admission = Admission(Limits(None, True, ImageDoors(100), 100, 60.0, 60.0))
 
     def request(size: int) -> Request:
         async def receive() -> dict[str, Any]:

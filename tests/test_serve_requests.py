@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edgeprune.errors import BackendError, CapacityError, InputError
 from edgeprune.serve.errors import HttpError, http_error
-from edgeprune.serve.images import image_bytes
+from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.messages import conversation
 from edgeprune.serve.request import IGNORED, NEUTRAL, OWN, parse
 from tests.server import NEXT, QUESTION, SCENE, asked, data_uri, folder_of, went_on
@@ -36,7 +36,7 @@ FIELDS = st.sampled_from(sorted({*OWN, *NEUTRAL, *IGNORED}))
 def read(fields: dict[str, Any], media: Path | None = None) -> str:
     """`taken`, or the error of a body."""
     try:
-        parse(json.dumps(fields).encode(), media, LIMIT)
+        parse(json.dumps(fields).encode(), ImageDoors(LIMIT, media))
     except HttpError as error:
         assert error.status in (400, 404, 413) and error.message and "\n" not in error.message
         return error.message
@@ -46,7 +46,7 @@ def read(fields: dict[str, Any], media: Path | None = None) -> str:
 @given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_body_is_refused_in_a_line(body: bytes) -> None:
     with pytest.raises(HttpError):
-        parse(body, None, LIMIT)
+        parse(body, ImageDoors(LIMIT))
 
 
 @given(st.dictionaries(FIELDS, JSON, max_size=3), JSON, st.integers(0, 4))
@@ -64,7 +64,7 @@ def test_any_change_to_a_request_is_taken_or_refused(
 def test_a_request_says_what_it_asks() -> None:
     fields = {"temperature": 0.5, "stop": "no", "max_completion_tokens": 7, "user": "me", "n": 1}
     body = {"model": "demo", "messages": went_on(asked(QUESTION), " 5\n", NEXT), "stream": True}
-    found = parse(json.dumps({**body, **fields}).encode(), None, LIMIT)
+    found = parse(json.dumps({**body, **fields}).encode(), ImageDoors(LIMIT))
     assert found.settings == {"max_new_tokens": 7, "temperature": 0.5, "stop": ("no",)}
     assert (found.stream, found.stream_usage, found.choices) == (True, False, ())
     talk = found.conversation
@@ -80,12 +80,12 @@ def test_a_key_tells_all_that_was_said() -> None:
         asked(QUESTION + " "),
         [system, *asked(QUESTION)],
     ]
-    talks = [conversation(one, None, LIMIT) for one in messages]
+    talks = [conversation(one, ImageDoors(LIMIT)) for one in messages]
     keys = [talk.after(answer) for talk in talks for answer in ("5", "6")]
     assert len(set(keys)) == len(keys)
-    on = conversation(went_on(asked(QUESTION), "5", NEXT), None, LIMIT)
+    on = conversation(went_on(asked(QUESTION), "5", NEXT), ImageDoors(LIMIT))
     assert on.keys() == [talks[0].after("5")]
-    split = conversation(went_on(asked(QUESTION + "5"), "", NEXT), None, LIMIT)
+    split = conversation(went_on(asked(QUESTION + "5"), "", NEXT), ImageDoors(LIMIT))
     assert split.keys() != on.keys()
 
 
@@ -94,10 +94,11 @@ def test_an_image_is_what_the_address_holds(tmp_path: Path) -> None:
     (media / "below").mkdir()
     (media / "below" / "a b.png").write_bytes(b"image")
     os.mkfifo(media / "pipe")
-    assert image_bytes(data_uri(), None, LIMIT) == SCENE
-    assert image_bytes("file:scene.png", media, LIMIT) == SCENE
-    assert image_bytes(f"file://{media}/scene.png", media, LIMIT) == SCENE
-    assert image_bytes("file:below/a%20b.png", media, LIMIT) == b"image"
+    read_image = ImageDoors(LIMIT, media).open().read
+    assert ImageDoors(LIMIT).open().read(data_uri()) == SCENE
+    assert read_image("file:scene.png") == SCENE
+    assert read_image(f"file://{media}/scene.png") == SCENE
+    assert read_image("file:below/a%20b.png") == b"image"
     for url, status in [
         ("file:scene.png", 400),
         ("file:pipe", 404),
@@ -108,10 +109,10 @@ def test_an_image_is_what_the_address_holds(tmp_path: Path) -> None:
         (f"file:{tmp_path}/secret.png", 400),
     ]:
         with pytest.raises(HttpError) as caught:
-            image_bytes(url, None if status == 400 and url == "file:scene.png" else media, LIMIT)
+            (ImageDoors(LIMIT).open().read if url == "file:scene.png" else read_image)(url)
         assert caught.value.status == status, url
     with pytest.raises(HttpError) as caught:
-        image_bytes("file:scene.png", media, 100)
+        ImageDoors(100, media).open().read("file:scene.png")
     assert caught.value.status == 413
 
 

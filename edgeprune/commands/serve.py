@@ -68,6 +68,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--media", type=Path, metavar="DIR", help="requests may name image files below DIR"
     )
     command.add_argument(
+        "--allow-urls",
+        action="store_true",
+        help="requests may name images by https addresses of the internet, which are fetched",
+    )
+    command.add_argument(
         "--api-key",
         metavar="KEY",
         help=f"only requests with this key are answered; better in the environment, as {KEY}",
@@ -92,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             drain=args.drain,
             max_body_mb=args.max_body,
             media=args.media,
+            allow_urls=args.allow_urls,
             api_key=os.environ.get(KEY) if args.api_key is None else args.api_key,
         )
     )

@@ -8,11 +8,11 @@ import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from starlette.requests import Request
 
 from edgeprune.serve.errors import HttpError
+from edgeprune.serve.images import ImageDoors
 
 AT_ONCE = 4
 """Bodies of the largest size that may be in memory together; smaller ones are more."""
@@ -24,7 +24,7 @@ class Limits:
 
     api_key: str | None  # None: anybody
     local: bool  # whether only this machine reaches the server
-    media: Path | None  # folder whose files requests may name
+    images: ImageDoors
     body_bytes: int
     receive_seconds: float  # until a request is there
     seconds: float  # until its answer is complete

@@ -96,7 +96,7 @@ class Service:
             self._check_room()
             async with self._admission.body(request) as body:
                 limits = self.limits
-                chat = await asyncio.to_thread(parse, body, limits.media, limits.body_bytes)
+                chat = await asyncio.to_thread(parse, body, limits.images)
                 bundle = self._bundle(chat.model)
                 name = bundle.name
                 events = answer(bundle, chat, request.receive, limits.seconds)

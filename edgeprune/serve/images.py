@@ -1,4 +1,4 @@
-"""The images of a request: the bytes behind a data URI, or behind a file of the media folder.
+"""The images of a request: the bytes behind a data URI, a file of the media folder, an address.
 
 What the bytes hold is looked at by `edgeprune/images.py`, as for every image.
 """
@@ -9,37 +9,57 @@ import base64
 import binascii
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from edgeprune.serve.errors import HttpError, refused
+from edgeprune.serve.fetching import PARAM, Fetcher, Fetching
 
-PARAM = "messages"
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _FILE = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
-def image_bytes(url: str, media: Path | None, limit: int) -> bytes:
-    """The bytes of an image; HttpError where the address is of a kind that is not served.
+@dataclass(frozen=True, slots=True)
+class ImageDoors:
+    """Where images of requests may come from."""
 
-    `media` is the folder that `file:` may read from; `limit` is the most bytes of one file.
-    """
-    scheme = url.partition(":")[0].lower()
-    if scheme == "data":
-        return _decoded(url)
-    if scheme == "file":
-        return _read(url, media, limit)
-    if scheme in ("http", "https"):
+    limit: int  # bytes of one
+    media: Path | None = None  # folder that `file:` may read from
+    fetcher: Fetcher | None = None  # None: no addresses
+
+    def open(self) -> ImageReader:
+        """For one request."""
+        return ImageReader(self, None if self.fetcher is None else self.fetcher.begin())
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReader:
+    """Reads the images of one request."""
+
+    doors: ImageDoors
+    fetching: Fetching | None
+
+    def read(self, url: str) -> bytes:
+        """The bytes of an image; HttpError where the address is of a kind that is not served."""
+        scheme = url.partition(":")[0].lower()
+        if scheme == "data":
+            return _decoded(url)
+        if scheme == "file":
+            return _read(url, self.doors.media, self.doors.limit)
+        if scheme in ("http", "https"):
+            if self.fetching is None:
+                raise refused(
+                    "this server fetches no images from addresses (--allow-urls); send the image as"
+                    " a data URI (data:image/png;base64,...)",
+                    PARAM,
+                )
+            return self.fetching.get(url, self.doors.limit)
         raise refused(
-            "this server fetches no images from addresses; send the image as a data URI"
-            " (data:image/png;base64,...)",
+            "an image is a data URI (data:image/png;base64,...), with --media a file (file:NAME),"
+            f" or with --allow-urls an https address; got {url[:20]!r}",
             PARAM,
         )
-    raise refused(
-        "an image is a data URI (data:image/png;base64,...), or with --media a file (file:NAME);"
-        f" got {url[:20]!r}",
-        PARAM,
-    )
 
 
 def _decoded(url: str) -> bytes:

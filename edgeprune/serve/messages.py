@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from edgeprune.runtime.text import IMAGE
 from edgeprune.serve.errors import HttpError, refused
-from edgeprune.serve.images import PARAM, image_bytes
+from edgeprune.serve.fetching import PARAM
+from edgeprune.serve.images import ImageDoors
 
 LONGEST = 1 << 20
 """Letters of all messages; more than any model's positions, and read by the tokenizer at once."""
@@ -48,7 +48,7 @@ def following(key: bytes, prompt: str, answer: str) -> bytes:
     return _hash(key, _text(prompt), _text(answer))
 
 
-def conversation(messages: Any, media: Path | None, limit: int) -> Conversation:
+def conversation(messages: Any, doors: ImageDoors) -> Conversation:
     """Messages in OpenAI's form: a system message or none, then user and assistant in turn.
 
     Images stand in the first user message, side by side; HttpError where messages are otherwise.
@@ -90,7 +90,8 @@ def conversation(messages: Any, media: Path | None, limit: int) -> Conversation:
         )
     answers = [text.strip() for text in texts[1::2]]
     turns = tuple(zip(texts[:-1:2], answers, strict=True))
-    images = tuple(image_bytes(url, media, limit) for url in shown)
+    reader = doors.open()
+    images = tuple(map(reader.read, shown))
     return Conversation(images, system, turns, texts[-1])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import SpecError
@@ -12,6 +11,7 @@ from edgeprune.generation import Sampling
 from edgeprune.runtime.choosing import check
 from edgeprune.runtime.formats import AnswerFormat, check_settings
 from edgeprune.serve.errors import refused
+from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.messages import Conversation, conversation
 
 SETTINGS = {
@@ -71,7 +71,7 @@ class ChatRequest:
         return replace(own, **{"max_new_tokens": None, **self.settings})
 
 
-def parse(body: bytes, media: Path | None, limit: int) -> ChatRequest:
+def parse(body: bytes, doors: ImageDoors) -> ChatRequest:
     """A request from the bytes of its body; HttpError says which field is wrong."""
     fields = _object(body)
     for name, value in fields.items():
@@ -91,7 +91,7 @@ def parse(body: bytes, media: Path | None, limit: int) -> ChatRequest:
     wanted = _answer_format(fields, settings)
     return ChatRequest(
         model,
-        conversation(fields.get("messages"), media, limit),
+        conversation(fields.get("messages"), doors),
         settings,
         _choices(fields.get("choices"), settings, wanted),
         wanted,

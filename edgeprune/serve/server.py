@@ -19,6 +19,8 @@ from edgeprune.errors import SpecError
 from edgeprune.runtime.engine import Engine
 from edgeprune.serve.admission import Limits
 from edgeprune.serve.app import Service
+from edgeprune.serve.fetching import Fetcher
+from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.model import ServedBundle
 
 SPARE = 16
@@ -41,6 +43,7 @@ class ServeRequest:
     drain: int = 30
     max_body_mb: int = 32
     media: Path | None = None
+    allow_urls: bool = False
     api_key: str | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +66,11 @@ class ServeRequest:
         return Limits(
             self.api_key,
             ipaddress.ip_address(address).is_loopback,
-            None if self.media is None else self.media.resolve(),
+            ImageDoors(
+                self.max_body_mb << 20,
+                None if self.media is None else self.media.resolve(),
+                Fetcher() if self.allow_urls else None,
+            ),
             self.max_body_mb << 20,
             self.receive,
             self.timeout,
