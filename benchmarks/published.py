@@ -10,18 +10,11 @@ demo's, so the image token has another number.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
     CLIPVisionConfig,
-    Idefics3Config,
-    Idefics3VisionConfig,
     InternVLConfig,
     InternVLVisionConfig,
     LlamaConfig,
@@ -35,7 +28,6 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -43,57 +35,11 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
+from benchmarks.edge_shapes import EDGE_SHAPES
+from benchmarks.published_shape import IMAGE_TOKEN, VIDEO_TOKEN, Published
 from benchmarks.qwen3_shapes import QWEN3_SHAPES, Qwen3Shape
 from benchmarks.qwen_shapes import SHAPES, QwenShape
-from benchmarks.shapes import write_random, write_sparse
-from edgeprune.demo import MODEL_DIR
-from edgeprune.models import Adapter, open_model
 from edgeprune.tiling import Size
-
-IMAGE_TOKEN = 4  # of the demo's tokenizer
-VIDEO_TOKEN = 66  # the first that it has not
-
-
-@dataclass(frozen=True)
-class Published:
-    """One model: config and image processor, and the image size that papers use."""
-
-    config: Callable[[], Any]
-    image_processor: Callable[[], Any]
-    size: Size | None = None
-    frames: int | None = None  # of a video in place of an image
-    tokens: tuple[str, ...] = ()  # that stand around an image
-
-    def write(self, folder: Path, *, sparse: bool = True) -> Path:
-        """A checkpoint in the layout that transformers saves, its weights a hole in a file."""
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.config()
-        config.save_pretrained(folder)
-        self.image_processor().save_pretrained(folder)
-        self._write_tokenizer(folder)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
-        tied = model.all_tied_weights_keys
-        sizes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
-        if sparse:
-            write_sparse(sizes, folder)
-        else:
-            write_random(sizes, folder, seed=0)
-        return folder
-
-    def open(self, folder: Path) -> Adapter:
-        """The checkpoint, frozen for what papers show it."""
-        return open_model(str(folder), size=self.size, frames=self.frames)
-
-    def _write_tokenizer(self, folder: Path) -> None:
-        """The demo's, for a video with a placeholder for one."""
-        tokens = {f"around_{i}": token for i, token in enumerate(self.tokens)}
-        if self.frames is not None:
-            tokens = {"video_token": "<video>"}
-        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, extra_special_tokens=tokens)
-        if self.frames is not None:
-            tokenizer.chat_template = str(tokenizer.chat_template).replace("image", "video")
-        tokenizer.save_pretrained(folder)
 
 
 def _clip(side: int = 336) -> CLIPVisionConfig:
@@ -181,26 +127,6 @@ def _internvl3_8b() -> InternVLConfig:
     )
 
 
-def _smolvlm_256m() -> Idefics3Config:
-    vision = Idefics3VisionConfig(
-        hidden_size=768, num_attention_heads=12, image_size=512, patch_size=16
-    )
-    text = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49280,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-    )
-    return Idefics3Config(
-        vision_config=vision, text_config=text, scale_factor=4, image_token_id=IMAGE_TOKEN
-    )
-
-
 def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
@@ -211,15 +137,6 @@ def _clip_processor() -> Any:
 
 def _next_processor() -> Any:
     return LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=_square(336))
-
-
-def _idefics3_processor() -> Any:
-    return Idefics3ImageProcessorPil(
-        size={"longest_edge": 2048},
-        max_image_size={"longest_edge": 512},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
 
 
 def _internvl_processor() -> Any:
@@ -238,11 +155,7 @@ PUBLISHED: dict[str, Published | QwenShape | Qwen3Shape] = {
         lambda: _onevision(28, 3584, 18944, (28, 4), False), LlavaOnevisionImageProcessorPil
     ),
     "internvl3-8b": Published(_internvl3_8b, _internvl_processor),
-    "smolvlm-256m": Published(
-        _smolvlm_256m,
-        _idefics3_processor,
-        tokens=("<fake_token_around_image>", "<global-img>"),
-    ),
+    **EDGE_SHAPES,
     **SHAPES,
     **QWEN3_SHAPES,
 }
