@@ -97,14 +97,17 @@ def groups_of(config: DecoderConfig) -> Iterator[Group]:
     """All of a decoder, in its order."""
     shared = (config.kv_heads, config.heads // config.kv_heads, config.head_size)
     for layer in range(len(config.layers)):
-        path = f"layers.{layer}"
-        attention, mlp = f"{path}.attention", f"{path}.mlp"
-        read = tuple(f"{attention}.{name}.weight" for name in ("query", "key", "value"))
-        yield Group(read, (f"{path}.attention_norm.weight",))
-        value = (f"{attention}.value.weight", f"{attention}.value.bias")
-        yield Group((f"{attention}.output.weight",), value, shared)
-        yield Group((f"{mlp}.gate.weight", f"{mlp}.up.weight"), (f"{path}.mlp_norm.weight",))
-        yield Group((f"{mlp}.down.weight",), (f"{mlp}.up.weight", f"{mlp}.up.bias"))
+        path, experts = f"layers.{layer}", ("", "image_")[: 1 + config.layers[layer].experts]
+        attentions = [f"{path}.{expert}attention" for expert in experts]
+        mlps = [f"{path}.{expert}mlp" for expert in experts]
+        read = [f"{own}.{name}.weight" for own in attentions for name in ("query", "key", "value")]
+        yield Group(tuple(read), (f"{path}.attention_norm.weight",))
+        value = [f"{own}.value.{leaf}" for own in attentions for leaf in ("weight", "bias")]
+        yield Group(tuple(f"{own}.output.weight" for own in attentions), tuple(value), shared)
+        read = [f"{own}.{name}.weight" for own in mlps for name in ("gate", "up")]
+        yield Group(tuple(read), (f"{path}.mlp_norm.weight",))
+        for own in mlps:
+            yield Group((f"{own}.down.weight",), (f"{own}.up.weight", f"{own}.up.bias"))
     yield Group((HEAD,), ("norm.weight",))
 
 

@@ -24,6 +24,7 @@ from edgeprune.models._decoder import Flow
 from edgeprune.models._layerwise import Layerwise, Started
 from edgeprune.models._processor import Prompt
 from edgeprune.policies import Policy
+from edgeprune.policies._signals import Segments
 from edgeprune.spec import Plan
 
 
@@ -72,7 +73,9 @@ def collect(
         text = run.text
         if index > 0:
             text = torch.cat([text, run.flow.hidden.index_select(1, run.slots)])  # one more begins
-            text = engine.continued(index, text, run.rows)
+            prefix = run.flow.segments.prefix
+            alone = Segments(prefix, 0, text.shape[1] - prefix)
+            text = engine.continued(index, text, run.rows, alone)
         done = engine.advance(index, run.flow)
         attention[index].append(policy.calibration_scores(index + 1, done.signals).numpy())
         return Run(done.flow, text, run.slots, run.rows)

@@ -63,6 +63,7 @@ class Recipe:
     output: Path | None = None  # None: out/MODEL-METHOD-crCR, with -seedN where one is drawn with
     model: str = "demo"
     revision: str | None = None
+    tokenizer: Path | None = None  # a folder whose tokenizer is used; None: the checkpoint's own
     image_size: Size | None = None  # of the images to freeze for; None: the family's default
     num_images: int = 1  # images in a prompt
     frames: int | None = None  # of a video, in place of images
@@ -120,6 +121,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         size=recipe.image_size,
         images=recipe.num_images,
         frames=recipe.frames,
+        tokenizer=recipe.tokenizer,
     )
     if spec.exact:
         spec = with_reached_ratio(spec, policy, adapter.shape)

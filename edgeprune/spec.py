@@ -61,6 +61,7 @@ class ModelShape:
     has_cls: bool
     separators: int = 0  # of the V tokens, those that the model puts between tiles' own
     mrope: bool = False  # whether a token has three positions
+    one_position: bool = False  # whether all tokens of an image have the same
     blocks: int = 0  # encoder blocks that may merge tokens: 0 where V are not one tile's patches
 
 

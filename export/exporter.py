@@ -126,7 +126,7 @@ def read_records(adapter: Adapter, processor: Processor) -> Records:
         frames=adapter.asked.frames,
     )
     visual_ids = adapter.vision_config.layout.ids(media.token)
-    rows = adapter.shape.vocabulary
+    rows = adapter.decoder_config.rows
     text = read_text(processor, config, generation, rows, media, visual_ids)
     return Records(image, text.record, (*adapter.all_notes, *processor.chat.notes, *text.notes))
 
@@ -288,7 +288,7 @@ def _encoder_record(adapter: Adapter) -> EncoderRecord:
 
 
 def _decoder_record(adapter: Adapter, plan: Plan, cache: str) -> DecoderRecord:
-    shape, mrope = adapter.shape, adapter.decoder_config.mrope
+    shape = adapter.shape
     return DecoderRecord(
         layers=shape.layers,
         kv_heads=shape.kv_heads,
@@ -299,6 +299,6 @@ def _decoder_record(adapter: Adapter, plan: Plan, cache: str) -> DecoderRecord:
         vocabulary=shape.vocabulary,
         max_positions=shape.max_positions,
         cache=cache,
-        image_positions=mrope.span if mrope else plan.span,
+        image_positions=adapter.decoder_config.span(plan),
         deepstack=adapter.decoder_config.deepstack,
     )

@@ -16,6 +16,7 @@ from edgeprune.models._ops import Together
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
+from edgeprune.policies._signals import Segments
 from edgeprune.spec import Plan
 
 
@@ -72,7 +73,7 @@ def _losses(reference: Reference, prompt: Prompt, states: list[Tensor]) -> np.nd
         [*range(prefix), *range(prefix + decoder.span, prefix + decoder.span + text)]
     )
     rows, config = decoder.rows(positions, positions[-1:])[None], decoder.config
-    together = None
+    together, alone = None, Segments(prefix, 0, text)
     if config.sees == "prompt":
         together = Together(torch.tensor(0), torch.tensor(len(at)), windowed=False)
     ends, batch = (torch.tensor([0]), torch.tensor([len(at)])), states[0][:0, at]
@@ -80,7 +81,8 @@ def _losses(reference: Reference, prompt: Prompt, states: list[Tensor]) -> np.nd
         layer, rotary = decoder.layers[index], decoder.own_rotary(index)
         batch = torch.cat([batch, before[:, at]])
         empty = torch.zeros(len(batch), config.kv_heads, len(at), config.head_size)
-        batch = layer(batch, rows, rotary, Cache(empty, empty, *ends), together)[0]
+        cache = Cache(empty, empty, *ends)
+        batch = layer(batch, rows, rotary, cache, alone, together)[0]
     full, without = (decoder.norm(hidden[:, -1]) for hidden in (states[-1], batch))
     angles = torch.cosine_similarity(without, full).clamp(-1, 1).acos()
     return np.concatenate([np.zeros(1, np.float32), angles.numpy()])

@@ -27,6 +27,12 @@ def add_model(command: argparse.ArgumentParser, default: str | None = "demo") ->
     )
     command.add_argument("--revision", help="hub revision of the checkpoint")
     command.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="whose tokenizer to use, for a checkpoint without one (CogVLM: Vicuna's)",
+    )
+    command.add_argument(
         "--image-size",
         type=image_size,
         metavar="WxH",
@@ -48,6 +54,7 @@ def check_model(args: argparse.Namespace, command: str) -> None:
     """SpecError where options about a model are given without one: they would do nothing."""
     given = {
         "--revision": args.revision is not None,
+        "--tokenizer": args.tokenizer is not None,
         "--image-size": args.image_size is not None,
         "--num-images": args.num_images != 1,
         "--frames": args.frames is not None,
@@ -181,4 +188,5 @@ def model(args: argparse.Namespace) -> Adapter:
         size=args.image_size,
         images=args.num_images,
         frames=args.frames,
+        tokenizer=args.tokenizer,
     )

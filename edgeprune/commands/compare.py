@@ -123,6 +123,7 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         PruneSpec("none"),
         model=args.model,
         revision=args.revision,
+        tokenizer=args.tokenizer,
         image_size=args.image_size,
         dtype=args.dtype,
         parity=4,

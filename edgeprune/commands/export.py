@@ -89,6 +89,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         output=args.output,
         model=args.model,
         revision=args.revision,
+        tokenizer=args.tokenizer,
         image_size=args.image_size,
         num_images=args.num_images,
         frames=args.frames,

@@ -91,10 +91,11 @@ class Bundles:
 
     def _key(self, cell: Cell) -> str:
         recipe, data = self._recipe(cell), self.recipe.samples_file
-        settings = asdict(replace(recipe, output=None, samples_file=None, image_dir=None))
+        bare = replace(recipe, output=None, samples_file=None, image_dir=None, tokenizer=None)
+        settings, tokenizer = asdict(bare), recipe.tokenizer
         calibrated = hashlib.sha256(data.read_bytes()).hexdigest() if data else None
-        model = _checkpoint(recipe.model, recipe.revision)
-        return key_of(model, settings, calibrated, str(recipe.sample_images), code())
+        model, others = _checkpoint(recipe.model, recipe.revision, tokenizer), str(tokenizer)
+        return key_of(model, settings, calibrated, str(recipe.sample_images), others, code())
 
     def _recipe(self, cell: Cell) -> Recipe:
         return replace(self.recipe, spec=cell.spec, weights=cell.weights)
@@ -129,8 +130,8 @@ def _hash(manifest: Manifest) -> str:
 
 
 @cache
-def _checkpoint(model: str, revision: str | None) -> str:
-    return open_model(model, revision).checkpoint.fingerprint()
+def _checkpoint(model: str, revision: str | None, tokenizer: Path | None) -> str:
+    return open_model(model, revision, tokenizer=tokenizer).checkpoint.fingerprint()
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -53,11 +54,13 @@ def open_model(
     size: Size | None = None,
     images: int = 1,
     frames: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Adapter:
     """The adapter of a checkpoint: a local folder, a hub id, or `demo` for the embedded model.
 
     `size` is that of the images to freeze for, `images` their number in a prompt, `frames` that
-    of a video in their place; None is the family's default.
+    of a video in their place; None is the family's default. `tokenizer` is a folder whose tokenizer
+    is used in place of the checkpoint's own.
     """
     asked = InputOptions(size, images, frames)
     if model == "demo":
@@ -69,7 +72,10 @@ def open_model(
         folder, lora = base_of(folder, locate), folder
     config = read_json(folder / "config.json")
     check_format(folder, config)
-    adapter = _family_of(model, config)(Checkpoint.open(folder, lora), asked)
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise ModelError(f"--tokenizer is a folder with a tokenizer; {tokenizer} is none")
+    checkpoint = Checkpoint.open(folder, lora, tokenizer)
+    adapter = _family_of(model, config)(checkpoint, asked)
     if adapter.shape.visual_tokens >= adapter.shape.max_positions:
         raise ModelError(
             f"an image of this size has {adapter.shape.visual_tokens} visual tokens, the decoder"
@@ -85,11 +91,12 @@ def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
     kind = str(config.get("model_type") or "")
     if kind in names():
         return load(kind)
+    named = set(config.get("architectures") or ())
     for found in map(load, names()):
-        if kind in found.model_types:
+        if kind in found.model_types or (not kind and named & set(found.architectures)):
             return found
     for other in elsewhere():
-        if other.architecture in (config.get("architectures") or ()):
+        if other.architecture in named:
             raise ModelError(
                 f"{model} is {other.name}, whose code is in the checkpoint and not in transformers;"
                 f" the nearest family that edgeprune knows is {other.nearest}"

@@ -307,8 +307,8 @@ class Adapter(Family):
         tensors = zip(source.names, source.changes, strict=True)
         parts = (self._part(name, change, source.stored, dtype, rows) for name, change in tensors)
         whole = next(parts)
-        if len(source.names) > 1:
-            whole = torch.cat([whole, *parts])
+        if len(source.names) > 1:  # a vector may have axes of length 1 before it
+            whole = torch.cat([part.reshape(-1, *source.shape[1:]) for part in (whole, *parts)])
         whole = whole.reshape(-1, *source.shape[1:]) if rows else whole.reshape(source.shape)
         return whole.t().contiguous() if source.transposed else whole.contiguous()
 
@@ -361,9 +361,13 @@ def _is_linear(module: nn.Module, parameter: str) -> bool:
 def _together(shapes: list[tuple[int, ...]], rows: int) -> tuple[int, ...] | None:
     """The shape of tensors one below the other, or of some rows of one; None where they differ."""
     first = shapes[0]
-    if any(shape[1:] != first[1:] for shape in shapes):
+    if not first:
+        return first
+    rest = first[1:]
+    if any(shape[len(shape) - len(rest) :] != rest for shape in shapes):
         return None
-    return (rows or sum(shape[0] for shape in shapes), *first[1:]) if first else first
+    each = (math.prod(shape[: len(shape) - len(rest)]) for shape in shapes)
+    return (rows or sum(each), *rest)
 
 
 def _alike(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -18,9 +18,9 @@ class Chat:
     """Reads tokenizer and template by themselves: none of a checkpoint's code is run."""
 
     def __init__(self, folder: Path, template: str | None = None) -> None:
-        """`template` goes before what the folder has."""
+        """Of the folder's tokenizer; `template` goes before what the folder has."""
         self.tokenizer, self.notes = read_tokenizer(folder)
-        if found := template or _processors_template(folder):
+        if found := template or processors_template(folder):
             self.tokenizer.chat_template = found
 
     def ids(self, media: Media, question: str) -> Tensor:
@@ -75,7 +75,7 @@ def known(assumed: Turns | None) -> Turns:
     return assumed
 
 
-def _processors_template(folder: Path) -> str | None:
+def processors_template(folder: Path) -> str | None:
     """The chat template of a processor, which goes before its tokenizer's."""
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")

@@ -45,7 +45,7 @@ def locate(model: str, revision: str | None = None, check: Check | None = None) 
     return _from_hub(model, revision, check)
 
 
-WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 """Files of a checkpoint that are fetched."""
 
 
@@ -106,16 +106,24 @@ class Checkpoint(TensorFiles):
     config: dict[str, Any]
     lora: Lora | None = None
     packed: Packed | None = None  # where weights are quantised
+    tokenizer: Path | None = None  # the folder of another's tokenizer, where that is used
+
+    @property
+    def text_folder(self) -> Path:
+        """Where the tokenizer is."""
+        return self.tokenizer or self.folder
 
     @classmethod
-    def open(cls, folder: Path, adapter: Path | None = None) -> Checkpoint:
+    def open(
+        cls, folder: Path, adapter: Path | None = None, tokenizer: Path | None = None
+    ) -> Checkpoint:
         """A folder's checkpoint, with the adapter in it or in a folder of its own."""
         config, file = read_json(folder / "config.json"), folder / "config.json"
         form, files, packed = format_of(file, config), _weights(folder), None
         if form is not None:
             packed = Packed.of(file, form, files)
             files = packed.as_floats(files)
-        return cls(files, folder, config, Lora.open(adapter or folder), packed)
+        return cls(files, folder, config, Lora.open(adapter or folder), packed, tokenizer)
 
     def read(self, name: str) -> Tensor:
         """One tensor as stored, a quantised weight in float32."""

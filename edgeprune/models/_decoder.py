@@ -15,9 +15,10 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models._decoder_config import DecoderConfig
+from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
 from edgeprune.models._decoder_layer import AttentionStates, Cache, DecoderLayer, Rotary
-from edgeprune.models._kept_positions import kept_positions
+from edgeprune.models._expert_layer import ExpertLayer
+from edgeprune.models._kept_positions import image_at_one, kept_positions
 from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
 from edgeprune.models._ops import Together, TorchOps, capped, cast
 from edgeprune.models._sites import Prune, PruneInput, live_stage
@@ -61,8 +62,8 @@ class Decoder(WithBuffers):
         super().__init__()
         self.config, self.policy, self.plan = config, policy, plan
         self.ops = ops = ops or TorchOps()
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer, ops) for layer in config.layers)
+        self.embedding = nn.Embedding(config.rows, config.width)
+        self.layers = nn.ModuleList(layer_of(config, layer, ops) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.eps, ops)
         self.deepstack = Sum() if config.deepstack else nn.Identity()
         if config.head_apart:
@@ -149,9 +150,8 @@ class Decoder(WithBuffers):
         start, end = (held[index : index + 1] for held in (flow.lengths, flow.filled))
         cache = Cache(past_key, past_value, start, end)
         given = flow.hidden, flow.positions, rotary, cache
-        hidden, present, seen = self.layers[index](
-            *given, self.together(flow.segments, flow.entered)
-        )
+        together = self.together(flow.segments, flow.entered)
+        hidden, present, seen = self.layers[index](*given, flow.segments, together)
         if flow.rows:
             hidden = self._stacked(hidden, flow.rows[0], flow.segments)
         signals = self._signals(index, flow, hidden, seen, rotary)
@@ -206,12 +206,13 @@ class Decoder(WithBuffers):
     @property
     def span(self) -> int:
         """Positions that an image takes."""
-        mrope = self.config.mrope
-        return self.plan.span if mrope is None else mrope.span
+        return self.config.span(self.plan)
 
     @property
     def places_tokens(self) -> bool:
         """Whether a visual token's position follows from its index among the V."""
+        if self.config.one_position:
+            return False
         return self.config.mrope is not None or self.plan.keeps_positions
 
     def _rotary(
@@ -220,6 +221,10 @@ class Decoder(WithBuffers):
         """Rotary tables if not the decoder's own, the row of each token in them [1, S], and those
         of the image's anchors."""
         mrope = self.config.mrope
+        if self.config.one_position:
+            positions = image_at_one(first, segments)
+            rows = self.rows(positions, positions[-1:])[None]
+            return None, rows, Anchors(*[self.rows(first + segments.prefix, positions[-1:])] * 3)
         if not self.places_tokens:
             last = first + segments.total - 1
             rows = self.rows(first + torch.arange(segments.total, device=first.device), last)
@@ -296,3 +301,8 @@ class Decoder(WithBuffers):
             logits = self.ops.linear(last[0], weight, transposed=True)
         cap = self.config.cap
         return (logits if cap is None else capped(logits, cap))[None]
+
+
+def layer_of(config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> DecoderLayer:
+    """The module of one layer."""
+    return (ExpertLayer if layer.experts else DecoderLayer)(config, layer, ops)

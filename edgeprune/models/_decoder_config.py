@@ -8,6 +8,7 @@ from typing import Literal
 
 from edgeprune.models._mrope import MRope
 from edgeprune.models._rope import Rope
+from edgeprune.spec import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class LayerConfig:
     rope: Rope | None = None  # None: the decoder's
     cap: float | None = None  # that scores of attention are bent towards, cap * tanh(score / cap)
     branch_norms: bool = False  # RMS norms behind attention and MLP as well as before them
+    experts: bool = False  # tokens of an image have weights of their own, as has the one before it
+    expert_qkv_bias: bool = False  # of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,19 @@ class DecoderConfig:
     branch_eps: float | None = None  # of norms that do not read the residual stream; None: `eps`
     cap: float | None = None  # that logits are bent towards
     sees: Literal["past", "image", "prompt"] = "past"
+    one_position: bool = False  # all tokens of an image have the same position
+    marks: int = 0  # rows of the embedding behind the vocabulary: what stands around an image
+
+    @property
+    def rows(self) -> int:
+        """Tokens that the embedding has."""
+        return self.vocabulary + self.marks
+
+    def span(self, plan: Plan) -> int:
+        """Positions that an image takes."""
+        if self.one_position:
+            return 1
+        return plan.span if self.mrope is None else self.mrope.span
 
     @property
     def visual_width(self) -> int:

@@ -19,6 +19,7 @@ from edgeprune.models._layers import (
     split_heads,
 )
 from edgeprune.models._ops import Causal, Together, TorchOps
+from edgeprune.policies._signals import Segments
 
 
 @dataclass(frozen=True)
@@ -107,19 +108,35 @@ class DecoderLayer(nn.Module):
         positions: Tensor,
         rotary: Rotary,
         cache: Cache,
+        segments: Segments,
         together: Together | None = None,
     ) -> tuple[Tensor, Cache, AttentionStates]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
         ops = self.ops
-        query, key, value = self.attention.project(self.attention_norm(hidden))
+        query, key, value = self.project(self.attention_norm(hidden), segments)
         rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
         rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
         keys = ops.write(cache.key, rotated_key, cache.start)
         values = ops.write(cache.value, value, cache.start)
         causal = Causal(cache.start, cache.end, self.window, together)
         mixed = self.scores(rotated_query, keys, values, causal)
-        branch = self.attention_out_norm(self.attention.output(join_heads(mixed)))
+        branch = self.attention_out_norm(self.attended(join_heads(mixed), segments))
         hidden = self.residual(hidden, branch)
-        hidden = self.residual(hidden, self.mlp_out_norm(self.mlp(self.mlp_norm(hidden))))
+        branch = self.mlp_out_norm(self.mapped(self.mlp_norm(hidden), segments))
+        hidden = self.residual(hidden, branch)
         seen = AttentionStates(query, key, rotated_query, rotated_key)
         return hidden, Cache(keys, values, cache.start, cache.end), seen
+
+    def project(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of the normed tokens."""
+        return self.attention.project(x)
+
+    def attended(self, x: Tensor, segments: Segments) -> Tensor:
+        """The projection behind attention."""
+        found: Tensor = self.attention.output(x)
+        return found
+
+    def mapped(self, x: Tensor, segments: Segments) -> Tensor:
+        """The MLP of the normed tokens."""
+        found: Tensor = self.mlp(x)
+        return found

@@ -59,6 +59,7 @@ class EncoderConfig:
     qk_norm: bool = False  # RMS norms of queries and keys over all heads
     gain: bool = False  # learned factors on the two branches of a block
     rms_norm: bool = False  # the blocks' norms are RMS norms
+    branch_norms: bool = False  # they stand behind attention and MLP, not before
     joined: tuple[int, ...] = ()  # after how many blocks each of several hidden states is read, to
     # stand side by side; (): what the last gives is read alone
     left_out: int = 0  # blocks that the tower has after these
@@ -204,18 +205,21 @@ class Block(nn.Module):
 
         S' < S where `choose_merge` names tokens, which are merged between attention and MLP.
         """
-        normed, heads = self.attention_norm(x), self.config.heads
+        behind, heads = self.config.branch_norms, self.config.heads
+        normed = x if behind else self.attention_norm(x)
         query = split_heads(self.query_norm(self.query(normed)), heads)
         key = split_heads(self.key_norm(self.key(normed)), heads)
         value = split_heads(self.value(normed), heads)
         bias = None if groups is None else groups.bias(query.dtype)
         mixed = self.output(join_heads(self.scores(query, key, value, bias)))
+        mixed = self.attention_norm(mixed) if behind else mixed
         x = self.residual(x, self.attention_gain(mixed))
         if (merge := choose_merge(key)) is not None:
             groups = groups or Groups.of(x)
             x, groups = groups.merged(x, merge)
         activation = ACTIVATIONS[self.config.activation]
-        mapped = self.down(activation(self.up(self.mlp_norm(x))))
+        mapped = self.down(activation(self.up(x if behind else self.mlp_norm(x))))
+        mapped = self.mlp_norm(mapped) if behind else mapped
         x = self.residual(x, self.mlp_gain(mapped))
         return x, query, key, groups
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from edgeprune.bundle import ImageRecord
-from edgeprune.models._chat import Chat
+from edgeprune.models._chat import Chat, processors_template
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._encoder import EncoderConfig
@@ -52,6 +52,9 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """Values of config.json's `model_type` that the family reads beside its file's name."""
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+    """Of config.json, by which a checkpoint is known that has no `model_type`."""
 
     elsewhere: ClassVar[tuple[Elsewhere, ...]] = ()
     """Checkpoints with code of their own for which this is the nearest family."""
@@ -99,7 +102,8 @@ class Family(ABC):
 
     def read_chat(self) -> Chat:
         """Tokenizer and chat template."""
-        return Chat(self.checkpoint.folder)
+        checkpoint = self.checkpoint
+        return Chat(checkpoint.text_folder, processors_template(checkpoint.folder))
 
     def read_ends(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer, where no settings of the checkpoint say so."""
@@ -202,6 +206,7 @@ class Family(ABC):
             has_cls=encoder.cls,
             separators=len(layout.fixed),
             mrope=decoder.mrope is not None,
+            one_position=decoder.one_position,
             blocks=encoder.merging_blocks if layout.is_plain else 0,
         )
 

@@ -1,4 +1,5 @@
-"""Positions of a call whose visual tokens stand where they stood among all V of the image."""
+"""Positions of a call whose visual tokens stand where they stood among all V of the image, or all
+at one."""
 
 from __future__ import annotations
 
@@ -26,3 +27,14 @@ def kept_positions(first: Tensor, segments: Segments, visual_indices: Tensor, sp
     # Read once more by as many rows as there are tokens: the tracer does not know that there is an
     # index for each visual token.
     return placed.index_select(0, torch.arange(segments.total + 3, device=first.device))
+
+
+def image_at_one(first: Tensor, segments: Segments) -> Tensor:
+    """The position of each token of a call, int64 [S], where those of an image share one."""
+    start = first + segments.prefix
+    before = first + torch.arange(segments.prefix, device=first.device)
+    # 0 in decode steps, 1 in prefill; a minimum, for TensorRT clips no integers
+    seen = torch.scalar_tensor(segments.visual, dtype=torch.int64).minimum(torch.tensor(1))
+    after = start + seen + torch.arange(segments.text, device=first.device)
+    visual = start + torch.zeros(segments.visual, dtype=torch.int64, device=first.device)
+    return torch.cat([before, visual, after])

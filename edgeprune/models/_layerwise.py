@@ -159,15 +159,15 @@ class Layerwise:
         room = flow.segments.visual + max(text, ROOM)
         return self.decoder.advance(index, flow, *self.empty_cache(1, room))
 
-    def continued(self, index: int, hidden: Tensor, rows: Tensor) -> Tensor:
+    def continued(self, index: int, hidden: Tensor, rows: Tensor, segments: Segments) -> Tensor:
         """Sequences by themselves [n, S, width] through the layer that is in memory; `rows` int64
         [1, S] of the decoder's rotary tables."""
         count, length, _ = hidden.shape
         decoder, ends = self.decoder, (torch.tensor([0]), torch.tensor([length]))
         cache = Cache(*self.empty_cache(count, length), *ends)
         given = hidden, rows, decoder.own_rotary(index), cache
-        together = decoder.together(Segments(0, 0, length), entered=1)
-        done: Tensor = decoder.layers[index](*given, together)[0]
+        together = decoder.together(segments, entered=1)
+        done: Tensor = decoder.layers[index](*given, segments, together)[0]
         return done
 
     def normed(self, values: Iterable[T]) -> Iterator[T]:

@@ -16,6 +16,7 @@ from edgeprune.models._sentencepiece import FILE, Vocabulary
 from edgeprune.models._stored import read_json
 
 _PROBE = "\nWhat is it? It's 3  é女\n"
+_KNOWN = "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -25,6 +26,11 @@ def read_tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
         return _as_stored(folder), ()
     if (folder / FILE).is_file() and not (folder / "tokenizer.json").is_file():
         return of_pieces(folder), ()
+    if not any((folder / name).is_file() for name in _KNOWN):
+        raise ModelError(
+            f"{folder} has no usable processor or tokenizer: neither tokenizer.json nor {FILE};"
+            " name a folder that has one with --tokenizer"
+        )
     return _as_transformers_does(folder)
 
 

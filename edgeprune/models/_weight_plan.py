@@ -61,6 +61,6 @@ def _weights(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tu
             if isinstance(one, Linear):
                 inputs, outputs = one.weight.shape
                 yield part, f"{path}.weight", (inputs, outputs)
-    vocabulary, width = decoder.embedding.weight.shape
-    yield "head", HEAD, (width, vocabulary)
-    yield "embedding", EMBEDDING, (width, vocabulary)
+    rows, width = decoder.embedding.weight.shape
+    yield "head", HEAD, (width, decoder.config.vocabulary)
+    yield "embedding", EMBEDDING, (width, rows)

@@ -89,7 +89,7 @@ class Adapter(internvl.Adapter):
 
     def read_chat(self) -> Chat:
         template = _jinja(*TEMPLATES[self.checkpoint.config["template"]], self.asked.images)
-        return Chat(self.checkpoint.folder, template)
+        return Chat(self.checkpoint.text_folder, template)
 
     def read_ends(self) -> tuple[int, ...]:
         return (self._id_of(END),)

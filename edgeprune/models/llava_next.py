@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from edgeprune.models import _llava
 from edgeprune.models._anyres import anyres_layout, anyres_tiling
-from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, tiled
 from edgeprune.models._layout import Layout
 from edgeprune.tiling import Size, Tiling
@@ -17,9 +16,6 @@ from edgeprune.tiling import Size, Tiling
 class Adapter(_llava.Adapter):
     """Frozen for images of 2 x 2 tiles unless another size is asked for."""
 
-    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
-        Elsewhere("CogVLM", "CogVLMForCausalLM", "llava_next"),
-    )
     tiling: Tiling
 
     def config_class(self) -> Any:

@@ -16,16 +16,18 @@ def with_positions(
 ) -> Plan:
     """The plan with the positions that --set positions= names; `auto` is what `renumbers` says.
 
-    Under M-RoPE, where a token has its row and column, no position changes.
+    Under M-RoPE, where a token has its row and column, no position changes; nor where all tokens
+    of an image have one.
     """
     if positions not in POSITIONS:
         raise SpecError(f"--set positions= is one of {', '.join(POSITIONS)}; got {positions!r}")
-    if positions == "renumber" and shape.mrope:
+    fixed = "three (M-RoPE)" if shape.mrope else "one an image" if shape.one_position else ""
+    if positions == "renumber" and fixed:
         raise SpecError(
-            "--set positions=renumber needs one position a token, this model has three (M-RoPE);"
+            f"--set positions=renumber needs one position a token, this model has {fixed};"
             " leave it out or set positions=keep"
         )
-    if shape.mrope:
+    if fixed:
         return plan
 
     def moves(stage: Stage) -> bool:
