@@ -25,6 +25,16 @@ class Timings:
         return self.preprocess + self.vision + self.prefill
 
 
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token that was said, or might have been: its text, and its log-probability among all."""
+
+    id: int
+    text: str
+    log_probability: float
+    likeliest: tuple[TokenScore, ...] = ()  # in its place, the likeliest first
+
+
 @dataclass(frozen=True)
 class Answer:
     """What was said, and how: ids, why it ended (`stop`, `length`), times, kept visual tokens."""
@@ -37,6 +47,7 @@ class Answer:
     layer_kept: tuple[Ids, ...]  # at each site of the decoder likewise, of the ones alive there
     prompt_tokens: int
     warnings: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
+    scores: tuple[TokenScore, ...] = ()  # of each token but the end, where they were asked for
 
 
 @dataclass(frozen=True)
@@ -65,4 +76,6 @@ class Turn:
     room: int  # tokens that may be said
     timings: Timings
     grammar: Grammar | None = None  # the form that the answer has
+    top: int | None = None  # how many of the likeliest tokens to tell; None: no scores at all
+    scores: list[TokenScore] = field(default_factory=list)
     said: list[int] = field(default_factory=list)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
+from typing import Any
 
-from edgeprune.runtime.answer import Answer, Turn
+import numpy as np
+
+from edgeprune.errors import SpecError
+from edgeprune.runtime.answer import Answer, TokenScore, Turn
+from edgeprune.runtime.choosing import log_probabilities
 from edgeprune.runtime.sampling import Sampler, StopWatcher
 from edgeprune.runtime.sequence import Sequence
+from edgeprune.runtime.text import Prompter
+
+MOST = 20
+"""Of the likeliest tokens that are told for each that was said."""
 
 
 def pieces(sequence: Sequence, turn: Turn) -> Generator[str, None, Answer]:
@@ -34,6 +43,7 @@ def pieces(sequence: Sequence, turn: Turn) -> Generator[str, None, Answer]:
         sequence.layer_kept,
         turn.prompt_tokens,
         sequence.warnings,
+        tuple(turn.scores),
     )
 
 
@@ -43,7 +53,7 @@ def _tokens(sequence: Sequence, turn: Turn) -> Iterator[int]:
     before = sequence.ids.size + turn.prompt_tokens
     before += engine.visual_ids.size if turn.image else 0
     sampler = Sampler(turn.sampling, engine.manifest.text.eos_token_ids, before, turn.grammar)
-    known, started = sampler.takes_likeliest, clock()
+    known, started = sampler.takes_likeliest and turn.top is None, clock()
     output = sequence.read(turn.text_ids, turn.prefix_ids, turn.image, logits=not known)
     turn.timings.prefill = 1e3 * (clock() - started)
     while True:
@@ -53,12 +63,33 @@ def _tokens(sequence: Sequence, turn: Turn) -> Iterator[int]:
         if _is_end(sequence, said):
             return
         sequence.pending = [token]
+        if turn.top is not None:
+            turn.scores.append(_score(engine.prompter, said, logits, turn.top))
         yield token
         if len(said) == turn.room:
             return
         started = clock()
         output = sequence.read(logits=not known)
         turn.timings.decode.append(1e3 * (clock() - started))
+
+
+def check_count(top: int | None, vocabulary: int) -> None:
+    """SpecError unless so many of the likeliest tokens can be told."""
+    if top is not None and not 0 <= top <= min(MOST, vocabulary - 1):
+        raise SpecError(f"log-probabilities are told of up to {MOST} tokens; got {top}")
+
+
+def _score(prompter: Prompter, said: list[int], logits: Any, top: int) -> TokenScore:
+    """Of the token said last, before settings of generation change anything."""
+    found = log_probabilities(logits)
+
+    def score(token: int, likeliest: tuple[TokenScore, ...] = ()) -> TokenScore:
+        text = prompter.continued(said[-2:-1], token)
+        return TokenScore(token, text, float(found[token]), likeliest)
+
+    best = np.argpartition(-found, top)[:top] if top else np.zeros(0, np.int64)
+    ordered = sorted(best.tolist(), key=lambda token: (-found[token], token))
+    return score(said[-1], tuple(map(score, ordered)))
 
 
 def _is_end(sequence: Sequence, said: list[int]) -> bool:

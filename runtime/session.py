@@ -12,8 +12,8 @@ import numpy as np
 
 from edgeprune.errors import CapacityError, InputError, SessionError
 from edgeprune.runtime import backends
-from edgeprune.runtime.answer import Answer, Choice, Timings, Turn
-from edgeprune.runtime.answering import pieces
+from edgeprune.runtime.answer import Answer, Choice, Timings, TokenScore, Turn
+from edgeprune.runtime.answering import check_count, pieces
 from edgeprune.runtime.backend import EncodedImage
 from edgeprune.runtime.choosing import Choices
 from edgeprune.runtime.engine import Engine
@@ -81,6 +81,11 @@ class Session:
             self._reset()
 
     @property
+    def scores(self) -> tuple[TokenScore, ...]:
+        """Of the answer as far as it is there, where `logprobs` asked for them."""
+        return tuple(self._turn.scores) if self._turn else ()
+
+    @property
     def sampling(self) -> Sampling:
         """The checkpoint's own settings of generation, used where none are given."""
         return self.manifest.text.generation
@@ -105,24 +110,31 @@ class Session:
         sampling: Sampling | None = None,
         system: str | None = None,
         answer_format: AnswerFormat | None = None,
+        *,
+        logprobs: int | None = None,
     ) -> Answer:
         """Answer a question about an image, or what else the bundle takes; a new dialogue.
 
         `system` is a system message in place of the chat template's own; `answer_format` is the
-        form that the answer has unless it ends with `length`.
+        form that the answer has unless it ends with `length`. `logprobs` asks for the answer's
+        `scores`, with so many of the likeliest tokens in each place.
         """
         with self._alone():
-            return self._whole(self._first_turn(shown, prompt, sampling, system, answer_format))
+            return self._whole(
+                self._first_turn(shown, prompt, sampling, system, answer_format, logprobs)
+            )
 
     def follow_up(
         self,
         prompt: str,
         sampling: Sampling | None = None,
         answer_format: AnswerFormat | None = None,
+        *,
+        logprobs: int | None = None,
     ) -> Answer:
         """Answer a further question about the same image, on the same caches."""
         with self._alone():
-            return self._whole(self._next_turn(prompt, sampling, answer_format))
+            return self._whole(self._next_turn(prompt, sampling, answer_format, logprobs))
 
     def choose(
         self,
@@ -152,6 +164,8 @@ class Session:
         sampling: Sampling | None = None,
         system: str | None = None,
         answer_format: AnswerFormat | None = None,
+        *,
+        logprobs: int | None = None,
     ) -> Iterator[str]:
         """As `ask`, piece by piece; `answer` holds the whole once the last piece is out.
 
@@ -159,7 +173,7 @@ class Session:
         question was asked is a SessionError.
         """
         with self._alone():
-            turn = self._first_turn(shown, prompt, sampling, system, answer_format)
+            turn = self._first_turn(shown, prompt, sampling, system, answer_format, logprobs)
         return _Stream(self, turn)
 
     def stream_follow_up(
@@ -167,10 +181,12 @@ class Session:
         prompt: str,
         sampling: Sampling | None = None,
         answer_format: AnswerFormat | None = None,
+        *,
+        logprobs: int | None = None,
     ) -> Iterator[str]:
         """As `follow_up`, piece by piece."""
         with self._alone():
-            turn = self._next_turn(prompt, sampling, answer_format)
+            turn = self._next_turn(prompt, sampling, answer_format, logprobs)
         return _Stream(self, turn)
 
     def _reset(self) -> None:
@@ -184,6 +200,7 @@ class Session:
         sampling: Sampling | None,
         system: str | None,
         answer_format: AnswerFormat | None = None,
+        logprobs: int | None = None,
     ) -> Turn:
         """A question about an image, which is encoded; what is refused leaves all as it was."""
         clock, engine = time.perf_counter, self.engine
@@ -192,6 +209,7 @@ class Session:
         text = prefix_ids.size + text_ids.size
         most = room(self.sequence, text, sampling, first=True)
         grammar = self._grammar(sampling, answer_format)
+        check_count(logprobs, self.manifest.decoder.vocabulary)
         if isinstance(shown, EncodedImage):
             engine.check_own(shown)
             image, loaded = shown, clock()
@@ -201,14 +219,17 @@ class Session:
             image = engine.encode_pixels(prepared.pixels, prepared.warnings)
         timings = Timings(1e3 * (loaded - started), 1e3 * (clock() - loaded))
         self._reset()
-        turn = Turn(
-            prefix_ids, text_ids, image, text, sampling or self.sampling, most, timings, grammar
-        )
+        settings = sampling or self.sampling
+        turn = Turn(prefix_ids, text_ids, image, text, settings, most, timings, grammar, logprobs)
         self._turn = turn
         return turn
 
     def _next_turn(
-        self, prompt: str, sampling: Sampling | None, answer_format: AnswerFormat | None = None
+        self,
+        prompt: str,
+        sampling: Sampling | None,
+        answer_format: AnswerFormat | None = None,
+        logprobs: int | None = None,
     ) -> Turn:
         sequence = self.sequence
         sequence.check()
@@ -219,8 +240,10 @@ class Session:
         text = len(sequence.pending) + text_ids.size
         most = room(sequence, text, sampling, first=False)
         grammar = self._grammar(sampling, answer_format)
+        check_count(logprobs, self.manifest.decoder.vocabulary)
         timings = Timings(preprocess=1e3 * (time.perf_counter() - started))
-        turn = Turn(NO_IDS, text_ids, None, text, sampling or self.sampling, most, timings, grammar)
+        settings = sampling or self.sampling
+        turn = Turn(NO_IDS, text_ids, None, text, settings, most, timings, grammar, logprobs)
         self._turn, self.answer = turn, None
         return turn
 

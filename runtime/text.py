@@ -132,6 +132,10 @@ class Prompter:
         """The text of an answer, without control tokens."""
         return self._tokenizer.decode(ids)
 
+    def continued(self, before: list[int], token: int) -> str:
+        """What a token adds to the text of those before it; a control token adds nothing."""
+        return self._growth(before, [token])
+
     def pieces(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of an answer as it grows; the pieces joined are `decode` of all ids.
 

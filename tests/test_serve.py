@@ -148,6 +148,38 @@ def test_choices_are_a_sessions(client: Any, session: Session) -> None:
     assert end.choices[0].probabilities == pytest.approx(later.probabilities, abs=1e-5)
 
 
+def test_logprobs_are_a_softmax_over_all_tokens(client: Any, session: Session) -> None:
+    settings = {"max_tokens": 12, "extra_body": {"min_tokens": 12}}
+    sampling = Sampling(max_new_tokens=12, min_new_tokens=12)
+    wanted = session.ask(SCENE, QUESTION, sampling, logprobs=3)
+    assert wanted.ids == session.ask(SCENE, QUESTION, sampling).ids
+    found = answer_of(client, asked(QUESTION), logprobs=True, top_logprobs=3, **settings)
+    content = found.choices[0].logprobs.content
+    assert "".join(one.token for one in content).strip() == found.choices[0].message.content
+    assert [one.logprob for one in content] == pytest.approx(
+        [score.log_probability for score in wanted.scores], abs=1e-4
+    )
+    for one, score, token in zip(content, wanted.scores, wanted.ids, strict=True):
+        assert (score.id, bytes(one.bytes).decode()) == (token, one.token)
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx(
+            [top.log_probability for top in score.likeliest], abs=1e-4
+        )
+        shares = [2.718281828459045**top.logprob for top in one.top_logprobs]
+        assert len(shares) == 3 and sum(shares) <= 1 + 1e-6
+        assert shares == sorted(shares, reverse=True)
+        assert one.logprob <= one.top_logprobs[0].logprob + 1e-6
+    choices = session.choose(SCENE, QUESTION, ["5", "3"]).log_probabilities
+    alone = session.ask(SCENE, QUESTION, logprobs=0).scores
+    assert len(alone) == 1 and alone[0].log_probability >= choices["5"]
+    assert alone[0].likeliest == ()
+    events = answer_of(
+        client, asked(QUESTION), logprobs=True, top_logprobs=3, stream=True, **settings
+    )
+    pieces = [event.choices[0].logprobs for event in events]
+    streamed = [one.token for piece in pieces if piece for one in piece.content]
+    assert streamed == [one.token for one in content]
+
+
 def test_text_before_the_image_stays_before_it(client: Any, session: Session) -> None:
     messages = asked(QUESTION)
     messages[0]["content"].insert(0, {"type": "text", "text": "is the star red ? "})
@@ -164,7 +196,8 @@ def test_text_before_the_image_stays_before_it(client: Any, session: Session) ->
         ({"max_tokens": 100000}, "messages", "is more than the"),
         ({"n": 2}, "n", "n is not supported"),
         ({"extra_body": {"nosuch": 1}}, "nosuch", "there is no field 'nosuch'"),
-        ({"logprobs": True}, "logprobs", "logprobs is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
         ({"extra_body": {"choices": ["yes"]}}, "choices", "from 2 to 256"),
         ({"extra_body": {"choices": {"yes": 1, "no": 2}}}, "choices", "a list of texts"),
         ({"extra_body": {"choices": ["yes", "no"], "top_k": 2}}, "choices", "would do nothing"),

@@ -23,7 +23,7 @@ from edgeprune.serve.admission import Admission, Limits
 from edgeprune.serve.errors import HttpError, http_error
 from edgeprune.serve.exchange import GONE, answer
 from edgeprune.serve.metrics import Metrics
-from edgeprune.serve.model import Finished, ServedBundle
+from edgeprune.serve.model import Event, Finished, Piece, ServedBundle
 from edgeprune.serve.page import page_file
 from edgeprune.serve.replies import ChatReply, model_record
 from edgeprune.serve.request import ChatRequest, parse
@@ -132,8 +132,8 @@ class Service:
         return bundle
 
     async def _measured(
-        self, events: AsyncGenerator[str | Finished, None], name: str, arrived: float
-    ) -> AsyncGenerator[str | Finished, None]:
+        self, events: AsyncGenerator[Event, None], name: str, arrived: float
+    ) -> AsyncGenerator[Event, None]:
         """The same events; the metrics learn when they came."""
         first = None
         async with aclosing(events):
@@ -166,16 +166,16 @@ class EventStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _last(event: str | Finished, events: AsyncGenerator[str | Finished, None]) -> Finished:
+async def _last(event: Event, events: AsyncGenerator[Event, None]) -> Finished:
     async with aclosing(events):
-        while isinstance(event, str):
+        while isinstance(event, Piece):
             event = await anext(events)
     return event
 
 
 async def _chunks(
-    first: str | Finished,
-    events: AsyncGenerator[str | Finished, None],
+    first: Event,
+    events: AsyncGenerator[Event, None],
     reply: ChatReply,
     chat: ChatRequest,
 ) -> AsyncGenerator[dict[str, Any] | None, None]:
@@ -183,9 +183,9 @@ async def _chunks(
     yield reply.first_chunk()
     try:
         async with aclosing(events):
-            event: str | Finished = first
-            while isinstance(event, str):
-                if event:
+            event: Event = first
+            while isinstance(event, Piece):
+                if event.text or event.scores:
                     yield reply.chunk(event)
                 event = await anext(events)
     except GONE:

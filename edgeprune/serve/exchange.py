@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from edgeprune.serve.errors import HttpError
-from edgeprune.serve.model import Finished, ServedBundle
+from edgeprune.serve.model import Event, ServedBundle
 from edgeprune.serve.request import ChatRequest
 from edgeprune.serve.scheduler import DONE, Job
 
@@ -20,7 +20,7 @@ GONE = ConnectionAbortedError
 
 async def answer(
     bundle: ServedBundle, request: ChatRequest, receive: Receive, seconds: float
-) -> AsyncGenerator[str | Finished, None]:
+) -> AsyncGenerator[Event, None]:
     """The pieces of an answer as they come, then what it was.
 
     Ends with an HttpError where the queue is full or `seconds` have passed, with GONE where

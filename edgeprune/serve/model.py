@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune import terminal
 from edgeprune.errors import BackendError
-from edgeprune.runtime.answer import Choice, Timings
+from edgeprune.runtime.answer import Choice, Timings, TokenScore
 from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.session import Session
 from edgeprune.serve.details import details
@@ -34,6 +34,14 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Text by which an answer grew; `scores` of its tokens, where they were asked for."""
+
+    text: str
+    scores: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last thing that an answer yields: the whole of it."""
 
@@ -43,6 +51,11 @@ class Finished:
     warnings: tuple[str, ...]
     choice: Choice | None  # where answers to choose from were given
     details: dict[str, Any]  # times and kept tokens, where they were asked for
+    scores: tuple[TokenScore, ...] | None = None  # of all tokens, where they were asked for
+
+
+Event = Piece | Finished
+"""What answering yields: pieces, then the whole."""
 
 
 class ServedBundle:
@@ -57,7 +70,7 @@ class ServedBundle:
         self.dialogues = Dialogues(self.engine, sequences)
         self.scheduler = Scheduler(sequences, queue, self.name)
 
-    def answer(self, request: ChatRequest) -> Generator[str | Finished, None, None]:
+    def answer(self, request: ChatRequest) -> Generator[Event, None, None]:
         """The pieces of an answer, and what it was. Left before its end, it frees its sequence."""
         if self.failure:
             self._reopen()
@@ -105,36 +118,50 @@ class ServedBundle:
 
     def _say(
         self, opened: Opened, request: ChatRequest
-    ) -> Generator[str, None, tuple[Finished, Said | None]]:
+    ) -> Generator[Piece, None, tuple[Finished, Said | None]]:
         """An answer as the model gives it; no tokens where the caches hold more than was said."""
         session, talk = opened.session, request.conversation
         sampling = request.sampling(self.manifest.text.generation)
         if opened.image is None:
-            pieces = session.stream_follow_up(talk.prompt, sampling, request.answer_format)
+            pieces = session.stream_follow_up(
+                talk.prompt, sampling, request.answer_format, logprobs=request.logprobs
+            )
         else:
             pieces = session.stream(
-                opened.image, talk.prompt, sampling, talk.system, request.answer_format
+                opened.image,
+                talk.prompt,
+                sampling,
+                talk.system,
+                request.answer_format,
+                logprobs=request.logprobs,
             )
-        yield from _stripped(pieces)
+        told = 0
+        for text in _stripped(pieces):
+            scores = session.scores[told:]
+            told += len(scores)
+            yield Piece(text, scores)
         answer = session.answer
         assert answer is not None  # set when the pieces end
         ended = answer.ids[-1] in self.manifest.text.eos_token_ids
         said = answer.ids[:-1] if ended else answer.ids
         usage = self._usage(opened, said, len(answer.ids))
         found = self._details(opened, request, answer.timings)
-        finished = Finished(answer.text, answer.finish, usage, answer.warnings, None, found)
+        told_all = None if request.logprobs is None else answer.scores
+        finished = Finished(
+            answer.text, answer.finish, usage, answer.warnings, None, found, told_all
+        )
         return finished, said if ended or answer.finish == "length" else None
 
     def _choose(
         self, opened: Opened, request: ChatRequest
-    ) -> Generator[str, None, tuple[Finished, Said | None]]:
+    ) -> Generator[Piece, None, tuple[Finished, Said | None]]:
         """The likeliest of the given answers."""
         session, talk, choices = opened.session, request.conversation, request.choices
         if opened.image is None:
             choice = session.choose_follow_up(talk.prompt, choices)
         else:
             choice = session.choose(opened.image, talk.prompt, choices, talk.system)
-        yield choice.text
+        yield Piece(choice.text)
         usage = self._usage(opened, choice.ids, len(choice.ids) + 1)  # the end of the turn
         found = self._details(opened, request, choice.timings)
         return Finished(choice.text, "stop", usage, choice.warnings, choice, found), choice.ids

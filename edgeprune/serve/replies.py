@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
-from edgeprune.serve.model import Finished, ServedBundle, Usage
+from edgeprune.runtime.answer import TokenScore
+from edgeprune.serve.model import Finished, Piece, ServedBundle, Usage
+
+LEAST = -9999.0
+"""What OpenAI tells of a token whose probability is next to nothing."""
 
 
 class ChatReply:
@@ -22,7 +27,8 @@ class ChatReply:
     def whole(self, finished: Finished) -> dict[str, Any]:
         """The answer in one object."""
         message = {"role": "assistant", "content": finished.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None}
+        scores = None if finished.scores is None else _logprobs(finished.scores)
+        choice = {"index": 0, "message": message, "logprobs": scores}
         choice |= {"finish_reason": finished.finish, **_shares(finished)}
         reply = {**self._head, "object": "chat.completion", "choices": [choice]}
         reply |= {"usage": usage_record(finished.usage), **_warnings(finished)}
@@ -32,9 +38,12 @@ class ChatReply:
         """The chunk that says who speaks."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def chunk(self, text: str) -> dict[str, Any]:
+    def chunk(self, piece: Piece) -> dict[str, Any]:
         """A piece of the answer."""
-        return self._chunk({"content": text})
+        reply = self._chunk({"content": piece.text})
+        if piece.scores:
+            reply["choices"][0]["logprobs"] = _logprobs(piece.scores)
+        return reply
 
     def last_chunk(self, finished: Finished) -> dict[str, Any]:
         """The chunk that says why the answer ended."""
@@ -50,6 +59,21 @@ class ChatReply:
     def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any]:
+    return {"content": [_logprob(score) for score in scores], "refusal": None}
+
+
+def _logprob(score: TokenScore) -> dict[str, Any]:
+    """A token; those in its place have no places of their own."""
+    whole = "\ufffd" not in score.text  # else a part of a letter
+    record: dict[str, Any] = {
+        "token": score.text,
+        "logprob": max(score.log_probability, LEAST),
+        "bytes": list(score.text.encode("utf-8", "surrogatepass")) if whole else None,
+    }
+    return record | {"top_logprobs": [_logprob(one) for one in score.likeliest]}
 
 
 def _shares(finished: Finished) -> dict[str, Any]:

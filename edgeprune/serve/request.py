@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeprune.errors import SpecError
 from edgeprune.generation import Sampling
+from edgeprune.runtime.answering import MOST
 from edgeprune.runtime.choosing import check
 from edgeprune.runtime.formats import AnswerFormat, check_settings
 from edgeprune.serve.errors import refused
@@ -30,14 +31,13 @@ SETTINGS = {
 """Fields that are settings of Sampling; those from top_k on are no fields of OpenAI's."""
 
 OWN = {"model", "messages", "stream", "stream_options", "choices", "response_format", "regex"}
-OWN |= {"details", *SETTINGS}
+OWN |= {"logprobs", "top_logprobs", "details", *SETTINGS}
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
@@ -60,6 +60,7 @@ class ChatRequest:
     settings: dict[str, Any]  # of Sampling, those that were given
     choices: tuple[str, ...]  # answers to choose from; empty: whatever the model says
     answer_format: AnswerFormat | None = None  # the form of the answer; None: any
+    logprobs: int | None = None  # likeliest tokens to tell in each place; None: no scores
     details: bool = False  # whether times and kept tokens are told
     stream: bool = False
     stream_usage: bool = False  # whether a stream ends with a chunk that holds the usage
@@ -95,6 +96,7 @@ def parse(body: bytes, doors: ImageDoors) -> ChatRequest:
         settings,
         _choices(fields.get("choices"), settings, wanted),
         wanted,
+        _logprobs(fields),
         _flag(fields.get("details"), "details"),
         _flag(fields.get("stream"), "stream"),
         _flag(options.get("include_usage"), "stream_options"),
@@ -120,6 +122,22 @@ def _flag(value: Any, name: str) -> bool:
     if value is None or isinstance(value, bool):
         return bool(value)
     raise refused(f"{name} is true or false", name)
+
+
+def _logprobs(fields: dict[str, Any]) -> int | None:
+    """How many of the likeliest tokens to tell in each place; None where no scores are asked."""
+    top = fields.get("top_logprobs")
+    if not _flag(fields.get("logprobs"), "logprobs"):
+        if top:
+            raise refused("top_logprobs needs logprobs: true", "top_logprobs")
+        return None
+    if fields.get("choices") is not None:
+        raise refused("choices come with log_probabilities; leave logprobs out", "logprobs")
+    if top is not None and (isinstance(top, bool) or not isinstance(top, int)):
+        raise refused("top_logprobs is a whole number", "top_logprobs")
+    if not 0 <= (top or 0) <= MOST:
+        raise refused(f"top_logprobs is from 0 to {MOST}; got {top}", "top_logprobs")
+    return top or 0
 
 
 def _answer_format(fields: dict[str, Any], settings: dict[str, Any]) -> AnswerFormat | None:
