@@ -4,7 +4,7 @@
     python -m benchmarks.speed onevision-0.5b --no-flat --rounds 4
     python -m benchmarks.speed qwen2-vl-2b --no-flat --apart --rounds 4   # 23 GB of disk
     python -m benchmarks.speed 0.5b --no-flat --rounds 6 --new-tokens 32 \
-        --weights float,int8,int8:activations=on,int4
+        --weights float,int4,int8,int8:activations=on:smooth=off
 
 Writes a checkpoint and two bundles below --work (kept, so a second run only measures), then times
 both in turn with `edgeprune bench`. A third bundle, `flat`, is fed the pruned one's average number

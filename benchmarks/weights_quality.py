@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeprune.calib import awq, sensitivity
+from edgeprune.calib import awq, sensitivity, smoothing
 from edgeprune.calib.samples import demo_samples
 from edgeprune.demo.questions import calibration_samples
-from edgeprune.lowering import TARGETS
+from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._processor import Processor, Prompt
@@ -35,7 +35,7 @@ from edgeprune.models._rounded_inputs import round_inputs
 from edgeprune.models._tuning import UNTUNED
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
-from edgeprune.weight_format import AUTO, WeightFormat
+from edgeprune.weight_format import AUTO
 
 FORMATS = "int8,int4:clip=off,int4,int4:awq=on:clip=off,int4:awq=on,auto:bits=5,auto:bits=5:awq=on"
 POLICY = make(PruneSpec("none"))
@@ -94,9 +94,9 @@ def distributions(model: Reference, case: Case) -> Tensor:
     return decoder.seen[-1 - len(case.compared) : -1].float().log_softmax(-1)
 
 
-def prepared(adapter: Adapter, wanted: WeightFormat, plan: Plan, prompts: list[Prompt]) -> Adapter:
-    """A checkpoint with weights in a format, as `export` has it."""
-    tuning = UNTUNED
+def prepared(adapter: Adapter, lowering: Lowering, plan: Plan, prompts: list[Prompt]) -> Adapter:
+    """A checkpoint with weights in a format, as `export` has it; scales are of fp16."""
+    tuning, wanted = UNTUNED, lowering.weights
     if wanted.awq:
         four = adapter.with_weights(wanted.settled("int4"), torch.float16)
         tuning = awq.tune(four, POLICY, plan, prompts)
@@ -104,7 +104,11 @@ def prepared(adapter: Adapter, wanted: WeightFormat, plan: Plan, prompts: list[P
         few = prompts[:4]
         kinds = sensitivity.mix(adapter, wanted, torch.float16, POLICY, plan, few, tuning)
         tuning = replace(tuning, kinds=kinds)
-    largest = TARGETS["cpu"].largest_code
+    if wanted.activations:
+        how = {"smooth": wanted.smooth, "calibrated": lowering.calibrated}
+        rounded = adapter.with_weights(wanted, torch.float16)
+        tuning = smoothing.tune(rounded, POLICY, plan, prompts, **how)
+    largest = lowering.target.largest_code
     return adapter.with_weights(wanted, torch.float16, tuning, largest=largest)
 
 
@@ -123,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--weights", default=FORMATS, help="formats, with commas between them")
+    parser.add_argument("--target", default="cpu", help="decides how activations are rounded")
     parser.add_argument(
         "--text", action="store_true", help="prose in place of the demo's questions"
     )
@@ -144,7 +149,7 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     del model
     for text in args.weights.split(","):
-        quantised = prepared(adapter, WeightFormat.parse(text), plan, tuned)
+        quantised = prepared(adapter, resolve(args.target, weights=text), plan, tuned)
         model = Reference.build(quantised, POLICY, plan, decoder=Everywhere)
         if quantised.weights is not None:
             round_inputs(quantised.weights, model.vision, model.decoder)

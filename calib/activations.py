@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edgeprune.models import Adapter
+from edgeprune.models._decoder import Decoder
 from edgeprune.models._layers import Linear
+from edgeprune.models._layerwise import Layerwise
 from edgeprune.models._processor import Prompt
-from edgeprune.models._reference import Reference
+from edgeprune.models._tuning import Fold
 from edgeprune.models._weight_plan import HEAD
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress
 from edgeprune.spec import Plan
-
-ANSWER = 8
-"""Tokens that are answered to each sample, so that decoding is seen too."""
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Moments:
 
     absolute: Tensor | float = 0.0  # of |x|
     squared: Tensor | float = 0.0  # of x^2
+    largest: Tensor | float = 0.0  # |x|, not a sum
     rows: int = 0
 
     def add(self, x: Tensor) -> None:
@@ -35,6 +37,8 @@ class Moments:
         rows = x.reshape(-1, x.shape[-1]).float()
         self.absolute = self.absolute + rows.abs().sum(0)
         self.squared = self.squared + rows.square().sum(0)
+        if len(rows):
+            self.largest = torch.maximum(rows.abs().amax(0), torch.as_tensor(self.largest))
         self.rows += len(rows)
 
     @property
@@ -52,28 +56,40 @@ class Moments:
         return total / self.rows
 
 
+@torch.no_grad()
 def collect(
     adapter: Adapter, policy: Policy, plan: Plan, prompts: Sequence[Prompt], report: Progress
 ) -> dict[str, Moments]:
     """Moments of each product's inputs, by its weight's name, in the float32 model with a policy.
 
-    Each prompt is answered by some tokens. The adapter's weights are the checkpoint's own. Products
-    that nothing went into are left out.
+    Prompts are read layer by layer, so that the model need not fit in memory. The adapter's weights
+    are the checkpoint's own. Products that nothing went into are left out.
     """
-    model = Reference.build(adapter, policy, plan)
-    found: dict[str, Moments] = {}
-    with _listening(model, found):
-        for number, prompt in enumerate(prompts, 1):
-            model.generate(prompt, ANSWER, lambda token: False)
-            report("activations", number, len(prompts))
+    tick = partial(report, "activations")
+    engine, found = Layerwise(adapter, policy, plan, tick), dict[str, Moments]()
+    with _listening(engine.vision, engine.decoder, found):
+        flows = engine.keep(started.flow for started in engine.start(prompts))
+        flows = engine.layers(flows, lambda index, flow: engine.advance(index, flow).flow)
+        for flow in engine.normed(flows.drain()):
+            engine.decoder.norm(flow.hidden[:, -1:])
     return {name: moments for name, moments in found.items() if moments.rows}
 
 
+def peaks(moments: Mapping[str, Moments], folds: Mapping[str, Fold]) -> dict[str, float]:
+    """The largest input of each product, after its folds."""
+    found = dict[str, float]()
+    for name, one in moments.items():
+        inputs = folds.get(name, Fold()).inputs
+        largest = torch.as_tensor(one.largest)
+        found[name] = float((largest if inputs is None else largest / inputs).max())
+    return found
+
+
 @contextmanager
-def _listening(model: Reference, found: dict[str, Moments]) -> Iterator[None]:
+def _listening(vision: nn.Module, decoder: Decoder, found: dict[str, Moments]) -> Iterator[None]:
     """While this is open, what goes into products is counted."""
-    handles = [model.decoder.norm.register_forward_hook(_output(found.setdefault(HEAD, Moments())))]
-    for module in (model.vision, model.decoder):
+    handles = [decoder.norm.register_forward_hook(_output(found.setdefault(HEAD, Moments())))]
+    for module in (vision, decoder):
         for path, one in module.named_modules():
             if isinstance(one, Linear):
                 moments = found.setdefault(f"{path}.weight", Moments())

@@ -22,7 +22,7 @@ from edgeprune.errors import ModelError
 from edgeprune.models import Adapter
 from edgeprune.models._adapter import Source
 from edgeprune.models._decoder_config import DecoderConfig
-from edgeprune.models._memory import check_memory, needed_bytes
+from edgeprune.models._memory import check_memory, layerwise_bytes
 from edgeprune.models._processor import Prompt
 from edgeprune.models._quantised import quantize
 from edgeprune.models._tuning import Fold, Tuning
@@ -52,6 +52,13 @@ class Group:
         heads = channels.view(self.shared)
         return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
 
+    def largest(self, channels: Tensor) -> Tensor:
+        """As `averaged`, with the largest in place of the mean."""
+        if self.shared is None:
+            return channels
+        heads = channels.view(self.shared)
+        return heads.amax(1, keepdim=True).expand_as(heads).reshape(-1)
+
     def of_source(self, scales: Tensor) -> Tensor:
         """Scales [K] of the inputs as those of the source's outputs."""
         return scales if self.shared is None else scales.view(self.shared)[:, 0].reshape(-1)
@@ -75,7 +82,7 @@ def tune(
             "awq=on needs the floats of a checkpoint, and this one's weights are quantised"
             f" ({adapter.checkpoint.packed}); leave it out"
         )
-    check_memory(needed_bytes(floats), "awq=on", "leave it out")
+    check_memory(layerwise_bytes(floats, len(prompts)), "awq=on", "leave it out")
     moments = collect(floats, policy, plan, prompts, report)
     sources = adapter.sources(adapter.empty_modules()[1])
     groups = [
@@ -124,7 +131,7 @@ def _search(
     assert adapter.weights is not None
     channels = group.averaged(moments[group.products[0]].mean_absolute)
     channels = channels.clamp(min=LEAST * float(channels.max()) or 1.0)
-    tried = [_normalised(channels**alpha) for alpha in ALPHAS]
+    tried = [normalised(channels**alpha) for alpha in ALPHAS]
     errors = torch.zeros(len(tried))
     for name in group.products:
         form, squares = adapter.weights.forms.get(name), moments[name].mean_square[:, None]
@@ -139,7 +146,7 @@ def _search(
     return tried[int(errors.argmin())]
 
 
-def _normalised(scales: Tensor) -> Tensor:
+def normalised(scales: Tensor) -> Tensor:
     """Around 1, so that no dtype is left: the largest times the smallest is 1."""
     return scales / (scales.max() * scales.min()).sqrt()
 

@@ -42,6 +42,7 @@ from edgeprune.records import (
 )
 from edgeprune.spec import Plan, Stage
 from edgeprune.tiling import Tiling
+from edgeprune.weight_format import WeightFormat
 
 SCHEMA = 5
 MANIFEST = "manifest.json"
@@ -302,6 +303,13 @@ class Manifest:
     weights: WeightsRecord | None = None  # None: all weights are of the dtype
     checkpoint_weights: str = ""  # the form of a quantised checkpoint's; empty: floats
     schema: Count = SCHEMA
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether what goes into products is rounded with scales that samples say."""
+        if self.weights is None or TARGETS[self.target].integers != "QuantizeLinear":
+            return False
+        return WeightFormat.parse(self.weights.format).activations
 
     @property
     def vision(self) -> GraphRecord:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 from edgeprune.records import Between, build
+from edgeprune.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from edgeprune.bundle import DecoderRecord, ImageRecord, Manifest, PruneRecord, TextRecord
@@ -25,6 +26,8 @@ def check_sizes(manifest: Manifest) -> None:
         *_image(manifest.image),
         *_text(manifest.text, manifest.decoder.vocabulary, manifest.prune.visual_tokens),
     )
+    if manifest.weights is not None:
+        WeightFormat.parse(manifest.weights.format)
     if wrong:
         raise ValueError("; ".join(wrong))
 

@@ -36,7 +36,8 @@ class Target:
     token: bool = True  # whether the graph gives the likeliest token, so that logits stay on a GPU
     codes: str = "DequantizeLinear"  # the operator that reads quantised weights of products
     rows: str = "DequantizeLinear"  # the operator that reads a quantised embedding's codes first
-    integers: str = ""  # the operator of products whose inputs are int8 too; none: there are none
+    integers: str = ""  # the operator of products whose inputs are rounded too; none: no product
+    float8: bool = False  # whether weights and inputs may be floats of 8 bits
 
     @property
     def largest_code(self) -> int | None:
@@ -61,6 +62,16 @@ class Lowering:
     dtype: Dtype
     weights: WeightFormat = FLOAT  # of products: as the dtype, or quantised
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether samples say how large what goes into products is."""
+        return self.weights.activations and self.target.integers == "QuantizeLinear"
+
+    @property
+    def measured(self) -> bool:
+        """Whether calibration samples decide anything of the weights."""
+        return self.weights.measured or self.calibrated
+
 
 DTYPES = {
     dtype.name: dtype
@@ -73,6 +84,13 @@ DTYPES = {
 
 TENSORRT_TOPK = 3840
 """TensorRT's TopK refuses a larger K, in every version up to 11."""
+
+
+def _tensorrt(name: str, dialect: str, engines: tuple[str, ...], *, float8: bool = False) -> Target:
+    return Target(
+        name, dialect, "fp16", engines, TENSORRT_TOPK, integers="QuantizeLinear", float8=float8
+    )
+
 
 TARGETS = {
     target.name: target
@@ -89,9 +107,9 @@ TARGETS = {
         ),
         # TensorRT has no float32 kernel for its Attention operator.
         Target("cuda", "modern", "fp16", ("fp16", "bf16"), rows="Gather"),
-        Target("rtx", "modern", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
-        Target("jetpack7", "jetpack7", "fp16", ("fp16", "bf16"), TENSORRT_TOPK),
-        Target("jetpack6", "jetpack6", "fp16", ("fp16", "bf16", "fp32"), TENSORRT_TOPK),
+        _tensorrt("rtx", "modern", ("fp16", "bf16"), float8=True),
+        _tensorrt("jetpack7", "jetpack7", ("fp16", "bf16"), float8=True),  # Thor's GPU has it
+        _tensorrt("jetpack6", "jetpack6", ("fp16", "bf16", "fp32")),
     )
 }
 
@@ -111,6 +129,9 @@ def resolve(target: str, dtype: str | None = None, weights: str = "float") -> Lo
 def _checked(lowering: Lowering) -> Lowering:
     """SpecError where a target has no product whose inputs are rounded as asked."""
     target, dtype = lowering.target, lowering.dtype.name
+    if lowering.weights.float8 and not target.float8:
+        able = ", ".join(one.name for one in TARGETS.values() if one.float8)
+        raise SpecError(f"--weights fp8 is for the targets {able}; got --target {target.name}")
     if not lowering.weights.activations:
         return lowering
     if not target.integers:

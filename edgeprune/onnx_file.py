@@ -21,7 +21,7 @@ FIELDS = 3_000_000
 """Fields read at most. A 7B decoder with plain operators has some 200,000."""
 NUMBERS = {d.onnx: d.name for d in DTYPES.values()} | {6: "int32", 7: "int64", 9: "bool"}
 """TensorProto.DataType, as far as inputs and outputs have them."""
-CODES = {2: "uint8", 3: "int8", 22: "int4"}
+CODES = {2: "uint8", 3: "int8", 17: "fp8", 22: "int4"}
 """The same, of quantised weights."""
 MICROSOFT = "com.microsoft"
 FUSED, INTEGERS = "MatMulNBits", "MatMulIntegerToFloat"

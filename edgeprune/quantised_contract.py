@@ -16,15 +16,15 @@ BLOCKS = (16, 32, 64, 128, 256)
 FUSED_ATTRIBUTES = {"K", "N", "bits", "block_size", "accuracy_level"}
 LEVELS = range(5)
 """Of accuracy, 0 that of the activations' dtype."""
-ROUNDING = ("QuantizeLinear",)
-"""Operators that round a tensor of a call."""
-ROUNDED = ("uint8",)
-"""Types to which they do."""
+ROUNDED = ("uint8", "int8", "fp8")
+"""Types to which the tensors of a call are rounded."""
 
 
 def check_quantised(node: Quantised) -> None:
     """ValueError where a node's codes, scales and attributes do not fit each other."""
-    if node.operator in ROUNDING:
+    if node.operator == "QuantizeLinear" or (
+        node.operator == "DequantizeLinear" and len(node.inputs) == 3
+    ):
         _check_rounding(node)
     elif node.operator == INTEGERS:
         _check_integers(node)
@@ -54,7 +54,9 @@ def _check_codes(node: Quantised) -> None:
 
 
 def _check_rounding(node: Quantised) -> None:
-    """What rounds a tensor of a call: one scale and one zero point."""
+    """What rounds a tensor of a call, or reads what was rounded: one scale and zero point."""
+    if node.inputs and node.inputs[0] is not None:
+        raise ValueError(f"{node.operator} {node.name} has not the inputs that exports write")
     _require(node, [None, Value("scale", "", ()), Value("zero point", "", ())])
     zero = node.inputs[2]
     if zero is None or zero.dtype not in ROUNDED:
@@ -113,7 +115,7 @@ def _dequantised(node: Quantised, codes: Value) -> Wanted:
         raise ValueError(f"DequantizeLinear {node.name} has attributes that no export writes")
     if block and (block not in BLOCKS or inputs % block):
         raise ValueError(f"DequantizeLinear {node.name} has blocks of {block} in {inputs} inputs")
-    kind = codes.dtype if codes.dtype in ("int4", "int8") else "int4 or int8"
+    kind = codes.dtype if codes.dtype in ("int4", "int8", "fp8") else "int4, int8 or fp8"
     scales = (inputs // block, outputs) if block else ((inputs, outputs)[axis],)
     return kind, (inputs, outputs), scales
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from edgeprune import encoder_methods, policies
-from edgeprune.calib import awq, sensitivity
+from edgeprune.calib import awq, sensitivity, smoothing
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate
 from edgeprune.calib.encoder import measure_site
 from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
@@ -242,11 +242,13 @@ def _check_keep(recipe: Recipe, why: str) -> None:
 
 def _check_samples(recipe: Recipe) -> None:
     """SpecError where samples are to say which weights count, and there are none."""
-    wanted = recipe.lowering.weights
-    if wanted.measured and recipe.samples_file is None and recipe.model != "demo":
+    wanted, lowering = recipe.lowering.weights, recipe.lowering
+    if lowering.measured and recipe.samples_file is None and recipe.model != "demo":
+        option = ":awq=on" if wanted.awq else ":activations=on" if wanted.activations else ""
+        other = "" if lowering.calibrated or not wanted.smooth else ", or export with smooth=off"
         raise SpecError(
-            f"--weights {wanted.kind}{':awq=on' if wanted.awq else ''} measures on samples; give"
-            " images and questions with --samples-file"
+            f"--weights {wanted.kind}{option} measures on samples; give images and questions with"
+            f" --samples-file{other}"
         )
 
 
@@ -260,7 +262,7 @@ def _tuning(
 ) -> Tuning:
     """What calibration samples say of the weights, where that is asked."""
     lowering = recipe.lowering
-    if not lowering.weights.measured:
+    if not lowering.measured:
         return UNTUNED
     wanted, dtype, tuning = lowering.weights, TORCH[lowering.dtype.name], UNTUNED
     count = min(recipe.samples, MOST_TUNING)
@@ -268,6 +270,16 @@ def _tuning(
     if wanted.awq:
         four = adapter.with_weights(wanted.settled("int4"), dtype)
         tuning = awq.tune(four, policy, plan, prompts, report)
+    if wanted.activations:
+        return smoothing.tune(
+            adapter.with_weights(wanted, dtype),
+            policy,
+            plan,
+            prompts,
+            report,
+            smooth=wanted.smooth,
+            calibrated=lowering.calibrated,
+        )
     if wanted.kind != AUTO:
         return tuning
     few = prompts[:MOST_MEASURED]

@@ -10,8 +10,10 @@ from dataclasses import dataclass, fields, replace
 
 from edgeprune.errors import SpecError
 
-BITS = {"float": 0, "int8": 8, "int4": 4}
-"""Kinds of weights; float: as the graph's dtype."""
+BITS = {"float": 0, "int8": 8, "int4": 4, "fp8": 8}
+"""Kinds of weights; float: as the graph's dtype, fp8: float8 with 4 bits of exponent (e4m3)."""
+ROUNDING = ("int8", "fp8")
+"""Kinds to which what goes into a product may be rounded too."""
 
 AUTO = "auto"
 """A kind that is chosen product by product: calib/sensitivity.py."""
@@ -36,7 +38,11 @@ class Form:
 
     bits: int
     block: int | None  # inputs that share a scale; None: all K, one scale an output
-    activations: bool = False  # whether the product's inputs are rounded to as many bits
+    activations: bool = False  # whether the product's inputs are rounded to the same numbers
+    float8: bool = False  # whether codes are floats of 8 bits
+
+    def __str__(self) -> str:
+        return "fp8" if self.float8 else f"int{self.bits}"
 
     def bytes(self, inputs: int, outputs: int, scale: int) -> int:
         """Of a weight whose scales have `scale` bytes each."""
@@ -56,6 +62,7 @@ class WeightFormat:
     awq: bool = False  # whether samples say which channels count: calib/awq.py
     bits: float = 0.0  # a weight on average, scales included, where the kind is AUTO
     activations: bool = False  # whether inputs of the products of layers are rounded too
+    smooth: bool = False  # whether channels are scaled before that: calib/smoothing.py
 
     def __post_init__(self) -> None:
         for part in PARTS:
@@ -65,8 +72,15 @@ class WeightFormat:
             if (value := getattr(self, part)) not in known:
                 name = "--weights" if part == "kind" else f"{part} of --weights"
                 raise SpecError(f"{name} is one of {', '.join(known)}; got {value!r}")
-        if self.activations and self.kind != "int8":
-            raise SpecError(f"activations=on is an option of --weights int8; got {self.kind}")
+        if self.activations and self.kind not in ROUNDING:
+            kinds = " and ".join(ROUNDING)
+            raise SpecError(f"activations=on is an option of --weights {kinds}; got {self.kind}")
+        if self.smooth and not (self.activations and self.kind == "int8"):
+            raise SpecError("smooth=on of --weights is for int8 with activations=on; leave it out")
+        if self.awq and self.activations:
+            raise SpecError(
+                "awq=on of --weights is for activations of floats; leave one of them out"
+            )
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
@@ -89,14 +103,24 @@ class WeightFormat:
             raise SpecError(f"block of --weights is one of {sizes}; got {block!r}")
         clip = _switch("clip", given.pop("clip", "on"))
         awq = _switch("awq", given.pop("awq", "off"))
-        activations = _switch("activations", given.pop("activations", "off"))
+        usual = "on" if kind == "fp8" else "off"
+        activations = _switch("activations", given.pop("activations", usual))
+        usual = "on" if kind == "int8" and activations else "off"
+        smooth = _switch("smooth", given.pop("smooth", usual))
         bits = _bits(given.pop("bits", None), kind)
         kinds = {"on": kind, "off": "float"}
         if given.get("embedding") == "on":
             given["embedding"] = "int8"
         parts = {"head": kind} | {name: kinds.get(value, value) for name, value in given.items()}
         return cls(
-            kind, int(block), clip=clip, awq=awq, bits=bits, activations=activations, **parts
+            kind,
+            int(block),
+            clip=clip,
+            awq=awq,
+            bits=bits,
+            activations=activations,
+            smooth=smooth,
+            **parts,
         )
 
     def __str__(self) -> str:
@@ -105,7 +129,8 @@ class WeightFormat:
             return "float"
         parts = (f"{part}={getattr(self, part)}" for part in PARTS[1:])
         mixed = [f"bits={self.bits:g}"] if self.kind == AUTO else []
-        switches = {"clip": self.clip, "awq": self.awq, "activations": self.activations}
+        names = ("clip", "awq", "activations", "smooth")
+        switches = {name: getattr(self, name) for name in names}
         told = (f"{name}={'on' if on else 'off'}" for name, on in switches.items())
         return ":".join([self.kind, *mixed, f"block={self.block}", *parts, *told])
 
@@ -115,15 +140,20 @@ class WeightFormat:
         return {getattr(self, part) for part in PARTS} == {"float"}
 
     @property
+    def float8(self) -> bool:
+        """Whether any part has floats of 8 bits."""
+        return "fp8" in {getattr(self, part) for part in PARTS}
+
+    @property
     def measured(self) -> bool:
         """Whether calibration samples decide anything."""
-        return self.awq or self.kind == AUTO
+        return self.awq or self.smooth or self.kind == AUTO
 
     @property
     def algorithm(self) -> str:
         """How codes are chosen, in words."""
         if not {"int4", AUTO} & {self.kind, self.head, self.vision}:
-            return "rounding"
+            return "rounding, smoothed" if self.smooth else "rounding"
         words = ["AWQ" if self.awq else "rounding"]
         words += ["clipped"] if self.clip else []
         return ", ".join([*words, *(["mixed by measured loss"] if self.kind == AUTO else [])])
@@ -151,7 +181,7 @@ class WeightFormat:
             sizes = [size for size in BLOCKS if size <= self.block and inputs % size == 0]
             return Form(4, sizes[0]) if sizes and outputs % 2 == 0 else Form(8, None)
         rounded = self.activations and kind == self.kind and part in ("kind", "vision")
-        return Form(bits, None, rounded) if bits else None
+        return Form(bits, None, rounded, kind == "fp8") if bits else None
 
 
 def _bits(given: str | None, kind: str) -> float:

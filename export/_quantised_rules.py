@@ -5,9 +5,9 @@ from __future__ import annotations
 from onnx import TensorProto
 
 from edgeprune.export._graph import Graph, Node, attribute
-from edgeprune.export._rule import NEVER, Rule, is_zero
+from edgeprune.export._rule import NEVER, Rule, computed, is_zero, typed
 
-READER = ("DequantizeLinear",)
+READER, WRITER = ("DequantizeLinear",), ("QuantizeLinear",)
 HEADER = "NvInfer.h, class IDequantizeLayer, of TensorRT"
 IMPORTER = "onnx-tensorrt of TensorRT 10.1, onnxOpImporters.cpp"
 SEEN = "seen with tensorrt-rtx 1.7.1"
@@ -39,11 +39,36 @@ def _is_odd(graph: Graph, node: Node) -> bool:
 
 RULES = (
     Rule(
-        READER,
+        (*WRITER, *READER),
         "takes no zero point other than 0",
         lambda graph, node: not is_zero(graph, graph.given(node, 2)),
         NEVER,
         f"{HEADER} 10.3 to 11.1; {SEEN}",
+    ),
+    Rule(
+        WRITER,
+        "takes a constant scale",
+        computed(1),
+        {"trt": None},
+        "NvInfer.h, class IQuantizeLayer, of TensorRT: the scale is a build-time constant",
+    ),
+    Rule(
+        WRITER,
+        "gives int8 or float8, no uint8",
+        typed(2, TensorProto.UINT8),
+        {"trt": None},
+        f"{IMPORTER}: uint8 is read as int8, with a warning",
+    ),
+    Rule(
+        (*WRITER, *READER),
+        "has float8 on GPUs of compute capability 8.9 and above; a Jetson Orin has 8.7",
+        lambda graph, node: (
+            graph.types.get(graph.given(node, 2 if node.op_type in WRITER else 0))
+            == TensorProto.FLOAT8E4M3FN
+        ),
+        {},
+        f"TensorRT support matrix; {SEEN}: sm_75, 80 and 86 are refused",
+        gpu=(8, 9),
     ),
     Rule(
         READER,

@@ -20,6 +20,7 @@ class Rule:
     broken: Callable[[Graph, Node], bool]
     since: Since
     source: str
+    gpu: Version | None = None  # the least compute capability that takes it, in any version
 
 
 Condition = Callable[[Graph, Node], bool]

@@ -51,8 +51,11 @@ class Problem:
     message: str
     source: str
     since: dict[str, Version | None]
+    gpu: Version | None = None  # the least compute capability that takes it
 
     def refused_by(self, target: Target) -> bool:
+        if self.gpu is not None and target.gpu is not None and target.gpu < self.gpu:
+            return True
         if target.engine not in self.since:
             return False
         since = self.since[target.engine]
@@ -106,16 +109,19 @@ def check_model(model: Any, folder: Path | None = None) -> list[Verdict]:
             target,
             tuple(p for p in problems if p.refused_by(target)),
             _first(problems, target.engine),
-            tuple(_doubts(graph, target)),
+            tuple(_doubts(graph, target, problems)),
         )
         for target in TARGETS
     ]
 
 
-def _doubts(graph: Graph, target: Target) -> Iterator[str]:
+def _doubts(graph: Graph, target: Target, problems: list[Problem]) -> Iterator[str]:
     for row in UNTRIED:
         if (target.engine, graph.opset) == (row.engine, row.opset) and target.version < row.before:
             yield f"{row.message} [{row.source}]"
+    if target.engine != "ort" and target.gpu is None:
+        for message, source in dict.fromkeys((p.message, p.source) for p in problems if p.gpu):
+            yield f"{message} [{source}]"
 
 
 def find(graph: Graph) -> Iterator[Problem]:
@@ -140,7 +146,7 @@ def find(graph: Graph) -> Iterator[Problem]:
         for rule in RULES:
             if node.op_type in rule.operators and rule.broken(graph, node):
                 message = f"{node.op_type} {rule.message}"
-                yield Problem(location, message, rule.source, dict(rule.since))
+                yield Problem(location, message, rule.source, dict(rule.since), rule.gpu)
 
 
 def _opset(graph: Graph) -> Iterator[Problem]:

@@ -140,6 +140,8 @@ def session(file: Path, *, exact: bool) -> Any:
             folder = str(file.parent)
             options.add_session_config_entry(WEIGHTS_FOLDER, folder)
             model = copy
+    else:  # what is rounded, is rounded as the graph says
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return ort.InferenceSession(model, options, ["CPUExecutionProvider"])
 
 

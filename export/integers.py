@@ -1,4 +1,4 @@
-"""Products whose inputs are rounded to 8 bits too, so that integers are multiplied.
+"""Products whose inputs are rounded to 8 bits too, so that codes are multiplied.
 
 `MatMulIntegerToFloat` of com.microsoft is for ONNX Runtime on a CPU. Each token has a scale of its
 own, found as the graph runs:
@@ -9,15 +9,32 @@ own, found as the graph runs:
 
 One scale for a whole call, as DynamicQuantizeLinear has it, would be set by the largest token: real
 models have a few that are far larger than all others, and these would leave the others few values.
+
+TensorRT wants a scale that is known before: QuantizeLinear and DequantizeLinear in front of both
+inputs of a MatMul, which it fuses. Samples say what the scale is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
 
-from edgeprune.export.products import MICROSOFT, Dequantized, Product, ProductForm, put_in_place
-from edgeprune.models._rounded_inputs import LARGEST, TINY
+from edgeprune.errors import ExportError
+from edgeprune.export.products import (
+    CODES,
+    MICROSOFT,
+    Dequantized,
+    Product,
+    ProductForm,
+    put_in_place,
+)
+from edgeprune.lowering import DTYPES
+from edgeprune.models._rounded_inputs import LARGEST, TINY, scale_of
 from edgeprune.weight_format import Form
 
 
@@ -51,6 +68,53 @@ class ByToken(Dequantized):
         model.graph.opset_imports[MICROSOFT] = 1
 
 
+class ByTensor(Dequantized):
+    """Q and DQ of inputs, one scale a tensor; DQ of weights, one scale an output."""
+
+    def rewire(
+        self,
+        model: ir.Model,
+        product: Product,
+        form: Form,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+    ) -> None:
+        super().rewire(model, product, form, scales, zeros)
+        x, weight = product.matmul.inputs[0], product.weight.name
+        assert x is not None and x.dtype is not None and scales.dtype is not None
+        if product.peak is None:
+            raise ExportError(
+                f"no calibration sample says how large the inputs of {weight} are; export with"
+                " samples, or with activations=off"
+            )
+        found = next((u for u in x.consumers() if u.op_type == "QuantizeLinear"), None)
+        if found is None:
+            found = self._round(model, x, product, form, DTYPES_OF[scales.dtype])
+        (floats,) = found.outputs[0].consumers()
+        product.matmul.replace_input_with(0, floats.outputs[0])
+
+    def _round(
+        self, model: ir.Model, x: ir.Value, product: Product, form: Form, dtype: torch.dtype
+    ) -> ir.Node:
+        """Q and DQ behind a tensor; the Q."""
+        stem = "/".join((product.matmul.name or "").split("/")[:-1])
+        assert product.peak is not None and x.dtype is not None
+        number = scale_of(product.peak, dtype, is_float8=form.float8)
+        scale = _initializer(model, f"{stem}/inputs/scale", _typed(number.numpy(), x.dtype))
+        zero = _constant(model, np.zeros((), CODES[str(form)].numpy()))
+        codes = ir.node("QuantizeLinear", [x, scale, zero], name=f"{stem}/inputs/codes")
+        inputs = [codes.outputs[0], scale, zero]
+        floats = ir.node("DequantizeLinear", inputs, name=f"{stem}/inputs/floats")
+        for node, kind in ((codes, ir.TensorType(CODES[str(form)])), (floats, x.type)):
+            node.outputs[0].name, node.outputs[0].shape = node.name, x.shape
+            node.outputs[0].type = kind
+        _insert_behind(model, x, [codes, floats])
+        return codes
+
+
+DTYPES_OF = {ir.DataType(d.onnx): getattr(torch, d.torch) for d in DTYPES.values()}
+"""torch's dtypes by ONNX's."""
+
 MIDDLE = np.uint8(128)
 """The code of 0."""
 UNITS = "/units"
@@ -79,25 +143,40 @@ def _rounded(model: ir.Model, x: ir.Value, name: str) -> tuple[ir.Value, ir.Valu
     for node in (size, units, codes):
         node.outputs[0].shape = x.shape
     codes.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+    _insert_behind(model, x, made)
+    return codes.outputs[0], usable.outputs[0]
+
+
+def _insert_behind(model: ir.Model, x: ir.Value, made: Sequence[ir.Node]) -> None:
+    """Put nodes where a tensor is there and no user of it has come yet."""
     if (producer := x.producer()) is not None:
         model.graph.insert_after(producer, made)
     else:
         model.graph.insert_before(model.graph[0], made)
-    return codes.outputs[0], usable.outputs[0]
 
 
-def _constant(model: ir.Model, number: np.generic | np.ndarray) -> ir.Value:
+def _constant(model: ir.Model, number: np.generic | NDArray[Any]) -> ir.Value:
     """A small initializer, one for all that read the same number."""
     array = np.asarray(number)
     name = f"integers/{array.dtype}/{'.'.join(map(str, array.ravel().tolist()))}"
-    found = model.graph.initializers.get(name)
-    if found is None:
-        held = ir.tensor(array, name=name)
-        kind, shape = ir.TensorType(held.dtype), ir.Shape(array.shape)
-        found = ir.Value(name=name, type=kind, shape=shape, const_value=held)
-        model.graph.register_initializer(found)
-    return found
+    return model.graph.initializers.get(name) or _initializer(model, name, ir.tensor(array))
 
 
-INTEGERS: dict[str, ProductForm] = {"MatMulIntegerToFloat": ByToken()}
-"""By the operator that multiplies."""
+def _initializer(model: ir.Model, name: str, held: ir.TensorProtocol) -> ir.Value:
+    held.name = name
+    kind, shape = ir.TensorType(held.dtype), ir.Shape(held.shape.numpy())
+    value = ir.Value(name=name, type=kind, shape=shape, const_value=held)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _typed(number: NDArray[np.float32], dtype: ir.DataType) -> ir.TensorProtocol:
+    """A number in a graph's dtype, which holds it exactly."""
+    return ir.tensor(number.astype(dtype.numpy()), dtype=dtype)
+
+
+INTEGERS: dict[str, ProductForm] = {
+    "MatMulIntegerToFloat": ByToken(),
+    "QuantizeLinear": ByTensor(),
+}
+"""By the operator of their inputs' codes."""

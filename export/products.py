@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from edgeprune.errors import ExportError
@@ -69,9 +70,10 @@ class Product:
     cast: ir.Node | None
     inputs: int
     outputs: int
+    peak: float | None = None  # of what goes into it, where samples say so
 
 
-def product_of(weight: ir.Value) -> Product:
+def product_of(weight: ir.Value, peak: float | None = None) -> Product:
     """The product of a weight; ExportError where it is anything but the only user."""
     users, cast = list(weight.uses()), None
     if len(users) == 1 and users[0][0].op_type == "Cast":
@@ -85,7 +87,15 @@ def product_of(weight: ir.Value) -> Product:
         )
     assert weight.shape is not None
     inputs, outputs = weight.shape.numpy()
-    return Product(users[0][0], weight, cast, inputs, outputs)
+    return Product(users[0][0], weight, cast, inputs, outputs, peak)
+
+
+CODES = {
+    "int4": ir.DataType.INT4,
+    "int8": ir.DataType.INT8,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+}
+"""ONNX's types of codes, by form."""
 
 
 class Dequantized(ProductForm):
@@ -97,7 +107,7 @@ class Dequantized(ProductForm):
         scales = np.empty((inputs // (form.block or inputs), outputs), np.float32)
         error, power, own = 0.0, 0.0, True
         for strip in strips:
-            found = strip.weight.codes.numpy().view(np.uint8)
+            found = strip.weight.codes.view(torch.uint8).numpy()
             at = strip.outputs
             if four:  # two outputs share a byte, the first in its low half
                 codes[:, at.start // 2 : at.stop // 2] = found[:, 0::2] & 15 | found[:, 1::2] << 4
@@ -105,7 +115,7 @@ class Dequantized(ProductForm):
                 codes[:, at] = found
             scales[:, at] = strip.weight.scales.numpy()
             error, power, own = error + strip.error, power + strip.power, own and strip.own
-        kind = ir.DataType.INT4 if four else ir.DataType.INT8
+        kind = CODES[str(form)]
         held = scales if form.block else scales[0]
         return Packed(codes, kind, (inputs, outputs), held, error, power, own)
 

@@ -43,6 +43,7 @@ class Target:
     title: str
     engine: str  # trt, rtx or ort
     version: Version
+    gpu: Version | None = None  # compute capability of the only devices that have it
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class Untried:
     source: str
 
 
+ORIN = (8, 7)
+
 TARGETS = (
-    Target(("trt-10.3", "jetpack6"), "TensorRT 10.3 (JetPack 6.2)", "trt", (10, 3)),
-    Target(("trt-10.7",), "TensorRT 10.7 (newest for JetPack 6)", "trt", (10, 7)),
+    Target(("trt-10.3", "jetpack6"), "TensorRT 10.3 (JetPack 6.2)", "trt", (10, 3), ORIN),
+    Target(("trt-10.7",), "TensorRT 10.7 (newest for JetPack 6)", "trt", (10, 7), ORIN),
     Target(("trt-10.13",), "TensorRT 10.13 (JetPack 7.0, 7.1)", "trt", (10, 13)),
     Target(("trt-10.16", "jetpack7"), "TensorRT 10.16 (JetPack 7.2)", "trt", (10, 16)),
     Target(("trt-11.0",), "TensorRT 11.0", "trt", (11, 0)),

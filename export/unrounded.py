@@ -41,5 +41,7 @@ def _unrounded(node: Any, units: dict[str, str]) -> Iterator[Any]:
         floats = f"{weights}/float"
         yield helper.make_node("DequantizeLinear", [weights, scales], [floats], axis=1)
         yield helper.make_node("MatMul", [units[codes], floats], node.output)
+    elif node.op_type == "DequantizeLinear" and node.input[0] in units:
+        yield helper.make_node("Identity", [units[node.input[0]]], node.output)
     elif node.op_type != "QuantizeLinear":
         yield node

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -13,6 +14,7 @@ from edgeprune.bundle import WeightsRecord
 from edgeprune.export import precision
 from edgeprune.export.dialogue import Graphs, Outcome, play, require_finite
 from edgeprune.export.parity import WEIGHTS
+from edgeprune.export.upcast import upcast
 from edgeprune.export.weights import Stored
 from edgeprune.graphs import GraphRecord
 from edgeprune.lowering import Lowering
@@ -79,7 +81,7 @@ def weigh(
     if weights is None:
         return None
     model = Reference.build(exact, policy, plan)
-    wanted = Wanted()
+    wanted, dtype = Wanted(), TORCH[lowering.dtype.name]
     for number, prompt in enumerate(samples, 1):
         wanted.append(play(model, prompt))
         require_finite(wanted[-1][0], "the float32 model", number, WEIGHTS)
@@ -92,18 +94,25 @@ def weigh(
         return _apart(engine, wanted, samples, plan, tick)
 
     found = replace(weights, distance=apart(quantised, "distance of quantised weights").record())
-    if lowering.target.codes != "MatMulNBits" or lowering.dtype.name == "bf16":
+    activations = lowering.weights.activations
+    if not activations and (lowering.target.codes != "MatMulNBits" or dtype == torch.bfloat16):
         return found
-    dtype = TORCH[lowering.dtype.name]
-    graphs = Graphs(draft, record, quantised.decoder, dtype, exact=False)
-    running = apart(graphs, "distance as the graph runs")
+    with TemporaryDirectory(dir=draft) as copy:
+        folder, runs = draft, dtype
+        if activations and dtype != torch.float32:  # with the same codes and scales
+            folder, runs = Path(copy), torch.float32
+            upcast(draft, folder)
+        graphs = Graphs(folder, record, quantised.decoder, runs, exact=False)
+        running = apart(graphs, "distance as the graph runs")
+        del graphs
     found = replace(found, running=running.record())
-    if not lowering.weights.activations:
+    if not activations:
         return found
     assert adapter.weights is not None
     round_inputs(adapter.weights, quantised.vision, quantised.decoder)
     rounded = apart(quantised, "distance of rounded activations")
-    precision.require_no_farther(running, rounded, "activations of int8")
+    kind = lowering.weights.kind
+    precision.require_no_farther(running, rounded, f"activations of {kind}")
     return replace(found, rounded=rounded.record())
 
 

@@ -97,7 +97,7 @@ class WeightsFile:
         assert source.form is not None
         strips = adapter.strips(source)
         if source.transposed:
-            product, form = product_of(weight), self.form
+            product, form = product_of(weight, source.peak), self.form
             if source.form.activations:
                 assert self.integers is not None, "refused as soon as the target is known"
                 form = self.integers
@@ -113,7 +113,7 @@ class WeightsFile:
             self.table.rewire(model, weight, users, scales)
         held = [value.const_value for value in (weight, scales, zeros) if value is not None]
         stored = self.stored
-        stored.tensors[f"int{source.form.bits}"] += 1
+        stored.tensors[str(source.form)] += 1
         stored.packed += adapter.is_packed(source)
         stored.own += packed.own
         stored.numbers += math.prod(source.shape)

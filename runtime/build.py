@@ -31,6 +31,8 @@ TEXT_CAPACITY = 512  # tokens of text, prompts and answers together, that the ca
 PREFIX = 64  # tokens before the image, at least
 STEP = 128  # tokens that the decode profile takes at most: one token exactly stores weights twice
 
+FLOAT8 = (8, 9)  # compute capability from which on GPUs multiply floats of 8 bits
+
 Range = tuple[int, int, int]  # least, usual, most
 Profile = Mapping[str, Range]  # prefix, visual and text tokens of one call, and past.0 ...
 
@@ -127,12 +129,26 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
             f"{request.bundle} is {manifest.dtype}, TensorRT's attention is fp16 or bf16;"
             " export it again with --dtype fp16 (or --target rtx)"
         )
+    if "fp8" in (manifest.weights.tensors if manifest.weights else ()):
+        gpus = request.compute or ((here,) if (here := seam.gpu()) else ())
+        if older := [name for name in gpus if _capability(name) < FLOAT8]:
+            raise BackendError(
+                f"{request.bundle} has weights of float8, which GPUs have from compute capability"
+                f" {FLOAT8[0]}.{FLOAT8[1]} on; this is for {older[0]}. Export it again with"
+                " --weights int8:activations=on"
+            )
     most = manifest.decoder.max_positions - manifest.decoder.image_positions
     if request.text_capacity > most:
         raise CapacityError(
             f"--text-capacity {request.text_capacity} is more than the {most} text tokens that"
             f" the model's {manifest.decoder.max_positions} positions leave beside the image"
         )
+
+
+def _capability(name: str) -> tuple[int, int]:
+    """`sm_87` or `SM87` -> (8, 7); what says no number counts as the newest."""
+    digits = name.lower().removeprefix("sm").removeprefix("_")
+    return (int(digits[:-1]), int(digits[-1])) if digits[1:].isdigit() else (99, 0)
 
 
 def size_ranges(

@@ -52,16 +52,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def instruct(tmp_path: Path) -> Path:
     """Five LLaVA-Instruct records with images beside them; the path of the JSON file."""
+    return instruct_records(tmp_path)
+
+
+def instruct_records(folder: Path) -> Path:
+    """Write them into a folder."""
     records = []
     for number in range(5):
         noise = np.random.default_rng(number).integers(0, 255, (70, 90, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+        Image.fromarray(noise).save(folder / f"{number}.png")
         turns = [
             {"from": "human", "value": "<image>\nwhat color is the star ?"},
             {"from": "gpt", "value": "red"},
         ]
         records.append({"id": f"s{number}", "image": f"{number}.png", "conversations": turns})
-    file = tmp_path / "samples.json"
+    file = folder / "samples.json"
     file.write_text(json.dumps(records))
     return file
 

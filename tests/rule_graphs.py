@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from ml_dtypes import int4
+from ml_dtypes import float8_e4m3fn, int4
 from onnx import TensorProto, helper, numpy_helper
 
 Ends = Mapping[str, tuple[str, Sequence[int | str]]]  # name: element type and shape
@@ -141,6 +141,7 @@ def cases() -> Iterator[Case]:
     yield from _sizes()
     yield from _outputs()
     yield from _quantised()
+    yield from _rounding()
 
 
 def _selection() -> Iterator[Case]:
@@ -257,6 +258,21 @@ def _quantised() -> Iterator[Case]:
         ("no blocks of int8", DOCUMENTED, {"constants": weight(np.int8, 64, 32)}),
     ):
         yield Case("DequantizeLinear", says, verdict, **{**usual, **changes}, good=usual, opset=22)
+
+
+def _rounding() -> Iterator[Case]:
+    """Activations are rounded to codes of 8 bits."""
+    scale, zero = {"s": np.array(0.5, np.float16)}, {"z": np.array(0, np.int8)}
+    usual = {"inputs": ROWS, "wires": ("x", "s", "z"), "constants": {**scale, **zero}}
+    given = {"inputs": {**ROWS, "s": ("FLOAT16", ())}, "constants": zero}
+    unsigned = {"constants": {**scale, "z": np.array(0, np.uint8)}}
+    float8 = {"constants": {**scale, "z": np.array(0, float8_e4m3fn)}}
+    for says, verdict, changes in (
+        ("a constant scale", DOCUMENTED, given),
+        ("no uint8", DOCUMENTED, unsigned),
+        ("capability 8.9", "--++++++", float8),
+    ):
+        yield Case("QuantizeLinear", says, verdict, **{**usual, **changes}, good=usual, opset=22)
 
 
 def _outputs() -> Iterator[Case]:

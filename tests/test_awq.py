@@ -90,7 +90,7 @@ def test_moments_are_those_of_what_goes_into_products(tmp_path):
     decoder, seen = model.decoder, list[torch.Tensor]()
     norm = decoder.layers[0].attention_norm
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-    model.generate(prompts[0], 8, lambda token: False)
+    model.prefill(prompts[0])
     rows = torch.cat(seen)
     for name in ("query", "value"):
         moments = found[f"layers.0.attention.{name}.weight"]
@@ -142,7 +142,7 @@ def test_a_bundle_with_scales_passes_parity(target, weights, uneven, instruct, t
     command += ["--samples-file", instruct, "--weights", f"{weights}:awq=on", "-o", output]
     assert main([*map(str, command)]) == 0
     record = Bundle.open(output).manifest.weights
-    assert record.format.endswith(":awq=on:activations=off")
+    assert ":awq=on:" in record.format
     assert record.algorithm == ("AWQ, clipped" if target == "cpu" else "AWQ")
 
 

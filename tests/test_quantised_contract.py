@@ -131,7 +131,7 @@ CASES: dict[str, tuple[str, Edit, str]] = {
     "integers: rounded to int8": ("integers", typed(TensorProto.INT8, name=MIDDLE), "int8"),
     "DQ: more codes": ("rtx", sized(1 << 20, 64), "want"),
     "DQ: three axes": ("rtx", sized(1, 96, 64), "want a matrix"),
-    "DQ: floats": ("rtx", typed(TensorProto.FLOAT16), "want int4 or int8"),
+    "DQ: floats": ("rtx", typed(TensorProto.FLOAT16), "want int4, int8 or fp8"),
     "DQ: fewer scales": ("rtx", sized(1, 64, name=SCALE), "want"),
     "DQ: block": ("rtx", says("block_size", 64), "has blocks of 64 in 96 inputs"),
     "DQ: no block": ("rtx", says("block_size", 0), "and floats [96]"),

@@ -24,7 +24,7 @@ from edgeprune.models._rounding import TORCH
 from edgeprune.runtime.session import Session
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (56, 56, 3), np.uint8)
-WEIGHTS = "int8:activations=on:vision=on"
+WEIGHTS = "int8:activations=on:smooth=off:vision=on"
 
 
 def exported(model: Path, output: Path, target: str = "cpu", weights: str = WEIGHTS) -> Path:
@@ -130,8 +130,18 @@ def test_a_graph_that_rounds_otherwise_is_refused(
     ("target", "dtype", "weights", "why"),
     [
         ("cpu", "fp16", "int8:activations=on", "computes between products in fp32 on --target cpu"),
-        ("cuda", None, "int8:activations=on", "is for the targets cpu.*got --target cuda"),
+        (
+            "cuda",
+            None,
+            "int8:activations=on",
+            "is for the targets cpu, rtx, jetpack7, jetpack6; got --target cuda",
+        ),
         ("cpu", None, "int4:activations=on", "activations=on is an option of --weights int8"),
+        ("cpu", None, "int4:activations=on:awq=on", "is an option of --weights int8"),
+        ("rtx", None, "int8:activations=on:awq=on", "awq=on of --weights is for activations of fl"),
+        ("rtx", None, "fp8:smooth=on", "smooth=on of --weights is for int8 with activations=on"),
+        ("jetpack6", None, "fp8", "fp8 is for the targets rtx, jetpack7; got --target jetpack6"),
+        ("cpu", None, "int8:head=fp8", "fp8 is for the targets rtx, jetpack7; got --target cpu"),
         ("cpu", None, "int8:activations=yes", "activations of --weights is on or off; got 'yes'"),
     ],
 )

@@ -21,7 +21,11 @@ from edgeprune.weight_format import FLOAT, Form, WeightFormat
         ("auto:bits=5:head=int8", WeightFormat("auto", head="int8", bits=5)),
         ("int4:awq=on", WeightFormat("int4", head="int4", awq=True)),
         ("int4:embedding=on", WeightFormat("int4", head="int4", embedding="int8")),
-        ("int8:activations=on", WeightFormat("int8", head="int8", activations=True)),
+        ("int8:activations=on", WeightFormat("int8", head="int8", activations=True, smooth=True)),
+        (
+            "int8:activations=on:smooth=off",
+            WeightFormat("int8", head="int8", activations=True),
+        ),
     ],
 )
 def test_what_is_written_is_read_back(text, found):
@@ -33,20 +37,20 @@ def test_what_is_written_is_read_back(text, found):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("int3", "--weights is one of float, int8, int4, auto; got 'int3'"),
+        ("int3", "--weights is one of float, int8, int4, fp8, auto; got 'int3'"),
         ("int4:block=48", "block of --weights is one of 32, 64, 128; got '48'"),
         ("int4:block=x", "block of --weights is one of 32, 64, 128; got 'x'"),
-        ("int4:head=fp8", "head of --weights is one of float, int8, int4; got 'fp8'"),
+        ("int4:head=fp4", "head of --weights is one of float, int8, int4, fp8; got 'fp4'"),
         ("int4:embedding=int4", "embedding of --weights is one of float, int8; got 'int4'"),
         (
             "int4:size=3",
-            "options block, head, vision, embedding, clip, awq, bits, activations; got 'size'",
+            "embedding, clip, awq, bits, activations, smooth; got 'size'",
         ),
         ("int4:bits=5", "bits is an option of --weights auto; got int4:bits=5"),
         ("auto:bits=3", "bits of --weights is a number from 4 to 32; got '3'"),
         ("auto:bits=x", "bits of --weights is a number from 4 to 32; got 'x'"),
-        ("auto:vision=on", "vision of --weights is one of float, int8, int4; got 'auto'"),
-        ("int4:head=auto", "head of --weights is one of float, int8, int4; got 'auto'"),
+        ("auto:vision=on", "vision of --weights is one of float, int8, int4, fp8; got 'auto'"),
+        ("int4:head=auto", "head of --weights is one of float, int8, int4, fp8; got 'auto'"),
         ("int4:clip=7", "clip of --weights is on or off; got '7'"),
         ("int4:head", "options of --weights are written KIND:NAME=VALUE; got 'int4:head'"),
         ("int4:head=on:head=off", "given twice"),

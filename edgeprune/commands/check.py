@@ -164,6 +164,8 @@ def _reasons(graph: str, verdict: Verdict) -> list[str]:
 
 def _reason(graph: str, engine: str, problems: list[Problem]) -> str:
     first, more = problems[0], f" and {len(problems) - 1} more" if problems[1:] else ""
+    if engine not in first.since:
+        return f"{graph}: {first.node}{more}: {first.message} [{first.source}]"
     since = first.since[engine]
     until = f"before {'.'.join(map(str, since))}" if since else "in any version known"
     title = ENGINES[engine]

@@ -42,7 +42,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--weights",
         default="float",
         metavar="FORMAT",
-        help="float (default: the dtype), int8, int4 or auto; with options, as auto:bits=5,"
+        help="float (default: the dtype), int8, int4, fp8 or auto; with options, as auto:bits=5,"
         " int8:activations=on or int4:block=64:head=off:vision=on:awq=on",
     )
     command.add_argument(

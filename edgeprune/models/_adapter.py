@@ -28,6 +28,7 @@ from edgeprune.models._quantised import (
     Strip,
     fitted,
     quantize,
+    quantize_float8,
     strips,
 )
 from edgeprune.models._rounding import rounded
@@ -52,6 +53,7 @@ class Source:
     form: Form | None = None  # in which bundles hold it, where it is quantised
     fold: Fold | None = None  # what it is scaled by before that
     importance: Tensor | None = None  # float32 [inputs], how much the error of each counts
+    peak: float | None = None  # the largest input of its product, where samples say so
 
 
 class Adapter(Family):
@@ -183,7 +185,8 @@ class Adapter(Family):
             return source
         form, tuning = self.weights.forms.get(name), self.weights.tuning
         fold, importance = tuning.folds.get(name), tuning.importance.get(name)
-        return replace(source, form=form, fold=fold, importance=importance)
+        peak = tuning.peaks.get(name)
+        return replace(source, form=form, fold=fold, importance=importance, peak=peak)
 
     def _found(self, names: tuple[str, ...]) -> str:
         """Under which of its names a tensor is stored; where under several, they must be equal."""
@@ -260,22 +263,30 @@ class Adapter(Family):
         outputs, inputs = source.shape
         form, scales = source.form, self.weights.scales
         size, stored = form.block or inputs, self.quantized(source)
-        clip = self.weights.clip and form.bits == 4
         largest = self.weights.largest if form.activations else None
-        asked = form.bits, size, scales
         anew = partial(
-            quantize, bits=form.bits, block=size, dtype=scales, clip=clip, largest=largest
+            quantize,
+            bits=form.bits,
+            block=size,
+            dtype=scales,
+            clip=self.weights.clip and form.bits == 4,
+            importance=None if stored else source.importance,
+            largest=largest,
         )
+        if form.float8:
+            anew = partial(quantize_float8, dtype=scales)
         if stored is not None:
-            zero_points = self.weights.zero_points
-            own = fitted(stored, *asked, zero_points=zero_points, largest=largest)
+            own = None
+            if not form.float8:
+                zero_points, asked = self.weights.zero_points, (form.bits, size, scales)
+                own = fitted(stored, *asked, zero_points=zero_points, largest=largest)
             for part in strips(inputs, outputs):
                 exact = stored.part(part).dequantised()
                 weight = own.part(part) if own else anew(exact)
                 yield Strip.of(part, weight, exact, own=own is not None)
             return
         for part, exact in self.floats(source):
-            yield Strip.of(part, anew(exact, importance=source.importance), exact)
+            yield Strip.of(part, anew(exact), exact)
 
     def floats(self, source: Source) -> Iterator[tuple[slice, Tensor]]:
         """A product's weight in float32 before it is quantised, some outputs at a time: [K, n]."""

@@ -18,9 +18,10 @@ BITS = (4, 8)
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """(codes - zeros) * scales is the weight. Codes are -8 to 7 for 4 bits, -128 to 127 for 8."""
+    """(codes - zeros) * scales is the weight. Codes are -8 to 7 for 4 bits, -128 to 127 for 8, or
+    floats of 8 bits."""
 
-    codes: Tensor  # int8 [K, N]
+    codes: Tensor  # int8 or float8 [K, N]
     scales: Tensor  # float32 [K / block, N], above 0
     zeros: Tensor | None  # int8 [K / block, N]; None: all are 0
     bits: int
@@ -94,6 +95,24 @@ def quantize(
         errors = torch.minimum(error, errors)
     codes = _codes(blocks, scales, largest).to(torch.int8).view(inputs, outputs)
     return QuantizedWeight(codes, scales, None, bits, block)
+
+
+def quantize_float8(weight: Tensor, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    """Round a weight [K, N] to floats of 8 bits (e4m3); the largest of an output is 448.
+
+    Scales are rounded to `dtype` as in `quantize`.
+    """
+    widest = weight.float().abs().amax(0, keepdim=True) / FLOAT8_LARGEST
+    scales = _usable(widest.to(dtype).float(), weight, dtype)
+    return QuantizedWeight(float8(weight.float() / scales), scales, None, 8, len(weight))
+
+
+def float8(x: Tensor) -> Tensor:
+    """The nearest floats of 8 bits (e4m3), at most the largest."""
+    return x.clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST).to(torch.float8_e4m3fn)
+
+
+FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def _codes(blocks: Tensor, scales: Tensor, largest: int) -> Tensor:

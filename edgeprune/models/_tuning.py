@@ -31,12 +31,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Folds, how much each input of a product counts where its weight is quantised, and the kinds
-    of products that were left open."""
+    """Folds, how much each input of a product counts where its weight is quantised, the kinds of
+    products that were left open, and how large the inputs of products are."""
 
     folds: Mapping[str, Fold] = field(default_factory=dict)
     importance: Mapping[str, Tensor] = field(default_factory=dict)  # float32 [K], after the folds
     kinds: Mapping[str, str] = field(default_factory=dict)  # float, int8 or int4
+    peaks: Mapping[str, float] = field(default_factory=dict)  # the largest |x|, after the folds
 
 
 UNTUNED = Tuning()
