@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,10 @@ PROMPT_FILES = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 """Files of a checkpoint, beside the weights, that decide what a sample is."""
+
+
+Measure = Callable[[Progress], Evidence]
+"""Makes the evidence of a request's samples, telling how far it is."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,12 @@ def calibrate(
     policy: Policy,
     processor: Processor,
     report: Progress = silent,
+    measure: Measure | None = None,
 ) -> Schedule:
-    """The schedule of a policy for a model; read from the cache where it was solved before."""
+    """The schedule of a policy for a model; read from the cache where it was solved before.
+
+    `measure` makes the evidence elsewhere; None: here.
+    """
     first = policy.entry_tokens(adapter.shape, request.cr)
     if first is None:
         raise SpecError("this method's counts need no calibration; export it as it is")
@@ -81,7 +89,7 @@ def calibrate(
     if stored.is_file():
         with suppress(ScheduleError):  # damaged: solve again
             return read_schedule(stored, adapter.shape, request.cr)
-    evidence = _evidence(request, adapter, policy, processor, key, report)
+    evidence = _evidence(request, adapter, policy, processor, key, report, measure)
     report("solve schedule", 0, 1)
     schedule = solve(
         evidence,
@@ -101,21 +109,40 @@ def _evidence(
     processor: Processor,
     key: str,
     report: Progress,
+    measure: Measure | None,
 ) -> Evidence:
     stored = request.folder / f"{key}.npz"
     if stored.is_file():
         with suppress(Exception):  # damaged in any way; zipfile raises many kinds: measure again
             return _load(stored)
-    need = layerwise_bytes(adapter, request.samples)
-    check_memory(need, "calibration", "make a schedule on a larger machine: edgeprune calibrate")
-    evidence = collect(
+    evidence = (
+        measure(report) if measure else _measured(request, adapter, policy, processor, report)
+    )
+    _save(stored, evidence)
+    return evidence
+
+
+def _measured(
+    request: CalibrationRequest,
+    adapter: Adapter,
+    policy: Policy,
+    processor: Processor,
+    report: Progress,
+) -> Evidence:
+    need = check_room(adapter, request.samples)
+    return collect(
         adapter,
         policy,
         samples_of(request, adapter, processor),
         lambda done, total: report(f"calibrate in {need / 1e9:.1f} GB", done, total),
     )
-    _save(stored, evidence)
-    return evidence
+
+
+def check_room(adapter: Adapter, count: int) -> int:
+    """Bytes that so many samples take; an error before any work where they are not free."""
+    need = layerwise_bytes(adapter, count)
+    check_memory(need, "calibration", "make a schedule on a larger machine: edgeprune calibrate")
+    return need
 
 
 def samples_of(

@@ -35,13 +35,25 @@ from edgeprune.interrupts import interruptible
 
 DEBUG = "EDGEPRUNE_DEBUG"
 
-EXTRAS = {
-    name: f"this command needs {name} to read checkpoints; {install('export')}"
-    for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "highspy")
-} | {
-    name: f"this command needs {name} to answer over HTTP; {install('serve')}"
-    for name in ("h11", "starlette", "uvicorn")
-}
+EXTRAS = (
+    {
+        name: f"this command needs {name} to read checkpoints; {install('export')}"
+        for name in (
+            "torch",
+            "transformers",
+            "onnx",
+            "onnx_ir",
+            "onnxscript",
+            "safetensors",
+            "highspy",
+        )
+    }
+    | {
+        name: f"this command needs {name} to answer over HTTP; {install('serve')}"
+        for name in ("h11", "starlette", "uvicorn")
+    }
+    | {"ray": f"--ray needs ray; {install('ray')}, on every machine of the cluster"}
+)
 """What to say where a module is missing that the base install leaves out."""
 
 

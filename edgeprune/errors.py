@@ -66,6 +66,12 @@ class BackendError(EdgepruneError):
     """An inference engine that is missing or refuses to work."""
 
 
+def told(error: Exception) -> str:
+    """One line about any error, for a list of failures: ours say all, others their type too."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EdgepruneError) and text else f"{type(error).__name__}: {text}"
+
+
 def brief(error: object) -> str:
     """What an error of another package says, in one line; the end of a long one is left out."""
     words = " ".join(str(error).split()) or type(error).__name__

@@ -15,6 +15,7 @@ from edgeprune.tiling import Size
 
 if TYPE_CHECKING:
     from edgeprune.calib.calibrate import CalibrationRequest
+    from edgeprune.cluster import Cluster
     from edgeprune.models import Adapter
     from edgeprune.runtime.formats import AnswerFormat
     from edgeprune.spec import PruneSpec
@@ -131,6 +132,23 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-sites", type=int, metavar="N", help="layers at most where the count falls"
     )
+
+
+def add_ray(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help=f"spread {what} over a Ray cluster: its address, or auto (default: this machine)",
+    )
+
+
+def cluster(args: argparse.Namespace) -> Cluster | None:
+    """The cluster of --ray, with --jobs at once; None where there is none."""
+    from edgeprune.cluster import Cluster
+
+    if args.jobs is not None and args.jobs < 1:
+        raise SpecError(f"--jobs is at least 1; got {args.jobs}")
+    return None if args.ray is None else Cluster(args.ray, args.jobs)
 
 
 def spec(args: argparse.Namespace) -> PruneSpec:

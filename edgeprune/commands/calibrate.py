@@ -19,6 +19,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _common.add_media(command)
     _common.add_method(command)
     _common.add_calibration(command)
+    _common.add_ray(command, "samples")
+    command.add_argument("--jobs", type=int, metavar="N", help="parts on Ray at once (default 4)")
     command.add_argument("-o", "--output", type=Path, required=True, help="schedule file (JSON)")
     command.set_defaults(run=run)
 
@@ -26,6 +28,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgeprune import policies
     from edgeprune.calib.calibrate import calibrate
+    from edgeprune.calib.spread import Spread
     from edgeprune.models._processor import Processor
     from edgeprune.progress import Bar
     from edgeprune.spec import check_reach
@@ -37,7 +40,19 @@ def run(args: argparse.Namespace) -> int:
     check_reach(spec, adapter.shape)
     processor = Processor(adapter)
     with Bar() as bar:
-        schedule = calibrate(_common.calibration(args, spec.cr), adapter, policy, processor, bar)
+        asked, measure = _common.calibration(args, spec.cr), None
+        if cluster := _common.cluster(args):
+            measure = Spread(
+                cluster,
+                asked,
+                spec,
+                args.model,
+                args.revision,
+                args.image_size,
+                args.num_images,
+                args.frames,
+            ).measure
+        schedule = calibrate(asked, adapter, policy, processor, bar, measure)
     _common.write_output(args.output, schedule.to_json())
     print(" ".join(str(count) for count in schedule.counts))
     terminal.note(

@@ -69,8 +69,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--jobs",
         type=int,
         metavar="N",
-        help="processes, each with a float32 model in memory (default: one a core)",
+        help="processes, each with a float32 model in memory (default: one a core; on Ray one a"
+        " core of the cluster)",
     )
+    _common.add_ray(command, "cells")
     command.add_argument(
         "--rounds", type=int, default=20, metavar="N", help="for times; 0: none (default 20)"
     )
@@ -142,8 +144,9 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         recipe=recipe,
         evaluation=EvalRequest(questions, args.backend, args.max_new_tokens),
         timing=TimingRequest(args.backend, args.rounds) if args.rounds else None,
-        jobs=_jobs(args.jobs),
+        jobs=args.jobs or os.cpu_count() or 1,
         keep_bundles=args.keep_bundles,
+        cluster=_common.cluster(args),
     )
 
 
@@ -158,12 +161,6 @@ def _ratios(text: str) -> list[float]:
         raise SpecError(
             f"--cr takes numbers with commas between, as 2,4,8; got {text!r}"
         ) from error
-
-
-def _jobs(asked: int | None) -> int:
-    if asked is not None and asked < 1:
-        raise SpecError(f"--jobs is at least 1; got {asked}")
-    return asked or os.cpu_count() or 1
 
 
 def _write(comparison: Comparison, folder: Path) -> list[Path]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from edgeprune import __version__, policies
+from edgeprune.cluster import Cluster
 from edgeprune.compare.answers import EvalRequest, EvalResult
 from edgeprune.compare.bundles import Bundles
 from edgeprune.compare.cells import Cell
@@ -19,9 +21,11 @@ from edgeprune.compare.results import Comparison, Missing, Result
 from edgeprune.compare.store import Store
 from edgeprune.compare.timing import TimingRequest
 from edgeprune.compare.workers import each
-from edgeprune.errors import ExportError
+from edgeprune.errors import ExportError, SpecError
+from edgeprune.files import write_whole
 from edgeprune.progress import Progress, silent
 from edgeprune.recipe import Recipe
+from edgeprune.runtime import backends
 
 Tick = Callable[[int], None]
 
@@ -37,6 +41,11 @@ class CompareRequest:
     timing: TimingRequest | None = field(default_factory=TimingRequest)
     jobs: int = 1  # processes that make bundles and ask them
     keep_bundles: bool = False
+    cluster: Cluster | None = None  # where cells are made and asked; None: processes here
+
+    def __post_init__(self) -> None:
+        if self.cluster and self.keep_bundles:
+            raise SpecError("--keep-bundles keeps those of this machine; leave out --ray")
 
     @property
     def store(self) -> Store:
@@ -88,11 +97,38 @@ def _answer(
     progress = _Progress(report, "questions", size * len(request.cells))
     progress.more(progress.total - size * len(todo))
     failed = {}
-    for cell, why in each(todo, partial(_answer_one, request), request.jobs, progress.more):
+    if request.cluster:
+        outcomes = _answer_on_ray(request, request.cluster, todo, progress.more)
+    else:
+        outcomes = each(todo, partial(_answer_one, request), request.jobs, progress.more)
+    for cell, why in outcomes:
         if why:
             failed[cell] = why
             tell(f"{cell.name} failed: {why}")
     return failed
+
+
+def _answer_on_ray(
+    request: CompareRequest, cluster: Cluster, todo: Sequence[Cell], more: Tick
+) -> Iterator[tuple[Cell, str]]:
+    """As `each` of processes: a job sends its cell's files back, which are written here."""
+    gpus = int(backends.find(request.evaluation.backend).gpu)
+    sent = replace(request, cluster=None, jobs=2)  # one thread for each job
+    for cell, files, why in cluster.each(todo, partial(_cell_files, sent), gpus=gpus):
+        for name, data in (files or {}).items():
+            write_whole(request.store.folder / name, data)
+        if not (why or _why(request, cell) or _stored(request, cell)):
+            why = "its worker has another edgeprune, other packages or another checkpoint"
+        more(len(request.evaluation.questions))
+        yield cell, why
+
+
+def _cell_files(request: CompareRequest, cell: Cell) -> dict[str, bytes]:
+    """What a worker does: the files of a cell, made in a folder that is removed again."""
+    with TemporaryDirectory(prefix="edgeprune-") as folder:
+        moved = replace(request, folder=Path(folder))
+        _answer_one(moved, cell, lambda done: None)
+        return {file.name: file.read_bytes() for file in moved.store.folder.glob("*.json")}
 
 
 def _answer_one(request: CompareRequest, cell: Cell, tick: Tick) -> None:

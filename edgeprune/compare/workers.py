@@ -17,7 +17,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import told
 
 DEBUG = "EDGEPRUNE_DEBUG"
 Job = TypeVar("Job")
@@ -118,7 +118,5 @@ def _outcome(work: Work[Job], job: Job, tick: Callable[[int], None]) -> str:
     except Exception as error:  # whatever it is, the other jobs go on
         if os.environ.get(DEBUG):
             traceback.print_exc()
-        known = isinstance(error, EdgepruneError)
-        text = " ".join(str(error).split())
-        return text if known and text else f"{type(error).__name__}: {text}"
+        return told(error)
     return ""
