@@ -76,3 +76,45 @@ def test_what_cannot_be_served_is_one_line(
     options: list[Any], says: str, refused: Refused, tmp_path: Path
 ) -> None:
     assert says in refused("serve", tmp_path / "nosuch", *options)
+
+
+def test_commands_of_the_page_are_read() -> None:
+    """Every `edgeprune serve` in docs/serve.md has options that there are."""
+    import shlex
+
+    from edgeprune.cli import parser
+
+    page = Path(__file__).resolve().parents[1] / "docs" / "serve.md"
+    lines = [
+        line.partition("edgeprune serve ")[2].partition("  #")[0]
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("    ") and "edgeprune serve " in line
+    ]
+    assert len(lines) >= 2
+    for line in lines:
+        parser().parse_args(["serve", *shlex.split(line)])
+
+
+def test_pieces_are_sent_at_once() -> None:
+    """Not held back for the acknowledgement of the last one, which takes 40 ms."""
+    import asyncio
+    import socket
+
+    from edgeprune.serve.server import _listen
+
+    async def waits() -> int:
+        told = asyncio.get_running_loop().create_future()
+
+        def accepted(reader: Any, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            told.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with _listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accepted, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                found = await told
+                writer.close()
+                return int(found)
+
+    assert asyncio.run(waits()) == 1

@@ -65,6 +65,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--max-body", type=int, default=32, metavar="MB", help="largest request (default 32)"
     )
     command.add_argument(
+        "--memory",
+        type=int,
+        metavar="MB",
+        help="for weights of all bundles: those that are not asked are closed to make room",
+    )
+    command.add_argument(
         "--media", type=Path, metavar="DIR", help="requests may name image files below DIR"
     )
     command.add_argument(
@@ -96,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
             receive=args.receive,
             drain=args.drain,
             max_body_mb=args.max_body,
+            memory_mb=args.memory,
             media=args.media,
             allow_urls=args.allow_urls,
             api_key=os.environ.get(KEY) if args.api_key is None else args.api_key,

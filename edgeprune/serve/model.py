@@ -15,6 +15,7 @@ from edgeprune.runtime.engine import Engine
 from edgeprune.runtime.session import Session
 from edgeprune.serve.details import details
 from edgeprune.serve.dialogues import Dialogues, Opened
+from edgeprune.serve.memory import Memory
 from edgeprune.serve.request import ChatRequest
 from edgeprune.serve.scheduler import Scheduler
 
@@ -61,10 +62,25 @@ Event = Piece | Finished
 class ServedBundle:
     """A bundle that is open; `answer` runs on the scheduler's thread."""
 
-    def __init__(self, open_engine: Callable[[], Engine], sequences: int, queue: int) -> None:
-        """`open_engine` is called again where the engine fails."""
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        sequences: int,
+        queue: int,
+        memory: Memory | None = None,
+        size: int = 0,
+    ) -> None:
+        """`open_engine` is called again where the engine fails, or was closed to make room in
+        `memory`, of which it takes `size` bytes."""
         self._open_engine, self._sequences = open_engine, sequences
-        self.engine = _warm(open_engine())
+        self._memory, self.size = memory or Memory(), size
+        self.loaded = True
+        try:
+            with self._memory.using(self):
+                self.engine = _warm(open_engine())
+        except BaseException:
+            self._memory.forget(self)
+            raise
         self.manifest, self.name = self.engine.manifest, self.engine.manifest.name
         self.created, self.failure = int(time.time()), ""
         self.dialogues = Dialogues(self.engine, sequences)
@@ -72,7 +88,11 @@ class ServedBundle:
 
     def answer(self, request: ChatRequest) -> Generator[Event, None, None]:
         """The pieces of an answer, and what it was. Left before its end, it frees its sequence."""
-        if self.failure:
+        with self._memory.using(self):
+            yield from self._answer(request)
+
+    def _answer(self, request: ChatRequest) -> Generator[Event, None, None]:
+        if self.failure or not self.loaded:
             self._reopen()
         dialogues = self.dialogues
         try:
@@ -92,9 +112,16 @@ class ServedBundle:
             dialogues.keep(opened.session, request.conversation.after(finished.text), said)
         yield finished
 
-    def close(self) -> None:
-        """Stop answering and free everything."""
-        self.scheduler.close()
+    def close(self, *, finish: bool = False) -> None:
+        """Stop answering, or `finish` what was asked first, and free everything."""
+        self.scheduler.close(finish=finish)
+        self._memory.forget(self)
+        self.dialogues.close()
+        self.engine.close()
+
+    def unload(self) -> None:
+        """Make room for another bundle; the next question opens this one again."""
+        self.loaded = False
         self.dialogues.close()
         self.engine.close()
 
@@ -113,8 +140,9 @@ class ServedBundle:
         self.dialogues.close()
         self.engine.close()
         self.engine = _warm(self._open_engine())
+        self.manifest = self.engine.manifest
         self.dialogues = Dialogues(self.engine, self._sequences)
-        self.failure = ""
+        self.failure, self.loaded = "", True
 
     def _say(
         self, opened: Opened, request: ChatRequest

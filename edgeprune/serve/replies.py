@@ -117,6 +117,7 @@ def model_record(bundle: ServedBundle) -> dict[str, Any]:
         "cr": prune.cr_reached,
         "visual_tokens": prune.visual_tokens,
         "layers": list(prune.counts),
+        "loaded": bundle.loaded,
         "images": bundle.manifest.image.images,
         "frames": bundle.manifest.image.frames,
     }

@@ -68,8 +68,9 @@ class Scheduler:
         self._limit, self._most = running, waiting
         self._waiting: deque[Job] = deque()
         self._running: deque[Job] = deque()
-        self._changed, self._closed = threading.Condition(), False
+        self._changed, self._closed, self._finishes = threading.Condition(), False, False
         self._seconds = 1.0  # that a job runs, averaged
+        self._step: float | None = None  # when the call began that runs now
         self._thread = threading.Thread(target=self._run, name=f"edgeprune {name}", daemon=True)
         self._thread.start()
 
@@ -82,6 +83,12 @@ class Scheduler:
     def running(self) -> int:
         """Jobs that have started and go on."""
         return len(self._running)
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the call that runs now has been running; 0 where none does."""
+        started = self._step
+        return 0.0 if started is None else time.monotonic() - started
 
     @property
     def is_full(self) -> bool:
@@ -115,17 +122,20 @@ class Scheduler:
             with suppress(ValueError):
                 self._waiting.remove(job)
 
-    def close(self) -> None:
-        """End the thread after the call that runs; jobs that are left end with an error."""
+    def close(self, *, finish: bool = False) -> None:
+        """End the thread: with `finish` once all jobs are done, else after the call that runs, and
+        jobs that are left end with an error."""
         with self._changed:
-            self._closed = True
+            self._closed, self._finishes = True, finish
             self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
         while self._wait():
             job = self._running[0]
+            self._step = time.monotonic()
             more = job.advance()
+            self._step = None
             self._running.popleft()
             if more:
                 self._running.append(job)
@@ -142,4 +152,4 @@ class Scheduler:
                 self._changed.wait()
             while self._waiting and len(self._running) < self._limit:
                 self._running.append(self._waiting.popleft())
-            return not self._closed
+            return not self._closed or (self._finishes and bool(self._running))

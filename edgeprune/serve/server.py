@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import signal
 import socket
+import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +19,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from edgeprune import terminal
 from edgeprune.errors import SpecError
 from edgeprune.runtime.engine import Engine
+from edgeprune.serve import systemd
 from edgeprune.serve.admission import Limits
 from edgeprune.serve.app import Service
 from edgeprune.serve.fetching import Fetcher
 from edgeprune.serve.images import ImageDoors
+from edgeprune.serve.memory import Memory
 from edgeprune.serve.model import ServedBundle
+from edgeprune.serve.replacing import ServedBundles
 
 SPARE = 16
 """Connections beyond those that wait and are answered: health, metrics, bodies that come."""
@@ -42,6 +47,7 @@ class ServeRequest:
     receive: float = 30.0
     drain: int = 30
     max_body_mb: int = 32
+    memory_mb: int | None = None
     media: Path | None = None
     allow_urls: bool = False
     api_key: str | None = None
@@ -54,6 +60,8 @@ class ServeRequest:
         for name, seconds in (("timeout", self.timeout), ("receive", self.receive)):
             if not 0 < seconds < 1e6:
                 raise SpecError(f"--{name} is a number of seconds above 0; got {seconds:g}")
+        if self.memory_mb is not None and self.memory_mb < 1:
+            raise SpecError(f"--memory is a number of megabytes; got {self.memory_mb}")
         if not 0 <= self.port < 1 << 16:
             raise SpecError(f"--port is from 0 (any free one) to 65535; got {self.port}")
         if self.media is not None and not self.media.is_dir():
@@ -81,29 +89,62 @@ def serve(request: ServeRequest) -> None:
     """Serve until SIGTERM or Ctrl-C; answers that were begun are finished before it returns."""
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(request.host, request.port))
-        bundles: dict[str, ServedBundle] = {}
+        memory = Memory(request.memory_mb and request.memory_mb << 20)
+        bundles = ServedBundles(partial(_open, request=request, memory=memory))
+        stack.callback(bundles.close)
         for path in request.bundles:
-            open_engine = partial(Engine.open, path, request.backend, threads=request.threads)
-            bundle = ServedBundle(open_engine, request.sequences, request.queue)
-            stack.callback(bundle.close)
-            if bundle.name in bundles:
-                raise SpecError(f"two bundles are called {bundle.name}; rename one and export it")
-            bundles[bundle.name] = bundle
+            bundles.add(path)
         host, port = listener.getsockname()[:2]
-        server = uvicorn.Server(_config(request, Service(bundles, request.limits(host))))
+        service = Service(bundles.by_name, request.limits(host))
+        server = uvicorn.Server(_config(request, service))
         shown = f"[{host}]" if ":" in host else host
-        terminal.note(f"serving {', '.join(bundles)} on http://{shown}:{port}/v1")
+        terminal.note(f"serving {', '.join(bundles.by_name)} on http://{shown}:{port}/v1")
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
-            asyncio.run(_run(server, listener, request.receive))
+            asyncio.run(_run(server, listener, request.receive, bundles))
         terminal.note("stopped")
 
 
-async def _run(server: uvicorn.Server, listener: socket.socket, seconds: float) -> None:
+def _open(path: Path, *, request: ServeRequest, memory: Memory) -> ServedBundle:
+    """A bundle, ready to answer; SpecError where it alone is more than fits."""
+    size = _weights(path)
+    if request.memory_mb is not None and size > request.memory_mb << 20:
+        raise SpecError(
+            f"the weights of {path} take {size / (1 << 20):.0f} MB, --memory is"
+            f" {request.memory_mb}; give more"
+        )
+    open_engine = partial(Engine.open, path, request.backend, threads=request.threads)
+    return ServedBundle(open_engine, request.sequences, request.queue, memory, size)
+
+
+def _weights(path: Path) -> int:
+    """Bytes of a bundle's weights; 0 where there is none, which opening will tell."""
+    with suppress(OSError):
+        return (path / "weights.bin").stat().st_size
+    return 0
+
+
+async def _run(
+    server: uvicorn.Server, listener: socket.socket, seconds: float, bundles: ServedBundles
+) -> None:
     sweep = asyncio.create_task(_sweep(server, seconds))
+    replacing = set[asyncio.Task[None]]()
+
+    def replace_changed() -> None:
+        task = asyncio.create_task(bundles.replace_changed())
+        replacing.add(task)
+        task.add_done_callback(replacing.discard)
+
+    if sys.platform != "win32":
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, replace_changed)
+    watchdog = asyncio.create_task(systemd.watch(bundles.longest_step))
+    systemd.notify("READY=1")
     try:
         await server.serve([listener])
     finally:
+        systemd.notify("STOPPING=1")
         sweep.cancel()
+        watchdog.cancel()
+        await asyncio.gather(*replacing, return_exceptions=True)
 
 
 async def _sweep(server: uvicorn.Server, seconds: float) -> None:
@@ -140,10 +181,11 @@ def _config(request: ServeRequest, service: Service) -> uvicorn.Config:
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens; SpecError where the address cannot be had."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind)
+        # asyncio sends small pieces at once (TCP_NODELAY) only on a socket that says it is TCP's.
+        listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
