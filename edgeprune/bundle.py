@@ -45,6 +45,7 @@ from edgeprune.tiling import Tiling
 from edgeprune.weight_format import WeightFormat
 
 SCHEMA = 5
+ENGINES, ENGINE_RECORD = "engines", "engine.json"
 MANIFEST = "manifest.json"
 QUICK = 256 << 20
 """Files up to so many bytes are hashed whenever a bundle is opened."""
@@ -337,11 +338,14 @@ class Bundle:
         """Read a bundle; check every file's size, and its hash, and that the graphs are its own.
 
         Hashing 14 GB at every start would cost a device ten seconds, so `verify` None hashes files
-        up to QUICK bytes only; True hashes all, False none.
+        up to QUICK bytes only; True hashes all, False none. Where there are engines the weights may
+        be missing: `has_weights`.
         """
         path = Path(path)
         manifest = read_manifest(path)
         for name, record in manifest.files.items():
+            if name == graph_contract.WEIGHTS and _is_dropped(path):
+                continue
             try:
                 hashed = record.bytes <= QUICK if verify is None else verify
                 _check_file(path, name, record, hashed=hashed)
@@ -360,6 +364,29 @@ class Bundle:
 
     def file(self, name: str) -> Path:
         return self.path / name
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the graphs can be loaded; engines hold weights of their own."""
+        return not _is_dropped(self.path)
+
+    def drop_weights(self) -> None:
+        """Remove the weights of a bundle that has engines."""
+        self.file(graph_contract.WEIGHTS).unlink(missing_ok=True)
+
+    def require_weights(self, work: str) -> None:
+        """BundleError where `work` needs weights that were removed once engines were built."""
+        if not self.has_weights:
+            raise BundleError(
+                f"{self.path} has engines and no {graph_contract.WEIGHTS}, which {work} needs; copy"
+                " that file back or export the bundle again"
+            )
+
+
+def _is_dropped(folder: Path) -> bool:
+    """Whether the weights were removed after engines were built."""
+    there = os.path.lexists(folder / graph_contract.WEIGHTS)
+    return not there and any((folder / ENGINES).glob(f"*/{ENGINE_RECORD}"))
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import Bundle, Manifest, sha256
+from edgeprune.bundle import ENGINES, Bundle, Manifest, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
 from edgeprune.files import replaced
 from edgeprune.lowering import TARGETS
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import trt as seam
-from edgeprune.runtime.engines import ENGINES, GRAPHS, RECORD, graphs, read, whole
+from edgeprune.runtime.engines import GRAPHS, RECORD, graphs, read, whole
 from edgeprune.runtime.onnx_dims import with_sizes
 from edgeprune.runtime.text import Prompter
 
@@ -46,6 +46,7 @@ class BuildRequest:
     text_capacity: int = TEXT_CAPACITY
     compute: tuple[str, ...] = ()
     force: bool = False  # build again what is there
+    drop_weights: bool = False  # remove weights.bin once engines are there
 
     def __post_init__(self) -> None:
         if self.text_capacity < 1:
@@ -90,7 +91,8 @@ def build(request: BuildRequest, report: Progress = silent) -> Built:
     _check(bundle.manifest, request)
     target = bundle.path / ENGINES / _key(bundle.manifest, request, trt.__version__)
     if not request.force and (before := read(target)) and whole(before):
-        return Built(target, before.record, found=True)
+        return _finished(bundle, request, Built(target, before.record, found=True))
+    bundle.require_weights("a build")
     capacities = [count + request.text_capacity for count in bundle.manifest.prune.counts]
     sizes = {f"capacity.{layer}": size for layer, size in enumerate(capacities)}
     grows = bundle.manifest.decoder.cache == "grow"
@@ -114,7 +116,14 @@ def build(request: BuildRequest, report: Progress = silent) -> Built:
             "engines": {name: asdict(engine) for name, engine in engines.items()},
         }
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return Built(target, record)
+    return _finished(bundle, request, Built(target, record))
+
+
+def _finished(bundle: Bundle, request: BuildRequest, built: Built) -> Built:
+    """What was built, its weights removed where that is asked."""
+    if request.drop_weights:
+        bundle.drop_weights()
+    return built
 
 
 def _check(manifest: Manifest, request: BuildRequest) -> None:

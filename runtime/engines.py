@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from edgeprune.bundle import Bundle, Bytes, Hash, sha256
+from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, Bytes, Hash, sha256
 from edgeprune.errors import BackendError
 from edgeprune.records import Amount, Between, Count, build, parse
 
-ENGINES, RECORD = "engines", "engine.json"
+RECORD = ENGINE_RECORD
 GRAPHS = ("vision.onnx", "decoder.onnx", "weights.bin")
 
 Range = tuple[Amount, Amount, Amount]  # least, usual, most

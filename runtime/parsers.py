@@ -77,6 +77,8 @@ def main() -> None:
 
 def answer(trt: Any, bundle: Bundle) -> tuple[bool, str]:
     """Whether a parser could be asked, and what it refuses or why it could not."""
+    if not bundle.has_weights:
+        return False, "weights.bin was removed once engines were built"
     weights = bundle.file("weights.bin").stat().st_size  # the parser reads them
     if weights > (available := memory.available_bytes() or weights):
         return False, f"{weights / 1e9:.1f} GB of weights, {available / 1e9:.1f} GB are free"

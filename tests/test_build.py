@@ -315,3 +315,28 @@ def test_sizes_that_occur_nowhere_and_bytes_that_are_no_model(half_bundle: Path)
             with_sizes(data[:end], {"capacity.0": 4})
     with pytest.raises(ValueError, match="no protobuf field"):
         with_sizes(b"\x0f" * 8, {})
+
+
+def test_a_bundle_without_its_weights_keeps_its_engines(
+    copy_half: Copy, refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They run on a device; nothing else can be made of such a bundle, and each says so."""
+    bundle = copy_half()
+    weights = bundle / "weights.bin"
+    kept = weights.read_bytes()
+    weights.unlink()
+    assert f"{weights} is missing" in refused("check", bundle), "there are no engines"
+    weights.write_bytes(kept)
+    usual = ("build", bundle, "--backend", "trt-rtx", "--text-capacity", 64)
+    assert main([*map(str, usual), "--drop-weights"]) == 0
+    assert not weights.exists() and not Bundle.open(bundle, verify=True).has_weights
+    gone = f"{bundle} has engines and no weights.bin, which"
+    assert main([*map(str, usual)]) == 0, "these engines are there"
+    assert f"{gone} a build needs" in refused(*usual, "--force")
+    question = ("--image", "edgeprune/demo/samples/scene-1.png", "--prompt", "?")
+    assert f"{gone} ONNX Runtime needs" in refused("run", bundle, *question)
+    capfd.readouterr()
+    assert main(["check", str(bundle)]) == 0
+    assert "could not be asked: weights.bin was removed once engines" in capfd.readouterr().out
+    weights.write_bytes(kept)
+    assert Bundle.open(bundle, verify=True).has_weights

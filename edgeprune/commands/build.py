@@ -39,6 +39,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " default: TensorRT-RTX chooses)",
     )
     command.add_argument("--force", action="store_true", help="build even what is there")
+    command.add_argument(
+        "--drop-weights",
+        action="store_true",
+        help="remove the bundle's weights.bin once the engines are built: they hold the weights;"
+        " other engines then need a copy of the bundle",
+    )
     command.set_defaults(run=run)
 
 
@@ -53,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         text_capacity=args.text_capacity,
         compute=tuple(dict.fromkeys(name.upper() for name in args.compute)),
         force=args.force,
+        drop_weights=args.drop_weights,
     )
     with Bar() as bar:
         built = build(request, bar)

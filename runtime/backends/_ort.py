@@ -42,6 +42,7 @@ class OrtBackend:
         if threads is not None and threads < 1:
             raise SpecError(f"--threads is at least 1; got {threads}")
         ort = _import()
+        bundle.require_weights("ONNX Runtime")
         manifest = bundle.manifest
         if manifest.dtype not in RUNS:
             raise BackendError(
