@@ -68,6 +68,8 @@ def test_a_wheel_holds_every_module_and_the_demo_model(wheel: Path) -> None:
             inside = file.relative_to(ROOT).as_posix()
             assert (inside if folder == "edgeprune" else f"edgeprune/{inside}") in names
     assert f"edgeprune/demo/model/{next(MODEL_DIR.glob('*.safetensors')).name}" in names
+    for file in (ROOT / "edgeprune/serve/static").iterdir():
+        assert f"edgeprune/serve/static/{file.name}" in names
     assert not {n for n in names if n.startswith(("export/", "runtime/", "calib/", "tests/"))}
 
 
