@@ -21,6 +21,7 @@ from edgeprune.commands import (
     calibrate,
     check,
     compare,
+    convert,
     export,
     listing,
     report,
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
         bench,
         report,
         calibrate,
+        convert,
         listing,
     ):
         module.add(commands)

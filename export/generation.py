@@ -51,6 +51,8 @@ IDLE = {
     "length_penalty",
     "renormalize_logits",
     "remove_invalid_values",  # logits that are not numbers end an answer
+    "chat_format",  # of the first Qwen models: their family reads it
+    "max_window_size",  # of theirs: history is cut by whoever keeps it
     "is_assistant",  # a draft model changes the time of an answer, not the answer
     "num_assistant_tokens",
     "num_assistant_tokens_schedule",

@@ -45,7 +45,7 @@ def locate(model: str, revision: str | None = None, check: Check | None = None) 
     return _from_hub(model, revision, check)
 
 
-WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "*.tiktoken"]
 """Files of a checkpoint that are fetched."""
 
 
@@ -223,8 +223,13 @@ def _instead(folder: Path) -> str:
     """What to do where there are no weights in the form that is read."""
     if any(folder.glob("pytorch_model*.bin")):
         return (
-            "only safetensors are read, not the pickle pytorch_model.bin: load it with transformers"
-            " and write it with save_pretrained"
+            "only safetensors are read, not pickles (pytorch_model*.bin): write them as safetensors"
+            f" with edgeprune convert {folder}"
+        )
+    if (folder / "pytorch_model.bin.index.json").is_file():
+        return (
+            "only safetensors are read, this checkpoint has pickles (pytorch_model*.bin): download"
+            " them into a folder of yours, and write them as safetensors with edgeprune convert"
         )
     others = [f.name for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".gguf")]
     found = f" (found {others[0]})" if others else ""

@@ -130,6 +130,7 @@ class Encoded:
     key: Tensor | None  # [tiles, heads, S, head]
     indices: Tensor | None = None  # int64 [N'], patch of each token, where some were merged
     middle: tuple[Tensor, ...] = ()  # each [tiles, N, width], output of a middle block that is read
+    resampled: bool = False  # whether each of the N tokens is a query that attends to patches
 
 
 @dataclass(frozen=True)
@@ -305,9 +306,13 @@ class Encoder(Tower):
         x = self.patch(pixels).flatten(2).transpose(1, 2)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
-        x = self.pre_norm(x + self.position)
+        x = self.pre_norm(x + self.positions())
         read = (x,) if 0 in self.config.joined else ()
         return Encoding(x, read=read, contrast=self.contrast(pixels, self.site))
+
+    def positions(self) -> Tensor:
+        """What is added to the tokens of a tile: [S, width]."""
+        return self.position
 
     def contrast(self, pixels: Tensor, site: EncoderSite | None) -> Tensor | None:
         if site is None or not site.looks_at_pixels:

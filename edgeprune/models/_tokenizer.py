@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import ModelError, brief
+from edgeprune.models import _qwen_tiktoken
 from edgeprune.models._sentencepiece import FILE, Vocabulary
 from edgeprune.models._stored import read_json
 
@@ -26,6 +27,8 @@ def read_tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
         return _as_stored(folder), ()
     if (folder / FILE).is_file() and not (folder / "tokenizer.json").is_file():
         return of_pieces(folder), ()
+    if (folder / _qwen_tiktoken.FILE).is_file() and not (folder / "tokenizer.json").is_file():
+        return _qwen_tiktoken.tokenizer(folder / _qwen_tiktoken.FILE), ()
     if not any((folder / name).is_file() for name in _KNOWN):
         raise ModelError(
             f"{folder} has no usable processor or tokenizer: neither tokenizer.json nor {FILE};"

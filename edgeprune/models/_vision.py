@@ -220,6 +220,7 @@ class Vision(nn.Module):
             cls_stays=layout.cls,
             tile_of=layout.tile_of,
             middle=tuple(map(layout.tokens, seen.middle)),
+            resampled=seen.resampled,
         )
 
     def entry_scores(self, seen: Encoded) -> Tensor | None:

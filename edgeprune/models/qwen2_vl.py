@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
-from edgeprune.models._family import Elsewhere
 from edgeprune.models._qwen_tower import TowerConfig
 
 
 class Adapter(_qwen.Adapter):
     gated: ClassVar[bool] = False
-    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
-        Elsewhere("Qwen-VL (the first)", "QWenLMHeadModel", "qwen2_vl"),
-    )
 
     def config_class(self) -> Any:
         from transformers import Qwen2VLConfig

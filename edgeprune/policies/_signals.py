@@ -70,6 +70,8 @@ class VisionSignals:
     cls_stays: bool = False  # whether every tile's [CLS] goes on, whatever is pruned
     tile_of: tuple[int, ...] = ()  # of each of the N tokens, its tile; empty where there is one
     middle: tuple[Tensor, ...] = ()  # as `features`, of middle blocks that the decoder sees too
+    resampled: bool = False  # whether tokens are made of patches by the attention of `query`, one
+    # of each token; a token's patches are all then, weighted by that
 
     def cls_features(self) -> Tensor:
         """The block's output for the [CLS] of each tile: [1, tiles, width]."""
@@ -93,7 +95,7 @@ class VisionSignals:
             given.append(part.sum(1))
             own.append(part.diagonal(start, 1, 2))
         received = given[0] if len(given) == 1 else torch.stack(given).sum(0)
-        if not from_others:
+        if not from_others or self.resampled:  # learned queries are no patches
             return self._per_token(received / patches)
         return self._per_token((received - torch.cat(own, 1)) / max(1, patches - 1))
 
@@ -140,6 +142,10 @@ class VisionSignals:
 
     def _per_token(self, values: Tensor) -> Tensor:
         """[tiles, patches, ...] -> [N, ...]."""
+        if self.resampled:
+            weights = self._attention(self._states()[0])  # [tiles, N of a tile, patches]
+            mixed = weights @ values.reshape(*values.shape[:2], -1)
+            values = mixed.reshape(*mixed.shape[:2], *values.shape[2:])
         return values[0] if self.pool is None else self.pool(values)
 
     def _needed_cls(self) -> Tensor:
