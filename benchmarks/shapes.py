@@ -12,39 +12,18 @@ import math
 import shutil
 import struct
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.shape import PATCH, Shape
 from edgeprune.demo import MODEL_DIR
 
 Sizes = dict[str, tuple[int, ...]]
 
 SHARD = 2 << 30  # bytes
-PATCH = 14  # pixels a side
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder, and a vision tower in front of it: of 24 x 24 patches unless said otherwise."""
-
-    layers: int
-    width: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    bias: bool = False
-    vision_layers: int = 4
-    vision_width: int = 256
-    image: int = 336  # pixels a side
-
-    @property
-    def patches(self) -> int:
-        return (self.image // PATCH) ** 2
 
 
 SHAPES = {

@@ -47,8 +47,11 @@ class BuildRequest:
     compute: tuple[str, ...] = ()
     force: bool = False  # build again what is there
     drop_weights: bool = False  # remove weights.bin once engines are there
+    decode_tokens: int = STEP  # that the decode profile takes at most
 
     def __post_init__(self) -> None:
+        if self.decode_tokens < 1:
+            raise SpecError(f"a decode profile takes at least 1 token; got {self.decode_tokens}")
         if self.text_capacity < 1:
             raise SpecError(f"--text-capacity is at least 1 token; got {self.text_capacity}")
 
@@ -185,7 +188,7 @@ def size_ranges(
         "decode": {
             "prefix": (0, 0, longest),
             "visual": (0, 0, visual),
-            "text": (1, 1, min(STEP, most)),
+            "text": (1, 1, min(request.decode_tokens, most)),
             **{
                 f"past.{layer}": (1, max(1, full - most // 2), full)
                 for layer, full in enumerate(growing)
@@ -199,7 +202,8 @@ def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
     gpus = "+".join(request.compute) or seam.gpu() or "any"
     files = [manifest.files[f].sha256 for f in GRAPHS]
     parts = [request.backend, version, gpus, manifest.dtype]
-    everything = "\n".join([*parts, *files, str(request.text_capacity)])
+    sizes = f"{request.text_capacity} {request.decode_tokens}"
+    everything = "\n".join([*parts, *files, sizes])
     return "-".join([*parts, hashlib.sha256(everything.encode()).hexdigest()[:12]])
 
 

@@ -14,7 +14,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from benchmarks.shapes import Shape, write
+from benchmarks.shape import Shape
+from benchmarks.shapes import write
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.errors import ParityError

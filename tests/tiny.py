@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.shapes import Shape
+from benchmarks.shape import Shape
 from edgeprune.demo import SAMPLES_DIR
 
 TINY = Shape(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from benchmarks.shapes import PATCH, Shape
+from benchmarks.shape import PATCH, Shape
 
 SIDES = (336, 756)
 

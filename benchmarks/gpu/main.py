@@ -2,10 +2,15 @@
 
     python -m benchmarks.gpu prepare out/gpu/bundles              # with torch, on any machine
     python -m benchmarks.gpu run out/gpu/bundles out/gpu/results  # with the GPU
-    python -m benchmarks.gpu table out/gpu/results
+    python -m benchmarks.gpu table out/gpu/results --figure gpu.png
 
 `prepare` writes bundles without weights, a few megabytes in all, which may be copied to a device;
 `run` fills them with random weights there. `run --dry` does every step in little on the CPU.
+
+Where the device reaches no package index, another machine fills a folder that travels along:
+
+    python -m benchmarks.gpu wheels out/wheels --extras gpu --python 3.12
+    python -m benchmarks.gpu run out/gpu/bundles out/gpu/results --wheels out/wheels
 """
 
 from __future__ import annotations
@@ -15,10 +20,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu import report
+from benchmarks.gpu import figure, install, report
 from benchmarks.gpu.cells import Cell, cells, tiny
 from benchmarks.gpu.steps import Request, run
 from edgeprune.bundle import MANIFEST
+from edgeprune.drawing import image_files
 
 
 def _arguments() -> argparse.Namespace:
@@ -30,7 +36,8 @@ def _arguments() -> argparse.Namespace:
     two = commands.add_parser("run", help="measure; a run that was ended goes on")
     two.add_argument("prepared", type=Path)
     two.add_argument("results", type=Path)
-    two.add_argument("--backends", nargs="+", default=["ort-cuda"], metavar="BACKEND")
+    two.add_argument("--backends", nargs="+", metavar="BACKEND", help="default: ort-cuda")
+    install.add(two)
     two.add_argument("--rounds", type=int, default=10)
     two.add_argument("--no-eager", action="store_true", help="leave out eager torch")
     two.add_argument("--no-tests", action="store_true", help="leave out pytest -m gpu")
@@ -40,6 +47,8 @@ def _arguments() -> argparse.Namespace:
         command.add_argument("--dry", action="store_true", help="a tiny shape, on the CPU")
     three = commands.add_parser("table", help="what was measured")
     three.add_argument("results", type=Path)
+    three.add_argument("--figure", type=Path, metavar="FILE", help="also draw it (.png or .svg)")
+    install.add_download(commands)
     return parser.parse_args()
 
 
@@ -60,6 +69,10 @@ def main() -> None:
     args = _arguments()
     if args.command == "table":
         print(report.table(args.results))
+        if args.figure:
+            image_files.save(figure.figure(args.results), args.figure)
+    elif args.command == "wheels":
+        install.download(args.folder, args.extras, args.python, args.platform)
     elif args.command == "prepare":
         from benchmarks.gpu.prepare import prepare, prepare_demo
 
@@ -67,7 +80,8 @@ def main() -> None:
         prepare_demo(args.prepared, ("none", "utp") if args.dry or args.only else ())
         prepare(_chosen(args), args.prepared)
     else:
-        backends = ("ort-cpu",) if args.dry else tuple(args.backends)
+        usual = ["ort-cpu"] if args.dry else ["ort-cuda"]
+        backends = tuple(args.backends or usual)
         run(
             Request(
                 _prepared(_chosen(args), args.prepared),

@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.bundle import MANIFEST, FileRecord, read_manifest, sha256
+from edgeprune.files import write_whole
 from edgeprune.graph_contract import GRAPHS, WEIGHTS
 from edgeprune.lowering import DTYPES
 from edgeprune.runtime.dtypes import to_stored
@@ -121,6 +123,15 @@ def fill(bundle: Path, seed: int = 0) -> None:
         stream.truncate(notes["bytes"])
         _write(stream, kept, [Piece(*piece) for piece in notes["pieces"]], seed)
     draft.rename(bundle / WEIGHTS)
+
+
+def seal(bundle: Path) -> None:
+    """Note the hash of the weights in the manifest: engines are built of verified files."""
+    manifest, weights = read_manifest(bundle), bundle / WEIGHTS
+    record = FileRecord(weights.stat().st_size, sha256(weights))
+    if manifest.files[WEIGHTS] != record:
+        sealed = replace(manifest, files={**manifest.files, WEIGHTS: record})
+        write_whole(bundle / MANIFEST, sealed.to_json().encode())
 
 
 def _same(one: Path, other: Path, text: str) -> bool:

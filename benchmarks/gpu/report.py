@@ -26,6 +26,8 @@ HEAD = (
     "J",
 )
 
+RANGES = ("model and image", "engine", "decode tokens at most", "engine MB", "decode ms")
+
 
 def table(results: Path) -> str:
     """A Markdown table, and below it what could not be run."""
@@ -36,7 +38,25 @@ def table(results: Path) -> str:
         for file, found in _files(results, "*")
         if "failed" in found
     ]
-    return "\n".join([text, "", *failed])
+    parts = [text, *_ranges(results), "\n".join(failed)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _ranges(results: Path) -> Iterator[str]:
+    """What the range of the decode profile costs, where engines were built."""
+    lines = [
+        [
+            *_named(found["cell"]),
+            found["backend"],
+            str(one["tokens"]),
+            f"{one['bytes'] / 1e6:.1f}",
+            _milliseconds(one["rounds"]["decode"]) if "rounds" in one else "-",
+        ]
+        for _, found in _files(results, "ranges-*")
+        for one in found.get("ranges", [])
+    ]
+    if lines:
+        yield markdown(RANGES, lines)
 
 
 def _rows(results: Path) -> Iterator[tuple[tuple[int, str], tuple[str, ...]]]:

@@ -7,6 +7,7 @@ takes longer than it may, leaves a file with the reason, and the next one runs.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -23,12 +24,17 @@ from edgeprune.bench.bench import BenchRequest, bench
 from edgeprune.errors import EdgepruneError
 from edgeprune.graph_contract import WEIGHTS
 from edgeprune.runtime import machine, trt
-from edgeprune.runtime.build import BuildRequest, build
+from edgeprune.runtime.build import STEP, BuildRequest, build
+from edgeprune.runtime.engines import ENGINES
 
 LIMIT = 240
 """Seconds that one command may take."""
 COUNTED = ("0.5b", "tiny")
 """Shapes whose launches are counted: graphs of other sizes have the same nodes per layer."""
+
+
+DECODE_TOKENS = (STEP, 8, 1)
+"""Tokens that a decode profile takes at most; of one exactly TensorRT stores weights twice."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,10 @@ def steps(request: Request) -> Iterator[Step]:
         if cells[0].shape in COUNTED and cells[0].side < SIDES[-1]:
             for cell in cells:
                 yield Step(f"launches-{cell.name}", partial(_launches, request, cell))
+            for backend in request.backends:
+                if backend in trt.MODULES:
+                    task = partial(_ranges, request, cells[0], backend)
+                    yield Step(f"ranges-{cells[0].name}-{backend}", task)
         yield Step(f"emptied-{name}", partial(_empty, request, cells))
     if request.tests:
         yield Step("tests", _tests)
@@ -106,9 +116,34 @@ def _bench(request: Request, cells: Sequence[Cell], backend: str) -> dict[str, A
     filled = time.perf_counter() - begin
     if backend in trt.MODULES:
         for path in paths:
+            random_weights.seal(path)
             build(BuildRequest(path, backend))
     asked = BenchRequest(paths, (backend,), rounds=request.rounds, new_tokens=request.new_tokens)
     return {"filled_seconds": filled, **json.loads(bench(asked).to_json())}
+
+
+def _ranges(request: Request, cell: Cell, backend: str) -> dict[str, Any]:
+    """What the range of the decode profile costs: engines for up to 128 tokens, up to 8, one.
+
+    Sizes are of the decoder's engine; where no GPU runs it, times are missing, with the reason.
+    """
+    path = request.prepared / cell.name
+    random_weights.fill(path)
+    random_weights.seal(path)
+    found = []
+    for tokens in DECODE_TOKENS:
+        shutil.rmtree(path / ENGINES, ignore_errors=True)  # of several one would be chosen
+        built = build(BuildRequest(path, backend, decode_tokens=tokens))
+        engine = built.record["engines"]["decoder"]
+        one = {"tokens": tokens, "bytes": engine["bytes"], "build_seconds": engine["seconds"]}
+        try:
+            asked = BenchRequest((path,), (backend,), rounds=request.rounds)
+            one["rounds"] = asdict(bench(asked).rows[0].rounds)
+        except EdgepruneError as error:
+            one["why"] = str(error)
+        found.append(one)
+    shutil.rmtree(path / ENGINES)
+    return {"cell": cell.name, "backend": backend, "ranges": found}
 
 
 def _empty(request: Request, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -143,7 +178,10 @@ def _tests() -> dict[str, Any]:
     """`pytest -m gpu`: its last lines, and a line for each test."""
     options = ["-m", "gpu", "-v", "--tb=short", "--show-capture=no"]
     done = _command("pytest", *options, "tests/test_gpu.py")
-    return {"code": done.returncode, "tail": done.stdout[-12000:], "errors": done.stderr[-2000:]}
+    found: dict[str, Any] = {"tail": done.stdout[-12000:], "errors": done.stderr[-2000:]}
+    if done.returncode:
+        found["failed"] = (done.stdout.strip() or done.stderr.strip())[-2000:]
+    return {"code": done.returncode, **found}
 
 
 def _run_json(module: str, *arguments: str) -> dict[str, Any]:
