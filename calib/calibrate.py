@@ -29,11 +29,15 @@ EVIDENCE = 2
 """Raised where images are read, or prompts written, in another way: old evidence is made anew."""
 ENCODER = 1
 """Likewise of what is measured of the encoder."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "qwen.tiktoken"),
+)
 PROMPT_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+    *("chat_template.jinja", "chat_template.json"),
     *("preprocessor_config.json", "processor_config.json"),
 )
-"""Files of a checkpoint, beside the weights, that decide what a sample is."""
+"""Files of a checkpoint, beside the weights and the tokenizer, that decide what a sample is."""
 
 
 Measure = Callable[[Progress], Evidence]
@@ -182,9 +186,10 @@ def encoder_key(request: CalibrationRequest, adapter: Adapter, method: EncoderMe
 
 def _key(request: CalibrationRequest, adapter: Adapter, *what: str) -> str:
     """A hash of the weights, what a prompt shows, samples, this version, and `what` else."""
-    folder = adapter.checkpoint.folder
+    folder, tokenizer = adapter.checkpoint.folder, adapter.checkpoint.text_folder
     parts = [__version__, adapter.checkpoint.fingerprint(), *what]
     parts += [f"{name} {_digest(folder / name)}" for name in PROMPT_FILES]
+    parts += [f"{name} {_digest(tokenizer / name)}" for name in TOKENIZER_FILES]
     parts.append(f"{adapter.pixels} {adapter.tiling} {adapter.asked}")
     parts.append(f"{request.samples} of {_samples_fingerprint(request)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

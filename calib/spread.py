@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Spread:
     size: Size | None = None
     images: int = 1
     frames: int | None = None
+    tokenizer: Path | None = None
 
     def measure(self, report: Progress = silent) -> Evidence:
         """The evidence of all samples, in their order; ScheduleError where a part is missing."""
@@ -84,6 +86,7 @@ def _measure(spread: Spread, part: range) -> tuple[Evidence, ...]:
         size=spread.size,
         images=spread.images,
         frames=spread.frames,
+        tokenizer=spread.tokenizer,
     )
     check_room(adapter, len(part))
     policy, processor = policies.make(spread.spec), Processor(adapter)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from edgeprune import policies
-from edgeprune.calib.calibrate import CalibrationRequest, calibrate
+from edgeprune.calib.calibrate import CalibrationRequest, calibrate, evidence_key
 from edgeprune.calib.spread import Spread, ranges
 from edgeprune.cli import main
 from edgeprune.cluster import Cluster
@@ -181,6 +181,21 @@ def test_a_part_that_was_not_measured_is_an_error(
         spread.measure()
 
 
+def test_parts_are_read_with_the_tokenizer_that_was_named(ray: FakeRay, tmp_path: Path) -> None:
+    request, other = CalibrationRequest(4.0, 5), tmp_path / "none"
+    spread = Spread(Cluster("auto", 2), request, PruneSpec("utp", 4.0), "demo", tokenizer=other)
+    with pytest.raises(ScheduleError, match="--tokenizer is a folder with a tokenizer"):
+        spread.measure()
+    policy = policies.make(PruneSpec("utp", 4.0))
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    here, there = (open_model("demo", tokenizer=tmp_path / name) for name in ("here", "there"))
+    key = evidence_key(request, here, policy)
+    assert evidence_key(request, there, policy) == key
+    (tmp_path / "there" / "tokenizer.model").write_bytes(b"another")
+    assert evidence_key(request, there, policy) != key
+
+
 def test_every_sample_is_in_one_part() -> None:
     for total in range(1, 12):
         for parts in range(1, 6):
@@ -196,3 +211,7 @@ def test_the_command_calibrates_on_a_cluster(
     assert main([*base, "--ray", "auto", "--jobs", "2"]) == 0
     assert ray.most == 2
     assert len(capsys.readouterr().out.split()) == 12
+
+
+def test_jobs_without_a_cluster_are_refused(refused: Refused) -> None:
+    assert "--jobs is for --ray" in refused("calibrate", "--cr", "4", "--jobs", "2", "-o", "s.json")

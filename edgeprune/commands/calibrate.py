@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgeprune import terminal
 from edgeprune.commands import _common
+from edgeprune.errors import SpecError
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from edgeprune.progress import Bar
     from edgeprune.spec import check_reach
 
+    if args.jobs is not None and args.ray is None:
+        raise SpecError("--jobs is for --ray; give the address of a cluster or leave it out")
     spec = _common.spec(args)
     policy = policies.make(spec)
     _common.check_output(args.output)
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
                 args.image_size,
                 args.num_images,
                 args.frames,
+                args.tokenizer,
             ).measure
         schedule = calibrate(asked, adapter, policy, processor, bar, measure)
     _common.write_output(args.output, schedule.to_json())

@@ -23,7 +23,6 @@ from edgeprune.models._names import TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._text import decoder_config
-from edgeprune.models._tokenizer import read_tokenizer
 from edgeprune.models._towers import SIGLIP, is_tied, one_size, siglip
 
 
@@ -64,9 +63,8 @@ class Adapter(_adapter.Adapter):
 
     def read_media(self) -> Media:
         """The template writes the token that begins an image; the image stands behind it."""
-        tokenizer, _ = read_tokenizer(self.checkpoint.folder)
         start, end = self.config.boi_token_index, self.config.eoi_token_index
-        around = (str(tokenizer.convert_ids_to_tokens(token)) for token in (start, end))
+        around = (str(self.chat.tokenizer.convert_ids_to_tokens(token)) for token in (start, end))
         written = IMAGE_SLOT.join(around)
         return Media(start, int(self.config.image_token_id), template=f"\n\n{written}\n\n")
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
 from edgeprune.models import _adapter
-from edgeprune.models._chat import Chat
 from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._gemma import BRANCH_NORMS, gemma2
@@ -55,11 +54,11 @@ class Adapter(_adapter.Adapter):
 
     def read_media(self) -> Media:
         """There is no chat template: the processor writes the image, [BOS], a prompt, a newline."""
-        bos = Chat(self.checkpoint.folder).tokenizer.bos_token
+        bos = self.chat.tokenizer.bos_token
         if not bos:
             raise ModelError(
-                f"{self.checkpoint.folder} has a tokenizer without bos_token, which PaliGemma's"
-                " prompts begin with; add it to tokenizer_config.json"
+                f"{self.checkpoint.text_folder} has a tokenizer without bos_token, which prompts of"
+                " PaliGemma begin with; add it to tokenizer_config.json"
             )
         turns = Turns(f"{{image}}{bos}{{prompt}}\n", "{prompt}\n", "PaliGemma")
         return Media.of_images(self.config, self.asked.images, assumed=turns)
