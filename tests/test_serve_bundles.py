@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ from edgeprune.serve.memory import Memory
 from edgeprune.serve.messages import conversation
 from edgeprune.serve.model import Finished, ServedBundle
 from edgeprune.serve.request import ChatRequest
+from edgeprune.serve.scheduler import Job
 from tests.server import LONG, NEXT, QUESTION, SCENE, Server, asked, chat, refusal, running, went_on
 
 httpx = pytest.importorskip("httpx")
@@ -93,6 +95,22 @@ def test_a_bundle_that_made_room_answers_again(demo_fastv: Path) -> None:
     assert later.usage.cached == 0, "it was read again"
     for bundle in pair:
         bundle.close()
+
+
+def test_waiting_for_room_is_no_step_of_the_engine(demo_fastv: Path) -> None:
+    memory, busy = Memory(10), Thing(8)
+    bundle = ServedBundle(lambda: Engine.open(demo_fastv, threads=1), 2, 4, memory, 6)
+    talk = conversation(asked(QUESTION), ImageDoors(1 << 20))
+    events = queue.SimpleQueue[object]()
+    job = Job(lambda: bundle.answer(ChatRequest("demo", talk, {}, choices=())), events.put)
+    with memory.using(busy):
+        bundle.scheduler.submit(job)
+        with pytest.raises(queue.Empty):
+            events.get(timeout=0.1)
+        assert bundle.scheduler.running and bundle.scheduler.step_seconds == 0
+    while not isinstance(event := events.get(timeout=10), Finished):
+        assert not isinstance(event, Exception)
+    bundle.close()
 
 
 @pytest.fixture

@@ -176,7 +176,10 @@ def is_public(text: str) -> bool:
             return is_public(str(inner))
         if int(address) >> 32 == 0:  # ::a.b.c.d, an old form of the same
             return False
-    return address.is_global and not address.is_multicast
+    special = (
+        address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False)
+    )
+    return address.is_global and not special
 
 
 def _parts(url: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,9 @@ class ServedBundle:
 
     def answer(self, request: ChatRequest) -> Generator[Event, None, None]:
         """The pieces of an answer, and what it was. Left before its end, it frees its sequence."""
-        with self._memory.using(self):
+        with ExitStack() as stack:
+            with self.scheduler.outside_step():  # which waits while other bundles answer
+                stack.enter_context(self._memory.using(self))
             yield from self._answer(request)
 
     def _answer(self, request: ChatRequest) -> Generator[Event, None, None]:

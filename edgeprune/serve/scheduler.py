@@ -10,8 +10,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from edgeprune.serve.errors import HttpError
@@ -89,6 +89,16 @@ class Scheduler:
         """How long the call that runs now has been running; 0 where none does."""
         started = self._step
         return 0.0 if started is None else time.monotonic() - started
+
+    @contextmanager
+    def outside_step(self) -> Iterator[None]:
+        """A block of a job that is no call of the engine: it does not count in `step_seconds`."""
+        started, self._step = self._step, None
+        try:
+            yield
+        finally:
+            if started is not None:
+                self._step = time.monotonic()
 
     @property
     def is_full(self) -> bool:

@@ -17,7 +17,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgeprune import terminal
+from edgeprune.bundle import read_manifest
 from edgeprune.errors import SpecError
+from edgeprune.graph_contract import WEIGHTS
 from edgeprune.runtime.engine import Engine
 from edgeprune.serve import systemd
 from edgeprune.serve.admission import Limits
@@ -117,10 +119,8 @@ def _open(path: Path, *, request: ServeRequest, memory: Memory) -> ServedBundle:
 
 
 def _weights(path: Path) -> int:
-    """Bytes of a bundle's weights; 0 where there is none, which opening will tell."""
-    with suppress(OSError):
-        return (path / "weights.bin").stat().st_size
-    return 0
+    """Bytes of a bundle's weights: engines hold as much where the file itself was removed."""
+    return read_manifest(path).files[WEIGHTS].bytes
 
 
 async def _run(
