@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from edgeprune.bundle import MANIFEST
 from edgeprune.runtime import Engine, Session
 from edgeprune.serve import systemd
 from edgeprune.serve.images import ImageDoors
@@ -184,9 +185,13 @@ def test_a_bundle_is_replaced_and_rolled_back_while_it_answers(
     assert server.process.wait(30) == 0
 
 
-def test_more_than_fits_is_refused_at_the_start(demo_fastv: Path, refused: Any) -> None:
+def test_more_than_fits_is_refused_at_the_start(
+    demo_fastv: Path, refused: Any, tmp_path: Path
+) -> None:
     assert "--memory is 1; give more" in refused("serve", demo_fastv, "--memory", 1)
     assert "--memory is a number" in refused("serve", demo_fastv, "--memory", 0)
+    shutil.copy(demo_fastv / MANIFEST, tmp_path)  # its weights are in engines alone
+    assert "--memory is 1; give more" in refused("serve", tmp_path, "--memory", 1)
 
 
 def test_systemd_is_told(demo_fastv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

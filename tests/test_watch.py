@@ -19,7 +19,7 @@ from PIL import Image
 
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import InputError, SpecError
-from edgeprune.runtime import Session
+from edgeprune.runtime import Sampling, Session
 from edgeprune.watch.alarm import Alarm
 from edgeprune.watch.changes import change, levels
 from edgeprune.watch.latest import Latest
@@ -78,6 +78,21 @@ def test_equal_frames_are_encoded_once(session: Session, monkeypatch: pytest.Mon
     assert [record["image_reused"] for record in records] == [False, True, False, False]
     assert len(calls) == 3
     assert [record["text"] for record in records[:2]] == ["5", "5"]
+
+
+def test_the_longest_answer_changes_no_other_setting(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, ask, given = Sampling(repetition_penalty=1.05), session.ask, list[Any]()
+
+    def noted(image: Any, prompt: str, sampling: Any, *rest: Any) -> Any:
+        given.append(sampling)
+        return ask(image, prompt, sampling, *rest)
+
+    monkeypatch.setattr(Session, "sampling", own)
+    monkeypatch.setattr(session, "ask", noted)
+    asked(session, Given((STILL,)), max_new_tokens=3)
+    assert given == [Sampling(repetition_penalty=1.05, max_new_tokens=3)]
 
 
 def test_every_is_in_the_time_of_the_source(session: Session) -> None:
@@ -172,6 +187,7 @@ def test_an_address_that_nobody_answers_is_one_error() -> None:
     with pytest.raises(InputError, match=r"rtsp://127\.0\.0\.1:9/a cannot be read"):
         next(find("rtsp://me:pw@127.0.0.1:9/a", None, "rgb", io.BytesIO()).frames())
     assert shown("rtsp://me:pw@host/a@b") == "rtsp://host/a@b"
+    assert shown("rtsp://me:p@w@host/a") == "rtsp://host/a"
 
 
 def test_a_clip_gives_all_its_frames_and_times(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="ask only where a part of the frame changed by T, from 0 (at all) to 1 (from black to"
         " white), since the last frame that was asked; 0.05 suits most cameras",
     )
-    command.add_argument(
+    form = command.add_mutually_exclusive_group()
+    _common.add_answer_format(form)
+    form.add_argument(
         "--choices", metavar="A,B,...", help="answers to choose from, with probabilities"
     )
     command.add_argument(
@@ -45,7 +47,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="CONDITION",
         help="such as 'yes>0.8': tell whether it holds; --choices are yes,no unless given",
     )
-    _common.add_answer_format(command)
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
     command.add_argument(
         "--frames",

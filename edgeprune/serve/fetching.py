@@ -174,12 +174,9 @@ def is_public(text: str) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-        if int(address) >> 32 == 0:  # ::a.b.c.d, an old form of the same
+        if int(address) >> 32 == 0 or address.is_site_local:  # ::a.b.c.d: an old form of the same
             return False
-    special = (
-        address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False)
-    )
-    return address.is_global and not special
+    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def _parts(url: str) -> tuple[str, str]:

@@ -184,4 +184,4 @@ def find(name: str, size: tuple[int, int] | None, pixels: str, pipe: BinaryIO) -
 
 def shown(name: str) -> str:
     """A source as it may be told: without a password."""
-    return re.sub(r"//[^/@]*@", "//", name)
+    return re.sub(r"//[^/]*@", "//", name)

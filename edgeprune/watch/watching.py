@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 from edgeprune import terminal
 from edgeprune.errors import InputError, SpecError
 from edgeprune.images import read_image
-from edgeprune.runtime import AnswerFormat, Sampling, Session
+from edgeprune.runtime import AnswerFormat, Session
 from edgeprune.runtime.backend import EncodedImage
 from edgeprune.runtime.media import prepare
 from edgeprune.watch.alarm import Alarm
@@ -122,7 +122,7 @@ class Watch:
         if not request.choices:
             sampling = None
             if request.max_new_tokens is not None:
-                sampling = Sampling(max_new_tokens=request.max_new_tokens)
+                sampling = replace(session.sampling, max_new_tokens=request.max_new_tokens)
             answer = session.ask(
                 image, request.prompt, sampling, request.system, request.answer_format
             )
