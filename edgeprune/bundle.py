@@ -127,10 +127,8 @@ class EncoderRecord:
     kept: Count  # units of a tile that go through all blocks
     samples: Amount = 0  # on which loss was measured
     r2: Annotated[float, Between(-1e6, 1)] | None = None  # of an exit's map, on images it never saw
-    angle: Annotated[float, Between(0, 4)] | None = (
-        None  # mean, radians, between the decoder's last
-    )
-    # features with the shortened encoder and with all of it
+    angle: Annotated[float, Between(0, 4)] | None = None  # mean, in radians, between the decoder's
+    # last features with the shortened encoder and with all of it
 
     @property
     def share(self) -> float:
@@ -244,14 +242,14 @@ class WeightsRecord:
     """How weights of products are quantised, and what that changes of the model.
 
     `distance` is that of the model with these weights, computed in float32, to the same model with
-    the checkpoint's own; `running` that of the graph as ONNX Runtime's CPU provider runs it, which
-    rounds activations to int8 in these products, and is None for other targets. `rounded` is that
-    of the eager model whose activations are rounded as `activations=on` of --weights has it.
+    the checkpoint's own. `running` is that of the graph with activations rounded, as ONNX Runtime's
+    CPU provider runs it; None where no activation is. `rounded` is that of the eager model whose
+    activations are rounded as `activations=on` of --weights has it; None without that.
     """
 
     format: str  # as --weights takes it, with every option
     algorithm: str  # that chose the codes, where they are not the checkpoint's own
-    tensors: dict[str, Amount]  # products by kind: float, int8, int4
+    tensors: dict[str, Amount]  # products by kind: float, int8, int4, fp8
     packed: Amount  # products whose weights the checkpoint stores in a quantised form
     own: Amount  # of these, those whose codes are the checkpoint's own
     numbers: Bytes  # weights that are quantised

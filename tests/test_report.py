@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from edgeprune.bench.bench import Absent, BenchResult
-from edgeprune.bundle import MANIFEST, Bundle
+from edgeprune.bundle import MANIFEST, Bundle, DistanceRecord, WeightsRecord
 from edgeprune.cli import main
 from edgeprune.compare.results import Comparison, Missing, Result
 from edgeprune.intervals import difference, wilson
+from edgeprune.report import proof, sections
 from edgeprune.report.evaluation import Evaluation, TaskScore
+from edgeprune.report.html import join
 from edgeprune.report.page import Heading, render
 from edgeprune.report.sources import read
 from tests.conftest import Refused
@@ -188,6 +190,18 @@ def test_a_bundle_without_parity_is_said_first(folder: Path) -> None:
     page = Page(render(read([folder]), Heading()))
     assert "NOT checked for 1 of 1 bundles" in page.said
     assert "NOT checked: nobody asked" in {cell for r in page.rows for cell in r}
+
+
+def test_what_shortens_the_encoder_and_what_is_rounded_is_told(tiny_jetpack7: Path) -> None:
+    found = Bundle.open(tiny_jetpack7).manifest
+    encoder = replace(found.encoder, method="exit:at=2:keep=0.5")
+    near, far = (DistanceRecord({}, logits, 1.0) for logits in (0.1, 0.2))
+    weights = WeightsRecord("fp8", "rounding", {"fp8": 1}, 0, 0, 1, 8, 0.1, {}, near, near, far)
+    given = [replace(found, encoder=encoder, weights=weights)]
+    assert "exit:at=2:keep=0.5" in Page(join(sections.pruned(given))).rows[1]
+    rows = {line[1]: line[3] for line in Page(join(proof.parity(given))).rows if len(line) == 5}
+    assert rows["weights fp8"] == rows["the same as it runs, activations rounded"] == "0.1"
+    assert rows["the same, activations rounded, eager"] == "0.2"
 
 
 def test_folders_without_results_are_refused(tmp_path: Path, refused: Refused) -> None:

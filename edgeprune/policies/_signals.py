@@ -58,10 +58,8 @@ class VisionSignals:
     """
 
     features: Tensor  # [1, N, width], the block's output for the N tokens, [CLS] dropped
-    query: (
-        Tensor | None
-    )  # [tiles, heads, (1 +) patches, head], [CLS] first where there is one; None
-    # where patches leave the encoder before a block has seen all of them
+    query: Tensor | None  # [tiles, heads, (1 +) patches, head], [CLS] first where there is one;
+    # None where patches leave the encoder before a block has seen all of them
     key: Tensor | None  # [tiles, heads, (1 +) patches, head]
     grid: tuple[int, int]  # rows, columns of the tokens; (1, V) where they are no rectangle
     cls: Tensor | None = None  # [tiles, 1, width], the block's output for [CLS]; None without one

@@ -54,9 +54,7 @@ class Policy(_policy.Policy):
     utr: bool = True  # off: no schedule, all pruning after layer K
     K: int = 2  # with utr=off, layers that see every token that enters
     position: str = "middle"  # of all visual tokens in URE: middle, start, end or none
-    query: str = (
-        "last"  # whose attention scores: the last prompt token's, or text: all after the image
-    )
+    query: str = "last"  # whose attention scores: the last token's, or text: all after the image
 
     paper: ClassVar[str] = "Unbiased Token Pruning for Efficient Large Multimodal Models"
     summary: ClassVar[str] = "position-agnostic attention, per-layer counts from an integer program"

@@ -19,13 +19,13 @@ from edgeprune.tables import Table
 
 CHART = 640, 300  # width and height of a schedule, in pixels at scale 1
 TIMES = ("vision ms", "prefill ms", "TTFT ms", "decode ms/token", "tok/s")
-SPEEDUPS = ("prefill x", "limit x", "reached", "decode x")
+SPEEDUPS = ("vision x", "vision limit x", "TTFT x", "prefill x", "limit x", "reached", "decode x")
 MEMORY = ("weights", "KV MB", "peak MB", "load s", "build s", "J")
 
 
 def pruned(bundles: Sequence[Manifest]) -> Iterator[Markup]:
     """What was pruned: a row and a chart for each bundle."""
-    heads = ("bundle", "model", "method", "CR", "visual tokens", "enter the layers")
+    heads = ("bundle", "model", "encoder", "method", "CR", "visual tokens", "enter the layers")
     yield table(
         Table(
             "What was pruned: of the visual tokens of an image, how many enter the first and the"
@@ -49,6 +49,7 @@ def _pruned(manifest: Manifest) -> list[str]:
     return [
         manifest.name,
         manifest.model,
+        manifest.encoder.method,
         " ".join([prune.method, *options]),
         f"{prune.cr_reached:.2f}",
         str(prune.visual_tokens),
