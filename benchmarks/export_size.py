@@ -2,6 +2,7 @@
 
     python -m benchmarks.export_size --targets jetpack7 jetpack6          # all, one after the other
     python -m benchmarks.export_size llava-1.5-7b --targets jetpack6
+    python -m benchmarks.export_size internvl2-8b --weights int4
 
 The checkpoint is a set of sparse files of zeros, so it takes no disk; the bundle takes as much as
 the real one and is removed before the next. Each bundle is exported in a process of its own, whose
@@ -52,7 +53,7 @@ class Clock:
         self.report("", 0, 0)
 
 
-def measure(name: str, target: str, cr: float, work: Path) -> dict[str, Any]:
+def measure(name: str, target: str, cr: float, work: Path, weights: str) -> dict[str, Any]:
     """Export one bundle in this process; seconds, bytes."""
     published, output = PUBLISHED[name], work / f"{name}-utp-{target}"
     checkpoint = published.write(work / name)
@@ -62,8 +63,9 @@ def measure(name: str, target: str, cr: float, work: Path) -> dict[str, Any]:
         shape = adapter.shape
         policy = make(spec)
         plan = planned(policy, shape, cr)
+        kind = "fp16", weights
         request = ExportRequest(
-            name, spec, plan, output, target, "fp16", no_parity="weights are zeros"
+            name, spec, plan, output, target, *kind, no_parity="weights are zeros"
         )
         exported = export(request, adapter, policy, Processor(adapter), [], clock.report)
         clock.end()
@@ -115,17 +117,20 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(PUBLISHED), metavar="MODEL", help=known)
     parser.add_argument("--targets", nargs="+", default=["jetpack7"], metavar="TARGET")
     parser.add_argument("--cr", type=float, default=4)
+    parser.add_argument("--weights", default="float", metavar="FORMAT", help="as export takes it")
     parser.add_argument("--work", type=Path, default=Path("out/size"))
     args = parser.parse_args()
     if unknown := [name for name in args.models if name not in PUBLISHED]:
         parser.error(f"no model {unknown[0]!r}; {known}")
     if len(args.models) == len(args.targets) == 1:
-        found = measure(args.models[0], args.targets[0], args.cr, args.work)
+        one = args.models[0], args.targets[0]
+        found = measure(*one, args.cr, args.work, args.weights)
         print(f"{COLUMNS}\n{row(found)}\n{json.dumps(found)}")
         return
     print(COLUMNS + "\n" + "| --- " * (COLUMNS.count("|") - 1) + "|")
     for name, target in itertools.product(args.models, args.targets):
         options = ["--targets", target, "--cr", str(args.cr), "--work", str(args.work)]
+        options += ["--weights", args.weights]
         command = [sys.executable, "-m", "benchmarks.export_size", name, *options]
         told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         print(told.splitlines()[1], flush=True)

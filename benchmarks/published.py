@@ -36,6 +36,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from benchmarks.edge_shapes import EDGE_SHAPES
+from benchmarks.original_shapes import ORIGINALS, Original
 from benchmarks.published_shape import IMAGE_TOKEN, VIDEO_TOKEN, Published
 from benchmarks.qwen3_shapes import QWEN3_SHAPES, Qwen3Shape
 from benchmarks.qwen_shapes import SHAPES, QwenShape
@@ -143,7 +144,7 @@ def _internvl_processor() -> Any:
     return GotOcr2ImageProcessorPil(size=_square(448), crop_to_patches=True)
 
 
-PUBLISHED: dict[str, Published | QwenShape | Qwen3Shape] = {
+PUBLISHED: dict[str, Published | QwenShape | Qwen3Shape | Original] = {
     "llava-1.5-7b": Published(lambda: _llava(_vicuna(32, 4096, 11008, 32)), _clip_processor),
     "llava-1.5-13b": Published(lambda: _llava(_vicuna(40, 5120, 13824, 40)), _clip_processor),
     "llava-next-7b": Published(_llava_next, _next_processor, Size(672, 672)),
@@ -158,6 +159,7 @@ PUBLISHED: dict[str, Published | QwenShape | Qwen3Shape] = {
     **EDGE_SHAPES,
     **SHAPES,
     **QWEN3_SHAPES,
+    **ORIGINALS,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from text_cases import llama
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
 from edgeprune.errors import ModelError
@@ -74,3 +74,23 @@ def test_a_damaged_one_is_named(copy_checkpoint: Callable[[], Path]) -> None:
     (checkpoint := copy_checkpoint()).joinpath("tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="has no usable processor or tokenizer"):
         read_tokenizer(checkpoint)
+
+
+def test_no_code_of_a_folder_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask on the terminal whether to run what config.json names."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {letter: number for number, letter in enumerate(sorted(letters))} | {"wh": 256}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nw h\n")
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "unk_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    code = {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "internvl_chat"}
+    (tmp_path / "config.json").write_text(json.dumps(code))
+    (tmp_path / "code.py").write_text("raise SystemExit")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    tokenizer, notes = read_tokenizer(tmp_path)
+    assert (tokenizer.encode("what")[0], notes) == (256, ())
+    settings = {"tokenizer_class": "OwnTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="names the tokenizer OwnTokenizer, which transformers"):
+        read_tokenizer(tmp_path)

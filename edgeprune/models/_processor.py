@@ -71,7 +71,7 @@ def _image_processor(folder: Path) -> Any:
 
     try:
         return transformers.AutoImageProcessor.from_pretrained(
-            folder, backend="pil", local_files_only=True
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds for a broken folder
         file, kind = _named(folder)

@@ -25,6 +25,8 @@ def read_tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
     """A tokenizer of transformers, and notes on it; ModelError where a folder has none."""
     if (folder / "tokenizer.json").is_file() and _asks_for_code(folder):
         return _as_stored(folder), ()
+    if (folder / "vocab.json").is_file() and _asks_for_code(folder):
+        return _of_class(folder), ()
     if (folder / FILE).is_file() and not (folder / "tokenizer.json").is_file():
         return of_pieces(folder), ()
     if (folder / _qwen_tiktoken.FILE).is_file() and not (folder / "tokenizer.json").is_file():
@@ -41,7 +43,9 @@ def _as_transformers_does(folder: Path) -> tuple[Any, tuple[str, ...]]:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        built: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        built: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds for a broken folder
         raise _unusable(folder, error) from error
     if type(built) is PreTrainedTokenizerFast or not (folder / "tokenizer.json").is_file():
@@ -63,6 +67,24 @@ def _as_stored(folder: Path) -> Any:
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise _unusable(folder, error) from error
+
+
+def _of_class(folder: Path) -> Any:
+    """The tokenizer of transformers that the folder names, without a look at config.json, which
+    names code."""
+    import transformers
+
+    name = str(_settings(folder).get("tokenizer_class"))
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ModelError(
+            f"{folder} names the tokenizer {name}, which transformers {transformers.__version__}"
+            " has not; add tokenizer.json"
+        )
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise _unusable(folder, error) from error
 
@@ -123,7 +145,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _asks_for_code(folder: Path) -> bool:
-    return "auto_map" in _settings(folder)
+    """Whether transformers would ask to run code of the folder."""
+    file = folder / "config.json"
+    return "auto_map" in {**_settings(folder), **(read_json(file) if file.is_file() else {})}
 
 
 def _content(token: Any) -> str | None:
