@@ -127,14 +127,13 @@ def _put(draft: Path, target: Path, kept: Path) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Exchange two paths at one moment; False where one is absent or nothing can do it."""
-    if sys.platform != "linux":
-        return False
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):  # a C library without it
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+    done = False
+    if sys.platform == "linux":
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        with suppress(OSError, AttributeError):  # a C library without it
+            rename = ctypes.CDLL(None, use_errno=True).renameat2
+            done = rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    return done
 
 
 def _prefix(target: Path) -> str:
@@ -176,15 +175,15 @@ def _lock(folder: Path) -> int | None:
 
     BlockingIOError where another process holds it, FileNotFoundError where it is gone.
     """
-    if sys.platform == "win32":
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        folder.stat()
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, (BlockingIOError, FileNotFoundError)):
-            raise
-        return None  # a file system without locks
-    return descriptor
+    held = None
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.stat()
+            held = descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, (BlockingIOError, FileNotFoundError)):
+                raise  # any other: a file system without locks
+    return held

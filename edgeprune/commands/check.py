@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands import _common
-from edgeprune.errors import SpecError
+from edgeprune.errors import BackendError, SpecError
+from edgeprune.install_hints import install
 from edgeprune.tables import plain
 
 if TYPE_CHECKING:
@@ -97,8 +98,15 @@ def _bundle(path: Path, asked: list[str]) -> Report:
 
 
 def _check_targets(asked: list[str]) -> None:
-    from edgeprune.export.rules import TARGETS
-
+    try:
+        from edgeprune.export.rules import TARGETS
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "google", "google.protobuf"):
+            raise
+        raise BackendError(
+            "check BUNDLE needs the package onnx, which looks through graphs;"
+            f" {install('check')} (check alone, without a bundle, needs nothing)"
+        ) from error
     known = [name for target in TARGETS for name in target.names]
     if unknown := [name for name in asked if name not in known]:
         raise SpecError(f"there is no target {unknown[0]!r}; choose: {', '.join(known)}")
