@@ -75,7 +75,7 @@ def _scales(
     group: Group, adapter: Adapter, sources: Mapping[str, Source], moments: Mapping[str, Moments]
 ) -> Tensor:
     """s of the inputs of a group: [K]."""
-    inputs = torch.as_tensor(moments[group.products[0]].largest)
+    inputs = torch.stack([torch.as_tensor(moments[one].largest) for one in group.products]).amax(0)
     strips = (part for name in group.products for _, part in adapter.floats(sources[name]))
     weights = torch.stack([part.abs().amax(1) for part in strips]).amax(0)
     found = _positive(group.largest(inputs)) / _positive(group.largest(weights))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune.bundle import Bundle
 from edgeprune.calib import smoothing
+from edgeprune.calib.activations import Moments
+from edgeprune.calib.awq import Group
 from edgeprune.cli import main
 from edgeprune.errors import ExportError
 from edgeprune.export import weighing
@@ -116,6 +120,16 @@ def test_samples_are_needed(tiny_checkpoint: Path, tmp_path: Path, refused: Refu
     assert "or export with smooth=off" in refused(*usual, "int8:activations=on")
     with pytest.raises(ExportError, match="no calibration sample says how large the inputs of"):
         frozen(tmp_path / "b", "none", model=tiny_checkpoint, target="rtx", weights="fp8")
+
+
+def test_products_that_see_other_tokens_share_the_scales_of_the_largest() -> None:
+    """As experts of text and of images do behind one norm."""
+    largest = {"text": [1.0, 4.0], "image": [9.0, 1.0]}
+    moments = {name: Moments(largest=torch.tensor(values)) for name, values in largest.items()}
+    adapter: Any = SimpleNamespace(floats=lambda source: [(slice(None), torch.ones(2, 3))])
+    sources: Any = dict.fromkeys(largest)
+    first, second = smoothing._scales(Group(tuple(largest), ("norm",)), adapter, sources, moments)
+    assert float(first / second) == pytest.approx(1.5)
 
 
 def test_smoothing_leaves_the_float_model_and_makes_rounding_cheap(tmp_path: Path) -> None:
