@@ -39,6 +39,8 @@ class AnswerFormat:
     text: str  # the schema, or the expression
 
     def __post_init__(self) -> None:
+        if self.kind not in _NAMES:
+            raise SpecError(f"the kind of an answer is {' or '.join(_NAMES)}; got {self.kind!r}")
         if len(self.text) > LONGEST:
             raise SpecError(
                 f"a schema or regular expression has at most {LONGEST} letters; got"

@@ -136,6 +136,11 @@ def test_a_form_that_cannot_be_kept_is_refused(
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_kind_that_is_not_known_is_refused() -> None:
+    with pytest.raises(SpecError, match="json or regex; got 'xml'"):
+        AnswerFormat("xml", "<a/>")
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
