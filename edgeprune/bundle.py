@@ -30,11 +30,14 @@ from edgeprune.lowering import DTYPES, TARGETS
 from edgeprune.records import (
     Amount,
     Between,
+    Bytes,
     Count,
     Few,
     LongestEdge,
+    Magnitude,
     Matches,
     OneOf,
+    Ratio,
     Side,
     build,
     is_utf8,
@@ -61,15 +64,12 @@ CACHES = ("in-place", "grow")
 """In place: present is past, written at lengths. Where caches grow, present is longer than past."""
 
 _Byte = Annotated[int, Between(0, 255)]
-Bytes = Annotated[int, Between(0, 1 << 50)]
 Hash = Annotated[str, Matches("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")]
 Seed = Annotated[int, Between(0, (1 << 63) - 1)]
-Ratio = Annotated[float, Between(1, 1 << 24)]
 Level = Annotated[float, Between(-1e6, 1e6)]
 Scale = Annotated[float, Between(1e-6, 1e6)]
 Share = Annotated[float, Between(0, 1)]
 Difference = Annotated[float, Between(0, 1e6)]
-Magnitude = Annotated[float, Between(0, 1e39)]
 Rgb = tuple[_Byte, _Byte, _Byte]
 Filter = Annotated[int, Between(0, 5)]  # Pillow's numbers
 

@@ -86,6 +86,12 @@ Few = Annotated[int, Between(1, 1 << 12)]
 """Layers, heads, images, tiles."""
 LongestEdge = Annotated[int, Between(1, 1 << 12)]
 """Pixels; its square is held in memory."""
+Bytes = Annotated[int, Between(0, 1 << 50)]
+"""Of files and of memory; also operations."""
+Ratio = Annotated[float, Between(1, 1 << 24)]
+"""A compression ratio."""
+Magnitude = Annotated[float, Between(0, 1e39)]
+"""Of a number of a model, without sign."""
 Side = Annotated[int, Between(1, 1 << 15)]
 """Pixels of an image's side."""
 

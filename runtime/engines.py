@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, Bytes, Hash, sha256
+from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, Hash, sha256
 from edgeprune.errors import BackendError
-from edgeprune.records import Amount, Between, Count, build, parse
+from edgeprune.records import Amount, Between, Bytes, Count, build, parse
 
 RECORD = ENGINE_RECORD
 GRAPHS = ("vision.onnx", "decoder.onnx", "weights.bin")

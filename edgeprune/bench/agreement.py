@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.records import Amount, Between
-
-Magnitude = Annotated[float, Between(0, 1e39)]
+from edgeprune.records import Amount, Magnitude
 
 
 @dataclass(frozen=True)

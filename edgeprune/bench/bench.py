@@ -28,7 +28,7 @@ from edgeprune.errors import BackendError, SpecError
 from edgeprune.graph_contract import WEIGHTS
 from edgeprune.lowering import DTYPES
 from edgeprune.progress import Progress, silent
-from edgeprune.records import Between, build, parse
+from edgeprune.records import Between, Bytes, Ratio, build, parse
 from edgeprune.runtime import backends, machine
 
 
@@ -54,7 +54,6 @@ class BenchRequest:
 
 
 Seconds = Annotated[float, Between(0, 1e9)]
-Bytes = Annotated[int, Between(0, 1 << 50)]
 Operations = Annotated[int, Between(1, 1 << 62)]
 
 
@@ -80,7 +79,7 @@ class Row:
     name: str
     backend: str
     method: str
-    cr: Annotated[float, Between(1, 1 << 24)]
+    cr: Ratio
     encoder: str  # what shortens it, as --encoder takes it
     dtype: str
     weights: str  # how those of products are stored, as --weights takes it

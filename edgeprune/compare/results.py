@@ -15,12 +15,10 @@ from edgeprune.compare import result_tables
 from edgeprune.compare.result_tables import PARTS
 from edgeprune.compare.titles import DENSE, FLOAT, titled
 from edgeprune.intervals import wilson
-from edgeprune.records import Amount, Between, Count, Matches, build, parse
+from edgeprune.records import Amount, Between, Bytes, Count, Matches, Ratio, build, parse
 from edgeprune.tables import Table
 
-Ratio = Annotated[float, Between(1, 1 << 24)]
 Milliseconds = Annotated[float, Between(1e-6, 1e9)]
-Bytes = Annotated[int, Between(0, 1 << 50)]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,18 @@ PROJECTOR = {
 """Projector parameters, below its prefix."""
 
 
+PACKED = "query", "key", "value"
+"""Projections that some checkpoints store as one tensor."""
+
+
+def packed_rows(name: str, queries: int, others: int | None = None) -> range:
+    """Rows of one of PACKED in a tensor that holds them one below the other; `others` are those of
+    keys, and of values, where these have not as many as queries."""
+    others = queries if others is None else others
+    start = {"query": 0, "key": queries, "value": queries + others}[name]
+    return range(start, start + (queries if name == "query" else others))
+
+
 @dataclass(frozen=True, slots=True)
 class TensorNames:
     """How the checkpoints of a family name our parameters.

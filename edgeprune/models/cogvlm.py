@@ -15,8 +15,9 @@ from edgeprune.models._glu import Glu
 from edgeprune.models._image_record import Reader
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
-from edgeprune.models._names import Stored, TensorNames
+from edgeprune.models._names import PACKED, Stored, TensorNames, packed_rows
 from edgeprune.models._own_config import OwnConfig, translated
+from edgeprune.models._square import CLIP, square_processor
 from edgeprune.models._towers import one_size
 from edgeprune.models._video import FRAME_READERS
 
@@ -26,10 +27,6 @@ BEGIN, END = "<|image_begin|>", "<|image_end|>"
 RESERVED = 128002
 """A reserved token of Llama 3's vocabulary, which CogVLM2 has for visual tokens."""
 
-CLIP = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
 QUESTIONS = {"chat": ("Question: ", " Answer:"), "vqa": ("Question: ", " Short answer:")}
 """By `template_version` of config.json: what stands around a question; else nothing."""
 
@@ -191,27 +188,20 @@ class Adapter(_adapter.Adapter):
         if parameter == "embedding.weight":
             marks = ("model.vision.boi",), ("model.vision.eoi",)
             return replace(found, parts=(*found.parts, *marks))
-        if len(path) > 1 and path[-2] in ("query", "key", "value"):
-            return replace(found, rows=self._packed(path[0] == "encoder", path[-2]))
-        return found
-
-    def _packed(self, tower: bool, name: str) -> range:
-        """Rows of queries, keys or values, which are stored one below the other."""
+        if len(path) < 2 or path[-2] not in PACKED:
+            return found
+        if path[0] == "encoder":
+            return replace(found, rows=packed_rows(path[-2], self.encoder.width))
         decoder = self.decoder_config
-        queries = self.encoder.width if tower else decoder.heads * decoder.head_size
-        others = self.encoder.width if tower else decoder.kv_heads * decoder.head_size
-        start = {"query": 0, "key": queries, "value": queries + others}[name]
-        return range(start, start + (queries if name == "query" else others))
+        queries, others = (n * decoder.head_size for n in (decoder.heads, decoder.kv_heads))
+        return replace(found, rows=packed_rows(path[-2], queries, others))
 
     def image_readers(self) -> Mapping[str, Reader]:
         return FRAME_READERS
 
     def image_processor(self, own: Callable[[], Any]) -> Any:
         """The checkpoint has none; the authors' code resizes an image to the tower's square."""
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        side = {"height": self.encoder.image, "width": self.encoder.image}
-        return CLIPImageProcessorPil(size=side, do_center_crop=False, resample=3, **CLIP)
+        return square_processor(self.encoder.image, CLIP)
 
 
 def _jinja(placeholder: str, before: str, after: str) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 from edgeprune.errors import ModelError, brief
 from edgeprune.models import internvl
 from edgeprune.models._chat import Chat
-from edgeprune.models._names import LLAMA, Stored, TensorNames
+from edgeprune.models._names import LLAMA, PACKED, Stored, TensorNames, packed_rows
+from edgeprune.models._square import IMAGENET, square_processor
 from edgeprune.models._towers import refuse
 from edgeprune.tiling import Tiling
 
@@ -36,8 +37,6 @@ TEMPLATES = {
 }
 """By `template` of config.json: the system message, which the authors have in code, and what ends
 a turn."""
-
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 _TOWER = {
     r"^cls$": "embeddings.class_embedding",
@@ -65,7 +64,6 @@ _INTERNLM2 = {
     r"\.mlp\.down\.": ".feed_forward.w2.",
     r"\.mlp_norm\.": ".ffn_norm.",
 }
-_PACKED = "query", "key", "value"
 
 
 class Adapter(internvl.Adapter):
@@ -121,15 +119,14 @@ class Adapter(internvl.Adapter):
         return pixels[: self.tiling.tiles] if self.tiling else pixels  # the thumbnail is the last
 
     def image_processor(self, own: Callable[[], Any]) -> Any:
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
             GotOcr2ImageProcessorPil,
         )
 
         side, (least, most) = self.encoder.image, self.grid_limits()
-        size = {"height": side, "width": side}
         if self.tiling is None:
-            return CLIPImageProcessorPil(size=size, do_center_crop=False, resample=3, **IMAGENET)
+            return square_processor(side, IMAGENET)
+        size = {"height": side, "width": side}
         grid = {"crop_to_patches": True, "min_patches": least, "max_patches": most}
         return GotOcr2ImageProcessorPil(size=size, resample=3, **grid, **IMAGENET)
 
@@ -151,10 +148,10 @@ class Adapter(internvl.Adapter):
 
     def stored(self, parameter: str) -> Stored:
         found, path = super().stored(parameter), parameter.split(".")
-        if len(path) < 2 or path[-2] not in _PACKED:
+        if len(path) < 2 or path[-2] not in PACKED:
             return found
         if path[0] == "encoder":
-            return replace(found, rows=_thirds(path[-2], self.encoder.width))
+            return replace(found, rows=packed_rows(path[-2], self.encoder.width))
         if self._is_internlm2:
             return replace(found, rows=self._wqkv(path[-2]))
         return found
@@ -190,12 +187,6 @@ def _jinja(system: str, end: str, images: int) -> str:
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
     )
-
-
-def _thirds(name: str, width: int) -> range:
-    """Rows of a tensor that holds those of queries, keys and values one below the other."""
-    start = _PACKED.index(name) * width
-    return range(start, start + width)
 
 
 def _refuse(given: Mapping[str, Any]) -> None:

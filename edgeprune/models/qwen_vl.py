@@ -16,21 +16,18 @@ from edgeprune.models._image_record import Reader
 from edgeprune.models._layers import LayerNorm
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media
-from edgeprune.models._names import Stored, TensorNames
+from edgeprune.models._names import PACKED, Stored, TensorNames, packed_rows
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._own_config import OwnConfig, translated
 from edgeprune.models._qwen_tiktoken import CONTROL, END, IMAGE, IMAGE_END, PATCH, TURN, TURN_END
 from edgeprune.models._resampled import ResampledConfig
+from edgeprune.models._square import CLIP, square_processor
 from edgeprune.models._stored import read_json
 from edgeprune.models._towers import one_size
 from edgeprune.models._video import FRAME_READERS
 
 QUERIES = 256
 SYSTEM = "You are a helpful assistant."
-CLIP = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
 
 _TOWER = {
     r"^patch\.": "conv1.",
@@ -64,7 +61,6 @@ _DECODER = {
     r"\.mlp\.up\.": ".mlp.w1.",
     r"\.mlp\.down\.": ".mlp.c_proj.",
 }
-_PACKED = "query", "key", "value"
 
 
 class Adapter(_adapter.Adapter):
@@ -166,19 +162,19 @@ class Adapter(_adapter.Adapter):
 
     def stored(self, parameter: str) -> Stored:
         found, path = super().stored(parameter), parameter.split(".")
-        if len(path) < 2 or path[-2] not in _PACKED:
+        if len(path) < 2 or path[-2] not in PACKED:
             return found
         if path[0] == "layers":
-            rows: Sequence[int] = _thirds(path[-2], self.decoder_config.width)
+            rows: Sequence[int] = packed_rows(path[-2], self.decoder_config.width)
         elif path[1] == "resampler":
-            rows = _thirds(path[-2], self.encoder.resampled)
+            rows = packed_rows(path[-2], self.encoder.resampled)
         else:
             rows = self._by_head(path[-2])
         return replace(found, rows=rows)
 
     def _by_head(self, name: str) -> tuple[int, ...]:
         """Rows of the tower's in_proj: for each head its queries, keys and values."""
-        size, first = self.encoder.width // self.encoder.heads, _PACKED.index(name)
+        size, first = self.encoder.width // self.encoder.heads, PACKED.index(name)
         starts = ((3 * head + first) * size for head in range(self.encoder.heads))
         return tuple(row for start in starts for row in range(start, start + size))
 
@@ -187,10 +183,7 @@ class Adapter(_adapter.Adapter):
 
     def image_processor(self, own: Callable[[], Any]) -> Any:
         """The checkpoint has none; the authors' code resizes an image to the tower's square."""
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        side = {"height": self.encoder.image, "width": self.encoder.image}
-        return CLIPImageProcessorPil(size=side, do_center_crop=False, resample=3, **CLIP)
+        return square_processor(self.encoder.image, CLIP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +210,6 @@ class _Projection(nn.Module):
 def _start(config: OwnConfig) -> int:
     """Id of the token before an image."""
     return int(config.vision_config["image_start_id"])
-
-
-def _thirds(name: str, width: int) -> range:
-    """Rows of queries, keys or values, which are stored one below the other."""
-    start = _PACKED.index(name) * width
-    return range(start, start + width)
 
 
 def _translated(given: dict[str, Any]) -> OwnConfig:
