@@ -329,6 +329,7 @@ def test_a_bundle_without_its_weights_keeps_its_engines(
     weights.write_bytes(kept)
     usual = ("build", bundle, "--backend", "trt-rtx", "--text-capacity", 64)
     assert main([*map(str, usual), "--drop-weights"]) == 0
+    assert "weights.bin is removed" in capfd.readouterr().err
     assert not weights.exists() and not Bundle.open(bundle, verify=True).has_weights
     gone = f"{bundle} has engines and no weights.bin, which"
     assert main([*map(str, usual)]) == 0, "these engines are there"

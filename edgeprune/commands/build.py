@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune import terminal
+from edgeprune.graph_contract import WEIGHTS
 
 if TYPE_CHECKING:
     from edgeprune.runtime.build import Built
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     with Bar() as bar:
         built = build(request, bar)
     terminal.note(_summary(built))
+    if args.drop_weights:
+        terminal.note(f"{args.bundle / WEIGHTS} is removed; these engines hold the weights")
     print(built.path)
     return 0
 
