@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from edgeprune.bench.bench import Absent, BenchResult
 from edgeprune.bundle import MANIFEST, Bundle, DistanceRecord, WeightsRecord
 from edgeprune.cli import main
 from edgeprune.compare.results import Comparison, Missing, Result
+from edgeprune.drawing import svg
 from edgeprune.intervals import difference, wilson
-from edgeprune.report import proof, sections
+from edgeprune.report import html, proof, sections
 from edgeprune.report.evaluation import Evaluation, TaskScore
 from edgeprune.report.html import join
 from edgeprune.report.page import Heading, render
 from edgeprune.report.sources import read
+from edgeprune.tables import Table
 from tests.conftest import Refused
 from tests.test_bench import row
 
@@ -158,6 +161,22 @@ def test_tables_and_figures_can_be_read_aloud(folder: Path) -> None:
     assert len(figures) == 3
     assert all(a["role"] == "img" and a["aria-label"] for a in figures)
     assert dict(page.elements)["html"] == {"lang": "en"}
+
+
+def test_columns_of_numbers_are_set_to_the_right() -> None:
+    rows = [
+        ["a", "1,234.5 ± 2", "8.4e-07", "-", "12 x", "1.2.3"],
+        ["b", "-", "-1", "+0.5", "3", "2"],
+    ]
+    page = Page(html.table(Table("", list("abcdef"), rows)))
+    cells = [attributes.get("class") for tag, attributes in page.elements if tag == "td"]
+    assert cells == ["number", "number", "number", "number", "number"] * 2
+
+
+def test_the_page_sets_every_colour_that_figures_leave_to_it() -> None:
+    style = resources.files("edgeprune.report").joinpath("style.css").read_text(encoding="utf-8")
+    for role in svg.ROLES.values():
+        assert style.count(f"--{role}:") == 3, "light, dark and print"
 
 
 def test_what_cannot_be_read_is_on_the_page_with_the_reason(

@@ -18,9 +18,9 @@ from PIL import Image
 from edgeprune.bundle import Bundle, Manifest, PruneRecord
 from edgeprune.cli import main
 from edgeprune.drawing import png, svg
-from edgeprune.drawing.canvas import ACCENT, Pen, Sheet
+from edgeprune.drawing.canvas import ACCENT, LOSS, Pen, Sheet
 from edgeprune.drawing.image_files import save
-from edgeprune.drawing.schedule_chart import LOSS, chart
+from edgeprune.drawing.schedule_chart import chart
 from edgeprune.drawing.show import MERGED, Said, dim
 from edgeprune.drawing.show_figure import figure, representative
 from edgeprune.errors import BundleError, SpecError

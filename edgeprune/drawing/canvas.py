@@ -28,6 +28,7 @@ QUIET: Colour = (101, 109, 118)
 ACCENT: Colour = (9, 105, 218)
 SOFT: Colour = (122, 173, 236)
 GHOST: Colour = (238, 241, 245)
+LOSS: Colour = (252, 224, 190)  # of bars behind others
 
 
 @dataclass(frozen=True, slots=True)

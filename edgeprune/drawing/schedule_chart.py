@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeprune.bundle import PruneRecord
-from edgeprune.drawing.canvas import ACCENT, GHOST, INK, QUIET, SOFT, Colour, Pen, Sheet
+from edgeprune.drawing.canvas import ACCENT, GHOST, INK, LOSS, QUIET, SOFT, Colour, Pen, Sheet
 
-LOSS: Colour = (252, 224, 190)
-"""Of the bars behind: what a layer loses without visual tokens."""
 SMALL = 14.0
 """Size of the letters at axes and bars."""
 

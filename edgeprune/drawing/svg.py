@@ -13,6 +13,7 @@ from edgeprune.drawing.canvas import (
     ACCENT,
     GHOST,
     INK,
+    LOSS,
     PAPER,
     QUIET,
     SOFT,
@@ -40,6 +41,7 @@ ROLES = {
     ACCENT: "accent",
     SOFT: "soft",
     GHOST: "ghost",
+    LOSS: "loss",
 }
 """Names of the colours that a page may set otherwise, as it does where it is dark."""
 

@@ -13,7 +13,7 @@ from edgeprune.terminal import printable
 
 LONGEST = 400
 """Characters of one text; what is longer ends in three dots."""
-_NUMBER = re.compile(r"[-+]?\d[\d.,]*(?![\w.])|-$")
+_NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]\d+)?(?![\w.])|-$")
 
 
 class Markup(str):
