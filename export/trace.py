@@ -26,12 +26,17 @@ from edgeprune.export.translations import translations
 from edgeprune.graphs import GraphRecord, TensorRecord
 from edgeprune.lowering import DTYPES
 from edgeprune.models._decoder import Decoder
+from edgeprune.models._vision import Vision
 from edgeprune.spec import Plan
 
 _DTYPES = {
     **{ir.DataType(dtype.onnx): dtype.name for dtype in DTYPES.values()},
     ir.DataType.INT64: "int64",
 }
+
+HIDDEN = "hidden."
+"""With a number, the name of the hidden states that enter the layer of this index, or leave the
+last: of the decoder, or of the encoder's blocks."""
 
 Shapes = Any  # torch.export's nested description of dynamic dimensions
 
@@ -62,12 +67,13 @@ class Traced:
     record: GraphRecord
 
 
-def vision_graph(module: nn.Module, shape: Sequence[int], dtype: torch.dtype, opset: int) -> Traced:
+def vision_graph(module: Vision, shape: Sequence[int], dtype: torch.dtype, opset: int) -> Traced:
     """pixels [tiles, 3, H, W] -> visual [1, r_1, D], visual_indices [r_1]; every size fixed."""
     pixels = torch.zeros(*shape, dtype=dtype)
     inputs = [End("pixels", "pixels")]
     outputs = [End("visual", "visual"), End("visual_indices", "visual_indices")]
-    model = to_graph(module, (pixels,), None, inputs, outputs, opset)
+    states = 1 + len(module.encoder.blocks)
+    model = to_graph(module, (pixels,), None, inputs, outputs, opset, states=states)
     return Traced(model, _record(model.graph, inputs, outputs))
 
 
@@ -89,7 +95,8 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
         shapes = (*shapes, {0: Dim.DYNAMIC})
         inputs.append(End("visual_indices", "visual_indices"))
         args = (*args, torch.arange(max(2, plan.encoded)))
-    model = to_graph(decoder, args, shapes, inputs, outputs, dialect.opset, _calls(plan))
+    ends, states = (inputs, outputs), 1 + len(layers)
+    model = to_graph(decoder, args, shapes, *ends, dialect.opset, _calls(plan), states=states)
     if dialect.token:
         add_token(model.graph)
         outputs.insert(1, End("token", "token"))
@@ -132,8 +139,14 @@ def to_graph(
     outputs: Sequence[End],
     opset: int,
     calls: Sequence[Sizes] = (),
+    *,
+    states: int = 0,
 ) -> ir.Model:
-    """The module as a graph whose ends have these names; `calls` are those it must be right for."""
+    """The module as a graph whose ends have these names; `calls` are those it must be right for.
+
+    The last `states` outputs of the module are hidden states between its layers. In the graph they
+    are no outputs, but values named `hidden.0`, `hidden.1` and so on, where it can be cut.
+    """
     with torch.no_grad(), _quiet():
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
         check_sizes(program, calls)
@@ -149,8 +162,10 @@ def to_graph(
         raise ExportError("torch.onnx.export returned no graph")
     model = exported.model
     _rename(model.graph.inputs, inputs)
-    _rename(model.graph.outputs, outputs)
+    hidden = [End(f"{HIDDEN}{number}", "hidden") for number in range(states)]
+    _rename(model.graph.outputs, [*outputs, *hidden])
     clean(model, {name for name, _ in module.named_parameters()})
+    del model.graph.outputs[len(outputs) :]
     return model
 
 

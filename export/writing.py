@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
 
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.integers import INTEGERS
@@ -24,6 +23,7 @@ from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._layers import compute_buffers, widen
 from edgeprune.models._processor import Processor
+from edgeprune.models._vision import Vision
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress
 from edgeprune.spec import Plan
@@ -39,7 +39,7 @@ def modules_of(
     dialect: Dialect,
     dtype: torch.dtype,
     wide: Collection[str],
-) -> tuple[nn.Module, Decoder]:
+) -> tuple[Vision, Decoder]:
     """Vision and decoder as they are traced, without their weights; `wide` parts in float32."""
     ops = dialect.ops()
     with torch.device("meta"):
@@ -54,7 +54,7 @@ def modules_of(
 
 def write_graphs(
     draft: Path,
-    modules: tuple[nn.Module, Decoder],
+    modules: tuple[Vision, Decoder],
     adapter: Adapter,
     dialect: Dialect,
     dtype: torch.dtype,

@@ -104,17 +104,19 @@ class Decoder(WithBuffers):
         past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
         past_values: Sequence[Tensor],
         visual_indices: Tensor | None = None,  # where `places_tokens`: int64 [V], among all V
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions."""
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions, and
+        hidden states before each layer and after the last."""
         ids = (prefix_ids, text_ids)
         flow, kept = self.enter(*ids, visual, position, lengths, visual_indices)
-        keys, values = list[Tensor](), list[Tensor]()
+        keys, values, states = list[Tensor](), list[Tensor](), [flow.hidden]
         for index, (key, value) in enumerate(zip(past_keys, past_values, strict=True)):
             done = self.advance(index, flow, key, value)
             keys.append(done.cache.key)
             values.append(done.cache.value)
             flow, kept = done.flow, [*kept, *done.kept]
-        return self.logits(flow.hidden), keys, values, kept
+            states.append(flow.hidden)
+        return self.logits(flow.hidden), keys, values, kept, states
 
     def enter(
         self,

@@ -131,6 +131,8 @@ class Encoded:
     indices: Tensor | None = None  # int64 [N'], patch of each token, where some were merged
     middle: tuple[Tensor, ...] = ()  # each [tiles, N, width], output of a middle block that is read
     resampled: bool = False  # whether each of the N tokens is a query that attends to patches
+    states: tuple[Tensor, ...] = ()  # [tiles, S, width] before each block and after the last, where
+    # the whole tower was run
 
 
 @dataclass(frozen=True)
@@ -278,9 +280,11 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor, policy: PolicyMerge | None = None) -> Encoded:
         """Encode tiles; with `policy` one tile, whose tokens each block may merge."""
         seen = self.enter(pixels)
+        states = [seen.hidden]
         for number in range(len(self.blocks)):
             seen = self.advance(number, seen, policy)
-        return self.leave(seen)
+            states.append(seen.hidden)
+        return replace(self.leave(seen), states=tuple(states))
 
 
 class Encoder(Tower):

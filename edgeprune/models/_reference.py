@@ -103,7 +103,7 @@ class Reference:
     def prefill(self, prompt: Prompt) -> Step:
         """An image and a first question; `visual` and `vision_kept` are the vision module's."""
         self.restart()
-        self.visual, self.vision_kept = self.vision(prompt.pixels.to(self.dtype))
+        self.visual, self.vision_kept, _ = self.vision(prompt.pixels.to(self.dtype))
         return self._run(prompt.prefix_ids, self.visual, prompt.text_ids, self.vision_kept)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class Reference:
     def _run(
         self, prefix_ids: Tensor, visual: Tensor, text_ids: Tensor, visual_indices: Tensor
     ) -> Step:
-        logits, self.keys, self.values, kept = self.decoder(
+        logits, self.keys, self.values, kept, _ = self.decoder(
             prefix_ids,
             visual,
             text_ids,

@@ -156,14 +156,16 @@ class Vision(nn.Module):
         width = config.projector.output
         self.fixed = Fixed(layout, width, len(config.deepstack) * width) if layout.fixed else None
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [tiles, 3, H, W] -> visual tokens [1, r_1, output], their indices int64 [r_1].
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Pixels [tiles, 3, H, W] -> visual tokens [1, r_1, output], their indices int64 [r_1], and
+        the encoder's hidden states before each block and after the last.
 
         With DeepStack each token's rows of the middle blocks stand beside it, [1, r_1, (1 + n) *
         output]: they go where the token goes, and are averaged where it is. A stage's count
         includes the fixed tokens, which cannot be scored here and stay.
         """
-        return self.select(self.encoder(pixels, self.merge_in_encoder))
+        seen: Encoded = self.encoder(pixels, self.merge_in_encoder)
+        return (*self.select(seen), seen.states)
 
     @property
     def merge_in_encoder(self) -> PolicyMerge | None:
