@@ -18,7 +18,6 @@ from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import SpecError
-from edgeprune.export import parity
 from edgeprune.export.exporter import (
     Exported,
     ExportRequest,
@@ -30,7 +29,6 @@ from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._encoder_site import SiteConfig
 from edgeprune.models._layers import compute_buffers
-from edgeprune.models._memory import fits, needed_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -72,7 +70,7 @@ class Recipe:
     weights: str = "float"  # int8 or int4, with options: edgeprune/weight_format.py
     encoder: str = DENSE  # or what shortens it, with options: edgeprune/encoder_methods
     keep_fp32: str = "none"  # auto: in fp16, parts that float16 cannot hold stay in float32
-    parity: int | None = None  # samples of the check; None: 8, where there is memory for it
+    parity: int | None = None  # samples of the check; None: 8
     schedule: Path | None = None  # a file in place of a calibration
     samples: int = 100
     samples_file: Path | None = None  # LLaVA-Instruct; None: the demo's own scenes
@@ -129,7 +127,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
     check_reach(spec, adapter.shape)
     site = _site(recipe, adapter, policy)
     samples, why = _parity(recipe, adapter)
-    preflight(recipe.folder, recipe.lowering, adapter, compared=not why)
+    preflight(recipe.folder, recipe.lowering, adapter)
     _check_keep(recipe, why)
     _check_samples(recipe)
     processor = Processor(adapter)
@@ -220,9 +218,6 @@ def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:
         raise SpecError(f"--parity is a number of samples, 0 for none; got {asked}")
     if asked == 0:
         return 0, "left out by --parity 0"
-    if asked is None and not fits(adapter, element=parity.BYTES):
-        need = needed_bytes(adapter, element=parity.BYTES) / 1e9
-        return 0, f"the eager reference needs {need:.0f} GB of memory, more than is free"
     return asked or 8, ""
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -11,42 +12,62 @@ import torch
 from edgeprune.bundle import ParityRecord
 from edgeprune.export import parity, precision
 from edgeprune.export.dialogue import Graphs
+from edgeprune.export.ranges import Proof
 from edgeprune.graphs import GraphRecord
 from edgeprune.models import Adapter
+from edgeprune.models._dialogues import Eager, Outcome
 from edgeprune.models._processor import Prompt
-from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress
 from edgeprune.spec import Plan
 
 
-def compare(
-    draft: Path,
-    record: GraphRecord,
-    adapter: Adapter,
-    policy: Policy,
-    plan: Plan,
-    dtype: torch.dtype,
-    wide: Collection[str],
-    samples: Sequence[Prompt],
-    report: Progress,
-) -> ParityRecord:
-    """Compare a draft, `record` its decoder's, with the eager model, whose parts `wide` compute in
-    float32; ParityError where it is not the same."""
-    report("load the eager reference", 0, 1)
-    reference = Reference.build(adapter, policy, plan)
+@dataclass(frozen=True)
+class Models:
+    """A model in the dtypes in which it is compared, and what it made of the samples."""
 
-    def compared(done: int) -> None:
-        report("parity", done, len(samples))
+    adapter: Adapter  # with the weights of the bundle
+    policy: Policy
+    plan: Plan
+    dtype: torch.dtype  # of the bundle
+    samples: Sequence[Prompt]
+    report: Progress
+    proof: Proof | None = None  # of what float16 holds
 
-    if dtype == torch.float32:
-        exported = Graphs(draft, record, reference.decoder)
-        return parity.check(exported, reference, samples, compared)
-    half = Reference.build(adapter, policy, plan, dtype)
-    half.widen(wide)
-    runs = dtype in precision.RUNS
-    rounded = Graphs(draft, record, half.decoder, dtype) if runs else None
-    eager, graph = precision.measure(rounded, reference, half, samples, compared)
-    del half, rounded
-    checked = parity.check_copy(draft, record, reference, dtype, samples, compared)
+    @cached_property
+    def exact(self) -> list[Outcome]:
+        """In float32."""
+        if self.proof:
+            return self.proof.exact
+        eager = Eager(self.adapter, self.policy, self.plan)
+        return eager.outcomes(self.samples, partial(self.report, "the model in float32"))
+
+    @cached_property
+    def half(self) -> list[Outcome]:
+        """In half precision, rounded after every operator."""
+        if self.proof:
+            return self.proof.half
+        eager = Eager(self.adapter, self.policy, self.plan, self.dtype)
+        return eager.outcomes(self.samples, partial(self.report, "the model in half precision"))
+
+    def rounded(self) -> Eager:
+        """Computes in float32 with the values that a graph of the bundle's dtype holds."""
+        held = None if self.dtype == torch.float32 else self.dtype
+        return Eager(self.adapter, self.policy, self.plan, held=held)
+
+
+def compare(draft: Path, records: Mapping[str, GraphRecord], models: Models) -> ParityRecord:
+    """Compare a draft with the eager model; ParityError where it is not the same."""
+    report, samples, half = models.report, models.samples, models.dtype != torch.float32
+    eager, graph = None, None
+    if half:
+        found = None
+        if models.dtype in precision.RUNS:
+            graphs = Graphs(draft, records, models.rounded())
+            found = graphs.outcomes(samples, partial(report, "the graph in half precision"))
+        told = models.plan, models.dtype, models.exact, models.half, found
+        eager, graph = precision.measure(*told)
+    rounded = models.rounded()
+    graphs = Graphs(draft, records, rounded, wide=half)
+    checked = parity.check(graphs, rounded, samples, partial(report, "parity"))
     return replace(checked, eager=eager, graph=graph)

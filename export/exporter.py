@@ -17,7 +17,6 @@ from edgeprune.bundle import (
     Manifest,
     ParityRecord,
     PruneRecord,
-    RangeRecord,
     TextRecord,
     atomic_folder,
     check_target,
@@ -26,14 +25,14 @@ from edgeprune.bundle import (
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import BundleError, ExportError, SpecError
 from edgeprune.export import ranges
-from edgeprune.export.comparison import compare
+from edgeprune.export.comparison import Models, compare
 from edgeprune.export.dialects import dialect_of
 from edgeprune.export.generation import read_generation
 from edgeprune.export.prompts import read_text
 from edgeprune.export.weighing import weigh, weights_notes, weights_record
 from edgeprune.export.writing import copy_text, modules_of, write_graphs
-from edgeprune.graphs import DECODER, GraphRecord
-from edgeprune.lowering import DTYPES, TARGETS, Lowering, resolve
+from edgeprune.graphs import GraphRecord
+from edgeprune.lowering import TARGETS, Lowering, resolve
 from edgeprune.models import Adapter
 from edgeprune.models._encoder_site import encoder_operations
 from edgeprune.models._processor import Processor, Prompt
@@ -77,17 +76,11 @@ class Exported:
     notes: tuple[str, ...] = ()  # what was assumed or left out of the checkpoint
 
 
-def preflight(output: Path, lowering: Lowering, adapter: Adapter, *, compared: bool) -> None:
-    """Refuse at once what would otherwise fail at the end of a calibration or an export.
-
-    A half-precision bundle that is `compared` needs disk for its float32 copy too.
-    """
-    element = lowering.dtype.bytes
+def preflight(output: Path, lowering: Lowering, adapter: Adapter) -> None:
+    """Refuse at once what would otherwise fail at the end of a calibration or an export."""
     check_target(output)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
-    copied = compared and lowering.dtype.name != "fp32"
-    sizes = (element, DTYPES["fp32"].bytes) if copied else (element,)
-    need = sum(adapter.weight_bytes(lowering.weights, size) for size in sizes)
+    need = adapter.weight_bytes(lowering.weights, lowering.dtype.bytes)
     disk = shutil.disk_usage(parent)
     if need > disk.free and disk.total:  # some file systems count nothing
         raise ExportError(
@@ -141,7 +134,7 @@ def export(
 ) -> Exported:
     """Trace, write weights, check parity, and rename the whole into place."""
     compared = not request.no_parity
-    preflight(request.output, request.lowering, adapter, compared=compared)
+    preflight(request.output, request.lowering, adapter)
     check_topk(f"method {request.spec.method}", policy.largest_topk(request.plan), request.target)
     if (site := adapter.vision_config.site) is not None:
         check_topk(f"--encoder {site.method}", site.units.count, request.target)
@@ -149,8 +142,8 @@ def export(
     records = read_records(adapter, processor)
     exact, adapter = adapter, _with_weights(request.lowering, adapter, request.tuning)
     samples = [] if request.no_parity else list(prompts)
-    proven, notes = _prove(request, adapter, policy, samples, report)
-    wide = proven.float32 if proven else ()
+    proof = _prove(request, adapter, policy, samples, report)
+    wide, notes = (proof.record.float32, proof.notes) if proof else ((), ())
     try:
         with atomic_folder(request.output) as draft:
             modules = modules_of(request.plan, adapter, policy, dialect, dtype, wide)
@@ -159,17 +152,15 @@ def export(
             checked = ParityRecord(0, request.no_parity)
             weights = weights_record(request.lowering, stored, request.tuning.kinds)
             if compared:
-                models = adapter, policy, request.plan
-                record = graphs[DECODER]
-                checked = compare(draft, record, *models, dtype, wide, samples, report)
-                weights = weigh(
-                    weights, request.lowering, exact, draft, record, *models, samples, report
-                )
+                parts = adapter, policy, request.plan
+                models = Models(*parts, dtype, samples, report, proof)
+                checked = compare(draft, graphs, models)
+                weights = weigh(weights, request.lowering, exact, draft, graphs, models)
             report("hash files", 0, 1)
             manifest = replace(
                 _manifest(request, adapter, policy, records, graphs, draft),
                 parity=checked,
-                range=proven,
+                range=proof.record if proof else None,
                 weights=weights,
             )
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -211,10 +202,10 @@ def _prove(
     policy: Policy,
     samples: Sequence[Prompt],
     report: Progress,
-) -> tuple[RangeRecord | None, tuple[str, ...]]:
-    """What float16 holds of the model, and notes; None where that is not asked."""
+) -> ranges.Proof | None:
+    """What float16 holds of the model; None where that is not asked."""
     if request.lowering.dtype.name != "fp16" or request.no_parity:
-        return None, ()
+        return None
     return ranges.prove(adapter, policy, request.plan, samples, request.keep_fp32, report)
 
 

@@ -1,202 +1,190 @@
 """Parity: an exported pair of graphs against the eager reference of the same policy, in float32.
 
-Each sample is prefilled, decoded for two tokens and asked again on the same cache. The indices that
-each site's survivors take must be the same, the visual tokens, merged ones too, and all logits
-within a tolerance. Where the kept tokens differ, it may be a tie: two engines round differently,
-and a choice between equals falls otherwise. Then the reference, its pixels off by no more than
-rounding, makes the graph's choice itself, with the graph's logits. Ties are counted and bounded.
+Each sample is prefilled, decoded for two tokens and asked again on the same cache. Both engines go
+through the model window by window, and after each layer their hidden states are compared, at the
+end visual tokens and logits. Differences are within a tolerance, or the layer where they begin is
+named. The indices that each site's survivors take must be the same. Where they are not, it may be a
+tie: two engines round differently, and a choice between equals falls otherwise. Then the
+reference's own layer makes the graph's choice where its input is off by no more than rounding, and
+goes on with it (ties.py). Ties are counted and bounded.
 
-A graph in half precision is compared as a float32 copy, with a reference of the same rounded
-weights: that proves structure and weights to the last digits. What rounding does to the model is
-judged apart (precision.py).
+A graph in half precision is compared as if it computed in float32, with a reference of the same
+rounded weights: that proves structure and weights to the last digits. What rounding does to the
+model is judged apart (precision.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from edgeprune.bundle import ParityRecord
 from edgeprune.errors import ParityError
-from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play, require_finite
-from edgeprune.export.upcast import upcast
-from edgeprune.graphs import GraphRecord
+from edgeprune.export.dialogue import REPORT, Graphs, Played, WindowedGraph
+from edgeprune.export.ties import TOLERANCE, Given, tie
+from edgeprune.models._activations import Activations, Kept
+from edgeprune.models._dialogues import CALLS, Eager, Seen, Stages, Talk
 from edgeprune.models._processor import Prompt
-from edgeprune.models._reference import Reference
-from edgeprune.spec import Plan
-
-TOLERANCE = 1e-4
-"""Largest difference of two values, as a share of the largest of them."""
-
-TINY = 1e-30
-"""What is smaller than this counts as nothing."""
-
-NUDGES = 192
-"""So many times pixels are changed by rounding before a difference is called one: where a greedy
-order has gone down to little, one in twenty was seen to turn a choice as another engine does."""
 
 MOST_TIES = 1 / 3
-"""Of the samples, at most. A tie is compared with a nudged reference only, so most samples must be
-compared with the reference itself; a graph that chooses wrongly differs on more than this."""
+"""Of the samples, at most: a graph that chooses wrongly differs on more than this."""
+
+FLOOR = 1e-6
+"""Differences below this are rounding, wherever a fault begins."""
 
 WEIGHTS = "check the checkpoint's weights for infinities, NaN and values that the dtype cannot hold"
 """What to do where numbers are not finite in float32."""
 
-BYTES = 8
-"""Memory for each weight: the eager model in float32, and its graph, or in half precision first the
-eager model and the graph in that."""
+S = TypeVar("S", Seen, Talk)
+Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Differing:
-    """A sample whose kept tokens differ, or whose merged ones may: a tie or a fault."""
+class Pair(Generic[S]):
+    """One sample in both engines, between two windows."""
 
-    prompt: Prompt
-    token: Tensor  # int64 [1, 1], that the first decode step was given
-    found: Outcome
-    wanted: Outcome
+    sample: int  # from 1
+    played: Played
+    state: S
+    followed: bool = True  # False: a tie led the graph to where the reference cannot go
 
 
 def check(
     graphs: Graphs,
-    reference: Reference,
+    eager: Eager,
     prompts: Iterable[Prompt],
-    progress: Callable[[int], None] = lambda done: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> ParityRecord:
-    """Compare float32 graphs with their reference; ParityError where they disagree."""
-    plan = reference.decoder.plan
-    visual, logits, done, differing = 0.0, 0.0, 0, list[Differing]()
-    for prompt in prompts:
-        done += 1
-        wanted, token = play(reference, prompt)
-        found, _ = play(graphs, prompt, token)
-        require_finite(wanted, "the eager reference in float32", done, WEIGHTS)
-        require_finite(found, "the exported graph in float32", done, WEIGHTS)
-        if found.keeps_as(wanted) and (agree(found, wanted) or not _merges(plan)):
-            _require_agreement(found, wanted)
-            visual = max(visual, difference(found.visual, wanted.visual))
-            logits = max(logits, _worst(found, wanted))
-        else:
-            differing.append(Differing(prompt, token, found, wanted))
-        progress(done)
-    if len(differing) > MOST_TIES * done:
-        raise ParityError(_too_many(differing, done))
-    for one in differing:
-        if not _is_tie(reference, one):
-            raise ParityError(f"{_fault(one.found, one.wanted)}; nothing was written. {REPORT}")
-    return ParityRecord(done, "", len(differing), visual, logits, TOLERANCE)
+    """Compare graphs that compute in float32 with their reference; ParityError where they disagree.
 
-
-def check_copy(
-    folder: Path,
-    record: GraphRecord,  # of decoder.onnx
-    reference: Reference,
-    dtype: torch.dtype,
-    prompts: Iterable[Prompt],
-    progress: Callable[[int], None] = lambda done: None,
-) -> ParityRecord:
-    """Compare a float32 copy of half-precision graphs; the reference's weights are rounded."""
-    reference.round_weights(dtype)
-    with TemporaryDirectory(dir=folder) as copy:
-        upcast(folder, Path(copy))
-        return check(Graphs(Path(copy), record, reference.decoder), reference, prompts, progress)
-
-
-def _merges(plan: Plan) -> bool:
-    """Whether tokens are merged: then equal indices may stand for other averages."""
-    return any(stage.merged or stage.site == "block" for stage in plan.stages)
-
-
-def _require_agreement(found: Outcome, wanted: Outcome) -> None:
-    if not agree(found, wanted):
-        raise ParityError(f"{_fault(found, wanted)}; nothing was written. {REPORT}")
-
-
-def agree(found: Outcome, wanted: Outcome) -> bool:
-    """Whether two engines kept the same tokens and gave the same numbers, by TOLERANCE."""
-    return found.keeps_as(wanted) and _apart(found, wanted) <= TOLERANCE
-
-
-def _apart(found: Outcome, wanted: Outcome) -> float:
-    """The largest difference of visual tokens and logits."""
-    return max(difference(found.visual, wanted.visual), _worst(found, wanted))
-
-
-def _worst(found: Outcome, wanted: Outcome) -> float:
-    return max(map(difference, found.logits, wanted.logits))
-
-
-def difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, as a share of the largest value: none is too small to be compared."""
-    scale = max(TINY, float(wanted.abs().max()))
-    return float((wanted - found).abs().max()) / scale
-
-
-def _is_tie(reference: Reference, one: Differing) -> bool:
-    """Whether the reference answers as the graph when its pixels are off by rounding.
-
-    Where many choices are close, as in a greedy order, no two roundings turn the same ones. The
-    graph is right then too if it keeps what is kept always, and nothing that never is.
+    `report` is told how often a sample went through a stage, and how often it will.
     """
-    others = [one.wanted]
-    for nudged in _nudges(one.prompt):
-        other, _ = play(reference, nudged, one.token)
-        if agree(one.found, other):
-            return True
-        others.append(other)
-    return _is_among(one.found, others)
+    prompts = list(prompts)
+    compared = Comparison(eager.activations, len(prompts), eager.stages, report)
+    images = enumerate(prompts, 1)
+    pairs = (Pair(n, graphs.look(prompt), Seen((prompt.pixels,))) for n, prompt in images)
+    seen = list(compared.through(graphs.vision, eager.vision, pairs).drain())
+
+    def talks() -> Iterator[Pair[Talk]]:
+        for prompt, pair in zip(prompts, seen, strict=True):
+            given = prompt, pair.state.shown[0], pair.state.chosen[0]
+            yield Pair(pair.sample, graphs.talk(*given), eager.decoder.begin(*given))
+
+    compared.through(graphs.decoder, eager.decoder, talks()).close()
+    ends = (stages.titles[-1] for stages in (eager.vision, eager.decoder))
+    visual, logits = (compared.worst.get(title, 0.0) for title in ends)
+    return ParityRecord(len(prompts), "", len(compared.ties), visual, logits, TOLERANCE)
 
 
-def _is_among(found: Outcome, others: Sequence[Outcome]) -> bool:
-    """Whether a choice that nobody else made is made of choices that some did, site by site.
+class Comparison:
+    """Takes samples through both engines; what was seen so far."""
 
-    Its numbers then are as near to one of the others as these are to the first of them.
-    """
-    if any(found.keeps_as(other) for other in others):
-        return False  # the same choice, in the same order, so something else differs
-    sites = zip(found.survivors(), *(other.survivors() for other in others), strict=True)
-    if not all(set.intersection(*seen) <= own <= set.union(*seen) for own, *seen in sites):
-        return False
-    spread = max(_apart(other, others[0]) for other in others[1:])
-    return min(_apart(found, other) for other in others) <= spread
+    def __init__(
+        self,
+        activations: Activations,
+        samples: int,
+        stages: int,
+        report: Callable[[int, int], None],
+    ) -> None:
+        self.worst = dict[str, float]()  # difference of all samples, by the stage's title
+        self.ties = set[int]()  # samples
+        self._keep, self._report = activations.keep, report
+        self._samples, self._done, self._total = samples, 0, samples * stages
+
+    @torch.no_grad()
+    def through(
+        self, graph: WindowedGraph, stages: Stages[S], pairs: Iterable[Pair[S]]
+    ) -> Kept[Pair[S]]:
+        """All samples through the encoder or the decoder: a window of the graph, then the same
+        layers of the reference, then the next window."""
+        kept = self._keep(pairs)
+        for number, window in enumerate(stages.windows()):
+            with graph.opened(number) as run:
+                kept = self._keep(replace(p, played=run(p.played)) for p in kept.drain())
+            with stages.loaded(window):
+                kept = self._keep(self._compared(stages, window, pair) for pair in kept.drain())
+        return kept
+
+    def _compared(self, stages: Stages[S], window: range, pair: Pair[S]) -> Pair[S]:
+        """A sample whose reference goes through a window after the graph did."""
+        played = pair.played
+        for at, stage in enumerate(window):
+            if pair.followed:
+                found = Given(played.shown[at], played.chosen[at])
+                state = self._judged(stages, stage, pair, found, played.at(at))
+                pair = replace(pair, state=state or pair.state, followed=state is not None)
+            self._done += 1
+            self._report(self._done, self._total)
+        return replace(pair, played=replace(played, shown=played.shown[-1:], chosen=()))
+
+    def _judged(
+        self, stages: Stages[S], stage: int, pair: Pair[S], found: Given, entered: Tensors
+    ) -> S | None:
+        """The reference after a stage, with the graph's choice where that is a tie; None where it
+        cannot make it. ParityError where the two are apart."""
+        before, title = pair.state, stages.titles[stage]
+        after = stages.advance(stage, before)
+        wanted, what = Given.of(after, before), stages.shows(stage)
+        require_finite(wanted, "the eager reference in float32", what, title, pair.sample)
+        require_finite(found, "the exported graph in float32", what, title, pair.sample)
+        if found.keeps_as(wanted):
+            apart = found.apart(wanted)
+            if apart <= TOLERANCE:
+                self.worst[title] = max(apart, self.worst.get(title, 0.0))
+                return after
+            if not stages.merges(stage):
+                self.worst[title] = apart
+                raise ParityError(
+                    f"{self._differs(what, title, apart)}; nothing was written. {REPORT}"
+                )
+        fault = (
+            self._differs(what, title, found.apart(wanted))
+            if found.keeps_as(wanted)
+            else f"the exported graph keeps other tokens than the eager reference in {title}"
+        )
+        self.ties.add(pair.sample)
+        if len(self.ties) > MOST_TIES * self._samples:
+            raise ParityError(_too_many(fault, len(self.ties), self._samples))
+        explained = tie(stages, stage, before, after, found, entered)
+        if explained is None:
+            raise ParityError(f"{fault}; nothing was written. {REPORT}")
+        return explained.state  # type: ignore[return-value]  # of the kind that the stages take
+
+    def _differs(self, what: str, title: str, apart: float) -> str:
+        """A difference of numbers, and the layer where it begins."""
+        return (
+            f"the exported graph's {what} differ from the eager reference by {apart:.2e}, at most"
+            f" {TOLERANCE:g} is right; the difference begins in {self._begins(title, apart)}"
+        )
+
+    def _begins(self, title: str, apart: float) -> str:
+        """The stage in which differences grow most, up to one."""
+        growth, before = dict[str, float](), FLOOR
+        for name, worst in (self.worst | {title: apart}).items():
+            growth[name] = max(worst, FLOOR) / before
+            before = max(worst, FLOOR)
+        return max(growth, key=growth.__getitem__)
 
 
-def _nudges(prompt: Prompt) -> Iterator[Prompt]:
-    """The prompt with noise of 2 to 512 units in the last place of its largest pixel.
-
-    Rounding adds up from layer to layer, the noise of many pixels averages out within a patch.
-    """
-    generator = torch.Generator().manual_seed(0)
-    unit = torch.finfo(torch.float32).eps * float(prompt.pixels.abs().max())
-    for nudge in range(NUDGES):
-        noise = torch.randn(prompt.pixels.shape, generator=generator)
-        yield replace(prompt, pixels=prompt.pixels + 2 ** (1 + nudge % 9) * unit * noise)
-
-
-def _fault(found: Outcome, wanted: Outcome) -> str:
-    """Where two outcomes part first."""
-    if not found.keeps_as(wanted):
-        return "the exported graph keeps other tokens than the eager reference"
-    visual = difference(found.visual, wanted.visual)
-    what, by = (
-        ("visual tokens", visual) if not visual <= TOLERANCE else ("logits", _worst(found, wanted))
-    )
-    return (
-        f"the exported graph's {what} differ from the eager reference by {by:.2e}, at most"
-        f" {TOLERANCE:g} is right"
-    )
+def require_finite(found: Given, engine: str, what: str, title: str, sample: int) -> None:
+    """ParityError where an engine gave a number that is not finite."""
+    for call, values in zip(CALLS, found.shown, strict=False):
+        if not bool(values.isfinite().all()):
+            of = f" of the {call}" if len(found.shown) > 1 else ""
+            raise ParityError(
+                f"{engine} gives {what}{of} that are not finite on sample {sample}, in {title};"
+                f" nothing was written: {WEIGHTS}"
+            )
 
 
-def _too_many(differing: Sequence[Differing], samples: int) -> str:
+def _too_many(fault: str, ties: int, samples: int) -> str:
     """More samples differ than ties may explain."""
-    first = _fault(differing[0].found, differing[0].wanted)
     return (
-        f"{first} on {len(differing)} of {samples} samples, and a tie may explain it on a third of"
-        f" them at most; nothing was written. Check more samples with --parity N, or report the"
-        " model and the command"
+        f"{fault} on {ties} of {samples} samples, and a tie may explain it on a third of them at"
+        " most; nothing was written. Check more samples with --parity N, or report the model and"
+        " the command"
     )

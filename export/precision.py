@@ -13,7 +13,7 @@ That graph and eager model are the same program is shown apart, in float32 (pari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -22,9 +22,8 @@ from torch import Tensor
 
 from edgeprune.bundle import DistanceRecord
 from edgeprune.errors import ParityError
-from edgeprune.export.dialogue import REPORT, Graphs, Outcome, play, require_finite
-from edgeprune.models._processor import Prompt
-from edgeprune.models._reference import Reference
+from edgeprune.export.dialogue import REPORT
+from edgeprune.models._dialogues import Outcome
 from edgeprune.models._rounding import NAMES, WIDER
 from edgeprune.spec import Plan
 
@@ -56,6 +55,14 @@ class Tally:
     distances: list[float] = field(default_factory=list)  # of each call's logits
     equal: int = 0  # next tokens
 
+    @classmethod
+    def of(cls, found: Sequence[Outcome], wanted: Sequence[Outcome], plan: Plan) -> Tally:
+        """What one model made of samples beside what the float32 one did."""
+        tally = cls()
+        for one, other in zip(found, wanted, strict=True):
+            tally.add(one, other, plan)
+        return tally
+
     def add(self, found: Outcome, wanted: Outcome, plan: Plan) -> None:
         """Count one sample."""
         names = ("vision", *(f"kept.{stage.layer}" for stage in plan.in_decoder))
@@ -74,41 +81,39 @@ class Tally:
 
 
 def measure(
-    graphs: Graphs | None,
-    reference: Reference,
-    half: Reference,
-    prompts: Sequence[Prompt],
-    progress: Callable[[int], None] = lambda done: None,
+    plan: Plan,
+    dtype: torch.dtype,
+    exact: Sequence[Outcome],
+    half: Sequence[Outcome],
+    graph: Sequence[Outcome] | None,
 ) -> tuple[DistanceRecord, DistanceRecord | None]:
-    """Distances to the float32 `reference` of the eager model `half` and of its graphs.
+    """Distances to the float32 model of the eager model in a half-precision `dtype` and of its
+    graph, by what each made of the same samples.
 
-    The latter is None without graphs: RUNS lists what ONNX Runtime has kernels for. ParityError
+    The latter is None without a graph: RUNS lists what ONNX Runtime has kernels for. ParityError
     where a number is not finite, or a distance above its limit.
     """
-    plan, eager, graph = reference.decoder.plan, Tally(), Tally()
-    engines: list[tuple[Tally, Reference | Graphs, str]] = [(eager, half, "the eager model")]
-    engines += [(graph, graphs, "the exported graph")] if graphs else []
-    for number, prompt in enumerate(prompts, 1):
-        wanted, token = play(reference, prompt)
-        require_finite(wanted, "the float32 model", number, "check the checkpoint's weights")
-        for tally, engine, name in engines:
-            found, _ = play(engine, prompt, token)
-            require_finite(found, f"{name} in {_name(half)}", number, _advice(half))
-            tally.add(found, wanted, plan)
-        progress(number)
-    _require_near(eager, half)
-    if graphs is None:
+    name, advice = NAMES[dtype], f"export with {WIDER[dtype]}"
+    require_all_finite(exact, "the float32 model", "check the checkpoint's weights")
+    require_all_finite(half, f"the eager model in {name}", advice)
+    eager = Tally.of(half, exact, plan)
+    _require_near(eager, name, advice)
+    if graph is None:
         return eager.record(), None
-    require_no_farther(graph, eager, _name(half))
-    return eager.record(), graph.record()
+    require_all_finite(graph, f"the exported graph in {name}", advice)
+    tally = Tally.of(graph, exact, plan)
+    require_no_farther(tally, eager, name)
+    return eager.record(), tally.record()
 
 
-def _name(half: Reference) -> str:
-    return NAMES[half.dtype]
-
-
-def _advice(half: Reference) -> str:
-    return f"export with {WIDER[half.dtype]}"
+def require_all_finite(outcomes: Sequence[Outcome], name: str, advice: str) -> None:
+    """ParityError that names the first infinity or NaN of what an engine made of samples."""
+    for number, outcome in enumerate(outcomes, 1):
+        if where := outcome.not_finite():
+            raise ParityError(
+                f"{name} gives {where} that are not finite on sample {number}; nothing was written:"
+                f" {advice}"
+            )
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
@@ -116,15 +121,15 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).square().mean().sqrt() / wanted.std().clamp(min=1e-30))
 
 
-def _require_near(eager: Tally, half: Reference) -> None:
+def _require_near(eager: Tally, name: str, advice: str) -> None:
     """ParityError where rounding makes another model of it."""
     found = eager.record()
     if not (found.logits <= LOGITS_LIMIT and found.tokens >= TOKENS_LIMIT):
         raise ParityError(
-            f"{_name(half)} does not hold this model: the eager model's logits are"
+            f"{name} does not hold this model: the eager model's logits are"
             f" {found.logits:.2g} standard deviations from float32's (at most {LOGITS_LIMIT:g} is"
             f" right), {found.tokens:.0%} of the next tokens are equal (at least"
-            f" {TOKENS_LIMIT:.0%}); nothing was written: {_advice(half)}"
+            f" {TOKENS_LIMIT:.0%}); nothing was written: {advice}"
         )
 
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from edgeprune.bundle import RangeRecord
 from edgeprune.errors import ExportError
 from edgeprune.models import Adapter
+from edgeprune.models._dialogues import Eager, Outcome
 from edgeprune.models._layers import Sum
 from edgeprune.models._processor import Prompt
 from edgeprune.models._ranges import (
@@ -29,7 +32,6 @@ from edgeprune.models._ranges import (
     ScoredOps,
     measure,
 )
-from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan
@@ -48,6 +50,16 @@ STREAM = ("residual", "output", "down", "attention_gain", "mlp_gain")
 TITLES = {"product": "gate * up", "scores": "attention scores"}
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What float16 holds of a model, notes, and what was made of the samples on the way."""
+
+    record: RangeRecord
+    notes: tuple[str, ...]
+    exact: list[Outcome]  # in float32
+    half: list[Outcome]
+
+
 def prove(
     adapter: Adapter,
     policy: Policy,
@@ -55,31 +67,28 @@ def prove(
     prompts: Sequence[Prompt],
     keep: str,
     report: Progress = silent,
-) -> tuple[RangeRecord, tuple[str, ...]]:
-    """What float16 holds of a model, and notes; ExportError where it does not hold all.
+) -> Proof:
+    """What float16 holds of a model; ExportError where it does not hold all.
 
     `keep` is `none` or `auto`: whether parts may stay in float32.
     """
-    count = len(prompts)
 
-    def measured(model: Reference, step: str) -> Peaks:
-        return measure(model, prompts, lambda done: report(step, done, count))
+    def measured(model: Eager, step: str) -> tuple[Peaks, list[Outcome]]:
+        return measure(model, prompts, partial(report, step))
 
-    exact = Reference.build(adapter, policy, plan, ops=ScoredOps())
-    peaks = measured(exact, "range in float32")
+    exact = Eager(adapter, policy, plan, ops=ScoredOps())
+    peaks, outcomes = measured(exact, "range in float32")
     chosen = _chosen(peaks, exact) if keep == "auto" else frozenset[str]()
     if chosen:
         exact.widen(chosen)
-        peaks = measured(exact, "range of what is left in float16")
-    del exact
-    half = Reference.build(adapter, policy, plan, torch.float16, ops=ScoredOps())
-    half.widen(chosen)
-    rounded = measured(half, "range in float16")
+        peaks, _ = measured(exact, "range of what is left in float16")
+    half = Eager(adapter, policy, plan, torch.float16, ops=ScoredOps(), wide=chosen)
+    rounded, halves = measured(half, "range in float16")
     held = dict(_held(peaks, rounded))
-    _require_finite(held, rounded, count, keep == "none", half)
+    _require_finite(held, rounded, len(prompts), keep == "none", half)
     key, peak = max(held.items(), key=lambda item: item[1].value)
     record = RangeRecord(
-        samples=count,
+        samples=len(prompts),
         limit=LIMIT,
         peak=peak.value,
         where=title(key),
@@ -87,10 +96,10 @@ def prove(
         margin=LIMIT / max(peak.value, TINY),
         float32=tuple(path for path in half.parts if path in chosen),
     )
-    return record, tuple(_notes(record, peaks, keep))
+    return Proof(record, tuple(_notes(record, peaks, keep)), outcomes, halves)
 
 
-def _chosen(peaks: Peaks, reference: Reference) -> frozenset[str]:
+def _chosen(peaks: Peaks, reference: Eager) -> frozenset[str]:
     """The parts that read or give what comes near the limit, and the residual stream from the first
     layer on where it does."""
     large = {
@@ -123,9 +132,7 @@ def _held(peaks: Peaks, rounded: Peaks) -> Iterator[tuple[Key, Peak]]:
         yield key, peaks[key]
 
 
-def _require_finite(
-    held: Peaks, rounded: Peaks, samples: int, may_keep: bool, half: Reference
-) -> None:
+def _require_finite(held: Peaks, rounded: Peaks, samples: int, may_keep: bool, half: Eager) -> None:
     """ExportError where a float16 number passes the limit; it names the first."""
     large = {key: peak for key, peak in held.items() if not peak.value <= LIMIT}
     above = dict(large)

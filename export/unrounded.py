@@ -7,27 +7,18 @@ last digits only without it. What rounding adds is measured apart (weighing.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import onnx
 from onnx import helper
 
-ROUNDED = ("MatMulNBits", "QuantizeLinear")
-"""Operators that round what goes into a product."""
+from edgeprune.export.upcast import replace_nodes
 
 
-def without_rounding(file: Path) -> bytes | None:
-    """The graph of a file, without its weights; None where nothing is rounded."""
-    model = onnx.load(file, load_external_data=False)
-    if not any(node.op_type in ROUNDED for node in model.graph.node):
-        return None
+def without_rounding(model: Any) -> None:
+    """Let no product of a graph, an onnx.ModelProto without its weights, round its inputs."""
     units = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
     nodes = [made for node in model.graph.node for made in _unrounded(node, units)]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    found: bytes = model.SerializeToString()
-    return found
+    replace_nodes(model.graph, nodes)
 
 
 def _unrounded(node: Any, units: dict[str, str]) -> Iterator[Any]:

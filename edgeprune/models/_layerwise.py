@@ -6,7 +6,6 @@ modules are those of `Reference`, which holds every layer: results are the same 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,58 +13,21 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeprune.models._activations import Activations, Kept
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._decoder import Advanced, Flow
 from edgeprune.models._decoder_layer import Cache
 from edgeprune.models._encoder import Encoded, Encoding
-from edgeprune.models._layers import compute_buffers
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import ROOM
+from edgeprune.models._streamed import Streamed
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import Segments
 from edgeprune.spec import Plan
 
 T = TypeVar("T")
-
-
-class Streamed:
-    """A module without weights, whose parts have theirs while they are used."""
-
-    def __init__(self, adapter: Adapter, module: nn.Module, dtype: torch.dtype) -> None:
-        self.module, self._adapter, self._dtype = module.eval(), adapter, dtype
-        self._sources = adapter.sources(module)
-        self.parts: dict[str, list[str]] = {}
-        for name in self._sources:
-            self.parts.setdefault(part_of(name), []).append(name)
-        compute_buffers(module, dtype)
-
-    @contextmanager
-    def loaded(self, *parts: str) -> Iterator[None]:
-        """While this is open, the parameters of these parts are in memory."""
-        names = [name for part in parts for name in self.parts.get(part, ())]
-        empty = {name: self.module.get_parameter(name) for name in names}
-        try:
-            for name in names:
-                self._set(name, self._adapter.read(self._sources[name], self._dtype))
-            yield
-        finally:
-            for name, parameter in empty.items():
-                self._set(name, parameter)
-
-    def _set(self, name: str, value: Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(value, requires_grad=False)
-        setattr(self.module.get_submodule(owner), leaf, parameter)
-
-
-def part_of(name: str) -> str:
-    """What is loaded together with a parameter: its decoder layer, its encoder block, or what else
-    has its first name."""
-    numbered = re.match(r"(encoder\.blocks|layers)\.\d+", name)
-    return numbered[0] if numbered else name.partition(".")[0]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from edgeprune.errors import ModelError
 from edgeprune.memory import available_bytes
 from edgeprune.models._activations import BOUND
 from edgeprune.models._adapter import Adapter
-from edgeprune.models._layerwise import part_of
+from edgeprune.models._streamed import part_of
 
 OVERHEAD = 1.3
 """Activations, the process itself and the tensor being read, as a factor on the weights."""
@@ -23,12 +23,6 @@ TEXT = 64
 def needed_bytes(adapter: Adapter, element: int = 4) -> int:
     """Bytes that the weights take with elements of `element` bytes, overhead included."""
     return int(OVERHEAD * adapter.checkpoint.num_parameters() * element)
-
-
-def fits(adapter: Adapter, element: int = 4) -> bool:
-    """True where memory suffices, or where the machine does not say."""
-    available = available_bytes()
-    return available is None or needed_bytes(adapter, element) <= available
 
 
 def check_memory(need: int, work: str, otherwise: str) -> None:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgeprune.models._dialogues import Eager, Outcome
 from edgeprune.models._layers import Linear
 from edgeprune.models._ops import Causal, TorchOps, scores
 from edgeprune.models._processor import Prompt
-from edgeprune.models._reference import Reference
 
 MOVES = {
     *("_to_copy", "_unsafe_view", "cat", "clone", "constant_pad_nd", "copy_", "embedding", "empty"),
@@ -88,21 +88,25 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def watching(self, name: str, module: nn.Module) -> Iterator[None]:
-        """Results within, while `module` runs, have its name and those of its parts in their key.
-
-        A call of the whole counts operators from 0.
-        """
+        """Results of `module`'s parts, while they run, have their names in their key."""
         handles = []
         for path, part in module.named_modules(prefix=name):
             enter, leave = partial(self._enter, path), self._leave
             handles.append(part.register_forward_pre_hook(enter))
             handles.append(part.register_forward_hook(leave, always_call=True))
-        handles.append(module.register_forward_pre_hook(lambda *_: self._calls.clear()))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def metering(self, tower: str, sample: int) -> Iterator[None]:
+        """Note results within: a sample in a stage of a tower, which counts operators from 0."""
+        self._path, self.sample = [tower], sample
+        self._calls.clear()
+        with self:
+            yield
 
     def _enter(self, path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._path.append(path)
@@ -138,16 +142,12 @@ class Meter(TorchDispatchMode):
 
 
 def measure(
-    reference: Reference, prompts: Sequence[Prompt], progress: Callable[[int], None]
-) -> Peaks:
-    """The peaks of a reference built with ScoredOps, over a dialogue about each prompt."""
+    model: Eager, prompts: Sequence[Prompt], report: Callable[[int, int], None]
+) -> tuple[Peaks, list[Outcome]]:
+    """The peaks of a model built with ScoredOps over a dialogue about each prompt, and what it made
+    of them."""
     meter = Meter()
-    vision = meter.watching("vision", reference.vision)
-    with vision, meter.watching("decoder", reference.decoder), meter:
-        for number, prompt in enumerate(prompts, 1):
-            meter.sample = number
-            logits = reference.prefill(prompt).logits
-            for ids in (logits.argmax()[None, None], prompt.text_ids[:, -1:], prompt.text_ids):
-                reference.step(ids)
-            progress(number)
-    return meter.peaks
+    vision = meter.watching("vision", model.vision.vision)
+    with vision, meter.watching("decoder", model.decoder.decoder):
+        outcomes = model.outcomes(prompts, report, meter.metering)
+    return meter.peaks, outcomes
