@@ -33,10 +33,11 @@ from edgeprune.compare.workers import each
 from edgeprune.errors import ParityError
 from edgeprune.export import parity
 from edgeprune.export.dialogue import Graphs
+from edgeprune.export.ties import TOLERANCE
 from edgeprune.files import write_whole
 from edgeprune.models import open_model
+from edgeprune.models._dialogues import Eager
 from edgeprune.models._processor import Processor, Prompt
-from edgeprune.models._reference import Reference
 from edgeprune.progress import Bar
 from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
@@ -102,10 +103,10 @@ class ParityRun:
         manifest = Bundle.open(folder).manifest
         prune = manifest.prune
         prompts = _prompts(self.questions)
-        reference = Reference.build(open_model(MODEL), policies.make(cell.spec), prune.plan)
+        eager = Eager(open_model(MODEL), policies.make(cell.spec), prune.plan)
         try:
-            graphs = Graphs(folder, manifest.graph, reference.decoder)
-            found = parity.check(graphs, reference, prompts)
+            graphs = Graphs(folder, manifest.graphs, eager)
+            found = parity.check(graphs, eager, prompts)
         except ParityError as error:
             return Check(method, cell.cr, prune.cr_reached, len(prompts), why=str(error))
         same = found.samples - found.ties
@@ -180,7 +181,7 @@ def _work(run: ParityRun, jobs: int) -> list[str]:
 def _json(checks: Sequence[Check], unchecked: Sequence[str]) -> str:
     setup = {
         "model": MODEL,
-        "tolerance": parity.TOLERANCE,
+        "tolerance": TOLERANCE,
         "source": code(),
         "onnxruntime": installed("onnxruntime"),
     }

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.schedules import planned
-from edgeprune.bundle import Bundle
+from edgeprune.bundle import Bundle, ParityRecord
+from edgeprune.export import parity
+from edgeprune.export.comparison import Models
 from edgeprune.export.dialogue import Graphs
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.models import open_model
-from edgeprune.models._processor import Processor
-from edgeprune.models._reference import Reference
-from edgeprune.policies import make
-from edgeprune.spec import PruneSpec
+from edgeprune.models import Adapter, open_model
+from edgeprune.models._processor import Processor, Prompt
+from edgeprune.models._rounding import TORCH
+from edgeprune.policies import Policy, make
+from edgeprune.progress import silent
+from edgeprune.spec import Plan, PruneSpec
 from edgeprune.tiling import Size
 
 
@@ -37,6 +41,17 @@ def frozen(
     return export(request, adapter, policy, processor, []).path
 
 
-def compared(bundle: Path, reference: Reference) -> Graphs:
-    """A float32 bundle's graphs, to be compared with the reference of the same plan."""
-    return Graphs(bundle, Bundle.open(bundle).manifest.graph, reference.decoder)
+def compared(
+    bundle: Path,
+    adapter: Adapter,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    plan: Plan | None = None,
+) -> ParityRecord:
+    """The parity of a bundle's graphs, computing in float32, with the eager model of a policy."""
+    manifest = Bundle.open(bundle, verify=False).manifest
+    dtype = TORCH[manifest.dtype]
+    models = Models(adapter, policy, plan or manifest.prune.plan, dtype, prompts, silent)
+    rounded = models.rounded()
+    graphs = Graphs(bundle, manifest.graphs, rounded, wide=dtype != TORCH["fp32"])
+    return parity.check(graphs, rounded, prompts)

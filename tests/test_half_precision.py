@@ -18,11 +18,10 @@ from edgeprune.errors import ParityError
 from edgeprune.export import parity
 from edgeprune.models import open_model
 from edgeprune.models._processor import random_prompt
-from edgeprune.models._reference import Reference
-from edgeprune.models._rounding import TORCH
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec
 from tests.families import llava
+from tests.frozen import compared
 from tests.graphs import scaled
 
 METHOD = ["--method", "fastv", "--cr", "1.5", "--set", "K=1"]
@@ -75,13 +74,11 @@ def test_a_small_fault_in_one_tensor_is_found_in_every_dtype(
     dtype: str, bundles: Callable[[str], Path], checkpoint: Path
 ) -> None:
     bundle, adapter = bundles(dtype), open_model(str(checkpoint))
-    manifest = Bundle.open(bundle).manifest
     spec = PruneSpec("fastv", 1.5, options={"K": "1"})
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(4)]
 
     def check() -> None:
-        reference = Reference.build(adapter, make(spec), manifest.prune.plan)
-        parity.check_copy(bundle, manifest.graph, reference, TORCH[dtype], prompts)
+        compared(bundle, adapter, make(spec), prompts)
 
     check()
     for name in ("layers.1.mlp.down.weight", "layers.2.attention.query.weight"):

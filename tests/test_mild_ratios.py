@@ -25,6 +25,7 @@ from edgeprune.errors import ExportError, ParityError, SpecError
 from edgeprune.export.assumptions import check_sizes
 from edgeprune.export.dialogue import Graphs
 from edgeprune.models import open_model
+from edgeprune.models._dialogues import Eager
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies._sizes import least
 from edgeprune.recipe import Recipe, make
@@ -94,17 +95,16 @@ def test_what_onnx_runtime_says_of_a_graph_is_one_line_of_ours(
 ) -> None:
     """Of a graph that it cannot run with what it is given, and of one that it cannot load."""
     bundle, adapter = copy_bundle(), open_model(str(tiny_checkpoint))
-    with torch.device("meta"):
-        decoder = adapter.decoder(policies.make(PruneSpec("none")), Plan(16, 3))
-    record = Bundle.open(bundle).manifest.graph
-    graphs = Graphs(bundle, record, decoder)
+    eager = Eager(adapter, policies.make(PruneSpec("none")), Plan(16, 3))
+    records = Bundle.open(bundle).manifest.graphs
+    graphs = Graphs(bundle, records, eager)
     with pytest.raises(
         ParityError, match=r"(?s)cannot run an exported graph .* nothing was written"
     ):
-        graphs.prefill(random_prompt((1, 3, 42, 42), 66, 0))
+        graphs.outcomes([random_prompt((1, 3, 42, 42), 66, 0)])
     (bundle / "decoder.onnx").write_bytes(b"no graph")
     with pytest.raises(ParityError, match="cannot load an exported graph"):
-        Graphs(bundle, record, decoder)
+        Graphs(bundle, records, eager)
 
 
 @pytest.mark.slow

@@ -90,7 +90,8 @@ def proven(
     plan = policy.plan(adapter.shape, spec.cr)
     vocabulary = adapter.shape.vocabulary
     prompts = [random_prompt(adapter.pixels, vocabulary, seed) for seed in range(3)]
-    return ranges.prove(adapter, policy, plan, prompts, keep)
+    proof = ranges.prove(adapter, policy, plan, prompts, keep)
+    return proof.record, proof.notes
 
 
 @pytest.mark.parametrize("name", LLAVA)

@@ -17,12 +17,11 @@ from edgeprune.calib.samples import user_samples
 from edgeprune.cli import main
 from edgeprune.errors import ParityError
 from edgeprune.export import parity
-from edgeprune.models import open_model
+from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, Prompt
-from edgeprune.models._reference import Reference
-from edgeprune.models._rounding import TORCH
-from edgeprune.policies import make
+from edgeprune.policies import Policy, make
 from edgeprune.spec import PruneSpec
+from tests.frozen import compared as frozen_compared
 from tests.graphs import scaled
 
 pytestmark = [
@@ -92,19 +91,19 @@ def test_a_real_language_model_passes_in_every_dtype(bundle: Path) -> None:
 
 @dataclass
 class Compared:
-    """A bundle, the eager model of its rounded weights, and samples: what a check of it takes."""
+    """A bundle, its checkpoint, and samples: what a check of it takes."""
 
     bundle: Path
     manifest: Manifest
-    reference: Reference
+    adapter: Adapter
+    policy: Policy
     prompts: list[Prompt]
 
     def finds(self, graph: str, weight: str, factor: float) -> bool:
         """Whether parity refuses the bundle with one tensor so many times as large."""
-        record, dtype = self.manifest.graph, TORCH[self.manifest.dtype]
         with scaled(self.bundle, graph, weight, factor):
             try:
-                parity.check_copy(self.bundle, record, self.reference, dtype, self.prompts)
+                frozen_compared(self.bundle, self.adapter, self.policy, self.prompts)
             except ParityError:
                 return True
         return False
@@ -115,9 +114,8 @@ def compared(bundle: Path, checkpoint: Path) -> Compared:
     manifest = Bundle.open(bundle, verify=False).manifest
     adapter, prune = open_model(str(checkpoint)), manifest.prune
     policy = make(PruneSpec(prune.method, prune.cr, options=prune.options))
-    reference = Reference.build(adapter, policy, prune.plan)
     found = user_samples(Processor(adapter), checkpoint / "samples.json", checkpoint / "images", 3)
-    return Compared(bundle, manifest, reference, [sample.prompt for sample in found])
+    return Compared(bundle, manifest, adapter, policy, [sample.prompt for sample in found])
 
 
 @pytest.mark.parametrize(("graph", "weight"), FAULTY, ids=[weight for _, weight in FAULTY])
