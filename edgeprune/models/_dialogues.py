@@ -129,8 +129,8 @@ class Stages(ABC, Generic[S]):
 
     @abstractmethod
     def merges(self, stage: int) -> bool:
-        """Whether equal indices of a stage's survivors, if it has any, may stand for other numbers:
-        tokens are merged."""
+        """Whether equal indices of a stage's survivors, if it tells any, may stand for other
+        numbers: tokens are merged, or leave an encoder that goes on."""
 
     @abstractmethod
     def nudged(self, state: S, change: Callable[[Tensor], Tensor]) -> S:
@@ -190,19 +190,21 @@ class VisionStages(Stages[Seen]):
         return Seen((encoding.hidden,), (), encoding)
 
     def merges(self, stage: int) -> bool:
-        sites, last = self.vision.plan.before_decoder(), stage == len(self.titles) - 1
-        inside = any(site.site not in ("vision", "input") for site in sites)
-        return inside or (last and any(site.merged for site in sites))
+        sites, site = self.vision.plan.before_decoder(), self.vision.encoder.site
+        if stage == len(self.titles) - 1:
+            return any(one.merged for one in sites)
+        shortened = site is not None and stage == site.config.at + 1
+        return stage > 0 and (shortened or any(one.site == "block" for one in sites))
 
     def nudged(self, state: Seen, change: Callable[[Tensor], Tensor]) -> Seen:
         seen = state.encoding
         if seen is None:
             return replace(state, shown=(change(state.shown[0]),))
-        query, key = (None if x is None else change(x) for x in (seen.query, seen.key))
+        signals = seen.query, seen.key, seen.contrast
+        query, key, contrast = (None if x is None else change(x) for x in signals)
         read, hidden = tuple(map(change, seen.read)), change(seen.hidden)
-        return replace(
-            state, encoding=replace(seen, hidden=hidden, query=query, key=key, read=read)
-        )
+        changed = replace(seen, hidden=hidden, query=query, key=key, read=read, contrast=contrast)
+        return replace(state, encoding=changed)
 
     def entered(self, state: Seen, hidden: Tensor) -> Seen:
         assert state.encoding is not None
