@@ -107,14 +107,14 @@ def test_a_graph_that_rounds_otherwise_is_refused(
     """Its codes of inputs end at 115 on one side; the weights are right."""
     graphs = weighing.Graphs
 
-    def spoiled(draft: Path, *rest: object, exact: bool = True) -> object:
+    def spoiled(draft: Path, *rest: object, exact: bool = True, wide: bool = False) -> object:
         model = onnx.load(draft / "decoder.onnx", load_external_data=False)
         for tensor in model.graph.initializer:
             if tensor.data_type == TensorProto.UINT8 and not tensor.dims:
                 tensor.raw_data = bytes([140])
                 break
         onnx.save(model, draft / "decoder.onnx")
-        return graphs(draft, *rest, exact=exact)  # type: ignore[arg-type]
+        return graphs(draft, *rest, exact=exact, wide=wide)  # type: ignore[arg-type]
 
     monkeypatch.setattr(weighing, "Graphs", spoiled)
     options = ["--model", tiny_checkpoint, "--method", "none", "--parity", 2]
