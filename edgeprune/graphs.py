@@ -33,6 +33,8 @@ ROLES = {
 """What a tensor of a graph is for. The runtime knows these; others are refused by name."""
 
 VISION, DECODER = "vision.onnx", "decoder.onnx"
+BLOCK = "encoder_block.onnx"
+"""One block of the encoder for any number of patches, in bundles that were exported to be timed."""
 SIZES = {**{dtype.name: dtype.bytes for dtype in DTYPES.values()}, "int64": 8}  # bytes
 
 Size = Amount | Annotated[str, Matches(r"[a-z]+(\.\d{1,4})?", "the name of an open size")]

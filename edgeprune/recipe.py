@@ -70,6 +70,7 @@ class Recipe:
     weights: str = "float"  # int8 or int4, with options: edgeprune/weight_format.py
     encoder: str = DENSE  # or what shortens it, with options: edgeprune/encoder_methods
     keep_fp32: str = "none"  # auto: in fp16, parts that float16 cannot hold stay in float32
+    profilable: bool = False  # whether the bundle is for edgeprune profile
     parity: int | None = None  # samples of the check; None: 8
     schedule: Path | None = None  # a file in place of a calibration
     samples: int = 100
@@ -150,6 +151,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         schedule=schedule.record() if schedule else None,
         no_parity=why,
         keep_fp32=recipe.keep_fp32,
+        profilable=recipe.profilable,
         tuning=_tuning(recipe, adapter, policy, processor, plan, report),
     )
     prompts = _prompts(samples, recipe, adapter, processor)

@@ -61,6 +61,7 @@ class ExportRequest:
     no_parity: str = ""  # why parity is not checked; empty where it is
     keep_fp32: str = "none"  # or auto: parts that float16 cannot hold stay in float32
     tuning: Tuning = UNTUNED  # what samples say of the weights that are quantised
+    profilable: bool = False  # whether a block of the encoder is written too, to be timed
 
     @property
     def lowering(self) -> Lowering:
@@ -147,7 +148,9 @@ def export(
     try:
         with atomic_folder(request.output) as draft:
             modules = modules_of(request.plan, adapter, policy, dialect, dtype, wide)
-            graphs, stored = write_graphs(draft, modules, adapter, dialect, dtype, report)
+            graphs, stored = write_graphs(
+                draft, modules, adapter, dialect, dtype, report, profilable=request.profilable
+            )
             copy_text(adapter.checkpoint.folder, draft, processor)
             checked = ParityRecord(0, request.no_parity)
             weights = weights_record(request.lowering, stored, request.tuning.kinds)

@@ -51,6 +51,7 @@ class WeightsFile:
         self.folder, self.form, self.table, self.stored = folder, form, table, Stored()
         self.integers = integers
         self.stream: BinaryIO = (folder / WEIGHTS).open("wb")
+        self._placed = dict[str, ir.ExternalTensor]()  # floats, by parameter
 
     def __enter__(self) -> WeightsFile:
         return self
@@ -73,10 +74,13 @@ class WeightsFile:
             name = value.name or ""
             if name in sources and sources[name].form is not None:
                 self._quantise(model, value, adapter, sources[name], dtype)
+            elif name in self._placed:
+                value.const_value = self._placed[name]
             elif name in sources:
                 self.stored.tensors["float"] += sources[name].transposed
                 self.stored.packed += adapter.is_packed(sources[name])
-                value.const_value = self._append_rows(name, adapter.rows(sources[name], dtype))
+                self._placed[name] = self._append_rows(name, adapter.rows(sources[name], dtype))
+                value.const_value = self._placed[name]
             elif name in tables:
                 value.const_value = self._append(name, tables[name])
             elif value.const_value is None or value.const_value.nbytes > INLINE:

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from edgeprune.export.block_graph import Block, block_graph
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.integers import INTEGERS
 from edgeprune.export.products import FORMS
@@ -18,7 +19,7 @@ from edgeprune.export.prompts import save_tokenizer
 from edgeprune.export.quantised_table import TABLES
 from edgeprune.export.trace import decoder_graph, strip_weights, vision_graph
 from edgeprune.export.weights import Stored, WeightsFile
-from edgeprune.graphs import DECODER, VISION, GraphRecord
+from edgeprune.graphs import BLOCK, DECODER, VISION, GraphRecord
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._layers import compute_buffers, widen
@@ -59,8 +60,11 @@ def write_graphs(
     dialect: Dialect,
     dtype: torch.dtype,
     report: Progress,
+    *,
+    profilable: bool = False,
 ) -> tuple[dict[str, GraphRecord], Stored]:
-    """Trace both graphs and write them with their weights; what the manifest says of them."""
+    """Trace both graphs and write them with their weights; what the manifest says of them. Where
+    `profilable` one block of the encoder is a graph too, with the same weights."""
     vision, decoder = modules
     report("trace vision", 0, 1)
     graphs = {VISION: vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
@@ -71,8 +75,12 @@ def write_graphs(
         for name, module in ((VISION, vision), (DECODER, decoder)):
             step = partial(report, f"{name.removesuffix('.onnx')} weights")
             weights.fill(graphs[name].model, module, adapter, dtype, step)
-    for name, traced in graphs.items():
-        model = traced.model
+        models = {name: traced.model for name, traced in graphs.items()}
+        if profilable:
+            block, width = Block(vision), adapter.vision_config.encoder.width
+            models[BLOCK] = block_graph(block, width, dtype, dialect.opset)
+            weights.fill(models[BLOCK], block, adapter, dtype, partial(report, "block weights"))
+    for name, model in models.items():
         model.producer_name, model.producer_version = "edgeprune", installed("edgeprune")
         ir.save(model, draft / name)
         onnx.checker.check_model(str(draft / name))

@@ -60,6 +60,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " samples of the parity check (default none: such a model is refused)",
     )
     command.add_argument(
+        "--profilable",
+        action="store_true",
+        help="write one block of the encoder as a graph too, for edgeprune profile",
+    )
+    command.add_argument(
         "--parity",
         type=int,
         metavar="N",
@@ -97,6 +102,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         dtype=args.dtype,
         weights=args.weights,
         encoder=args.encoder,
+        profilable=args.profilable,
         keep_fp32=args.keep_fp32,
         parity=args.parity,
         schedule=args.schedule,

@@ -262,6 +262,11 @@ class Tower(nn.Module):
         """The block itself."""
         raise NotImplementedError
 
+    def alone(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
+        """A block with full attention by itself: [sequences, n, width] -> the same. `rows` int64
+        [sequences, n] are those of rotary tables, where a tower has them."""
+        raise NotImplementedError
+
     def states(self, seen: Encoding, at: int) -> tuple[Tensor, ...]:
         """After the last block, the states that are read after block `at` has begun, of patches in
         the sequence's order: each [tiles, P, width]. None may have left."""
@@ -353,6 +358,10 @@ class Encoder(Tower):
             features = self.whole(x[:, first:], seen)
         indices = None if seen.groups is None else seen.groups.indices[first:] - first
         return Encoded(features, cls, seen.query, seen.key, indices)
+
+    def alone(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
+        found: Tensor = self.blocks[number](hidden, None, lambda key: None)[0]
+        return found
 
     def states(self, seen: Encoding, at: int) -> tuple[Tensor, ...]:
         first = int(self.cls is not None)

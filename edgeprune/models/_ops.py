@@ -100,13 +100,9 @@ class TorchOps:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         """Rotary embedding, halves convention; positions int64 [batch, S], or [1, S] of all."""
-        if positions.shape[0] == 1:
-            at_cos, at_sin = (t.index_select(0, positions[0])[None, None] for t in (cos, sin))
-        else:
-            shape = (positions.shape[0], 1, positions.shape[1], -1)
-            rows = positions.flatten()
-            at_cos, at_sin = (t.index_select(0, rows).view(shape) for t in (cos, sin))
-        half = x.shape[-1] // 2
+        batch, rows = positions.shape[0], positions.flatten()
+        half = cos.shape[1]
+        at_cos, at_sin = (t.index_select(0, rows).view(batch, 1, -1, half) for t in (cos, sin))
         low, high = x[..., :half], x[..., half:]
         return torch.cat([low * at_cos - high * at_sin, high * at_cos + low * at_sin], dim=-1)
 

@@ -202,7 +202,8 @@ class Block(nn.Module):
                 rows = torch.arange(start, end, device=x.device).view(windows, patches)
                 rows = rows.repeat(len(x), 1)
             else:
-                rows = (left if len(self.runs) == 1 else left[:, start:end]).reshape(-1, patches)
+                rows = left if len(self.runs) == 1 else left[:, start:end]
+                rows = rows if windows == 1 else rows.reshape(-1, patches)
             attended, query, key = self._attend(part, rows, cos, sin)
             mixed.append(attended)
             start = end
@@ -323,6 +324,10 @@ class QwenTower(Tower, WithBuffers):
             return seen
         joined = seen.joined + (seen.split is not None)
         return replace(seen, read=(*seen.read, self.whole(x, seen)), joined=joined)
+
+    def alone(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
+        found: Tensor = self.blocks[number](hidden, self.cos, self.sin, rows)[0]
+        return found
 
     def states(self, seen: Encoding, at: int) -> tuple[Tensor, ...]:
         middle = zip(self.config.middle, seen.read, strict=True)
