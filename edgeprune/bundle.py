@@ -121,6 +121,10 @@ class EncoderRecord:
     blocks: Few
     width: Count
     patches: Count  # of a tile
+    tiles: Few  # or images, or frames, that are encoded at once
+    extra: Amount  # tokens of a tile that are no patch: [CLS]
+    window: Amount  # patches of a window, in most blocks; 0: attention is over a tile
+    shown: Few  # images or frames of a prompt
     operations: Bytes
     dense_operations: Bytes  # were nothing to leave
     units: Count  # of a tile

@@ -49,8 +49,8 @@ def check_signature(manifest: Manifest) -> None:
             _check_ends(f"{name} lists", found, wanted)
 
 
-def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
-    """ValueError where `vision.onnx` or `decoder.onnx` is not the graph of the manifest."""
+def check_nodes(manifest: Manifest, graph: OnnxFile) -> None:
+    """ValueError where a graph holds what no graph of a bundle needs."""
     target = TARGETS[manifest.target]
     if strange := graph.operators - OPERATORS - {target.codes, target.integers}:
         raise ValueError(f"it has the operator {min(strange)}, which no bundle needs")
@@ -60,6 +60,11 @@ def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
         raise ValueError(f"its opset is {graph.opset}, the manifest says {manifest.opset}")
     for node in graph.quantised:
         check_quantised(node)
+
+
+def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
+    """ValueError where `vision.onnx` or `decoder.onnx` is not the graph of the manifest."""
+    check_nodes(manifest, graph)
     record = manifest.graphs[name]
     for listed, found in ((record.inputs, graph.inputs), (record.outputs, graph.outputs)):
         wanted = [Value(tensor.name, tensor.dtype, tensor.dims) for tensor in listed]

@@ -34,7 +34,7 @@ from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import GraphRecord
 from edgeprune.lowering import TARGETS, Lowering, resolve
 from edgeprune.models import Adapter
-from edgeprune.models._encoder_site import encoder_operations
+from edgeprune.models._encoder_site import Blocks, encoder_operations
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -271,6 +271,10 @@ def _encoder_record(adapter: Adapter) -> EncoderRecord:
         blocks=encoder.blocks,
         width=encoder.width,
         patches=patches,
+        tiles=tiles,
+        extra=int(encoder.cls),
+        window=_window(encoder),
+        shown=adapter.shown,
         operations=tiles * encoder_operations(encoder, patches, site),
         dense_operations=tiles * encoder_operations(encoder, patches),
         units=whole,
@@ -279,6 +283,12 @@ def _encoder_record(adapter: Adapter) -> EncoderRecord:
         r2=loss.r2 if loss else None,
         angle=loss.angle if loss else None,
     )
+
+
+def _window(encoder: Blocks) -> int:
+    """Patches of a window in the blocks that have some, 0 where none has."""
+    runs = [encoder.windows(block)[0] for block in range(encoder.blocks)]
+    return next((size for windows, size in runs if windows > 1), 0)
 
 
 def _decoder_record(adapter: Adapter, plan: Plan, cache: str) -> DecoderRecord:

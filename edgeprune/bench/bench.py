@@ -154,7 +154,7 @@ def bench(request: BenchRequest, report: Progress = silent) -> BenchResult:
             report("rounds", number + 1, total)
         rows = tuple(process.row() for process in workers)
     plain = asdict(request) | {"bundles": [path.name for path in request.bundles]}
-    return BenchResult(rows, absent, agreements, plain, _machine())
+    return BenchResult(rows, absent, agreements, plain, machine_versions())
 
 
 def _loaded(started: Sequence[_WorkerProcess]) -> tuple[list[_WorkerProcess], tuple[Absent, ...]]:
@@ -279,7 +279,8 @@ def _joules(rounds: Sequence[dict[str, Any]], new_tokens: int) -> tuple[float, .
     return tuple(w * (vision + prefill + new_tokens * step) for w, vision, prefill, step in whole)
 
 
-def _machine() -> dict[str, str]:
+def machine_versions() -> dict[str, str]:
+    """Processor, GPU and versions of what runs here."""
     found = machine.describe()
     named = {"gpu": found.gpu.name if found.gpu else "", "jetson": found.jetson}
     engines = {name: v for name, v in found.versions.items() if name not in ("torch", "onnx")}

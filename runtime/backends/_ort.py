@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class OrtBackend:
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
         providers = _providers(ort, device)
+        self._open = partial(_session, ort, bundle, options=options, providers=providers)
         self._vision = _session(ort, bundle, "vision.onnx", options, providers)
         self._decoder = _session(ort, bundle, "decoder.onnx", options, providers)
         self._value = ort.OrtValue
@@ -84,6 +86,23 @@ class OrtBackend:
             self._vision.run_with_iobinding(binding)
             visual, indices = binding.get_outputs()
         return EncodedImage(visual, indices, indices.numpy().copy())
+
+    def as_image(self, visual: NDArray[np.float32], indices: Ids) -> EncodedImage:
+        """Visual tokens from elsewhere, any number of them: [1, n, width], [n]."""
+        on_host = self._host(visual.astype(self.element)), self._host(indices)
+        return EncodedImage(*on_host, indices)
+
+    def encoder_block(self, name: str) -> Callable[[NDArray[np.float32], Ids], None]:
+        """Runs one block of the encoder, a graph of the bundle, on noise, for its time alone."""
+        session = self._open(name)
+
+        def run(hidden: NDArray[np.float32], rows: Ids) -> None:
+            with _refusals(name):
+                given = {"hidden": hidden.astype(self.element, copy=False), "rows": rows}
+                taken = {end.name for end in session.get_inputs()}
+                session.run(None, {key: value for key, value in given.items() if key in taken})
+
+        return run
 
     def caches(self) -> OrtCaches:
         return _caches.make(self._memory, self.record, self._graph.caches)

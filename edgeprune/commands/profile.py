@@ -1,0 +1,84 @@
+"""`edgeprune profile`: what the parts of a model take on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune import terminal
+from edgeprune.commands import _common
+from edgeprune.tables import plain
+
+if TYPE_CHECKING:
+    from edgeprune.timing import Profile, Table
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "profile",
+        help="time the parts of a model on this machine, for plan and export --ttft",
+        description="Time prefill as a function of visual tokens, an encoder block as a function of"
+        " patches, and what comes before them, on the machine that will run the model. It needs the"
+        " dense bundle, exported with --profilable, and no PyTorch.",
+    )
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="dense, --profilable")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="JSON")
+    command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
+    command.add_argument(
+        "--text", type=int, default=64, metavar="N", help="text tokens of a prompt (default 64)"
+    )
+    command.add_argument(
+        "--image", type=Path, metavar="FILE", help="read in each round (default: noise as JPEG)"
+    )
+    command.add_argument("--rounds", type=int, default=9, metavar="N", help="counted (default 9)")
+    command.add_argument(
+        "--warmup", type=int, default=2, metavar="N", help="not counted (default 2)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgeprune.bench.profiling import ProfileRequest, profile
+    from edgeprune.progress import Bar
+
+    request = ProfileRequest(
+        args.bundle,
+        args.backend,
+        args.text,
+        args.rounds,
+        args.warmup,
+        args.threads,
+        args.image,
+    )
+    _common.check_output(args.output)
+    with Bar() as bar:
+        found = profile(request, bar)
+    _common.write_output(args.output, found.to_json())
+    terminal.note(_told(found))
+    print(args.output)
+    return 0
+
+
+def _told(found: Profile) -> str:
+    parts = (("read", found.read), ("preprocess", found.preprocess), ("vision", found.vision))
+    lines = [f"{name} {one.ms:.2f} ms ({one.low:.2f}-{one.high:.2f})" for name, one in parts]
+    lines.append(f"prefill with {found.text_tokens} text tokens, by visual tokens:")
+    lines.append(_rows(found.prefill))
+    lines.append("encoder block, by tokens of each tile:")
+    lines.append(_rows(found.block))
+    if found.windowed is not None:
+        lines.append("encoder block with windows, by tokens of each window:")
+        lines.append(_rows(found.windowed))
+    machine = ", ".join(f"{name} {value}" for name, value in found.machine.items())
+    return "\n".join([*lines, f"median (p10-p90) of {found.rounds} rounds; {machine}"])
+
+
+def _rows(table: Table) -> str:
+    rows = [
+        (str(count), f"{ms:.3f} ms", f"({one.low:.3f}-{one.high:.3f})")
+        for count, ms, one in zip(table.counts, table.ms, table.measured, strict=True)
+    ]
+    flat = ", ".join(f"{first} to {last}" for first, last in table.plateaus())
+    return plain(rows) + (f"\nequal within 2%: {flat}" if flat else "")
