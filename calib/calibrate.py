@@ -93,7 +93,7 @@ def calibrate(
     if stored.is_file():
         with suppress(ScheduleError):  # damaged: solve again
             return read_schedule(stored, adapter.shape, request.cr)
-    evidence = _evidence(request, adapter, policy, processor, key, report, measure)
+    evidence = evidence_of(request, adapter, policy, processor, report, measure)
     report("solve schedule", 0, 1)
     schedule = solve(
         evidence,
@@ -106,16 +106,16 @@ def calibrate(
     return schedule
 
 
-def _evidence(
+def evidence_of(
     request: CalibrationRequest,
     adapter: Adapter,
     policy: Policy,
     processor: Processor,
-    key: str,
-    report: Progress,
-    measure: Measure | None,
+    report: Progress = silent,
+    measure: Measure | None = None,
 ) -> Evidence:
-    stored = request.folder / f"{key}.npz"
+    """What a model does on the samples; read from the cache where it was measured before."""
+    stored = request.folder / f"{evidence_key(request, adapter, policy)}.npz"
     if stored.is_file():
         with suppress(Exception):  # damaged in any way; zipfile raises many kinds: measure again
             return _load(stored)

@@ -7,27 +7,51 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from edgeprune.calib.calibrate import CalibrationRequest, encoder_key, samples_of, write_cached
 from edgeprune.calib.encoder_loss import angle, features
 from edgeprune.calib.exit_map import fit
+from edgeprune.encoder_methods import make
 from edgeprune.errors import SpecError
 from edgeprune.models import Adapter
 from edgeprune.models._encoder_site import ExitMap, SiteConfig, SiteLoss
+from edgeprune.models._layers import compute_buffers
 from edgeprune.models._memory import check_memory, layerwise_bytes
 from edgeprune.models._processor import Processor, Prompt
+from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
+from edgeprune.spec import plan_from_counts
 
+Step = Callable[[int, int], None]
 MOST = 32
 """Samples at most on which the loss is measured: each is a prefill of the whole decoder."""
+
+
+def place_site(text: str, adapter: Adapter, policy: Policy, cr: float) -> SiteConfig | None:
+    """What --encoder asks for; SpecError, before anything slow, where it or the decoder's method
+    cannot do that in this model. None: the dense encoder."""
+    method = make(text)
+    if method is None:
+        return None
+    site, shape = adapter.encoder_site(method), adapter.shape
+    first = policy.entry_tokens(shape, cr)
+    if first is None:
+        plan = policy.plan(shape, cr)
+    else:
+        plan = plan_from_counts(shape.visual_tokens, (first,) * shape.layers)
+    with torch.device("meta"):
+        vision = adapter.with_encoder(adapter.unfitted(site)).vision(policy, plan)
+        compute_buffers(vision, torch.float32)
+        vision.eval()(torch.empty(adapter.pixels))
+    return site
 
 
 def measure_site(
@@ -37,42 +61,59 @@ def measure_site(
     site: SiteConfig,
     report: Progress = silent,
 ) -> SiteConfig:
-    """The site with its map and its loss; SpecError where more is lost than its limit allows."""
-    stored = request.folder / f"{encoder_key(request, adapter, site.method)}-encoder.npz"
-    found = _load(stored, site)
-    if found is None:
-        check_memory(layerwise_bytes(adapter, request.samples), "calibration", "use fewer samples")
-        found = _measured(request, adapter, processor, site, report)
-        _save(stored, found)
-    assert found.loss is not None
-    if not found.loss.angle <= site.method.limit:
-        raise SpecError(
-            f"--encoder {site.method} turns the model's output by {found.loss.angle:.3f} radians on"
-            f" {found.loss.samples} samples, at most {site.method.limit:g} is taken; choose a later"
-            " block, keep more, or raise limit="
-        )
-    return found
+    """The site with its map and its loss."""
+    return measure_sites(request, adapter, processor, [site], report)[0]
 
 
-def _measured(
+def measure_sites(
     request: CalibrationRequest,
     adapter: Adapter,
     processor: Processor,
-    site: SiteConfig,
-    report: Progress,
+    sites: Sequence[SiteConfig],
+    report: Progress = silent,
+) -> list[SiteConfig]:
+    """Several sites by themselves; what the dense model says of the samples is measured once."""
+    found, prompts, dense = list[SiteConfig](), list[Prompt](), None
+    for number, site in enumerate(sites, 1):
+        stored = request.folder / f"{encoder_key(request, adapter, site.method)}-encoder.npz"
+        measured = _load(stored, site)
+        if measured is None:
+            if dense is None:
+                need = layerwise_bytes(adapter, request.samples)
+                check_memory(need, "calibration", "use fewer samples")
+                prompts = [one.prompt for one in samples_of(request, adapter, processor)]
+                step = _step(report, "features, dense encoder")
+                dense = features(adapter.with_encoder(None), prompts[:MOST], step)
+            title = f"encoder {number} of {len(sites)}" if len(sites) > 1 else "encoder"
+            measured = _measured(adapter, site, prompts, dense, _step(report, title))
+            _save(stored, measured)
+        found.append(measured)
+    return found
+
+
+def check_limit(site: SiteConfig) -> None:
+    """SpecError where a site that was measured loses more than its method's limit."""
+    if site.loss is not None and not site.within_limit:
+        raise SpecError(
+            f"--encoder {site.method} turns the model's output by {site.loss.angle:.3f} radians on"
+            f" {site.loss.samples} samples, at most {site.method.limit:g} is taken; choose a later"
+            " block, keep more, or raise limit="
+        )
+
+
+def _measured(
+    adapter: Adapter, site: SiteConfig, prompts: Sequence[Prompt], dense: Tensor, step: Step
 ) -> SiteConfig:
-    prompts: list[Prompt] = [one.prompt for one in samples_of(request, adapter, processor)]
+    """A site with its map and its loss; `dense` are the features of the first prompts."""
     r2 = None
     if site.method.rejoins:
-        exit_map, r2 = fit(adapter, site, prompts, _step(report, "fit the exit's map"))
+        exit_map, r2 = fit(adapter, site, prompts, step)
         site = replace(site, exit_map=exit_map)
-    few = list(islice(prompts, MOST))
-    dense = features(adapter.with_encoder(None), few, _step(report, "features, dense encoder"))
-    ours = features(adapter.with_encoder(site), few, _step(report, "features, short encoder"))
-    return replace(site, loss=SiteLoss(len(few), r2, angle(ours, dense)))
+    ours = features(adapter.with_encoder(site), prompts[: len(dense)], step)
+    return replace(site, loss=SiteLoss(len(dense), r2, angle(ours, dense)))
 
 
-def _step(report: Progress, title: str) -> Callable[[int, int], None]:
+def _step(report: Progress, title: str) -> Step:
     return lambda done, total: report(title, done, total)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from edgeprune.calib.solvers._problem import Measured, Problem, Progress, Solution, silent
+from edgeprune.calib.solvers.timed import Times
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.spec import ModelShape, budget
 
@@ -183,6 +184,31 @@ def solve(
     began = perf_counter()
     problem = pose(evidence, cr, first)
     solution = _run(problem, solver, max_sites, time_limit, progress)
+    return _schedule(evidence, solution, solver, cr, began)
+
+
+def solve_timed(
+    evidence: Evidence, times: Times, floor: Times, budget: int, progress: Progress = silent
+) -> Schedule | None:
+    """Choose r_2 .. r_L for r_1 = V tokens within a budget of time; None where none fits.
+
+    `floor` are the times rounded down, by which no schedule is missed that the bound is about.
+    """
+    from edgeprune.calib.solvers import timed
+
+    began = perf_counter()
+    _, layers, tokens = evidence.attention.shape
+    problem = Problem.pose(evidence.attention, evidence.loss, None, tokens, tokens * layers)
+    solution = timed.solve(problem, times, floor, budget, progress)
+    if solution is None:
+        return None
+    counts = tuple(int(count) for count in solution.counts)
+    return _schedule(evidence, solution, "timed", tokens * layers / sum(counts), began)
+
+
+def _schedule(
+    evidence: Evidence, solution: Solution, solver: str, cr: float, began: float
+) -> Schedule:
     return Schedule(
         counts=tuple(int(count) for count in solution.counts),
         objective=solution.objective,

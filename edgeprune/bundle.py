@@ -45,6 +45,7 @@ from edgeprune.records import (
 )
 from edgeprune.spec import Plan, Stage
 from edgeprune.tiling import Tiling
+from edgeprune.timing import Milliseconds
 from edgeprune.weight_format import WeightFormat
 
 SCHEMA = 5
@@ -138,6 +139,20 @@ class EncoderRecord:
     def share(self) -> float:
         """Of the dense encoder's operations."""
         return self.operations / max(1, self.dense_operations)
+
+
+@dataclass(frozen=True, slots=True)
+class TimingRecord:
+    """Time to first token as asked for, and as a profile predicts it, in milliseconds."""
+
+    asked: Milliseconds
+    predicted: Milliseconds
+    before: Milliseconds  # reading the image file, and preprocessing
+    vision: Milliseconds
+    prefill: Milliseconds
+    text_tokens: Count
+    backend: str
+    machine: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +319,7 @@ class Manifest:
     versions: dict[str, str]
     range: RangeRecord | None = None  # None: the dtype is not fp16, or no sample was looked at
     weights: WeightsRecord | None = None  # None: all weights are of the dtype
+    timing: TimingRecord | None = None  # None: no time was asked for
     checkpoint_weights: str = ""  # the form of a quantised checkpoint's; empty: floats
     schema: Count = SCHEMA
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from edgeprune import encoder_methods, policies
+from edgeprune.bundle import TimingRecord
 from edgeprune.calib import awq, sensitivity, smoothing
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate
-from edgeprune.calib.encoder import measure_site
+from edgeprune.calib.encoder import check_limit, measure_site, place_site
+from edgeprune.calib.planning import Settled, Work, within_time
 from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
 from edgeprune.encoder_methods import DENSE
@@ -27,8 +27,6 @@ from edgeprune.export.exporter import (
 )
 from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._encoder_site import SiteConfig
-from edgeprune.models._layers import compute_buffers
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -41,7 +39,6 @@ from edgeprune.spec import (
     check_cr,
     check_reach,
     check_separators,
-    plan_from_counts,
 )
 from edgeprune.tiling import Size
 from edgeprune.weight_format import AUTO
@@ -70,6 +67,8 @@ class Recipe:
     weights: str = "float"  # int8 or int4, with options: edgeprune/weight_format.py
     encoder: str = DENSE  # or what shortens it, with options: edgeprune/encoder_methods
     keep_fp32: str = "none"  # auto: in fp16, parts that float16 cannot hold stay in float32
+    ttft: float | None = None  # milliseconds to the first token, in place of a ratio
+    profile: Path | None = None  # of the device, by which they are counted
     profilable: bool = False  # whether the bundle is for edgeprune profile
     parity: int | None = None  # samples of the check; None: 8
     schedule: Path | None = None  # a file in place of a calibration
@@ -81,6 +80,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_image_dir(self.image_dir, self.samples_file)
+        if (self.ttft is None) != (self.profile is None):
+            raise SpecError("--ttft counts with a profile of the device; give --ttft and --profile")
+        if self.ttft is not None and (self.schedule or self.max_sites):
+            raise SpecError("--ttft solves a schedule; leave out --schedule and --max-sites")
 
     @property
     def sample_images(self) -> Path | None:
@@ -104,6 +107,8 @@ class Recipe:
             return self.output
         name, spec = self.model_name.rpartition("/")[2], self.spec
         ratio = f"-cr{spec.cr:.4g}" if spec.cr != 1 else ""
+        if self.ttft is not None:
+            return Path("out") / f"{name}-{spec.method}-ttft{self.ttft:g}"
         seed = policies.seed_of(policies.make(spec))
         method = encoder_methods.make(self.encoder)
         encoder = f"-{method}".replace(":", "-").replace("=", "") if method else ""
@@ -126,17 +131,28 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         spec = with_reached_ratio(spec, policy, adapter.shape)
         recipe = replace(recipe, spec=spec)
     check_reach(spec, adapter.shape)
-    site = _site(recipe, adapter, policy)
+    site = None
+    if recipe.ttft is None:
+        site = place_site(recipe.encoder, adapter, policy, spec.cr)
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.lowering, adapter)
     _check_keep(recipe, why)
     _check_samples(recipe)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
-    if site is not None:
-        measured = measure_site(_calibration(recipe), adapter, processor, site, report)
-        adapter = adapter.with_encoder(measured)
-    schedule = _schedule(recipe, adapter, policy, processor, report)
+    calibration, schedule, settled = _calibration(recipe), None, None
+    if recipe.ttft is not None and recipe.profile is not None:
+        work = Work(calibration, adapter, policy, processor, report)
+        settled = within_time(work, recipe.profile, recipe.encoder, recipe.ttft, recipe.lowering)
+        adapter, schedule = settled.adapter, settled.schedule
+        spec = replace(spec, cr=schedule.cr)
+        recipe = replace(recipe, spec=spec)
+    else:
+        if site is not None:
+            site = measure_site(calibration, adapter, processor, site, report)
+            check_limit(site)
+            adapter = adapter.with_encoder(site)
+        schedule = _schedule(recipe, adapter, policy, processor, report)
     plan = policy.plan(adapter.shape, spec.cr, schedule)
     check_cr(plan, spec.cr)
     check_separators(plan, adapter.shape)
@@ -152,6 +168,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         no_parity=why,
         keep_fp32=recipe.keep_fp32,
         profilable=recipe.profilable,
+        timing=_timing(recipe, settled),
         tuning=_tuning(recipe, adapter, policy, processor, plan, report),
     )
     prompts = _prompts(samples, recipe, adapter, processor)
@@ -194,23 +211,21 @@ def _calibration(recipe: Recipe) -> CalibrationRequest:
     )
 
 
-def _site(recipe: Recipe, adapter: Adapter, policy: Policy) -> SiteConfig | None:
-    """What shortens the encoder; SpecError, before anything slow, where it or the method cannot do
-    that in this model."""
-    method = encoder_methods.make(recipe.encoder)
-    if method is None:
+def _timing(recipe: Recipe, settled: Settled | None) -> TimingRecord | None:
+    """What the manifest says of the time that was asked for."""
+    if settled is None or recipe.ttft is None:
         return None
-    site, shape, cr = adapter.encoder_site(method), adapter.shape, recipe.spec.cr
-    first = policy.entry_tokens(shape, cr)
-    counts = None if first is None else (first,) * shape.layers
-    plan = (
-        policy.plan(shape, cr) if counts is None else plan_from_counts(shape.visual_tokens, counts)
+    profile = settled.costs.profile
+    return TimingRecord(
+        asked=recipe.ttft,
+        predicted=settled.ms,
+        before=settled.costs.before,
+        vision=settled.vision_ms,
+        prefill=settled.prefill_ms,
+        text_tokens=profile.text_tokens,
+        backend=profile.backend,
+        machine=profile.machine,
     )
-    with torch.device("meta"):
-        vision = adapter.with_encoder(adapter.unfitted(site)).vision(policy, plan)
-        compute_buffers(vision, torch.float32)
-        vision.eval()(torch.empty(adapter.pixels))
-    return site
 
 
 def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:

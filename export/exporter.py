@@ -18,6 +18,7 @@ from edgeprune.bundle import (
     ParityRecord,
     PruneRecord,
     TextRecord,
+    TimingRecord,
     atomic_folder,
     check_target,
     record_files,
@@ -61,6 +62,7 @@ class ExportRequest:
     no_parity: str = ""  # why parity is not checked; empty where it is
     keep_fp32: str = "none"  # or auto: parts that float16 cannot hold stay in float32
     tuning: Tuning = UNTUNED  # what samples say of the weights that are quantised
+    timing: TimingRecord | None = None  # the time that was asked for
     profilable: bool = False  # whether a block of the encoder is written too, to be timed
 
     @property
@@ -239,6 +241,7 @@ def _manifest(
         files=record_files(draft),
         parity=ParityRecord(0),
         versions={package: installed(package) for package in PACKAGES},
+        timing=request.timing,
         checkpoint_weights=str(packed.form) if packed else "",
     )
 

@@ -87,6 +87,7 @@ CORE = {
         "spec",
         "tables",
         "tiling",
+        "timing",
         "versions",
     ),
 }

@@ -26,6 +26,12 @@ class Corridor:
     max_falls: int | None = None  # at most this many layers where the count falls
     price: float = 0.0  # radians per token and layer, to compare spendings inside a cell
     max_cells: int = 4096
+    units: Ints | None = None  # [n + 1] what a layer of so many tokens spends; None: the tokens
+    fall: int = 0  # what a layer where the count falls spends beside that
+
+    def spends(self, counts: Ints) -> Ints:
+        """What layers that so many tokens enter spend."""
+        return counts if self.units is None else self.units[counts]
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Cells:
     paths: Ints  # [K, d+1] counts so far
     cost: Floats  # [K] mean radians lost so far
     alive: Ints  # [K, S, W] indices of alive tokens, padded with dummies
-    spent: Ints  # [K] tokens summed over the layers so far
+    spent: Ints  # [K] tokens, or units of time, summed over the layers so far
     falls: Ints  # [K] layers so far where the count fell
 
     @property
@@ -47,9 +53,11 @@ def sweep(problem: Problem, corridor: Corridor) -> Cells:
     """All cells after the last decision; none if no schedule fits the corridor."""
     zero = np.zeros(1, np.intp)
     first = np.array([problem.first])
-    cells = Cells(first[:, None], np.zeros(1), problem.start[None], first, zero)
+    spent = corridor.spends(first)
+    cells = Cells(first[:, None], np.zeros(1), problem.start[None], spent, zero)
     for d in range(problem.n_decisions):
-        cells = _decide(problem, corridor, d, cells)
+        if len(cells.cost):
+            cells = _decide(problem, corridor, d, cells)
     return cells
 
 
@@ -58,11 +66,12 @@ def _decide(problem: Problem, corridor: Corridor, d: int, cells: Cells) -> Cells
     alive = np.sort(cells.alive, axis=-1)
     losses = _losses(problem, d, alive)
     level = corridor.levels[d]
-    spent = cells.spent[:, None] + level
-    falls = cells.falls[:, None] + (level < cells.level[:, None])
+    spends, fall = corridor.spends(level), level < cells.level[:, None]
+    spent = cells.spent[:, None] + spends + corridor.fall * fall
+    falls = cells.falls[:, None] + fall
     allowed = (level <= cells.level[:, None]) & (spent <= corridor.high[d])
     left = problem.n_decisions - 1 - d  # counts never rise, so this cell can spend so much more:
-    allowed &= (spent >= corridor.low[d]) & (spent + left * level >= corridor.low[-1])
+    allowed &= (spent >= corridor.low[d]) & (spent + left * spends >= corridor.low[-1])
     if corridor.max_falls is not None:
         allowed &= falls <= corridor.max_falls
     parent, choice = np.nonzero(allowed)

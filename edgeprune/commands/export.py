@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgeprune import terminal
 from edgeprune.commands import _common
+from edgeprune.errors import SpecError
 
 if TYPE_CHECKING:
     from edgeprune.bundle import (
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         EncoderRecord,
         ParityRecord,
         RangeRecord,
+        TimingRecord,
         WeightsRecord,
     )
     from edgeprune.export.exporter import Exported
@@ -47,10 +49,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument(
         "--encoder",
-        default="dense",
         metavar="METHOD",
         help="what shortens the vision encoder: dense (default: nothing), or with options"
-        " exit:at=BLOCK:keep=SHARE; see: edgeprune methods exit",
+        " exit:at=BLOCK:keep=SHARE, see: edgeprune methods exit; auto (default with --ttft)",
+    )
+    command.add_argument(
+        "--ttft",
+        type=float,
+        metavar="MS",
+        help="milliseconds to the first token, in place of --cr; needs --profile",
+    )
+    command.add_argument(
+        "--profile", type=Path, metavar="FILE", help="of the device: edgeprune profile"
     )
     command.add_argument(
         "--keep-fp32",
@@ -87,8 +97,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
+    from edgeprune.encoder_methods import AUTO, DENSE
     from edgeprune.recipe import Recipe
 
+    if args.ttft is not None and args.cr is not None:
+        raise SpecError("--ttft and --cr are two budgets; give one of them")
     return Recipe(
         spec=_common.spec(args),
         output=args.output,
@@ -101,7 +114,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         target=args.target,
         dtype=args.dtype,
         weights=args.weights,
-        encoder=args.encoder,
+        encoder=args.encoder or (DENSE if args.ttft is None else AUTO),
+        ttft=args.ttft,
+        profile=args.profile,
         profilable=args.profilable,
         keep_fp32=args.keep_fp32,
         parity=args.parity,
@@ -121,6 +136,7 @@ def _summary(exported: Exported, seconds: float) -> str:
         f"visual tokens {prune.visual_tokens} -> {' '.join(str(n) for n in prune.counts)}",
         f"CR asked {prune.cr:g}, reached {prune.cr_reached:.3f}",
         *_encoder_lines(manifest.encoder),
+        *_timing_lines(manifest.timing),
     ]
     if prune.schedule:
         lines.append(
@@ -138,6 +154,17 @@ def _summary(exported: Exported, seconds: float) -> str:
     lines.append(f"{manifest.dtype}, opset {manifest.opset}, {seconds:.1f} s")
     lines.append(f"next: edgeprune run {exported.path} --image IMAGE --prompt QUESTION")
     return "\n".join(lines)
+
+
+def _timing_lines(record: TimingRecord | None) -> list[str]:
+    """What a profile predicts."""
+    if record is None:
+        return []
+    return [
+        f"first token: {record.predicted:.1f} ms predicted of {record.asked:g} asked, with"
+        f" {record.text_tokens} text tokens on {record.backend} (before {record.before:.1f},"
+        f" vision {record.vision:.1f}, prefill {record.prefill:.1f})"
+    ]
 
 
 def _encoder_lines(record: EncoderRecord) -> list[str]:

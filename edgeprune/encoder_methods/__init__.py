@@ -14,10 +14,12 @@ from typing import Any
 from edgeprune.encoder_methods._method import EncoderMethod
 from edgeprune.errors import SpecError
 
-__all__ = ["DENSE", "EncoderMethod", "make", "names"]
+__all__ = ["AUTO", "DENSE", "EncoderMethod", "make", "names"]
 
 DENSE = "dense"
 """What --encoder says where every patch goes through every block."""
+AUTO = "auto"
+"""What it says where the best for a time is looked for."""
 
 
 def names() -> list[str]:
@@ -34,6 +36,10 @@ def load(name: str) -> type[EncoderMethod]:
 def make(text: str) -> EncoderMethod | None:
     """The method that `--encoder exit:at=8:keep=0.5` asks for; None for `dense`."""
     name, *options = text.split(":")
+    if text == AUTO:
+        raise SpecError(
+            "--encoder auto looks for the best within a time; give --ttft and --profile"
+        )
     if name == DENSE and not options:
         return None
     if name not in names():

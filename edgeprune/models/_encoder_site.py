@@ -106,6 +106,11 @@ class SiteConfig:
     def at(self) -> int:
         return self.method.at
 
+    @property
+    def within_limit(self) -> bool:
+        """Whether it was measured to lose no more than its method allows."""
+        return self.loss is not None and self.loss.angle <= self.method.limit
+
     @cached_property
     def kept(self) -> Runs:
         """Windows and how many units of each go on."""

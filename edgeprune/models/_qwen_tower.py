@@ -218,7 +218,7 @@ class Block(nn.Module):
 
         `rows` int64 [tiles * windows, n] are those of the rotary tables.
         """
-        tiles, width, heads, ops = len(qkv), self.config.width, self.config.heads, self.ops
+        tiles, width, heads, ops = qkv.shape[0], self.config.width, self.config.heads, self.ops
         shape = (*rows.shape, width)
         query, key, value = (split_heads(p.reshape(shape), heads) for p in qkv.chunk(3, dim=-1))
         query = ops.rotate(query, cos, sin, rows)

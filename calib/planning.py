@@ -1,0 +1,100 @@
+"""From a profile to what can be reached: a survey of encoders and counts, one of them settled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeprune.calib.calibrate import CalibrationRequest, evidence_of
+from edgeprune.calib.encoder import measure_sites
+from edgeprune.calib.schedule import Schedule, solve_timed
+from edgeprune.calib.solvers._problem import Problem
+from edgeprune.calib.ttft import Costs, Point, menu, open_costs, pick, points, spare
+from edgeprune.encoder_methods import AUTO, EncoderMethod, make
+from edgeprune.errors import SpecError
+from edgeprune.lowering import Lowering
+from edgeprune.models import Adapter
+from edgeprune.models._processor import Processor
+from edgeprune.policies import Policy
+from edgeprune.progress import Progress, silent
+from edgeprune.timing import read_profile
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a survey measures with."""
+
+    request: CalibrationRequest
+    adapter: Adapter  # its encoder dense
+    policy: Policy
+    processor: Processor
+    report: Progress = silent
+
+
+@dataclass(frozen=True)
+class Settled:
+    """An encoder and a schedule within a time."""
+
+    costs: Costs
+    point: Point  # as the survey saw it
+    adapter: Adapter  # with the encoder's site
+    schedule: Schedule
+    vision_ms: float  # predicted
+    prefill_ms: float
+    ms: float  # to the first token
+
+
+def methods_of(text: str, adapter: Adapter) -> list[EncoderMethod]:
+    """The menu that --encoder names: `auto` is some exits, one method itself, `dense` nothing."""
+    if text == AUTO:
+        return menu(adapter)
+    method = make(text)
+    return [] if method is None else [method]
+
+
+def survey(work: Work, costs: Costs, methods: Sequence[EncoderMethod]) -> list[Point]:
+    """What can be reached, the fastest first. Methods that lose more than their limit are left out;
+    SpecError where the decoder's method follows no schedule."""
+    shape = work.adapter.shape
+    if work.policy.entry_tokens(shape, 1) is None:
+        raise SpecError("--ttft chooses the counts of each layer; it needs --method utp")
+    evidence = evidence_of(work.request, work.adapter, work.policy, work.processor, work.report)
+    placed = [work.adapter.encoder_site(method) for method in methods]
+    measured = measure_sites(work.request, work.adapter, work.processor, placed, work.report)
+    sites = [site for site in measured if site.within_limit]
+    tokens = shape.visual_tokens
+    problem = Problem.pose(evidence.attention, evidence.loss, None, tokens, tokens * shape.layers)
+    return points(costs, problem, sites)
+
+
+def settle(work: Work, costs: Costs, found: Sequence[Point], asked: float) -> Settled:
+    """The best encoder for a time, and a schedule that is solved for it; SpecError where that time
+    is out of reach."""
+    point = pick(found, asked)
+    adapter = work.adapter.with_encoder(point.site)
+    evidence = evidence_of(work.request, adapter, work.policy, work.processor, work.report)
+    work.report("solve schedule", 0, 1)
+    times, floor = costs.times(), costs.times(floor=True)
+    schedule = solve_timed(evidence, times, floor, spare(costs, asked, point.site))
+    if schedule is None:  # it has the point's counts at least
+        raise SpecError(f"--ttft {asked:g} ms leaves no time for the decoder; ask for more")
+    vision, prefill = costs.vision(point.site), costs.prefill(schedule.counts)
+    return Settled(
+        costs, point, adapter, schedule, vision, prefill, costs.before + vision + prefill
+    )
+
+
+def within_time(
+    work: Work, profile: Path, encoder: str, asked: float, lowering: Lowering
+) -> Settled:
+    """Encoder and schedule for a time, by a stored profile."""
+    found = read_profile(profile)
+    ours = lowering.dtype.name, str(lowering.weights)
+    if (timed := (found.model.dtype, found.model.weights)) != ours:
+        raise SpecError(
+            f"{profile} is of a bundle in {' with weights '.join(timed)}, this export is in"
+            f" {' with weights '.join(ours)}; profile such a bundle"
+        )
+    costs = open_costs(work.adapter, found)
+    return settle(work, costs, survey(work, costs, methods_of(encoder, work.adapter)), asked)

@@ -1,0 +1,178 @@
+"""Time to first token as a budget: the encoder's menu and the decoder's counts under one profile.
+
+With encoder e and counts r a first token takes
+
+    read + preprocess + vision(e) + sum_l P(r_l) / L
+
+and is expected to lose delta(e) + D(r): delta is the angle by which the shortened encoder turns
+the dense decoder's output, D the schedule's loss, both in radians on calibration samples. Angles
+obey the triangle inequality, so the sum bounds what both do together. All entries of the menu are
+weighed with the dense encoder's evidence; the one that is chosen gets a calibration of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeprune.calib.solvers._problem import Problem
+from edgeprune.calib.solvers.timed import Times, frontier
+from edgeprune.encoder_methods import EncoderMethod
+from edgeprune.errors import SpecError
+from edgeprune.models import Adapter
+from edgeprune.models._encoder_site import SiteConfig, encoder_operations
+from edgeprune.timing import Profile
+
+PER_LAYER = 512
+"""Units of time that a decoder layer takes with all visual tokens."""
+DEPTHS = 0.0, 0.25, 0.5
+KEEPS = 0.35, 0.5, 0.7
+"""The menu where none is given: blocks as shares of the depth, and shares that go on."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A profile for one model: milliseconds of what can be chosen."""
+
+    adapter: Adapter
+    profile: Profile
+
+    @property
+    def before(self) -> float:
+        """Of what comes before the encoder."""
+        return self.profile.read.ms + self.profile.preprocess.ms
+
+    def vision(self, site: SiteConfig | None) -> float:
+        """The vision graph as measured, less what its blocks save; an exit's map by its share of
+        the operations. Choosing patches is not counted."""
+        encoder, whole = self.adapter.vision_config.encoder, self.profile.vision.ms
+        blocks = range(encoder.blocks)
+        dense = sum(self._block(encoder.windows(block)) for block in blocks)
+        ours = sum(self._block(encoder.windows(block, site)) for block in blocks)
+        scale = min(1.0, whole / dense)  # a block by itself may be slower than in its graph
+        return whole - scale * (dense - ours) + whole * self._map(site)
+
+    @property
+    def unit(self) -> float:
+        """Milliseconds of a unit of time."""
+        return self._layer(self.adapter.shape.visual_tokens) / PER_LAYER
+
+    def times(self, *, floor: bool = False) -> Times:
+        """What a decoder layer takes, rounded up; with `floor` down, for bounds."""
+        tokens = self.adapter.shape.visual_tokens
+        exact = np.array([self._layer(count) for count in range(tokens + 1)]) / self.unit
+        rounded = np.floor(exact + 1e-9) if floor else np.ceil(exact - 1e-9)
+        return Times(rounded.astype(np.intp))
+
+    def prefill(self, counts: Sequence[int]) -> float:
+        return sum(map(self._layer, counts))
+
+    def _layer(self, count: int) -> float:
+        return self.profile.prefill.at(count) / self.adapter.shape.layers
+
+    def _block(self, windows: Sequence[tuple[int, int]]) -> float:
+        """Of a block whose tokens attend within windows, given as in `cost.block_operations`."""
+        (number, size), table = windows[0], self.profile.windowed
+        if number == 1 or table is None:
+            return self.profile.block.at(sum(n * s for n, s in windows))
+        return table.at(size) * sum(n * s for n, s in windows) / (number * size)
+
+    def _map(self, site: SiteConfig | None) -> float:
+        """An exit's map, as a share of the dense encoder."""
+        if site is None or not site.method.rejoins:
+            return 0.0
+        encoder = self.adapter.vision_config.encoder
+        left = (site.units.count - site.kept_units) * site.units.area
+        operations = 2 * left * encoder.width**2 * encoder.states_after(site.at)
+        return operations / encoder_operations(encoder, site.units.count * site.units.area)
+
+
+def open_costs(adapter: Adapter, profile: Profile) -> Costs:
+    """SpecError where a profile is of another model."""
+    shape, encoder, tiles = adapter.shape, adapter.vision_config.encoder, adapter.pixels[0]
+    patches = adapter.pixels[2] // encoder.patch * (adapter.pixels[3] // encoder.patch)
+    ours = {
+        "family": shape.family,
+        "layers": shape.layers,
+        "width": shape.width,
+        "mlp_width": shape.mlp_width,
+        "visual_tokens": shape.visual_tokens,
+        "blocks": encoder.blocks,
+        "patches": patches,
+        "tiles": tiles // encoder.spans,
+    }
+    for name, value in ours.items():
+        if (timed := getattr(profile.model, name)) != value:
+            raise SpecError(
+                f"the profile is of another model or image size: its {name} is {timed}, this"
+                f" model's {value}; profile a dense bundle of this one"
+            )
+    return Costs(adapter, profile)
+
+
+def menu(adapter: Adapter) -> list[EncoderMethod]:
+    """Exits at some depths with some shares."""
+    from edgeprune.encoder_methods.exit import Method
+
+    blocks = adapter.vision_config.encoder.blocks
+    depths = dict.fromkeys(round(depth * blocks) for depth in DEPTHS)
+    return [Method(at=at, keep=keep) for at in depths for keep in KEEPS]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way to a first token: what it takes, what it is expected to lose, how."""
+
+    ms: float
+    loss: float  # radians
+    site: SiteConfig | None  # None: the dense encoder
+    vision_ms: float
+    prefill_ms: float
+    counts: tuple[int, ...]
+
+    @property
+    def encoder(self) -> str:
+        return "dense" if self.site is None else str(self.site.method)
+
+    @property
+    def cr(self) -> float:
+        return self.counts[0] * len(self.counts) / sum(self.counts)
+
+
+def points(costs: Costs, problem: Problem, sites: Sequence[SiteConfig]) -> list[Point]:
+    """All combinations of which none is both faster and better than another, the fastest first."""
+    schedules, found = frontier(problem, costs.times()), list[Point]()
+    for site in (None, *sites):
+        turned = 0.0 if site is None or site.loss is None else site.loss.angle
+        vision = costs.vision(site)
+        for _, loss, counts in schedules:
+            listed = tuple(counts.tolist())
+            prefill = costs.prefill(listed)
+            whole = costs.before + vision + prefill
+            found.append(Point(whole, turned + loss, site, vision, prefill, listed))
+    best, kept = np.inf, list[Point]()
+    for one in sorted(found, key=lambda point: (point.ms, point.loss)):
+        if one.loss < best - 1e-9:
+            best = one.loss
+            kept.append(one)
+    return kept
+
+
+def pick(found: Sequence[Point], asked: float) -> Point:
+    """The best point within a time; SpecError where the fastest takes longer."""
+    within = [point for point in found if point.ms <= asked]
+    if not within:
+        first = found[0]
+        raise SpecError(
+            f"--ttft {asked:g} ms is out of reach: the fastest that the profile predicts is"
+            f" {first.ms:.1f} ms (encoder {first.encoder}, CR {first.cr:.1f}); ask for that or"
+            " more, or use a smaller image"
+        )
+    return within[-1]
+
+
+def spare(costs: Costs, asked: float, site: SiteConfig | None) -> int:
+    """Units of time that are left for the decoder's layers."""
+    return int((asked - costs.before - costs.vision(site)) / costs.unit + 1e-9)

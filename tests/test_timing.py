@@ -1,0 +1,125 @@
+"""Tables of times, profiles as files, and schedules under a budget of time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeprune.calib.solvers import timed
+from edgeprune.calib.solvers._problem import Problem
+from edgeprune.calib.solvers.timed import Times
+from edgeprune.errors import InputError
+from edgeprune.timing import Profile, Profiled, Spread, Table, monotone, read_profile
+
+
+def table(counts: list[int], ms: list[float]) -> Table:
+    return Table.of(counts, [Spread(one, one, one) for one in ms])
+
+
+PROFILE = Profile(
+    model=Profiled("llava", 3, 64, 96, 16, 2, 16, 1, "fp32", "float"),
+    backend="ort-cpu",
+    threads=None,
+    machine={"processor": "made up"},
+    text_tokens=32,
+    rounds=1,
+    image=(56, 56),
+    read=Spread(1, 1, 1),
+    preprocess=Spread(2, 2, 2),
+    vision=Spread(20, 20, 20),
+    prefill=table([1, 16], [6, 36]),
+    block=table([1, 17], [1, 9]),
+)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=20))
+def test_pooling_never_falls_and_keeps_the_mean(values: list[float]) -> None:
+    found = monotone(values)
+    assert len(found) == len(values)
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(found))
+    assert sum(found) == pytest.approx(sum(values))
+    if all(a <= b for a, b in itertools.pairwise(values)):
+        assert list(found) == pytest.approx(values)
+
+
+def test_between_counts_a_table_is_a_line() -> None:
+    found = table([2, 4, 8], [1.0, 3.0, 3.0])
+    wanted = [1, 1, 1, 2, 3, 3, 3, 3, 3, 3]
+    assert [found.at(n) for n in range(10)] == pytest.approx(wanted)
+    assert table([1, 2], [1.0, 3.0]).at(4) == pytest.approx(7)  # on the last line
+    assert found.plateaus() == [(4, 8)]
+
+
+def test_a_profile_is_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(PROFILE.to_json())
+    assert read_profile(file) == PROFILE
+    broken: list[object] = [
+        json.loads(PROFILE.to_json()) | change
+        for change in (
+            {"schema": 9},
+            {"prefill": {"counts": [1, 2], "measured": [], "ms": [1.0]}},
+            {"backend": 3},
+        )
+    ]
+    falling = replace(PROFILE.prefill, ms=(9.0, 1.0))
+    broken.append(json.loads(replace(PROFILE, prefill=falling).to_json()))
+    for content in (*broken, [], "x"):
+        file.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"is no profile .* edgeprune profile"):
+            read_profile(file)
+    with pytest.raises(InputError):
+        read_profile(tmp_path / "absent")
+
+
+def instance(seed: int) -> tuple[Problem, Times, int]:
+    """Four layers, eight tokens, two samples; times in steps, of plateaus and jumps."""
+    rng, samples, layers, tokens = np.random.default_rng(seed), 2, 4, 8
+    attention = rng.lognormal(0, 1.5, (samples, layers, tokens))
+    loss = rng.uniform(0.05, 1, (samples, layers))
+    loss[:, 0] = 0
+    rises = rng.integers(0, 2, tokens) * rng.integers(1, 9, tokens)
+    times = Times(np.r_[0, np.cumsum(rises)].astype(np.intp), fall=seed % 3)
+    problem = Problem.pose(attention, loss, None, tokens, tokens)
+    return problem, times, int(times.units[-1] * (1 + 0.45 * (layers - 1)))
+
+
+def every(layers: int, tokens: int) -> np.ndarray:
+    tails = itertools.combinations_with_replacement(range(tokens, -1, -1), layers - 1)
+    return np.array([[tokens, *tail] for tail in tails])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_of_all_schedules_within_a_time(seed: int) -> None:
+    problem, times, budget = instance(seed)
+    schedules = every(4, 8)
+    fitting = schedules[times.of(schedules) <= budget]
+    best = float(problem.evaluate(fitting).min())
+    found = timed.solve(problem, times, times, budget)
+    assert found is not None
+    assert times.of(found.counts[None])[0] <= budget
+    assert found.objective == pytest.approx(float(problem.evaluate(found.counts[None])[0]))
+    assert found.objective == pytest.approx(best)
+    assert 0 <= found.bound <= best + 1e-9
+    tokens = timed.most_tokens(replace(times, fall=0), 8, 3, budget)
+    plain = schedules[times.units[schedules].sum(1) <= budget]
+    assert tokens == plain[:, 1:].sum(1).max()
+
+
+def test_the_frontier_falls_and_ends_with_all_tokens() -> None:
+    problem, times, _ = instance(4)
+    found = timed.frontier(problem, times)
+    spent, losses = [one[0] for one in found], [one[1] for one in found]
+    assert spent == sorted(spent) and losses == sorted(losses, reverse=True)
+    for units, loss, counts in found:
+        assert times.of(counts[None])[0] == units
+        assert float(problem.evaluate(counts[None])[0]) == pytest.approx(loss)
+    assert losses[-1] == 0
+    assert timed.solve(problem, times, times, int(times.units[-1]) - 1) is None

@@ -1,0 +1,179 @@
+"""`profile`, `plan` and `export --ttft`: from times on a machine to a bundle within a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from onnxruntime import InferenceSession
+
+from benchmarks.shapes import write
+from edgeprune.bundle import Bundle
+from edgeprune.calib.ttft import Costs, menu, open_costs
+from edgeprune.cli import main
+from edgeprune.errors import SpecError
+from edgeprune.models import open_model
+from edgeprune.models._reference import Reference
+from edgeprune.policies import make
+from edgeprune.spec import Plan, PruneSpec
+from edgeprune.timing import Profile, read_profile
+from tests.conftest import Refused
+from tests.qwen import windowed_checkpoint
+from tests.test_encoder_site import site_of
+from tests.test_timing import PROFILE
+from tests.tiny import TINY
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with three blocks in its tower, of which two are run."""
+    return write(replace(TINY, vision_layers=3), tmp_path_factory.mktemp("deep") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def dense(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its dense bundle, to be timed."""
+    output = tmp_path_factory.mktemp("dense") / "b"
+    options = ["--model", str(deep), "--method", "none", "--profilable", "--parity", "1"]
+    assert main(["export", *options, "-o", str(output)]) == 0
+    return output
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A profile with times that are easy to count with."""
+    file = tmp_path / "made-up.json"
+    file.write_text(PROFILE.to_json())
+    return file
+
+
+def test_a_profile_has_every_part_and_the_models_sizes(dense: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    command = ["profile", str(dense), "-o", str(file), "--rounds", "1", "--warmup", "0"]
+    assert main([*command, "--text", "32"]) == 0
+    found = read_profile(file)
+    assert found.model == PROFILE.model
+    assert found.prefill.counts[-1] == 16 and found.block.counts[-1] == 17
+    assert found.windowed is None and found.text_tokens == 32
+    parts = found.read, found.preprocess, found.vision, *found.prefill.measured
+    assert all(0 < one.low <= one.ms <= one.high for one in parts)
+    assert {"processor", "power", "onnxruntime", "edgeprune"} <= found.machine.keys()
+
+
+def test_the_block_is_that_of_the_encoder(deep: Path, dense: Path) -> None:
+    """With any number of patches, of several tiles, as the eager block says."""
+    adapter, spec = open_model(str(deep)), PruneSpec("none")
+    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+    block = Reference.build(adapter, make(spec), plan).vision.get_submodule("encoder.blocks.1")
+    session = InferenceSession(str(dense / "encoder_block.onnx"))
+    for tiles, patches in ((1, 17), (3, 5), (2, 1)):
+        hidden = torch.randn(tiles, patches, TINY.vision_width)
+        wanted = block(hidden, None, lambda key: None)[0]
+        (found,) = session.run(None, {"hidden": hidden.numpy()})
+        assert np.allclose(found, wanted.numpy(), atol=1e-5)
+
+
+def test_a_windowed_block_is_timed_too(tmp_path: Path) -> None:
+    output, file = tmp_path / "b", tmp_path / "p.json"
+    model = ["--model", str(windowed_checkpoint(tmp_path / "tiny")), "--image-size", "224x112"]
+    options = ["--method", "none", "--profilable", "--parity", "0"]
+    assert main(["export", *model, *options, "-o", str(output)]) == 0
+    command = ["profile", str(output), "-o", str(file), "--rounds", "1", "--warmup", "0"]
+    assert main(command) == 0
+    found = read_profile(file)
+    assert found.windowed is not None and found.windowed.counts[-1] == 64
+
+
+def test_what_is_no_dense_profilable_bundle_is_refused(
+    tiny_bundle: Path, dense: Path, refused: Refused, tmp_path: Path
+) -> None:
+    file = tmp_path / "p.json"
+    assert "--profilable" in refused("profile", tiny_bundle, "-o", file)
+    line = refused("profile", dense, "-o", file, "--backend", "trt")
+    assert "timed by edgeprune bench" in line
+    assert "--rounds is at least 1" in refused("profile", dense, "-o", file, "--rounds", 0)
+
+
+def costs(deep: Path, profile: Profile = PROFILE) -> Costs:
+    return open_costs(open_model(str(deep)), profile)
+
+
+def test_what_a_first_token_takes(deep: Path) -> None:
+    """Reading 1, preprocessing 2, vision 20, prefill; a block of n tokens takes (n + 1) / 2."""
+    found = costs(deep)
+    assert (found.before, found.vision(None)) == (3, 20)
+    site = site_of(found.adapter, "exit:at=1:keep=0.5")  # 8 of 16 and [CLS]: 5 in place of 9
+    inner = found.adapter.vision_config.encoder.mlp_width
+    embedding = 2 * 16 * 3 * 14 * 14 * 64
+    block = 2 * 17 * 64 * (4 * 64 + 2 * inner) + 4 * 17 * 17 * 64
+    share = 2 * 8 * 64 * 64 / (embedding + 2 * block)  # the map of the 8 that leave
+    assert found.vision(site) == pytest.approx(20 - 4 + 20 * share)
+    early = site_of(found.adapter, "exit:at=0:keep=0.5")
+    assert found.vision(early) == pytest.approx(20 - 8 + 20 * share)
+    assert found.prefill((16, 16, 16)) == pytest.approx(36)
+    assert found.prefill((16, 1, 1)) == pytest.approx((36 + 6 + 6) / 3)
+    times, floor = found.times(), found.times(floor=True)
+    assert times.units[16] == floor.units[16] == 512
+    exact = np.array([found.prefill((n,)) for n in range(17)]) / found.unit
+    assert (times.units >= exact - 1e-6).all() and (floor.units <= exact + 1e-6).all()
+    assert {method.at for method in menu(found.adapter)} == {0, 1}
+
+
+def test_a_profile_of_another_model_is_refused(deep: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(SpecError, match="its blocks is 2, this model's 1"):
+        costs(tiny_checkpoint)
+
+
+def test_plan_shows_what_can_be_reached_and_export_reaches_it(
+    deep: Path,
+    made_up: Path,
+    instruct: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    refused: Refused,
+) -> None:
+    model = ["--model", str(deep), "--samples-file", str(instruct), "--profile", str(made_up)]
+    encoder = ["--encoder", "exit:at=1:keep=0.5:limit=3"]
+    picture = tmp_path / "plan.svg"
+    assert main(["plan", *model, *encoder, "--figure", str(picture)]) == 0
+    out, err = capfd.readouterr()
+    head, *rows = [line.split() for line in out.splitlines()]
+    assert head[:2] == ["TTFT", "ms"] and picture.read_text().startswith("<svg")
+    times, losses = [float(row[0]) for row in rows], [float(row[-1]) for row in rows]
+    assert times == sorted(times) and losses == sorted(losses, reverse=True)
+    assert times[-1] == 59.0 and losses[-1] == 0  # dense: 3 + 20 + 36
+    assert "dense 59.0 ms" in err
+
+    fastest = times[0]
+    for asked in (fastest, 45.0, 59.0):
+        output = tmp_path / f"b{asked:g}"
+        command = ["export", *model, *encoder, "--ttft", str(asked + 0.06), "--parity", "1"]
+        assert main([*command, "-o", str(output)]) == 0
+        manifest = Bundle.open(output).manifest
+        timing = manifest.timing
+        assert timing is not None and timing.predicted <= timing.asked + 1e-6
+        assert timing.predicted == pytest.approx(timing.before + timing.vision + timing.prefill)
+        assert timing.prefill == pytest.approx(costs(deep).prefill(manifest.prune.counts))
+        assert manifest.prune.schedule is not None
+    assert manifest.prune.cr_reached == 1 and manifest.encoder.method == "dense"
+
+    line = refused("export", *model, *encoder, "--ttft", fastest - 1)
+    assert f"the fastest that the profile predicts is {fastest:.1f} ms" in line
+
+
+def test_budgets_exclude_each_other(refused: Refused, made_up: Path) -> None:
+    profile = ["--profile", made_up]
+    assert "give one of them" in refused("export", "--ttft", 9, *profile, "--cr", 2)
+    assert "give --ttft and --profile" in refused("export", "--ttft", 9)
+    assert "give --ttft and --profile" in refused("export", "--encoder", "auto")
+    assert "leave out --cr" in refused("plan", *profile, "--cr", 4)
+    assert "of another model" in refused("plan", *profile)
+    assert "of another model" in refused("export", "--ttft", 9, *profile)
+
+
+def test_a_profile_in_another_dtype_is_refused(deep: Path, made_up: Path, refused: Refused) -> None:
+    options = ["--model", deep, "--ttft", 99, "--profile", made_up, "--target", "cuda"]
+    assert "this export is in fp16" in refused("export", *options)
