@@ -99,8 +99,7 @@ class OrtBackend:
         def run(hidden: NDArray[np.float32], rows: Ids) -> None:
             with _refusals(name):
                 given = {"hidden": hidden.astype(self.element, copy=False), "rows": rows}
-                taken = {end.name for end in session.get_inputs()}
-                session.run(None, {key: value for key, value in given.items() if key in taken})
+                session.run(None, given)
 
         return run
 
