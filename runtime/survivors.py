@@ -99,6 +99,15 @@ class _Alive:
         return Site(title, layer, set(here) - merged, merged, int((self.indices == tokens).sum()))
 
 
+def can_be_drawn(manifest: Manifest) -> bool:
+    """Whether visual tokens are a rectangle of the image, or have a view of the whole image first.
+
+    Queries of a resampler (Qwen-VL) and tiles with text between them are no rectangle: 1 x V.
+    """
+    rows, _ = drawn(manifest)
+    return rows > 1 or manifest.prune.visual_tokens == 1
+
+
 def drawn(manifest: Manifest) -> tuple[int, int]:
     """Rows and columns of the tokens that are drawn: all, or those of a view of the whole image.
 

@@ -302,6 +302,17 @@ def test_a_bundle_that_takes_no_single_raster(
         assert "show draws one image" in line and says in line
 
 
+def test_tokens_that_are_no_rectangle_are_not_drawn(
+    demo_dense: Path, copy_bundle: Callable[[], Path], tmp_path: Path, refused: Refused
+) -> None:
+    file = copy_bundle() / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["prune"]["grid"] = [1, manifest["prune"]["visual_tokens"]]
+    file.write_text(json.dumps(manifest))
+    asked = ["--image", SCENES[0], "--prompt", QUESTION, "-o", tmp_path / "out.png"]
+    assert "are no rectangle of them" in refused("show", file.parent, *asked)
+
+
 def test_a_image_that_cannot_be_written_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,11 +84,15 @@ def run(args: argparse.Namespace) -> int:
 def _check_kind(bundle: Path) -> None:
     """InputError where a bundle takes something else than one image."""
     from edgeprune.bundle import Bundle
+    from edgeprune.runtime.survivors import can_be_drawn
 
-    record = Bundle.open(bundle, verify=False).manifest.image
+    manifest = Bundle.open(bundle, verify=False).manifest
+    record = manifest.image
     if record.frames is not None or record.images != 1:
         takes = "a video" if record.frames is not None else f"{record.images} images"
         raise InputError(f"show draws one image, {bundle} takes {takes}; ask it: edgeprune run")
+    if not can_be_drawn(manifest):
+        raise InputError(f"show draws patches, visual tokens of {bundle} are no rectangle of them")
 
 
 def _ask(bundle: Path, image: Image, args: argparse.Namespace) -> tuple[Manifest, Answer]:

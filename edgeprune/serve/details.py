@@ -16,13 +16,13 @@ from PIL import Image
 from edgeprune.bundle import Manifest
 from edgeprune.images import read_image
 from edgeprune.runtime.answer import Timings
-from edgeprune.runtime.survivors import Kept, Site, drawn, seen, survivors
+from edgeprune.runtime.survivors import Kept, Site, can_be_drawn, drawn, seen, survivors
 
 
 def details(
     kept: Kept, manifest: Manifest, images: Sequence[bytes], timings: Timings
 ) -> dict[str, Any]:
-    """`timings` in milliseconds, and for one image `pruning`."""
+    """`timings` in milliseconds, and for one image that can be drawn `pruning`."""
     record: dict[str, Any] = {
         "timings": {
             "preprocess_ms": timings.preprocess,
@@ -32,7 +32,7 @@ def details(
             "decode_tokens": len(timings.decode),
         }
     }
-    if len(images) == 1 and manifest.image.frames is None:
+    if len(images) == 1 and manifest.image.frames is None and can_be_drawn(manifest):
         grid = drawn(manifest)
         image = Image.fromarray(seen(read_image(images[0]).image, manifest.image))
         record["pruning"] = {
