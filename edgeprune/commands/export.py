@@ -78,7 +78,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--parity",
         type=int,
         metavar="N",
-        help="samples of the parity check, 0 for none (default 8, where memory allows)",
+        help="samples of the parity check, 0 for none (default 8)",
     )
     command.set_defaults(run=run)
 
