@@ -60,7 +60,7 @@ def test_formats_of_weights_are_an_axis_of_the_grid() -> None:
         ("none-int4_block=64-cr1", "none int4:block=64"),
         ("fastv-int4_block=64-cr2", "fastv int4:block=64"),
     ]
-    with pytest.raises(SpecError, match="--weights is one of float, int8, int4, auto; got 'int5'"):
+    with pytest.raises(SpecError, match="one of float, int8, int4, fp8, auto; got 'int5'"):
         grid(["fastv"], [2], 1, ["int5"])
 
 
@@ -184,7 +184,7 @@ def test_a_second_run_does_what_is_missing_alone(
 
     def ask(self: EvalRequest, path: Path, tick: object) -> EvalResult:
         asked.append(path.name)
-        return EvalResult(kinds, kinds, ["red"], "1", 9, 9)
+        return EvalResult(kinds, kinds, ["red"], "1" * sum(kinds.values()), 9, 9)
 
     with monkeypatch.context() as patch:
         patch.setattr(EvalRequest, "ask", ask)

@@ -338,7 +338,7 @@ def test_sizes_that_cannot_be_frozen_are_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"vision_config": {"use_absolute_position_embeddings": False}}, "no position embeddings"),
-        ({"text_config": {"model_type": "gpt2"}}, "gpt2 decoder; supported: llama"),
+        ({"text_config": {"model_type": "gpt2"}}, "gpt2 decoder; supported: gemma, llama"),
         ({"vision_config": {"hidden_size": 64}}, "the two are not of one checkpoint"),
     ],
 )

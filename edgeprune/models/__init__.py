@@ -71,11 +71,12 @@ def open_model(
     if not (folder / "config.json").is_file():
         folder, lora = base_of(folder, locate), folder
     config = read_json(folder / "config.json")
+    family = _family_of(model, config)
     check_format(folder, config)
     if tokenizer is not None and not tokenizer.is_dir():
         raise ModelError(f"--tokenizer is a folder with a tokenizer; {tokenizer} is none")
     checkpoint = Checkpoint.open(folder, lora, tokenizer)
-    adapter = _family_of(model, config)(checkpoint, asked)
+    adapter = family(checkpoint, asked)
     if adapter.shape.visual_tokens >= adapter.shape.max_positions:
         raise ModelError(
             f"an image of this size has {adapter.shape.visual_tokens} visual tokens, the decoder"
