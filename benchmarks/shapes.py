@@ -28,6 +28,7 @@ SHARD = 2 << 30  # bytes
 
 SHAPES = {
     "12x1024": Shape(12, 1024, 2816, 16, 16, 8192),
+    "12x1024-clip": Shape(12, 1024, 2816, 16, 16, 8192, vision_layers=24, vision_width=1024),
     "0.5b": Shape(24, 896, 4864, 14, 2, 8192, bias=True),  # Qwen2-0.5B's decoder
     "7b": Shape(32, 4096, 11008, 32, 32, 32064, vision_layers=24, vision_width=1024),
     "13b": Shape(40, 5120, 13824, 40, 40, 32064, vision_layers=24, vision_width=1024),

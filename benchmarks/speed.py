@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed 12x1024 --cr 4
     python -m benchmarks.speed onevision-0.5b --no-flat --rounds 4
+    python -m benchmarks.speed 12x1024-clip --no-flat --encoders exit:at=6,exit:at=0
     python -m benchmarks.speed qwen2-vl-2b --no-flat --apart --rounds 4   # 23 GB of disk
     python -m benchmarks.speed 0.5b --no-flat --rounds 6 --new-tokens 32 \
         --weights float,int4,int8,int8:activations=on:smooth=off
@@ -25,6 +26,7 @@ from pathlib import Path
 from benchmarks.published import PUBLISHED
 from benchmarks.schedules import declining
 from benchmarks.shapes import SHAPES, write
+from edgeprune import encoder_methods
 from edgeprune.bench.bench import BenchRequest, BenchResult, RoundSeconds, Row, bench
 from edgeprune.bench.table import table
 from edgeprune.bundle import MANIFEST
@@ -64,10 +66,17 @@ def bundle(
 
 
 def bundles(
-    model: str, cr: float, work: Path, dtype: str, formats: Sequence[str], *, flat: bool
+    model: str,
+    cr: float,
+    work: Path,
+    dtype: str,
+    formats: Sequence[str],
+    encoders: Sequence[str] = (),
+    *,
+    flat: bool,
 ) -> tuple[Path, ...]:
-    """Dense, pruned layer by layer and, if asked, flat at the same average; in each format of
-    weights."""
+    """Dense, pruned layer by layer, the same with each of some shorter encoders and, if asked, flat
+    at the same average; in each format of weights."""
     adapter = opened(model, work)
     visual, layers = adapter.shape.visual_tokens, adapter.shape.layers
     pruned = plan_from_counts(visual, declining(visual, layers, cr))
@@ -78,7 +87,19 @@ def bundles(
     ]
     if flat:
         kinds.append((f"flat-cr{cr:g}", "uniform", even, cr))
-    return tuple(bundle(adapter, *kind, dtype, weights) for kind in kinds for weights in formats)
+    made = [bundle(adapter, *kind, dtype, weights) for kind in kinds for weights in formats]
+    for text in encoders:
+        shorter = shortened(adapter, text)
+        name = f"utp-cr{cr:g}-{text}".replace(":", "-").replace("=", "")
+        made += [bundle(shorter, name, "utp", pruned, cr, dtype, weights) for weights in formats]
+    return tuple(made)
+
+
+def shortened(adapter: Adapter, text: str) -> Adapter:
+    """With a shorter encoder whose map changes nothing: times do not depend on its numbers."""
+    method = encoder_methods.make(text)
+    assert method is not None
+    return adapter.with_encoder(adapter.unfitted(adapter.encoder_site(method)))
 
 
 def apart(request: BenchRequest) -> BenchResult:
@@ -107,6 +128,9 @@ def main() -> None:
     parser.add_argument("--cr", type=float, default=4)
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--weights", default="float", help="formats, with commas between them")
+    parser.add_argument(
+        "--encoders", default="", help="shorter encoders with UTP, as exit:at=8,exit:keep=0.5"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--backend", default="ort-cpu")
     parser.add_argument("--rounds", type=int, default=10)
@@ -116,8 +140,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/speed"))
     parser.add_argument("--json", type=Path, help="write every round here")
     args = parser.parse_args()
-    formats = args.weights.split(",")
-    paths = bundles(args.model, args.cr, args.work, args.dtype, formats, flat=not args.no_flat)
+    formats, encoders = args.weights.split(","), [e for e in args.encoders.split(",") if e]
+    asked = args.model, args.cr, args.work, args.dtype, formats, encoders
+    paths = bundles(*asked, flat=not args.no_flat)
     request = BenchRequest(
         paths,
         (args.backend,),

@@ -21,6 +21,7 @@ from edgeprune.errors import SpecError
 from edgeprune.export.exporter import (
     Exported,
     ExportRequest,
+    check_topk,
     export,
     preflight,
     read_records,
@@ -134,6 +135,8 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
     site = None
     if recipe.ttft is None:
         site = place_site(recipe.encoder, adapter, policy, spec.cr)
+    if site is not None:
+        check_topk(f"--encoder {site.method}", site.units.count, recipe.target)
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.lowering, adapter)
     _check_keep(recipe, why)

@@ -133,7 +133,7 @@ def test_the_table_and_the_figure() -> None:
     """Ratios are to the first bundle on the same backend."""
     rows = (
         row("dense", "ort-cpu", 1),
-        row("pruned", "ort-cpu", 2, prefill_operations=100, encoder_operations=60),
+        row("pruned", "ort-cpu", 2, prefill_operations=100, encoder_operations=60, predicted=75.0),
         row("dense", "trt", 10, build_seconds=61.0, peak_bytes=5 * 10**6, joules=(1.0, 3.0)),
     )
     absent = (Absent("pruned", "trt", "no engines; build them"),)
@@ -149,8 +149,9 @@ def test_the_table_and_the_figure() -> None:
     assert pruned["weights"] == "int4 5.0 MB"
     assert (pruned["TTFT ms"], pruned["tok/s"], pruned["peak MB"]) == ("82.50", "266.7", "-")
     assert (engine["prefill x"], engine["build s"], engine["J"]) == ("1.00", "61.0", "2.00")
-    assert "dense on trt against ort-cpu: 1 of 1 greedy tokens" in lines[4]
-    assert lines[5] == "not run: pruned on trt: no engines; build them"
+    assert "dense on trt against ort-cpu: 1 of 1 greedy tokens" in lines[5]
+    assert lines[4] == "pruned: 75.00 ms predicted by its profile, 82.50 ms reached (+10.0%)"
+    assert lines[6] == "not run: pruned on trt: no engines; build them"
     image = np.asarray(png.render(figure(result)))
     assert image.shape[1] == 1200
     taller = np.asarray(

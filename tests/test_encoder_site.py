@@ -22,6 +22,7 @@ from edgeprune.cli import main
 from edgeprune.encoder_methods._choices import SiteSignals, contrast, diverse
 from edgeprune.export.check import check_graph
 from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._encoder import Tower
 from edgeprune.models._encoder_site import EncoderSite, ExitMap, SiteConfig, Units
@@ -302,6 +303,17 @@ def test_methods_that_need_a_block_are_refused_before_it_runs(refused: Refused, 
     assert "leaves the encoder's blocks as they are" in line
     line = refused("export", *model, "--encoder", EXIT, "--method", "none")
     assert "--samples-file" in line
+
+
+def test_more_units_than_engines_rank_are_refused(
+    refused: Refused, deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is calibrated; engines that rank 8 stand for those that rank 3,840."""
+    few = replace(TARGETS["jetpack7"], topk_limit=8)
+    monkeypatch.setitem(TARGETS, "jetpack7", few)
+    options = ["--encoder", EXIT, "--method", "none", "--target", "jetpack7"]
+    line = refused("export", "--model", deep, *options)
+    assert "ranks 16 visual tokens at once" in line and "8 at most" in line
 
 
 def test_a_loss_above_the_limit_is_refused_and_told(

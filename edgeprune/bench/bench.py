@@ -95,6 +95,10 @@ class Row:
     encoder_operations: Operations
     prefill_operations: Operations
     decode_operations: Operations
+    predicted: Annotated[float, Between(0, 1e9)] | None = (
+        None  # milliseconds of vision and prefill,
+    )
+    # by the profile that the bundle was made with
 
     @property
     def first_token(self) -> float:
@@ -246,6 +250,9 @@ class _WorkerProcess:
 
     def row(self) -> Row:
         record, prune, text = self.manifest.decoder, self.manifest.prune, self.request.text_tokens
+        timing = self.manifest.timing
+        if timing and (timing.backend, timing.text_tokens) != (self.backend, text):
+            timing = None  # it predicts something else
         new, element = self.request.new_tokens, DTYPES[self.manifest.dtype].bytes
         vision, prefill, decode = zip(*(one["seconds"] for one in self.rounds), strict=True)
         peaks = [one["peak_bytes"] for one in self.rounds if one["peak_bytes"] is not None]
@@ -268,6 +275,7 @@ class _WorkerProcess:
             encoder_operations=self.manifest.encoder.operations,
             prefill_operations=cost.prefill_operations(record, prune.counts, text),
             decode_operations=cost.decode_operations(record, prune.counts, text + new // 2),
+            predicted=timing.vision + timing.prefill if timing else None,
         )
 
 

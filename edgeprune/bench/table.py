@@ -37,7 +37,17 @@ def table(result: BenchResult) -> str:
     lines = [HEADS, *rows(result)]
     agree = [one.line() for one in result.agreements]
     absent = [f"not run: {one.name} on {one.backend}: {one.why}" for one in result.absent]
-    return "\n".join([plain(lines, left=2), *agree, *absent])
+    return "\n".join([plain(lines, left=2), *_predictions(result.rows), *agree, *absent])
+
+
+def _predictions(rows: Sequence[Row]) -> list[str]:
+    """What a profile promised of vision and prefill, and what was reached."""
+    return [
+        f"{row.name}: {row.predicted:.2f} ms predicted by its profile, {reached:.2f} ms reached"
+        f" ({reached / row.predicted - 1:+.1%})"
+        for row in rows
+        if row.predicted and (reached := 1e3 * row.first_token)
+    ]
 
 
 def rows(result: BenchResult) -> list[tuple[str, ...]]:
