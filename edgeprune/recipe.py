@@ -28,6 +28,7 @@ from edgeprune.export.exporter import (
 )
 from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
+from edgeprune.models._memory import check_memory, parity_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -238,7 +239,10 @@ def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:
         raise SpecError(f"--parity is a number of samples, 0 for none; got {asked}")
     if asked == 0:
         return 0, "left out by --parity 0"
-    return asked or 8, ""
+    count = asked or 8
+    advice = "check fewer samples with --parity N, or none with --parity 0"
+    check_memory(parity_bytes(adapter, count), "parity", advice)
+    return count, ""
 
 
 def _check_keep(recipe: Recipe, why: str) -> None:

@@ -16,6 +16,7 @@ from edgeprune.export.ranges import Proof
 from edgeprune.graphs import GraphRecord
 from edgeprune.models import Adapter
 from edgeprune.models._dialogues import Eager, Outcome
+from edgeprune.models._memory import parity_bytes
 from edgeprune.models._processor import Prompt
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress
@@ -69,5 +70,6 @@ def compare(draft: Path, records: Mapping[str, GraphRecord], models: Models) -> 
         eager, graph = precision.measure(*told)
     rounded = models.rounded()
     graphs = Graphs(draft, records, rounded, wide=half)
-    checked = parity.check(graphs, rounded, samples, partial(report, "parity"))
+    need = parity_bytes(models.adapter, len(samples)) / 1e9
+    checked = parity.check(graphs, rounded, samples, partial(report, f"parity in {need:.1f} GB"))
     return replace(checked, eager=eager, graph=graph)

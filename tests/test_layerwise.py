@@ -207,3 +207,5 @@ def test_memory_is_said_beforehand(
     options = ["--model", str(tiny_checkpoint), "--cr", "2", "--samples-file", str(instruct)]
     line = refused("calibrate", *options, "--samples", "2", "-o", str(instruct.parent / "s.json"))
     assert "calibration needs 0.6 GB of memory, 0.1 GB is free" in line
+    line = refused("export", *options[:4], "--method", "none", "-o", str(instruct.parent / "b"))
+    assert "parity needs 0.6 GB of memory, 0.1 GB is free; check fewer samples with --pari" in line

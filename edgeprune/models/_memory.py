@@ -8,6 +8,7 @@ from edgeprune.errors import ModelError
 from edgeprune.memory import available_bytes
 from edgeprune.models._activations import BOUND
 from edgeprune.models._adapter import Adapter
+from edgeprune.models._dialogues import WINDOW
 from edgeprune.models._streamed import part_of
 
 OVERHEAD = 1.3
@@ -16,6 +17,9 @@ PROCESS = 600_000_000
 """Bytes of a process that has imported torch and transformers."""
 READING = 6
 """Bytes of each number of a tensor being read: as stored in 2, and not yet transposed in 4."""
+IN_GRAPH = 13
+"""Bytes of each weight of a window in ONNX Runtime, as seen: as stored, widened, laid out anew, and
+what is copied on the way."""
 TEXT = 64
 """Tokens of a sample's text that an estimate counts."""
 
@@ -38,20 +42,40 @@ def check_memory(need: int, work: str, otherwise: str) -> None:
 def layerwise_bytes(adapter: Adapter, samples: int) -> int:
     """Bytes of float32 calibration at its peak: the process, the largest part of the model with the
     tensor being read, the activations that stay in memory, and one sample's work in a layer."""
-    shape, encoder = adapter.shape, adapter.vision_config.encoder
-    parts = defaultdict[str, list[int]](list)
-    for module in adapter.empty_modules():
-        for name, parameter in module.named_parameters():
-            parts[part_of(name)].append(parameter.numel())
+    shape, parts = adapter.shape, _parts(adapter)
     parts.pop("head", None)  # calibration needs no logits
     largest = max(4 * sum(sizes) + READING * max(sizes) for sizes in parts.values())
     alone = (shape.layers - 1) * TEXT  # tokens of the text-only continuations
     tokens = shape.visual_tokens + TEXT
     kept = 4 * shape.width * (tokens + shape.visual_tokens + alone) * samples
+    return PROCESS + largest + min(kept, BOUND) + _work(adapter, max(tokens, alone))
+
+
+def parity_bytes(adapter: Adapter, samples: int) -> int:
+    """Bytes of a parity check at its peak, likewise: ONNX Runtime takes more for a window of the
+    graph than the reference takes for its layers."""
+    shape, sizes = adapter.shape, [sum(part) for part in _parts(adapter).values()]
+    window = max(*sizes, min(sum(sizes), WINDOW // 4))
+    tokens = shape.visual_tokens + TEXT
+    kept = 2 * 4 * shape.width * (2 * tokens + shape.visual_tokens) * samples  # of two engines
+    return PROCESS + IN_GRAPH * window + min(kept, BOUND) + _work(adapter, tokens)
+
+
+def _parts(adapter: Adapter) -> dict[str, list[int]]:
+    """How many numbers each parameter has, of each part that is in memory as a whole."""
+    parts = defaultdict[str, list[int]](list)
+    for module in adapter.empty_modules():
+        for name, parameter in module.named_parameters():
+            parts[part_of(name)].append(parameter.numel())
+    return parts
+
+
+def _work(adapter: Adapter, tokens: int) -> int:
+    """Bytes of so many tokens, or of an image, within a layer."""
+    shape, encoder = adapter.shape, adapter.vision_config.encoder
     tiles, _, height, width = adapter.pixels
     patches = tiles * (height // encoder.patch) * (width // encoder.patch)
-    work = max(
-        max(tokens, alone) * (8 * shape.width + 3 * shape.mlp_width),
+    return 4 * max(
+        tokens * (8 * shape.width + 3 * shape.mlp_width),
         patches * (8 * encoder.width + 3 * encoder.mlp_width),
     )
-    return PROCESS + largest + min(kept, BOUND) + 4 * work
