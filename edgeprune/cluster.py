@@ -81,7 +81,5 @@ def _outcome(ray: Any, ended: Any) -> tuple[Any, str]:
     try:
         result, why = ray.get(ended)
     except ray.exceptions.RayError as error:
-        return None, f"its worker died {RETRIES + 1} times, perhaps for want of memory" + (
-            f" ({type(error).__name__})"
-        )
+        return None, f"Ray gave no result in {RETRIES + 1} tries ({told(error)})"
     return result, why

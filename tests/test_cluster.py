@@ -99,7 +99,7 @@ def test_every_job_ends_with_its_result_or_why_there_is_none(ray: FakeRay) -> No
     assert found[1] == (10, "")
     assert found[3] == (None, "three is refused")
     assert found[4] == (None, "ZeroDivisionError: four")
-    assert found[dead][0] is None and "its worker died 2 times" in found[dead][1]
+    assert found[dead][0] is None and "in 2 tries (DeadError: the worker died)" in found[dead][1]
     assert (ray.most, ray.asked) == (4, {"num_cpus": 1, "num_gpus": 0, "max_retries": 1})
 
 

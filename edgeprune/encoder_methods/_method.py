@@ -28,7 +28,7 @@ class EncoderMethod:
     by: str = AUTO  # what chooses them; auto: pixels before block 0, else salient where the encoder
     # has a [CLS], contrast where it has none
     step: int = 8  # units that are chosen at a time, at most, where the choice is greedy
-    limit: float = 0.35  # largest mean angle, in radians, between the decoder's last features with
+    limit: float = 0.13  # largest mean angle, in radians, between the decoder's last features with
     # the shortened encoder and with all of it; an export above it is refused
 
     summary: ClassVar[str] = ""

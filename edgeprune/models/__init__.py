@@ -71,8 +71,8 @@ def open_model(
     if not (folder / "config.json").is_file():
         folder, lora = base_of(folder, locate), folder
     config = read_json(folder / "config.json")
-    family = _family_of(model, config)
     check_format(folder, config)
+    family = _family_of(model, config)
     if tokenizer is not None and not tokenizer.is_dir():
         raise ModelError(f"--tokenizer is a folder with a tokenizer; {tokenizer} is none")
     checkpoint = Checkpoint.open(folder, lora, tokenizer)
