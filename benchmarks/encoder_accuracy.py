@@ -110,7 +110,7 @@ def table(results: Sequence[Result], bases: Sequence[Result]) -> str:
                 "-" if one.r2 is None else f"{one.r2:.3f}",
                 "-" if one.angle is None else f"{one.angle:.3f}",
                 f"{one.right:.1f}",
-                f"{gain:+.1f} +- {half:.1f}",
+                f"{100 * gain:+.1f} +- {100 * half:.1f}",
             )
         )
     return plain(rows)
