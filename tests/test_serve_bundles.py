@@ -21,7 +21,7 @@ from edgeprune.serve import systemd
 from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.memory import Memory
 from edgeprune.serve.messages import conversation
-from edgeprune.serve.model import Finished, ServedBundle
+from edgeprune.serve.model import Finished, Piece, ServedBundle
 from edgeprune.serve.request import ChatRequest
 from edgeprune.serve.scheduler import Job
 from tests.server import LONG, NEXT, QUESTION, SCENE, Server, asked, chat, refusal, running, went_on
@@ -71,6 +71,60 @@ def test_a_holder_waits_until_another_is_idle() -> None:
         assert not entered.wait(0.05) and not busy.unloaded
     thread.join(10)
     assert entered.is_set() and busy.unloaded == 1
+
+
+def test_those_that_wait_are_served_in_order() -> None:
+    """A holder that is asked again and again lets another one in between."""
+    memory, order = Memory(10), list[str]()
+    holders = {name: Thing(8) for name in ("busy", "second", "third")}
+
+    def enter(name: str) -> None:
+        with memory.using(holders[name]):
+            order.append(name)
+
+    threads = list[threading.Thread]()
+    with memory.using(holders["busy"]):
+        for name in ("second", "third", "busy"):
+            inside = name == "busy"
+            enter(name) if inside else threads.append(threading.Thread(target=enter, args=[name]))
+            if not inside:
+                threads[-1].start()
+                while len(memory._waiting) < len(threads):
+                    time.sleep(0.001)
+    enter("busy")  # which has left, and comes last
+    for thread in threads:
+        thread.join(10)
+    assert order == ["busy", "second", "third", "busy"]
+    assert not memory.contended
+
+
+def test_a_bundle_that_is_never_idle_makes_room_all_the_same(demo_fastv: Path) -> None:
+    memory = Memory(10)
+    busy, other = (
+        ServedBundle(lambda: Engine.open(demo_fastv, threads=1), 2, 8, memory, 6) for _ in range(2)
+    )
+    talk, stop = conversation(asked(QUESTION), ImageDoors(1 << 20)), threading.Event()
+    said = queue.SimpleQueue[object]()
+    long = ChatRequest("demo", talk, {"min_new_tokens": 40, "max_new_tokens": 40}, ())
+
+    def again(event: object) -> None:
+        """Whatever ends is asked anew, so two are always under way."""
+        if not isinstance(event, Piece | Finished) and not stop.is_set():
+            busy.scheduler.submit(Job(lambda: busy.answer(long), again))
+
+    for _ in range(4):
+        busy.scheduler.submit(Job(lambda: busy.answer(long), again))
+    while busy.scheduler.running < 2:
+        time.sleep(0.001)
+    other.scheduler.submit(Job(lambda: other.answer(ChatRequest("demo", talk, {}, ())), said.put))
+    try:
+        while not isinstance(event := said.get(timeout=20), Finished):
+            assert isinstance(event, Piece)
+    finally:
+        stop.set()
+        busy.close()
+        other.close()
+    assert event.text == "5"
 
 
 def test_a_bundle_that_made_room_answers_again(demo_fastv: Path) -> None:

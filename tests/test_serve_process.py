@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -58,6 +60,49 @@ def test_an_answer_has_a_deadline_and_a_local_server_no_name(demo_fastv: Path) -
         assert told == "there was no answer within 0.2 s; ask again"
         streamed = chat(client, max_tokens=800, min_tokens=800, stream=True).text
         assert '"code": "timeout"' in streamed and "[DONE]" not in streamed
+
+
+STARTED = """
+import os, signal, sys
+from pathlib import Path
+
+import edgeprune.serve.server as server
+from edgeprune.cli import main
+
+link, target, *arguments = sys.argv[1:]
+opened = server._open
+
+def open_and_hang_up(path, **options):
+    bundle = opened(path, **options)
+    if Path(link).resolve() != Path(target):
+        new = Path(link).with_name("new")
+        new.symlink_to(target)
+        new.replace(link)
+        os.kill(os.getpid(), signal.SIGHUP)
+    return bundle
+
+server._open = open_and_hang_up
+sys.exit(main(["serve", link, *arguments]))
+"""
+
+
+def test_a_hangup_before_the_server_is_ready(
+    demo_fastv: Path, demo_dense: Path, tmp_path: Path
+) -> None:
+    """It ends nothing; the bundle that was put in place meanwhile is opened once it is ready."""
+    link = tmp_path / "served"
+    link.symlink_to(demo_fastv)
+    arguments = [link, demo_dense.resolve(), "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-c", STARTED, *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith("serving demo-fastv on ")
+            assert "demo-fastv is replaced by demo-none" in process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from edgeprune.serve.server import ServeRequest, serve
+    from edgeprune.serve.hangups import hangups
 
-    serve(
-        ServeRequest(
+    with hangups() as heard:  # before what takes long to import
+        from edgeprune.serve.server import ServeRequest, serve
+
+        request = ServeRequest(
             bundles=tuple(args.bundles),
             backend=args.backend,
             host=args.host,
@@ -107,5 +109,5 @@ def run(args: argparse.Namespace) -> int:
             allow_urls=args.allow_urls,
             api_key=os.environ.get(KEY) if args.api_key is None else args.api_key,
         )
-    )
+        serve(request, heard)
     return 0

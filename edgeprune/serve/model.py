@@ -84,7 +84,7 @@ class ServedBundle:
         self.manifest, self.name = self.engine.manifest, self.engine.manifest.name
         self.created, self.failure = int(time.time()), ""
         self.dialogues = Dialogues(self.engine, sequences)
-        self.scheduler = Scheduler(sequences, queue, self.name)
+        self.scheduler = Scheduler(sequences, queue, self.name, self._may_start)
 
     def answer(self, request: ChatRequest) -> Generator[Event, None, None]:
         """The pieces of an answer, and what it was. Left before its end, it frees its sequence."""
@@ -126,6 +126,10 @@ class ServedBundle:
         self.loaded = False
         self.dialogues.close()
         self.engine.close()
+
+    def _may_start(self) -> bool:
+        """Whether to begin one more answer beside others: not while another bundle waits."""
+        return not self._memory.contended
 
     def _check_engine(self) -> None:
         """After a failure: open the engine again unless it runs on nothing. Dialogues that it was

@@ -64,8 +64,15 @@ class Job:
 class Scheduler:
     """Runs jobs on a thread of its own, `running` side by side; `waiting` more may wait."""
 
-    def __init__(self, running: int, waiting: int, name: str) -> None:
-        self._limit, self._most = running, waiting
+    def __init__(
+        self,
+        running: int,
+        waiting: int,
+        name: str,
+        may_start: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`may_start`: whether one more may start beside those that run."""
+        self._limit, self._most, self._may_start = running, waiting, may_start
         self._waiting: deque[Job] = deque()
         self._running: deque[Job] = deque()
         self._changed, self._closed, self._finishes = threading.Condition(), False, False
@@ -160,6 +167,11 @@ class Scheduler:
         with self._changed:
             while not (self._waiting or self._running or self._closed):
                 self._changed.wait()
-            while self._waiting and len(self._running) < self._limit:
+            while self._waiting and self._takes_one_more():
                 self._running.append(self._waiting.popleft())
             return not self._closed or (self._finishes and bool(self._running))
+
+    def _takes_one_more(self) -> bool:
+        if not self._running:
+            return True
+        return len(self._running) < self._limit and self._may_start()

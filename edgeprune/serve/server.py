@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import signal
 import socket
-import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +23,7 @@ from edgeprune.serve import systemd
 from edgeprune.serve.admission import Limits
 from edgeprune.serve.app import Service
 from edgeprune.serve.fetching import Fetcher
+from edgeprune.serve.hangups import Hangups
 from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.memory import Memory
 from edgeprune.serve.model import ServedBundle
@@ -87,8 +86,9 @@ class ServeRequest:
         )
 
 
-def serve(request: ServeRequest) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers that were begun are finished before it returns."""
+def serve(request: ServeRequest, hangups: Hangups) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers that were begun are finished before it returns. At
+    each of the `hangups` bundles are replaced that changed."""
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(request.host, request.port))
         memory = Memory(request.memory_mb and request.memory_mb << 20)
@@ -102,7 +102,7 @@ def serve(request: ServeRequest) -> None:
         shown = f"[{host}]" if ":" in host else host
         terminal.note(f"serving {', '.join(bundles.by_name)} on http://{shown}:{port}/v1")
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
-            asyncio.run(_run(server, listener, request.receive, bundles))
+            asyncio.run(_run(server, listener, request.receive, bundles, hangups))
         terminal.note("stopped")
 
 
@@ -124,7 +124,11 @@ def _weights(path: Path) -> int:
 
 
 async def _run(
-    server: uvicorn.Server, listener: socket.socket, seconds: float, bundles: ServedBundles
+    server: uvicorn.Server,
+    listener: socket.socket,
+    seconds: float,
+    bundles: ServedBundles,
+    hangups: Hangups,
 ) -> None:
     sweep = asyncio.create_task(_sweep(server, seconds))
     replacing = set[asyncio.Task[None]]()
@@ -134,13 +138,13 @@ async def _run(
         replacing.add(task)
         task.add_done_callback(replacing.discard)
 
-    if sys.platform != "win32":
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, replace_changed)
+    hangups.listen(partial(asyncio.get_running_loop().call_soon_threadsafe, replace_changed))
     watchdog = asyncio.create_task(systemd.watch(bundles.longest_step))
     systemd.notify("READY=1")
     try:
         await server.serve([listener])
     finally:
+        hangups.ignore()
         systemd.notify("STOPPING=1")
         sweep.cancel()
         watchdog.cancel()
