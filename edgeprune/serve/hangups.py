@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 
 class Hangups:
@@ -44,11 +44,8 @@ def _nothing() -> None:
 def hangups() -> Iterator[Hangups]:
     """In this block SIGHUP does not end the process; where there is none, nothing is heard."""
     found = Hangups()
-    if sys.platform == "win32":
+    with ExitStack() as stack:
+        if sys.platform != "win32":
+            before = signal.signal(signal.SIGHUP, found.heard)
+            stack.callback(signal.signal, signal.SIGHUP, before)
         yield found
-        return
-    before = signal.signal(signal.SIGHUP, found.heard)
-    try:
-        yield found
-    finally:
-        signal.signal(signal.SIGHUP, before)
