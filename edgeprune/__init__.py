@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgeprune.policies import names as list_methods
     from edgeprune.recipe import Recipe
     from edgeprune.recipe import make as export_bundle
-    from edgeprune.runtime.answer import Answer, Choice, Timings
+    from edgeprune.runtime.answer import Answer, Choice, Timings, TokenScore
     from edgeprune.runtime.build import BuildRequest, Built
     from edgeprune.runtime.build import build as build_engines
     from edgeprune.runtime.engine import Engine
@@ -56,6 +56,7 @@ _HOMES = {
     "Sequence": ("runtime.sequence", "Sequence"),
     "Session": ("runtime.session", "Session"),
     "Timings": ("runtime.answer", "Timings"),
+    "TokenScore": ("runtime.answer", "TokenScore"),
     "Verdict": ("export.check", "Verdict"),
     "bench_bundles": ("bench.bench", "bench"),
     "build_engines": ("runtime.build", "build"),
@@ -88,6 +89,7 @@ __all__ = [
     "Sequence",
     "Session",
     "Timings",
+    "TokenScore",
     "Verdict",
     "__version__",
     "bench_bundles",

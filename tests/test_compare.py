@@ -24,7 +24,7 @@ from edgeprune.compare.results import (
     Comparison,
     Missing,
 )
-from edgeprune.compare.store import Store, key_of
+from edgeprune.compare.store import Store
 from edgeprune.compare.timing import TimingRequest
 from edgeprune.demo.questions import KINDS, held_out
 from edgeprune.errors import EdgepruneError, SpecError
@@ -286,9 +286,3 @@ def test_requests_that_cannot_be_met(refused: Refused, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("a file")
     assert "out/compare.json cannot be written" in refused(*base, "--methods", "none")
-
-
-def test_keys_tell_apart_what_differs() -> None:
-    keys = {key_of(*parts) for parts in ((), (1,), ("1",), (1, 2), ([1, 2],), ({"a": 1},))}
-    assert len(keys) == 6
-    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})

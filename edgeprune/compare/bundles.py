@@ -24,6 +24,9 @@ from edgeprune.models import open_model
 from edgeprune.recipe import Recipe, make
 from edgeprune.versions import installed
 
+READ_BESIDE_WEIGHTS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
+"""Endings of the files that hold tokenizers, templates and settings of processors."""
+
 PACKAGES = ("edgeprune", "torch", "transformers", "onnx", "onnxscript", "numpy", "highspy")
 WEIGHTS = "weights.bin"
 
@@ -92,10 +95,9 @@ class Bundles:
     def _key(self, cell: Cell) -> str:
         recipe, data = self._recipe(cell), self.recipe.samples_file
         bare = replace(recipe, output=None, samples_file=None, image_dir=None, tokenizer=None)
-        settings, tokenizer = asdict(bare), recipe.tokenizer
         calibrated = hashlib.sha256(data.read_bytes()).hexdigest() if data else None
-        model, others = _checkpoint(recipe.model, recipe.revision, tokenizer), str(tokenizer)
-        return key_of(model, settings, calibrated, str(recipe.sample_images), others, code())
+        model = _checkpoint(recipe.model, recipe.revision, recipe.tokenizer)
+        return key_of(model, asdict(bare), calibrated, str(recipe.sample_images), code())
 
     def _recipe(self, cell: Cell) -> Recipe:
         return replace(self.recipe, spec=cell.spec, weights=cell.weights)
@@ -131,7 +133,12 @@ def _hash(manifest: Manifest) -> str:
 
 @cache
 def _checkpoint(model: str, revision: str | None, tokenizer: Path | None) -> str:
-    return open_model(model, revision, tokenizer=tokenizer).checkpoint.fingerprint()
+    """Of weights, and of all that decides how text and images are read."""
+    checkpoint = open_model(model, revision, tokenizer=tokenizer).checkpoint
+    folders = [checkpoint.folder, *([tokenizer] if tokenizer else [])]
+    files = sorted(f for d in folders for f in d.iterdir() if f.suffix in READ_BESIDE_WEIGHTS)
+    read = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    return key_of(checkpoint.fingerprint(), read)
 
 
 @cache

@@ -42,6 +42,7 @@ class CompareRequest:
     jobs: int = 1  # processes that make bundles and ask them
     keep_bundles: bool = False
     cluster: Cluster | None = None  # where cells are made and asked; None: processes here
+    has_neighbours: bool = False  # whether other cells run on this machine at the same time
 
     def __post_init__(self) -> None:
         if self.cluster and self.keep_bundles:
@@ -113,7 +114,7 @@ def _answer_on_ray(
 ) -> Iterator[tuple[Cell, str]]:
     """As `each` of processes: a job sends its cell's files back, which are written here."""
     gpus = int(backends.find(request.evaluation.backend).gpu)
-    sent = replace(request, cluster=None, jobs=2)  # one thread for each job
+    sent = replace(request, cluster=None, has_neighbours=True)
     for cell, files, why in cluster.each(todo, partial(_cell_files, sent), gpus=gpus):
         for name, data in (files or {}).items():
             write_whole(request.store.folder / name, data)
@@ -185,7 +186,7 @@ def _present(request: CompareRequest, cell: Cell, tick: Tick) -> None:
 
 
 def _share_cores(request: CompareRequest) -> None:
-    if request.jobs > 1:
+    if request.jobs > 1 or request.has_neighbours:
         torch.set_num_threads(1)  # the other cores have cells of their own
 
 
