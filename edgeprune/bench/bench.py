@@ -9,38 +9,43 @@ the same backend. Each bundle runs in a process of its own for each backend
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 from edgeprune import cost, errors
 from edgeprune.bench import agreement, worker
 from edgeprune.bench.agreement import Agreement, Answer
+from edgeprune.bench.conditions import Conditions, Observer, machine_versions
+from edgeprune.bench.sustained import Sustained
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError
 from edgeprune.graph_contract import WEIGHTS
 from edgeprune.lowering import DTYPES
 from edgeprune.progress import Progress, silent
 from edgeprune.records import Between, Bytes, Ratio, build, parse
-from edgeprune.runtime import backends, machine
+from edgeprune.runtime import backends
 
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to time: text tokens beside the image's, decode steps in a round, rounds."""
+    """What to time: text tokens beside the image's, decode steps in a round, rounds.
+
+    With a `duration` in seconds there are as many rounds as begin within it.
+    """
 
     bundles: tuple[Path, ...]
     backends: tuple[str, ...] = ("ort-cpu",)
     text_tokens: int = 64
     new_tokens: int = 32
     rounds: int = 10
+    duration: float | None = None  # under load, in place of `rounds`
     warmup: int = 2  # rounds before those that count
     threads: int | None = None
 
@@ -49,6 +54,8 @@ class BenchRequest:
         for name, number in least.items():
             if (found := getattr(self, name)) < number:
                 raise SpecError(f"--{name.replace('_', '-')} is at least {number}; got {found}")
+        if self.duration is not None and not 0 < self.duration < 1e6:
+            raise SpecError(f"--duration is a number of seconds above 0; got {self.duration:g}")
         for backend in self.backends:
             backends.find(backend)
 
@@ -123,12 +130,16 @@ class BenchResult:
     agreements: tuple[Agreement, ...]  # of each bundle's backends with its first
     request: dict[str, Any]
     machine: dict[str, str]
+    sustained: Sustained | None = None  # of a bench with a duration
 
     def __post_init__(self) -> None:
         if len({len(row.rounds.prefill) for row in self.rows}) > 1:
             raise ValueError("bundles were timed in different numbers of rounds")
         if any(type(self.request.get(name)) is not int for name in ("text_tokens", "new_tokens")):
             raise ValueError("the request does not say how many tokens were read and written")
+        timed = {len(row.rounds.prefill) for row in self.rows}
+        if self.sustained is not None and timed != {len(self.sustained.seconds)}:
+            raise ValueError("rounds under load and rounds that were timed differ in number")
 
     @classmethod
     def from_json(cls, text: str) -> BenchResult:
@@ -143,7 +154,6 @@ class BenchResult:
 
 def bench(request: BenchRequest, report: Progress = silent) -> BenchResult:
     """Time every bundle on every backend, interleaved; the first is what ratios are taken to."""
-    total = request.warmup + request.rounds
     with ExitStack() as stack:
         started = [
             stack.enter_context(_WorkerProcess(path, backend, request))
@@ -152,13 +162,37 @@ def bench(request: BenchRequest, report: Progress = silent) -> BenchResult:
         ]
         workers, absent = _loaded(started)
         agreements = tuple(_agreements(workers)) if len(request.backends) > 1 else ()
-        for number in range(total):
-            for process in workers:
-                process.time_round(keep=number >= request.warmup)
-            report("rounds", number + 1, total)
+        sustained = _time(request, workers, report)
         rows = tuple(process.row() for process in workers)
     plain = asdict(request) | {"bundles": [path.name for path in request.bundles]}
-    return BenchResult(rows, absent, agreements, plain, machine_versions())
+    return BenchResult(rows, absent, agreements, plain, machine_versions(), sustained)
+
+
+def _time(
+    request: BenchRequest, workers: Sequence[_WorkerProcess], report: Progress
+) -> Sustained | None:
+    """All rounds: so many, or as many as begin within the duration."""
+    for number in range(request.warmup):
+        _round(workers, keep=False)
+        report("warm-up", number + 1, request.warmup)
+    if request.duration is None:
+        for number in range(request.rounds):
+            _round(workers, keep=True)
+            report("rounds", number + 1, request.rounds)
+        return None
+    observer = Observer(gpu=any(backends.find(process.backend).gpu for process in workers))
+    seconds, conditions, begun = list[float](), list[Conditions](), time.monotonic()
+    while not seconds or seconds[-1] < request.duration:
+        _round(workers, keep=True)
+        seconds.append(time.monotonic() - begun)
+        conditions.append(observer.look())
+        report("seconds", min(int(seconds[-1]), int(request.duration)), int(request.duration))
+    return Sustained(tuple(seconds), tuple(conditions))
+
+
+def _round(workers: Sequence[_WorkerProcess], *, keep: bool) -> None:
+    for process in workers:
+        process.time_round(keep)
 
 
 def _loaded(started: Sequence[_WorkerProcess]) -> tuple[list[_WorkerProcess], tuple[Absent, ...]]:
@@ -285,25 +319,3 @@ def _joules(rounds: Sequence[dict[str, Any]], new_tokens: int) -> tuple[float, .
         return None
     whole = ((one["watts"], *one["seconds"]) for one in rounds)
     return tuple(w * (vision + prefill + new_tokens * step) for w, vision, prefill, step in whole)
-
-
-def machine_versions() -> dict[str, str]:
-    """Processor, GPU and versions of what runs here."""
-    found = machine.describe()
-    named = {"gpu": found.gpu.name if found.gpu else "", "jetson": found.jetson}
-    engines = {name: v for name, v in found.versions.items() if name not in ("torch", "onnx")}
-    return {
-        "processor": _processor(),
-        "system": found.system,
-        "python": platform.python_version(),
-        **{name: value for name, value in named.items() if value},
-        **engines,
-        **{name: version(name) for name in ("edgeprune", "numpy")},
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} threads" if names else platform.processor() or "unknown"

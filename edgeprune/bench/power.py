@@ -93,6 +93,24 @@ class Nvml:
         self._call("nvmlDeviceGetMemoryInfo", self.card, ctypes.byref(found))
         return int(found.used)
 
+    def celsius(self) -> float:
+        """Of the GPU itself."""
+        found = ctypes.c_uint()
+        self._call("nvmlDeviceGetTemperature", self.card, 0, ctypes.byref(found))
+        return float(found.value)
+
+    def megahertz(self) -> float:
+        """The clock of its multiprocessors."""
+        found = ctypes.c_uint()
+        self._call("nvmlDeviceGetClockInfo", self.card, 1, ctypes.byref(found))
+        return float(found.value)
+
+    def slowdowns(self) -> int:
+        """Bits that say why its clocks are lower than they could be."""
+        found = ctypes.c_ulonglong()
+        self._call("nvmlDeviceGetCurrentClocksThrottleReasons", self.card, ctypes.byref(found))
+        return int(found.value)
+
     def _call(self, name: str, *arguments: Any) -> None:
         if code := getattr(self.library, name)(*arguments):
             raise OSError(f"{name} returned {code}")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeprune import graph_contract, onnx_file
-from edgeprune.bench.bench import machine_versions
+from edgeprune.bench.conditions import machine_versions
 from edgeprune.bench.worker import PREFIX
 from edgeprune.bundle import Bundle, Manifest
 from edgeprune.errors import BackendError, BundleError, SpecError
@@ -83,7 +83,7 @@ def profile(request: ProfileRequest, report: Progress = silent) -> Profile:
         model=profiled(manifest),
         backend=request.backend,
         threads=request.threads,
-        machine=machine_versions() | {"power": power_mode()},
+        machine=machine_versions(),
         text_tokens=request.text_tokens,
         rounds=request.rounds,
         image=work.size,
@@ -210,12 +210,3 @@ def _noise(height: int, width: int) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(levels).save(stream, "JPEG")
     return stream.getvalue()
-
-
-def power_mode(root: Path = Path("/")) -> str:
-    """A Jetson's power mode, or the governor of the first CPU; `unknown` where neither is told."""
-    for name in ("var/lib/nvpmodel/status", "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"):
-        file = root / name
-        if file.is_file():
-            return file.read_text(encoding="utf-8", errors="replace").strip()[:80]
-    return "unknown"

@@ -27,7 +27,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default 64")
     command.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default 32")
-    command.add_argument("--rounds", type=int, default=10, metavar="N", help="counted (default 10)")
+    length = command.add_mutually_exclusive_group()
+    length.add_argument("--rounds", type=int, default=10, metavar="N", help="counted (default 10)")
+    length.add_argument(
+        "--duration",
+        type=float,
+        metavar="SECONDS",
+        help="in place of --rounds: rounds without a pause for so long, with heat, clocks and"
+        " what slows the machine down, a tenth of the time after the other",
+    )
     command.add_argument(
         "--warmup", type=int, default=2, metavar="N", help="not counted (default 2)"
     )
@@ -38,6 +46,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from edgeprune.bench import sustained
     from edgeprune.bench.bench import BenchRequest, bench
     from edgeprune.bench.table import table
     from edgeprune.drawing.image_files import check_target
@@ -49,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         text_tokens=args.text_tokens,
         new_tokens=args.new_tokens,
         rounds=args.rounds,
+        duration=args.duration,
         warmup=args.warmup,
         threads=args.threads,
     )
@@ -60,8 +70,11 @@ def run(args: argparse.Namespace) -> int:
     with Bar() as bar:
         result = bench(request, bar)
     print(table(result))
+    if result.sustained is not None:
+        print("\n" + sustained.table(result))
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
-    terminal.note(f"median (p10-p90) of {args.rounds} rounds; {machine}")
+    rounds = len(result.rows[0].rounds.prefill)
+    terminal.note(f"median (p10-p90) of {rounds} rounds; {machine}")
     if args.json:
         _common.write_output(args.json, result.to_json() + "\n")
     if args.figure:
