@@ -91,7 +91,7 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
         outputs += [End(f"present_{kind}.{n}", f"present_{kind}", n + 1) for n in layers]
     outputs += [End(f"kept.{stage.layer}", "kept", stage.layer) for stage in plan.in_decoder]
     args = _example(decoder, dtype)
-    if decoder.places_tokens:
+    if decoder.reads_indices:
         shapes = (*shapes, {0: Dim.DYNAMIC})
         inputs.append(End("visual_indices", "visual_indices"))
         args = (*args, torch.arange(max(2, plan.encoded)))

@@ -31,9 +31,12 @@ def frozen(
     weights: str = "float",
     counts: tuple[int, ...] = (),
     size: Size | None = None,
+    images: int = 1,
+    frames: int | None = None,
 ) -> Path:
     """Export a method; where it needs a schedule that is `counts`, or made up for the ratio."""
-    adapter, spec = open_model(str(model), size=size), PruneSpec(method, cr)
+    adapter = open_model(str(model), size=size, images=images, frames=frames)
+    spec = PruneSpec(method, cr)
     policy, processor = make(spec), Processor(adapter)
     plan = planned(policy, adapter.shape, cr, counts)
     why = "left out by a test"

@@ -79,8 +79,9 @@ def stacked_checkpoint(folder: Path, layers: int = STACKED.layers) -> Path:
 def patches(adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
     """Frames [n, 3, H, W] as transformers' video processor cuts them: [patches, values]."""
     rows, columns = adapter.vision_config.layout.tile_grid
-    spans = pixels.view(-1, 2, 3, rows, 2, 14, columns, 2, 14)
-    return spans.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * 14 * 14)
+    side = adapter.vision_config.encoder.patch
+    spans = pixels.view(-1, 2, 3, rows, 2, side, columns, 2, side)
+    return spans.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * side**2)
 
 
 def inputs(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def inputs(adapter: Adapter, images: list[Image.Image], pixels: torch.Tensor) ->
     ids, token = processor.chat.ids(adapter.media, QUESTION), adapter.media.token
     rows, columns = adapter.vision_config.layout.tile_grid
     spans = 1 if adapter.asked.frames is None else len(images) // 2
-    repeats = torch.where(ids == token, spans * rows * columns, 1)
+    each = spans if adapter.media.runs == 1 else 1  # runs may be of one span of frames each
+    repeats = torch.where(ids == token, each * rows * columns, 1)
     ids = ids.repeat_interleave(repeats)[None]
     if adapter.asked.frames is None:
         encoded = processor.image_processor(images, return_tensors="pt")

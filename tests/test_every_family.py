@@ -57,16 +57,15 @@ QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_5_vl": qwen.windowed_checkpoint,
     "qwen3_vl": qwen.stacked_checkpoint,
 }
-ONE_IMAGE = ("gemma3", "paligemma", "paligemma2")
 NO_VIDEO = (
     "granite_vision",
     "llava",
     "llava_next",
-    "smolvlm",
     "smolvlm_tiles",
     "idefics3",
-    "qwen3_vl",
-    *ONE_IMAGE,
+    "gemma3",
+    "paligemma",
+    "paligemma2",
 )
 
 
@@ -98,8 +97,7 @@ def inputs(name: str) -> list[Case]:
     else:
         cases = [Case(name, {}, shapes)]
     two = {} if name == "llava_onevision" else own  # several images are not cut
-    if name not in ONE_IMAGE:
-        cases.append(Case(name, {**two, "images": 2}, shapes[1:2]))
+    cases.append(Case(name, {**two, "images": 2}, shapes[1:2]))
     if name not in NO_VIDEO:
         sized = own if name in QWENS else {}
         cases.append(Case(name, {**sized, "frames": 4}, shapes[1:2]))

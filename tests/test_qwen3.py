@@ -262,13 +262,9 @@ def test_what_is_not_supported_is_named(
         open_model(str(folder))
 
 
-def test_sizes_and_videos_that_cannot_be_frozen_are_refused(
-    checkpoint: Path, refused: Refused
-) -> None:
+def test_sizes_that_cannot_be_frozen_are_refused(checkpoint: Path, refused: Refused) -> None:
     said = refused("models", "--model", checkpoint, "--image-size", "448x450")
     assert "multiples of 32; the nearest such size is 448x448" in said
-    said = refused("models", "--model", checkpoint, "--frames", "4")
-    assert "qwen3_vl bundles take images, not videos" in said
 
 
 def test_calibration_sees_what_each_layer_loses(checkpoint: Path) -> None:

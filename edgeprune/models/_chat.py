@@ -37,7 +37,8 @@ class Chat:
         """The prompt as the template writes it; ModelError where it cannot."""
         if not self.tokenizer.chat_template:
             first = known(media.assumed).first
-            return first.replace("{image}", placeholder).replace("{prompt}", question)
+            shown = placeholder * media.count
+            return first.replace("{image}", shown).replace("{prompt}", question)
         content = [{"type": media.part}] * media.count + [{"type": "text", "text": question}]
         try:
             return str(

@@ -20,7 +20,7 @@ from edgeprune.models._decoder_layer import AttentionStates, Cache, DecoderLayer
 from edgeprune.models._expert_layer import ExpertLayer
 from edgeprune.models._kept_positions import image_at_one, kept_positions
 from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
-from edgeprune.models._ops import Together, TorchOps, capped, cast
+from edgeprune.models._ops import Images, Together, TorchOps, capped, cast
 from edgeprune.models._sites import Prune, PruneInput, live_stage
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
@@ -40,6 +40,7 @@ class Flow:
     lengths: Tensor  # int64 [layers], tokens in each layer's cache before the call
     filled: Tensor  # int64 [layers], and after it
     entered: int  # visual tokens that entered layer 1
+    images: Tensor | None = None  # int64 [visual], where there are several, the image of each
     rows: tuple[Tensor, ...] = ()  # with DeepStack, of the layers to come, each [1, visual, width]
 
 
@@ -103,7 +104,7 @@ class Decoder(WithBuffers):
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
         past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
         past_values: Sequence[Tensor],
-        visual_indices: Tensor | None = None,  # where `places_tokens`: int64 [V], among all V
+        visual_indices: Tensor | None = None,  # where `reads_indices`: int64 [V], among all V
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions, and
         hidden states before each layer and after the last."""
@@ -142,8 +143,8 @@ class Decoder(WithBuffers):
         # Through an index, which keeps the sum where the lengths are: sums of inputs and sizes are
         # moved to the CPU by ONNX Runtime, and each layer's part of them would be copied back.
         filled = lengths.index_select(0, torch.arange(len(self.layers))) + self._new(segments)
-        entered = segments.visual
-        held = (lengths, filled, entered, tuple(rows))
+        entered, images = segments.visual, self._images(visual_indices, segments)
+        held = (lengths, filled, entered, images, tuple(rows))
         return Flow(hidden, positions, segments, rotary, anchors, inputs, *held), kept
 
     def advance(self, index: int, flow: Flow, past_key: Tensor, past_value: Tensor) -> Advanced:
@@ -152,7 +153,7 @@ class Decoder(WithBuffers):
         start, end = (held[index : index + 1] for held in (flow.lengths, flow.filled))
         cache = Cache(past_key, past_value, start, end)
         given = flow.hidden, flow.positions, rotary, cache
-        together = self.together(flow.segments, flow.entered)
+        together = self.together(flow.segments, flow.entered, flow.images)
         hidden, present, seen = self.layers[index](*given, flow.segments, together)
         if flow.rows:
             hidden = self._stacked(hidden, flow.rows[0], flow.segments)
@@ -172,8 +173,9 @@ class Decoder(WithBuffers):
         if site.stage.renumber:
             positions = self._slots(flow.lengths[index : index + 1], segments)
         rows = tuple(map(chosen.gather, flow.rows))
-        flow = replace(flow, hidden=hidden, positions=positions, segments=segments, rows=rows)
-        return flow, chosen.indices
+        images = None if flow.images is None else flow.images.index_select(0, chosen.indices)
+        held = {"positions": positions, "images": images, "rows": rows}
+        return replace(flow, hidden=hidden, segments=segments, **held), chosen.indices
 
     def own_rotary(self, index: int) -> Rotary:
         """The tables of the layer of an index, whose rows are positions."""
@@ -181,17 +183,30 @@ class Decoder(WithBuffers):
         cos, sin = (self.get_buffer(name) for name in self._tables()[2 * number :][:2])
         return Rotary(cos, sin)
 
-    def together(self, segments: Segments, entered: int) -> Together | None:
+    def together(
+        self, segments: Segments, entered: int, images: Tensor | None = None
+    ) -> Together | Images | None:
         """The tokens of a call that see each other, later ones too; `entered` is how many visual
         tokens entered layer 1."""
         if self.config.sees == "past":
             return None
+        if images is not None:
+            before, after = (images.new_full((n,), -1) for n in (segments.prefix, segments.text))
+            return Images(torch.cat([before, images, after]))
         sizes = segments.prefix, segments.visual, segments.total, entered
         prefix, visual, total, image = (torch.scalar_tensor(n, dtype=torch.int64) for n in sizes)
         if self.config.sees == "image":
             return Together(prefix, prefix + visual, windowed=True)
         whole = total * image.minimum(torch.tensor(1))
         return Together(torch.zeros_like(whole), whole, windowed=False)
+
+    def _images(self, visual_indices: Tensor | None, segments: Segments) -> Tensor | None:
+        """The image of each visual token, int64 [visual], where that says what it sees."""
+        if not self.config.image_of or visual_indices is None:
+            return None
+        images = torch.tensor(self.config.image_of).index_select(0, visual_indices)
+        # Once more, since the tracer does not know that there is an index for each visual token.
+        return images.index_select(0, torch.arange(segments.visual, device=images.device))
 
     def _rows(self, visual: Tensor) -> Sequence[Tensor]:
         """Visual tokens, and the rows beside them, each [1, V, width]."""
@@ -209,6 +224,11 @@ class Decoder(WithBuffers):
     def span(self) -> int:
         """Positions that an image takes."""
         return self.config.span(self.plan)
+
+    @property
+    def reads_indices(self) -> bool:
+        """Whether the graph asks which of the V its visual tokens are."""
+        return self.places_tokens or bool(self.config.image_of)
 
     @property
     def places_tokens(self) -> bool:

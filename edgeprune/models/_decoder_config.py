@@ -65,6 +65,8 @@ class DecoderConfig:
     branch_eps: float | None = None  # of norms that do not read the residual stream; None: `eps`
     cap: float | None = None  # that logits are bent towards
     sees: Literal["past", "image", "prompt"] = "past"
+    image_of: tuple[int, ...] = ()  # where it sees its image: of each of the V, the number of its
+    # image, -1 for none; empty: there is one image
     one_position: bool = False  # all tokens of an image have the same position
     marks: int = 0  # rows of the embedding behind the vocabulary: what stands around an image
 

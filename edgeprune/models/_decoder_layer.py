@@ -18,7 +18,7 @@ from edgeprune.models._layers import (
     join_heads,
     split_heads,
 )
-from edgeprune.models._ops import Causal, Together, TorchOps
+from edgeprune.models._ops import Causal, Images, Together, TorchOps
 from edgeprune.policies._signals import Segments
 
 
@@ -109,7 +109,7 @@ class DecoderLayer(nn.Module):
         rotary: Rotary,
         cache: Cache,
         segments: Segments,
-        together: Together | None = None,
+        together: Together | Images | None = None,
     ) -> tuple[Tensor, Cache, AttentionStates]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
         ops = self.ops

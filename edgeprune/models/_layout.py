@@ -99,6 +99,12 @@ class Layout:
             groups.append(source // size if source >= 0 else (groups or [0])[-1])
         return tuple(groups)
 
+    @property
+    def image_of(self) -> tuple[int, ...]:
+        """Of all V visual tokens the tile, where each is an image of its own; -1 for fixed ones."""
+        size = self.tile_grid[0] * self.tile_grid[1]
+        return tuple(source // size if source >= 0 else -1 for source in self.order)
+
     def ids(self, token: int) -> tuple[int, ...]:
         """Ids of the V visual tokens in transformers' `input_ids`: `token`, or text between
         images."""

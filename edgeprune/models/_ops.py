@@ -39,13 +39,29 @@ class Together:
 
 
 @dataclass(frozen=True)
+class Images:
+    """The images that the S new tokens are tokens of: int64 [S], -1 for those of none."""
+
+    of: Tensor
+
+    def alike(self, start: Tensor, slots: int) -> Tensor:
+        """Whether two tokens are of one image, for n slots that new ones fill from `start` on:
+        bool [S, n]."""
+        own, last = self.of, torch.scalar_tensor(self.of.shape[0] - 1, dtype=torch.int64)
+        new = torch.arange(slots, device=own.device) - start
+        inside = new.minimum(last).maximum(torch.zeros_like(last))  # TensorRT clips no integers
+        there = torch.where((new >= 0) & (new <= last), own.index_select(0, inside), -1)
+        return (own[:, None] == there[None, :]) & (own >= 0)[:, None]
+
+
+@dataclass(frozen=True)
 class Causal:
     """New tokens see the slots of a cache up to their own, or to the last of their run."""
 
     start: Tensor  # int64 [1], the slot of the first new token
     end: Tensor  # int64 [1], how many slots are filled, the new tokens' among them
     window: int | None = None  # how many slots a token sees, its own the last; None: all up to it
-    together: Together | None = None  # of the new tokens, those that all see each other
+    together: Together | Images | None = None  # of the new tokens, those that all see each other
 
     @property
     def is_plain(self) -> bool:
@@ -57,13 +73,15 @@ class Causal:
         slots, new = key.shape[2], torch.arange(query.shape[2], device=query.device)
         rows = last = (self.start + new)[:, None]
         first, run = None if self.window is None else rows - self.window, self.together
-        if run is not None:
+        if isinstance(run, Together):
             inside = ((new >= run.first) & (new < run.end))[:, None]
             last = torch.where(inside, self.start + run.end - 1, rows)
             if first is not None and not run.windowed:
                 first = torch.where(inside, self.start + run.first - 1, first).minimum(first)
         columns = torch.arange(slots, device=query.device)[None, :]
         seen = columns <= last
+        if isinstance(run, Images):
+            seen = seen | run.alike(self.start, slots)
         return seen if first is None else seen & (columns > first)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:

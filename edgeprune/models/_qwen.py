@@ -91,11 +91,9 @@ class Adapter(_adapter.Adapter):
         return super().read_media() if self.asked.frames is None else video(self.config)
 
     def read_layout(self) -> Layout:
-        encoder, merge = self.encoder, self._merge
-        if self.asked.frames is None:
-            layout = Layout.plain(encoder.rows, merge, across=encoder.columns)
-            return layout.chained(self.between)
-        return Layout.plain(encoder.rows, merge, self._spans(), encoder.columns)
+        encoder = self.encoder
+        run = Layout.plain(encoder.rows, self._merge, self._spans(), encoder.columns)
+        return run.chained(self.between)
 
     def read_projector(self) -> ProjectorConfig:
         inputs = self._merge**2 * self.encoder.width
@@ -103,26 +101,25 @@ class Adapter(_adapter.Adapter):
 
     def read_decoder(self) -> DecoderConfig:
         """With the positions of what a prompt shows."""
-        grid = Grid(self.encoder.rows // self._merge, self.encoder.columns // self._merge)
-        others: tuple[int | Grid, ...] = ()
-        if self.asked.frames is not None:
-            grid = grid._replace(times=self.times(self._spans()))
-        else:
-            others = tuple(part for text in self.between for part in (len(text), grid))
+        rows, columns = (n // self._merge for n in (self.encoder.rows, self.encoder.columns))
+        grid = Grid(rows, columns, self.times(self._spans()))
+        others = tuple(part for text in self.between for part in (len(text), grid))
         return replace(super().read_decoder(), mrope=MRope.of(self.axes(), grid, *others))
 
     def _spans(self) -> int:
-        """Groups of frames that are one in time, of a video."""
+        """Groups of frames that are one in time, of a run of visual tokens; 1 of an image."""
+        if self.asked.frames is None:
+            return 1
         spans, rest = divmod(self.shown, self.encoder.frames)
         if rest:
             raise SpecError(
                 f"--frames of a {self.config.model_type} is a multiple of {self.encoder.frames};"
                 f" got {self.asked.frames}"
             )
-        return spans
+        return spans // self.media.runs
 
     def times(self, spans: int) -> tuple[int, ...]:
-        """The position in time of each span of frames of a video."""
+        """The position in time of each span of frames of a run."""
         return tuple(range(spans))
 
     @property

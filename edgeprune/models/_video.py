@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._image_record import Reader, plain
+from edgeprune.models._image_record import Reader, plain, unsupported
 from edgeprune.models._media import Media
 from edgeprune.models._stored import read_json
 
@@ -33,12 +34,28 @@ def video(config: Any) -> Media:
     return Media(token, token, "video")
 
 
+def sampling_rate(checkpoint: Checkpoint, default: float) -> float:
+    """Frames a second at which a checkpoint's video processor samples a video."""
+    found = video_settings(checkpoint).get("fps", default)
+    if not isinstance(found, (int, float)) or not 0 < found < math.inf:
+        raise unsupported("fps", found, "a positive number")
+    return float(found)
+
+
+def timed_at(fps: float) -> str:
+    """The note of a family whose prompts say when each frame of a video was seen."""
+    return (
+        f"the prompt says when each frame is seen: a video is taken to be sampled at {fps:g} frames"
+        " a second, whatever is shown"
+    )
+
+
 def frame_processor(checkpoint: Checkpoint) -> Any:
     """Pillow doing to a frame what the settings of the checkpoint's video processor say.
 
     transformers' video processors resize with torchvision, which rounds some values otherwise.
     """
-    found = _settings(checkpoint)
+    found = video_settings(checkpoint)
     given = {name: found[name] for name in SETTINGS if found.get(name) is not None}
     return _clip({"do_center_crop": False, **given})
 
@@ -54,7 +71,7 @@ def _clip(settings: dict[str, Any]) -> Any:
     return CLIPImageProcessorPil(**settings)
 
 
-def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+def video_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Of the video processor, or where a checkpoint has none of the image processor."""
     folder = checkpoint.folder
     for name, key in (

@@ -18,7 +18,7 @@ from edgeprune.models._gemma import BRANCH_NORMS, gemma3
 from edgeprune.models._image_record import Reader, plain, unsupported
 from edgeprune.models._layers import RMSNorm
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import IMAGE_SLOT, Media, Takes
+from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._names import TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
@@ -27,7 +27,7 @@ from edgeprune.models._towers import SIGLIP, is_tied, one_size, siglip
 
 
 class Adapter(_adapter.Adapter):
-    """Visual tokens of the image see each other, later ones too."""
+    """Visual tokens of one image see each other, later ones too."""
 
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
@@ -37,7 +37,6 @@ class Adapter(_adapter.Adapter):
             decoder="keys that layers share, inputs of each layer by token",
         ),
     )
-    takes: ClassVar[Takes] = Takes(several=False)
     encoder: EncoderConfig
 
     def config_class(self) -> Any:
@@ -66,12 +65,13 @@ class Adapter(_adapter.Adapter):
         start, end = self.config.boi_token_index, self.config.eoi_token_index
         around = (str(self.chat.tokenizer.convert_ids_to_tokens(token)) for token in (start, end))
         written = IMAGE_SLOT.join(around)
-        return Media(start, int(self.config.image_token_id), template=f"\n\n{written}\n\n")
+        token, template = int(self.config.image_token_id), f"\n\n{written}\n\n"
+        return Media(start, token, count=self.asked.images, template=template)
 
     def read_layout(self) -> Layout:
         one_size(self.asked.size, self.encoder.image)
         merge = self.encoder.side // math.isqrt(self.config.mm_tokens_per_image)
-        return Layout.plain(self.encoder.side, merge, pool="mean")
+        return Layout.plain(self.encoder.side, merge, pool="mean").chained(self.between)
 
     def read_projector(self) -> Projector:
         vision, text = self.config.vision_config, self.config.text_config
@@ -81,7 +81,8 @@ class Adapter(_adapter.Adapter):
         tied = is_tied(self.checkpoint, self.config)
         decoder = decoder_config(self.config.text_config, tied, gemma3)
         own = Rescale(r"projector\.norm\.", offset=1.0)
-        return replace(decoder, rescaled=(own, *decoder.rescaled))
+        images = self.vision_config.layout.image_of if self.asked.images > 1 else ()
+        return replace(decoder, rescaled=(own, *decoder.rescaled), image_of=images)
 
     def tensor_names(self) -> TensorNames:
         return TensorNames(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from edgeprune.models._gemma import BRANCH_NORMS, gemma2
 from edgeprune.models._image_record import Reader, plain
 from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import Media, Takes, Turns
+from edgeprune.models._media import Media, Turns
 from edgeprune.models._names import LLAMA, TensorNames
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._text import decoder_config
@@ -24,12 +24,11 @@ from edgeprune.models._towers import SIGLIP, is_tied, one_size, siglip
 
 
 class Adapter(_adapter.Adapter):
-    """Image, question and the text around them see each other; what is generated sees the past.
+    """Images, question and the text around them see each other; what is generated sees the past.
 
     transformers numbers positions from 1 here. Attention depends on distances, so ours start at 0.
     """
 
-    takes: ClassVar[Takes] = Takes(several=False)
     encoder: EncoderConfig
 
     def config_class(self) -> Any:
@@ -53,7 +52,7 @@ class Adapter(_adapter.Adapter):
         return siglip(self.config.vision_config)
 
     def read_media(self) -> Media:
-        """There is no chat template: the processor writes the image, [BOS], a prompt, a newline."""
+        """There is no chat template: the processor writes images, [BOS], a prompt, a newline."""
         bos = self.chat.tokenizer.bos_token
         if not bos:
             raise ModelError(
@@ -61,11 +60,12 @@ class Adapter(_adapter.Adapter):
                 " PaliGemma begin with; add it to tokenizer_config.json"
             )
         turns = Turns(f"{{image}}{bos}{{prompt}}\n", "{prompt}\n", "PaliGemma")
-        return Media.of_images(self.config, self.asked.images, assumed=turns)
+        token = int(self.config.image_token_id)
+        return Media(token, token, count=self.asked.images, assumed=turns)
 
     def read_layout(self) -> Layout:
         one_size(self.asked.size, self.encoder.image)
-        return Layout.plain(self.encoder.side)
+        return Layout.plain(self.encoder.side).chained(self.between)
 
     def read_projector(self) -> Projector:
         return Projector(self.encoder.width, self.config.text_config.hidden_size)

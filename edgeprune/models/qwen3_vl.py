@@ -4,14 +4,16 @@ axes take turns."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
-from edgeprune.models._media import Takes
+from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._mrope import interleaved
 from edgeprune.models._names import TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._qwen_tower import EPS, TowerConfig
+from edgeprune.models._video import sampling_rate, timed_at
 from edgeprune.models._vision import ProjectorConfig
 
 _TOWER = {
@@ -33,6 +35,8 @@ class Adapter(_qwen.Adapter):
     to the visual tokens after the decoder's first three layers (DeepStack, arXiv 2406.04334).
 
     transformers lets axes take turns whatever `mrope_interleaved` says.
+
+    Each pair of a video's frames stands like an image of its own behind its time, in seconds.
     """
 
     nearby: ClassVar[tuple[Nearby, ...]] = (
@@ -54,7 +58,6 @@ class Adapter(_qwen.Adapter):
             decoder="an MLP without gate, of a squared relu",
         ),
     )
-    takes: ClassVar[Takes] = Takes()
     decoder_kind: ClassVar[str | None] = "qwen3"
     sections: ClassVar[tuple[int, ...]] = (24, 20, 20)
 
@@ -81,6 +84,24 @@ class Adapter(_qwen.Adapter):
 
     def axes(self) -> tuple[int, ...]:
         return interleaved(self._sections)
+
+    def read_media(self) -> Media:
+        media = super().read_media()
+        if self.asked.frames is None:
+            return media
+        start, end = self.config.vision_start_token_id, self.config.vision_end_token_id
+        before, after = (self.chat.tokenizer.convert_ids_to_tokens(i) for i in (start, end))
+        middle = (0.5 + 2 * pair for pair in range(self.shown // 2))  # in frames
+        times = (f"<{frame / self._fps:.1f} seconds>" for frame in middle)
+        return replace(media, template="".join(f"{t}{before}{IMAGE_SLOT}{after}" for t in times))
+
+    @property
+    def _fps(self) -> float:
+        """Frames a second that a video is taken to be sampled at."""
+        return sampling_rate(self.checkpoint, default=2)
+
+    def notes(self) -> tuple[str, ...]:
+        return () if self.asked.frames is None else (timed_at(self._fps),)
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
         return TowerConfig(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.bundle import ImageRecord
+from edgeprune.errors import SpecError
 from edgeprune.models import _adapter
+from edgeprune.models._chat import Chat
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._image_record import (
     Reader,
@@ -23,11 +25,13 @@ from edgeprune.models._image_record import (
 )
 from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import IMAGE_SLOT, Media
+from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
+from edgeprune.models._smolvlm_video import frame_processor, video_rate, written_video
 from edgeprune.models._towers import siglip
+from edgeprune.models._video import timed_at
 from edgeprune.tiling import Tiling, round_up_grid
 
 EDGE = "<fake_token_around_image>"
@@ -40,7 +44,8 @@ LONGEST = 4096
 class Adapter(_adapter.Adapter):
     """An image is one tile, or with --image-size rows and columns of tiles and a view of it all.
 
-    One tile is what the processor makes where its image splitting is off.
+    One tile is what the processor makes where its image splitting is off, and of each frame of a
+    video.
 
     The tower is SigLIP's. Its position grid, made for tiles that are partly padding, gives a whole
     tile the positions in order.
@@ -56,6 +61,7 @@ class Adapter(_adapter.Adapter):
         ),
     )
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
+    takes: ClassVar[Takes] = Takes(frames=True)
     encoder: EncoderConfig
 
     def config_class(self) -> Any:
@@ -94,7 +100,30 @@ class Adapter(_adapter.Adapter):
         return Tiling("round_up", *frozen, whole, longest_edge=edge)
 
     def read_media(self) -> Media:
-        return Media.of_images(self.config, self.asked.images, written(self.tiling))
+        if self.asked.frames is None:
+            return Media.of_images(self.config, self.asked.images, written(self.tiling))
+        if self.config.model_type == "idefics3":
+            raise SpecError("idefics3 bundles take images, not videos; leave out --frames")
+        media = Media.of_images(self.config, 1, written_video(self.shown, self._fps, IMAGE))
+        return replace(media, part="video")
+
+    @property
+    def _fps(self) -> float:
+        """Frames a second that a video is taken to be sampled at."""
+        return video_rate(self.checkpoint)
+
+    def read_chat(self) -> Chat:
+        """For a video with the template that transformers takes then, whatever the checkpoint's
+        is; the token of an image stands for the video."""
+        if self.asked.frames is None:
+            return super().read_chat()
+        from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+        chat = super().read_chat()
+        token = str(chat.tokenizer.convert_ids_to_tokens(int(self.config.image_token_id)))
+        template = DEFAULT_CHAT_TEMPLATE.replace("<image>", token).replace("<video>", token)
+        chat.tokenizer.chat_template = template
+        return chat
 
     def read_layout(self) -> Layout:
         return Layout.plain(self.encoder.side, self.config.scale_factor).chained(self.between)
@@ -119,6 +148,8 @@ class Adapter(_adapter.Adapter):
         return {"SmolVLMImageProcessor": reader, "Idefics3ImageProcessor": reader}
 
     def image_processor(self, own: Callable[[], Any]) -> Any:
+        if self.asked.frames is not None:
+            return frame_processor(self.checkpoint, self.encoder.image)
         processor = own()
         processor.do_image_splitting = self.tiling is not None
         return processor
@@ -126,6 +157,8 @@ class Adapter(_adapter.Adapter):
     def notes(self) -> tuple[str, ...]:
         if self.tiling is not None:
             return ()
+        if self.asked.frames is not None:
+            return (timed_at(self._fps),)
         side = self.encoder.image
         return (
             f"an image is one tile of {side} x {side} pixels: image splitting, which published"
