@@ -1,6 +1,7 @@
-"""Peak memory and time of calibration and of parity, for a random checkpoint of a real size.
+"""Peak memory and time of calibration, parity and --weights auto, for weights of a real size.
 
-    python -m benchmarks.layerwise_size 7b  # both; 27 GB of disk, removed after
+    python -m benchmarks.layerwise_size 7b  # the first two; 27 GB of disk, removed after
+    python -m benchmarks.layerwise_size 7b --only auto
     python -m benchmarks.layerwise_size 13b --only calibrate --sparse
 
 Each command runs in a process of its own. Parity is that of an fp16 bundle: the range of float16,
@@ -29,6 +30,7 @@ from PIL import Image
 from benchmarks.shapes import SHAPES, write
 
 COMMANDS = ("calibrate", "export")
+AUTO = "auto"  # an export too, whose weights are mixed by what each loses
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ def command(name: str, work: Path, checkpoint: Path, samples: int) -> list[str]:
     asked = ["--model", str(checkpoint), "--samples-file", str(questions(work, samples))]
     if name == "calibrate":
         return [name, *asked, "--cr", "4", "--samples", str(samples), "-o", str(work / "plan.json")]
+    if name == AUTO:
+        mixed = ["--weights", "auto:clip=off", "--samples", str(samples), "--parity", "0"]
+        dense = ["--target", "cuda", "--method", "none", "-o", str(work / "bundle")]
+        return ["export", *asked, *mixed, *dense]
     lowered = ["--target", "cuda", "--dtype", "fp16", "--method", "fastv", "--cr", "4"]
     return [name, *asked, *lowered, "--parity", str(samples), "-o", str(work / "bundle")]
 
@@ -98,7 +104,7 @@ def table(costs: Sequence[Cost]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and time of work that goes by layers.")
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--only", choices=COMMANDS, help="one of the two")
+    parser.add_argument("--only", choices=(*COMMANDS, AUTO), help="one of these")
     parser.add_argument("--sparse", action="store_true", help="zeros that take no disk")
     parser.add_argument(
         "--samples", type=int, nargs=2, default=(4, 1), metavar=("CALIBRATE", "PARITY")
@@ -106,7 +112,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/layerwise"))
     args = parser.parse_args()
     names = [args.only] if args.only else COMMANDS
-    counts = dict(zip(COMMANDS, args.samples, strict=True))
+    counts = dict(zip(COMMANDS, args.samples, strict=True)) | {AUTO: args.samples[0]}
     costs = list[Cost]()
     try:
         checkpoint = args.work / args.shape

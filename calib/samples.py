@@ -1,18 +1,20 @@
 """Calibration samples: generated scenes for the demo model, or a user's own in LLaVA-Instruct form.
 
 A user's file is JSON (a list) or JSONL, each record with `image` (a path within the image folder)
-and `conversations` whose first human turn holds the question; `id` is optional. Records without an
-image are passed over.
+and `conversations` whose first human turn holds the question; `id` is optional, and so is an answer
+in a turn of `gpt`. Records without an image are passed over.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from edgeprune.errors import InputError, SpecError
 from edgeprune.images import image_in, read_image
@@ -25,6 +27,7 @@ class Sample:
 
     id: str
     prompt: Prompt
+    answer: str = ""  # empty: not known
 
 
 def demo_samples(processor: Processor, count: int) -> Iterator[Sample]:
@@ -33,7 +36,7 @@ def demo_samples(processor: Processor, count: int) -> Iterator[Sample]:
 
     for image, question in calibration_samples(count):
         name = f"demo/{question.image_id}/{question.kind}"
-        yield Sample(name, processor(image, question.text))
+        yield Sample(name, processor(image, question.text), question.answer)
 
 
 def check_image_dir(image_dir: Path | None, file: Path | None) -> None:
@@ -50,7 +53,16 @@ def user_samples(processor: Processor, file: Path, images: Path, count: int) -> 
             image = read_image(image_in(images, record["image"])).image
         except InputError as error:
             raise InputError(f"record {number} of {file}: {error}") from error
-        yield Sample(str(record.get("id", name)), processor(image, question))
+        prompt = processor(image, question)
+        yield Sample(str(record.get("id", name)), prompt, _answer(record["conversations"]))
+
+
+def answered(sample: Sample, processor: Processor, tokens: int) -> Prompt:
+    """A sample's prompt with the first tokens of its answer behind the question, all but the last:
+    behind each of the last `tokens` of the text one of the answer follows."""
+    ids = processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"][: tokens - 1]
+    answer = torch.tensor([ids], dtype=torch.int64)
+    return replace(sample.prompt, text_ids=torch.cat([sample.prompt.text_ids, answer], dim=1))
 
 
 def _with_image(records: list[Any]) -> Iterator[tuple[int, Any]]:
@@ -85,3 +97,10 @@ def _question(file: Path, number: int, record: Any) -> tuple[str, str]:
             f"record {number} of {file} lacks `image` or a human turn's text in `conversations`"
         ) from error
     return f"{image}#{number}", question
+
+
+def _answer(turns: list[Any]) -> str:
+    """What the model is said to answer to the first question; empty where that is not text."""
+    found = (t.get("value") for t in turns if t.get("from") in ("gpt", "assistant"))
+    text = next(found, "")
+    return text.strip() if isinstance(text, str) else ""

@@ -1,28 +1,38 @@
 """How much each group of products loses where it alone has 4 bits, and the best mixture.
 
-The loss is the divergence KL(float || quantised) of the next token's distribution, over the first
-tokens of the float model's answers to calibration samples. A group is the products that read one
-tensor. What 8 bits lose is not measured, it is too little: it is taken as the loss of 4 bits times
-the ratio of the squared errors of the weights.
+The loss is the divergence KL(float || quantised) of the next token's distribution, over the last
+tokens of calibration samples: the first of their answers, where the samples have some. A group is
+the products that read one tensor. What 8 bits lose is not measured, it is too little: it is taken
+as the loss of 4 bits times the ratio of the squared errors of the weights.
+
+The model is read layer by layer, once. Behind the layer that has a group only those last tokens go
+on; what they see of earlier tokens in later layers is the float model's. So a group costs one layer
+of a prefill, not all that follow, and no whole model is in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeprune.calib.awq import groups_of
+from edgeprune.calib.divergence import Divergences
 from edgeprune.calib.mixed import Candidate, choose
 from edgeprune.errors import SpecError
 from edgeprune.models import Adapter
-from edgeprune.models._decoder import Decoder
-from edgeprune.models._memory import check_memory, needed_bytes
+from edgeprune.models._adapter import Source
+from edgeprune.models._decoder import Decoder, Flow
+from edgeprune.models._layerwise import Layerwise
+from edgeprune.models._memory import check_memory, sensitivity_bytes
+from edgeprune.models._ops import capped
 from edgeprune.models._processor import Prompt
-from edgeprune.models._reference import Reference
+from edgeprune.models._quantised import QuantizedWeight, Strip
 from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.models._weight_plan import HEAD
 from edgeprune.policies import Policy
@@ -31,32 +41,10 @@ from edgeprune.spec import Plan
 from edgeprune.weight_format import WeightFormat
 
 ANSWER = 8
-"""Tokens of an answer whose distributions are compared."""
+"""Tokens at the end of a sample behind which distributions are compared."""
 
 
-class _Watching(Decoder):
-    """Keeps the logits of the last tokens of a call: [1, ANSWER, vocabulary] or fewer."""
-
-    seen: Tensor
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        total = hidden.shape[1]
-        rows = [
-            super(_Watching, self).logits(hidden[:, :end])
-            for end in range(max(1, total - ANSWER + 1), total + 1)
-        ]
-        self.seen = torch.cat(rows, dim=1)
-        return rows[-1]
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """A prompt with the float model's answer, and its distributions before each of its tokens."""
-
-    prompt: Prompt
-    wanted: Tensor  # log probabilities [ANSWER, vocabulary]
-
-
+@torch.no_grad()
 def mix(
     adapter: Adapter,  # with the checkpoint's own weights
     wanted: WeightFormat,
@@ -72,21 +60,14 @@ def mix(
     Open are those that int4 can hold; together they have `wanted.bits` a weight at most, scales
     included. SpecError where that is less than int4 takes.
     """
-    check_memory(needed_bytes(adapter), "--weights auto", "choose int8 or int4")
+    need = sensitivity_bytes(adapter, len(prompts))
+    check_memory(need, "--weights auto", "choose int8 or int4")
     settled = (wanted.settled(kind) for kind in ("int4", "int8"))
     four, eight = (adapter.with_weights(one, scales, tuning) for one in settled)
-    measured = _Measured(four, eight, policy, plan, scales.itemsize)
-    groups = [
-        names
-        for group in groups_of(adapter.decoder_config)
-        if (names := [name for name in group.products if name in measured.open])
-    ]
-    samples = [measured.sample(prompt) for prompt in prompts]
-    candidates = list[dict[str, Candidate]]()
-    for number, names in enumerate(groups, 1):
-        candidates.append(measured.candidates(names, samples))
-        report("sensitivity", number, len(groups))
-    numbers = sum(math.prod(measured.sizes[name]) for names in groups for name in names)
+    model = Sensitivity(four, eight, policy, plan, scales.itemsize)
+    losses = model.losses(prompts, report)
+    candidates = [model.candidates(*one) for one in zip(model.groups, losses, strict=True)]
+    numbers = sum(math.prod(model.sizes[name]) for names in model.groups for name in names)
     least = sum(min(one.bits for one in group.values()) for group in candidates) / numbers
     if least > wanted.bits:
         raise SpecError(
@@ -94,71 +75,150 @@ def mix(
             f" {least:.3f} a weight here; give more, or a larger block"
         )
     kinds = choose(candidates, wanted.bits * numbers)
-    return {name: kind for names, kind in zip(groups, kinds, strict=True) for name in names}
+    return {name: kind for names, kind in zip(model.groups, kinds, strict=True) for name in names}
 
 
-class _Measured:
-    """A model of floats in which some products are quantised for a while."""
+@dataclass(frozen=True)
+class _Run:
+    """One sample between two layers: the float model, and the last tokens where one group has 4
+    bits, for each group of the layers so far."""
+
+    flow: Flow
+    changed: Tensor  # [groups, ANSWER, width]
+
+
+class Sensitivity:
+    """A model of floats in which one group of products at a time has 4 bits."""
 
     def __init__(
         self, four: Adapter, eight: Adapter, policy: Policy, plan: Plan, element: int
     ) -> None:
+        """`four` and `eight` have the open products in 4 and in 8 bits, scales of `element`
+        bytes."""
         assert four.weights is not None and eight.weights is not None
-        self.four, self.eight, self.element = four, eight, element
-        self.sizes, forms = four.weights.sizes, (four.weights.forms, eight.weights.forms)
-        self.open = {name for name, form in forms[0].items() if form != forms[1].get(name)}
-        self.forms = {"int4": forms[0], "int8": forms[1]}
-        self.model = Reference.build(four, policy, plan, decoder=_Watching)
-        self.sources = four.sources(self.model.decoder), eight.sources(self.model.decoder)
-        self._restore(self.open)
+        self._four, self._eight, self._element = four, eight, element
+        self.sizes, self._forms = (
+            four.weights.sizes,
+            {"int4": four.weights.forms, "int8": eight.weights.forms},
+        )
+        forms = self._forms["int4"].items()
+        is_open = {name for name, form in forms if form != self._forms["int8"].get(name)}
+        found = (
+            [name for name in group.products if name in is_open]
+            for group in groups_of(four.decoder_config)
+        )
+        self.groups = [names for names in found if names]
+        """Products of each group that are open, in the decoder's order."""
+        empty = four.empty_modules()[1]
+        self._sources = four.sources(empty), eight.sources(empty)
+        self._policy, self._plan = policy, plan
+        self._errors = dict[str, float]()  # of 4 bits, sums of squares
+        self._layer, self._codes = -1, dict[str, QuantizedWeight]()  # of the layer in memory
 
-    def sample(self, prompt: Prompt) -> _Sample:
-        """A prompt with the answer of the model as it is, in floats."""
-        answer = self.model.generate(prompt, ANSWER, lambda token: False)
-        text = torch.cat([prompt.text_ids, torch.tensor([answer[:-1]])], dim=1)
-        prompt = replace(prompt, text_ids=text)
-        return _Sample(prompt, self._distributions(prompt))
+    def losses(self, prompts: Sequence[Prompt], report: Progress = silent) -> list[float]:
+        """What each group loses in 4 bits: the mean over the samples."""
+        tick = partial(report, "sensitivity")
+        engine = Layerwise(self._four.in_floats(), self._policy, self._plan, tick)
+        width = engine.decoder.config.width
+        runs = engine.keep(
+            _Run(started.flow, torch.empty(0, _compared(started.flow), width))
+            for started in engine.start(prompts)
+        )
+        runs = engine.layers(runs, partial(self._advance, engine))
+        norm, normed = engine.decoder.norm, list[tuple[Tensor, Tensor]]()
+        for run in engine.normed(runs.drain()):
+            last = run.flow.hidden[0, -_compared(run.flow) :]
+            normed.append((norm(last), norm(run.changed)))
+        found = torch.stack([one.mean() for one in self._divergences(engine.decoder, normed)])
+        return [float(loss) for loss in found.mean(0)]
 
-    def candidates(self, names: Sequence[str], samples: Sequence[_Sample]) -> dict[str, Candidate]:
-        """What a group loses in each kind, and the bits that it takes."""
-        coarse = sum(map(self._quantise, names))
-        pairs = ((one.wanted, self._distributions(one.prompt)) for one in samples)
-        losses = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs]
-        self._restore(names)
-        fine = sum(s.error for name in names for s in self.eight.strips(self.sources[1][name]))
-        loss = sum(losses) / len(losses)
-        ratio = fine / coarse if coarse else 0.0
-        floats = 8.0 * self.element * sum(math.prod(self.sizes[name]) for name in names)
+    def candidates(self, names: Sequence[str], loss: float) -> dict[str, Candidate]:
+        """What a group loses in each kind, and the bits that it takes, once losses are known."""
+        coarse = sum(self._errors[name] for name in names)
+        fine = sum(s.error for name in names for s in self._eight.strips(self._sources[1][name]))
+        floats = 8.0 * self._element * sum(math.prod(self.sizes[name]) for name in names)
         found = {
             "int4": Candidate(loss, self._bits(names, "int4")),
-            "int8": Candidate(loss * ratio, self._bits(names, "int8")),
+            "int8": Candidate(loss * (fine / coarse if coarse else 0.0), self._bits(names, "int8")),
         }
         # The head of floats may be the embedding's tensor, which is not scaled.
         return found if HEAD in names else found | {"float": Candidate(0.0, floats)}
 
     def _bits(self, names: Sequence[str], kind: str) -> float:
-        forms = ((self.forms[kind][name], self.sizes[name]) for name in names)
-        return sum(8.0 * form.bytes(*size, self.element) for form, size in forms)
+        forms = ((self._forms[kind][name], self.sizes[name]) for name in names)
+        return sum(8.0 * form.bytes(*size, self._element) for form, size in forms)
 
-    def _distributions(self, prompt: Prompt) -> Tensor:
-        """Log probabilities of the last tokens."""
-        self.model.prefill(prompt)
-        decoder = self.model.decoder
-        assert isinstance(decoder, _Watching)
-        return decoder.seen[0].float().log_softmax(-1)
+    def _advance(self, engine: Layerwise, index: int, run: _Run) -> _Run:
+        """One sample through the layer in memory, as it is and with each of its groups in 4
+        bits."""
+        groups = [names for names in self.groups if names[0].startswith(f"layers.{index}.")]
+        if index != self._layer:
+            self._layer = index
+            self._codes = {name: self._quantised(name) for names in groups for name in names}
+        done, compared = engine.advance(index, run.flow), run.changed.shape[1]
+        changed = [engine.resumed(index, run.changed, run.flow, done.cache)]
+        for names in groups:
+            with _replaced(engine.decoder, {name: self._codes[name] for name in names}):
+                changed.append(engine.advance(index, run.flow).flow.hidden[:, -compared:])
+        return _Run(done.flow, torch.cat(changed))
 
-    def _weight(self, name: str) -> Tensor:
-        return self.model.decoder.get_parameter(name).data
+    def _quantised(self, name: str) -> QuantizedWeight:
+        """A product's weight in 4 bits; the squared error of that is noted."""
+        strips = list(self._four.strips(self._sources[0][name]))
+        self._errors[name] = sum(strip.error for strip in strips)
+        return QuantizedWeight.joined([strip.weight for strip in strips])
 
-    def _quantise(self, name: str) -> float:
-        """Give a product its codes' values; the squared error of that."""
-        weight, error = self._weight(name), 0.0
-        for strip in self.four.strips(self.sources[0][name]):
-            weight[:, strip.outputs] = strip.weight.dequantised()
-            error += strip.error
-        return error
+    def _divergences(
+        self, decoder: Decoder, samples: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[Divergences]:
+        """Of each sample, whose normed last tokens [R, width] are compared with changed ones [n, R,
+        width]. The head's weight is read some tokens of the vocabulary at a time."""
+        quantised = any(HEAD in names for names in self.groups)
+        found = [Divergences(len(changed) + quantised, len(last)) for last, changed in samples]
+        cap = decoder.config.cap
+        for exact, strip in self._heads(decoder, quantised):
+            for one, (last, changed) in zip(found, samples, strict=True):
+                wanted, logits = last @ exact, changed @ exact
+                if strip is not None:
+                    logits = torch.cat([logits, (last @ strip.weight.dequantised())[None]])
 
-    def _restore(self, names: Collection[str]) -> None:
-        for name in names:
-            for outputs, exact in self.four.floats(self.sources[0][name]):
-                self._weight(name)[:, outputs] = exact
+                if cap is not None:
+                    wanted, logits = capped(wanted, cap), capped(logits, cap)
+                one.add(wanted, logits)
+        return found
+
+    def _heads(self, decoder: Decoder, quantised: bool) -> Iterator[tuple[Tensor, Strip | None]]:
+        """The head's weight [width, n], some outputs at a time, and the same in 4 bits if asked."""
+        source = self._head(decoder)
+        if not quantised:
+            yield from ((exact, None) for _, exact in self._four.floats(source))
+            return
+        self._errors[HEAD] = 0.0
+        pairs = zip(self._four.floats(source), self._four.strips(source), strict=True)
+        for (_, exact), strip in pairs:
+            self._errors[HEAD] += strip.error
+            yield exact, strip
+
+    def _head(self, decoder: Decoder) -> Source:
+        """Where the head's weight is: by itself, or in the embedding."""
+        sources: Mapping[str, Source] = self._sources[0]
+        return sources.get(HEAD) or sources["embedding.weight"]
+
+
+def _compared(flow: Flow) -> int:
+    """How many tokens of a sample are compared."""
+    return min(ANSWER, flow.segments.text)
+
+
+@contextmanager
+def _replaced(module: nn.Module, weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+    """While this is open, parameters have the values of codes."""
+    owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in weights}
+    exact = {name: module.get_parameter(name) for name in weights}
+    try:
+        for name, weight in weights.items():
+            owners[name].weight = nn.Parameter(weight.dequantised(), requires_grad=False)
+        yield
+    finally:
+        for name, parameter in exact.items():
+            owners[name].weight = parameter

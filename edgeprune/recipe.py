@@ -11,10 +11,15 @@ from pathlib import Path
 from edgeprune import encoder_methods, policies
 from edgeprune.bundle import TimingRecord
 from edgeprune.calib import awq, sensitivity, smoothing
-from edgeprune.calib.calibrate import CalibrationRequest, calibrate
+from edgeprune.calib.calibrate import CalibrationRequest, calibrate, samples_of
 from edgeprune.calib.encoder import check_limit, measure_site, place_site
 from edgeprune.calib.planning import Settled, Work, within_time
-from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
+from edgeprune.calib.samples import (
+    answered,
+    check_image_dir,
+    demo_samples,
+    user_samples,
+)
 from edgeprune.calib.schedule import Schedule, read_schedule
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import SpecError
@@ -49,7 +54,7 @@ MOST_TUNING = 32
 """Samples at most that say how large the inputs of products are: each has hundreds of tokens."""
 
 MOST_MEASURED = 4
-"""Samples at most on which each group of products is measured: there are several in each layer."""
+"""Samples at most on which each group of products is measured: each costs a layer of a prefill."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +306,9 @@ def _tuning(
         )
     if wanted.kind != AUTO:
         return tuning
-    few = prompts[:MOST_MEASURED]
+    request = replace(_calibration(recipe), samples=min(count, MOST_MEASURED))
+    samples = samples_of(request, adapter, processor)
+    few = [answered(sample, processor, sensitivity.ANSWER) for sample in samples]
     kinds = sensitivity.mix(adapter, wanted, dtype, policy, plan, few, tuning, report)
     return replace(tuning, kinds=kinds)
 

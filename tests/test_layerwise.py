@@ -71,6 +71,29 @@ def test_the_demo_is_measured_the_same_too() -> None:
     assert solve(found, cr=4, first=144).counts[0] == 144
 
 
+@pytest.mark.parametrize("case", PRUNED, ids=str)
+def test_the_last_tokens_of_a_prefill_go_on_alone(case: Case, tmp_path: Path) -> None:
+    """Unchanged, they are what the prefill makes of them, in every family."""
+    adapter = Opened(case, tmp_path, layers=3).adapter
+    engine = _engine(adapter, POLICY, make(PruneSpec("none")).plan(adapter.shape, 1), 1 << 30)
+    kept = engine.keep(started.flow for started in engine.start(prompts(adapter)[:1]))
+    seen = 0
+
+    def step(index: int, flow: Flow) -> Flow:
+        nonlocal seen
+        done, last = engine.advance(index, flow), flow.hidden[:, -5:]
+        found = engine.resumed(index, torch.cat([last, last + 1, last]), flow, done.cache)
+        wanted = done.flow.hidden[0, -5:]
+        for same in found[::2]:
+            torch.testing.assert_close(same, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found[0], found[1], atol=1e-2)
+        seen += 1
+        return done.flow
+
+    engine.layers(kept, step)
+    assert seen == adapter.shape.layers
+
+
 def resident(module: torch.nn.Module) -> set[str]:
     """Parts of which a parameter is in memory."""
     names = (name for name, value in module.named_parameters() if not value.is_meta)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from edgeprune.bundle import Bundle
 from edgeprune.calib import sensitivity
+from edgeprune.calib.divergence import Divergences
 from edgeprune.calib.mixed import Candidate, choose
+from edgeprune.calib.samples import answered, user_samples
 from edgeprune.cli import main
 from edgeprune.errors import SpecError
 from edgeprune.models import open_model
-from edgeprune.models._processor import random_prompt
+from edgeprune.models._layerwise import Layerwise
+from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.models._reference import Reference
+from edgeprune.models._weight_plan import HEAD
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.weight_format import WeightFormat
 from tests.families import llava
+from tests.test_layerwise import resident
 
 HURT = "layers.1.mlp.down.weight"
 STORED = "language_model.model.layers.1.mlp.down_proj.weight"
@@ -53,6 +61,95 @@ def test_the_choice_is_the_best_of_all(seed):
     assert tuple(choose(groups, budget)) == wanted
     with pytest.raises(SpecError, match="no kinds of weights are within"):
         choose(groups, min(bits.values()) - 0.5)
+
+
+def test_divergences_are_those_of_the_whole_vocabulary():
+    logits = torch.randn(4, 3, 50) * 5
+    wanted, others = logits[0], logits[1:]
+    found = Divergences(3, 3)
+    for part in torch.arange(50).split(7):
+        found.add(wanted[..., part], others[..., part])
+    p, q = wanted.double().log_softmax(-1), others.double().log_softmax(-1)
+    torch.testing.assert_close(found.mean(), (p.exp() * (p - q)).sum(-1).mean(-1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_losses_are_those_of_the_whole_model(tied, tmp_path):
+    """Exactly for the last layer and the head; before it nearly, since tokens before the last go on
+    as they were. One layer is in memory at a time."""
+    model = llava(hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
+    adapter = open_model(str(model.save(tmp_path / "tiny")))
+    policy, shape = make(PruneSpec("none")), adapter.shape
+    plan = Plan(shape.visual_tokens, shape.layers)
+    prompts = [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(2)]
+    settled = (WeightFormat.parse(f"{kind}:clip=off") for kind in ("int4", "int8"))
+    four, eight = (adapter.with_weights(one, torch.float16) for one in settled)
+    found = sensitivity.Sensitivity(four, eight, policy, plan, 2)
+    with torch.no_grad():
+        losses = found.losses(prompts)
+    reference = Reference.build(adapter, policy, plan)
+    if tied:  # a head of its own with the embedding's floats
+        reference.decoder.config = replace(reference.decoder.config, tied=False)
+        reference.decoder.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        reference.decoder.head.weight.data = reference.decoder.embedding.weight.data.clone()
+    wanted, sources = _log_probabilities(reference, prompts), four.sources(four.empty_modules()[1])
+    assert len(found.groups) == len(losses) == 4 * shape.layers + 1
+    for names, loss in zip(found.groups, losses, strict=True):
+        weights = {name: reference.decoder.get_parameter(name).data.clone() for name in names}
+        for name in names:
+            exact, quantised = (
+                reference.decoder.get_parameter(name).data,
+                four.read(sources[name], torch.float32),
+            )
+            exact.copy_(quantised.t() if name == HEAD else quantised)
+        said = _log_probabilities(reference, prompts)
+        whole = float((wanted.exp() * (wanted - said)).sum(-1).mean())
+        for name, weight in weights.items():
+            reference.decoder.get_parameter(name).data.copy_(weight)
+        last = names[0].startswith(f"layers.{shape.layers - 1}.") or HEAD in names
+        assert loss == pytest.approx(whole, rel=1e-3 if last else 1)
+
+
+def _log_probabilities(reference, prompts):
+    """Behind each of the last tokens of the prompts: [prompts, ANSWER, vocabulary]."""
+    found = []
+    for prompt in prompts:
+        count = prompt.text_ids.shape[1]
+        for end in range(count - sensitivity.ANSWER + 1, count + 1):
+            cut = replace(prompt, text_ids=prompt.text_ids[:, :end])
+            found.append(reference.prefill(cut).logits.double().log_softmax(-1))
+    return torch.stack(found)
+
+
+def test_one_layer_is_in_memory_while_losses_are_measured(uneven, monkeypatch):
+    adapter = open_model(str(uneven))
+    policy, seen = make(PruneSpec("none")), []
+    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
+
+    class Listening(Layerwise):
+        def resumed(self, index, *rest):
+            seen.append(({index}, resident(self.decoder), resident(self.vision)))
+            return super().resumed(index, *rest)
+
+    monkeypatch.setattr(sensitivity, "Layerwise", Listening)
+    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+    wanted = WeightFormat.parse("auto:bits=6")
+    sensitivity.mix(adapter, wanted, torch.float16, policy, plan, prompts)
+    assert len(seen) == adapter.shape.layers
+    for index, decoder, vision in seen:
+        assert {int(name.split(".")[1]) for name in decoder} == index and not vision
+
+
+def test_a_sample_has_its_answer_behind_the_question(instruct):
+    processor = Processor(open_model("demo"))
+    (sample,) = user_samples(processor, instruct, instruct.parent, 1)
+    (word,) = processor.tokenizer("red", add_special_tokens=False)["input_ids"]
+    prompt = answered(sample, processor, 8)
+    assert prompt.text_ids[0, -1] == word
+    assert torch.equal(prompt.text_ids[:, :-1], sample.prompt.text_ids)
+    assert torch.equal(answered(sample, processor, 1).text_ids, sample.prompt.text_ids)
+    unanswered = answered(replace(sample, answer=""), processor, 8)
+    assert torch.equal(unanswered.text_ids, sample.prompt.text_ids)
 
 
 def test_what_four_bits_spoil_has_eight(uneven):

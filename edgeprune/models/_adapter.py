@@ -93,6 +93,14 @@ class Adapter(Family):
         changed.weights = None
         return changed
 
+    def in_floats(self) -> Self:
+        """The same checkpoint in floats, scaled as samples say."""
+        if self.weights is None:
+            return self
+        changed = copy.copy(self)
+        changed.weights = replace(self.weights, forms={})
+        return changed
+
     def with_encoder(self, site: SiteConfig | None) -> Self:
         """The same checkpoint with patches that leave the encoder at a site; None: with none."""
         changed = copy.copy(self)

@@ -20,6 +20,7 @@ from edgeprune.models._adapter import Adapter
 from edgeprune.models._decoder import Advanced, Flow
 from edgeprune.models._decoder_layer import Cache
 from edgeprune.models._encoder import Encoded, Encoding
+from edgeprune.models._ops import Together
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import ROOM
 from edgeprune.models._streamed import Streamed
@@ -28,6 +29,8 @@ from edgeprune.policies._signals import Segments
 from edgeprune.spec import Plan
 
 T = TypeVar("T")
+BATCH = 8
+"""Sequences whose caches are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,24 @@ class Layerwise:
         together = decoder.together(segments, entered=1)
         done: Tensor = decoder.layers[index](*given, segments, together)[0]
         return done
+
+    def resumed(self, index: int, hidden: Tensor, flow: Flow, cache: Cache) -> Tensor:
+        """Other values [n, S, width] of the last S tokens of a prefill, through the layer in
+        memory. `flow` is what entered it, `cache` what `advance` made of that: keys and values of
+        the tokens before these."""
+        _, length, _ = hidden.shape
+        decoder, segments = self.decoder, Segments(0, 0, length)
+        together = decoder.together(segments, entered=1)
+        if isinstance(together, Together) and not together.windowed:  # they see all of the prefill
+            together = replace(together, first=length - cache.end[0])
+        given = flow.positions[:, -length:], flow.rotary or decoder.own_rotary(index)
+        done = [hidden[:0]]
+        for start in range(0, len(hidden), BATCH):
+            part = hidden[start : start + BATCH]
+            key, value = (past.expand(len(part), -1, -1, -1) for past in (cache.key, cache.value))
+            held = Cache(key, value, cache.end - length, cache.end)
+            done.append(decoder.layers[index](part, *given, held, segments, together)[0])
+        return torch.cat(done)
 
     def normed(self, values: Iterable[T]) -> Iterator[T]:
         """The values, while the decoder's final norm is in memory."""

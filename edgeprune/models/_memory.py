@@ -51,6 +51,13 @@ def layerwise_bytes(adapter: Adapter, samples: int) -> int:
     return PROCESS + largest + min(kept, BOUND) + _work(adapter, max(tokens, alone))
 
 
+def sensitivity_bytes(adapter: Adapter, samples: int) -> int:
+    """Bytes of measuring what groups of products lose, at its peak: as calibration, and of one
+    layer the codes of 4 bits, in a byte each, with the floats of a group of its products."""
+    layers = [sum(one) for name, one in _parts(adapter).items() if name.startswith("layers.")]
+    return layerwise_bytes(adapter, samples) + 4 * max(layers)
+
+
 def parity_bytes(adapter: Adapter, samples: int) -> int:
     """Bytes of a parity check at its peak, likewise: ONNX Runtime takes more for a window of the
     graph than the reference takes for its layers."""

@@ -5,7 +5,7 @@ A weight is [K, N], as MatMul reads it: K inputs, N outputs. A block is some inp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +49,16 @@ class QuantizedWeight:
             weight -= self.zeros[:, None]
         weight *= self.scales[:, None]
         return weight.view(self.codes.shape).to(dtype)
+
+    @classmethod
+    def joined(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """A weight from some of its outputs after others."""
+        first, zeros = parts[0], [one.zeros for one in parts if one.zeros is not None]
+        codes, scales = (
+            torch.cat(t, 1) for t in ([p.codes for p in parts], [p.scales for p in parts])
+        )
+        together = torch.cat(zeros, 1) if zeros else None
+        return replace(first, codes=codes, scales=scales, zeros=together)
 
     def part(self, outputs: slice) -> QuantizedWeight:
         """Some outputs of it."""
