@@ -13,7 +13,10 @@ from transformers import (
     Idefics3VisionConfig,
     LlamaConfig,
     LlavaNextConfig,
+    Ministral3Config,
+    Mistral3Config,
     PaliGemmaConfig,
+    PixtralVisionConfig,
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -21,6 +24,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from benchmarks.published_shape import IMAGE_TOKEN, VIDEO_TOKEN, Published
@@ -135,6 +139,32 @@ def _granite_vision_2b() -> LlavaNextConfig:
     )
 
 
+PIXTRAL = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "hidden_act": "silu",
+}
+
+
+def _ministral3(layers: int, width: int, mlp: int, tied: bool) -> Mistral3Config:
+    """Heads of 128, 32 of queries and 8 of keys; rotary settings are the config's defaults."""
+    text = Ministral3Config(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        tie_word_embeddings=tied,
+    )
+    return Mistral3Config(
+        vision_config=PixtralVisionConfig(**PIXTRAL, image_size=1540, patch_size=14),
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=tied,
+    )
+
+
 def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
@@ -145,7 +175,23 @@ def _idefics3_processor(tile: int, edge: int) -> Any:
     )
 
 
+def _pixtral_processor(step: int) -> Any:
+    return PixtralImageProcessorPil(size={"longest_edge": 1540}, patch_size=_square(step))
+
+
 EDGE_SHAPES = {
+    "ministral3-3b": Published(
+        lambda: _ministral3(26, 3072, 9216, True),
+        lambda: _pixtral_processor(28),
+        Size(476, 644),
+        tokens=("[IMG_BREAK]", "[IMG_END]"),
+    ),
+    "ministral3-8b": Published(
+        lambda: _ministral3(34, 4096, 14336, False),
+        lambda: _pixtral_processor(28),
+        Size(476, 644),
+        tokens=("[IMG_BREAK]", "[IMG_END]"),
+    ),
     "smolvlm-256m": Published(
         lambda: _smolvlm(_llama(30, 576, 1536, 9, 3, 49280)),
         lambda: _idefics3_processor(512, 2048),

@@ -33,8 +33,13 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Ministral3Config,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PixtralVisionConfig,
     Qwen2Config,
     SiglipVisionConfig,
     SmolVLMConfig,
@@ -54,6 +59,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -446,3 +452,60 @@ def offset_norms(model: Any) -> Any:
         if "norm" in name:
             torch.nn.init.normal_(weight, std=1.0)
     return model
+
+
+PIXTRAL = {**SMOL, "image_size": 336, "patch_size": 14, "hidden_act": "silu", "head_dim": 16}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 2.0,
+    "original_max_position_embeddings": 512,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def ministral3(**text: Any) -> Family:
+    """Ministral 3: a token for 28 x 28 pixels; queries are scaled behind 512 positions."""
+    own = {"head_dim": 16, "rope_parameters": dict(YARN), "max_position_embeddings": 1024}
+    return _mistral3(Ministral3Config(**{**TEXT, **own, **text}))
+
+
+def mistral_small(**text: Any) -> Family:
+    """Mistral Small 3.1: the same with Mistral's decoder."""
+    return _mistral3(MistralConfig(**{**TEXT, "sliding_window": None, **text}))
+
+
+def _mistral3(text: Any) -> Family:
+    config = Mistral3Config(
+        vision_config=PixtralVisionConfig(**PIXTRAL),
+        text_config=text,
+        image_token_index=4,
+        tie_word_embeddings=False,
+    )
+    return _pixtral("mistral3", Mistral3ForConditionalGeneration(config), 28)
+
+
+def pixtral(**text: Any) -> Family:
+    """Pixtral 12B: a token for 14 x 14 pixels, a LLaVA's projector."""
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**PIXTRAL),
+        text_config=MistralConfig(**{**TEXT, "sliding_window": None, **text}),
+        image_token_index=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return _pixtral("pixtral", LlavaForConditionalGeneration(config), 14)
+
+
+def _pixtral(name: str, model: Any, step: int) -> Family:
+    """Its processor gives `step`, patch times merge, to the image processor."""
+    processor = PixtralImageProcessorPil(
+        size={"longest_edge": 140}, patch_size={"height": step, "width": step}
+    )
+    shapes = Size(84, 84), Size(112, 140), Size(140, 56)
+    marks = {"break_token": "[IMG_BREAK]", "end_token": "[IMG_END]"}
+    return Family(name, settled(model), processor, "<image>", marks, shapes)

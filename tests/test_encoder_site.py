@@ -207,6 +207,8 @@ SLOW: dict[str, Callable[[Path], Adapter]] = {
     "video_llava": lambda f: _saved(families.video_llava(), f, frames=4),
     "internvl": lambda f: _saved(families.internvl(), f, size=Size(70, 150)),
     "smolvlm": lambda f: _saved(families.smolvlm(), f),
+    "ministral3": lambda f: _saved(families.ministral3(), f, size=Size(112, 140)),
+    "pixtral": lambda f: _saved(families.pixtral(), f, size=Size(84, 84)),
 }
 EACH = [*TOWERS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 

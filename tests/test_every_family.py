@@ -51,6 +51,9 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "gemma3": families.gemma3,
     "paligemma": families.paligemma,
     "paligemma2": families.paligemma2,
+    "ministral3": families.ministral3,
+    "mistral_small": families.mistral_small,
+    "pixtral": families.pixtral,
 }
 QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
@@ -66,6 +69,9 @@ NO_VIDEO = (
     "gemma3",
     "paligemma",
     "paligemma2",
+    "ministral3",
+    "mistral_small",
+    "pixtral",
 )
 
 

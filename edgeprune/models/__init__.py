@@ -90,6 +90,11 @@ def open_model(
 def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
     """The class here that reads a checkpoint; ModelError names the nearest where there is none."""
     kind = str(config.get("model_type") or "")
+    vision = config.get("vision_config")
+    tower = vision.get("model_type") if isinstance(vision, dict) else None
+    for found in map(load, names()):
+        if tower in found.towers and kind in found.model_types:
+            return found
     if kind in names():
         return load(kind)
     named = set(config.get("architectures") or ())

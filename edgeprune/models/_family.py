@@ -31,7 +31,7 @@ from edgeprune.models._towers import is_tied, read_config, refuse
 from edgeprune.models._unread import is_spare
 from edgeprune.models._vision import ProjectorLike, VisionConfig
 from edgeprune.spec import ModelShape
-from edgeprune.tiling import Size, Tiling, fitted
+from edgeprune.tiling import Size, Tiling, fitted, rounds_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,10 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """Values of config.json's `model_type` that the family reads beside its file's name."""
+
+    towers: ClassVar[tuple[str, ...]] = ()
+    """Of `vision_config` the `model_type` by which a checkpoint of one of `model_types` is of this
+    family, though another one has its name."""
 
     architectures: ClassVar[tuple[str, ...]] = ()
     """Of config.json, by which a checkpoint is known that has no `model_type`."""
@@ -258,6 +262,14 @@ class Family(ABC):
 def stretched(image: Image.Image, size: Size) -> Image.Image:
     """An image in another size, whatever its aspect ratio."""
     return image.resize((size.width, size.height), Image.Resampling.BICUBIC)
+
+
+def at_size(image: Image.Image, frozen: Size, step: int, resample: Any) -> Image.Image:
+    """An image in a frozen size: stretched where rounding its sides to multiples of `step` gives
+    that size at some scale, else fitted into it."""
+    if not rounds_to(Size(image.height, image.width), frozen, step):
+        return on_canvas(image, frozen)
+    return image.resize((frozen.width, frozen.height), resample)
 
 
 def on_canvas(image: Image.Image, size: Size) -> Image.Image:

@@ -131,6 +131,17 @@ class Layout:
         tiles = times * self.tiles
         return replace(self, tiles=tiles, order=tuple(order), grid=grid, text=tuple(text))
 
+    def parted(self, between: Sequence[Sequence[int]]) -> Layout:
+        """The same with runs of text, given as ids, between parts of equal size; for one whose
+        tokens are all of its tiles."""
+        part, order, text = len(self.order) // (len(between) + 1), list[int](), list[int]()
+        for number, ids in enumerate((*between, ())):
+            order += self.order[number * part : (number + 1) * part]
+            order += range(-1 - len(text), -1 - len(text) - len(ids), -1)
+            text += ids
+        grid = (1, len(order)) if text else self.grid
+        return replace(self, order=tuple(order), grid=grid, text=tuple(text))
+
     def _moved(self, source: int, number: int, size: int) -> int:
         """What stands in an image's place in the one that comes `number` images later, each of
         `size` tile tokens; all share the newline."""

@@ -18,16 +18,17 @@ from edgeprune.errors import SpecError
 from edgeprune.models import _adapter
 from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._encoder import ACTIVATIONS
-from edgeprune.models._family import on_canvas
+from edgeprune.models._family import at_size
 from edgeprune.models._image_record import Reader, rounded_size
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Media, Takes
 from edgeprune.models._mrope import Grid, MRope, in_runs
 from edgeprune.models._names import TensorNames
 from edgeprune.models._qwen_tower import TowerConfig
+from edgeprune.models._towers import patch_grid
 from edgeprune.models._video import video
 from edgeprune.models._vision import ProjectorConfig
-from edgeprune.tiling import Size, rounds_to
+from edgeprune.tiling import Size
 
 DEFAULT = Size(448, 448)
 
@@ -83,7 +84,7 @@ class Adapter(_adapter.Adapter):
         return self.asked.size or DEFAULT
 
     def read_encoder(self) -> TowerConfig:
-        rows, columns = _grid(self.config, self.frozen, self._step)
+        rows, columns = patch_grid(self.config, self.frozen, self._step)
         encoder = self.tower_config(self.config.vision_config, rows, columns)
         return replace(encoder, still=self.asked.frames is None)
 
@@ -131,11 +132,7 @@ class Adapter(_adapter.Adapter):
         raise NotImplementedError
 
     def look(self, image_processor: Any, image: Image.Image) -> Tensor:
-        height, width = self.frozen
-        if rounds_to(Size(image.height, image.width), self.frozen, self._step):
-            image = image.resize((width, height), image_processor.resample)
-        else:
-            image = on_canvas(image, self.frozen)
+        image = at_size(image, self.frozen, self._step, image_processor.resample)
         found = image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
         return self._raster(found.float())
 
@@ -160,18 +157,6 @@ class Adapter(_adapter.Adapter):
 
     def image_readers(self) -> Mapping[str, Reader]:
         return {"Qwen2VLImageProcessor": partial(rounded_size, frozen=self.frozen)}
-
-
-def _grid(config: Any, size: Size, step: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image of a frozen size."""
-    if size.width % step or size.height % step:
-        width, height = (max(1, round(side / step)) * step for side in (size.width, size.height))
-        raise SpecError(
-            f"--image-size {size.width}x{size.height}: sides of a {config.model_type} are multiples"
-            f" of {step}; the nearest such size is {width}x{height}"
-        )
-    patch = config.vision_config.patch_size
-    return size.height // patch, size.width // patch
 
 
 def _demands(config: Any, sections: tuple[int, ...]) -> dict[str, bool]:

@@ -2,7 +2,8 @@
 
 A patch spans two frames, a still image being both. Queries and keys turn by the patch's row and
 column. Qwen2-VL has LayerNorms, a plain MLP and full attention in all blocks. Qwen3-VL adds a
-learned grid of positions, resampled to the image, and its middle blocks are read too. Qwen2.5-VL
+learned grid of positions, resampled to the image, and its middle blocks are read too. Pixtral has
+RMS norms, gated MLPs, a norm before the blocks and no biases. Qwen2.5-VL
 has RMS norms, a gated MLP, and attention within windows in most blocks. For a frozen size the
 windows are known, so patches are put in their order once, by one gather, and back at the end.
 """
@@ -33,7 +34,7 @@ from edgeprune.models._layers import (
 from edgeprune.models._ops import TorchOps, cast
 
 EPS = 1e-6
-"""Of every norm; no config says otherwise."""
+"""Of the norms of Qwen's towers; no config says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class TowerConfig:
     activation: str
     theta: float = 10000.0
     gated: bool = False  # RMS norms and gated MLPs
+    bias: bool = True  # of the products of a block
+    eps: float = EPS  # of the norms
+    pre_norm: bool = False  # a norm before the blocks
+    post_norm: bool = True  # a norm over each patch behind them
+    post_eps: float | None = None  # of that norm; None: `eps`
+    mixed: bool = False  # of the frequencies of a head rows have every other, columns the rest
     window: int = 0  # patches a side of a window; 0: full attention in every block
     full: tuple[int, ...] = ()  # blocks with full attention all the same
     cls: bool = False
@@ -156,8 +163,8 @@ class MLP(nn.Module):
     def __init__(self, config: TowerConfig, ops: TorchOps) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.up = Linear(config.width, config.mlp_width, ops, bias=True)
-        self.down = Linear(config.mlp_width, config.width, ops, bias=True)
+        self.up = Linear(config.width, config.mlp_width, ops, config.bias)
+        self.down = Linear(config.mlp_width, config.width, ops, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         down: Tensor = self.down(self.activation(self.up(x)))
@@ -167,7 +174,7 @@ class MLP(nn.Module):
 class GatedMLP(MLP):
     def __init__(self, config: TowerConfig, ops: TorchOps) -> None:
         super().__init__(config, ops)
-        self.gate = Linear(config.width, config.mlp_width, ops, bias=True)
+        self.gate = Linear(config.width, config.mlp_width, ops, config.bias)
         self.product = Product()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,9 +187,9 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.runs, self.ops = config, runs, ops
         self.attention_norm = _norm(config, ops)
-        self.qkv = Narrow(config.width, 3 * config.width, ops, bias=True)
+        self.qkv = Narrow(config.width, 3 * config.width, ops, config.bias)
         self.scores = Scores(ops)
-        self.output = Linear(config.width, config.width, ops, bias=True)
+        self.output = Linear(config.width, config.width, ops, config.bias)
         self.mlp_norm = _norm(config, ops)
         self.mlp = (GatedMLP if config.gated else MLP)(config, ops)
         self.residual = Sum()
@@ -278,7 +285,10 @@ class QwenTower(Tower, WithBuffers):
         self.blocks = nn.ModuleList(
             Block(config, config.windows(block, site), ops) for block in range(config.blocks)
         )
-        self.post_norm = _norm(config, ops)  # the merger's, over each patch
+        self.pre_norm = _norm(config, ops) if config.pre_norm else nn.Identity()
+        # the merger's, over each patch
+        eps = config.eps if config.post_eps is None else config.post_eps
+        self.post_norm = _norm(config, ops, eps) if config.post_norm else nn.Identity()
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self.cos: Tensor
@@ -289,9 +299,10 @@ class QwenTower(Tower, WithBuffers):
         config = self.config
         pairs = config.width // config.heads // 4  # of a head, that turn by the row
         exponents = torch.arange(0, 2 * pairs, 2, dtype=torch.int64).float() / (2 * pairs)
+        by_axis = torch.stack([exponents, exponents + config.mixed / (2 * pairs)])
         indices = torch.tensor(config.all_windows.order)
         axes = torch.stack([indices // config.columns, indices % config.columns], dim=1).float()
-        angles = (axes[..., None] * (1.0 / config.theta**exponents)).flatten(1)  # [N, head / 2]
+        angles = (axes[..., None] * (1.0 / config.theta**by_axis)).flatten(1)  # [N, head / 2]
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     @property
@@ -300,7 +311,7 @@ class QwenTower(Tower, WithBuffers):
         return list(self.config.all_windows.order) != list(range(self.config.patches))
 
     def enter(self, pixels: Tensor) -> Encoding:
-        x = self.patch(self._spans(pixels)).flatten(2).transpose(1, 2)
+        x = self.pre_norm(self.patch(self._spans(pixels)).flatten(2).transpose(1, 2))
         if self.config.position_side:
             x = self.position(x)
         if self.reorders:
@@ -353,5 +364,6 @@ class QwenTower(Tower, WithBuffers):
         return spans.transpose(1, 2).flatten(1, 2)
 
 
-def _norm(config: TowerConfig, ops: TorchOps) -> nn.Module:
-    return (RMSNorm if config.gated else LayerNorm)(config.width, EPS, ops)
+def _norm(config: TowerConfig, ops: TorchOps, eps: float | None = None) -> nn.Module:
+    kind = RMSNorm if config.gated else LayerNorm
+    return kind(config.width, config.eps if eps is None else eps, ops)

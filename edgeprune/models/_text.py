@@ -55,6 +55,15 @@ def _granite(text: Any, decoder: DecoderConfig) -> DecoderConfig:
     return replace(llama, eps=decoder.eps / m**2, rescaled=rescaled)
 
 
+def _ministral3(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    """Mistral's, whose queries are scaled from some position on; no dialogue gets there."""
+    rope = text.rope_parameters
+    if not rope.get("llama_4_scaling_beta"):
+        return decoder
+    first = int(rope.get("original_max_position_embeddings") or 0)
+    return replace(decoder, max_positions=min(decoder.max_positions, first))
+
+
 def _layers(decoder: DecoderConfig, **changes: Any) -> DecoderConfig:
     """The same changes of all layers."""
     return replace(decoder, layers=tuple(replace(layer, **changes) for layer in decoder.layers))
@@ -64,6 +73,7 @@ DECODERS: dict[str, Kind] = {
     "gemma": gemma,
     "llama": _llama,
     "granite": _granite,
+    "ministral3": _ministral3,
     "mistral": _plain,
     "qwen2": _qwen2,
     "qwen3": _qwen3,

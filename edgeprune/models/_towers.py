@@ -49,6 +49,18 @@ def one_size(asked: Size | None, side: int) -> None:
         )
 
 
+def patch_grid(config: Any, size: Size, step: int) -> tuple[int, int]:
+    """Rows and columns of patches of an image of a frozen size."""
+    if size.width % step or size.height % step:
+        width, height = (max(1, round(side / step)) * step for side in (size.width, size.height))
+        raise SpecError(
+            f"--image-size {size.width}x{size.height}: sides of a {config.model_type} are multiples"
+            f" of {step}; the nearest such size is {width}x{height}"
+        )
+    patch = config.vision_config.patch_size
+    return size.height // patch, size.width // patch
+
+
 def one_tile(config: Any, side: int) -> Layout:
     """The patches of an image of one tile, [CLS] before them where the projector reads it too."""
     return Layout.with_cls(side) if _reads_cls(config) else Layout.plain(side)

@@ -10,7 +10,6 @@ from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, padded, plain
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Media, Turns
-from edgeprune.models._nearby import Nearby
 from edgeprune.models._towers import one_size, one_tile
 
 TURNS = Turns("USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:", "LLaVA-1.5")
@@ -18,15 +17,6 @@ TURNS = Turns("USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:",
 
 
 class Adapter(_llava.Adapter):
-    nearby: ClassVar[tuple[Nearby, ...]] = (
-        Nearby(
-            "Ministral 3 and Mistral Small 3.1",
-            ("mistral3",),
-            tower="Pixtral's, for images of any size: RMS norms and rotary embedding in two axes",
-            projector="patches merged 2 x 2, behind a norm",
-            processor="a token behind each row of patches",
-        ),
-    )
     elsewhere: ClassVar[tuple[Elsewhere, ...]] = (Elsewhere("Moondream 2", "HfMoondream", "llava"),)
     reads_cls: ClassVar[bool] = True
 
