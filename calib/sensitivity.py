@@ -5,9 +5,9 @@ tokens of calibration samples: the first of their answers, where the samples hav
 the products that read one tensor. What 8 bits lose is not measured, it is too little: it is taken
 as the loss of 4 bits times the ratio of the squared errors of the weights.
 
-The model is read layer by layer, once. Behind the layer that has a group only those last tokens go
-on; what they see of earlier tokens in later layers is the float model's. So a group costs one layer
-of a prefill, not all that follow, and no whole model is in memory.
+The model is read layer by layer, once. Behind the layer that has a group only the last tokens of
+the text go on; what they see of earlier tokens in later layers is the float model's. So a group
+costs one layer of a prefill, not all that follow, and no whole model is in memory.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from edgeprune.weight_format import WeightFormat
 
 ANSWER = 8
 """Tokens at the end of a sample behind which distributions are compared."""
+CARRIED = 64
+"""Of them and those before them, how many go on at most where a group has 4 bits; text alone."""
 
 
 @torch.no_grad()
@@ -84,7 +86,7 @@ class _Run:
     bits, for each group of the layers so far."""
 
     flow: Flow
-    changed: Tensor  # [groups, ANSWER, width]
+    changed: Tensor  # [groups, CARRIED or fewer, width]
 
 
 class Sensitivity:
@@ -121,14 +123,15 @@ class Sensitivity:
         engine = Layerwise(self._four.in_floats(), self._policy, self._plan, tick)
         width = engine.decoder.config.width
         runs = engine.keep(
-            _Run(started.flow, torch.empty(0, _compared(started.flow), width))
+            _Run(started.flow, torch.empty(0, min(CARRIED, started.flow.segments.text), width))
             for started in engine.start(prompts)
         )
         runs = engine.layers(runs, partial(self._advance, engine))
         norm, normed = engine.decoder.norm, list[tuple[Tensor, Tensor]]()
         for run in engine.normed(runs.drain()):
-            last = run.flow.hidden[0, -_compared(run.flow) :]
-            normed.append((norm(last), norm(run.changed)))
+            count = min(ANSWER, run.flow.segments.text)
+            last, changed = run.flow.hidden[0, -count:], run.changed[:, -count:]
+            normed.append((norm(last), norm(changed)))
         found = torch.stack([one.mean() for one in self._divergences(engine.decoder, normed)])
         return [float(loss) for loss in found.mean(0)]
 
@@ -155,11 +158,11 @@ class Sensitivity:
         if index != self._layer:
             self._layer = index
             self._codes = {name: self._quantised(name) for names in groups for name in names}
-        done, compared = engine.advance(index, run.flow), run.changed.shape[1]
+        done, carried = engine.advance(index, run.flow), run.changed.shape[1]
         changed = [engine.resumed(index, run.changed, run.flow, done.cache)]
         for names in groups:
             with _replaced(engine.decoder, {name: self._codes[name] for name in names}):
-                changed.append(engine.advance(index, run.flow).flow.hidden[:, -compared:])
+                changed.append(engine.advance(index, run.flow).flow.hidden[:, -carried:])
         return _Run(done.flow, torch.cat(changed))
 
     def _quantised(self, name: str) -> QuantizedWeight:
@@ -203,11 +206,6 @@ class Sensitivity:
         """Where the head's weight is: by itself, or in the embedding."""
         sources: Mapping[str, Source] = self._sources[0]
         return sources.get(HEAD) or sources["embedding.weight"]
-
-
-def _compared(flow: Flow) -> int:
-    """How many tokens of a sample are compared."""
-    return min(ANSWER, flow.segments.text)
 
 
 @contextmanager

@@ -168,6 +168,14 @@ class WeightFormat:
         fitting = [size for size in BLOCKS if size <= self.block and block % size == 0]
         return replace(self, block=fitting[0]) if fitting else self
 
+    def padded(self, width: int) -> int:
+        """Channels between two products of the vision part, with zeros behind `width` of them where
+        int4 has no block that divides these: as many as take the fewest bits."""
+        if self.vision != "int4" or any(width % size == 0 for size in BLOCKS if size <= self.block):
+            return width
+        sizes = {-(-width // size) * size: size for size in BLOCKS if size <= self.block}
+        return min(sizes, key=lambda channels: channels * (4 + 16 / sizes[channels]))
+
     def form(self, part: str, inputs: int, outputs: int, chosen: str = "") -> Form | None:
         """How a weight of one of PARTS is stored; None: as floats.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -38,7 +39,7 @@ from edgeprune.models._vision import Vision
 from edgeprune.models._weight_plan import WeightPlan, plan_weights
 from edgeprune.policies import Policy, make
 from edgeprune.spec import Plan, PruneSpec
-from edgeprune.weight_format import Form, WeightFormat
+from edgeprune.weight_format import FLOAT, Form, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Source:
     fold: Fold | None = None  # what it is scaled by before that
     importance: Tensor | None = None  # float32 [inputs], how much the error of each counts
     peak: float | None = None  # the largest input of its product, where samples say so
+    stored_shape: tuple[int, ...] = ()  # where it differs from `shape`: what is behind it is 0
 
 
 class Adapter(Family):
@@ -61,6 +63,9 @@ class Adapter(Family):
 
     weights: WeightPlan | None = None
     """Which weights are quantised; None: none. What `read` and `load` give is quantised too."""
+
+    stored_mlp: int | None = None
+    """Channels inside of the encoder's MLPs as the checkpoint has them, where modules have more."""
 
     def with_weights(
         self,
@@ -79,12 +84,24 @@ class Adapter(Family):
         """
         if wanted.is_float:
             return self
-        changed = copy.copy(self)
+        wanted = self._as_stored(wanted)
+        changed = self._padded(wanted)
         changed.weights = plan_weights(
-            *(self._as_stored(wanted), *self.empty_modules(), scales, tuning),
+            *(wanted, *changed.empty_modules(), scales, tuning),
             zero_points=zero_points,
             largest=largest,
         )
+        return changed
+
+    def _padded(self, wanted: WeightFormat) -> Self:
+        """The same model with channels of zeros in the encoder's MLPs, where blocks of int4 want
+        them: a product's outputs of 0, activated, are the next one's inputs of 0."""
+        changed, encoder = copy.copy(self), self.vision_config.encoder
+        own = self.stored_mlp or encoder.mlp_width
+        if (channels := wanted.padded(own)) != encoder.mlp_width:
+            wider = replace(encoder, mlp_width=channels)
+            changed.vision_config = replace(self.vision_config, encoder=wider)
+            changed.stored_mlp = own
         return changed
 
     def without_weights(self) -> Self:
@@ -138,7 +155,8 @@ class Adapter(Family):
     def weight_bytes(self, wanted: WeightFormat, element: int, kept: Collection[int] = BITS) -> int:
         """Bytes of all weights in a format, floats and scales of `element` bytes each; codes of
         other bits than `kept` count as floats."""
-        plan = plan_weights(wanted, *self.empty_modules(), torch.float32)
+        modules, own = (self._padded(one).empty_modules() for one in (wanted, FLOAT))
+        plan = plan_weights(wanted, *modules, torch.float32)
         changed = sum(
             form.bytes(*plan.sizes[name], element) - math.prod(plan.sizes[name]) * element
             for name, form in plan.forms.items()
@@ -146,7 +164,8 @@ class Adapter(Family):
         )
         if plan.head_apart and self.decoder_config.tied:
             changed += self.shape.vocabulary * self.shape.width * element
-        return self.checkpoint.num_parameters() * element + changed
+        added = _numbers(*modules) - _numbers(*own)
+        return (self.checkpoint.num_parameters() + added) * element + changed
 
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Vision:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
@@ -181,20 +200,30 @@ class Adapter(Family):
             check_stored(checkpoint.files[tensor], tensor, checkpoint.dtype(tensor), leaves)
         shape = _together([checkpoint.shape(tensor) for tensor in names], len(stored.rows))
         wanted = tuple(parameter.shape)[::-1] if transposed else tuple(parameter.shape)
-        if shape is None or not _alike(shape, wanted):
+        own = self._own_shape(name, wanted)
+        if shape is None or not _alike(shape, own):
             shapes = " and ".join(f"{tensor} is {[*checkpoint.shape(tensor)]}" for tensor in names)
             raise ModelError(
                 f"{checkpoint.files[names[0]].name}: {shapes},"
-                f" config.json says {list(wanted)}; the two are not of one checkpoint"
+                f" config.json says {list(own)}; the two are not of one checkpoint"
             )
         changes = tuple(self._change(name, part) for part in stored.parts)
         source = Source(names, changes, wanted, transposed, stored)
+        if own != wanted:
+            source = replace(source, stored_shape=own)
         if self.weights is None:
             return source
         form, tuning = self.weights.forms.get(name), self.weights.tuning
         fold, importance = tuning.folds.get(name), tuning.importance.get(name)
         peak = tuning.peaks.get(name)
         return replace(source, form=form, fold=fold, importance=importance, peak=peak)
+
+    def _own_shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A parameter's shape without channels that `_padded` has added."""
+        if self.stored_mlp is None or not PADDED.match(parameter):
+            return shape
+        added, own = self.vision_config.encoder.mlp_width, self.stored_mlp
+        return tuple(own if size == added else size for size in shape)
 
     def _found(self, names: tuple[str, ...]) -> str:
         """Under which of its names a tensor is stored; where under several, they must be equal."""
@@ -261,7 +290,8 @@ class Adapter(Family):
 
     def _is_whole(self, source: Source) -> bool:
         """Whether one stored tensor is the parameter, in floats, so that its rows may be read."""
-        if len(source.names) > 1 or any(source.changes) or source.stored.rows:
+        changed = any(source.changes) or source.stored.rows or source.stored_shape
+        if len(source.names) > 1 or changed:
             return False
         return self.checkpoint.shape(source.names[0]) == source.shape and not self.is_packed(source)
 
@@ -328,7 +358,10 @@ class Adapter(Family):
         whole = next(parts)
         if len(source.names) > 1:  # a vector may have axes of length 1 before it
             whole = torch.cat([part.reshape(-1, *source.shape[1:]) for part in (whole, *parts)])
-        whole = whole.reshape(-1, *source.shape[1:]) if rows else whole.reshape(source.shape)
+        shape = source.stored_shape or source.shape
+        whole = whole.reshape(-1, *shape[1:]) if rows else whole.reshape(shape)
+        if source.stored_shape:
+            whole = _with_zeros(whole, source.shape)
         return whole.t().contiguous() if source.transposed else whole.contiguous()
 
     def quantized(self, source: Source) -> QuantizedWeight | None:
@@ -338,6 +371,7 @@ class Adapter(Family):
         `read` gives the floats then.
         """
         stored, changed = source.stored, any(source.changes) or source.fold is not None
+        changed = changed or bool(source.stored_shape)
         if changed or stored.rows or (stored.factor, stored.offset) != (1, 0):
             return None
         return self.checkpoint.quantized(source.names[0]) if len(source.names) == 1 else None
@@ -370,6 +404,22 @@ class Adapter(Family):
         for name, source in self.sources(module).items():
             parameters[name].data.copy_(self.read(source, dtype))
         return module.eval().requires_grad_(False)
+
+
+PADDED = re.compile(r"encoder\.blocks\.\d+\.(mlp\.)?(up|gate|down)\.")
+"""Parameters of the encoder's MLPs."""
+
+
+def _with_zeros(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor at the beginning of a larger one."""
+    whole = tensor.new_zeros(shape)
+    whole[tuple(map(slice, tensor.shape))] = tensor
+    return whole
+
+
+def _numbers(*modules: nn.Module) -> int:
+    """How many numbers the parameters have."""
+    return sum(one.numel() for module in modules for one in module.parameters())
 
 
 def _is_linear(module: nn.Module, parameter: str) -> bool:
