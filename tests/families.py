@@ -454,6 +454,14 @@ def offset_norms(model: Any) -> Any:
     return model
 
 
+def uneven_norms(model: Any) -> Any:
+    """A model whose norms have weights that are not all alike, so that none stands for another."""
+    for name, weight in model.named_parameters():
+        if "norm" in name or ".ln_" in name:
+            torch.nn.init.normal_(weight, mean=1.0, std=0.3)
+    return model
+
+
 PIXTRAL = {**SMOL, "image_size": 336, "patch_size": 14, "hidden_act": "silu", "head_dim": 16}
 YARN = {
     "rope_type": "yarn",
@@ -508,4 +516,4 @@ def _pixtral(name: str, model: Any, step: int) -> Family:
     )
     shapes = Size(84, 84), Size(112, 140), Size(140, 56)
     marks = {"break_token": "[IMG_BREAK]", "end_token": "[IMG_END]"}
-    return Family(name, settled(model), processor, "<image>", marks, shapes)
+    return Family(name, uneven_norms(settled(model)), processor, "<image>", marks, shapes)

@@ -34,7 +34,7 @@ from edgeprune.policies import make
 from edgeprune.policies._select import max_min
 from edgeprune.spec import PruneSpec
 from edgeprune.tiling import Size
-from tests import families, qwen
+from tests import families, glm, qwen
 from tests.conftest import Refused
 from tests.tiny import TINY
 
@@ -208,6 +208,7 @@ SLOW: dict[str, Callable[[Path], Adapter]] = {
     "internvl": lambda f: _saved(families.internvl(), f, size=Size(70, 150)),
     "smolvlm": lambda f: _saved(families.smolvlm(), f),
     "ministral3": lambda f: _saved(families.ministral3(), f, size=Size(112, 140)),
+    "glm46v": lambda f: open_model(str(glm.checkpoint(f)), size=Size(84, 168)),
     "pixtral": lambda f: _saved(families.pixtral(), f, size=Size(84, 84)),
 }
 EACH = [*TOWERS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]

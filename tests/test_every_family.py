@@ -28,7 +28,7 @@ from edgeprune.runtime import Session, media
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators
 from edgeprune.tiling import Size
-from tests import families, qwen
+from tests import families, glm, qwen
 from tests.families import QUESTION, Family
 from tests.test_families import drawn_image, generated, prompted
 
@@ -59,6 +59,8 @@ QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
     "qwen2_5_vl": qwen.windowed_checkpoint,
     "qwen3_vl": qwen.stacked_checkpoint,
+    "glm4v": partial(glm.checkpoint, kind="glm4v"),
+    "glm46v": glm.checkpoint,
 }
 NO_VIDEO = (
     "granite_vision",
@@ -76,7 +78,8 @@ NO_VIDEO = (
 
 
 def qwen_shapes(name: str) -> tuple[Size, ...]:
-    told = qwen.STACKED_IMAGES if name == "qwen3_vl" else qwen.IMAGES
+    told = {"qwen3_vl": qwen.STACKED_IMAGES, "glm4v": glm.IMAGE_SIZES, "glm46v": glm.IMAGE_SIZES}
+    told = told.get(name, qwen.IMAGES)
     return tuple(Size(int(h), int(w)) for w, h in (size.split("x") for size in told))
 
 

@@ -68,7 +68,7 @@ def test_axes_take_turns_as_in_transformers(sections: tuple[int, int, int]) -> N
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(2, 8))
 def test_positions_are_resampled_as_in_transformers(rows: int, columns: int, side: int) -> None:
     rows, columns = 2 * rows, 2 * columns
-    config = SimpleNamespace(rows=rows, columns=columns, position_side=side, width=3)
+    config = SimpleNamespace(rows=rows, columns=columns, position_side=side, width=3, cubic=False)
     grid = PositionGrid(config)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(side)
     grid.weight.data = torch.randn(side**2, 3, generator=generator)

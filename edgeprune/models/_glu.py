@@ -1,4 +1,4 @@
-"""CogVLM's projector: a linear layer, a norm, then a gated MLP."""
+"""The projector of CogVLM and of GLM-4V: a linear layer, a norm, then a gated MLP."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from edgeprune.models._ops import TorchOps, cast
 
 @dataclass(frozen=True, slots=True)
 class Glu:
-    """From the tower's width to the decoder's; with `merge`, 2 x 2 patches become one first, by a
-    convolution."""
+    """From the tower's width to the decoder's; with `merged`, 2 x 2 patches become one of that
+    width first, by a convolution."""
 
     width: int  # of a patch
     inner: int
     output: int
-    merge: bool = False
+    merged: int = 0
 
     def build(self, ops: TorchOps) -> nn.Module:
         return _Glu(self, ops)
@@ -28,8 +28,8 @@ class Glu:
 class _Glu(nn.Module):
     def __init__(self, config: Glu, ops: TorchOps) -> None:
         super().__init__()
-        self.merge = nn.Conv2d(config.width, config.width, 2, 2) if config.merge else None
-        self.first = Linear(config.width, config.output, ops)
+        self.merge = nn.Conv2d(config.width, config.merged, 2, 2) if config.merged else None
+        self.first = Linear(config.merged or config.width, config.output, ops)
         self.norm = LayerNorm(config.output, 1e-5, ops)
         self.gate = Linear(config.output, config.inner, ops)
         self.up = Linear(config.output, config.inner, ops)
@@ -37,7 +37,7 @@ class _Glu(nn.Module):
         self.down = Linear(config.inner, config.output, ops)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [1, n, width], with `merge` of 4 patches side by side, to [1, n, output]."""
+        """Features [1, n, width], with `merged` of 4 patches side by side, to [1, n, output]."""
         if self.merge is not None:
             features = _merged(features, self.merge)
         hidden = F.gelu(self.norm(self.first(features)))
@@ -47,8 +47,8 @@ class _Glu(nn.Module):
 
 def _merged(features: Tensor, convolution: nn.Conv2d) -> Tensor:
     """The convolution at each group of 2 x 2 patches that is left: [1, n, 4 * width] ->
-    [1, n, width]."""
+    [1, n, merged]."""
     count, width = features.shape[1], convolution.in_channels
     groups = cast(features, convolution.weight.dtype).view(count, 4, width).transpose(1, 2)
     found: Tensor = convolution(groups.reshape(count, width, 2, 2))
-    return found.reshape(1, count, width)
+    return found.reshape(1, count, convolution.out_channels)

@@ -70,14 +70,15 @@ def tiled(processor: Any, tiling: Tiling) -> ImageRecord:
     return ImageRecord(side, side, None, how, None, *levels(processor), tiling=tiling)
 
 
-def rounded_size(processor: Any, frozen: Size) -> ImageRecord:
+def rounded_size(processor: Any, frozen: Size, times: int = 1) -> ImageRecord:
     """Of a processor that keeps an image's size but for rounding: resizing to the frozen size.
 
-    ModelError where the processor never makes that size.
+    ModelError where the processor never makes that size; it may count a pixel several `times`.
     """
     if not processor.do_resize:
         raise unsupported("do_resize", False, "True")
     least, most = (count("size", processor.size[e]) for e in ("shortest_edge", "longest_edge"))
+    least, most = -(-least // times), most // times
     pixels = frozen.height * frozen.width
     if not least <= pixels <= most:
         raise ModelError(

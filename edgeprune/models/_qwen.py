@@ -27,7 +27,7 @@ from edgeprune.models._names import TensorNames
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._towers import patch_grid
 from edgeprune.models._video import video
-from edgeprune.models._vision import ProjectorConfig
+from edgeprune.models._vision import ProjectorConfig, ProjectorLike
 from edgeprune.tiling import Size
 
 DEFAULT = Size(448, 448)
@@ -58,7 +58,14 @@ class Adapter(_adapter.Adapter):
     encoder: TowerConfig
 
     def demands(self) -> dict[str, bool]:
-        return _demands(self.config, self._sections)
+        return _demands(self.config, self._sections, self._turned)
+
+    @property
+    def _turned(self) -> int:
+        """Numbers of a head that rotary embedding turns."""
+        text = self.config.text_config
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return int(size)
 
     @property
     def _merge(self) -> int:
@@ -96,16 +103,19 @@ class Adapter(_adapter.Adapter):
         run = Layout.plain(encoder.rows, self._merge, self._spans(), encoder.columns)
         return run.chained(self.between)
 
-    def read_projector(self) -> ProjectorConfig:
+    def read_projector(self) -> ProjectorLike:
         inputs = self._merge**2 * self.encoder.width
         return ProjectorConfig(inputs, self.config.text_config.hidden_size, "gelu", hidden=inputs)
 
     def read_decoder(self) -> DecoderConfig:
-        """With the positions of what a prompt shows."""
+        return replace(super().read_decoder(), mrope=self.read_mrope())
+
+    def read_mrope(self) -> MRope:
+        """The positions of what a prompt shows."""
         rows, columns = (n // self._merge for n in (self.encoder.rows, self.encoder.columns))
         grid = Grid(rows, columns, self.times(self._spans()))
         others = tuple(part for text in self.between for part in (len(text), grid))
-        return replace(super().read_decoder(), mrope=MRope.of(self.axes(), grid, *others))
+        return MRope.of(self.axes(), grid, *others)
 
     def _spans(self) -> int:
         """Groups of frames that are one in time, of a run of visual tokens; 1 of an image."""
@@ -159,10 +169,9 @@ class Adapter(_adapter.Adapter):
         return {"Qwen2VLImageProcessor": partial(rounded_size, frozen=self.frozen)}
 
 
-def _demands(config: Any, sections: tuple[int, ...]) -> dict[str, bool]:
+def _demands(config: Any, sections: tuple[int, ...], turned: int) -> dict[str, bool]:
     vision, text = config.vision_config, config.text_config
     kind = vision.rope_parameters["rope_type"]
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layers = set(getattr(text, "layer_types", ()))
     return {
         f"activation {vision.hidden_act!r}": vision.hidden_act in ACTIVATIONS,
@@ -170,6 +179,6 @@ def _demands(config: Any, sections: tuple[int, ...]) -> dict[str, bool]:
         f"temporal_patch_size {vision.temporal_patch_size}": vision.temporal_patch_size == 2,
         f"{vision.in_channels} colours": vision.in_channels == 3,
         f"rope_type {kind!r} in the vision tower": kind == "axial",
-        f"mrope_section {list(sections)}": 2 * sum(sections) == head_size,
+        f"mrope_section {list(sections)}": 2 * sum(sections) == turned,
         "sliding windows in the decoder": layers <= {"full_attention"},
     }

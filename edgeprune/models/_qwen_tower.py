@@ -3,13 +3,14 @@
 A patch spans two frames, a still image being both. Queries and keys turn by the patch's row and
 column. Qwen2-VL has LayerNorms, a plain MLP and full attention in all blocks. Qwen3-VL adds a
 learned grid of positions, resampled to the image, and its middle blocks are read too. Pixtral has
-RMS norms, gated MLPs, a norm before the blocks and no biases. Qwen2.5-VL
+RMS norms, gated MLPs, a norm before the blocks and no biases, GLM-4V that and a grid. Qwen2.5-VL
 has RMS norms, a gated MLP, and attention within windows in most blocks. For a frozen size the
 windows are known, so patches are put in their order once, by one gather, and back at the end.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -94,6 +95,7 @@ class TowerConfig:
     still: bool = True  # each image stands for all frames of a patch; else they come one by one
     patch_bias: bool = False
     position_side: int = 0  # of the square grid of learned positions; 0: there is none
+    cubic: bool = False  # that grid is resampled by cubic convolution, not linearly
     middle: tuple[int, ...] = ()  # blocks whose output is read beside the last one's
 
     @property
@@ -236,7 +238,7 @@ class Block(nn.Module):
 
 class PositionGrid(nn.Module):
     """Learned positions of a square grid, resampled to the patches of an image: bilinear, the
-    corners of both grids on each other. The sums are float32."""
+    corners of both grids on each other, or bicubic, their edges. The sums are float32."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -246,9 +248,10 @@ class PositionGrid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Adds each patch's position, in reading order: [tiles, N, width] -> the same."""
         config, side = self.config, self.config.position_side
-        rows, columns = taps(config.rows, side), taps(config.columns, side)
+        read_at = cubic_taps if config.cubic else taps
+        rows, columns = read_at(config.rows, side), read_at(config.columns, side)
         whole: Tensor | None = None
-        for row, column in product((0, 1), repeat=2):
+        for row, column in product(range(len(rows[0])), repeat=2):
             indices = [r[row][0] * side + c[column][0] for r in rows for c in columns]
             shares = [r[row][1] * c[column][1] for r in rows for c in columns]
             read = cast(self.weight.index_select(0, torch.tensor(indices)), torch.float32)
@@ -258,14 +261,36 @@ class PositionGrid(nn.Module):
         return x + cast(whole, x.dtype)
 
 
-def taps(count: int, side: int) -> list[tuple[tuple[int, float], tuple[int, float]]]:
+Taps = tuple[tuple[int, float], ...]
+"""Values that a point between them is made of, each with its share."""
+
+
+def taps(count: int, side: int) -> list[Taps]:
     """For each of `count` points over a line of `side` values, the value at or before it and the
     next one, each with its share."""
-    found = list[tuple[tuple[int, float], tuple[int, float]]]()
+    found = list[Taps]()
     steps = max(1, count - 1)
     for point in range(count):
         low, rest = divmod(point * (side - 1), steps)
         found.append(((low, 1 - rest / steps), (min(low + 1, side - 1), rest / steps)))
+    return found
+
+
+def cubic_taps(count: int, side: int) -> list[Taps]:
+    """The same where edges lie on each other: the two values on each side, the last one beyond the
+    edge; shares as Keys (1981) has them with a = -3/4."""
+
+    def share(distance: float) -> float:
+        if distance <= 1:
+            return (1.25 * distance - 2.25) * distance**2 + 1
+        return -0.75 * (((distance - 5) * distance + 8) * distance - 4)
+
+    found = list[Taps]()
+    for point in range(count):
+        place = (point + 0.5) * side / count - 0.5
+        low = math.floor(place)
+        near = range(low - 1, low + 3)
+        found.append(tuple((min(max(n, 0), side - 1), share(abs(place - n))) for n in near))
     return found
 
 

@@ -164,7 +164,9 @@ class Adapter(_adapter.Adapter):
 
     def read_projector(self) -> Glu:
         text = self.config.text_config
-        return Glu(self.encoder.width, text.intermediate_size, text.hidden_size, self._second)
+        width = self.encoder.width
+        merged = width if self._second else 0
+        return Glu(width, text.intermediate_size, text.hidden_size, merged)
 
     def read_decoder(self) -> DecoderConfig:
         decoder = super().read_decoder()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
-from edgeprune.models._nearby import Nearby
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._towers import refuse
 
@@ -14,15 +13,6 @@ FPS = 2
 
 
 class Adapter(_qwen.Adapter):
-    nearby: ClassVar[tuple[Nearby, ...]] = (
-        Nearby(
-            "GLM-4.1V and GLM-4.6V-Flash",
-            ("glm4v", "glm46v"),
-            tower="a position grid resampled bicubically, a convolution behind the blocks",
-            projector="a merger with a gate",
-            decoder="rotary embedding of half of each head, on adjacent pairs",
-        ),
-    )
     gated: ClassVar[bool] = True
 
     def config_class(self) -> Any:
