@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgeprune.cost import Sizes, kv_bytes
+from edgeprune.cost import Sizes, layer_bytes
 from edgeprune.lowering import DTYPES, TARGETS
 
 GB = 10**9
@@ -59,7 +59,7 @@ def budget(
     target, dtype, format = kind
     element, plain = DTYPES[dtype].bytes, TARGETS[target].dialect == "jetpack6"
     copies = 2 if plain else 1
-    caches = tuple(copies * kv_bytes(sizes, [count], text, element) for count in counts)
+    caches = tuple(copies * kept for kept in layer_bytes(sizes, text, element, counts))
     tokens = max(counts) + text
     attention = (sizes.attention_heads + 2 * sizes.kv_heads) * sizes.head_size * tokens
     scores = sizes.attention_heads * tokens**2 if plain else 0

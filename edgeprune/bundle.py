@@ -170,6 +170,8 @@ class DecoderRecord:
     cache: Annotated[str, OneOf(CACHES)]
     image_positions: Amount  # that an image takes: r_1, V where tokens keep theirs, or by M-RoPE
     deepstack: Amount = 0  # first layers after each of which a row is added to every visual token
+    convolutions: tuple[Few, ...] = ()  # layers with a short convolution in place of attention
+    kernel: Amount = 0  # tokens that these read; 0 where there are none
 
     @property
     def visual_width(self) -> int:

@@ -56,6 +56,11 @@ def _decoder(record: DecoderRecord) -> Iterator[str]:
         yield f"{record.attention_heads} heads cannot share {record.kv_heads} keys"
     if record.deepstack > record.layers:
         yield f"DeepStack rows for {record.deepstack} of {record.layers} layers"
+    found = record.convolutions
+    if list(found) != sorted(set(found)) or (found and found[-1] > record.layers):
+        yield f"convolutions in the layers {list(found)} of {record.layers}"
+    if bool(found) != (record.kernel > 1):
+        yield f"{len(found)} layers have convolutions of {record.kernel} tokens"
 
 
 def _image(record: ImageRecord) -> Iterator[str]:

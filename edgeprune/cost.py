@@ -2,8 +2,8 @@
 
 One multiply-add is two operations. A layer with n tokens costs 2n(2 D H d + 2 D G d + 3 D M) for
 its projections and MLP and 4 n^2 H d for attention (width D, heads H of size d, KV heads G, MLP
-width M). Scoring and gathering are not counted: the share of this limit that a measurement reaches
-shows what they cost.
+width M). A layer with a short convolution has 2n(4 D^2 + 3 D M). Scoring and gathering are not
+counted: the share of this limit that a measurement reaches shows what they cost.
 """
 
 from __future__ import annotations
@@ -27,23 +27,39 @@ class Sizes(Protocol):
     def head_size(self) -> int: ...
     @property
     def vocabulary(self) -> int: ...
+    @property
+    def convolutions(self) -> tuple[int, ...]: ...
+    @property
+    def kernel(self) -> int: ...
 
 
 def prefill_operations(sizes: Sizes, counts: Sequence[int], text: int) -> int:
     """Operations of a prefill: `text` text tokens, counts[l] visual ones in layer l + 1."""
-    layers = sum(_layer(sizes, count + text, count + text) for count in counts)
+    tokens = (count + text for count in counts)
+    layers = sum(_layer(sizes, layer, n, n) for layer, n in enumerate(tokens, 1))
     return layers + 2 * sizes.width * sizes.vocabulary
 
 
 def decode_operations(sizes: Sizes, counts: Sequence[int], text: int) -> int:
     """Operations of one decode step with `text` text tokens already in every layer's cache."""
-    layers = sum(_layer(sizes, 1, count + text + 1) for count in counts)
+    tokens = (count + text + 1 for count in counts)
+    layers = sum(_layer(sizes, layer, 1, n) for layer, n in enumerate(tokens, 1))
     return layers + 2 * sizes.width * sizes.vocabulary
 
 
 def kv_bytes(sizes: Sizes, counts: Sequence[int], text: int, element: int) -> int:
-    """Bytes of the KV caches for `text` text tokens and elements of `element` bytes."""
-    return sum(2 * sizes.kv_heads * sizes.head_size * (n + text) * element for n in counts)
+    """Bytes of the KV caches and states for `text` text tokens and elements of `element` bytes."""
+    return sum(layer_bytes(sizes, text, element, counts))
+
+
+def layer_bytes(sizes: Sizes, text: int, element: int, counts: Sequence[int]) -> list[int]:
+    """The same of each layer."""
+    state = (sizes.kernel - 1) * sizes.width * element
+    row = 2 * sizes.kv_heads * sizes.head_size * element
+    return [
+        state if layer in sizes.convolutions else row * (count + text)
+        for layer, count in enumerate(counts, 1)
+    ]
 
 
 def block_operations(
@@ -56,7 +72,9 @@ def block_operations(
     return 2 * tokens * width * (4 * width + products * mlp_width) + 4 * pairs * width
 
 
-def _layer(sizes: Sizes, new: int, seen: int) -> int:
+def _layer(sizes: Sizes, layer: int, new: int, seen: int) -> int:
+    if layer in sizes.convolutions:
+        return 2 * new * sizes.width * (4 * sizes.width + 3 * sizes.mlp_width)
     attention = sizes.attention_heads * sizes.head_size
     projections = 2 * sizes.width * (attention + sizes.kv_heads * sizes.head_size)
     mlp = 3 * sizes.width * sizes.mlp_width

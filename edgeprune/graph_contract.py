@@ -124,8 +124,11 @@ def _decoder(manifest: Manifest) -> tuple[Ends, Ends]:
         outputs["kept", stage.layer] = "int64", (f"kept.{stage.layer}" if stage.survivors else 0,)
     before, after = ("past", "present") if record.cache == "grow" else ("capacity", "capacity")
     for layer in range(1, record.layers + 1):
-        for kind in ("key", "value"):
-            for ends, name, slots in ((inputs, "past", before), (outputs, "present", after)):
+        for ends, name, slots in ((inputs, "past", before), (outputs, "present", after)):
+            if layer in record.convolutions:
+                ends[f"{name}_state", layer] = element, (1, record.kernel - 1, record.width)
+                continue
+            for kind in ("key", "value"):
                 sizes = 1, record.kv_heads, f"{slots}.{layer - 1}", record.head_size
                 ends[f"{name}_{kind}", layer] = element, sizes
     return inputs, outputs

@@ -26,6 +26,8 @@ ROLES = {
     "past_value": "values of a layer before the call",
     "present_key": "keys of a layer after the call",
     "present_value": "values of a layer after the call",
+    "past_state": "what a layer without attention keeps before the call [1, rows, width]",
+    "present_state": "and after it",
     "logits": "of the last token [1, 1, vocabulary]",
     "token": "int64 [1, 1]: the likeliest next token, below 0 where the logits are not finite",
     "kept": "int64 [r_l]: index of each survivor among the tokens alive before the site",
@@ -60,10 +62,16 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class CacheRecord:
-    """The keys or the values of one layer: the input that is read, the output that is written."""
+    """The keys, the values or the state of one layer: the input that is read, the output that is
+    written."""
 
     past: TensorRecord
     present: TensorRecord
+
+    @property
+    def is_state(self) -> bool:
+        """Whether its size is the same however many tokens were read."""
+        return self.past.role == "past_state"
 
     @property
     def index(self) -> int:
@@ -94,8 +102,13 @@ class GraphRecord:
 
     @property
     def caches(self) -> tuple[CacheRecord, ...]:
-        """The KV caches, in the order of the inputs."""
+        """The KV caches and the states, in the order of the inputs."""
         return tuple(self._caches())
+
+    @property
+    def cached_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that keep keys and values, whose number of tokens is open."""
+        return tuple(dict.fromkeys(cache.index for cache in self.caches if not cache.is_state))
 
     def _caches(self) -> Iterator[CacheRecord]:
         written = {(tensor.role, tensor.layer): tensor for tensor in self.outputs}

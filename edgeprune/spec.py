@@ -63,6 +63,8 @@ class ModelShape:
     mrope: bool = False  # whether a token has three positions
     one_position: bool = False  # whether all tokens of an image have the same
     blocks: int = 0  # encoder blocks that may merge tokens: 0 where V are not one tile's patches
+    convolutions: tuple[int, ...] = ()  # layers with a short convolution in place of attention
+    kernel: int = 0  # tokens that these read; 0 where there are none
 
 
 @dataclass(frozen=True, slots=True)

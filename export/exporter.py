@@ -308,4 +308,6 @@ def _decoder_record(adapter: Adapter, plan: Plan, cache: str) -> DecoderRecord:
         cache=cache,
         image_positions=adapter.decoder_config.span(plan),
         deepstack=adapter.decoder_config.deepstack,
+        convolutions=shape.convolutions,
+        kernel=shape.kernel,
     )

@@ -82,13 +82,14 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
     config, plan = decoder.config, decoder.plan
     layers = range(len(config.layers))
     dynamic = {1: Dim.DYNAMIC}
-    cache = [{2: Dim.DYNAMIC}] * len(layers)
-    shapes: Shapes = (dynamic, dynamic, dynamic, None, None, cache, cache)
+    slots = {"key": {2: Dim.DYNAMIC}, "value": {2: Dim.DYNAMIC}, "state": None}
+    caches = [tuple(slots[kind] for kind in layer.keeps) for layer in config.layers]
+    shapes: Shapes = (dynamic, dynamic, dynamic, None, None, caches)
     plain = ("prefix_ids", "visual", "text_ids", "position", "lengths")
     inputs, outputs = [End(name, name) for name in plain], [End("logits", "logits")]
-    for kind in ("key", "value"):
-        inputs += [End(f"past_{kind}.{n}", f"past_{kind}", n + 1) for n in layers]
-        outputs += [End(f"present_{kind}.{n}", f"present_{kind}", n + 1) for n in layers]
+    kept = [(n, kind) for n in layers for kind in config.layers[n].keeps]
+    inputs += [End(f"past_{kind}.{n}", f"past_{kind}", n + 1) for n, kind in kept]
+    outputs += [End(f"present_{kind}.{n}", f"present_{kind}", n + 1) for n, kind in kept]
     outputs += [End(f"kept.{stage.layer}", "kept", stage.layer) for stage in plan.in_decoder]
     args = _example(decoder, dtype)
     if decoder.reads_indices:
@@ -109,9 +110,8 @@ def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
     """Inputs whose sizes are all different and above 1, so that none is taken for a constant."""
     config, prefix, text = decoder.config, 5, 7
     visual = max(2, decoder.plan.encoded)
-    capacities = [visual + 37 + layer for layer in range(len(config.layers))]
-    shapes = [(1, config.kv_heads, capacity, config.head_size) for capacity in capacities]
-    caches = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    shapes = [config.kept_shapes(n, visual + 37 + n) for n in range(len(config.layers))]
+    caches = [tuple(torch.zeros(shape, dtype=dtype) for shape in layer) for layer in shapes]
     return (
         torch.zeros(1, prefix, dtype=torch.int64),
         torch.zeros(1, visual, config.visual_width, dtype=dtype),
@@ -119,7 +119,6 @@ def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
         torch.zeros(1, dtype=torch.int64),
         torch.zeros(len(caches), dtype=torch.int64),
         caches,
-        [c.clone() for c in caches],
     )
 
 

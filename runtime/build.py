@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,10 @@ def build(request: BuildRequest, report: Progress = silent) -> Built:
         return _finished(bundle, request, Built(target, before.record, found=True))
     bundle.require_weights("a build")
     capacities = [count + request.text_capacity for count in bundle.manifest.prune.counts]
-    sizes = {f"capacity.{layer}": size for layer, size in enumerate(capacities)}
-    grows = bundle.manifest.decoder.cache == "grow"
-    profiles = size_ranges(bundle, request, capacities if grows else ())
+    grows, cached = bundle.manifest.decoder.cache == "grow", bundle.manifest.graph.cached_layers
+    sizes = {f"capacity.{layer}": capacities[layer] for layer in cached}
+    growing = {layer: capacities[layer] for layer in cached if grows}
+    profiles = size_ranges(bundle, request, growing)
     builder = _Builder(trt, request, bundle, report)
     with replaced(target) as draft:
         engines = {
@@ -164,11 +165,12 @@ def _capability(name: str) -> tuple[int, int]:
 
 
 def size_ranges(
-    bundle: Bundle, request: BuildRequest, growing: Sequence[int]
+    bundle: Bundle, request: BuildRequest, growing: Mapping[int, int]
 ) -> dict[str, Profile]:
     """Prefill takes later turns too, so it may have no image; both ranges end at one token.
 
-    `growing` has the most tokens of each layer's cache where that is longer from call to call.
+    `growing` has, by the index of a layer, the most tokens of its cache where that is longer from
+    call to call.
     """
     visual, most = bundle.manifest.prune.encoded, request.text_capacity
     prompter = Prompter(bundle.file("tokenizer.json"), bundle.manifest.text)
@@ -183,7 +185,7 @@ def size_ranges(
             "prefix": (0, prefix, longest),
             "visual": (0, visual, visual),
             "text": (1, min(64, most - prefix), most),
-            **{f"past.{layer}": (0, 0, full) for layer, full in enumerate(growing)},
+            **{f"past.{layer}": (0, 0, full) for layer, full in growing.items()},
         },
         "decode": {
             "prefix": (0, 0, longest),
@@ -191,7 +193,7 @@ def size_ranges(
             "text": (1, 1, min(request.decode_tokens, most)),
             **{
                 f"past.{layer}": (1, max(1, full - most // 2), full)
-                for layer, full in enumerate(growing)
+                for layer, full in growing.items()
             },
         },
     }

@@ -106,7 +106,8 @@ def _fixed(bundle: Bundle, name: str) -> bytes:
     manifest, data = bundle.manifest, bundle.file(name).read_bytes()
     if name == "vision.onnx" or manifest.decoder.cache == "grow":
         return data
-    sizes = {f"capacity.{n}": count + SPARE for n, count in enumerate(manifest.prune.counts)}
+    counts = manifest.prune.counts
+    sizes = {f"capacity.{n}": counts[n] + SPARE for n in manifest.graph.cached_layers}
     return with_sizes(data, sizes)
 
 

@@ -37,7 +37,7 @@ def pretend(bundle: Path, backend: str = "trt") -> Path:
     capacities = [count + TEXT for count in opened.manifest.prune.counts]
     grows = opened.manifest.decoder.cache == "grow"
     profiles = {
-        "decoder": size_ranges(opened, request, capacities if grows else ()),
+        "decoder": size_ranges(opened, request, dict(enumerate(capacities)) if grows else {}),
         "vision": {},
     }
     folder = bundle / "engines" / f"{backend}-pretended"

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
+from edgeprune.policies._signals import (
+    Anchors,
+    AttentionStates,
+    InputSignals,
+    LayerSignals,
+    Segments,
+)
 
 
 def rotate(x: np.ndarray, tables: tuple[np.ndarray, np.ndarray], position: int) -> np.ndarray:
@@ -30,10 +36,12 @@ def layer_signals(prefix: int, visual: int, text: int, heads: int, kv_heads: int
     signals = LayerSignals(
         segments=Segments(prefix, visual, text),
         hidden=torch.zeros(1, total, 4),
-        query=torch.tensor(query)[None],
-        key=torch.tensor(key)[None],
-        rotated_query=torch.tensor(rotated(query, tables, positions))[None],
-        rotated_key=torch.tensor(rotated(key, tables, positions))[None],
+        attention=AttentionStates(
+            torch.tensor(query)[None],
+            torch.tensor(key)[None],
+            torch.tensor(rotated(query, tables, positions))[None],
+            torch.tensor(rotated(key, tables, positions))[None],
+        ),
         cos=torch.tensor(tables[0]),
         sin=torch.tensor(tables[1]),
         rows=torch.tensor(positions),

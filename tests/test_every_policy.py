@@ -5,8 +5,8 @@ The sizes are such that some layers drop nothing, some merge, and one method lea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,12 @@ from torch import Tensor
 
 from edgeprune import policies
 from edgeprune.policies._policy import Policy, Selection
-from edgeprune.policies._signals import InputSignals, LayerSignals, VisionSignals
+from edgeprune.policies._signals import (
+    AttentionStates,
+    InputSignals,
+    LayerSignals,
+    VisionSignals,
+)
 from edgeprune.spec import ModelShape, Plan, PruneSpec, Stage
 from tests.layer_signals import layer_signals
 
@@ -150,12 +155,16 @@ def _flat(signals: Any, value: float) -> Any:
         assert signals.text is not None
         visual, text = torch.full_like(signals.visual, value), torch.full_like(signals.text, value)
         return replace(signals, visual=visual, text=text)
-    still = {name: torch.zeros_like(getattr(signals, name)) for name in HEADS}
+    still = _each_state(signals, torch.zeros_like)
     hidden = torch.full_like(signals.hidden, value)
-    return replace(signals, hidden=hidden, inputs=_flat(signals.inputs, value), **still)
+    inputs = _flat(signals.inputs, value)
+    return replace(signals, hidden=hidden, inputs=inputs, attention=still)
 
 
-HEADS = ("query", "key", "rotated_query", "rotated_key")
+def _each_state(signals: LayerSignals, change: Callable[[Tensor], Tensor]) -> AttentionStates:
+    """Queries and keys, each of them changed."""
+    states = signals.states
+    return AttentionStates(*(change(getattr(states, one.name)) for one in fields(states)))
 
 
 @each_method
@@ -195,13 +204,13 @@ def _moved(signals: Any, order: Tensor) -> Any:
         return replace(signals, visual=signals.visual.index_select(1, order))
     total = torch.arange(signals.segments.total)
     total[PREFIX : PREFIX + len(order)] = PREFIX + order
-    heads = {name: getattr(signals, name).index_select(2, total) for name in HEADS}
+    attention = _each_state(signals, lambda states: states.index_select(2, total))
     return replace(
         signals,
         hidden=signals.hidden.index_select(1, total),
         rows=signals.rows[total],
         inputs=_moved(signals.inputs, order),
-        **heads,
+        attention=attention,
     )
 
 

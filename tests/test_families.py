@@ -289,8 +289,8 @@ def test_a_policy_sees_attention_with_the_scale_of_the_layer(tmp_path: Path) -> 
     heard = [layer.signals for layer in advances(reference, prompt)]
     assert len(heard) == 3
     for signals in heard:
-        keys = signals.rotated_key[0].repeat_interleave(2, 0)  # two heads share one
-        logits = 0.6 * (signals.rotated_query[0, :, -1:] * keys).sum(-1)
+        keys = signals.states.rotated_key[0].repeat_interleave(2, 0)  # two heads share one
+        logits = 0.6 * (signals.states.rotated_query[0, :, -1:] * keys).sum(-1)
         first = signals.segments.prefix
         wanted = logits.softmax(-1).mean(0)[first : first + plan.visual_tokens]
         torch.testing.assert_close(signals.last_query_attention(), wanted)

@@ -111,7 +111,7 @@ def test_the_decode_profile_is_as_wide_as_asked_for(bundles: list[Path]) -> None
     bundle = Bundle.open(bundles[0], verify=False)
     for tokens in DECODE_TOKENS:
         request = BuildRequest(bundles[0], "trt-rtx", decode_tokens=tokens)
-        assert size_ranges(bundle, request, ())["decode"]["text"] == (1, 1, tokens)
+        assert size_ranges(bundle, request, {})["decode"]["text"] == (1, 1, tokens)
     with pytest.raises(SpecError, match="at least 1 token"):
         BuildRequest(bundles[0], "trt-rtx", decode_tokens=0)
 

@@ -116,13 +116,13 @@ def test_agnostic_attention_has_every_visual_token_in_the_middle_of_the_image(
     frequencies = np.array(reference.decoder.config.rope.frequencies)
     axes = list(adapter.decoder_config.mrope.axes)  # type: ignore[union-attr]
     angles = middle[axes] * frequencies
-    key = signals.key[0].numpy()
+    key = signals.states.key[0].numpy()
     low, high = np.split(key[:, start : start + visual], 2, axis=-1)
     turned = [low * np.cos(angles) - high * np.sin(angles)]
     turned.append(high * np.cos(angles) + low * np.sin(angles))
-    keys = signals.rotated_key[0].numpy().copy()
+    keys = signals.states.rotated_key[0].numpy().copy()
     keys[:, start : start + visual] = np.concatenate(turned, axis=-1)
-    query = signals.rotated_query[0, :, -1].numpy()
+    query = signals.states.rotated_query[0, :, -1].numpy()
     grouped = np.repeat(keys, len(query) // len(keys), axis=0)
     logits = np.einsum("hd,hnd->hn", query, grouped) / np.sqrt(query.shape[-1])
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

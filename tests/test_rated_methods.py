@@ -176,7 +176,7 @@ def test_cdpruner_of_equal_tokens_keeps_the_first() -> None:
 def test_dart_keeps_pivots_and_what_is_least_like_them(seed: int, keep: int, text: int) -> None:
     signals, hidden, *_ = _layer(seed, text)
     visual, words = hidden[3 : 3 + VISUAL], hidden[3 + VISUAL :]
-    sizes = np.abs(signals.rotated_key[0].numpy()).sum((0, 2))
+    sizes = np.abs(signals.states.rotated_key[0].numpy()).sum((0, 2))
     own = _best(sizes[3 : 3 + VISUAL])[: min(4, keep)]
     others = _best(sizes[3 + VISUAL :])[:4]
     pivots = [*visual[own], *words[others], *[words[-1]] * (4 - len(others))]

@@ -3,7 +3,8 @@
 One call takes text before the image (P tokens), visual tokens (V) and text after it (T), any of
 the first two possibly none: prefill has all three, decode has T = 1, a later turn has T = n.
 Between layers where the plan's count falls, the policy picks which visual tokens go on; their
-positions go with them. Every layer has its own cache and its own length.
+positions go with them. Every layer has its own cache and its own length. A layer without attention
+keeps a state in place of keys and values; a token that was dropped before it never enters it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,22 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from edgeprune.models._convolution_layer import ConvolutionLayer
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
-from edgeprune.models._decoder_layer import AttentionStates, Cache, DecoderLayer, Rotary
+from edgeprune.models._decoder_layer import Cache, DecoderLayer, Rotary
 from edgeprune.models._expert_layer import ExpertLayer
 from edgeprune.models._kept_positions import image_at_one, kept_positions
 from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
 from edgeprune.models._ops import Images, Together, TorchOps, capped, cast
 from edgeprune.models._sites import Prune, PruneInput, live_stage
 from edgeprune.policies import Policy
-from edgeprune.policies._signals import Anchors, InputSignals, LayerSignals, Segments
+from edgeprune.policies._signals import (
+    Anchors,
+    AttentionStates,
+    InputSignals,
+    LayerSignals,
+    Segments,
+)
 from edgeprune.spec import Plan
 
 
@@ -102,22 +110,20 @@ class Decoder(WithBuffers):
         text_ids: Tensor,  # int64 [1, T]
         position: Tensor,  # int64 [1], of the first token of this call
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
-        past_keys: Sequence[Tensor],  # each [1, kv_heads, capacity_l, head]
-        past_values: Sequence[Tensor],
+        past: Sequence[Sequence[Tensor]],  # what each layer keeps, as `DecoderConfig.kept_shapes`
         visual_indices: Tensor | None = None,  # where `reads_indices`: int64 [V], among all V
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Logits of the last token [1, 1, vocabulary], present keys, values, kept positions, and
-        hidden states before each layer and after the last."""
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]], list[Tensor], list[Tensor]]:
+        """Logits of the last token [1, 1, vocabulary], what each layer keeps now, kept positions,
+        and hidden states before each layer and after the last."""
         ids = (prefix_ids, text_ids)
         flow, kept = self.enter(*ids, visual, position, lengths, visual_indices)
-        keys, values, states = list[Tensor](), list[Tensor](), [flow.hidden]
-        for index, (key, value) in enumerate(zip(past_keys, past_values, strict=True)):
-            done = self.advance(index, flow, key, value)
-            keys.append(done.cache.key)
-            values.append(done.cache.value)
+        present, states = list[tuple[Tensor, ...]](), [flow.hidden]
+        for index, before in enumerate(past):
+            done = self.advance(index, flow, before)
+            present.append(done.cache.kept)
             flow, kept = done.flow, [*kept, *done.kept]
             states.append(flow.hidden)
-        return self.logits(flow.hidden), keys, values, kept, states
+        return self.logits(flow.hidden), present, kept, states
 
     def enter(
         self,
@@ -147,11 +153,11 @@ class Decoder(WithBuffers):
         held = (lengths, filled, entered, images, tuple(rows))
         return Flow(hidden, positions, segments, rotary, anchors, inputs, *held), kept
 
-    def advance(self, index: int, flow: Flow, past_key: Tensor, past_value: Tensor) -> Advanced:
-        """One layer, and what is dropped behind it. Its cache is [1, kv_heads, capacity, head]."""
+    def advance(self, index: int, flow: Flow, past: Sequence[Tensor]) -> Advanced:
+        """One layer, and what is dropped behind it; `past` is what it keeps of the calls before."""
         rotary = flow.rotary or self.own_rotary(index)
         start, end = (held[index : index + 1] for held in (flow.lengths, flow.filled))
-        cache = Cache(past_key, past_value, start, end)
+        cache = Cache(tuple(past), start, end)
         given = flow.hidden, flow.positions, rotary, cache
         together = self.together(flow.segments, flow.entered, flow.images)
         hidden, present, seen = self.layers[index](*given, flow.segments, together)
@@ -285,17 +291,14 @@ class Decoder(WithBuffers):
         index: int,  # of the layer just run
         flow: Flow,  # that entered it
         hidden: Tensor,  # [1, S, width], its output
-        seen: AttentionStates,
+        seen: AttentionStates | None,  # None: it has no attention
         rotary: Rotary,
     ) -> LayerSignals:
         """What a policy may look at after a layer."""
         return LayerSignals(
             segments=flow.segments,
             hidden=hidden,
-            query=seen.query,
-            key=seen.key,
-            rotated_query=seen.rotated_query,
-            rotated_key=seen.rotated_key,
+            attention=seen,
             cos=rotary.cos,
             sin=rotary.sin,
             factor=self.config.rope_of(index).factor,
@@ -325,6 +328,8 @@ class Decoder(WithBuffers):
         return (logits if cap is None else capped(logits, cap))[None]
 
 
-def layer_of(config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> DecoderLayer:
+def layer_of(config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> nn.Module:
     """The module of one layer."""
+    if layer.kernel:
+        return ConvolutionLayer(config, layer, ops)
     return (ExpertLayer if layer.experts else DecoderLayer)(config, layer, ops)

@@ -27,6 +27,13 @@ class LayerConfig:
     branch_norms: bool = False  # RMS norms behind attention and MLP as well as before them
     experts: bool = False  # tokens of an image have weights of their own, as has the one before it
     expert_qkv_bias: bool = False  # of these
+    kernel: int = 0  # tokens that a short convolution reads in place of attention, the token itself
+    # the last; 0: attention
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """What the layer keeps between calls: the roles in a graph end so."""
+        return ("state",) if self.kernel else ("key", "value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,22 @@ class DecoderConfig:
     def visual_width(self) -> int:
         """Of a visual token with the rows that are added to it beside it."""
         return self.width * (1 + self.deepstack)
+
+    @property
+    def convolutions(self) -> tuple[int, ...]:
+        """Layers (1-based) with a short convolution in place of attention."""
+        return tuple(number for number, layer in enumerate(self.layers, 1) if layer.kernel)
+
+    @property
+    def kernel(self) -> int:
+        """Tokens that these read; 0 where there are none."""
+        return max((layer.kernel for layer in self.layers), default=0)
+
+    def kept_shapes(self, index: int, slots: int, batch: int = 1) -> tuple[tuple[int, ...], ...]:
+        """Of what the layer of an index keeps: keys and values of `slots` tokens, or its state."""
+        if kernel := self.layers[index].kernel:
+            return ((batch, kernel - 1, self.width),)
+        return ((batch, self.kv_heads, slots, self.head_size),) * 2
 
     @property
     def ropes(self) -> tuple[Rope, ...]:

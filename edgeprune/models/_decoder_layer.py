@@ -1,4 +1,8 @@
-"""One layer of the decoder: attention over a cache, and an MLP."""
+"""One layer of the decoder: attention over a cache, and an MLP.
+
+A layer is called with the tokens of a call and its cache, and gives the tokens on and the cache
+after the call.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from edgeprune.models._layers import (
     split_heads,
 )
 from edgeprune.models._ops import Causal, Images, Together, TorchOps
-from edgeprune.policies._signals import Segments
+from edgeprune.policies._signals import AttentionStates, Segments
 
 
 @dataclass(frozen=True)
@@ -32,23 +36,14 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer, [1, kv_heads, capacity, head]; int64 [1] each, how many tokens
-    it holds before a call and after it."""
+    """What one layer keeps: keys and values, [1, kv_heads, capacity, head] each, or a state.
 
-    key: Tensor
-    value: Tensor
+    `start` and `end`, int64 [1] each, are how many tokens it holds before a call and after it.
+    """
+
+    kept: tuple[Tensor, ...]
     start: Tensor
     end: Tensor
-
-
-@dataclass(frozen=True)
-class AttentionStates:
-    """Queries and keys of one layer, [1, heads, S, head], before and after rotary embedding."""
-
-    query: Tensor
-    key: Tensor
-    rotated_query: Tensor
-    rotated_key: Tensor
 
 
 class Attention(nn.Module):
@@ -116,8 +111,9 @@ class DecoderLayer(nn.Module):
         query, key, value = self.project(self.attention_norm(hidden), segments)
         rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
         rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
-        keys = ops.write(cache.key, rotated_key, cache.start)
-        values = ops.write(cache.value, value, cache.start)
+        past_keys, past_values = cache.kept
+        keys = ops.write(past_keys, rotated_key, cache.start)
+        values = ops.write(past_values, value, cache.start)
         causal = Causal(cache.start, cache.end, self.window, together)
         mixed = self.scores(rotated_query, keys, values, causal)
         branch = self.attention_out_norm(self.attended(join_heads(mixed), segments))
@@ -125,7 +121,7 @@ class DecoderLayer(nn.Module):
         branch = self.mlp_out_norm(self.mapped(self.mlp_norm(hidden), segments))
         hidden = self.residual(hidden, branch)
         seen = AttentionStates(query, key, rotated_query, rotated_key)
-        return hidden, Cache(keys, values, cache.start, cache.end), seen
+        return hidden, Cache((keys, values), cache.start, cache.end), seen
 
     def project(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the normed tokens."""

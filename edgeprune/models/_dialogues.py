@@ -287,10 +287,10 @@ class DecoderStages(Stages[Talk]):
         text = sum(flow.segments.prefix + flow.segments.text for flow in talk.flows)
         length = self.decoder.plan.counts[index] + max(text, ROOM)
         dtype = self.streamed.dtype
-        key = value = torch.zeros(1, config.kv_heads, length, config.head_size, dtype=dtype)
+        kept = tuple(torch.zeros(s, dtype=dtype) for s in config.kept_shapes(index, length))
         for flow in talk.flows:
-            done = self.decoder.advance(index, flow, key, value)
-            key, value = done.cache.key, done.cache.value
+            done = self.decoder.advance(index, flow, kept)
+            kept = done.cache.kept
             chosen = chosen if flows else (*chosen, *done.kept)
             flows.append(done.flow)
         return Talk(talk.calls, tuple(flow.hidden for flow in flows), chosen, tuple(flows))

@@ -212,6 +212,8 @@ class Family(ABC):
             mrope=decoder.mrope is not None,
             one_position=decoder.one_position,
             blocks=encoder.merging_blocks if layout.is_plain else 0,
+            convolutions=decoder.convolutions,
+            kernel=decoder.kernel,
         )
 
     @property

@@ -122,14 +122,14 @@ class Layerwise:
         makes it, since attention rounds by the size of the cache."""
         text = flow.segments.prefix + flow.segments.text
         room = flow.segments.visual + max(text, ROOM)
-        return self.decoder.advance(index, flow, *self.empty_cache(1, room))
+        return self.decoder.advance(index, flow, self.empty_cache(index, 1, room))
 
     def continued(self, index: int, hidden: Tensor, rows: Tensor, segments: Segments) -> Tensor:
         """Sequences by themselves [n, S, width] through the layer that is in memory; `rows` int64
         [1, S] of the decoder's rotary tables."""
         count, length, _ = hidden.shape
         decoder, ends = self.decoder, (torch.tensor([0]), torch.tensor([length]))
-        cache = Cache(*self.empty_cache(count, length), *ends)
+        cache = Cache(self.empty_cache(index, count, length), *ends)
         given = hidden, rows, decoder.own_rotary(index), cache
         together = decoder.together(segments, entered=1)
         done: Tensor = decoder.layers[index](*given, segments, together)[0]
@@ -158,11 +158,10 @@ class Layerwise:
         with self._decoder.loaded("norm"):
             yield from values
 
-    def empty_cache(self, count: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer before a call: [count, kv_heads, length, head] each."""
-        config = self.decoder.config
-        room = torch.zeros(count, config.kv_heads, length, config.head_size, dtype=self._dtype)
-        return room, room
+    def empty_cache(self, index: int, count: int, length: int) -> tuple[Tensor, ...]:
+        """What the layer of an index keeps before a first call, for `count` sequences."""
+        shapes = self.decoder.config.kept_shapes(index, length, count)
+        return tuple(torch.zeros(shape, dtype=self._dtype) for shape in shapes)
 
     def _seen(self, prompt: Prompt) -> _Seen:
         encoding = self.vision.encoder.enter(prompt.pixels.to(self._dtype))

@@ -91,9 +91,8 @@ class Reference:
         """Forget everything."""
         config, counts = self.decoder.config, self.decoder.plan.counts
         self.dtype = self.decoder.embedding.weight.dtype
-        shapes = [(1, config.kv_heads, n + self.room, config.head_size) for n in counts]
-        self.keys = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
+        shapes = [config.kept_shapes(index, n + self.room) for index, n in enumerate(counts)]
+        self.caches = [tuple(torch.zeros(s, dtype=self.dtype) for s in layer) for layer in shapes]
         self.lengths = torch.zeros(len(counts), dtype=torch.int64)
         self.position = 0
         self.visual = torch.empty(1, 0, config.visual_width, dtype=self.dtype)
@@ -116,14 +115,13 @@ class Reference:
     def _run(
         self, prefix_ids: Tensor, visual: Tensor, text_ids: Tensor, visual_indices: Tensor
     ) -> Step:
-        logits, self.keys, self.values, kept, _ = self.decoder(
+        logits, self.caches, kept, _ = self.decoder(
             prefix_ids,
             visual,
             text_ids,
             torch.tensor([self.position]),
             self.lengths,
-            self.keys,
-            self.values,
+            self.caches,
             visual_indices,
         )
         counts = torch.tensor(self.decoder.plan.counts).clamp(max=visual.shape[1])

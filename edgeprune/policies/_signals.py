@@ -200,15 +200,22 @@ class Anchors:
 
 
 @dataclass(frozen=True)
+class AttentionStates:
+    """Queries [1, heads, S, head] and keys [1, kv_heads, S, head] of one layer."""
+
+    query: Tensor  # before rotary embedding
+    key: Tensor
+    rotated_query: Tensor  # with their positions
+    rotated_key: Tensor
+
+
+@dataclass(frozen=True)
 class LayerSignals:
     """Inside decoder layer l, for the tokens of this call (the cache's older tokens left out)."""
 
     segments: Segments
     hidden: Tensor  # [1, S, width], the layer's output
-    query: Tensor  # [1, heads, S, head], before rotary embedding
-    key: Tensor  # [1, kv_heads, S, head]
-    rotated_query: Tensor  # with their positions
-    rotated_key: Tensor
+    attention: AttentionStates | None  # None: the layer has none
     cos: Tensor  # [n, head / 2], rotary tables
     sin: Tensor
     rows: Tensor  # int64 [S], each token's row of the tables
@@ -219,6 +226,13 @@ class LayerSignals:
     scale: float | None = None  # of products of queries and keys; None: head ** -0.5
     cap: float | None = None  # that the scaled products are bent towards, cap * tanh(x / cap)
     past: bool = True  # whether text sees what is up to itself alone, and not the whole prompt
+
+    @property
+    def states(self) -> AttentionStates:
+        """Queries and keys; SpecError where the layer has no attention."""
+        if self.attention is None:
+            raise SpecError("this method looks at attention, and the layer before it has none")
+        return self.attention
 
     @property
     def visual(self) -> Tensor:
@@ -238,8 +252,8 @@ class LayerSignals:
         rotary tables (UTP, Eq. 2); text tokens keep theirs, so they still share the softmax.
         """
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        last = self.rotated_query[:, :, -1:]
-        logits = self._dot(last, self.rotated_key)  # [1, kv_heads, group, S]
+        last = self.states.rotated_query[:, :, -1:]
+        logits = self._dot(last, self.states.rotated_key)  # [1, kv_heads, group, S]
         if agnostic is not None:
             logits = self._moved(logits, last, agnostic)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
@@ -247,15 +261,15 @@ class LayerSignals:
     def last_query_likeness(self) -> Tensor:
         """As the last token's attention, were there no rotary embedding at all: [visual]."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        logits = self._dot(self.query[:, :, -1:], self.key)
+        logits = self._dot(self.states.query[:, :, -1:], self.states.key)
         return logits.softmax(-1).mean((0, 1, 2))[start:end]
 
     def text_attention(self, agnostic: Tensor | None = None) -> Tensor:
         """Attention of each text token after the image to each visual token, the softmax over all
         tokens that it sees: float32 [heads, T, n]. `agnostic` as in `last_query_attention`."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        queries = self.rotated_query[:, :, end:]
-        logits = self._dot(queries, self.rotated_key)  # [1, kv_heads, group * T, S]
+        queries = self.states.rotated_query[:, :, end:]
+        logits = self._dot(queries, self.states.rotated_key)  # [1, kv_heads, group * T, S]
         if agnostic is not None:
             logits = self._moved(logits, queries, agnostic)
         logits = logits.reshape(queries.shape[1], self.segments.text, self.segments.total)
@@ -283,7 +297,7 @@ class LayerSignals:
         """`logits` of rotated queries, [1, kv_heads, group * R, S], as if each visual token stood
         at `position`."""
         start, end = self.segments.prefix, self.segments.prefix + self.segments.visual
-        moved = self._dot(self._against(queries, position), self.key[:, :, start:end])
+        moved = self._dot(self._against(queries, position), self.states.key[:, :, start:end])
         return torch.cat([logits[..., :start], moved, logits[..., end:]], dim=-1)
 
     def _against(self, queries: Tensor, position: Tensor) -> Tensor:

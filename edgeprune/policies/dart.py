@@ -56,7 +56,7 @@ class Policy(_policy.Policy):
         return after_layer("dart", self.K, shape, ratio(self.counts, shape, cr, self.K))
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
-        sizes = signals.rotated_key[0].float().abs().sum((0, 2))
+        sizes = signals.states.rotated_key[0].float().abs().sum((0, 2))
         start, end = signals.segments.prefix, signals.segments.prefix + signals.segments.visual
         visual, text = signals.visual[0], signals.text[0]
         own = min(self.image_pivots, stage.keep)

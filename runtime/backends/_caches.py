@@ -3,6 +3,9 @@
 The CPU provider's Attention works over the whole cache, so every slot beyond the tokens costs time:
 a cache is copied to a longer block now and then. A cache that the graph makes longer at every call
 goes back and forth between two blocks. Blocks are made and copied on the device where they lie.
+
+The state of a layer without attention has one size and one block: the graph reads it in one node,
+from which all that it writes there is computed.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class Device:
 
 
 class OrtCaches:
-    """Keys and values of every layer, past and present in one block."""
+    """Keys and values or state of every layer, past and present in one block."""
 
     moving = False  # whether every call binds other blocks
     blocks = 1  # for each cache
@@ -63,7 +66,9 @@ class OrtCaches:
     def __init__(
         self, device: Device, record: DecoderRecord, caches: Sequence[CacheRecord]
     ) -> None:
-        self.device, self.record, self.caches = device, record, caches
+        self.device, self.record = device, record
+        self.caches = [cache for cache in caches if not cache.is_state]
+        self.states = [cache for cache in caches if cache.is_state]
         self.values: dict[str, Any] = {}  # by the name of the input
         self.capacities = [0] * record.layers
         self.step: Any = None  # a decode step bound to these blocks
@@ -72,6 +77,9 @@ class OrtCaches:
     def reserve(self, lengths: Ids, filled: Ids) -> None:
         """Hold `filled` tokens in each layer, and not many more; of those that are cached, the
         first `lengths` stay."""
+        for state in self.states:
+            if state.past.name not in self.values:
+                self.values[state.past.name] = self.device.block(state.past.shape({}))
         for layer, (held, needed) in enumerate(zip(lengths.tolist(), filled.tolist(), strict=True)):
             capacity, now = needed + -needed % STEP, self.capacities[layer]
             if now < capacity or (now > capacity + STEP and not held):
@@ -84,23 +92,25 @@ class OrtCaches:
 
     def bind(self, binding: Any, lengths: Ids, filled: Ids) -> None:
         """Bind past and present of a call: `lengths` tokens of each layer become `filled`."""
-        for cache in self.caches:
-            block = self.values[cache.past.name]
-            binding.bind_ortvalue_input(cache.past.name, block)
-            binding.bind_ortvalue_output(cache.present.name, block)  # written in place
+        self._bind_in_place(binding, [*self.caches, *self.states])
 
     def copy(self, lengths: Ids) -> OrtCaches:
         """Others, as long, that hold the same `lengths` tokens."""
-        twin = type(self)(self.device, self.record, self.caches)
+        twin = type(self)(self.device, self.record, [*self.caches, *self.states])
         twin.capacities = [*self.capacities]
         for cache in self.caches if self.values else ():
             name, layer = cache.past.name, cache.index
             twin._fill(name, self.values[name], int(lengths[layer]), self.capacities[layer])
+        for state in self.states if self.values else ():
+            name, (batch, rows, width) = state.past.name, state.past.shape({})
+            twin.values[name] = self.device.block((batch, rows, width))
+            self.device.copy(self.values[name], (batch, 1, rows, width), twin.values[name], 0)
         return twin
 
     def bytes(self) -> int:
         row = self.record.kv_heads * self.record.head_size * np.dtype(self.device.element).itemsize
-        return sum(2 * self.blocks * capacity * row for capacity in self.capacities)
+        caches = sum(self.blocks * self.capacities[cache.index] * row for cache in self.caches)
+        return caches + sum(s.past.bytes({}) for s in self.states if s.past.name in self.values)
 
     def close(self) -> None:
         self.values, self.step, self.closed = {}, None, True
@@ -112,6 +122,12 @@ class OrtCaches:
         read = int(source.shape()[2]) if held else 0
         self.device.copy(source or block, self._shape(read), block, capacity - read)
         self.values[name] = block
+
+    def _bind_in_place(self, binding: Any, caches: Sequence[CacheRecord]) -> None:
+        for cache in caches:
+            block = self.values[cache.past.name]
+            binding.bind_ortvalue_input(cache.past.name, block)
+            binding.bind_ortvalue_output(cache.present.name, block)
 
     def _shape(self, tokens: int) -> tuple[int, ...]:
         return 1, self.record.kv_heads, tokens, self.record.head_size
@@ -131,6 +147,7 @@ class GrowingCaches(OrtCaches):
 
     def bind(self, binding: Any, lengths: Ids, filled: Ids) -> None:
         device = self.device.name, 0, self.device.element
+        self._bind_in_place(binding, self.states)
         for cache in self.caches:
             name, layer = cache.past.name, cache.index
             past, present = self.values[name], self.others[name]

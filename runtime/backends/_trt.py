@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,9 +101,7 @@ class TrtBackend:
 
     def copy(self, caches: TrtCaches, lengths: Ids) -> TrtCaches:
         twin = self.caches()
-        for cache, (past, _) in caches.block.pairs.items():
-            size = self._cache_sizes[cache.past.name]
-            self.device.copy(twin.block.pairs[cache][0], past, size)
+        twin.block.copy(caches.block, self.device)
         self.device.wait()
         return twin
 
@@ -135,6 +134,7 @@ class TrtBackend:
         self._show(execution, image, visual)
         block.prepare(execution, inputs.lengths)
         execution.run()
+        block.keep_states(self.device)
         self.device.download(self._token, self.at["token"])
         kept = list[Ids]()
         for site, count in survivors(self.manifest):
@@ -150,14 +150,15 @@ class TrtBackend:
             block.replay()
         else:
             block.prepare(self._decode, inputs.lengths)
-            self._queue_step()
+            self._queue_step(block)
         self.device.wait()
         if block.replay is None and not block.grows and self._decode.recordable():
-            block.replay = self.device.record(self._queue_step)
+            block.replay = self.device.record(partial(self._queue_step, block))
 
-    def _queue_step(self) -> None:
+    def _queue_step(self, block: Block) -> None:
         self.device.upload(self.at["step"], self._step.host)
         self._decode.run()
+        block.keep_states(self.device)
         self.device.download(self._token, self.at["token"])
 
     def _show(self, execution: gpu.Execution, image: EncodedImage | None, visual: int) -> None:

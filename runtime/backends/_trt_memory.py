@@ -19,23 +19,37 @@ CACHES = ("past_", "present_")
 
 class Block:
     """KV caches in one piece of memory: past and present at one address, or at two that change
-    places. `replay` is the decode step recorded on these addresses."""
+    places. `replay` is the decode step recorded on these addresses.
+
+    A state has two addresses that stay: an engine may still read the one when it writes the other,
+    so what was written is copied back after a call, all states at once.
+    """
 
     def __init__(
         self, manifest: Manifest, capacities: Sequence[int], at: Mapping[str, int]
     ) -> None:
         record = manifest.decoder
         self.grows, self.record = record.cache == "grow", record
-        row = record.kv_heads * record.head_size * DTYPES[manifest.dtype].bytes
-        self.bytes = (2 if self.grows else 1) * sum(2 * n * row for n in capacities)
+        caches = manifest.graph.caches
+        self.sizes = cache_sizes(manifest, capacities)
+        self.bytes = sum(_bytes(manifest, capacities).values())
         self.pairs = {
             cache: (at[cache.past.name], at[(cache.present if self.grows else cache.past).name])
-            for cache in manifest.graph.caches
+            for cache in caches
+            if not cache.is_state
+        }
+        self.states = {
+            state: (at[state.past.name], at[state.present.name])
+            for state in caches
+            if state.is_state
         }
         self.replay: Callable[[], None] | None = None
 
     def prepare(self, execution: gpu.Execution, lengths: Ids) -> None:
         """Give a call its caches, and where they grow their shapes; the next call is swapped."""
+        for state, (past, present) in self.states.items():
+            execution.address(state.past.name, past)
+            execution.address(state.present.name, present)
         for cache, (past, present) in self.pairs.items():
             execution.address(cache.past.name, past)
             execution.address(cache.present.name, present)
@@ -44,6 +58,19 @@ class Block:
                 shape = (1, self.record.kv_heads, held, self.record.head_size)
                 execution.shape(cache.past.name, shape)
                 self.pairs[cache] = present, past
+
+    def keep_states(self, device: gpu.Gpu) -> None:
+        """After a call: what it wrote is what the next one reads."""
+        if self.states:
+            past, present = next(iter(self.states.values()))  # the first of each
+            size = sum(self.sizes[state.past.name] for state in self.states)
+            device.copy(past, present, size)
+
+    def copy(self, other: Block, device: gpu.Gpu) -> None:
+        """What another block of these sizes holds."""
+        theirs = other.pairs | other.states
+        for cache, (past, _) in (self.pairs | self.states).items():
+            device.copy(past, theirs[cache][0], self.sizes[cache.past.name])
 
 
 class TrtCaches:
@@ -81,13 +108,21 @@ def image_sizes(manifest: Manifest) -> dict[str, int]:
 
 
 def cache_sizes(manifest: Manifest, capacities: Sequence[int]) -> dict[str, int]:
-    """Bytes of one dialogue's caches, by the input's name; by the output's too where they grow."""
+    """Bytes of one dialogue's caches, by the input's name; by the output's too where they grow, and
+    of states. All states before a call lie together, and all after it, in one order."""
+    return _aligned(_bytes(manifest, capacities))
+
+
+def _bytes(manifest: Manifest, capacities: Sequence[int]) -> dict[str, int]:
+    """The same, not yet aligned."""
     record, sizes = manifest.decoder, dict[str, int]()
     row = record.kv_heads * record.head_size * DTYPES[manifest.dtype].bytes
-    for cache in manifest.graph.caches:
+    states = [cache for cache in manifest.graph.caches if cache.is_state]
+    for cache in (cache for cache in manifest.graph.caches if not cache.is_state):
         ends = (cache.past, cache.present) if record.cache == "grow" else (cache.past,)
         sizes |= {end.name: capacities[cache.index] * row for end in ends}
-    return _aligned(sizes)
+    sizes |= {state.past.name: state.past.bytes({}) for state in states}
+    return sizes | {state.present.name: state.present.bytes({}) for state in states}
 
 
 def _aligned(sizes: Mapping[str, int]) -> dict[str, int]:
