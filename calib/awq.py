@@ -107,10 +107,15 @@ def groups_of(config: DecoderConfig) -> Iterator[Group]:
         path, experts = f"layers.{layer}", ("", "image_")[: 1 + config.layers[layer].experts]
         attentions = [f"{path}.{expert}attention" for expert in experts]
         mlps = [f"{path}.{expert}mlp" for expert in experts]
-        read = [f"{own}.{name}.weight" for own in attentions for name in ("query", "key", "value")]
-        yield Group(tuple(read), (f"{path}.attention_norm.weight",))
-        value = [f"{own}.value.{leaf}" for own in attentions for leaf in ("weight", "bias")]
-        yield Group(tuple(f"{own}.output.weight" for own in attentions), tuple(value), shared)
+        if config.layers[layer].kernel:  # what its output reads is no product's output alone
+            yield Group((f"{path}.convolution.input.weight",), (f"{path}.convolution_norm.weight",))
+        else:
+            names = "query", "key", "value"
+            read = [f"{own}.{name}.weight" for own in attentions for name in names]
+            yield Group(tuple(read), (f"{path}.attention_norm.weight",))
+            value = [f"{own}.value.{leaf}" for own in attentions for leaf in ("weight", "bias")]
+            outputs = tuple(f"{own}.output.weight" for own in attentions)
+            yield Group(outputs, tuple(value), shared)
         read = [f"{own}.{name}.weight" for own in mlps for name in ("gate", "up")]
         yield Group(tuple(read), (f"{path}.mlp_norm.weight",))
         for own in mlps:

@@ -101,6 +101,7 @@ def calibrate(
         first=first,
         solver=request.solver,  # type: ignore[arg-type]
         max_sites=request.max_sites,
+        convolutions=adapter.shape.convolutions,
     )
     write_cached(stored, schedule.to_json().encode())
     return schedule

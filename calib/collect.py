@@ -1,10 +1,11 @@
 """What UTR needs to know of a model: where the last prompt token looks, and what each layer loses.
 
-For each sample, one full forward collects a^l, the attention of layer l to each visual token, and
-L - 1 text-only continuations give ell_l: how far the output turns when layers l .. L see no visual
-token. A continuation needs only the text tokens' hidden states of the full forward, and all of them
-that have begun run as one batch, so the whole costs about 1.6 prefills and not L. All samples go
-through one layer before the next layer is read.
+For each sample, one full forward collects a^l, the attention of layer l to each visual token, and L
+- 1 text-only continuations give ell_l: how far the output turns when layers l .. L see no visual
+token. A layer without attention is given that of the last layer before it that has some, by which
+its tokens were chosen. A continuation needs only the text tokens' hidden states of the full
+forward, and all of them that have begun run as one batch, so the whole costs about 1.6 prefills and
+not L. All samples go through one layer before the next layer is read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from edgeprune.models._decoder import Flow
 from edgeprune.models._layerwise import Layerwise, Started
 from edgeprune.models._processor import Prompt
 from edgeprune.policies import Policy
-from edgeprune.policies._signals import Segments
+from edgeprune.policies._signals import LayerSignals, Segments
 from edgeprune.spec import Plan
 
 
@@ -69,6 +70,14 @@ def collect(
     runs = engine.keep(begun(started) for started in engine.start(prompts()))
     attention: list[list[np.ndarray]] = [[] for _ in range(plan.layers)]
 
+    def scores(index: int, signals: LayerSignals) -> np.ndarray:
+        if index + 1 not in adapter.shape.convolutions:
+            found: np.ndarray = policy.calibration_scores(index + 1, signals).numpy()
+            return found
+        if index:
+            return attention[index - 1][len(attention[index])]  # of the same sample
+        return np.full(plan.visual_tokens, 1 / plan.visual_tokens, np.float32)  # drops nothing
+
     def step(index: int, run: Run) -> Run:
         text = run.text
         if index > 0:
@@ -77,7 +86,7 @@ def collect(
             alone = Segments(prefix, 0, text.shape[1] - prefix)
             text = engine.continued(index, text, run.rows, alone)
         done = engine.advance(index, run.flow)
-        attention[index].append(policy.calibration_scores(index + 1, done.signals).numpy())
+        attention[index].append(scores(index, done.signals))
         return Run(done.flow, text, run.slots, run.rows)
 
     runs = engine.layers(runs, step)

@@ -59,6 +59,11 @@ def survey(work: Work, costs: Costs, methods: Sequence[EncoderMethod]) -> list[P
     shape = work.adapter.shape
     if work.policy.entry_tokens(shape, 1) is None:
         raise SpecError("--ttft chooses the counts of each layer; it needs --method utp")
+    if shape.convolutions:
+        raise SpecError(
+            "--ttft takes all decoder layers to be as slow as each other, and some of this model's"
+            " have a convolution in place of attention; give --cr"
+        )
     evidence = evidence_of(work.request, work.adapter, work.policy, work.processor, work.report)
     placed = [work.adapter.encoder_site(method) for method in methods]
     measured = measure_sites(work.request, work.adapter, work.processor, placed, work.report)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from itertools import pairwise
@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from edgeprune.calib.solvers._problem import Measured, Problem, Progress, Solution, silent
+from edgeprune.calib.solvers.grouped import settle
 from edgeprune.calib.solvers.timed import Times
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.spec import ModelShape, budget
@@ -169,21 +170,29 @@ def solve(
     first: int,
     solver: Solver = "joint",
     max_sites: int | None = None,
+    convolutions: Sequence[int] = (),
     time_limit: float | None = None,
     progress: Progress = silent,
 ) -> Schedule:
     """Choose r_2 .. r_L for r_1 = `first` tokens, so that V L / (r_1 + ... + r_L) = `cr`.
 
     `max_sites` (joint only) allows so many layers at most where the count falls; the sum may then
-    stay below the budget by less than L. `time_limit` is seconds of search, per sample in `paper`.
+    stay below the budget by less than L. Behind the layers of `convolutions` (1-based) it never
+    falls. `time_limit` is seconds of search, per sample in `paper`.
     """
     if solver not in get_args(Solver):
         raise SpecError(f"no solver {solver!r}; choose one of: {', '.join(get_args(Solver))}")
     if max_sites is not None and (solver != "joint" or max_sites < 1):
         raise SpecError(f"a limit of {max_sites} sites needs solver joint and at least one site")
+    if convolutions and max_sites is not None:
+        raise SpecError(
+            "this model's counts fall behind few layers as it is; leave out --max-sites"
+        )
     began = perf_counter()
     problem = pose(evidence, cr, first)
     solution = _run(problem, solver, max_sites, time_limit, progress)
+    if convolutions:
+        solution = settle(problem, solution, convolutions)
     return _schedule(evidence, solution, solver, cr, began)
 
 

@@ -66,6 +66,15 @@ class ModelShape:
     convolutions: tuple[int, ...] = ()  # layers with a short convolution in place of attention
     kernel: int = 0  # tokens that these read; 0 where there are none
 
+    def attending(self, layer: int) -> int:
+        """The layer behind which a method that looks at attention drops tokens, where it would do
+        so behind `layer`: this one, or where it has no attention the next one below L that has, or
+        else the last."""
+        found = [n for n in range(1, self.layers) if n not in self.convolutions]
+        if not found:
+            raise SpecError("no layer of this decoder but the last has attention to look at")
+        return next((n for n in found if n >= layer), found[-1])
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:

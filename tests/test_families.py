@@ -120,6 +120,7 @@ def generated(
         "image_sizes",
         "batch_num_images",
         "pixel_attention_mask",
+        "spatial_shapes",
         "token_type_ids",
     )
     seen |= family.kinds(ids, 0)

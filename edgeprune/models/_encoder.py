@@ -312,12 +312,17 @@ class Encoder(Tower):
         self.post_norm = LayerNorm(*norm) if config.post_norm else nn.Identity()
 
     def enter(self, pixels: Tensor) -> Encoding:
-        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        x = self.patches(pixels)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         x = self.pre_norm(x + self.positions())
         read = (x,) if 0 in self.config.joined else ()
         return Encoding(x, read=read, contrast=self.contrast(pixels, self.site))
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """The embedding of each patch, row by row: [tiles, 3, H, W] -> [tiles, N, width]."""
+        embedded: Tensor = self.patch(pixels).flatten(2).transpose(1, 2)
+        return embedded
 
     def positions(self) -> Tensor:
         """What is added to the tokens of a tile: [S, width]."""

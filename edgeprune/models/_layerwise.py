@@ -137,21 +137,33 @@ class Layerwise:
 
     def resumed(self, index: int, hidden: Tensor, flow: Flow, cache: Cache) -> Tensor:
         """Other values [n, S, width] of the last S tokens of a prefill, through the layer in
-        memory. `flow` is what entered it, `cache` what `advance` made of that: keys and values of
-        the tokens before these."""
+        memory. `flow` is what entered it, `cache` what `advance` made of that."""
         _, length, _ = hidden.shape
         decoder, segments = self.decoder, Segments(0, 0, length)
         together = decoder.together(segments, entered=1)
         if isinstance(together, Together) and not together.windowed:  # they see all of the prefill
             together = replace(together, first=length - cache.end[0])
         given = flow.positions[:, -length:], flow.rotary or decoder.own_rotary(index)
-        done = [hidden[:0]]
+        past, done = self._past(index, flow, cache, length), [hidden[:0]]
         for start in range(0, len(hidden), BATCH):
             part = hidden[start : start + BATCH]
-            key, value = (past.expand(len(part), -1, -1, -1) for past in (cache.key, cache.value))
-            held = Cache(key, value, cache.end - length, cache.end)
+            kept = tuple(one.expand(len(part), *one.shape[1:]) for one in past)
+            held = Cache(kept, cache.end - length, cache.end)
             done.append(decoder.layers[index](part, *given, held, segments, together)[0])
         return torch.cat(done)
+
+    def _past(self, index: int, flow: Flow, cache: Cache, length: int) -> tuple[Tensor, ...]:
+        """What a layer keeps of a prefill's tokens before the last `length`: keys and values of all
+        serve, a state is that of the tokens which a convolution reads."""
+        kernel = self.decoder.config.layers[index].kernel
+        if not kernel:
+            return cache.kept
+        before = flow.hidden[:, :-length][:, 1 - kernel :]
+        empty = Cache(self.empty_cache(index, 1, 0), cache.start, cache.start)
+        rotary = flow.rotary or self.decoder.own_rotary(index)
+        given = before, flow.positions[:, : before.shape[1]], rotary, empty, flow.segments
+        present: Cache = self.decoder.layers[index](*given)[1]
+        return present.kept
 
     def normed(self, values: Iterable[T]) -> Iterator[T]:
         """The values, while the decoder's final norm is in memory."""

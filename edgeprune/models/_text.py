@@ -16,6 +16,8 @@ Kind = Callable[[Any, DecoderConfig], DecoderConfig]
 """From a text config, and the plain decoder of its sizes, to the decoder of one kind."""
 ACTIVATION = "hidden_activation", "hidden_act"
 """Names of the setting that says the MLP's activation, likeliest first."""
+UNSAID = {"lfm2": "silu"}
+"""The activation of decoders whose configs have no such setting."""
 
 
 def _plain(text: Any, decoder: DecoderConfig) -> DecoderConfig:
@@ -64,6 +66,31 @@ def _ministral3(text: Any, decoder: DecoderConfig) -> DecoderConfig:
     return replace(decoder, max_positions=min(decoder.max_positions, first))
 
 
+def _lfm2(text: Any, decoder: DecoderConfig) -> DecoderConfig:
+    """Short convolutions in most layers, in the others attention with norms of queries and keys."""
+    kinds, known = list(text.layer_types), {"conv", "full_attention"}
+    if len(kinds) != len(decoder.layers) or not set(kinds) <= known or "conv" not in kinds:
+        raise ModelError(f"layer_types of a lfm2 decoder are conv and full_attention; got {kinds}")
+    if text.conv_L_cache < 2:
+        raise ModelError(f"conv_L_cache of a lfm2 decoder is at least 2; got {text.conv_L_cache}")
+    attention = replace(decoder.layers[0], qk_norm=True)
+    short = replace(decoder.layers[0], kernel=text.conv_L_cache, output_bias=text.conv_bias)
+    layers = tuple(short if kind == "conv" else attention for kind in kinds)
+    return replace(decoder, layers=layers, mlp_width=_lfm2_mlp(text))
+
+
+def _lfm2_mlp(text: Any) -> int:
+    """Width of the MLP: two thirds of what the config says, in multiples of a number."""
+    width: int = text.intermediate_size
+    if not text.block_auto_adjust_ff_dim:
+        return width
+    width = int(2 * width / 3)
+    if text.block_ffn_dim_multiplier is None:
+        return width
+    step: int = text.block_multiple_of
+    return step * -(-int(text.block_ffn_dim_multiplier * width) // step)
+
+
 def _layers(decoder: DecoderConfig, **changes: Any) -> DecoderConfig:
     """The same changes of all layers."""
     return replace(decoder, layers=tuple(replace(layer, **changes) for layer in decoder.layers))
@@ -74,6 +101,7 @@ DECODERS: dict[str, Kind] = {
     "llama": _llama,
     "granite": _granite,
     "ministral3": _ministral3,
+    "lfm2": _lfm2,
     "mistral": _plain,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
@@ -90,7 +118,7 @@ def decoder_config(text: Any, tied: bool, kind: str | Kind | None = None) -> Dec
         raise ModelError(f"this checkpoint has a {name} decoder; supported: {', '.join(DECODERS)}")
     made = DECODERS[name] if isinstance(name, str) else name
     named = (getattr(text, setting, None) for setting in ACTIVATION)
-    activation = next(filter(None, named), None)
+    activation = next(filter(None, named), UNSAID.get(text.model_type))
     if activation not in ACTIVATIONS:
         raise ModelError(f"activation {activation!r} in the decoder is not supported")
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -103,7 +131,7 @@ def decoder_config(text: Any, tied: bool, kind: str | Kind | None = None) -> Dec
         kv_heads=text.num_key_value_heads,
         head_size=head_size,
         vocabulary=text.vocab_size,
-        eps=text.rms_norm_eps,
+        eps=text.norm_eps if text.model_type == "lfm2" else text.rms_norm_eps,
         max_positions=positions,
         rope=read_rope(text, head_size, positions),
         tied=tied,

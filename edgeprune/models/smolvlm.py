@@ -27,7 +27,6 @@ from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames
-from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._smolvlm_video import frame_processor, video_rate, written_video
 from edgeprune.models._towers import siglip
@@ -51,15 +50,6 @@ class Adapter(_adapter.Adapter):
     tile the positions in order.
     """
 
-    nearby: ClassVar[tuple[Nearby, ...]] = (
-        Nearby(
-            "LFM2-VL and LFM2.5-VL",
-            ("lfm2_vl", "lfm2-vl"),
-            tower="SigLIP2 for images of any size: its position grid is resampled",
-            decoder="short convolutions with a state in most layers",
-            processor="transformers has none that runs on Pillow",
-        ),
-    )
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
     takes: ClassVar[Takes] = Takes(frames=True)
     encoder: EncoderConfig

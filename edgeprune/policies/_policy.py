@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -21,6 +21,9 @@ EVERY = """Of every method:
 - --set positions=keep leaves each token its position, =renumber closes the gaps of those that left.
   The default does what the published method does: most close gaps before the decoder and leave them
   inside. Under M-RoPE (Qwen-VL) each token keeps its row and column.
+- Where a decoder has attention in some layers only (LFM2-VL), a method that looks at attention
+  drops tokens behind such layers alone: a layer that is named, or published, stands for the next
+  that has attention. In the other layers, convolutions, tokens that are left are neighbours.
 """
 """What holds of all methods alike, and so stands in no method's file."""
 
@@ -97,8 +100,20 @@ class Policy:
 
     def plan(self, shape: ModelShape, cr: float, schedule: Counts | None = None) -> Plan:
         """Stages for a model and a compression ratio; SpecError where it cannot be reached."""
-        plan = self.sizes(shape, cr, schedule)
+        looked_at = shape if self.looks_at_attention() else replace(shape, convolutions=())
+        plan = self.sizes(looked_at, cr, schedule)
+        for stage in plan.stages:
+            if stage.site == "layer" and stage.layer - 1 in looked_at.convolutions:
+                raise SpecError(
+                    f"tokens would be dropped behind layer {stage.layer - 1}, which has no"
+                    f" attention to look at; behind layer {shape.attending(stage.layer - 1)}"
+                    " they may"
+                )
         return with_positions(plan, self.positions, shape, self.renumbers)
+
+    def looks_at_attention(self) -> bool:
+        """Whether its sites between decoder layers look at queries and keys of the layer before."""
+        return True
 
     def sizes(self, shape: ModelShape, cr: float, schedule: Counts | None = None) -> Plan:
         """As `plan`, whatever tokens' positions are."""

@@ -15,8 +15,6 @@ MOST_DROPS = 8  # `_near` tries 3 counts after each
 def after_layer(method: str, last: int, shape: ModelShape, cr: float) -> Plan:
     """Layers 1..`last` see all V tokens, all others (V L / CR - last V) / (L - last)."""
     tokens, layers = shape.visual_tokens, shape.layers
-    if not 1 <= last < layers:
-        raise SpecError(f"--set K= is a layer from 1 to {layers - 1} of {layers}; got {last}")
     pruned = layers - last
     keep = round((budget(tokens, layers, cr) - last * tokens) / pruned)
     if keep < 1:
@@ -30,25 +28,32 @@ def after_layer(method: str, last: int, shape: ModelShape, cr: float) -> Plan:
     return plan_from_counts(tokens, (tokens,) * last + (keep,) * pruned)
 
 
-def scaled(depths: tuple[float, ...], layers: int) -> tuple[int, ...]:
+def scaled(depths: tuple[float, ...], shape: ModelShape) -> tuple[int, ...]:
     """The layers, of 1 .. L - 1 where there are so many, at given shares of the depth."""
-    return tuple(sorted({max(1, round(layers * depth)) for depth in depths}))
+    named = {max(1, round(shape.layers * depth)) for depth in depths}
+    return tuple(sorted(set(map(shape.attending, named)) if shape.convolutions else named))
 
 
-def layer_of(option: str, text: str, depth: float, layers: int) -> int:
+def layer_at(layer: int, shape: ModelShape) -> int:
+    """The layer that --set K= names, one of 1 .. L - 1."""
+    return layer_of("K", str(layer), 0, shape)
+
+
+def layer_of(option: str, text: str, depth: float, shape: ModelShape) -> int:
     """The layer of an option that names one of 1 .. L - 1, or `auto`: a share of the depth."""
-    given = int(text) if text.isdecimal() else 0
-    layer = scaled((depth,), layers)[0] if text == "auto" else given
+    layers, given = shape.layers, int(text) if text.isdecimal() else 0
+    layer = scaled((depth,), shape)[0] if text == "auto" else given
     if not 1 <= layer < layers:
         raise SpecError(
             f"--set {option}= is a layer from 1 to {layers - 1} of {layers}; got {text!r}"
         )
-    return layer
+    return shape.attending(layer)
 
 
-def parse(text: str, layers: int) -> tuple[int, ...]:
+def parse(text: str, shape: ModelShape) -> tuple[int, ...]:
     """The layers that --set stages= lists, rising; SpecError where it lists none that exist, or
     too many."""
+    layers = shape.layers
     try:
         drops = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
@@ -58,7 +63,7 @@ def parse(text: str, layers: int) -> tuple[int, ...]:
             f"--set stages= lists up to {MOST_DROPS} layers from 1 to {layers - 1}, such as 1,3;"
             f" got {text!r}"
         )
-    return drops
+    return tuple(sorted(set(map(shape.attending, drops))))
 
 
 def geometric(first: int, layers: int, drops: tuple[int, ...], q: float) -> tuple[int, ...]:

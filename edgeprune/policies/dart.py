@@ -27,7 +27,7 @@ from edgeprune.policies import _policy
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._diverse import unlike
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._schedules import after_layer
+from edgeprune.policies._schedules import after_layer, layer_at
 from edgeprune.policies._select import ranked, top
 from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import ModelShape, Plan, Stage
@@ -53,7 +53,8 @@ class Policy(_policy.Policy):
                 "--set image_pivots= and text_pivots= are numbers of tokens, not both 0; got"
                 f" {self.image_pivots} and {self.text_pivots}"
             )
-        return after_layer("dart", self.K, shape, ratio(self.counts, shape, cr, self.K))
+        last = layer_at(self.K, shape)
+        return after_layer("dart", last, shape, ratio(self.counts, shape, cr, last))
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         sizes = signals.states.rotated_key[0].float().abs().sum((0, 2))

@@ -19,7 +19,7 @@ from typing import ClassVar
 from edgeprune.policies import _policy
 from edgeprune.policies._counts import ratio
 from edgeprune.policies._policy import Selection
-from edgeprune.policies._schedules import after_layer
+from edgeprune.policies._schedules import after_layer, layer_at
 from edgeprune.policies._select import top
 from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import ModelShape, Plan, Stage
@@ -39,7 +39,8 @@ class Policy(_policy.Policy):
     needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        return after_layer("fastv", self.K, shape, ratio(self.counts, shape, cr, self.K))
+        last = layer_at(self.K, shape)
+        return after_layer("fastv", last, shape, ratio(self.counts, shape, cr, last))
 
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))

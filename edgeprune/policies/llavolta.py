@@ -44,8 +44,11 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "after layer K, averages of neighbouring tokens"
     sites: ClassVar[tuple[str, ...]] = ("layer",)
 
+    def looks_at_attention(self) -> bool:
+        return False
+
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
-        last = layer_of("K", self.K, DEPTH, shape.layers)
+        last = layer_of("K", self.K, DEPTH, shape)
         plan = after_layer("llavolta", last, shape, ratio(self.counts, shape, cr, last))
         stages = (replace(stage, keep=0, merged=stage.keep) for stage in plan.stages)
         return replace(plan, stages=tuple(stages))

@@ -68,13 +68,16 @@ class Policy(_policy.Policy):
     sites: ClassVar[tuple[str, ...]] = ("vision", "layer")
     needs: ClassVar[tuple[str, ...]] = ("text", "[CLS] above CR 2")
 
+    def looks_at_attention(self) -> bool:
+        return self.score == "attention"
+
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if self.score not in SCORES:
             raise SpecError(f"--set score= is hidden or attention; got {self.score!r}")
         tokens, layers = shape.visual_tokens, shape.layers
         if not 1 <= self.enter <= layers:
             raise SpecError(f"--set enter= is a number from 1 to {layers}; got {self.enter:g}")
-        drops = scaled(DEPTHS, layers) if self.stages == AUTO else parse(self.stages, layers)
+        drops = scaled(DEPTHS, shape) if self.stages == AUTO else parse(self.stages, shape)
         plan = plan_from_counts(tokens, self._counts(shape, drops, cr))
         return _merging_first(with_merged(plan))
 

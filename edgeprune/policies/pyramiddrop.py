@@ -70,19 +70,19 @@ class Policy(_policy.Policy):
         """r_1 ... r_L."""
         tokens, layers = shape.visual_tokens, shape.layers
         if self.counts != AUTO:
-            drops = scaled(PAPER, layers) if self.stages == AUTO else parse(self.stages, layers)
+            drops = scaled(PAPER, shape) if self.stages == AUTO else parse(self.stages, shape)
             levels = tokens, *listed(self.counts, len(drops), tokens)
             return stepped(levels, layers, drops)
-        drops = self._drops(tokens, layers, wanted)
+        drops = self._drops(shape, wanted)
         least = sum(geometric(tokens, layers, drops, 0))
         if least > wanted:
             raise too_late("pyramiddrop", drops[0], shape, least, cr)
         return falling(tokens, layers, drops, wanted)
 
-    def _drops(self, tokens: int, layers: int, wanted: int) -> tuple[int, ...]:
+    def _drops(self, shape: ModelShape, wanted: int) -> tuple[int, ...]:
         """Layers after which tokens are dropped, rising, of 1 .. L - 1."""
         if self.stages != AUTO:
-            return parse(self.stages, layers)
-        drops = scaled(PAPER, layers)
-        half = sum(geometric(tokens, layers, drops, 0.5))
-        return drops if half <= wanted else scaled(LATER, layers)
+            return parse(self.stages, shape)
+        drops = scaled(PAPER, shape)
+        half = sum(geometric(shape.visual_tokens, shape.layers, drops, 0.5))
+        return drops if half <= wanted else scaled(LATER, shape)

@@ -81,7 +81,7 @@ class Policy(_policy.Policy):
         if self.version not in VERSIONS:
             raise SpecError(f"--set version= is 1.5 or 2; got {self.version!r}")
         tokens, layers = shape.visual_tokens, shape.layers
-        drops = scaled(DEPTHS, layers) if self.stages == AUTO else parse(self.stages, layers)
+        drops = scaled(DEPTHS, shape) if self.stages == AUTO else parse(self.stages, shape)
         if self.counts != AUTO:
             levels = tokens, *listed(self.counts, len(drops), tokens)
             counts = stepped(levels, layers, drops)

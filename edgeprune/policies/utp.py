@@ -102,16 +102,17 @@ class Policy(_policy.Policy):
         tokens, layers, first = shape.visual_tokens, shape.layers, _entering(shape, cr)
         if not 1 <= self.K < layers:
             raise SpecError(f"--set K= is a layer from 1 to {layers - 1} of {layers}; got {self.K}")
-        pruned = layers - self.K
-        keep = round((budget(tokens, layers, cr) - self.K * first) / pruned)
+        last = shape.attending(self.K)
+        pruned = layers - last
+        keep = round((budget(tokens, layers, cr) - last * first) / pruned)
         if keep < 1:
-            most = floor_cr(tokens, layers, self.K * first + pruned)
+            most = floor_cr(tokens, layers, last * first + pruned)
             raise SpecError(
-                f"method utp with utr=off keeps {first} visual tokens in its first K={self.K} of"
+                f"method utp with utr=off keeps {first} visual tokens in its first K={last} of"
                 f" {layers} layers, so --cr is at most {most:g}, not {cr:g}; choose a smaller --cr,"
                 " a smaller K, or utr=on"
             )
-        return (first,) * self.K + (min(keep, first),) * pruned
+        return (first,) * last + (min(keep, first),) * pruned
 
 
 def _entering(shape: ModelShape, cr: float) -> int:

@@ -97,6 +97,9 @@ class Policy(_policy.Policy):
             raise SpecError(f"--set rounds= is at least 1; got {self.rounds}")
         check_tiles(self.tiles)
 
+    def looks_at_attention(self) -> bool:
+        return False
+
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if shape.separators:
             raise SpecError(
@@ -162,14 +165,14 @@ class Policy(_policy.Policy):
         """r_1, the count after the stage in the decoder, and the layer before it."""
         tokens, layers = shape.visual_tokens, shape.layers
         if self.counts != AUTO:
-            last = layers if self.llm == "off" else layer_of("llm", self.llm, 1 / 2, layers)
+            last = layers if self.llm == "off" else layer_of("llm", self.llm, 1 / 2, shape)
             given = listed(self.counts, 1 + (last < layers), tokens)
             return given[0], given[-1], last
         total = budget(tokens, layers, cr)
         if self.llm == "off":
             entering = max(1, round(total / layers))
             return entering, entering, layers
-        last = layer_of("llm", self.llm, 1 / 2, layers)
+        last = layer_of("llm", self.llm, 1 / 2, shape)
         entering = round(total / (last + self.llm_share * (layers - last)))
         entering = min(tokens, max(1, entering))
         later = round((total - last * entering) / (layers - last))

@@ -27,6 +27,9 @@ class Policy(_policy.Policy):
     summary: ClassVar[str] = "all visual tokens leave after one layer, CR = L / K only"
     sites: ClassVar[tuple[str, ...]] = ("layer",)
 
+    def looks_at_attention(self) -> bool:
+        return False
+
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         tokens, layers = shape.visual_tokens, shape.layers
         last = min(layers, max(1, round(layers / cr)))

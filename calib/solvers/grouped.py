@@ -1,0 +1,84 @@
+"""Schedules whose counts fall only behind layers that have attention to look at.
+
+A schedule that may fall anywhere is found first. Between two layers with attention its counts are
+averaged, then moves between two such groups of layers are tried, in ever smaller steps. The bound
+is that of schedules that may fall anywhere, of which these are some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import numpy as np
+
+from edgeprune.calib.solvers._problem import Ints, Problem, Solution
+from edgeprune.errors import SpecError
+from edgeprune.spec import floor_cr
+
+
+def groups_of(layers: int, convolutions: Sequence[int]) -> list[int]:
+    """How many layers follow each other with one count: a group ends with a layer that has
+    attention, the last one with the last layer."""
+    ends = [layer for layer in range(1, layers) if layer not in convolutions]
+    return np.diff([0, *ends, layers]).tolist()
+
+
+def settle(problem: Problem, solution: Solution, convolutions: Sequence[int]) -> Solution:
+    """A schedule near another one that falls only where it may; its sum may stay below the budget
+    by less than L. SpecError where the first group leaves too few tokens for the others."""
+    counts, layers = solution.counts, len(solution.counts)
+    sizes = np.array(groups_of(layers, convolutions), np.intp)
+    least = sizes[0] * problem.first + (layers - sizes[0])
+    if least > problem.total:
+        most = floor_cr(problem.first, layers, int(least))
+        raise SpecError(
+            f"all visual tokens stay up to layer {sizes[0]}, the first of {layers} that has"
+            f" attention to look at, so --cr is at most {most:g}; choose a method that prunes"
+            " before the decoder, such as fastervlm"
+        )
+    starts = np.concatenate([[0], sizes.cumsum()[:-1]])
+    levels = np.maximum(1, np.add.reduceat(counts, starts) // sizes)
+    levels[0] = problem.first
+    levels = _within(problem, levels, sizes)
+    loss = float(problem.evaluate(np.repeat(levels[None], sizes, 1))[0])
+    step = max(1, int(levels[1:].max(initial=1)) // 2)
+    while step:
+        near = _moved(problem, levels, sizes, step)
+        found = problem.evaluate(np.repeat(near, sizes, 1)) if len(near) else np.zeros(0)
+        if len(near) and found.min() < loss * (1 - 1e-9):
+            levels, loss = near[found.argmin()], float(found.min())
+        else:
+            step //= 2
+    return Solution(np.repeat(levels, sizes), loss, min(loss, solution.bound))
+
+
+def _within(problem: Problem, levels: Ints, sizes: Ints) -> Ints:
+    """Levels lowered to the budget, the largest behind the first first, then raised up to it."""
+    levels = levels.copy()
+    while (levels * sizes).sum() > problem.total:
+        last = np.flatnonzero(levels == levels[1:].max())[-1]  # the order stays
+        levels[last] -= 1
+    return _raised(problem, levels, sizes)
+
+
+def _raised(problem: Problem, levels: Ints, sizes: Ints) -> Ints:
+    """Levels raised by one each, the earliest first, as long as the budget allows it."""
+    levels = levels.copy()
+    for group in range(1, len(levels)):
+        room = (problem.total - (levels * sizes).sum()) // sizes[group]
+        levels[group] = min(levels[group - 1], levels[group] + max(0, room))
+    return levels
+
+
+def _moved(problem: Problem, levels: Ints, sizes: Ints, step: int) -> Ints:
+    """Levels of which one is `step` lower, and another as much higher as that allows: [C, G]."""
+    found = list[Ints]()
+    for low, high in permutations(range(1, len(levels)), 2):
+        moved = levels.copy()
+        moved[low] -= step
+        moved[high] += (problem.total - (moved * sizes).sum()) // sizes[high]
+        moved[high] = min(moved[high], problem.first)
+        if moved[low] >= 1 and (np.diff(moved) <= 0).all():
+            found.append(_raised(problem, moved, sizes))
+    return np.array(found, np.intp).reshape(-1, len(levels))
