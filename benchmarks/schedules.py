@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from edgeprune.errors import SpecError
 from edgeprune.policies import Policy
+from edgeprune.policies._schedules import MOST_DROPS, falling
 from edgeprune.spec import ModelShape, Plan, budget
 
 
@@ -23,7 +24,11 @@ def planned(policy: Policy, shape: ModelShape, cr: float, counts: tuple[int, ...
     """
     if policy.entry_tokens(shape, cr) is None:
         return policy.plan(shape, cr)
-    counts = counts or declining(shape.visual_tokens, shape.layers, cr)
+    visual, layers, first = shape.visual_tokens, shape.layers, policy.entry_tokens(shape, cr)
+    if shape.convolutions and not counts:
+        ends = [n for n in range(1, layers) if n not in shape.convolutions][:MOST_DROPS]
+        counts = falling(first or visual, layers, tuple(ends), budget(visual, layers, cr))
+    counts = counts or declining(visual, layers, cr)
     return policy.plan(shape, cr, MadeUp(counts))
 
 

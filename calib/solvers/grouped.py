@@ -8,7 +8,7 @@ is that of schedules that may fall anywhere, of which these are some.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def groups_of(layers: int, convolutions: Sequence[int]) -> list[int]:
     """How many layers follow each other with one count: a group ends with a layer that has
     attention, the last one with the last layer."""
     ends = [layer for layer in range(1, layers) if layer not in convolutions]
-    return np.diff([0, *ends, layers]).tolist()
+    return [end - start for start, end in pairwise([0, *ends, layers])]
 
 
 def settle(problem: Problem, solution: Solution, convolutions: Sequence[int]) -> Solution:

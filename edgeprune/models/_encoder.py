@@ -304,7 +304,8 @@ class Encoder(Tower):
         self.looked_at = (site.at if site else config.blocks) - 1
         positions = config.side**2 + config.cls
         self.cls = nn.Parameter(torch.empty(config.width)) if config.cls else None
-        self.patch = nn.Conv2d(3, config.width, config.patch, config.patch, bias=config.patch_bias)
+        patch, bias = config.patch, config.patch_bias
+        self.patch: nn.Module = nn.Conv2d(3, config.width, patch, patch, bias=bias)
         self.position = nn.Parameter(torch.empty(positions, config.width))
         norm = (config.width, config.eps, ops)
         self.pre_norm = LayerNorm(*norm) if config.pre_norm else nn.Identity()

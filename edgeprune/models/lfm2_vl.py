@@ -274,5 +274,5 @@ def view(processor: Any, frozen: Size) -> ImageRecord:
     """Of a processor that shows an image as one view."""
     settings: Settings = processor.settings
     how, step = resample(settings.resample), settings.step
-    size = frozen.height, frozen.width
-    return ImageRecord(*size, size, how, None, *settings.levels(), step=step)
+    (scale, mean, std), size = settings.levels(), (frozen.height, frozen.width)
+    return ImageRecord(*size, size, how, None, scale, mean, std, step=step)
