@@ -203,9 +203,7 @@ def test_calibrated_counts_fall_behind_attention_alone() -> None:
     rows = np.repeat(np.array(every), sizes, axis=1)
     best = problem.evaluate(rows[rows.sum(1) <= problem.total]).min()
     assert found.bound <= best <= found.objective <= 1.02 * best
-    with pytest.raises(
-        SpecError, match=r"up to layer 3, the first of 7 .* --cr is at most 2\.1;"
-    ):
+    with pytest.raises(SpecError, match=r"up to layer 3, the first of 7 .* --cr is at most 2\.1;"):
         solve(evidence, cr=2.5, first=12, convolutions=convolutions)
     with pytest.raises(SpecError, match="leave out --max-sites"):
         solve(evidence, cr=1.6, first=12, max_sites=2, convolutions=convolutions)
