@@ -35,10 +35,11 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Count the rows of a tensor [..., K]."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        self.absolute = self.absolute + rows.abs().sum(0)
-        self.squared = self.squared + rows.square().sum(0)
+        self.absolute = self.absolute + rows.abs().sum(0).cpu()
+        self.squared = self.squared + rows.square().sum(0).cpu()
         if len(rows):
-            self.largest = torch.maximum(rows.abs().amax(0), torch.as_tensor(self.largest))
+            largest = rows.abs().amax(0).cpu()
+            self.largest = torch.maximum(largest, torch.as_tensor(self.largest, device="cpu"))
         self.rows += len(rows)
 
     @property
@@ -71,7 +72,7 @@ def collect(
         flows = engine.keep(started.flow for started in engine.start(prompts))
         flows = engine.layers(flows, lambda index, flow: engine.advance(index, flow).flow)
         for flow in engine.normed(flows.drain()):
-            engine.decoder.norm(flow.hidden[:, -1:])
+            engine.execution.run(engine.decoder.norm, flow.hidden[:, -1:])
     return {name: moments for name, moments in found.items() if moments.rows}
 
 

@@ -19,7 +19,7 @@ from edgeprune.encoder_methods import EncoderMethod
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.files import write_whole
 from edgeprune.models import Adapter
-from edgeprune.models._memory import check_memory, layerwise_bytes
+from edgeprune.models._memory import check_device, check_memory, layerwise_bytes
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
@@ -147,6 +147,7 @@ def check_room(adapter: Adapter, count: int) -> int:
     """Bytes that so many samples take; an error before any work where they are not free."""
     need = layerwise_bytes(adapter, count)
     check_memory(need, "calibration", "make a schedule on a larger machine: edgeprune calibrate")
+    check_device(adapter, "calibration")
     return need
 
 
@@ -188,7 +189,7 @@ def encoder_key(request: CalibrationRequest, adapter: Adapter, method: EncoderMe
 def _key(request: CalibrationRequest, adapter: Adapter, *what: str) -> str:
     """A hash of the weights, what a prompt shows, samples, this version, and `what` else."""
     folder, tokenizer = adapter.checkpoint.folder, adapter.checkpoint.text_folder
-    parts = [__version__, adapter.checkpoint.fingerprint(), *what]
+    parts = [__version__, adapter.checkpoint.fingerprint(), str(adapter.execution), *what]
     parts += [f"{name} {_digest(folder / name)}" for name in PROMPT_FILES]
     parts += [f"{name} {_digest(tokenizer / name)}" for name in TOKENIZER_FILES]
     parts.append(f"{adapter.pixels} {adapter.tiling} {adapter.asked}")

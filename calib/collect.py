@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from edgeprune.calib.samples import Sample
 from edgeprune.calib.schedule import Evidence
+from edgeprune.errors import ModelError
 from edgeprune.models import Adapter
 from edgeprune.models._activations import Activations
 from edgeprune.models._decoder import Flow
 from edgeprune.models._layerwise import Layerwise, Started
 from edgeprune.models._processor import Prompt
+from edgeprune.models._rounding import NAMES, WIDER
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import LayerSignals, Segments
 from edgeprune.spec import Plan
@@ -49,10 +52,13 @@ def collect(
 ) -> Evidence:
     """Run the dense model over samples: attention [S, L, V], loss [S, L], [CLS] scores [S, V].
 
+    It computes where and in which dtype the adapter says; scores and angles are float32 always.
+    ModelError where a number is not finite.
     `report` is told how often a sample went through a layer, and how often it will.
     """
     plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
-    engine = Layerwise(adapter, policy, plan, report, activations=activations)
+    dtype, run = adapter.execution.dtype, adapter.execution.run
+    engine = Layerwise(adapter, policy, plan, report, dtype=dtype, activations=activations)
     ids, entry = list[str](), list[np.ndarray]()
 
     def prompts() -> Iterator[Prompt]:
@@ -64,16 +70,16 @@ def collect(
         # its salience decides the tokens that enter layer 1 above CR 4
         scores = engine.vision.entry_scores(started.encoded)
         if scores is not None:
-            entry.append(scores.numpy())
+            entry.append(_finite(scores, adapter, "the encoder"))
         return _begun(engine, started)
 
-    runs = engine.keep(begun(started) for started in engine.start(prompts()))
+    runs = engine.keep(run(begun, started) for started in engine.start(prompts()))
     attention: list[list[np.ndarray]] = [[] for _ in range(plan.layers)]
 
     def scores(index: int, signals: LayerSignals) -> np.ndarray:
         if index + 1 not in adapter.shape.convolutions:
-            found: np.ndarray = policy.calibration_scores(index + 1, signals).numpy()
-            return found
+            found = policy.calibration_scores(index + 1, signals)
+            return _finite(found, adapter, f"decoder layer {index}")
         if index:
             return attention[index - 1][len(attention[index])]  # of the same sample
         return np.full(plan.visual_tokens, 1 / plan.visual_tokens, np.float32)  # drops nothing
@@ -90,7 +96,8 @@ def collect(
         return Run(done.flow, text, run.slots, run.rows)
 
     runs = engine.layers(runs, step)
-    loss = [_loss(engine, run) for run in engine.normed(runs.drain())]
+    ends = (run(partial(_loss, engine), one) for one in engine.normed(runs.drain()))
+    loss = [_finite(angles, adapter, "the last decoder layer") for angles in ends]
     by_sample = np.stack([np.stack(layer) for layer in attention], axis=1)
     entered = np.stack(entry) if entry else None
     return Evidence(by_sample, np.stack(loss), entered, tuple(ids))
@@ -109,11 +116,23 @@ def _begun(engine: Layerwise, started: Started) -> Run:
     )
 
 
-def _loss(engine: Layerwise, run: Run) -> np.ndarray:
+def _finite(values: Tensor, adapter: Adapter, where: str) -> np.ndarray:
+    """Values as they are kept, float32; ModelError unless all are finite."""
+    kept: np.ndarray = values.float().cpu().numpy()
+    if not np.isfinite(kept).all():
+        dtype = adapter.execution.dtype
+        wider = WIDER.get(dtype, "").replace("--dtype", "--reference-dtype")
+        advice = f"calibrate with {wider}" if wider else "check the checkpoint's weights"
+        raise ModelError(
+            f"the model in {NAMES[dtype]} gives numbers that are not finite in {where}; {advice}"
+        )
+    return kept
+
+
+def _loss(engine: Layerwise, run: Run) -> Tensor:
     """The angle between output features of the last token with vision and without, by the layer
     from which on there is none: float32 [L], radians; that of layer 1 is not used."""
     norm = engine.decoder.norm
     full, without = (norm(hidden[:, -1]).float() for hidden in (run.flow.hidden, run.text))
     cosine = torch.cosine_similarity(without, full)
-    loss: np.ndarray = torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()]).numpy()
-    return loss
+    return torch.cat([torch.zeros(1), cosine.clamp(-1, 1).acos()])

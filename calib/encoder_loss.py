@@ -35,7 +35,8 @@ def features(
 
     flows = engine.keep(started.flow for started in engine.start(prompts))
     last = [flow.hidden[:, -1] for flow in engine.layers(flows, step).drain()]
-    return torch.cat([engine.decoder.norm(one).float() for one in engine.normed(last)])
+    run, norm = engine.execution.run, engine.decoder.norm
+    return torch.cat([run(norm, one).float() for one in engine.normed(last)])
 
 
 def angle(found: Tensor, dense: Tensor) -> float:

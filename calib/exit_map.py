@@ -8,7 +8,7 @@ variance before the ridge, since a few channels of deep encoders are a hundred t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,10 +115,11 @@ def fit(
     tower, leaves = engine.vision.encoder, EncoderSite(site, TorchOps())
     tower.looked_at = site.at - 1
 
-    def begun() -> Iterator[_Sample]:
-        for prompt in prompts:
-            encoding = tower.enter(prompt.pixels)
-            yield _Sample(replace(encoding, contrast=tower.contrast(prompt.pixels, leaves)))
+    run = engine.execution.run
+
+    def begun(prompt: Prompt) -> _Sample:
+        encoding = tower.enter(prompt.pixels)
+        return _Sample(replace(encoding, contrast=tower.contrast(prompt.pixels, leaves)))
 
     def step(number: int, sample: _Sample) -> _Sample:
         if number == site.at:
@@ -127,13 +128,17 @@ def fit(
             sample = replace(sample, left=split.left, rows=leaves.rows(split.gone))
         return replace(sample, encoding=tower.run_block(number, sample.encoding, None))
 
+    def states(encoding: Encoding) -> tuple[Tensor, ...]:
+        return tuple(tower.states(encoding, site.at))
+
     width = dense.vision_config.encoder.width
     outputs = width * dense.vision_config.encoder.states_after(site.at)
     used, held_out = _Sums.none(width, outputs), _Sums.none(width, outputs)
     with engine.around_blocks():
-        for number, sample in enumerate(engine.blocks(engine.keep(begun()), step).drain()):
+        samples = engine.blocks(engine.keep(run(begun, prompt) for prompt in prompts), step)
+        for number, sample in enumerate(samples.drain()):
             assert sample.left is not None and sample.rows is not None
-            whole = torch.cat(tower.states(sample.encoding, site.at), -1)
+            whole = torch.cat(run(states, sample.encoding), -1)
             rows = sample.rows[..., None].expand(-1, -1, outputs)
             sums = held_out if number % HELD_OUT == HELD_OUT - 1 else used
             sums.add(sample.left.flatten(0, 1), whole.gather(1, rows).flatten(0, 1))

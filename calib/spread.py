@@ -21,6 +21,7 @@ from edgeprune.calib.schedule import Evidence
 from edgeprune.cluster import Cluster
 from edgeprune.errors import ScheduleError
 from edgeprune.models import open_model
+from edgeprune.models._execution import HOST, Execution
 from edgeprune.models._processor import Processor
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import PruneSpec
@@ -43,14 +44,16 @@ class Spread:
     images: int = 1
     frames: int | None = None
     tokenizer: Path | None = None
+    execution: Execution = HOST
 
     def measure(self, report: Progress = silent) -> Evidence:
         """The evidence of all samples, in their order; ScheduleError where a part is missing."""
         total = self.request.samples
         parts = dict[range, tuple[Evidence, ...]]()
         jobs = ranges(total, self.cluster.at_once or JOBS)
+        gpus = int(not self.execution.on_host)
         report("calibrate on Ray", 0, total)
-        for part, found, why in self.cluster.each(jobs, partial(_measure, self)):
+        for part, found, why in self.cluster.each(jobs, partial(_measure, self), gpus=gpus):
             if found is None:
                 raise ScheduleError(
                     f"samples {part.start + 1} to {part.stop} were not measured: {why}"
@@ -80,6 +83,7 @@ def joined(parts: Sequence[Evidence]) -> Evidence:
 
 def _measure(spread: Spread, part: range) -> tuple[Evidence, ...]:
     """What a worker does; nothing where a file has fewer samples than were asked for."""
+    spread.execution.require()
     adapter = open_model(
         spread.model,
         spread.revision,
@@ -87,7 +91,7 @@ def _measure(spread: Spread, part: range) -> tuple[Evidence, ...]:
         images=spread.images,
         frames=spread.frames,
         tokenizer=spread.tokenizer,
-    )
+    ).with_execution(spread.execution)
     check_room(adapter, len(part))
     policy, processor = policies.make(spread.spec), Processor(adapter)
     chosen = list(islice(samples_of(spread.request, adapter, processor), part.start, part.stop))

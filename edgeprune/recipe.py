@@ -33,7 +33,8 @@ from edgeprune.export.exporter import (
 )
 from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._memory import check_memory, parity_bytes
+from edgeprune.models._execution import Execution
+from edgeprune.models._memory import check_device, check_memory, parity_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -76,6 +77,8 @@ class Recipe:
     keep_fp32: str = "none"  # auto: in fp16, parts that float16 cannot hold stay in float32
     ttft: float | None = None  # milliseconds to the first token, in place of a ratio
     profile: Path | None = None  # of the device, by which they are counted
+    device: str = "cpu"  # of calibration, and of the eager model in the parity check
+    reference_dtype: str = "fp32"  # of calibration; parity is checked in float32
     profilable: bool = False  # whether the bundle is for edgeprune profile
     parity: int | None = None  # samples of the check; None: 8
     schedule: Path | None = None  # a file in place of a calibration
@@ -91,6 +94,11 @@ class Recipe:
             raise SpecError("--ttft counts with a profile of the device; give --ttft and --profile")
         if self.ttft is not None and (self.schedule or self.max_sites):
             raise SpecError("--ttft solves a schedule; leave out --schedule and --max-sites")
+
+    @property
+    def execution(self) -> Execution:
+        """Where the eager model computes; SpecError where that is not known."""
+        return Execution.parse(self.device, self.reference_dtype)
 
     @property
     def sample_images(self) -> Path | None:
@@ -126,6 +134,7 @@ class Recipe:
 def make(recipe: Recipe, report: Progress = silent) -> Exported:
     """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be."""
     spec, policy = recipe.spec, policies.make(recipe.spec)
+    recipe.execution.require()
     adapter = open_model(
         recipe.model,
         recipe.revision,
@@ -133,7 +142,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         images=recipe.num_images,
         frames=recipe.frames,
         tokenizer=recipe.tokenizer,
-    )
+    ).with_execution(recipe.execution)
     if spec.exact:
         spec = with_reached_ratio(spec, policy, adapter.shape)
         recipe = replace(recipe, spec=spec)
@@ -247,6 +256,7 @@ def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:
     count = asked or 8
     advice = "check fewer samples with --parity N, or none with --parity 0"
     check_memory(parity_bytes(adapter, count), "parity", advice)
+    check_device(adapter, "parity")
     return count, ""
 
 

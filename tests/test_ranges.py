@@ -44,9 +44,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Tree:
 @pytest.mark.parametrize(
     ("value", "dtype", "says"),
     [
-        (1e5, torch.float16, "holds 1e+05, fp16 ends at 65,504; export with --dtype bf16 or"),
+        (1e5, torch.float16, "holds 1e+05, fp16 ends at 65,504; take --dtype bf16 or"),
         (-65520.0, torch.float16, "holds 6.552e+04, fp16 ends at 65,504"),
-        (3.4e38, torch.bfloat16, "bf16 ends at 3.38953e+38; export with --dtype fp32"),
+        (3.4e38, torch.bfloat16, "bf16 ends at 3.38953e+38; take --dtype fp32"),
         (float("nan"), torch.float32, "holds 2 of 6 numbers that are infinite or not a number"),
         (float("-inf"), torch.float16, "holds 2 of 6 numbers that are infinite or not a number"),
     ],

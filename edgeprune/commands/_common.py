@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgeprune.calib.calibrate import CalibrationRequest
     from edgeprune.cluster import Cluster
     from edgeprune.models import Adapter
+    from edgeprune.models._execution import Execution
     from edgeprune.runtime.formats import AnswerFormat
     from edgeprune.spec import PruneSpec
 
@@ -132,6 +133,31 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-sites", type=int, metavar="N", help="layers at most where the count falls"
     )
+
+
+def add_execution(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device",
+        default="cpu",
+        help="where calibration and the eager model of the parity check run: cpu (default), cuda"
+        " or cuda:N",
+    )
+    command.add_argument(
+        "--reference-dtype",
+        default="fp32",
+        metavar="DTYPE",
+        help="of the model that is calibrated: fp32 (default), fp16 or bf16; scores are fp32",
+    )
+
+
+def execution(args: argparse.Namespace, *, elsewhere: bool = False) -> Execution:
+    """Where the eager model computes; SpecError where it cannot, unless other machines will."""
+    from edgeprune.models._execution import Execution
+
+    found = Execution.parse(args.device, args.reference_dtype)
+    if not elsewhere:
+        found.require()
+    return found
 
 
 def add_ray(command: argparse.ArgumentParser, what: str) -> None:

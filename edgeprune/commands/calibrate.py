@@ -20,6 +20,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _common.add_media(command)
     _common.add_method(command)
     _common.add_calibration(command)
+    _common.add_execution(command)
     _common.add_ray(command, "samples")
     command.add_argument("--jobs", type=int, metavar="N", help="parts on Ray at once (default 4)")
     command.add_argument("-o", "--output", type=Path, required=True, help="schedule file (JSON)")
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     spec = _common.spec(args)
     policy = policies.make(spec)
     _common.check_output(args.output)
-    adapter = _common.model(args)
+    execution = _common.execution(args, elsewhere=args.ray is not None)
+    adapter = _common.model(args).with_execution(execution)
     check_reach(spec, adapter.shape)
     processor = Processor(adapter)
     with Bar() as bar:
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 args.num_images,
                 args.frames,
                 args.tokenizer,
+                execution,
             ).measure
         schedule = calibrate(asked, adapter, policy, processor, bar, measure)
     _common.write_output(args.output, schedule.to_json())

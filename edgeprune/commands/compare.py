@@ -64,6 +64,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--image-dir", type=Path, metavar="DIR", help="where its images are (default: beside it)"
     )
+    _common.add_execution(command)
     command.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default 32")
     command.add_argument(
         "--jobs",
@@ -128,10 +129,13 @@ def _request(args: argparse.Namespace) -> CompareRequest:
         tokenizer=args.tokenizer,
         image_size=args.image_size,
         dtype=args.dtype,
+        device=args.device,
+        reference_dtype=args.reference_dtype,
         parity=4,
         samples_file=args.samples_file,
         image_dir=args.image_dir,
     )
+    _common.execution(args, elsewhere=args.ray is not None)
     dtype = resolve(recipe.target, recipe.dtype).dtype.name  # refuses what it does not know
     if dtype not in (runs := backends.find(args.backend).dtypes):
         raise SpecError(

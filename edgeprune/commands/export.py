@@ -34,6 +34,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _common.add_media(command)
     _common.add_method(command)
     _common.add_calibration(command)
+    _common.add_execution(command)
     command.add_argument("--schedule", type=Path, metavar="FILE", help="solved before: calibrate")
     command.add_argument("-o", "--output", type=Path, help="default out/MODEL-METHOD-crCR(-seedN)")
     command.add_argument(
@@ -119,6 +120,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         profile=args.profile,
         profilable=args.profilable,
         keep_fp32=args.keep_fp32,
+        device=args.device,
+        reference_dtype=args.reference_dtype,
         parity=args.parity,
         schedule=args.schedule,
         samples=args.samples,

@@ -30,6 +30,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _common.add_media(command)
     _common.add_method(command)
     _common.add_calibration(command)
+    _common.add_execution(command)
     command.add_argument(
         "--profile", type=Path, required=True, metavar="FILE", help="of the device"
     )
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.figure:
         check_target(args.figure)
         _common.check_output(args.figure)
-    profile, adapter = read_profile(args.profile), _common.model(args)
+    profile, execution = read_profile(args.profile), _common.execution(args)
+    adapter = _common.model(args).with_execution(execution)
     costs, policy = open_costs(adapter, profile), policies.make(_common.spec(args))
     request = _common.calibration(args, 1)
     with Bar() as bar:

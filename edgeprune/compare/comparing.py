@@ -113,7 +113,8 @@ def _answer_on_ray(
     request: CompareRequest, cluster: Cluster, todo: Sequence[Cell], more: Tick
 ) -> Iterator[tuple[Cell, str]]:
     """As `each` of processes: a job sends its cell's files back, which are written here."""
-    gpus = int(backends.find(request.evaluation.backend).gpu)
+    on_host = request.recipe.execution.on_host
+    gpus = int(backends.find(request.evaluation.backend).gpu or not on_host)
     sent = replace(request, cluster=None, has_neighbours=True)
     for cell, files, why in cluster.each(todo, partial(_cell_files, sent), gpus=gpus):
         for name, data in (files or {}).items():

@@ -70,7 +70,7 @@ class Kept(Generic[T]):
             self._values.append(value)
         else:
             with _disk():
-                self._values.append(_changed(value, self._write))
+                self._values.append(changed(value, self._write))
 
     def flush(self) -> None:
         """Have all that was kept on the disk."""
@@ -86,7 +86,7 @@ class Kept(Generic[T]):
             while self._values:
                 value = self._values.popleft()
                 self._room.held -= _size(value)  # 0 of what is in the file
-                yield _changed(value, self._read)
+                yield changed(value, self._read)
         finally:
             self.close()
 
@@ -140,17 +140,17 @@ def _size(value: Any) -> int:
         found.append(tensor.nbytes if isinstance(tensor, Tensor) else 0)
         return tensor
 
-    _changed(value, count)
+    changed(value, count)
     return sum(found)
 
 
-def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+def changed(value: Any, change: Callable[[Any], Any]) -> Any:
     """A value with each of its tensors changed, whichever dataclasses and tuples they are in."""
     if isinstance(value, Tensor | _OnDisk):
         return change(value)
     if isinstance(value, tuple):
-        return tuple(_changed(item, change) for item in value)
+        return tuple(changed(item, change) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: _changed(getattr(value, f.name), change) for f in fields(value)}
+        parts = {f.name: changed(getattr(value, f.name), change) for f in fields(value)}
         return replace(value, **parts)
     return value

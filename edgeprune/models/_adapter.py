@@ -17,6 +17,7 @@ from edgeprune.encoder_methods import EncoderMethod
 from edgeprune.errors import ModelError, SpecError
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._encoder_site import ExitMap, SiteConfig
+from edgeprune.models._execution import HOST, Execution
 from edgeprune.models._family import Family
 from edgeprune.models._format import check_stored, why_missing
 from edgeprune.models._layers import Linear, compute_buffers
@@ -63,6 +64,8 @@ class Adapter(Family):
 
     weights: WeightPlan | None = None
     """Which weights are quantised; None: none. What `read` and `load` give is quantised too."""
+    execution: Execution = HOST
+    """Where the eager engines that hold a few layers compute."""
 
     stored_mlp: int | None = None
     """Channels inside of the encoder's MLPs as the checkpoint has them, where modules have more."""
@@ -116,6 +119,12 @@ class Adapter(Family):
             return self
         changed = copy.copy(self)
         changed.weights = replace(self.weights, forms={})
+        return changed
+
+    def with_execution(self, execution: Execution) -> Self:
+        """The same checkpoint, whose layers run on a device."""
+        changed = copy.copy(self)
+        changed.execution = execution
         return changed
 
     def with_encoder(self, site: SiteConfig | None) -> Self:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -123,9 +124,13 @@ class Stages(ABC, Generic[S]):
     def __init__(self, streamed: Streamed) -> None:
         self.streamed = streamed
 
-    @abstractmethod
     def advance(self, stage: int, state: S) -> S:
-        """A sample through one stage, which is in memory."""
+        """A sample through one stage, which is loaded; its tensors are in the host's memory."""
+        return self.streamed.execution.run(partial(self.through, stage), state)
+
+    @abstractmethod
+    def through(self, stage: int, state: S) -> S:
+        """As `advance`, of tensors that are where the model runs."""
 
     @abstractmethod
     def merges(self, stage: int) -> bool:
@@ -176,7 +181,7 @@ class VisionStages(Stages[Seen]):
         self.titles = ("the encoder's input", *middle, "the visual tokens")
         self.loads = (("encoder",), *((name,) for name in names), rest)
 
-    def advance(self, stage: int, state: Seen) -> Seen:
+    def through(self, stage: int, state: Seen) -> Seen:
         tower, merge = self.vision.encoder, self.vision.merge_in_encoder
         if stage == 0:
             encoding = tower.enter(state.shown[0])
@@ -228,7 +233,7 @@ class DecoderStages(Stages[Talk]):
         """A dialogue about visual tokens [1, r_1, width] of these indices [r_1]."""
         return Talk(calls_about(prompt, self.decoder), (visual,), (indices,))
 
-    def advance(self, stage: int, state: Talk) -> Talk:
+    def through(self, stage: int, state: Talk) -> Talk:
         if stage == 0:
             return self._enter(state)
         if stage <= len(self.decoder.layers):
@@ -247,7 +252,7 @@ class DecoderStages(Stages[Talk]):
         site = self._site(stage)
         assert site is not None  # where `follows` says so
         policy = site.policy
-        site.policy = Chosen(indices=indices)
+        site.policy = Chosen(indices=self.streamed.execution.send(indices))
         try:
             return self.advance(stage, state)
         finally:

@@ -72,6 +72,7 @@ class Layerwise:
         self._vision = Streamed(adapter, self.vision, dtype)
         self._decoder = Streamed(adapter, self.decoder, dtype)
         self._activations, self._dtype = activations or Activations(), dtype
+        self.execution = adapter.execution
         self._report, self._samples, self._done = report, 0, 0
 
     def start(self, prompts: Iterable[Prompt]) -> Iterator[Started]:
@@ -85,10 +86,11 @@ class Layerwise:
             return replace(seen, encoding=tower.advance(number, seen.encoding, merge))
 
         with self.around_blocks():
-            kept = self.blocks(self.keep(self._seen(prompt) for prompt in prompts), step)
+            kept = self.keep(self.execution.run(self._seen, prompt) for prompt in prompts)
+            kept = self.blocks(kept, step)
             with self._decoder.loaded("embedding"):
                 for seen in kept.drain():
-                    yield self._started(seen)
+                    yield self.execution.run(self._started, seen)
 
     @contextmanager
     def around_blocks(self) -> Iterator[None]:
@@ -188,7 +190,8 @@ class Layerwise:
         return Started(encoded, *ids, flow)
 
     def _each(self, kept: Kept[T], step: Callable[[T], T]) -> Kept[T]:
-        return self._activations.keep(self._counted(map(step, kept.drain())))
+        run = partial(self.execution.run, step)
+        return self._activations.keep(self._counted(map(run, kept.drain())))
 
     def _counted(self, values: Iterable[T]) -> Iterator[T]:
         blocks = len(self.vision.encoder.blocks) + len(self.decoder.layers)

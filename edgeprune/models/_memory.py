@@ -20,6 +20,8 @@ READING = 6
 IN_GRAPH = 13
 """Bytes of each weight of a window in ONNX Runtime, as seen: as stored, widened, laid out anew, and
 what is copied on the way."""
+CONTEXT = 500_000_000
+"""Bytes of a device that its libraries take before any tensor."""
 TEXT = 64
 """Tokens of a sample's text that an estimate counts."""
 
@@ -36,6 +38,20 @@ def check_memory(need: int, work: str, otherwise: str) -> None:
         raise ModelError(
             f"{work} needs {need / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB is free;"
             f" {otherwise}"
+        )
+
+
+def check_device(adapter: Adapter, work: str) -> None:
+    """ModelError where the device has no room for a window of layers and one sample in it."""
+    execution = adapter.execution
+    free = execution.free_bytes()
+    sizes = [sum(part) for part in _parts(adapter).values()]
+    window = 4 * max(*sizes, min(sum(sizes), WINDOW // 4))
+    need = CONTEXT + window + _work(adapter, (adapter.shape.layers - 1) * TEXT)
+    if free is not None and need > free:
+        raise ModelError(
+            f"{work} needs {need / 1e9:.1f} GB on {execution.device}, {free / 1e9:.1f} GB is free;"
+            " free some there, or use --device cpu"
         )
 
 

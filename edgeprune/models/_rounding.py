@@ -31,5 +31,5 @@ def rounded(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
         )
     raise ModelError(
         f"{where} holds {float(stored.abs().max()):.4g}, {NAMES[dtype]} ends at"
-        f" {torch.finfo(dtype).max:,.6g}; export with {WIDER[dtype]}"
+        f" {torch.finfo(dtype).max:,.6g}; take {WIDER[dtype]} (of a calibration --reference-dtype)"
     )

@@ -37,6 +37,11 @@ class Streamed:
             for buffer in module.buffers():
                 if buffer.is_floating_point():
                     buffer.copy_(buffer.to(held))
+        self.execution = adapter.execution
+        with self.execution.room():
+            for part in module.modules():
+                for name, table in part.named_buffers(recurse=False):
+                    setattr(part, name, self.execution.send(table))
 
     def bytes(self, parts: Collection[str]) -> int:
         """Bytes of the parameters of these parts."""
@@ -45,12 +50,13 @@ class Streamed:
 
     @contextmanager
     def loaded(self, *parts: str) -> Iterator[None]:
-        """While this is open, the parameters of these parts are in memory."""
+        """While this is open, the parameters of these parts are in the device's memory."""
         names = [name for part in parts for name in self.parts.get(part, ())]
         empty = {name: self.module.get_parameter(name) for name in names}
         try:
-            for name in names:
-                self._set(name, self._read(name))
+            with self.execution.room():
+                for name in names:
+                    self._set(name, self._read(name))
             yield
         finally:
             for name, parameter in empty.items():
@@ -65,10 +71,11 @@ class Streamed:
     def _set(self, name: str, value: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
         part = self.module.get_submodule(owner)
-        if value.dtype == torch.float16 and isinstance(part, Linear) and leaf == "weight":
+        by_output = value.dtype == torch.float16 and self.execution.on_host
+        if by_output and isinstance(part, Linear) and leaf == "weight":
             # torch multiplies fp16 matrices on a CPU ten times as fast output by output
             value = value.t().contiguous().t()
-        setattr(part, leaf, nn.Parameter(value, requires_grad=False))
+        setattr(part, leaf, nn.Parameter(self.execution.send(value), requires_grad=False))
 
 
 def part_of(name: str) -> str:
