@@ -17,6 +17,7 @@ from edgeprune.export.dialogue import Played
 from edgeprune.export.ties import Given
 from edgeprune.models._activations import Activations
 from edgeprune.models._dialogues import Outcome, Seen, Stages, Talk
+from edgeprune.models._execution import HOST
 from edgeprune.models._processor import Prompt
 from edgeprune.spec import Plan, Stage
 
@@ -38,7 +39,7 @@ class Stub(Stages[Any]):
     """Two stages: what comes in, and what comes out."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.calls = settings, 0
+        self.settings, self.calls, self.execution = settings, 0, HOST
 
     def windows(self) -> list[range]:
         return [range(1), range(1, 2)]
@@ -60,7 +61,7 @@ class Stub(Stages[Any]):
 class Vision(Stub):
     titles, gives = ("the encoder's input", "the visual tokens"), "visual tokens"
 
-    def advance(self, stage: int, state: Seen) -> Seen:
+    def through(self, stage: int, state: Seen) -> Seen:
         if stage == 0:
             return state
         settings, chosen = self.settings, int(state.shown[0].sum() > self.settings.cut)
@@ -75,7 +76,7 @@ class Decoder(Stub):
     def begin(self, prompt: Prompt, visual: Tensor, indices: Tensor) -> Talk:
         return Talk((), (visual,) * 4, (indices,))
 
-    def advance(self, stage: int, state: Talk) -> Talk:
+    def through(self, stage: int, state: Talk) -> Talk:
         if stage == 0:
             return state
         logits = tuple(torch.arange(5.0) + v.sum() + self.settings.shift for v in state.shown)

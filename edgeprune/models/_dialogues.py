@@ -122,11 +122,11 @@ class Stages(ABC, Generic[S]):
     loads: tuple[tuple[str, ...], ...]  # the parts that each needs
 
     def __init__(self, streamed: Streamed) -> None:
-        self.streamed = streamed
+        self.streamed, self.execution = streamed, streamed.execution
 
     def advance(self, stage: int, state: S) -> S:
         """A sample through one stage, which is loaded; its tensors are in the host's memory."""
-        return self.streamed.execution.run(partial(self.through, stage), state)
+        return self.execution.run(partial(self.through, stage), state)
 
     @abstractmethod
     def through(self, stage: int, state: S) -> S:
@@ -252,7 +252,7 @@ class DecoderStages(Stages[Talk]):
         site = self._site(stage)
         assert site is not None  # where `follows` says so
         policy = site.policy
-        site.policy = Chosen(indices=self.streamed.execution.send(indices))
+        site.policy = Chosen(indices=self.execution.send(indices))
         try:
             return self.advance(stage, state)
         finally:
