@@ -13,7 +13,7 @@ costs one layer of a prefill, not all that follow, and no whole model is in memo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from edgeprune.errors import SpecError
 from edgeprune.models import Adapter
 from edgeprune.models._adapter import Source
 from edgeprune.models._decoder import Decoder, Flow
+from edgeprune.models._execution import CPU
 from edgeprune.models._layerwise import Layerwise
 from edgeprune.models._memory import check_memory, sensitivity_bytes
 from edgeprune.models._ops import capped
@@ -128,10 +129,11 @@ class Sensitivity:
         )
         runs = engine.layers(runs, partial(self._advance, engine))
         norm, normed = engine.decoder.norm, list[tuple[Tensor, Tensor]]()
+        compute = engine.execution.run
         for run in engine.normed(runs.drain()):
             count = min(ANSWER, run.flow.segments.text)
             last, changed = run.flow.hidden[0, -count:], run.changed[:, -count:]
-            normed.append((norm(last), norm(changed)))
+            normed.append((compute(norm, last), compute(norm, changed)))
         found = torch.stack([one.mean() for one in self._divergences(engine.decoder, normed)])
         return [float(loss) for loss in found.mean(0)]
 
@@ -157,11 +159,14 @@ class Sensitivity:
         groups = [names for names in self.groups if names[0].startswith(f"layers.{index}.")]
         if index != self._layer:
             self._layer = index
-            self._codes = {name: self._quantised(name) for names in groups for name in names}
+            with CPU:  # where weights are read
+                self._codes = {name: self._quantised(name) for names in groups for name in names}
         done, carried = engine.advance(index, run.flow), run.changed.shape[1]
         changed = [engine.resumed(index, run.changed, run.flow, done.cache)]
         for names in groups:
-            with _replaced(engine.decoder, {name: self._codes[name] for name in names}):
+            with CPU:
+                floats = {name: self._codes[name].dequantised() for name in names}
+            with _replaced(engine.decoder, engine.execution.send, floats):
                 changed.append(engine.advance(index, run.flow).flow.hidden[:, -carried:])
         return _Run(done.flow, torch.cat(changed))
 
@@ -209,13 +214,15 @@ class Sensitivity:
 
 
 @contextmanager
-def _replaced(module: nn.Module, weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
-    """While this is open, parameters have the values of codes."""
+def _replaced(
+    module: nn.Module, send: Callable[[Tensor], Tensor], weights: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """While this is open, parameters have other values, where the module computes."""
     owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in weights}
     exact = {name: module.get_parameter(name) for name in weights}
     try:
         for name, weight in weights.items():
-            owners[name].weight = nn.Parameter(weight.dequantised(), requires_grad=False)
+            owners[name].weight = nn.Parameter(send(weight), requires_grad=False)
         yield
     finally:
         for name, parameter in exact.items():

@@ -12,7 +12,7 @@ from conftest import Refused
 
 from benchmarks.schedules import planned
 from edgeprune import encoder_methods, policies
-from edgeprune.calib import activations, encoder_loss, exit_map
+from edgeprune.calib import activations, encoder_loss, exit_map, sensitivity
 from edgeprune.calib.calibrate import check_room
 from edgeprune.calib.collect import collect
 from edgeprune.calib.samples import Sample, demo_samples
@@ -25,6 +25,7 @@ from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
 from edgeprune.progress import silent
 from edgeprune.spec import PruneSpec
+from edgeprune.weight_format import WeightFormat
 from tests.frozen import compared
 from tests.overflows import LLAVA, edited
 from tests.pretend_device import DEVICE, Far, pretended
@@ -98,6 +99,7 @@ def test_parity_and_what_is_measured_of_weights_run_on_a_device(
     wanted = activations.collect(adapter, policy, plan, prompts, silent)
     loss = encoder_loss.features(adapter, prompts)
     site = adapter.encoder_site(encoder_methods.make("exit:at=0:keep=0.5"))
+    auto = WeightFormat.parse("auto:bits=6:block=32")
     fitted, r2 = exit_map.fit(adapter, site, prompts * 5)
     with pretended(monkeypatch) as execution:
         moved = adapter.with_execution(execution)
@@ -105,6 +107,8 @@ def test_parity_and_what_is_measured_of_weights_run_on_a_device(
         found = activations.collect(moved, policy, plan, prompts, silent)
         torch.testing.assert_close(encoder_loss.features(moved, prompts), loss, atol=1e-5, rtol=0)
         exits = exit_map.fit(moved, site, prompts * 5)
+        kinds = sensitivity.mix(moved, auto, torch.float32, policy, plan, prompts)
+    assert kinds == sensitivity.mix(adapter, auto, torch.float32, policy, plan, prompts)
     assert (record.samples, record.ties) == (2, 0) and record.logits < 1e-5
     assert found.keys() == wanted.keys()
     for name, moments in found.items():
