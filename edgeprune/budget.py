@@ -18,7 +18,7 @@ SYSTEM = 5 * GB // 2
 """For the system, CUDA and the engine's own code: an estimate, not measured."""
 DEVICES = {"8 GB": 8 * GB, "16 GB": 16 * GB, "32 GB": 32 * GB, "64 GB": 64 * GB}
 """Jetson Orin modules by memory, which CPU and GPU share."""
-QUANTISED = ("int4", "int4:vision=on")
+QUANTISED = ("int4", "int4:vision=on", "int4:vision=on:embedding=on")
 """Formats of weights that a Jetson's engines keep as they are."""
 KINDS = tuple(
     (name, dtype, format)

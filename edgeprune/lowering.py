@@ -35,7 +35,7 @@ class Target:
     topk_limit: int | None = None  # the largest K of a TopK
     token: bool = True  # whether the graph gives the likeliest token, so that logits stay on a GPU
     codes: str = "DequantizeLinear"  # the operator that reads quantised weights of products
-    rows: str = "DequantizeLinear"  # the operator that reads a quantised embedding's codes first
+    rows: str = "Div"  # how a quantised embedding is held: export/quantised_table.py
     integers: str = ""  # the operator of products whose inputs are rounded too; none: no product
     float8: bool = False  # whether weights and inputs may be floats of 8 bits
 

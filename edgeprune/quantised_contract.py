@@ -107,16 +107,16 @@ Wanted = tuple[str, tuple[int, ...], tuple[int, ...]]  # type and sizes of codes
 
 
 def _dequantised(node: Quantised, codes: Value) -> Wanted:
-    """Codes [K, N], and scales [K / block, N], one a column [N], or one a row [K]."""
+    """Codes [K, N], and scales [K / block, N] or one a column [N]."""
     inputs, outputs = _matrix(node, codes)
     block = node.attributes.get("block_size", 0)
     axis = node.attributes.get("axis", 1)
-    if set(node.attributes) - {"axis", "block_size"} or axis not in ((0,) if block else (0, 1)):
+    if set(node.attributes) - {"axis", "block_size"} or axis != (0 if block else 1):
         raise ValueError(f"DequantizeLinear {node.name} has attributes that no export writes")
     if block and (block not in BLOCKS or inputs % block):
         raise ValueError(f"DequantizeLinear {node.name} has blocks of {block} in {inputs} inputs")
     kind = codes.dtype if codes.dtype in ("int4", "int8", "fp8") else "int4, int8 or fp8"
-    scales = (inputs // block, outputs) if block else ((inputs, outputs)[axis],)
+    scales = (inputs // block, outputs) if block else (outputs,)
     return kind, (inputs, outputs), scales
 
 

@@ -28,6 +28,10 @@ BLOCKS = (128, 64, 32)
 ROWS = ("float", "int8")
 """Kinds of a table whose rows are read one by one."""
 
+LARGEST_ROW = 107
+"""Code of such a table: four of -107 to 107 fit in 31 bits, which some engines read in place of
+bytes."""
+
 PARTS = ("kind", "head", "vision", "embedding")
 """Of a model: the decoder's layers, then what may be of another kind."""
 
@@ -40,6 +44,7 @@ class Form:
     block: int | None  # inputs that share a scale; None: all K, one scale an output
     activations: bool = False  # whether the product's inputs are rounded to the same numbers
     float8: bool = False  # whether codes are floats of 8 bits
+    largest: int | None = None  # code; None: what the bits hold
 
     def __str__(self) -> str:
         return "fp8" if self.float8 else f"int{self.bits}"
@@ -184,6 +189,8 @@ class WeightFormat:
         as long as none is.
         """
         kind = getattr(self, part)
+        if part == "embedding" and kind == "int8":
+            return Form(8, None, largest=LARGEST_ROW)
         bits = BITS[(chosen or "int8") if kind == AUTO else kind]
         if bits == 4:
             sizes = [size for size in BLOCKS if size <= self.block and inputs % size == 0]

@@ -116,7 +116,7 @@ class Dialect:
     cache: str
     token: bool = True
     codes: str = "DequantizeLinear"
-    rows: str = "DequantizeLinear"
+    rows: str = "Div"
     integers: str = ""
 
 

@@ -134,7 +134,7 @@ CASES: dict[str, tuple[str, Edit, str]] = {
     "DQ: floats": ("rtx", typed(TensorProto.FLOAT16), "want int4, int8 or fp8"),
     "DQ: fewer scales": ("rtx", sized(1, 64, name=SCALE), "want"),
     "DQ: block": ("rtx", says("block_size", 64), "has blocks of 64 in 96 inputs"),
-    "DQ: no block": ("rtx", says("block_size", 0), "and floats [96]"),
+    "DQ: no block": ("rtx", says("block_size", 0), ATTRIBUTES),
     "DQ: axis": ("rtx", says("axis", 1), ATTRIBUTES),
     "DQ: type": ("rtx", says("output_dtype", 1), ATTRIBUTES),
     "DQ: zero points": (

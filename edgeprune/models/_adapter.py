@@ -37,7 +37,7 @@ from edgeprune.models._rounding import rounded
 from edgeprune.models._tuning import UNTUNED, Fold, Tuning
 from edgeprune.models._unread import check_unread
 from edgeprune.models._vision import Vision
-from edgeprune.models._weight_plan import WeightPlan, plan_weights
+from edgeprune.models._weight_plan import EMBEDDING, WeightPlan, plan_weights
 from edgeprune.policies import Policy, make
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.weight_format import FLOAT, Form, WeightFormat
@@ -163,13 +163,13 @@ class Adapter(Family):
 
     def weight_bytes(self, wanted: WeightFormat, element: int, kept: Collection[int] = BITS) -> int:
         """Bytes of all weights in a format, floats and scales of `element` bytes each; codes of
-        other bits than `kept` count as floats."""
+        products of other bits than `kept` count as floats."""
         modules, own = (self._padded(one).empty_modules() for one in (wanted, FLOAT))
         plan = plan_weights(wanted, *modules, torch.float32)
         changed = sum(
             form.bytes(*plan.sizes[name], element) - math.prod(plan.sizes[name]) * element
             for name, form in plan.forms.items()
-            if form.bits in kept
+            if form.bits in kept or name == EMBEDDING
         )
         if plan.head_apart and self.decoder_config.tied:
             changed += self.shape.vocabulary * self.shape.width * element
@@ -310,7 +310,7 @@ class Adapter(Family):
         outputs, inputs = source.shape
         form, scales = source.form, self.weights.scales
         size, stored = form.block or inputs, self.quantized(source)
-        largest = self.weights.largest if form.activations else None
+        largest = self.weights.largest if form.activations else form.largest
         anew = partial(
             quantize,
             bits=form.bits,
