@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,6 +16,8 @@ from edgeprune import __version__
 from edgeprune.calib.collect import collect
 from edgeprune.calib.samples import Sample, check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Evidence, Schedule, read_schedule, solve
+from edgeprune.calib.solvers import _problem as solvers
+from edgeprune.calib.solvers._problem import Goal
 from edgeprune.encoder_methods import EncoderMethod
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.files import write_whole
@@ -54,6 +57,8 @@ class CalibrationRequest:
     image_dir: Path | None = None  # where the images of `file` are; None: beside it
     solver: str = "joint"
     max_sites: int | None = None  # layers at most where the count falls
+    solve_seconds: float | None = None  # of the search for a bound; None: by the problem's size
+    patient: bool = False  # whether Ctrl-C ends that search alone
     cache: Path | None = None  # default: EDGEPRUNE_CACHE, or ~/.cache/edgeprune
 
     def __post_init__(self) -> None:
@@ -65,6 +70,13 @@ class CalibrationRequest:
                 f"--max-sites is at least 1 and needs --solver joint; got {self.max_sites} with"
                 f" {self.solver}"
             )
+
+        if self.solve_seconds is not None and not 0 <= self.solve_seconds < math.inf:
+            raise SpecError(f"--solve-seconds is 0 or more; got {self.solve_seconds:g}")
+
+    @property
+    def goal(self) -> Goal:
+        return Goal(seconds=self.solve_seconds, patient=self.patient)
 
     @property
     def folder(self) -> Path:
@@ -89,7 +101,8 @@ def calibrate(
         raise SpecError("this method's counts need no calibration; export it as it is")
     key = evidence_key(request, adapter, policy)
     sites = f"-sites{request.max_sites}" if request.max_sites else ""
-    stored = request.folder / f"{key}-cr{request.cr:g}-{request.solver}{sites}.json"
+    limit = "" if request.solve_seconds is None else f"-{request.solve_seconds:g}s"
+    stored = request.folder / f"{key}-cr{request.cr:g}-{request.solver}{sites}{limit}.json"
     if stored.is_file():
         with suppress(ScheduleError):  # damaged: solve again
             return read_schedule(stored, adapter.shape, request.cr)
@@ -102,9 +115,21 @@ def calibrate(
         solver=request.solver,  # type: ignore[arg-type]
         max_sites=request.max_sites,
         convolutions=adapter.shape.convolutions,
+        goal=request.goal,
+        progress=shown(report),
     )
     write_cached(stored, schedule.to_json().encode())
     return schedule
+
+
+def shown(report: Progress) -> solvers.Progress:
+    """A solver's progress, told as percent of the objective that is proven."""
+
+    def tell(step: str, objective: float, bound: float) -> None:
+        share = 100 * bound / objective if 0 < objective < math.inf else 0
+        report(f"solve, {objective:.4g} rad, {step}", int(share), 100)
+
+    return tell
 
 
 def evidence_of(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.calib.calibrate import CalibrationRequest, evidence_of
+from edgeprune.calib.calibrate import CalibrationRequest, evidence_of, shown
 from edgeprune.calib.encoder import measure_sites
 from edgeprune.calib.schedule import Schedule, solve_timed
 from edgeprune.calib.solvers._problem import Problem
@@ -81,7 +81,14 @@ def settle(work: Work, costs: Costs, found: Sequence[Point], asked: float) -> Se
     evidence = evidence_of(work.request, adapter, work.policy, work.processor, work.report)
     work.report("solve schedule", 0, 1)
     times, floor = costs.times(), costs.times(floor=True)
-    schedule = solve_timed(evidence, times, floor, spare(costs, asked, point.site))
+    schedule = solve_timed(
+        evidence,
+        times,
+        floor,
+        spare(costs, asked, point.site),
+        work.request.goal,
+        shown(work.report),
+    )
     if schedule is None:  # it has the point's counts at least
         raise SpecError(f"--ttft {asked:g} ms leaves no time for the decoder; ask for more")
     vision, prefill = costs.vision(point.site), costs.prefill(schedule.counts)

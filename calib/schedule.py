@@ -16,7 +16,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from edgeprune.calib.solvers._problem import Measured, Problem, Progress, Solution, silent
+from edgeprune.calib.solvers._problem import (
+    UNHURRIED,
+    Goal,
+    Measured,
+    Problem,
+    Progress,
+    Solution,
+    silent,
+)
 from edgeprune.calib.solvers.grouped import settle
 from edgeprune.calib.solvers.timed import Times
 from edgeprune.errors import ScheduleError, SpecError
@@ -171,14 +179,14 @@ def solve(
     solver: Solver = "joint",
     max_sites: int | None = None,
     convolutions: Sequence[int] = (),
-    time_limit: float | None = None,
+    goal: Goal = UNHURRIED,
     progress: Progress = silent,
 ) -> Schedule:
     """Choose r_2 .. r_L for r_1 = `first` tokens, so that V L / (r_1 + ... + r_L) = `cr`.
 
     `max_sites` (joint only) allows so many layers at most where the count falls; the sum may then
     stay below the budget by less than L. Behind the layers of `convolutions` (1-based) it never
-    falls. `time_limit` is seconds of search, per sample in `paper`.
+    falls. `goal` says when to stop.
     """
     if solver not in get_args(Solver):
         raise SpecError(f"no solver {solver!r}; choose one of: {', '.join(get_args(Solver))}")
@@ -190,14 +198,19 @@ def solve(
         )
     began = perf_counter()
     problem = pose(evidence, cr, first)
-    solution = _run(problem, solver, max_sites, time_limit, progress)
+    solution = _run(problem, solver, max_sites, goal, progress)
     if convolutions:
         solution = settle(problem, solution, convolutions)
     return _schedule(evidence, solution, solver, cr, began)
 
 
 def solve_timed(
-    evidence: Evidence, times: Times, floor: Times, budget: int, progress: Progress = silent
+    evidence: Evidence,
+    times: Times,
+    floor: Times,
+    budget: int,
+    goal: Goal = UNHURRIED,
+    progress: Progress = silent,
 ) -> Schedule | None:
     """Choose r_2 .. r_L for r_1 = V tokens within a budget of time; None where none fits.
 
@@ -208,7 +221,7 @@ def solve_timed(
     began = perf_counter()
     _, layers, tokens = evidence.attention.shape
     problem = Problem.pose(evidence.attention, evidence.loss, None, tokens, tokens * layers)
-    solution = timed.solve(problem, times, floor, budget, progress)
+    solution = timed.solve(problem, times, floor, budget, goal, progress)
     if solution is None:
         return None
     counts = tuple(int(count) for count in solution.counts)
@@ -265,21 +278,21 @@ def _run(
     problem: Problem,
     solver: Solver,
     max_sites: int | None,
-    time_limit: float | None,
+    goal: Goal,
     progress: Progress,
 ) -> Solution:
     # Imported here so that reading a stored schedule does not load HiGHS.
     if solver == "joint":
         from edgeprune.calib.solvers import joint
 
-        return joint.solve(problem, max_falls=max_sites, time_limit=time_limit, progress=progress)
+        return joint.solve(problem, max_falls=max_sites, goal=goal, progress=progress)
     if solver == "exact":
         from edgeprune.calib.solvers import exact
 
-        return exact.solve(problem, time_limit=time_limit, progress=progress)
+        return exact.solve(problem, time_limit=goal.seconds, progress=progress)
     from edgeprune.calib.solvers import paper
 
-    return paper.solve(problem, time_limit=time_limit, progress=progress)
+    return paper.solve(problem, goal=goal, progress=progress)
 
 
 def _a(kind: type, value: Any) -> Any:

@@ -87,6 +87,7 @@ class Recipe:
     image_dir: Path | None = None  # where its images are; None: beside it
     solver: str = "joint"
     max_sites: int | None = None  # layers at most where a calibrated schedule falls
+    solve_seconds: float | None = None  # of the search for a bound; None: by the problem's size
 
     def __post_init__(self) -> None:
         check_image_dir(self.image_dir, self.samples_file)
@@ -226,6 +227,7 @@ def _calibration(recipe: Recipe) -> CalibrationRequest:
         recipe.image_dir,
         recipe.solver,
         recipe.max_sites,
+        solve_seconds=recipe.solve_seconds,
     )
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from edgeprune.calib.schedule import Evidence, pose, solve
 from edgeprune.calib.solvers import exact, joint, paper
-from edgeprune.calib.solvers._bound import simple_bound, tight_bound
-from edgeprune.calib.solvers._problem import round_to_sum
+from edgeprune.calib.solvers._bound import simple_bound
+from edgeprune.calib.solvers._certificate import certify
+from edgeprune.calib.solvers._problem import Goal, round_to_sum
 from edgeprune.errors import ScheduleError, SpecError
 
 
@@ -85,10 +86,18 @@ def test_no_bound_lies_above_the_optimum(seed, samples, layers, tokens, first, c
     data = evidence(seed, samples, layers, tokens, agree=0.3, ties=ties)
     best = brute_force(data, cr, first)
     problem = pose(data, cr, first)
-    simple, price = simple_bound(problem)
-    assert simple <= best + 1e-12
-    assert tight_bound(problem, price) <= best + 1e-12
+    assert simple_bound(problem)[0] <= best + 1e-12
+    # not even where all that is known is a schedule three times as bad
+    assert certify(problem, 3 * best, Goal(gap=0)) <= best * (1 + 1e-9)
     assert joint.solve(problem).objective >= best - 1e-12
+
+
+@pytest.mark.parametrize(("seed", "samples", "layers", "tokens", "first", "cr", "ties"), TINY)
+def test_a_finished_search_proves_the_optimum(seed, samples, layers, tokens, first, cr, ties):
+    data = evidence(seed, samples, layers, tokens, agree=0.3, ties=ties)
+    best = brute_force(data, cr, first)
+    bound = certify(pose(data, cr, first), best, Goal(gap=0.01))
+    assert bound == pytest.approx(0.99 * best, abs=1e-8)
 
 
 @settings(max_examples=40, deadline=None)
@@ -126,7 +135,7 @@ def test_every_schedule_keeps_the_budget_and_never_rises(data):
     samples = data.draw(st.integers(1, 3))
     agree = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     measured = evidence(data.draw(st.integers(0, 99)), samples, layers, tokens, agree)
-    schedule = solve(measured, cr=cr, first=first, solver=solver, time_limit=1)
+    schedule = solve(measured, cr=cr, first=first, solver=solver, goal=Goal(seconds=0.2))
     assert sum(schedule.counts) == round(tokens * layers / cr)
     assert schedule.counts[0] == first
     assert all(np.diff(schedule.counts) <= 0) and schedule.counts[-1] >= 0
@@ -141,7 +150,7 @@ def test_every_schedule_keeps_the_budget_and_never_rises(data):
 )
 def test_joint_comes_within_3_percent_of_the_optimum(seed, samples, agree, cr):
     problem = pose(evidence(seed, samples, 8, 32, agree), cr, 32)
-    best, found = exact.solve(problem), joint.solve(problem)
+    best, found = exact.solve(problem), joint.solve(problem, goal=Goal(seconds=1))
     assert found.bound <= best.objective <= found.objective + 1e-9
     assert found.objective <= 1.03 * best.objective
 
@@ -153,17 +162,44 @@ def test_layers_that_rank_alike_are_solved_to_the_optimum():
     assert joint.solve(problem).objective == pytest.approx(best, rel=1e-6)
 
 
-def test_the_tight_bound_reaches_for_the_linear_relaxation():
+def test_the_bound_is_within_5_percent_of_eight_layers():
     problem = pose(evidence(5, 2, 8, 32, 0.9), 4, 32)
-    simple, price = simple_bound(problem)
-    assert tight_bound(problem, price) > 1.1 * simple
+    found = joint.solve(problem, goal=Goal(seconds=20))
+    assert found.bound >= 0.949 * found.objective
+    assert found.bound <= exact.solve(problem).objective
+
+
+def test_cells_of_several_counts_bound_what_single_counts_do(monkeypatch):
+    problem = pose(evidence(6, 2, 5, 24, 0.6), 3, 24)
+    best = exact.solve(problem).objective
+    monkeypatch.setattr("edgeprune.calib.solvers._certificate.MOST_CELLS", 5)
+    heard = []
+    bound = certify(problem, best, Goal(gap=0.02), lambda *news: heard.append(news))
+    assert 0 < bound <= best and any(news[2] > 0 for news in heard)
+
+
+def test_a_patient_search_ends_with_what_is_proven(monkeypatch):
+    problem = pose(evidence(5, 2, 8, 32, 0.3), 4, 32)
+    calls = []
+
+    def pressed(*news):
+        calls.append(news)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    objective = joint.search(problem)[1]
+    bound = certify(problem, objective, Goal(gap=0, patient=True), pressed)
+    assert 0 <= bound < objective
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        certify(problem, objective, Goal(gap=0), pressed)
 
 
 def test_few_sites_mean_few_falls_and_a_sum_just_below_the_budget():
     data = evidence(6, 2, 10, 40)
     losses = []
     for sites in (1, 2, 4):
-        schedule = solve(data, cr=4, first=40, max_sites=sites)
+        schedule = solve(data, cr=4, first=40, max_sites=sites, goal=Goal(seconds=1))
         spare = 100 - sum(schedule.counts)
         assert (np.diff(schedule.counts) < 0).sum() <= sites
         assert 0 <= spare < 10
@@ -183,14 +219,15 @@ def test_a_time_limit_still_gives_a_schedule_with_an_honest_bound():
     stopped = exact.solve(problem, time_limit=0.05)
     assert stopped.counts.sum() == problem.total
     assert stopped.bound < stopped.objective
-    assert joint.solve(problem, time_limit=0).counts.sum() == problem.total
+    assert joint.solve(problem, goal=Goal(seconds=0)).counts.sum() == problem.total
 
 
 def test_progress_is_told_steps_objectives_and_bounds():
     heard = []
     data = evidence(9, 2, 6, 32)
     for solver in ("joint", "exact", "paper"):
-        solve(data, cr=3, first=32, solver=solver, progress=lambda *news: heard.append(news))
+        goal = Goal(seconds=1)
+        solve(data, cr=3, first=32, solver=solver, goal=goal, progress=lambda *n: heard.append(n))
     steps = {step.split()[0] for step, _, _ in heard}
     assert {"polish", "bound", "exact", "sample"} <= steps
     assert all(bound <= objective for _, objective, bound in heard)

@@ -27,6 +27,18 @@ class Solution:
     bound: float
 
 
+@dataclass(frozen=True)
+class Goal:
+    """When a search for a bound may stop."""
+
+    gap: float = 0.05  # between objective and bound, as a share of the objective
+    seconds: float | None = None  # None: after a number of answers that follows from the size
+    patient: bool = False  # Ctrl-C ends the search, not the program
+
+
+UNHURRIED = Goal()
+
+
 def silent(step: str, objective: float, bound: float) -> None:
     """Report progress to nobody."""
 

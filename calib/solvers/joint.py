@@ -10,9 +10,12 @@ from time import monotonic
 
 import numpy as np
 
-from edgeprune.calib.solvers._bound import simple_bound, tight_bound
+from edgeprune.calib.solvers._bound import simple_bound
+from edgeprune.calib.solvers._certificate import certify
 from edgeprune.calib.solvers._problem import (
+    UNHURRIED,
     Floats,
+    Goal,
     Ints,
     Problem,
     Progress,
@@ -34,15 +37,13 @@ def solve(
     problem: Problem,
     *,
     max_falls: int | None = None,
-    time_limit: float | None = None,
+    goal: Goal = UNHURRIED,
     progress: Progress = silent,
 ) -> Solution:
-    """A good schedule with a proven bound; `time_limit` in seconds stops polishing, not proving."""
-    counts, objective = search(problem, max_falls, time_limit, progress)
-    simple, price = simple_bound(problem)
-    bound = min(objective, max(simple, tight_bound(problem, price)))
-    progress("bound", objective, bound)
-    return Solution(counts, objective, bound)
+    """A good schedule with a proven bound."""
+    counts, objective = search(problem, max_falls, goal.seconds, progress)
+    bound = certify(problem, objective, goal, progress, all_of_it=max_falls is None)
+    return Solution(counts, objective, min(objective, bound))
 
 
 def search(

@@ -2,18 +2,27 @@
 
 Time is counted in whole units: a layer that r tokens enter takes `units[r]`, a layer where the
 count falls `fall` more. One sweep gives the whole frontier of loss against time; sweeps with
-prices, and corridors around the best, give the schedule of one budget. The lower bound is that of
-the schedule with as many tokens as any schedule of that time can have.
+prices, and corridors around the best, give the schedule of one budget. The lower bound counts time
+rounded down, and no falls.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.calib.solvers._bound import simple_bound, tight_bound
-from edgeprune.calib.solvers._problem import Ints, Problem, Progress, Solution, silent
+from edgeprune.calib.solvers._certificate import Search
+from edgeprune.calib.solvers._problem import (
+    UNHURRIED,
+    Goal,
+    Ints,
+    Problem,
+    Progress,
+    Solution,
+    silent,
+)
+from edgeprune.calib.solvers._relaxed import Spending
 from edgeprune.calib.solvers._sweep import Cells, Corridor, sweep
 
 MEMORY = 16_000_000  # token indices in the cells of one sweep: 128 MB
@@ -58,7 +67,12 @@ def frontier(problem: Problem, times: Times) -> list[tuple[int, float, Ints]]:
 
 
 def solve(
-    problem: Problem, times: Times, floor: Times, budget: int, progress: Progress = silent
+    problem: Problem,
+    times: Times,
+    floor: Times,
+    budget: int,
+    goal: Goal = UNHURRIED,
+    progress: Progress = silent,
 ) -> Solution | None:
     """A good schedule of at most `budget` units with a proven bound; None where there is none.
 
@@ -80,36 +94,9 @@ def solve(
                 break
             best = found
         step //= 2
-    bound = min(best[0], lower_bound(problem, floor, budget))
-    progress("bound", best[0], bound)
-    return Solution(best[1], best[0], bound)
-
-
-def lower_bound(problem: Problem, times: Times, budget: int) -> float:
-    """No schedule of at most `budget` units loses less."""
-    tokens = most_tokens(times, problem.first, problem.n_decisions, budget)
-    if tokens >= problem.first * problem.n_decisions:
-        return 0.0
-    relaxed = replace(problem, total=problem.first + max(0, tokens))
-    simple, price = simple_bound(relaxed)
-    return max(simple, tight_bound(relaxed, price), 0.0)
-
-
-def most_tokens(times: Times, first: int, layers: int, budget: int) -> int:
-    """The largest sum of `layers` counts behind layer 1 that time allows, falls not counted: -1
-    where it allows none."""
-    left = budget - int(times.units[first])
-    if left < 0:
-        return -1
-    levels, most = times.levels[times.levels <= first], np.zeros(left + 1, np.int64)
-    for _ in range(layers):
-        best = np.full(left + 1, -(1 << 40), np.int64)
-        for level in levels.tolist():
-            cost = int(times.units[level])
-            if cost <= left:
-                best[cost:] = np.maximum(best[cost:], most[: left + 1 - cost] + level)
-        most = best
-    return max(-1, int(most[left]))
+    left = budget - int(floor.units[problem.first])
+    bound = Search(problem, Spending(floor.units, left, False), best[0], goal, progress).run()
+    return Solution(best[1], best[0], min(best[0], bound))
 
 
 def _better(best: tuple[float, Ints] | None, cells: Cells) -> tuple[float, Ints] | None:

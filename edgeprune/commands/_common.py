@@ -131,6 +131,12 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
         "--solver", default="joint", choices=("joint", "exact", "paper"), help="default joint"
     )
     command.add_argument(
+        "--solve-seconds",
+        type=float,
+        metavar="S",
+        help="search so long for a bound on what other schedules lose (default: by the size)",
+    )
+    command.add_argument(
         "--max-sites", type=int, metavar="N", help="layers at most where the count falls"
     )
 
@@ -219,7 +225,13 @@ def calibration(args: argparse.Namespace, cr: float) -> CalibrationRequest:
     from edgeprune.calib.calibrate import CalibrationRequest
 
     return CalibrationRequest(
-        cr, args.samples, args.samples_file, args.image_dir, args.solver, args.max_sites
+        cr,
+        args.samples,
+        args.samples_file,
+        args.image_dir,
+        args.solver,
+        args.max_sites,
+        solve_seconds=args.solve_seconds,
     )
 
 

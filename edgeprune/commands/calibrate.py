@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from edgeprune import terminal
@@ -14,7 +15,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "calibrate",
         help="solve a schedule, for export --schedule",
-        description="Measure a model on samples and solve for the visual tokens of each layer.",
+        description="Measure a model on samples and solve for the visual tokens of each layer."
+        " While it searches for a bound, Ctrl-C ends the search; the schedule is written as it is.",
     )
     _common.add_model(command)
     _common.add_media(command)
@@ -45,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     check_reach(spec, adapter.shape)
     processor = Processor(adapter)
     with Bar() as bar:
-        asked, measure = _common.calibration(args, spec.cr), None
+        asked = replace(_common.calibration(args, spec.cr), patient=True)
+        measure = None
         if cluster := _common.cluster(args):
             measure = Spread(
                 cluster,
@@ -64,6 +67,6 @@ def run(args: argparse.Namespace) -> int:
     print(" ".join(str(count) for count in schedule.counts))
     terminal.note(
         f"CR {schedule.cr_reached:.3f}, objective {schedule.objective:.4g}; no schedule can be"
-        f" below {schedule.bound:.4g}; written to {args.output}"
+        f" below {schedule.bound:.4g} ({schedule.gap:.1%} less); written to {args.output}"
     )
     return 0

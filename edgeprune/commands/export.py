@@ -129,6 +129,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         image_dir=args.image_dir,
         solver=args.solver,
         max_sites=args.max_sites,
+        solve_seconds=args.solve_seconds,
     )
 
 
