@@ -198,7 +198,7 @@ def solve(
         )
     began = perf_counter()
     problem = pose(evidence, cr, first)
-    solution = _run(problem, solver, max_sites, goal, progress)
+    solution = _run(problem, solver, max_sites, not convolutions, goal, progress)
     if convolutions:
         solution = settle(problem, solution, convolutions)
     return _schedule(evidence, solution, solver, cr, began)
@@ -278,6 +278,7 @@ def _run(
     problem: Problem,
     solver: Solver,
     max_sites: int | None,
+    all_of_it: bool,
     goal: Goal,
     progress: Progress,
 ) -> Solution:
@@ -285,7 +286,9 @@ def _run(
     if solver == "joint":
         from edgeprune.calib.solvers import joint
 
-        return joint.solve(problem, max_falls=max_sites, goal=goal, progress=progress)
+        return joint.solve(
+            problem, max_falls=max_sites, all_of_it=all_of_it, goal=goal, progress=progress
+        )
     if solver == "exact":
         from edgeprune.calib.solvers import exact
 
