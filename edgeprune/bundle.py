@@ -17,11 +17,12 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from edgeprune import contract, graph_contract, onnx_file
+from edgeprune.dial import widest
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.files import obstacle, real, replaced
 from edgeprune.generation import Sampling
@@ -259,6 +260,15 @@ class ParityRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RatioRecord:
+    """One of several ratios that a bundle's graphs take: its counts, and what was compared."""
+
+    prune: PruneRecord
+    image_positions: Amount  # that an image takes
+    parity: ParityRecord
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsRecord:
     """How weights of products are quantised, and what that changes of the model.
 
@@ -322,6 +332,7 @@ class Manifest:
     range: RangeRecord | None = None  # None: the dtype is not fp16, or no sample was looked at
     weights: WeightsRecord | None = None  # None: all weights are of the dtype
     timing: TimingRecord | None = None  # None: no time was asked for
+    ratios: tuple[RatioRecord, ...] = ()  # where counts are an input, the default first; else none
     checkpoint_weights: str = ""  # the form of a quantised checkpoint's; empty: floats
     schema: Count = SCHEMA
 
@@ -331,6 +342,40 @@ class Manifest:
         if self.weights is None or TARGETS[self.target].integers != "QuantizeLinear":
             return False
         return WeightFormat.parse(self.weights.format).activations
+
+    @property
+    def settings(self) -> tuple[RatioRecord, ...]:
+        """All ratios at which the bundle runs: one, or those that its graphs take."""
+        own = RatioRecord(self.prune, self.decoder.image_positions, self.parity)
+        return self.ratios or (own,)
+
+    @property
+    def label(self) -> str:
+        """The name, with the ratio where there are several: `NAME@8`."""
+        return f"{self.name}@{self.prune.cr:g}" if self.ratios else self.name
+
+    @property
+    def widest(self) -> Plan:
+        """The most tokens at each site, over all ratios."""
+        return widest([setting.prune.plan for setting in self.settings])
+
+    def at(self, cr: float | None) -> Manifest:
+        """The bundle at one of its ratios, as it was asked for at export; None: the default.
+
+        SpecError where it has no such ratio.
+        """
+        if cr is None:
+            return self
+        for setting in self.settings:
+            if setting.prune.cr == cr:
+                decoder = replace(self.decoder, image_positions=setting.image_positions)
+                parity = setting.parity
+                return replace(self, prune=setting.prune, decoder=decoder, parity=parity)
+        ratios = ", ".join(f"{setting.prune.cr:g}" for setting in self.settings)
+        raise SpecError(
+            f"{self.name} runs at CR {ratios}, not {cr:g}; choose one of these, or export with"
+            f" --cr {ratios.replace(' ', '')},{cr:g}"
+        )
 
     @property
     def vision(self) -> GraphRecord:

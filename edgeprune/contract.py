@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from edgeprune.records import Between, build
@@ -22,6 +23,7 @@ def check_sizes(manifest: Manifest) -> None:
     """ValueError, SpecError or TypeError where parts of a manifest contradict each other."""
     wrong = (
         *_prune(manifest.prune, manifest.decoder.layers),
+        *_ratios(manifest),
         *_decoder(manifest.decoder),
         *_image(manifest.image),
         *_text(manifest.text, manifest.decoder.vocabulary, manifest.prune.visual_tokens),
@@ -49,6 +51,32 @@ def _prune(prune: PruneRecord, layers: int) -> Iterator[str]:
         yield f"a grid of {rows} x {columns} has not {prune.visual_tokens} tokens"
     if loss := (prune.schedule or {}).get("loss"):
         build(tuple[Annotated[float, Between(0, 1e9)], ...], loss, "manifest.prune.schedule.loss")
+
+
+def _ratios(manifest: Manifest) -> Iterator[str]:
+    """Several ratios are of one method, on the same sites; the first is the default."""
+    if not (ratios := manifest.ratios):
+        return
+    first = ratios[0]
+    default = manifest.prune, manifest.decoder.image_positions, manifest.parity
+    if (first.prune, first.image_positions, first.parity) != default:
+        yield "the first of the ratios is not the default"
+    if len({ratio.prune.cr for ratio in ratios}) != len(ratios):
+        yield "a ratio stands twice"
+    for ratio in ratios:
+        prune = ratio.prune
+        yield from _prune(prune, manifest.decoder.layers)
+        if _common(prune) != _common(first.prune):
+            yield f"CR {prune.cr:g} is of another method or image, or has other sites"
+        if any(stage.merged or stage.lead for stage in prune.stages):
+            yield "tokens are merged where counts are an input"
+
+
+def _common(prune: PruneRecord) -> tuple[object, ...]:
+    """What all ratios of a bundle share."""
+    sites = [replace(stage, keep=0) for stage in prune.stages]
+    same = prune.method, prune.visual_tokens, prune.grid, prune.reads_text, prune.seed
+    return *same, prune.options, sites
 
 
 def _decoder(record: DecoderRecord) -> Iterator[str]:

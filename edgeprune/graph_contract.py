@@ -98,12 +98,21 @@ def _role(role: str, layer: int | None) -> str:
 
 
 def _vision(manifest: Manifest) -> tuple[Ends, Ends]:
-    element, encoded = manifest.dtype, manifest.prune.encoded
+    element, encoded = manifest.dtype, _encoded(manifest)
+    inputs: Ends = {("pixels", None): (element, manifest.image.shape)}
+    if isinstance(encoded, str):
+        inputs["counts", None] = "int64", (manifest.decoder.layers,)
     outputs: Ends = {
         ("visual", None): (element, (1, encoded, manifest.decoder.visual_width)),
         ("visual_indices", None): ("int64", (encoded,)),
     }
-    return {("pixels", None): (element, manifest.image.shape)}, outputs
+    return inputs, outputs
+
+
+def _encoded(manifest: Manifest) -> int | str:
+    """How many visual tokens the vision graph gives; open where it takes the counts."""
+    counted = manifest.ratios and manifest.prune.plan.before_decoder()
+    return "visual" if counted else manifest.prune.encoded
 
 
 def _decoder(manifest: Manifest) -> tuple[Ends, Ends]:
@@ -117,10 +126,12 @@ def _decoder(manifest: Manifest) -> tuple[Ends, Ends]:
     }
     if manifest.graphs[DECODER].input("visual_indices") is not None:  # where tokens keep places
         inputs["visual_indices", None] = "int64", ("visual",)
+    if manifest.ratios:
+        inputs["counts", None] = "int64", (record.layers,)
     outputs: Ends = {("logits", None): (element, (1, 1, record.vocabulary))}
     if TARGETS[manifest.target].token:
         outputs["token", None] = "int64", (1, 1)
-    for stage in manifest.prune.plan.in_decoder:
+    for stage in manifest.widest.in_decoder:
         outputs["kept", stage.layer] = "int64", (f"kept.{stage.layer}" if stage.survivors else 0,)
     before, after = ("past", "present") if record.cache == "grow" else ("capacity", "capacity")
     for layer in range(1, record.layers + 1):

@@ -22,6 +22,7 @@ ROLES = {
     "text_ids": "int64 [1, T]: text after it, or of a later turn",
     "position": "int64 [1]: of the first token of the call",
     "lengths": "int64 [layers]: tokens in each layer's cache before the call",
+    "counts": "int64 [layers]: r_1 ... r_L, in bundles with several ratios",
     "past_key": "keys of a layer before the call [1, kv_heads, tokens, head]",
     "past_value": "values of a layer before the call",
     "present_key": "keys of a layer after the call",

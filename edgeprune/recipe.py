@@ -4,7 +4,7 @@ exports. Calibration and export know nothing of each other: they meet here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from edgeprune.calib.samples import (
     user_samples,
 )
 from edgeprune.calib.schedule import Schedule, read_schedule
+from edgeprune.dial import check_ratios, on_common_sites
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import SpecError
 from edgeprune.export.exporter import (
@@ -31,6 +32,7 @@ from edgeprune.export.exporter import (
     preflight,
     read_records,
 )
+from edgeprune.export.ratios import Setting
 from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._execution import Execution
@@ -88,8 +90,12 @@ class Recipe:
     solver: str = "joint"
     max_sites: int | None = None  # layers at most where a calibrated schedule falls
     solve_seconds: float | None = None  # of the search for a bound; None: by the problem's size
+    ratios: tuple[float, ...] = ()  # where counts are an input: all, the default (of spec) first
 
     def __post_init__(self) -> None:
+        check_ratios(self.ratios)
+        if self.ratios and self.schedule is not None:
+            raise SpecError("--schedule is of one ratio, --cr lists several; leave one of them out")
         check_image_dir(self.image_dir, self.samples_file)
         if (self.ttft is None) != (self.profile is None):
             raise SpecError("--ttft counts with a profile of the device; give --ttft and --profile")
@@ -123,6 +129,8 @@ class Recipe:
             return self.output
         name, spec = self.model_name.rpartition("/")[2], self.spec
         ratio = f"-cr{spec.cr:.4g}" if spec.cr != 1 else ""
+        if self.ratios:
+            ratio = "-cr" + "-".join(f"{cr:.4g}" for cr in self.ratios)
         if self.ttft is not None:
             return Path("out") / f"{name}-{spec.method}-ttft{self.ttft:g}"
         seed = policies.seed_of(policies.make(spec))
@@ -136,6 +144,8 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
     """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be."""
     spec, policy = recipe.spec, policies.make(recipe.spec)
     recipe.execution.require()
+    if recipe.ratios:
+        _check_dial(spec, policy)
     adapter = open_model(
         recipe.model,
         recipe.revision,
@@ -144,13 +154,16 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         frames=recipe.frames,
         tokenizer=recipe.tokenizer,
     ).with_execution(recipe.execution)
+    asked = [replace(spec, cr=cr) for cr in recipe.ratios] or [spec]
     if spec.exact:
         spec = with_reached_ratio(spec, policy, adapter.shape)
         recipe = replace(recipe, spec=spec)
-    check_reach(spec, adapter.shape)
+        asked = [spec]
     site = None
-    if recipe.ttft is None:
-        site = place_site(recipe.encoder, adapter, policy, spec.cr)
+    for one in asked:
+        check_reach(one, adapter.shape)
+        if recipe.ttft is None:
+            site = place_site(recipe.encoder, adapter, policy, one.cr)
     if site is not None:
         check_topk(f"--encoder {site.method}", site.units.count, recipe.target)
     samples, why = _parity(recipe, adapter)
@@ -159,22 +172,25 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
     _check_samples(recipe)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
-    calibration, schedule, settled = _calibration(recipe), None, None
+    calibration, settled = _calibration(recipe), None
+    schedules: list[Schedule | None]
     if recipe.ttft is not None and recipe.profile is not None:
         work = Work(calibration, adapter, policy, processor, report)
         settled = within_time(work, recipe.profile, recipe.encoder, recipe.ttft, recipe.lowering)
-        adapter, schedule = settled.adapter, settled.schedule
-        spec = replace(spec, cr=schedule.cr)
-        recipe = replace(recipe, spec=spec)
+        adapter, schedules = settled.adapter, [settled.schedule]
+        spec = replace(spec, cr=settled.schedule.cr)
+        recipe, asked = replace(recipe, spec=spec), [spec]
     else:
         if site is not None:
             site = measure_site(calibration, adapter, processor, site, report)
             check_limit(site)
             adapter = adapter.with_encoder(site)
-        schedule = _schedule(recipe, adapter, policy, processor, report)
-    plan = policy.plan(adapter.shape, spec.cr, schedule)
-    check_cr(plan, spec.cr)
-    check_separators(plan, adapter.shape)
+        schedules = [
+            _schedule(replace(recipe, spec=one), adapter, policy, processor, report)
+            for one in asked
+        ]
+    settings = _settings(asked, schedules, policy, adapter.shape)
+    spec, plan = settings[0].spec, settings[0].plan
     request = ExportRequest(
         model=recipe.model_name,
         spec=spec,
@@ -183,7 +199,8 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
         target=recipe.target,
         dtype=recipe.dtype,
         weights=recipe.weights,
-        schedule=schedule.record() if schedule else None,
+        schedule=settings[0].schedule,
+        dial=settings if recipe.ratios else (),
         no_parity=why,
         keep_fp32=recipe.keep_fp32,
         profilable=recipe.profilable,
@@ -192,6 +209,36 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
     )
     prompts = _prompts(samples, recipe, adapter, processor)
     return export(request, adapter, policy, processor, prompts, report)
+
+
+def _check_dial(spec: PruneSpec, policy: Policy) -> None:
+    """SpecError where a method's counts cannot be an input of the graphs."""
+    if spec.exact:
+        raise SpecError("--set counts= gives one ratio, --cr lists several; leave one of them out")
+    if why := policy.why_frozen():
+        raise SpecError(
+            f"method {spec.method} takes one --cr a bundle: {why}; export a bundle for each ratio,"
+            " or choose a method whose counts can be an input, such as utp or fastv"
+        )
+
+
+def _settings(
+    asked: Sequence[PruneSpec],
+    schedules: Sequence[Schedule | None],
+    policy: Policy,
+    shape: ModelShape,
+) -> tuple[Setting, ...]:
+    """Every ratio with its counts; SpecError where one cannot be."""
+    plans = list[Plan]()
+    for spec, schedule in zip(asked, schedules, strict=True):
+        plan = policy.plan(shape, spec.cr, schedule)
+        check_cr(plan, spec.cr)
+        check_separators(plan, shape)
+        plans.append(plan)
+    records = [schedule.record() if schedule else None for schedule in schedules]
+    if len(plans) > 1:
+        plans = list(on_common_sites(plans))
+    return tuple(map(Setting, asked, plans, records))
 
 
 def with_reached_ratio(spec: PruneSpec, policy: Policy, shape: ModelShape) -> PruneSpec:

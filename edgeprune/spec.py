@@ -112,6 +112,7 @@ class Plan:
     visual_tokens: int
     layers: int
     stages: tuple[Stage, ...] = ()
+    dialed: bool = False  # whether counts are an input of the graphs; these are the largest then
 
     def __post_init__(self) -> None:
         live, layer = self.visual_tokens, 0

@@ -195,6 +195,7 @@ class Graphs:
         wide: bool = False,
     ) -> None:
         self.eager, self.activations = eager, Activations()
+        self._counts = torch.tensor(eager.plan.counts)  # where they are an input
         counts, options = eager.plan.counts, {"exact": exact, "wide": wide}
         windows = eager.vision.windows()
         self.vision = WindowedGraph(folder / VISION, records[VISION], windows, counts, **options)
@@ -203,13 +204,15 @@ class Graphs:
 
     def look(self, prompt: Prompt) -> Played:
         """An image before vision.onnx."""
-        return self.vision.begin([{"pixels": prompt.pixels.to(self.vision.dtype)}])
+        pixels = prompt.pixels.to(self.vision.dtype)
+        return self.vision.begin([{"pixels": pixels, "counts": self._counts}])
 
     def talk(self, prompt: Prompt, visual: Tensor, indices: Tensor) -> Played:
         """A dialogue about visual tokens [1, r_1, width], before decoder.onnx."""
         visual, found = visual.to(self.decoder.dtype), list[dict[str, Tensor]]()
         for call in calls_about(prompt, self.eager.decoder.decoder):
-            found.append(_inputs(call) | {"visual": visual, "visual_indices": indices})
+            image = {"visual": visual, "visual_indices": indices, "counts": self._counts}
+            found.append(_inputs(call) | image)
             visual, indices = visual[:, :0], indices[:0]  # the later calls have no image
         return self.decoder.begin(found)
 

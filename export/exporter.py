@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from edgeprune.bundle import (
     ImageRecord,
     Manifest,
     ParityRecord,
-    PruneRecord,
     TextRecord,
     TimingRecord,
     atomic_folder,
     check_target,
     record_files,
 )
+from edgeprune.dial import widest
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import BundleError, ExportError, SpecError
 from edgeprune.export import ranges
@@ -30,6 +31,7 @@ from edgeprune.export.comparison import Models, compare
 from edgeprune.export.dialects import dialect_of
 from edgeprune.export.generation import read_generation
 from edgeprune.export.prompts import read_text
+from edgeprune.export.ratios import Setting, named, prune_record, range_of, ratio_records
 from edgeprune.export.weighing import weigh, weights_notes, weights_record
 from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import GraphRecord
@@ -39,7 +41,7 @@ from edgeprune.models._encoder_site import Blocks, encoder_operations
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
-from edgeprune.policies import Policy, seed_of
+from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.versions import installed
@@ -64,6 +66,17 @@ class ExportRequest:
     tuning: Tuning = UNTUNED  # what samples say of the weights that are quantised
     timing: TimingRecord | None = None  # the time that was asked for
     profilable: bool = False  # whether a block of the encoder is written too, to be timed
+    dial: tuple[Setting, ...] = ()  # where counts are an input: every ratio, on common sites
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """All ratios, the default first."""
+        return self.dial or (Setting(self.spec, self.plan, self.schedule),)
+
+    @property
+    def traced(self) -> Plan:
+        """What the graphs are made for."""
+        return widest([setting.plan for setting in self.dial]) if self.dial else self.plan
 
     @property
     def lowering(self) -> Lowering:
@@ -138,35 +151,39 @@ def export(
     """Trace, write weights, check parity, and rename the whole into place."""
     compared = not request.no_parity
     preflight(request.output, request.lowering, adapter)
-    check_topk(f"method {request.spec.method}", policy.largest_topk(request.plan), request.target)
+    check_topk(f"method {request.spec.method}", policy.largest_topk(request.traced), request.target)
     if (site := adapter.vision_config.site) is not None:
         check_topk(f"--encoder {site.method}", site.units.count, request.target)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
     exact, adapter = adapter, _with_weights(request.lowering, adapter, request.tuning)
     samples = [] if request.no_parity else list(prompts)
-    proof = _prove(request, adapter, policy, samples, report)
-    wide, notes = (proof.record.float32, proof.notes) if proof else ((), ())
+    proofs = _prove(request, adapter, policy, samples, report)
+    held = range_of(proofs)
+    wide = held.float32 if held else ()
     try:
         with atomic_folder(request.output) as draft:
-            modules = modules_of(request.plan, adapter, policy, dialect, dtype, wide)
+            modules = modules_of(request.traced, adapter, policy, dialect, dtype, wide)
             graphs, stored = write_graphs(
                 draft, modules, adapter, dialect, dtype, report, profilable=request.profilable
             )
             copy_text(adapter.checkpoint.folder, draft, processor)
-            checked = ParityRecord(0, request.no_parity)
+            checked = [ParityRecord(0, request.no_parity)] * len(request.settings)
             weights = weights_record(request.lowering, stored, request.tuning.kinds)
             if compared:
-                parts = adapter, policy, request.plan
-                models = Models(*parts, dtype, samples, report, proof)
-                checked = compare(draft, graphs, models)
-                weights = weigh(weights, request.lowering, exact, draft, graphs, models)
+                models = [
+                    Models(adapter, policy, setting.plan, dtype, samples, report, proof)
+                    for setting, proof in zip_longest(request.settings, proofs)
+                ]
+                checked = list(_compared(request, draft, graphs, models))
+                weights = weigh(weights, request.lowering, exact, draft, graphs, models[0])
             report("hash files", 0, 1)
             manifest = replace(
                 _manifest(request, adapter, policy, records, graphs, draft),
-                parity=checked,
-                range=proof.record if proof else None,
+                parity=checked[0],
+                range=held,
                 weights=weights,
+                ratios=ratio_records(request.dial, checked[: len(request.dial)], adapter, policy),
             )
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             _open_again(draft)
@@ -175,7 +192,17 @@ def export(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
     told = weights_notes(request.lowering, stored)
+    notes = dict.fromkeys(note for proof in proofs for note in proof.notes)
     return Exported(request.output, manifest, (*records.notes, *told, *notes))
+
+
+def _compared(
+    request: ExportRequest, draft: Path, graphs: dict[str, GraphRecord], models: Sequence[Models]
+) -> Iterator[ParityRecord]:
+    """What parity says of each ratio."""
+    for setting, one in zip(request.settings, models, strict=True):
+        with named(setting, several=bool(request.dial)):
+            yield compare(draft, graphs, one)
 
 
 def _with_weights(lowering: Lowering, adapter: Adapter, tuning: Tuning) -> Adapter:
@@ -207,11 +234,12 @@ def _prove(
     policy: Policy,
     samples: Sequence[Prompt],
     report: Progress,
-) -> ranges.Proof | None:
-    """What float16 holds of the model; None where that is not asked."""
+) -> list[ranges.Proof]:
+    """What float16 holds of the model at each ratio; none where that is not asked."""
     if request.lowering.dtype.name != "fp16" or request.no_parity:
-        return None
-    return ranges.prove(adapter, policy, request.plan, samples, request.keep_fp32, report)
+        return []
+    given = samples, request.keep_fp32, report
+    return [ranges.prove(adapter, policy, one.plan, *given) for one in request.settings]
 
 
 def _manifest(
@@ -232,7 +260,7 @@ def _manifest(
         dialect=dialect.name,
         dtype=request.lowering.dtype.name,
         opset=dialect.opset,
-        prune=_prune_record(request, adapter, policy),
+        prune=prune_record(request.settings[0], adapter, policy),
         encoder=_encoder_record(adapter),
         decoder=_decoder_record(adapter, request.plan, dialect.cache),
         graphs=graphs,
@@ -243,23 +271,6 @@ def _manifest(
         versions={package: installed(package) for package in PACKAGES},
         timing=request.timing,
         checkpoint_weights=str(packed.form) if packed else "",
-    )
-
-
-def _prune_record(request: ExportRequest, adapter: Adapter, policy: Policy) -> PruneRecord:
-    plan, spec = request.plan, request.spec
-    return PruneRecord(
-        method=spec.method,
-        cr=spec.cr,
-        cr_reached=plan.cr,
-        visual_tokens=plan.visual_tokens,
-        grid=adapter.shape.grid,
-        counts=plan.counts,
-        stages=plan.stages,
-        reads_text=policy.reads_text and bool(plan.in_decoder),
-        seed=seed_of(policy),
-        options=dict(spec.options),
-        schedule=request.schedule,
     )
 
 

@@ -68,12 +68,19 @@ class Traced:
 
 
 def vision_graph(module: Vision, shape: Sequence[int], dtype: torch.dtype, opset: int) -> Traced:
-    """pixels [tiles, 3, H, W] -> visual [1, r_1, D], visual_indices [r_1]; every size fixed."""
-    pixels = torch.zeros(*shape, dtype=dtype)
+    """pixels [tiles, 3, H, W] -> visual [1, r_1, D], visual_indices [r_1]; every size is fixed, but
+    for r_1 where counts are an input."""
+    args: tuple[Any, ...] = (torch.zeros(*shape, dtype=dtype),)
+    shapes: Shapes = None
     inputs = [End("pixels", "pixels")]
     outputs = [End("visual", "visual"), End("visual_indices", "visual_indices")]
     states = 1 + len(module.encoder.blocks)
-    model = to_graph(module, (pixels,), None, inputs, outputs, opset, states=states)
+    if counted := module.plan.dialed and bool(module.plan.before_decoder()):
+        args, shapes = (*args, torch.tensor(module.plan.counts)), (None, None)
+        inputs.append(End("counts", "counts"))
+    model = to_graph(module, args, shapes, inputs, outputs, opset, states=states)
+    if counted:
+        _name_sizes(model.graph.outputs, outputs, "")
     return Traced(model, _record(model.graph, inputs, outputs))
 
 
@@ -96,6 +103,11 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
         shapes = (*shapes, {0: Dim.DYNAMIC})
         inputs.append(End("visual_indices", "visual_indices"))
         args = (*args, torch.arange(max(2, plan.encoded)))
+    if plan.dialed:
+        if not decoder.reads_indices:
+            args, shapes = (*args, None), (*shapes, None)
+        inputs.append(End("counts", "counts"))
+        args, shapes = (*args, torch.tensor(plan.counts)), (*shapes, None)
     ends, states = (inputs, outputs), 1 + len(layers)
     model = to_graph(decoder, args, shapes, *ends, dialect.opset, _calls(plan), states=states)
     if dialect.token:

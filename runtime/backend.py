@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.bundle import Manifest
 from edgeprune.errors import BackendError
 
 Ids = NDArray[np.int64]
@@ -33,6 +34,7 @@ class EncodedImage:
     warnings: tuple[str, ...] = ()  # of the image, such as that its shape is not the bundle's
     engine: object = None  # that encoded it
     holder: object = None  # while it lives, the backend keeps the memory for this image
+    manifest: Manifest | None = None  # of the bundle at the ratio at which it was encoded
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class DecoderInputs:
     lengths: Ids  # [layers], tokens in each layer's cache before the call
     filled: Ids  # [layers], and after it
     logits: bool = True  # whether logits are wanted, not the likeliest token alone
+    counts: Ids | None = None  # [layers], r_1 ... r_L of the image, for graphs that take them
 
     @property
     def is_step(self) -> bool:
@@ -109,8 +112,8 @@ class Backend(Protocol[C]):
     text_capacity: int | None  # tokens of text that caches hold; None: as many as it takes
     build_seconds: float | None  # that engines took to build; None where nothing is built
 
-    def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
-        """Run the vision graph."""
+    def encode_image(self, pixels: NDArray[np.float32], counts: Ids | None = None) -> EncodedImage:
+        """Run the vision graph; `counts` r_1 ... r_L where it takes them."""
         ...
 
     def caches(self) -> C:
@@ -154,7 +157,7 @@ class FakeBackend:
         self.script, self.vocabulary, self.visual = list(script), vocabulary, visual_tokens
         self.calls: list[DecoderInputs] = []
 
-    def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
+    def encode_image(self, pixels: NDArray[np.float32], counts: Ids | None = None) -> EncodedImage:
         return EncodedImage(None, None, np.arange(self.visual))
 
     def caches(self) -> FakeCaches:

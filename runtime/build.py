@@ -20,6 +20,7 @@ from typing import Any
 from edgeprune.bundle import ENGINES, Bundle, Manifest, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
 from edgeprune.files import replaced
+from edgeprune.graphs import DECODER, VISION, TensorRecord
 from edgeprune.lowering import TARGETS
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import trt as seam
@@ -34,7 +35,9 @@ STEP = 128  # tokens that the decode profile takes at most: one token exactly st
 FLOAT8 = (8, 9)  # compute capability from which on GPUs multiply floats of 8 bits
 
 Range = tuple[int, int, int]  # least, usual, most
-Profile = Mapping[str, Range]  # prefix, visual and text tokens of one call, and past.0 ...
+Counts = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # likewise, of every layer
+Profile = Mapping[str, Range | Counts]
+"""Prefix, visual and text tokens of one call, past.0 ..., and counts where they are an input."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Engine:
     bytes: int
     sha256: str
     seconds: float
-    profiles: dict[str, dict[str, Range]]
+    profiles: dict[str, dict[str, Range | Counts]]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
@@ -96,7 +99,7 @@ def build(request: BuildRequest, report: Progress = silent) -> Built:
     if not request.force and (before := read(target)) and whole(before):
         return _finished(bundle, request, Built(target, before.record, found=True))
     bundle.require_weights("a build")
-    capacities = [count + request.text_capacity for count in bundle.manifest.prune.counts]
+    capacities = [count + request.text_capacity for count in bundle.manifest.widest.counts]
     grows, cached = bundle.manifest.decoder.cache == "grow", bundle.manifest.graph.cached_layers
     sizes = {f"capacity.{layer}": capacities[layer] for layer in cached}
     growing = {layer: capacities[layer] for layer in cached if grows}
@@ -104,7 +107,7 @@ def build(request: BuildRequest, report: Progress = silent) -> Built:
     builder = _Builder(trt, request, bundle, report)
     with replaced(target) as draft:
         engines = {
-            "vision": builder.compile("vision", {}, {}, draft),
+            "vision": builder.compile("vision", {}, image_ranges(bundle.manifest), draft),
             "decoder": builder.compile("decoder", {} if grows else sizes, profiles, draft),
         }
         record = {
@@ -150,7 +153,7 @@ def _check(manifest: Manifest, request: BuildRequest) -> None:
                 f" {FLOAT8[0]}.{FLOAT8[1]} on; this is for {older[0]}. Export it again with"
                 " --weights int8:activations=on"
             )
-    most = manifest.decoder.max_positions - manifest.decoder.image_positions
+    most = manifest.decoder.max_positions - max(s.image_positions for s in manifest.settings)
     if request.text_capacity > most:
         raise CapacityError(
             f"--text-capacity {request.text_capacity} is more than the {most} text tokens that"
@@ -172,7 +175,7 @@ def size_ranges(
     `growing` has, by the index of a layer, the most tokens of its cache where that is longer from
     call to call.
     """
-    visual, most = bundle.manifest.prune.encoded, request.text_capacity
+    visual, most = bundle.manifest.widest.encoded, request.text_capacity
     prompter = Prompter(bundle.file("tokenizer.json"), bundle.manifest.text)
     prefix = prompter.first_turn("?")[0].size
     if prefix >= most:
@@ -180,14 +183,17 @@ def size_ranges(
             f"--text-capacity {most} leaves no room: {prefix} tokens stand before the image"
         )
     longest = min(max(PREFIX, prefix), most)
+    counts = _counts(bundle.manifest, DECODER)
     return {
         "prefill": {
+            **counts,
             "prefix": (0, prefix, longest),
             "visual": (0, visual, visual),
             "text": (1, min(64, most - prefix), most),
             **{f"past.{layer}": (0, 0, full) for layer, full in growing.items()},
         },
         "decode": {
+            **counts,
             "prefix": (0, 0, longest),
             "visual": (0, 0, visual),
             "text": (1, 1, min(request.decode_tokens, most)),
@@ -197,6 +203,21 @@ def size_ranges(
             },
         },
     }
+
+
+def image_ranges(manifest: Manifest) -> dict[str, Profile]:
+    """The sizes of the vision graph: fixed, unless it takes the counts."""
+    counts = _counts(manifest, VISION)
+    return {"image": counts} if counts else {}
+
+
+def _counts(manifest: Manifest, graph: str) -> dict[str, Counts]:
+    """The counts that a graph takes, over all ratios of the bundle."""
+    if (taken := manifest.graphs[graph].input("counts")) is None:
+        return {}
+    ratios = list(zip(*(setting.prune.counts for setting in manifest.settings), strict=True))
+    least, most = tuple(map(min, ratios)), tuple(map(max, ratios))
+    return {taken.name: (least, manifest.prune.counts, most)}
 
 
 def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
@@ -232,7 +253,8 @@ class _Builder:
         start = time.perf_counter()
         network = self._parse(f"{name}.onnx", sizes)
         config = self._config(name)
-        shapes = {label: self._profile(config, network, p) for label, p in profiles.items()}
+        ends = self.bundle.manifest.graphs[f"{name}.onnx"].inputs
+        shapes = {label: self._profile(config, ends, p) for label, p in profiles.items()}
         self.logger.errors.clear()
         plan = seam.compiled(self.builder, network, config, self._monitor)
         if plan is None:
@@ -287,12 +309,18 @@ class _Builder:
             )
         return [known[name] for name in self.request.compute]
 
-    def _profile(self, config: Any, network: Any, profile: Profile) -> dict[str, Range]:
+    def _profile(
+        self, config: Any, inputs: Sequence[TensorRecord], profile: Profile
+    ) -> dict[str, Range | Counts]:
         """Add one profile; what it bounds, by input, in tokens."""
         made = self.builder.create_optimization_profile()
-        bounds = [{name: bound[i] for name, bound in profile.items()} for i in range(3)]
-        for tensor in self.bundle.manifest.graph.inputs:
-            if {dim for dim in tensor.dims if isinstance(dim, str)} & profile.keys():
+        bounds: list[dict[str, Any]] = [
+            {name: bound[i] for name, bound in profile.items()} for i in range(3)
+        ]
+        for tensor in inputs:
+            if tensor.role == "counts":  # values that decide shapes
+                made.set_shape_input(tensor.name, *(list(b[tensor.name]) for b in bounds))
+            elif {dim for dim in tensor.dims if isinstance(dim, str)} & profile.keys():
                 made.set_shape(tensor.name, *map(tensor.shape, bounds))
         if config.add_optimization_profile(made) < 0:
             raise BackendError(f"{self.title} refuses the profile {dict(profile)}")

@@ -62,18 +62,27 @@ class Engine:
             caches = self.backend.caches()
         return Sequence(self, caches)
 
-    def encode_image(self, shown: Shown) -> EncodedImage:
-        """An image, several, or a video, as the bundle takes them; any sequence may read it."""
+    def encode_image(self, shown: Shown, cr: float | None = None) -> EncodedImage:
+        """An image, several, or a video, as the bundle takes them; any sequence may read it.
+
+        `cr` is one of the bundle's ratios, None the default; SpecError where it has no such.
+        """
         prepared = media.prepare(shown, self.manifest.image)
-        return self.encode_pixels(prepared.pixels, prepared.warnings)
+        return self.encode_pixels(prepared.pixels, prepared.warnings, cr)
 
     def encode_pixels(
-        self, pixels: NDArray[np.float32], warnings: tuple[str, ...] = ()
+        self,
+        pixels: NDArray[np.float32],
+        warnings: tuple[str, ...] = (),
+        cr: float | None = None,
     ) -> EncodedImage:
         """As `encode_image`, from what `media.prepare` gives."""
+        manifest = self.manifest.at(cr)
+        counts = np.array(manifest.prune.counts)
         with self._lock:
             self._check()
-            return replace(self.backend.encode_image(pixels), warnings=warnings, engine=self)
+            image = self.backend.encode_image(pixels, counts)
+            return replace(image, warnings=warnings, engine=self, manifest=manifest)
 
     def run(self, inputs: DecoderInputs, caches: Caches) -> Output:
         """One call of the decoder, for a sequence."""

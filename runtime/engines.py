@@ -18,6 +18,7 @@ RECORD = ENGINE_RECORD
 GRAPHS = ("vision.onnx", "decoder.onnx", "weights.bin")
 
 Range = tuple[Amount, Amount, Amount]  # least, usual, most
+Counts = tuple[tuple[Amount, ...], tuple[Amount, ...], tuple[Amount, ...]]  # of every layer
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class _EngineRecord:
     bytes: Bytes
     sha256: Hash
     seconds: Annotated[float, Between(0, 1e9)]
-    profiles: dict[str, dict[str, Range]]
+    profiles: dict[str, dict[str, Range | Counts]]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ class Execution(Protocol):
     def address(self, name: str, address: int) -> None:
         """Where an input or output lies from now on."""
 
+    def values(self, name: str, values: NDArray[np.int64]) -> None:
+        """What an input that decides shapes holds from now on; it lies on the host."""
+
     def run(self) -> None:
         """Queue one run."""
 
@@ -206,7 +209,7 @@ class _Engine:
 
 class _Execution:
     def __init__(self, loaded: _Engine, profile: int, scratch: int) -> None:
-        self.gpu = loaded.gpu
+        self.gpu, self.held = loaded.gpu, dict[str, NDArray[np.int64]]()
         strategy = self.gpu.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.context = loaded.engine.create_execution_context(strategy)
         if self.context is None:
@@ -223,6 +226,11 @@ class _Execution:
     def address(self, name: str, address: int) -> None:
         if not self.context.set_tensor_address(name, address):
             raise BackendError(f"{self.gpu.title} refuses the address of {name}{self._why()}")
+
+    def values(self, name: str, values: NDArray[np.int64]) -> None:
+        held = self.held.setdefault(name, np.zeros(values.size, np.int64))
+        held[:] = values
+        self.address(name, held.ctypes.data)
 
     def run(self) -> None:
         if not self.context.execute_async_v3(int(self.gpu.stream)):

@@ -106,7 +106,7 @@ def _fixed(bundle: Bundle, name: str) -> bytes:
     manifest, data = bundle.manifest, bundle.file(name).read_bytes()
     if name == "vision.onnx" or manifest.decoder.cache == "grow":
         return data
-    counts = manifest.prune.counts
+    counts = manifest.widest.counts
     sizes = {f"capacity.{n}": counts[n] + SPARE for n in manifest.graph.cached_layers}
     return with_sizes(data, sizes)
 

@@ -10,20 +10,21 @@ LONGEST = 512
 """Tokens of an answer at most, where neither caller nor checkpoint says a number."""
 
 
-def room(sequence: Sequence, text: int, sampling: Sampling | None, *, first: bool) -> int:
-    """How many tokens may be said after `text` tokens, behind an image or what was read.
+def room(sequence: Sequence, text: int, sampling: Sampling | None, span: int | None = None) -> int:
+    """How many tokens may be said after `text` tokens, behind an image that takes `span` positions,
+    or where that is None behind what was read.
 
     CapacityError where there is no room for one, or for as many as are wanted.
     """
     engine = sequence.engine
     wanted = sampling.max_new_tokens if sampling else None
-    if first:
-        fitting = engine.room(0, 0, text, engine.manifest.decoder.image_positions, wanted)
+    if span is not None:
+        fitting = engine.room(0, 0, text, span, wanted)
     else:
         fitting = engine.room(sequence.position, sequence.text_tokens, text, 0, wanted)
     if wanted is not None:
         return wanted
-    before = engine.visual_ids.size if first else sequence.ids.size
+    before = sequence.ids.size if span is None else engine.visual_ids.size
     return min(fitting, _longest(engine.manifest.text.generation, sampling, text + before))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeprune.bundle import Manifest
 from edgeprune.errors import CapacityError, InputError, SessionError
 from edgeprune.runtime.backend import Caches, DecoderInputs, EncodedImage, Ids, Output
 
@@ -21,6 +22,17 @@ CLOSED = "this dialogue is closed; open another one"
 NO_IDS: Ids = np.zeros((1, 0), np.int64)
 
 
+def at_its_ratio(image: EncodedImage) -> Manifest:
+    """The bundle's manifest at the ratio of an image that an engine encoded."""
+    assert image.manifest is not None
+    return image.manifest
+
+
+def counts_of(image: EncodedImage) -> Ids:
+    """r_1 ... r_L of an image: int64 [layers]."""
+    return np.array(at_its_ratio(image).prune.counts)
+
+
 @dataclass(frozen=True)
 class _State:
     """What the caches hold; replaced as a whole once a call has succeeded."""
@@ -29,7 +41,7 @@ class _State:
     ids: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
     position: int = 0
     text: int = 0  # tokens of text among them
-    image: bool = False
+    image: Manifest | None = None  # of the bundle, at the ratio of the image that was read
     vision_kept: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
     layer_kept: tuple[Ids, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -40,16 +52,16 @@ class Sequence:
 
     def __init__(self, engine: Engine, caches: Caches) -> None:
         self.engine, self._caches = engine, caches
-        self._counts = np.array(engine.manifest.prune.counts)
+        self._nothing = np.zeros(engine.manifest.decoder.layers, np.int64)
         self._visual_ids = engine.visual_ids
         self._busy, self._closed, self._broken = threading.Lock(), False, ""
-        self._state = _State(np.zeros_like(self._counts))
+        self._state = _State(self._nothing)
         self.pending: list[int] = []  # tokens that were said but not read yet; `read` takes them
 
     def reset(self) -> None:
         """Forget all tokens, also after a broken-off call; the caches keep their memory."""
         with self._alone():
-            self._state, self.pending = _State(np.zeros_like(self._counts)), []
+            self._state, self.pending = _State(self._nothing), []
             self._broken = ""
 
     @property
@@ -106,6 +118,8 @@ class Sequence:
                 before = np.concatenate([pending, prefix_ids], 1)
             if not text_ids.size:
                 raise InputError("a sequence reads at least one token of text in a call; got none")
+            if image is not None:
+                self._check_ratio(image)
             after = self._after(before, image, text_ids)
             inputs = DecoderInputs(
                 before,
@@ -115,6 +129,7 @@ class Sequence:
                 self._state.lengths,
                 after.lengths,
                 logits,
+                None if image is None else counts_of(image),
             )
             self._broken = "a call was broken off before its end"
             try:
@@ -138,7 +153,7 @@ class Sequence:
         with self._alone():
             self.check()
             prune = self.engine.manifest.prune
-            if self._state.image and prune.reads_text:
+            if self._state.image is not None and prune.reads_text:
                 raise SessionError(
                     f"method {prune.method} chose the image's tokens by the text after it, so a"
                     " copy would not fit another question; fork before the image is read, and"
@@ -177,6 +192,16 @@ class Sequence:
             self._closed = True
             self.engine.free(self._caches)
 
+    def _check_ratio(self, image: EncodedImage) -> None:
+        """SessionError where the dialogue has an image of another ratio."""
+        if (held := self._state.image) is not None:
+            cr, new = held.prune.cr, at_its_ratio(image).prune.cr
+            if new != cr:
+                raise SessionError(
+                    f"this dialogue is at CR {cr:g}, the image was encoded at CR {new:g}; begin a"
+                    " new dialogue for another ratio"
+                )
+
     def _after(self, prefix_ids: Ids, image: EncodedImage | None, text_ids: Ids) -> _State:
         """The state once all this has been read."""
         state, text = self._state, prefix_ids.size + text_ids.size
@@ -192,11 +217,11 @@ class Sequence:
                 state.warnings,
             )
         return _State(
-            state.lengths + text + self._counts,
+            state.lengths + text + counts_of(image),
             np.concatenate([state.ids, prefix_ids[0], self._visual_ids, text_ids[0]]),
-            state.position + text + self.engine.manifest.decoder.image_positions,
+            state.position + text + at_its_ratio(image).decoder.image_positions,
             state.text + text,
-            True,
+            image.manifest,
             image.kept,
             state.layer_kept,
             image.warnings,

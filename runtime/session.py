@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgeprune.bundle import Manifest
 from edgeprune.errors import CapacityError, InputError, SessionError
 from edgeprune.runtime import backends
 from edgeprune.runtime.answer import Answer, Choice, Timings, TokenScore, Turn
@@ -21,7 +22,7 @@ from edgeprune.runtime.formats import AnswerFormat, Grammar, check_settings
 from edgeprune.runtime.media import Shown, prepare
 from edgeprune.runtime.room import room
 from edgeprune.runtime.sampling import Sampling
-from edgeprune.runtime.sequence import NO_IDS, Sequence
+from edgeprune.runtime.sequence import NO_IDS, Sequence, at_its_ratio
 
 WARM_UP = 128
 """Text tokens of a prefill on nothing, at most."""
@@ -37,9 +38,13 @@ class Session:
     manager a session is closed at the end of the block.
     """
 
-    def __init__(self, engine: Engine, sequence: Sequence | None = None) -> None:
-        """On an engine that the caller closes; `sequence` may be a fork of another one."""
-        self.engine, self.bundle, self.manifest = engine, engine.bundle, engine.manifest
+    def __init__(
+        self, engine: Engine, sequence: Sequence | None = None, cr: float | None = None
+    ) -> None:
+        """On an engine that the caller closes; `sequence` may be a fork of another one. `cr` is the
+        ratio of questions that name none, None the bundle's default."""
+        self.engine, self.bundle, self._cr = engine, engine.bundle, cr
+        self.manifest = engine.manifest.at(cr)  # at the ratio of the dialogue
         self._prompter = engine.prompter
         self.sequence = sequence or engine.sequence()
         self.answer: Answer | None = None  # to the last question, once it is complete
@@ -54,12 +59,14 @@ class Session:
         backend: str = "ort-cpu",
         threads: int | None = None,
         verify: bool | None = None,
+        cr: float | None = None,
     ) -> Session:
-        """Open a bundle on one of BACKENDS, for one dialogue; `verify` as in Bundle.open."""
+        """Open a bundle on one of BACKENDS, for one dialogue; `verify` as in Bundle.open, `cr` as
+        in Session."""
         with ExitStack() as owned:
             engine = Engine.open(path, backend, threads=threads, verify=verify)
             owned.callback(engine.close)
-            session = cls(engine)
+            session = cls(engine, cr=cr)
             session._owned = owned.pop_all()
         return session
 
@@ -95,7 +102,7 @@ class Session:
         with self._alone():
             self._reset()
             engine, manifest = self.engine, self.manifest
-            image = engine.encode_pixels(np.zeros(manifest.image.shape, np.float32))
+            image = engine.encode_pixels(np.zeros(manifest.image.shape, np.float32), cr=self._cr)
             most = manifest.decoder.max_positions - manifest.decoder.image_positions
             text = min(WARM_UP, (engine.backend.text_capacity or most) - 1, most - 1)
             if text >= 1:
@@ -112,16 +119,18 @@ class Session:
         answer_format: AnswerFormat | None = None,
         *,
         logprobs: int | None = None,
+        cr: float | None = None,
     ) -> Answer:
         """Answer a question about an image, or what else the bundle takes; a new dialogue.
 
         `system` is a system message in place of the chat template's own; `answer_format` is the
         form that the answer has unless it ends with `length`. `logprobs` asks for the answer's
-        `scores`, with so many of the likeliest tokens in each place.
+        `scores`, with so many of the likeliest tokens in each place. `cr` is one of the bundle's
+        ratios, which the dialogue keeps; None: the session's own.
         """
         with self._alone():
             return self._whole(
-                self._first_turn(shown, prompt, sampling, system, answer_format, logprobs)
+                self._first_turn(shown, prompt, sampling, system, answer_format, logprobs, cr)
             )
 
     def follow_up(
@@ -142,13 +151,15 @@ class Session:
         prompt: str,
         choices: Collection[str],
         system: str | None = None,
+        *,
+        cr: float | None = None,
     ) -> Choice:
         """The likeliest of given answers to a question about an image, with the probability of
         each; a new dialogue, which goes on as if that answer had been given."""
         with self._alone():
             wanted = self._choices(choices)
             longest = Sampling(max_new_tokens=wanted.longest)
-            return self._chosen(wanted, self._first_turn(shown, prompt, longest, system))
+            return self._chosen(wanted, self._first_turn(shown, prompt, longest, system, cr=cr))
 
     def choose_follow_up(self, prompt: str, choices: Collection[str]) -> Choice:
         """As `choose`, for a further question about the same image."""
@@ -166,6 +177,7 @@ class Session:
         answer_format: AnswerFormat | None = None,
         *,
         logprobs: int | None = None,
+        cr: float | None = None,
     ) -> Iterator[str]:
         """As `ask`, piece by piece; `answer` holds the whole once the last piece is out.
 
@@ -173,7 +185,7 @@ class Session:
         question was asked is a SessionError.
         """
         with self._alone():
-            turn = self._first_turn(shown, prompt, sampling, system, answer_format, logprobs)
+            turn = self._first_turn(shown, prompt, sampling, system, answer_format, logprobs, cr)
         return _Stream(self, turn)
 
     def stream_follow_up(
@@ -201,28 +213,43 @@ class Session:
         system: str | None,
         answer_format: AnswerFormat | None = None,
         logprobs: int | None = None,
+        cr: float | None = None,
     ) -> Turn:
         """A question about an image, which is encoded; what is refused leaves all as it was."""
-        clock, engine = time.perf_counter, self.engine
+        clock, engine, manifest = time.perf_counter, self.engine, self._at(shown, cr)
         started = clock()
         prefix_ids, text_ids = self._prompter.first_turn(prompt, system)
         text = prefix_ids.size + text_ids.size
-        most = room(self.sequence, text, sampling, first=True)
+        most = room(self.sequence, text, sampling, manifest.decoder.image_positions)
         grammar = self._grammar(sampling, answer_format)
         check_count(logprobs, self.manifest.decoder.vocabulary)
         if isinstance(shown, EncodedImage):
-            engine.check_own(shown)
             image, loaded = shown, clock()
         else:
             prepared = prepare(shown, self.manifest.image)
             loaded = clock()
-            image = engine.encode_pixels(prepared.pixels, prepared.warnings)
+            image = engine.encode_pixels(prepared.pixels, prepared.warnings, manifest.prune.cr)
         timings = Timings(1e3 * (loaded - started), 1e3 * (clock() - loaded))
         self._reset()
+        self.manifest = manifest
         settings = sampling or self.sampling
         turn = Turn(prefix_ids, text_ids, image, text, settings, most, timings, grammar, logprobs)
         self._turn = turn
         return turn
+
+    def _at(self, shown: Shown | EncodedImage, cr: float | None) -> Manifest:
+        """The bundle at the ratio of a new dialogue: what is asked, or that of an encoded image."""
+        wanted = self._cr if cr is None else cr
+        if not isinstance(shown, EncodedImage):
+            return self.engine.manifest.at(wanted)
+        self.engine.check_own(shown)
+        manifest = at_its_ratio(shown)
+        if wanted is not None and wanted != manifest.prune.cr:
+            raise SessionError(
+                f"the image was encoded at CR {manifest.prune.cr:g}, the question asks for CR"
+                f" {wanted:g}; encode it at that: Engine.encode_image"
+            )
+        return manifest
 
     def _next_turn(
         self,
@@ -238,7 +265,7 @@ class Session:
         started = time.perf_counter()
         text_ids = self._prompter.next_turn(prompt)
         text = len(sequence.pending) + text_ids.size
-        most = room(sequence, text, sampling, first=False)
+        most = room(sequence, text, sampling)
         grammar = self._grammar(sampling, answer_format)
         check_count(logprobs, self.manifest.decoder.vocabulary)
         timings = Timings(preprocess=1e3 * (time.perf_counter() - started))

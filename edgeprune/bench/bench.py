@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ class BenchRequest:
     duration: float | None = None  # under load, in place of `rounds`
     warmup: int = 2  # rounds before those that count
     threads: int | None = None
+    ratios: tuple[float, ...] = ()  # at which bundles with several are timed; none: the default
 
     def __post_init__(self) -> None:
         least = {"text_tokens": worker.PREFIX + 1, "new_tokens": 1, "rounds": 1, "warmup": 0}
@@ -154,11 +155,12 @@ class BenchResult:
 
 def bench(request: BenchRequest, report: Progress = silent) -> BenchResult:
     """Time every bundle on every backend, interleaved; the first is what ratios are taken to."""
+    timed = list(_timed(request))
     with ExitStack() as stack:
         started = [
-            stack.enter_context(_WorkerProcess(path, backend, request))
+            stack.enter_context(_WorkerProcess(path, backend, request, cr))
             for backend in request.backends
-            for path in request.bundles
+            for path, cr in timed
         ]
         workers, absent = _loaded(started)
         agreements = tuple(_agreements(workers)) if len(request.backends) > 1 else ()
@@ -195,6 +197,18 @@ def _round(workers: Sequence[_WorkerProcess], *, keep: bool) -> None:
         process.time_round(keep)
 
 
+def _timed(request: BenchRequest) -> Iterator[tuple[Path, float | None]]:
+    """Every bundle; one with several ratios at each that is asked for."""
+    manifests = {path: Bundle.open(path, verify=False).manifest for path in request.bundles}
+    if request.ratios and not any(manifest.ratios for manifest in manifests.values()):
+        raise SpecError("--cr is for bundles with several ratios, none of these has; leave it out")
+    for path in request.bundles:
+        several = request.ratios if manifests[path].ratios else ()
+        for cr in several or (None,):
+            manifests[path].at(cr)  # refused before anything is opened
+            yield path, cr
+
+
 def _loaded(started: Sequence[_WorkerProcess]) -> tuple[list[_WorkerProcess], tuple[Absent, ...]]:
     """Those that can run; BackendError where none can, or where only one backend was asked for."""
     workers, absent = list[_WorkerProcess](), list[Absent]()
@@ -202,7 +216,7 @@ def _loaded(started: Sequence[_WorkerProcess]) -> tuple[list[_WorkerProcess], tu
         try:
             process.load()
         except BackendError as error:
-            absent.append(Absent(process.manifest.name, process.backend, str(error)))
+            absent.append(Absent(process.manifest.label, process.backend, str(error)))
         else:
             workers.append(process)
     if absent and (not workers or len({process.backend for process in started}) == 1):
@@ -212,12 +226,12 @@ def _loaded(started: Sequence[_WorkerProcess]) -> tuple[list[_WorkerProcess], tu
 
 def _agreements(workers: Sequence[_WorkerProcess]) -> list[Agreement]:
     """Each bundle on its further backends against the first that runs it."""
-    found, first = [], dict[Path, tuple[str, Answer]]()
+    found, first = [], dict[tuple[Path, float | None], tuple[str, Answer]]()
     for process in workers:
         answer = process.answer()
-        against, theirs = first.setdefault(process.path, (process.backend, answer))
+        against, theirs = first.setdefault((process.path, process.cr), (process.backend, answer))
         if against != process.backend:
-            name = process.manifest.name
+            name = process.manifest.label
             found.append(agreement.compare(name, process.backend, answer, against, theirs))
     return found
 
@@ -225,9 +239,11 @@ def _agreements(workers: Sequence[_WorkerProcess]) -> list[Agreement]:
 class _WorkerProcess:
     """The process of a bundle on a backend, and the rounds that it has run."""
 
-    def __init__(self, path: Path, backend: str, request: BenchRequest) -> None:
-        self.path, self.backend, self.request = path, backend, request
-        self.manifest = Bundle.open(path, verify=False).manifest
+    def __init__(
+        self, path: Path, backend: str, request: BenchRequest, cr: float | None = None
+    ) -> None:
+        self.path, self.cr, self.backend, self.request = path, cr, backend, request
+        self.manifest = Bundle.open(path, verify=False).manifest.at(cr)
         self.rounds: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", worker.__name__],
@@ -246,6 +262,7 @@ class _WorkerProcess:
             "text_tokens": request.text_tokens,
             "new_tokens": request.new_tokens,
             "threads": None if backends.find(self.backend).gpu else request.threads,
+            "cr": self.cr,
         }
         self.loaded = self._ask(json.dumps(started))
 
@@ -274,7 +291,7 @@ class _WorkerProcess:
             answer = self.process.stdout.readline()
         if not answer:
             raise BackendError(
-                f"the process that ran {self.manifest.name} ended with code"
+                f"the process that ran {self.manifest.label} ended with code"
                 f" {self.process.wait()}; where memory is short, bench fewer bundles at once"
             )
         found: dict[str, Any] = json.loads(answer)
@@ -291,7 +308,7 @@ class _WorkerProcess:
         vision, prefill, decode = zip(*(one["seconds"] for one in self.rounds), strict=True)
         peaks = [one["peak_bytes"] for one in self.rounds if one["peak_bytes"] is not None]
         return Row(
-            name=self.manifest.name,
+            name=self.manifest.label,
             backend=self.backend,
             method=prune.method,
             cr=prune.cr_reached,

@@ -33,7 +33,13 @@ class BenchWorker:
     """One bundle on its engine, with inputs made of noise."""
 
     def __init__(
-        self, path: Path, backend: str, text_tokens: int, new_tokens: int, threads: int | None
+        self,
+        path: Path,
+        backend: str,
+        text_tokens: int,
+        new_tokens: int,
+        threads: int | None,
+        cr: float | None = None,
     ) -> None:
         self.gpu = backends.find(backend).gpu
         meter = power.find(self.gpu)
@@ -41,7 +47,8 @@ class BenchWorker:
         started = time.perf_counter()
         with self.sampler or nullcontext():
             self.engine = Engine.open(path, backend, threads=threads, verify=False)
-        self.manifest, self.sequence = self.engine.manifest, self.engine.sequence()
+        self.manifest, self.sequence = self.engine.manifest.at(cr), self.engine.sequence()
+        self.cr = cr
         self.load_seconds = time.perf_counter() - started
         self.text_tokens, self.new_tokens = text_tokens, new_tokens
         image, rng = self.manifest.image, np.random.default_rng(0)
@@ -64,7 +71,7 @@ class BenchWorker:
 
     def answer(self) -> Answer:
         """What it says greedily on the noise, the same noise for all."""
-        output = self._prefill(self.engine.encode_pixels(self.pixels), logits=True)
+        output = self._prefill(self.engine.encode_pixels(self.pixels, cr=self.cr), logits=True)
         assert output.logits is not None  # they were asked for
         logits, tokens = output.logits.astype(np.float32), [output.token]
         for _ in range(self.new_tokens - 1):
@@ -75,7 +82,7 @@ class BenchWorker:
     def _seconds(self) -> tuple[float, float, float]:
         clock = time.perf_counter
         begin = clock()
-        image = self.engine.encode_pixels(self.pixels)
+        image = self.engine.encode_pixels(self.pixels, cr=self.cr)
         seen = clock()
         self._prefill(image, logits=False)
         filled = clock()

@@ -104,10 +104,32 @@ def image_size(text: str) -> Size:
     return Size(int(height), int(width))
 
 
-def add_method(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--method", default="utp", help="see: edgeprune methods (default utp)")
+def ratios(text: str) -> tuple[float, ...]:
+    """`4`, or `2,4,8`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a number, or numbers with commas between, such as 2,4,8; got {text!r}"
+        ) from None
+
+
+def add_ratio(command: argparse.ArgumentParser) -> None:
+    """Which ratio of a bundle is asked."""
     command.add_argument(
-        "--cr", type=float, help="compression ratio, 1 or more (default 4; 1 for none)"
+        "--cr",
+        type=float,
+        help="compression ratio, of a bundle that was exported with several (default: its first)",
+    )
+
+
+def add_method(command: argparse.ArgumentParser, *, several: bool = False) -> None:
+    command.add_argument("--method", default="utp", help="see: edgeprune methods (default utp)")
+    many = "; several, such as 2,4,8, make a bundle that runs at each, at the first by default"
+    command.add_argument(
+        "--cr",
+        type=ratios if several else float,
+        help=f"compression ratio, 1 or more (default 4; 1 for none){many if several else ''}",
     )
     command.add_argument(
         "--seed", type=int, default=0, help="seed of methods that draw (default 0)"

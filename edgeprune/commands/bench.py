@@ -40,6 +40,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--warmup", type=int, default=2, metavar="N", help="not counted (default 2)"
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    command.add_argument(
+        "--cr",
+        type=_common.ratios,
+        default=(),
+        metavar="CR,...",
+        help="ratios at which bundles with several are timed (default: their first)",
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="also write every round as JSON")
     command.add_argument("--figure", type=Path, metavar="FILE", help="also draw it (.png or .svg)")
     command.set_defaults(run=run)
@@ -61,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         duration=args.duration,
         warmup=args.warmup,
         threads=args.threads,
+        ratios=args.cr,
     )
     if args.figure:
         check_target(args.figure)

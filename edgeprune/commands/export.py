@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from edgeprune.bundle import (
         DistanceRecord,
         EncoderRecord,
+        Manifest,
         ParityRecord,
         RangeRecord,
+        RatioRecord,
         TimingRecord,
         WeightsRecord,
     )
@@ -32,7 +34,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     _common.add_model(command)
     _common.add_media(command)
-    _common.add_method(command)
+    _common.add_method(command, several=True)
     _common.add_calibration(command)
     _common.add_execution(command)
     command.add_argument("--schedule", type=Path, metavar="FILE", help="solved before: calibrate")
@@ -103,8 +105,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
     if args.ttft is not None and args.cr is not None:
         raise SpecError("--ttft and --cr are two budgets; give one of them")
+    ratios = args.cr or ()
+    args.cr = ratios[0] if ratios else None
     return Recipe(
         spec=_common.spec(args),
+        ratios=ratios if len(ratios) > 1 else (),
         output=args.output,
         model=args.model,
         revision=args.revision,
@@ -135,19 +140,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _summary(exported: Exported, seconds: float) -> str:
     manifest = exported.manifest
-    prune, sizes = manifest.prune, {n: f.bytes / 1e6 for n, f in manifest.files.items()}
-    lines = [
-        f"visual tokens {prune.visual_tokens} -> {' '.join(str(n) for n in prune.counts)}",
-        f"CR asked {prune.cr:g}, reached {prune.cr_reached:.3f}",
-        *_encoder_lines(manifest.encoder),
-        *_timing_lines(manifest.timing),
-    ]
-    if prune.schedule:
-        lines.append(
-            f"schedule: objective {prune.schedule['objective']:.4g}; no schedule can be below"
-            f" {prune.schedule['bound']:.4g}"
-        )
-    lines += _parity_lines(manifest.parity, manifest.dtype)
+    sizes = {n: f.bytes / 1e6 for n, f in manifest.files.items()}
+    lines = list[str]()
+    for setting in manifest.settings:
+        lines += _ratio_lines(setting, manifest)
+    lines += [*_encoder_lines(manifest.encoder), *_timing_lines(manifest.timing)]
     if manifest.weights:
         lines += _weights_lines(manifest.weights)
     if manifest.range:
@@ -158,6 +155,28 @@ def _summary(exported: Exported, seconds: float) -> str:
     lines.append(f"{manifest.dtype}, opset {manifest.opset}, {seconds:.1f} s")
     lines.append(f"next: edgeprune run {exported.path} --image IMAGE --prompt QUESTION")
     return "\n".join(lines)
+
+
+def _ratio_lines(setting: RatioRecord, manifest: Manifest) -> list[str]:
+    """The counts of a ratio, the schedule behind them, and what was compared."""
+    from edgeprune.cost import kv_bytes
+    from edgeprune.lowering import DTYPES
+
+    prune, element = setting.prune, DTYPES[manifest.dtype].bytes
+    lines = [
+        f"visual tokens {prune.visual_tokens} -> {' '.join(str(n) for n in prune.counts)}",
+        f"CR asked {prune.cr:g}, reached {prune.cr_reached:.3f}",
+    ]
+    if manifest.ratios:
+        held = kv_bytes(manifest.decoder, prune.counts, 0, element)
+        default = " (the default)" if setting is manifest.ratios[0] else ""
+        lines[1] += f"{default}; its image takes {held / 1e6:.3g} MB of KV cache"
+    if prune.schedule:
+        lines.append(
+            f"schedule: objective {prune.schedule['objective']:.4g}; no schedule can be below"
+            f" {prune.schedule['bound']:.4g}"
+        )
+    return lines + _parity_lines(setting.parity, manifest.dtype)
 
 
 def _timing_lines(record: TimingRecord | None) -> list[str]:

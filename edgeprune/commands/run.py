@@ -99,6 +99,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    _common.add_ratio(command)
     command.set_defaults(run=run)
 
 
@@ -119,10 +120,14 @@ def run(args: argparse.Namespace) -> int:
     if args.choices is not None:
         _check_choices(args)
     for bundle in args.bundles:
-        _check_shown(bundle, args.images, args.video)
+        _check_shown(bundle, args.images, args.video, args.cr)
     for bundle in args.bundles:
         with Session.open(
-            bundle, backend=args.backend, threads=args.threads, verify=args.verify or None
+            bundle,
+            backend=args.backend,
+            threads=args.threads,
+            verify=args.verify or None,
+            cr=args.cr,
         ) as session:
             if len(args.bundles) > 1:  # compared with each other, so none pays for starting up
                 session.warm_up()
@@ -152,12 +157,15 @@ def _check_choices(args: argparse.Namespace) -> None:
         raise SpecError(f"--{option} does nothing with --choices, which are scored; leave it out")
 
 
-def _check_shown(bundle: Path, images: list[Path] | None, video: Path | None) -> None:
-    """InputError where a bundle takes a video and images were given, or another number of them."""
+def _check_shown(
+    bundle: Path, images: list[Path] | None, video: Path | None, cr: float | None
+) -> None:
+    """InputError where a bundle takes a video and images were given, or another number of them;
+    SpecError where it does not run at a ratio."""
     from edgeprune.bundle import Bundle
     from edgeprune.runtime.media import check_count
 
-    record = Bundle.open(bundle, verify=False).manifest.image
+    record = Bundle.open(bundle, verify=False).manifest.at(cr).image
     if (record.frames is None) != (video is None):
         takes = "images (--image)" if record.frames is None else "a video (--video)"
         raise InputError(f"{bundle} takes {takes}; give that, or export another bundle")
@@ -176,7 +184,7 @@ def _ask(
         pieces = session.stream(shown, prompt, sampling, args.system, answer_format)
     else:
         pieces = session.stream_follow_up(prompt, sampling, answer_format)
-    label = f"{session.manifest.name}: " if len(args.bundles) > 1 and not args.json else ""
+    label = f"{session.manifest.label}: " if len(args.bundles) > 1 and not args.json else ""
     print(label, end="", flush=True)
     begun = bool(label)
     try:
@@ -202,7 +210,7 @@ def _choose(session: Session, args: argparse.Namespace, turn: int) -> Choice:
     else:
         choice = session.choose_follow_up(prompt, args.choices)
     if not args.json:
-        label = f"{session.manifest.name}: " if len(args.bundles) > 1 else ""
+        label = f"{session.manifest.label}: " if len(args.bundles) > 1 else ""
         print(f"{label}{choice.text}", flush=True)
     terminal.note(_summary(session, choice, turn))
     return choice
@@ -227,7 +235,7 @@ def _summary(session: Session, answer: Answer | Choice, turn: int) -> str:
     times, prune = answer.timings, session.manifest.prune
     from edgeprune.runtime.answer import Answer
 
-    lines = [f"{session.manifest.name} ({session.engine.backend.name})"]
+    lines = [f"{session.manifest.label} ({session.engine.backend.name})"]
     if turn == 0:
         lines += [f"note: {warning}" for warning in answer.warnings]
         counts = " ".join(str(n) for n in prune.counts)
@@ -254,7 +262,7 @@ def _record(
     prune = session.manifest.prune
     turns = [_turn(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     return {
-        "bundle": session.manifest.name,
+        "bundle": session.manifest.label,
         "backend": session.engine.backend.name,
         "method": prune.method,
         "cr": prune.cr_reached,

@@ -49,6 +49,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    _common.add_ratio(command)
     command.set_defaults(run=run)
 
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         _check_kind(bundle)
     _common.check_output(args.output)
 
-    manifest, answer = _ask(args.bundle, image, args)
+    manifest, answer = _ask(args.bundle, image, args, args.cr)
     said = [show.Said.by(manifest, answer)]
     if args.dense:
         said.append(show.Said.by(*_ask(args.dense, image, args)))
@@ -95,9 +96,12 @@ def _check_kind(bundle: Path) -> None:
         raise InputError(f"show draws patches, visual tokens of {bundle} are no rectangle of them")
 
 
-def _ask(bundle: Path, image: Image, args: argparse.Namespace) -> tuple[Manifest, Answer]:
+def _ask(
+    bundle: Path, image: Image, args: argparse.Namespace, cr: float | None = None
+) -> tuple[Manifest, Answer]:
     """What a bundle is and what it answers; it is closed again, the next may need the memory."""
     from edgeprune.runtime import Session
 
     with Session.open(bundle, backend=args.backend, threads=args.threads) as session:
-        return session.manifest, session.ask(image, args.prompt)
+        answer = session.ask(image, args.prompt, cr=cr)
+        return session.manifest, answer

@@ -50,6 +50,7 @@ class Flow:
     entered: int  # visual tokens that entered layer 1
     images: Tensor | None = None  # int64 [visual], where there are several, the image of each
     rows: tuple[Tensor, ...] = ()  # with DeepStack, of the layers to come, each [1, visual, width]
+    counts: Tensor | None = None  # int64 [layers], where they are an input: as in `forward`
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,12 @@ class Decoder(WithBuffers):
         lengths: Tensor,  # int64 [layers], tokens in each layer's cache
         past: Sequence[Sequence[Tensor]],  # what each layer keeps, as `DecoderConfig.kept_shapes`
         visual_indices: Tensor | None = None,  # where `reads_indices`: int64 [V], among all V
+        counts: Tensor | None = None,  # int64 [layers]: r_1 ... r_L in place of the plan's
     ) -> tuple[Tensor, list[tuple[Tensor, ...]], list[Tensor], list[Tensor]]:
         """Logits of the last token [1, 1, vocabulary], what each layer keeps now, kept positions,
         and hidden states before each layer and after the last."""
         ids = (prefix_ids, text_ids)
-        flow, kept = self.enter(*ids, visual, position, lengths, visual_indices)
+        flow, kept = self.enter(*ids, visual, position, lengths, visual_indices, counts)
         present, states = list[tuple[Tensor, ...]](), [flow.hidden]
         for index, before in enumerate(past):
             done = self.advance(index, flow, before)
@@ -133,6 +135,7 @@ class Decoder(WithBuffers):
         position: Tensor,
         lengths: Tensor,
         visual_indices: Tensor | None,
+        counts: Tensor | None = None,
     ) -> tuple[Flow, list[Tensor]]:
         """A call before layer 1, and the kept positions where tokens are dropped by the text."""
         text, kept = self.embedding(text_ids), list[Tensor]()
@@ -148,9 +151,10 @@ class Decoder(WithBuffers):
         rotary, positions, anchors = self._rotary(position, segments, visual_indices)
         # Through an index, which keeps the sum where the lengths are: sums of inputs and sizes are
         # moved to the CPU by ONNX Runtime, and each layer's part of them would be copied back.
-        filled = lengths.index_select(0, torch.arange(len(self.layers))) + self._new(segments)
+        own = lengths.index_select(0, torch.arange(len(self.layers)))
+        filled = own + self._new(segments, counts)
         entered, images = segments.visual, self._images(visual_indices, segments)
-        held = (lengths, filled, entered, images, tuple(rows))
+        held = (lengths, filled, entered, images, tuple(rows), counts)
         return Flow(hidden, positions, segments, rotary, anchors, inputs, *held), kept
 
     def advance(self, index: int, flow: Flow, past: Sequence[Tensor]) -> Advanced:
@@ -173,7 +177,8 @@ class Decoder(WithBuffers):
     def _drop(self, index: int, flow: Flow, signals: LayerSignals) -> tuple[Flow, Tensor]:
         """What enters the layer of an index where the policy drops tokens before it."""
         site = self._site(index)
-        live = live_stage(site.stage, flow.entered)
+        alive = flow.entered if flow.counts is None else flow.segments.visual
+        live = live_stage(site.stage, alive, flow.counts)
         hidden, positions, chosen = site(flow.hidden, flow.positions, signals, live)
         segments = Segments(flow.segments.prefix, live.survivors, flow.segments.text)
         if site.stage.renumber:
@@ -272,14 +277,15 @@ class Decoder(WithBuffers):
         rows = torch.arange(segments.total + 3, device=first.device)  # of this call alone
         return rotary, rows[None, :-3], Anchors(rows[-3:-2], rows[-2:-1], rows[-1:])
 
-    def _new(self, segments: Segments) -> Tensor:
+    def _new(self, segments: Segments, counts: Tensor | None) -> Tensor:
         """How many tokens a call adds to each layer's cache: int64 [layers].
 
         In one piece, so that a GPU gets these sizes in one copy and not in one for each layer.
         """
         visual = torch.scalar_tensor(segments.visual, dtype=torch.int64)
         text = torch.scalar_tensor(segments.prefix + segments.text, dtype=torch.int64)
-        return torch.minimum(torch.tensor(self.plan.counts), visual) + text
+        counts = torch.tensor(self.plan.counts) if counts is None else counts
+        return torch.minimum(counts, visual) + text
 
     def _slots(self, length: Tensor, segments: Segments) -> Tensor:
         """Rows of the rotary tables for tokens that stand where the cache holds them: [1, S]."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import InputSignals, LayerSignals
-from edgeprune.policies._sizes import least
+from edgeprune.policies._sizes import given, least
 from edgeprune.spec import Stage
 
 
@@ -59,7 +59,12 @@ class PruneInput(nn.Module):
         return chosen.gather(visual), chosen.indices
 
 
-def live_stage(stage: Stage, entered: int) -> Stage:
-    """A stage with the sizes of a call that `entered` visual tokens entered: all, or none."""
+def live_stage(stage: Stage, entered: int, counts: Tensor | None = None) -> Stage:
+    """A stage with the sizes of a call that `entered` visual tokens entered: all, or none.
+
+    With `counts` int64 [layers] an input says how many of the tokens alive go on.
+    """
+    if counts is not None and stage.survivors:
+        return replace(stage, keep=given(counts[stage.layer - 1 : stage.layer], entered))
     keep, merged = (least(count, entered) for count in (stage.keep, stage.merged))
     return replace(stage, keep=keep, merged=merged)

@@ -23,6 +23,7 @@ from edgeprune.models._layers import LayerNorm, Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._qwen_tower import TowerConfig
+from edgeprune.models._sites import live_stage
 from edgeprune.policies import Policy
 from edgeprune.policies._select import ranked
 from edgeprune.policies._signals import InputSignals, VisionSignals
@@ -156,16 +157,19 @@ class Vision(nn.Module):
         width = config.projector.output
         self.fixed = Fixed(layout, width, len(config.deepstack) * width) if layout.fixed else None
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, pixels: Tensor, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Pixels [tiles, 3, H, W] -> visual tokens [1, r_1, output], their indices int64 [r_1], and
         the encoder's hidden states before each block and after the last.
 
         With DeepStack each token's rows of the middle blocks stand beside it, [1, r_1, (1 + n) *
         output]: they go where the token goes, and are averaged where it is. A stage's count
-        includes the fixed tokens, which cannot be scored here and stay.
+        includes the fixed tokens, which cannot be scored here and stay. `counts` int64 [layers] is
+        r_1 ... r_L in place of the plan's.
         """
         seen: Encoded = self.encoder(pixels, self.merge_in_encoder)
-        return (*self.select(seen), seen.states)
+        return (*self.select(seen, counts), seen.states)
 
     @property
     def merge_in_encoder(self) -> PolicyMerge | None:
@@ -175,7 +179,7 @@ class Vision(nn.Module):
             return None
         return partial(self.policy.merge_in_block, stage=stages[0])
 
-    def select(self, seen: Encoded) -> tuple[Tensor, Tensor]:
+    def select(self, seen: Encoded, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """From what the encoder gives to visual tokens and their indices."""
         stages, layout = self.plan.before_decoder(), self.config.layout
         fixed = len(layout.fixed)
@@ -188,6 +192,7 @@ class Vision(nn.Module):
             features, middle, merged = signals.features, signals.middle, 0
             kept = torch.arange(features.shape[1], device=features.device)
         for stage in (s for s in stages if s.site == "vision"):
+            stage = live_stage(stage, layout.visual_tokens, counts) if counts is not None else stage
             chosen = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
             features, kept, merged = chosen.gather(features), chosen.indices, stage.merged
             middle = tuple(map(chosen.gather, middle))

@@ -28,6 +28,12 @@ EVERY = """Of every method:
 """What holds of all methods alike, and so stands in no method's file."""
 
 
+ONE_BY_ONE = "it chooses one token after the other, each by operators of its own"
+MERGES = "it merges tokens into a number of averages that is fixed in its graphs"
+CONSTANT = "its tokens are a constant of its graphs"
+"""Why the counts of a method cannot be an input: `Policy.why_frozen`."""
+
+
 class Counts(Protocol):
     """A solved schedule: r_1 ... r_L."""
 
@@ -122,6 +128,14 @@ class Policy:
     def renumbers(self, stage: Stage) -> bool:
         """Whether the published method numbers what stays anew: before the decoder most do."""
         return stage.layer == 1
+
+    def why_frozen(self) -> str:
+        """Why the counts of this method cannot be an input of its graphs; empty where they can.
+
+        They can where a site keeps the `live.keep` best of its tokens, in reading order, and asks
+        for no other size.
+        """
+        return "how many tokens stay decides which operators its graphs have"
 
     def largest_topk(self, plan: Plan) -> int:
         """How many tokens the method puts in order at once, at most; a target may have a limit."""

@@ -29,6 +29,15 @@ def least(count: int, live: int) -> int:
     return value
 
 
+def given(count: Tensor, live: int) -> int:
+    """min(count, live) of a count that is an input of the graph: int64 [1]."""
+    alive = torch.scalar_tensor(live, dtype=torch.int64)[None]
+    value: int = torch.minimum(count, alive).item()  # type: ignore[assignment]
+    torch._check(value >= 0)  # type: ignore[no-untyped-call]
+    torch._check(value <= live)  # type: ignore[no-untyped-call]
+    return value
+
+
 def total(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
     """x.sum(dim) where that dimension may have no element, as in a decode step.
 

@@ -61,6 +61,8 @@ def of_each(
     `choose` takes the indices of a group and how many of them stay, and gives those that do,
     counted within the group and rising.
     """
+    if len(groups) == 1:
+        return choose(groups[0], keep)
     count, shares = sum(map(len, groups)), shared(keep, [len(indices) for indices in groups])
     return together(
         [

@@ -56,6 +56,9 @@ class Policy(_policy.Policy):
         last = layer_at(self.K, shape)
         return after_layer("dart", last, shape, ratio(self.counts, shape, cr, last))
 
+    def why_frozen(self) -> str:
+        return _policy.ONE_BY_ONE
+
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         sizes = signals.states.rotated_key[0].float().abs().sum((0, 2))
         start, end = signals.segments.prefix, signals.segments.prefix + signals.segments.visual

@@ -37,5 +37,8 @@ class Policy(_policy.Policy):
         cr = ratio(self.counts, shape, cr)
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input")
 
+    def why_frozen(self) -> str:
+        return _policy.ONE_BY_ONE
+
     def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(max_min(signals.visual[0], live.keep))

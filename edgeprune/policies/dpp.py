@@ -48,6 +48,9 @@ class Policy(_policy.Policy):
     def renumbers(self, stage: Stage) -> bool:
         return False
 
+    def why_frozen(self) -> str:
+        return _policy.ONE_BY_ONE
+
     def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
         directions = unit(signals.visual[0])
         quality = relevance(directions, unit(signals.question())).pow(self.power)

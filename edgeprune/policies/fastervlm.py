@@ -43,6 +43,11 @@ class Policy(_policy.Policy):
         check_tiles(self.tiles)
         return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
 
+    def why_frozen(self) -> str:
+        return (
+            "" if self.tiles == "joint" else "each tile has a fixed share (--set tiles=joint: none)"
+        )
+
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         scores = signals.salience()
         groups = parts(signals.tile_of, scores.shape[0], self.tiles)

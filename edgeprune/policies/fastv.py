@@ -42,5 +42,8 @@ class Policy(_policy.Policy):
         last = layer_at(self.K, shape)
         return after_layer("fastv", last, shape, ratio(self.counts, shape, cr, last))
 
+    def why_frozen(self) -> str:
+        return ""
+
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))

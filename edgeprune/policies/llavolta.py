@@ -53,6 +53,9 @@ class Policy(_policy.Policy):
         stages = (replace(stage, keep=0, merged=stage.keep) for stage in plan.stages)
         return replace(plan, stages=tuple(stages))
 
+    def why_frozen(self) -> str:
+        return _policy.MERGES
+
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         tokens = signals.visual[0]
         edges = runs(signals.visual_tokens, stage.merged)

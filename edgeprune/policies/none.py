@@ -18,3 +18,6 @@ class Policy(_policy.Policy):
         if cr != 1:
             raise SpecError(f"--method none prunes nothing, so --cr is 1; got {cr:g}")
         return Plan(shape.visual_tokens, shape.layers)
+
+    def why_frozen(self) -> str:
+        return "its one ratio is 1"

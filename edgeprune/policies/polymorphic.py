@@ -105,6 +105,9 @@ class Policy(_policy.Policy):
         spare = features.shape[0] - stage.keep
         return keep_and_merge(features, signals.salience(), stage, stage, spare)
 
+    def why_frozen(self) -> str:
+        return _policy.MERGES
+
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         scores = self.calibration_scores(stage.layer - 1, signals)
         spare = signals.visual_tokens - stage.keep

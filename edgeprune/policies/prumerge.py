@@ -58,6 +58,9 @@ class Policy(_policy.Policy):
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return merging_plan(shape, ratio(self.counts, shape, cr), share=1)
 
+    def why_frozen(self) -> str:
+        return _policy.MERGES
+
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         signals = signals.as_one_head()
         keys, attention, extra = signals.keys(), signals.salience(), self._extra(stage)

@@ -63,6 +63,9 @@ class Policy(_policy.Policy):
     def renumbers(self, stage: Stage) -> bool:
         return True
 
+    def why_frozen(self) -> str:
+        return ""
+
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(signals.last_query_attention(), live.keep))
 

@@ -31,6 +31,9 @@ class Policy(_policy.Policy):
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
 
+    def why_frozen(self) -> str:
+        return _policy.CONSTANT
+
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         order = np.random.default_rng(self.seed).permutation(signals.features.shape[1])
         return Selection(torch.tensor(sorted(order[: stage.keep].tolist())))

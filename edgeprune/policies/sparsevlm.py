@@ -101,6 +101,9 @@ class Policy(_policy.Policy):
             return super().largest_topk(plan)
         return plan.visual_tokens if plan.stages else 0  # those that go are in order too
 
+    def why_frozen(self) -> str:
+        return "" if self.version == "2" else f"{_policy.MERGES} (--set version=2 merges none)"
+
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         scores = self.calibration_scores(stage.layer - 1, signals)
         spare = merge_candidates(signals.visual_tokens, stage.keep)

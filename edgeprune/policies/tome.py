@@ -61,6 +61,9 @@ class Policy(_policy.Policy):
             )
         return plan
 
+    def why_frozen(self) -> str:
+        return _policy.MERGES
+
     def merge_in_block(self, signals: BlockSignals, stage: Stage) -> BlockMerge | None:
         counts = merges(signals.patches, stage.merged, signals.blocks)
         if not (count := counts[signals.block]):

@@ -48,6 +48,9 @@ class Policy(_policy.Policy):
         cr = ratio(self.counts, shape, cr)
         return flat_plan(shape.visual_tokens, shape.layers, cr, "input", text=True)
 
+    def why_frozen(self) -> str:
+        return _policy.ONE_BY_ONE
+
     def input(self, signals: InputSignals, stage: Stage, live: Stage) -> Selection:
         alignment = signals.alignment()
         if stage.keep >= (shortlist := int(self.aligned * signals.visual_tokens)):

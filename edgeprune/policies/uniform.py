@@ -25,5 +25,8 @@ class Policy(_policy.Policy):
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         return flat_plan(shape.visual_tokens, shape.layers, ratio(self.counts, shape, cr))
 
+    def why_frozen(self) -> str:
+        return _policy.CONSTANT
+
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         return Selection(torch.tensor(lattice(signals.grid, stage.keep)))

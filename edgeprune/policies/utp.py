@@ -83,6 +83,9 @@ class Policy(_policy.Policy):
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         return Selection(top(signals.salience(), stage.keep))
 
+    def why_frozen(self) -> str:
+        return ""
+
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(self.calibration_scores(stage.layer - 1, signals), live.keep))
 

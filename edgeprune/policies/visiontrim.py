@@ -157,6 +157,9 @@ class Policy(_policy.Policy):
 
         return Selection(torch.cat(at), merge)
 
+    def why_frozen(self) -> str:
+        return _policy.MERGES
+
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         visual, text = signals.visual[0].float(), signals.text[0].float()
         return Selection(top(shares(visual, text), live.keep))

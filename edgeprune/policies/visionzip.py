@@ -68,6 +68,9 @@ class Policy(_policy.Policy):
         check_tiles(self.tiles)
         return merging_plan(shape, ratio(self.counts, shape, cr), self.contextual)
 
+    def why_frozen(self) -> str:
+        return _policy.MERGES
+
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         scores = signals.salience()
         cls, count = self._cls(signals, stage.keep), scores.shape[0]

@@ -62,6 +62,9 @@ class Policy(_policy.Policy):
     def largest_topk(self, plan: Plan) -> int:
         return plan.visual_tokens if plan.stages else 0  # those that go are in order too
 
+    def why_frozen(self) -> str:
+        return _policy.ONE_BY_ONE
+
     def vision(self, signals: VisionSignals, stage: Stage) -> Selection:
         features, scores = signals.features[0], signals.salience()
         groups = parts(signals.tile_of, scores.shape[0], self.tiles)

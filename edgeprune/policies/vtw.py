@@ -13,9 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from edgeprune.errors import SpecError
 from edgeprune.policies import _policy
-from edgeprune.spec import ModelShape, Plan, check_cr, plan_from_counts
+from edgeprune.policies._policy import Selection
+from edgeprune.policies._signals import LayerSignals
+from edgeprune.spec import ModelShape, Plan, Stage, check_cr, plan_from_counts
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,10 @@ class Policy(_policy.Policy):
                 f" {layers} / K and {cr:g} is not among them; choose {choices}"
             ) from error
         return plan
+
+    def why_frozen(self) -> str:
+        return ""
+
+    def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
+        """All tokens or none, where the ratio is an input; a frozen site with none asks nobody."""
+        return Selection(torch.arange(live.keep, device=signals.hidden.device))

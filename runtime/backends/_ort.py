@@ -53,7 +53,8 @@ class OrtBackend:
         self.name = f"ort-{device}"
         self.record, self.device = manifest.decoder, device
         self.element = dtypes.stored_type(manifest.dtype).type
-        self._graph = manifest.graph
+        self._graph, self._counted = manifest.graph, manifest.vision.input("counts")
+        self._default = np.array(manifest.prune.counts)
         options = ort.SessionOptions()
         if bundle.manifest.is_calibrated:
             # As written, so in floats: products of bytes add up in 16 bits on x86 without VNNI.
@@ -77,10 +78,13 @@ class OrtBackend:
         no_indices = np.zeros(0, np.int64)
         self._no_image = EncodedImage(no_visual, self._host(no_indices), no_indices)
 
-    def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
+    def encode_image(self, pixels: NDArray[np.float32], counts: Ids | None = None) -> EncodedImage:
         with _refusals("vision.onnx"):
             binding, shown = self._vision.io_binding(), self._host(pixels.astype(self.element))
             binding.bind_ortvalue_input("pixels", shown)
+            if self._counted is not None:
+                given = self._host(self._default if counts is None else counts)
+                binding.bind_ortvalue_input(self._counted.name, given)
             binding.bind_output("visual", self.device)
             binding.bind_output("visual_indices", "cpu")
             self._vision.run_with_iobinding(binding)
@@ -133,6 +137,7 @@ class OrtBackend:
             "text_ids": inputs.text_ids,
             "position": np.array([inputs.position]),
             "lengths": inputs.lengths,
+            "counts": self._default if inputs.counts is None else inputs.counts,
         }
         # A binding holds no array before ONNX Runtime 1.31: these live until the call is over.
         held = {role: self._host(array) for role, array in sources.items()}
@@ -183,6 +188,9 @@ class _Step:
             names["position"]: host(np.zeros(1, np.int64)),
             names["lengths"]: host(np.zeros(layers, np.int64)),
         }
+        self.counts = host(backend._default)  # any: a step has no image
+        if "counts" in names:
+            self.binding.bind_ortvalue_input(names["counts"], self.counts)
         self.bound = False
         self.copies = backend.device != "cpu"  # binding copies an input to a GPU, as it is then
 

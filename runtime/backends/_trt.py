@@ -73,11 +73,12 @@ class TrtBackend:
         self._prefill, self._decode = decoder.executions(self.at["scratch"])
         self._token = self.device.pinned(WORD).view(np.int64)
         self._step = _StepInputs(self)
+        self._default = np.array(bundle.manifest.prune.counts)
         self._blocks = list[Block]()
         self._spare_images, self._spare_blocks = list[dict[str, int]](), list[Block]()
         self._bind()
 
-    def encode_image(self, pixels: NDArray[np.float32]) -> EncodedImage:
+    def encode_image(self, pixels: NDArray[np.float32], counts: Ids | None = None) -> EncodedImage:
         spare = self._spare_images
         at = spare.pop() if spare else self._more(self._image_sizes, "a further image")
         holder = _Holder()
@@ -85,8 +86,12 @@ class TrtBackend:
         self.device.upload(self.at["pixels"], dtypes.to_stored(pixels, self.dtype))
         for tensor in self.manifest.vision.outputs:
             self._vision.address(tensor.name, at[tensor.role])
+        encoded, counts = self.manifest.prune.encoded, self._default if counts is None else counts
+        if (taken := self.manifest.vision.input("counts")) is not None:
+            self._vision.values(taken.name, counts)
+            encoded = int(counts[0])
         self._vision.run()
-        kept = np.zeros(self.manifest.prune.encoded, np.int64)
+        kept = np.zeros(encoded, np.int64)
         self.device.download(kept, at["visual_indices"])
         self.device.wait()
         return EncodedImage(at["visual"], at["visual_indices"], kept, holder=holder)
@@ -130,14 +135,16 @@ class TrtBackend:
             execution.shape(name, (1, ids.size))
         self.device.upload(self.at["position"], np.array([inputs.position]))
         self.device.upload(self.at["lengths"], inputs.lengths)
-        visual = 0 if image is None else self.manifest.prune.encoded
+        visual = 0 if image is None else image.kept.size
+        counts = self._default if inputs.counts is None else inputs.counts
+        self._count(execution, counts)
         self._show(execution, image, visual)
         block.prepare(execution, inputs.lengths)
         execution.run()
         block.keep_states(self.device)
         self.device.download(self._token, self.at["token"])
         kept = list[Ids]()
-        for site, count in survivors(self.manifest):
+        for site, count in survivors(self.manifest, counts.tolist()):
             kept.append(np.zeros(count if visual else 0, np.int64))
             self.device.download(kept[-1], self.at[site.name])
         self.device.wait()
@@ -160,6 +167,11 @@ class TrtBackend:
         self._decode.run()
         block.keep_states(self.device)
         self.device.download(self._token, self.at["token"])
+
+    def _count(self, execution: gpu.Execution, counts: Ids) -> None:
+        """Tell a call the counts of its image, where the graph takes them."""
+        if (taken := self.manifest.graph.input("counts")) is not None:
+            execution.values(taken.name, counts)
 
     def _show(self, execution: gpu.Execution, image: EncodedImage | None, visual: int) -> None:
         """Let a call read an image's tokens; without an image it reads none, wherever they lie."""
@@ -191,6 +203,7 @@ class TrtBackend:
         for index, name in enumerate(("text_ids", "position", "lengths")):
             self._decode.address(name, self.at["step"] + index * ALIGNMENT)
         self._show(self._decode, None, 0)
+        self._count(self._decode, self._default)  # any: a step has no image
 
     def _more(self, sizes: Mapping[str, int], what: str) -> dict[str, int]:
         """Memory for what comes to a running engine."""

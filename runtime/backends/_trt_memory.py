@@ -92,19 +92,21 @@ class TrtCaches:
 def shared_sizes(manifest: Manifest, limits: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Bytes of what all calls share, by name: one call at a time has it."""
     open_sizes = {"prefix": limits["prefix"][2], "text": limits["text"][2]}
-    for site, count in survivors(manifest):
+    for site, count in survivors(manifest, manifest.widest.counts):
         open_sizes |= {dim: count for dim in site.dims if isinstance(dim, str)}
     decoder = (*manifest.graph.inputs, *manifest.graph.outputs)
     pixels = [tensor for tensor in manifest.vision.inputs if tensor.role == "pixels"]
-    shared = (t for t in (*pixels, *decoder) if t.role not in ("visual", "visual_indices"))
+    apart = "visual", "visual_indices", "counts"
+    shared = (t for t in (*pixels, *decoder) if t.role not in apart)
     sizes = {t.name: t.bytes(open_sizes) for t in shared if not t.role.startswith(CACHES)}
     sizes |= {"step": step_bytes(manifest.decoder.layers), "nothing": ALIGNMENT}  # no image
     return _aligned(sizes)
 
 
 def image_sizes(manifest: Manifest) -> dict[str, int]:
-    """Bytes of an encoded image, by role."""
-    return _aligned({tensor.role: tensor.bytes({}) for tensor in manifest.vision.outputs})
+    """Bytes of an encoded image, by role, at the ratio that keeps most of it."""
+    most = {"visual": manifest.widest.encoded}
+    return _aligned({tensor.role: tensor.bytes(most) for tensor in manifest.vision.outputs})
 
 
 def cache_sizes(manifest: Manifest, capacities: Sequence[int]) -> dict[str, int]:
@@ -134,10 +136,9 @@ def step_bytes(layers: int) -> int:
     return 2 * ALIGNMENT + layers * WORD
 
 
-def survivors(manifest: Manifest) -> list[tuple[TensorRecord, int]]:
-    """Each pruning site's output, and how many visual tokens the site leaves."""
-    counts = manifest.prune.counts
-    return [(site, counts[site.layer - 1]) for site in manifest.graph.kept if site.layer]
+def survivors(manifest: Manifest, counts: Sequence[int]) -> list[tuple[TensorRecord, int]]:
+    """Each pruning site's output, and how many visual tokens the site leaves of `counts`."""
+    return [(site, int(counts[site.layer - 1])) for site in manifest.graph.kept if site.layer]
 
 
 def arena(device: gpu.Gpu, sizes: Mapping[str, int]) -> dict[str, int]:
