@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,16 @@ class Service:
         return Response(self.metrics.text(self.bundles), media_type="text/plain; version=0.0.4")
 
     async def _models(self, request: Request) -> Response:
-        records = [model_record(bundle) for bundle in self.bundles.values()]
+        records = [
+            model_record(bundle, name, cr)
+            for bundle in self.bundles.values()
+            for name, cr in bundle.models().items()
+        ]
         return _json({"object": "list", "data": records})
 
     async def _model(self, request: Request) -> Response:
-        return _json(model_record(self._bundle(request.path_params["model"])))
+        name = request.path_params["model"]
+        return _json(model_record(*self._bundle(name)))
 
     async def _chat(self, request: Request) -> Any:
         """A chat completion; the metrics learn how it ended."""
@@ -97,14 +103,15 @@ class Service:
             async with self._admission.body(request) as body:
                 limits = self.limits
                 chat = await asyncio.to_thread(parse, body, limits.images)
-                bundle = self._bundle(chat.model)
+                bundle, model, cr = self._bundle(chat.model)
+                chat = replace(chat, conversation=replace(chat.conversation, cr=cr))
                 name = bundle.name
                 events = answer(bundle, chat, request.receive, limits.seconds)
                 events = self._measured(events, name, arrived)
                 first = await anext(events)  # until here an error of a stream has a status
                 if chat.stream:
                     self.metrics.request(name, 200)
-                    return EventStream(_chunks(first, events, ChatReply(name), chat))
+                    return EventStream(_chunks(first, events, ChatReply(model), chat))
                 finished = await _last(first, events)
         except (GONE, ClientDisconnect):
             self.metrics.client_left(name)
@@ -113,7 +120,7 @@ class Service:
             self.metrics.request(name, http_error(error).status)
             raise
         self.metrics.request(name, 200)
-        return _json(ChatReply(name).whole(finished))
+        return _json(ChatReply(model).whole(finished))
 
     def _check_room(self) -> None:
         """HttpError where no bundle has room for one more, before megabytes are read."""
@@ -121,15 +128,21 @@ class Service:
         if all(scheduler.is_full for scheduler in schedulers):
             schedulers[0].check_room()
 
-    def _bundle(self, name: str) -> ServedBundle:
-        if (bundle := self.bundles.get(name)) is None:
+    def _bundle(self, name: str) -> tuple[ServedBundle, str, float | None]:
+        """The bundle that a model is, the model's name, and the ratio that it asks for."""
+        models: dict[str, tuple[ServedBundle, str, float | None]]
+        models = {own: (bundle, own, None) for own, bundle in self.bundles.items()}
+        for bundle in self.bundles.values():
+            for model, cr in bundle.models().items():
+                models.setdefault(model, (bundle, model, cr))
+        if name not in models:
             raise HttpError(
                 404,
-                f"there is no model {name[:80]!r}; choose one of: {', '.join(self.bundles)}",
+                f"there is no model {name[:80]!r}; choose one of: {', '.join(models)}",
                 "model",
                 "model_not_found",
             )
-        return bundle
+        return models[name]
 
     async def _measured(
         self, events: AsyncGenerator[Event, None], name: str, arrived: float

@@ -118,14 +118,15 @@ class Dialogues:
         prompter, sequence = self.engine.prompter, session.sequence
         prompts = [prompt for prompt, _ in conversation.turns]
         prefix_ids, text_ids = prompter.first_turn(prompts[0], conversation.system)
-        self._check_room(session, prefix_ids.size + text_ids.size, first=True)
+        span = self.engine.manifest.at(conversation.cr).decoder.image_positions
+        self._check_room(session, prefix_ids.size + text_ids.size, span)
         image = self._encoded(conversation, Timings())
         sequence.read(text_ids, prefix_ids, image, logits=False)
         for index, (_, answer) in enumerate(conversation.turns):
             sequence.pending = self._answer_ids(keys[index], answer).tolist()
             if index + 1 < len(prompts):
                 text_ids = prompter.next_turn(prompts[index + 1])
-                self._check_room(session, len(sequence.pending) + text_ids.size, first=False)
+                self._check_room(session, len(sequence.pending) + text_ids.size)
                 sequence.read(text_ids, logits=False)
 
     def _answer_ids(self, key: bytes, answer: str) -> Ids:
@@ -135,9 +136,8 @@ class Dialogues:
         ids: Ids = self.engine.prompter.answer(answer)[0] if answer else NO_IDS[0]
         return ids
 
-    def _check_room(self, session: Session, text: int, *, first: bool) -> None:
-        sequence, decoder = session.sequence, self.engine.manifest.decoder
-        span = decoder.image_positions if first else 0
+    def _check_room(self, session: Session, text: int, span: int = 0) -> None:
+        sequence = session.sequence
         self.engine.room(sequence.position, sequence.text_tokens, text, span, None)
 
     def _encoded(self, conversation: Conversation, timings: Timings) -> EncodedImage:
@@ -149,7 +149,7 @@ class Dialogues:
             started = clock()
             prepared = prepare(list(conversation.images), self.engine.manifest.image)
             ready = clock()
-            image = self.engine.encode_pixels(prepared.pixels, prepared.warnings)
+            image = self.engine.encode_pixels(prepared.pixels, prepared.warnings, conversation.cr)
             timings.preprocess = 1e3 * (ready - started)
             timings.vision = 1e3 * (clock() - ready)
         self._images[key] = image

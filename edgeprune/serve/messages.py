@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -23,10 +23,11 @@ class Conversation:
     system: str | None
     turns: tuple[tuple[str, str], ...]  # question, and answer without white space at its ends
     prompt: str
+    cr: float | None = None  # of a bundle with several ratios; None: its default
 
     def image_key(self) -> bytes:
-        """Equal for equal images."""
-        return _hash(*self.images)
+        """Equal for equal images at one ratio."""
+        return _hash(*self.images, b"" if self.cr is None else repr(self.cr).encode())
 
     def keys(self) -> list[bytes]:
         """Of the conversation after each answered turn, by all that was said up to it."""
@@ -40,7 +41,7 @@ class Conversation:
     def after(self, answer: str) -> bytes:
         """The key once the question has been answered."""
         turns = (*self.turns, (self.prompt, answer))
-        return Conversation(self.images, self.system, turns, "").keys()[-1]
+        return replace(self, turns=turns, prompt="").keys()[-1]
 
 
 def following(key: bytes, prompt: str, answer: str) -> bytes:

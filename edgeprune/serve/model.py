@@ -86,6 +86,11 @@ class ServedBundle:
         self.dialogues = Dialogues(self.engine, sequences)
         self.scheduler = Scheduler(sequences, queue, self.name, self._may_start)
 
+    def models(self) -> dict[str, float | None]:
+        """The names under which it answers, and at which ratio: NAME at the default, NAME@CR."""
+        ratios = [setting.prune.cr for setting in self.manifest.ratios]
+        return {self.name: None, **{f"{self.name}@{cr:g}": cr for cr in ratios}}
+
     def answer(self, request: ChatRequest) -> Generator[Event, None, None]:
         """The pieces of an answer, and what it was. Left before its end, it frees its sequence."""
         with ExitStack() as stack:
@@ -178,7 +183,7 @@ class ServedBundle:
         assert answer is not None  # set when the pieces end
         ended = answer.ids[-1] in self.manifest.text.eos_token_ids
         said = answer.ids[:-1] if ended else answer.ids
-        usage = self._usage(opened, said, len(answer.ids))
+        usage = self._usage(opened, talk.cr, said, len(answer.ids))
         found = self._details(opened, request, answer.timings)
         told_all = None if request.logprobs is None else answer.scores
         finished = Finished(
@@ -196,7 +201,8 @@ class ServedBundle:
         else:
             choice = session.choose(opened.image, talk.prompt, choices, talk.system)
         yield Piece(choice.text)
-        usage = self._usage(opened, choice.ids, len(choice.ids) + 1)  # the end of the turn
+        ended = len(choice.ids) + 1  # with the end of the turn
+        usage = self._usage(opened, talk.cr, choice.ids, ended)
         found = self._details(opened, request, choice.timings)
         return Finished(choice.text, "stop", usage, choice.warnings, choice, found), choice.ids
 
@@ -206,11 +212,12 @@ class ServedBundle:
         timings.preprocess += opened.timings.preprocess
         timings.vision += opened.timings.vision
         images = request.conversation.images
-        return details(opened.session.sequence, self.manifest, images, timings)
+        manifest = self.manifest.at(request.conversation.cr)
+        return details(opened.session.sequence, manifest, images, timings)
 
-    def _usage(self, opened: Opened, said: Said, completion: int) -> Usage:
+    def _usage(self, opened: Opened, cr: float | None, said: Said, completion: int) -> Usage:
         """`said` are the tokens of the answer that the sequence has, read or pending."""
-        sequence, prune = opened.session.sequence, self.manifest.prune
+        sequence, prune = opened.session.sequence, self.manifest.at(cr).prune
         prompt = sequence.ids.size + len(sequence.pending) - len(said)
         return Usage(prompt, opened.cached, completion, prune.visual_tokens, tuple(prune.counts))
 

@@ -105,11 +105,11 @@ def usage_record(usage: Usage) -> dict[str, Any]:
     }
 
 
-def model_record(bundle: ServedBundle) -> dict[str, Any]:
-    """A bundle in the list of models."""
-    prune = bundle.manifest.prune
+def model_record(bundle: ServedBundle, name: str, cr: float | None) -> dict[str, Any]:
+    """A bundle in the list of models, under one of its names."""
+    prune = bundle.manifest.at(cr).prune
     return {
-        "id": bundle.name,
+        "id": name,
         "object": "model",
         "created": bundle.created,
         "owned_by": "edgeprune",
