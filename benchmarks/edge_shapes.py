@@ -8,6 +8,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Glm46VConfig,
     GraniteConfig,
     Idefics3Config,
     Idefics3VisionConfig,
@@ -20,6 +21,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -165,6 +167,18 @@ def _ministral3(layers: int, width: int, mlp: int, tied: bool) -> Mistral3Config
     )
 
 
+def _glm46v() -> Glm46VConfig:
+    """Sizes are the configs' defaults."""
+    text = {"model_type": "glm4v_text", "max_position_embeddings": 131072}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 500000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [8, 12, 12],
+    }
+    return Glm46VConfig(text_config=text, image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN)
+
+
 def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
@@ -180,6 +194,7 @@ def _pixtral_processor(step: int) -> Any:
 
 
 EDGE_SHAPES = {
+    "glm46v-flash-9b": Published(_glm46v, Glm46VImageProcessorPil, Size(476, 644)),
     "ministral3-3b": Published(
         lambda: _ministral3(26, 3072, 9216, True),
         lambda: _pixtral_processor(28),

@@ -467,7 +467,6 @@ YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
     "factor": 2.0,
-    "original_max_position_embeddings": 512,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
     "mscale": 1.0,
@@ -477,9 +476,11 @@ YARN = {
 
 
 def ministral3(**text: Any) -> Family:
-    """Ministral 3: a token for 28 x 28 pixels; queries are scaled behind 512 positions."""
-    own = {"head_dim": 16, "rope_parameters": dict(YARN), "max_position_embeddings": 1024}
-    return _mistral3(Ministral3Config(**{**TEXT, **own, **text}))
+    """Ministral 3: a token for 28 x 28 pixels; queries are scaled behind `original` positions."""
+    own = {"head_dim": 16, "max_position_embeddings": 1024, **text}
+    scaled = own.pop("original", 512)
+    rope = {**YARN, "original_max_position_embeddings": scaled}
+    return _mistral3(Ministral3Config(**{**TEXT, **own, "rope_parameters": rope}))
 
 
 def mistral_small(**text: Any) -> Family:

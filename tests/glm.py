@@ -30,12 +30,13 @@ KINDS = {
 IMAGE_SIZES = {"112x112": (110, 118), "84x168": (90, 160), "196x140": (190, 150)}
 
 
-def checkpoint(folder: Path, layers: int = 3, kind: str = "glm46v") -> Path:
+def checkpoint(folder: Path, layers: int = 3, kind: str = "glm46v", positions: int = 512) -> Path:
     """Half of a head of 16 turns; the tower's grid has 6 x 6 positions."""
     config_class, model_class, processor = KINDS[kind]
     text = {
         **TEXT,
         "num_hidden_layers": layers,
+        "max_position_embeddings": positions,
         "hidden_size": 64,
         "rope_parameters": {
             "rope_type": "default",

@@ -34,7 +34,7 @@ from tests.test_families import drawn_image, generated, prompted
 
 pytestmark = pytest.mark.slow
 
-PAPERS = ("utp", "fastv", "visionzip", "divprune", "trimtokenator", "polymorphic")
+PAPERS = ("utp", "fastv", "visionzip", "divprune", "dart", "trimtokenator", "polymorphic")
 LAYERS = 5  # of those that are pruned
 
 LLAVAS: dict[str, Callable[..., Family]] = {

@@ -220,7 +220,8 @@ GPUS = [target for target in TARGETS if target != "cpu"]
 @pytest.mark.parametrize("target", GPUS)
 def test_engines_take_it(target: str, method: str, dtype: str, tmp_path: Path) -> None:
     """`check` accepts the bundle, and TensorRT-RTX compiles that for RTX cards."""
-    model, cr = glm.checkpoint(tmp_path / "deep", layers=5), 4 if method == "utp" else 1
+    model = glm.checkpoint(tmp_path / "deep", layers=5, positions=1024)
+    cr = 4 if method == "utp" else 1
     options: dict[str, Any] = {"model": model, "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options, size=Size(140, 140))
     for graph in ("vision.onnx", "decoder.onnx"):

@@ -213,7 +213,8 @@ GPUS = [target for target in TARGETS if target != "cpu"]
 @pytest.mark.parametrize("target", GPUS)
 def test_engines_take_it(kind: str, target: str, method: str, dtype: str, tmp_path: Path) -> None:
     """`check` accepts the bundle, and TensorRT-RTX compiles that for RTX cards."""
-    model, cr = KINDS[kind](num_hidden_layers=5).save(tmp_path / "deep"), 4
+    long = {"original": 1024} if kind == "ministral3" else {"max_position_embeddings": 1024}
+    model, cr = KINDS[kind](num_hidden_layers=5, **long).save(tmp_path / "deep"), 4
     options: dict[str, Any] = {"model": model, "target": target, "dtype": dtype}
     made = tmp_path / "b", method, cr if method == "utp" else 1
     bundle = frozen(*made, **options, size=Size(140, 140))
