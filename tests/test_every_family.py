@@ -190,11 +190,12 @@ def test_a_dense_bundle_answers_as_transformers_does(case: Case, tmp_path: Path)
 @pytest.mark.parametrize("method", PAPERS)
 @pytest.mark.parametrize("case", PRUNED, ids=str)
 def test_a_pruned_bundle_equals_its_reference(case: Case, method: str, tmp_path: Path) -> None:
-    """At CR 4; UTP's schedule is made up. FastV looks after the first of so few layers, and takes
-    two more: all of 9 tokens in one of five are too many."""
-    layers = LAYERS + 2 if method == "fastv" else LAYERS
+    """At CR 4; UTP's schedule is made up. FastV and DART look after the first of so few layers, and
+    take two more: all of 9 tokens in one of five are too many."""
+    early = method in ("fastv", "dart")
+    layers = LAYERS + 2 if early else LAYERS
     opened = Opened(case, tmp_path / "tiny", layers)
-    spec = PruneSpec(method, 4, options={"K": "1"} if method == "fastv" else {})
+    spec = PruneSpec(method, 4, options={"K": "1"} if early else {})
     adapter, policy = opened.adapter, make(spec)
     plan = planned(policy, adapter.shape, spec.cr)
     check_cr(plan, spec.cr)
