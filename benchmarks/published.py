@@ -36,6 +36,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from benchmarks.edge_shapes import EDGE_SHAPES
+from benchmarks.lfm2_shapes import LFM2_SHAPES
 from benchmarks.original_shapes import ORIGINALS, Original
 from benchmarks.published_shape import IMAGE_TOKEN, VIDEO_TOKEN, Published
 from benchmarks.qwen3_shapes import QWEN3_SHAPES, Qwen3Shape
@@ -157,6 +158,7 @@ PUBLISHED: dict[str, Published | QwenShape | Qwen3Shape | Original] = {
     ),
     "internvl3-8b": Published(_internvl3_8b, _internvl_processor),
     **EDGE_SHAPES,
+    **LFM2_SHAPES,
     **SHAPES,
     **QWEN3_SHAPES,
     **ORIGINALS,

@@ -28,7 +28,7 @@ from edgeprune.runtime import Session, media
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators
 from edgeprune.tiling import Size
-from tests import families, glm, qwen
+from tests import families, glm, lfm2, qwen
 from tests.families import QUESTION, Family
 from tests.test_families import drawn_image, generated, prompted
 
@@ -54,6 +54,7 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "ministral3": families.ministral3,
     "mistral_small": families.mistral_small,
     "pixtral": families.pixtral,
+    "lfm2_vl": lfm2.lfm2_vl,
 }
 QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
@@ -74,6 +75,7 @@ NO_VIDEO = (
     "ministral3",
     "mistral_small",
     "pixtral",
+    "lfm2_vl",
 )
 
 

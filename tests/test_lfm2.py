@@ -18,10 +18,12 @@ from benchmarks.schedules import MadeUp, planned
 from edgeprune.calib.schedule import Evidence, pose, solve
 from edgeprune.calib.solvers.grouped import groups_of
 from edgeprune.errors import ModelError, SpecError
+from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._decoder import Flow
 from edgeprune.models._layerwise import Layerwise
-from edgeprune.models._processor import Processor
+from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.models._reference import Reference
 from edgeprune.models.lfm2_vl import Settings
 from edgeprune.policies import make
 from edgeprune.runtime import Session
@@ -254,3 +256,33 @@ def test_an_image_that_would_be_tiles_is_one_view_and_said_so(checkpoint: Path) 
     assert open_model(str(checkpoint), size=SHAPE).notes() == ()
     with pytest.raises(SpecError, match="is too long and narrow: it gives 154 tokens"):
         open_model(str(checkpoint), size=Size(2, 2000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    ("utp", "fastv", "divprune", "dart", "visionzip", "trimtokenator", "polymorphic", "none"),
+)
+def test_published_layers_equal_their_reference(method: str, tmp_path: Path) -> None:
+    """At CR 4, prefill, steps and a second turn; UTP's schedule is made up."""
+    folder = lfm2.lfm2_vl(lfm2.PUBLISHED, norm=True, conv_bias=True).save(tmp_path / "tiny")
+    adapter, spec = (
+        open_model(str(folder), size=SHAPE),
+        PruneSpec(method, 4 if method != "none" else 1),
+    )
+    policy, shape = make(spec), adapter.shape
+    plan = planned(policy, shape, spec.cr)
+    prompts = [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(3)]
+    request = ExportRequest("tiny", spec, plan, tmp_path / "b")
+    made = export(request, adapter, policy, Processor(adapter), prompts)
+    found = made.manifest.parity
+    assert (found.samples, found.ties) == (3, 0) and found.logits < 1e-4
+    reference, prompt = Reference.build(adapter, policy, plan), Processor(adapter)(IMAGE, QUESTION)
+    with Session.open(made.path) as session:
+        answer = session.ask(IMAGE, QUESTION, Sampling(max_new_tokens=16))
+        assert list(answer.ids) == reference.generate(prompt, 16, lambda token: False)
+        sequence = read(session, adapter)
+        reference.prefill(prompt)
+        for ids in (LATER, LATER[:, :1]):
+            wanted = reference.step(torch.from_numpy(ids.copy())).logits
+            np.testing.assert_allclose(logits(sequence, ids), wanted.numpy(), atol=1e-4)

@@ -53,10 +53,11 @@ def measured(adapter: Adapter, policy: Policy, prompts: Sequence[Prompt]) -> lis
     reference, found = Reference.build(adapter, policy, plan), []
     for prompt in prompts:
         layers = advances(reference, prompt)
-        attention = [
-            policy.calibration_scores(number, layer.signals)
-            for number, layer in enumerate(layers, 1)
-        ]
+        attention, last = list[Tensor](), torch.full((plan.visual_tokens,), 1 / plan.visual_tokens)
+        for number, layer in enumerate(layers, 1):  # one without attention has that of the last
+            if layer.signals.attention is not None:
+                last = policy.calibration_scores(number, layer.signals)
+            attention.append(last)
         states = [layer.flow.hidden for layer in layers]
         entry = reference.vision.entry_scores(reference.vision.encoder(prompt.pixels))  # type: ignore[operator]
         loss = _losses(reference, prompt, states)

@@ -1,0 +1,40 @@
+"""LFM2-VL on GPU targets: `check` accepts its graphs, TensorRT-RTX compiles them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgeprune.export.check import check_graph
+from edgeprune.lowering import TARGETS
+from edgeprune.tiling import Size
+from tests import lfm2
+from tests.frozen import frozen
+from tests.test_engines import compiled
+
+pytestmark = pytest.mark.slow
+CASES = [
+    ("none", 1, "rtx", "fp16"),
+    ("utp", 4, "rtx", "fp16"),
+    ("utp", 4, "rtx", "bf16"),
+    *[
+        (method, cr, target, "fp16")
+        for target in TARGETS
+        if target not in ("cpu", "rtx")
+        for method, cr in (("none", 1), ("utp", 4))
+    ],
+]
+
+
+@pytest.mark.parametrize(("method", "cr", "target", "dtype"), CASES)
+def test_engines_take_it(method: str, cr: float, target: str, dtype: str, tmp_path: Path) -> None:
+    """The layers of the published models; heads of 32, the least that attention kernels have."""
+    checkpoint = lfm2.lfm2_vl(lfm2.PUBLISHED, hidden_size=128).save(tmp_path / "tiny")
+    options = {"model": checkpoint, "size": Size(60, 100), "target": target, "dtype": dtype}
+    bundle = frozen(tmp_path / "b", method, cr, **options)
+    for graph in ("vision.onnx", "decoder.onnx"):
+        (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
+        assert not verdict.problems, verdict.problems[0].message
+    if target == "rtx":
+        compiled(bundle)
