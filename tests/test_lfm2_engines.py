@@ -30,7 +30,8 @@ CASES = [
 @pytest.mark.parametrize(("method", "cr", "target", "dtype"), CASES)
 def test_engines_take_it(method: str, cr: float, target: str, dtype: str, tmp_path: Path) -> None:
     """The layers of the published models; heads of 32, the least that attention kernels have."""
-    checkpoint = lfm2.lfm2_vl(lfm2.PUBLISHED, hidden_size=128).save(tmp_path / "tiny")
+    sizes = {"hidden_size": 128, "max_position_embeddings": 2048}
+    checkpoint = lfm2.lfm2_vl(lfm2.PUBLISHED, **sizes).save(tmp_path / "tiny")
     options = {"model": checkpoint, "size": Size(60, 100), "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options)
     for graph in ("vision.onnx", "decoder.onnx"):
