@@ -104,6 +104,12 @@ def test_formats_of_weights_are_beside_each_other() -> None:
     assert formats["method"] == ["method", "CR", "float", "int4"]
     assert formats["none"][2].startswith("99.0 ± 1.6, ")
     assert formats["none"][3].endswith("2.0 MB")
+    marked = [
+        replace(result("none", 1, 198), marks="1" * 198 + "00"),
+        replace(result("none", 1, 196), marks="000" + "1" * 196 + "0", weights="int4"),
+    ]
+    told = Comparison({"questions": 200, "model": "m"}, tuple(marked)).to_markdown()
+    assert " (-1.0 ± 2.0), " in told  # 3 lost, 1 won
     assert {"none", "none int4", "utp", "utp int4"} <= {row[0] for row in rows if len(row) > 4}
     table = csv.DictReader(found.to_csv().splitlines())
     assert [row["weights"] for row in table] == ["float", "float", "int4", "int4"]

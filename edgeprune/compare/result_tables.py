@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from edgeprune.compare.titles import DENSE, FLOAT
-from edgeprune.intervals import wilson
+from edgeprune.intervals import difference, wilson
 from edgeprune.tables import Table, spread
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ _TIMES = (
 
 
 _WEIGHTS = (
-    "Weights by format: right answers in percent, median milliseconds of prefill and of a decoded"
-    " token where they were timed, megabytes of all weights."
+    "Weights by format: right answers in percent, in brackets the change from floats with half of"
+    " its 95% interval, paired by question, median milliseconds of prefill and of a decoded token"
+    " where they were timed, megabytes of all weights."
 )
 
 
@@ -109,17 +110,22 @@ def weights(cells: Iterable[Result]) -> Table:
     for method, cr in dict.fromkeys((g[0].method, g[0].cr_asked) for g in groups):
         own = [found.get((method, cr, text), []) for text in formats]
         star = " *" * any(group[0].stands_in != "" for group in own if group)
-        lines.append([method + star, _ratio(cr), *(_cost(group, cr) for group in own)])
+        base = own[0] if formats[0] == FLOAT else []
+        lines.append([method + star, _ratio(cr), *(_cost(group, cr, base) for group in own)])
     return Table(_WEIGHTS, ("method", "CR", *formats), lines)
 
 
-def _cost(group: Sequence[Result], cr: float) -> str:
-    """Right answers, milliseconds of prefill and of a token, megabytes of weights."""
+def _cost(group: Sequence[Result], cr: float, base: Sequence[Result]) -> str:
+    """Right answers and their change, milliseconds of prefill and of a token, megabytes of
+    weights."""
     if not group:
         return "-"
-    one = group[0]
+    one, right = group[0], _overall(group, cr)
+    if base and one is not base[0] and len(group) == 1 and one.marks and base[0].marks:
+        change, half = difference(one.marks, base[0].marks)
+        right += f" ({100 * change:+.1f} ± {100 * half:.1f})"
     times = [f"{one.median(part):.1f} ms" for part in ("prefill", "decode") if one.rounds]
-    return ", ".join([_overall(group, cr), *times, f"{one.weight_bytes / 1e6:,.1f} MB"])
+    return ", ".join([right, *times, f"{one.weight_bytes / 1e6:,.1f} MB"])
 
 
 def missing(caption: str, cells: Iterable[Missing]) -> Table:
