@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeprune.calib import awq, sensitivity, smoothing
+from edgeprune.calib import awq, gptq, sensitivity, smoothing
 from edgeprune.calib.samples import demo_samples
 from edgeprune.demo.questions import calibration_samples
 from edgeprune.lowering import Lowering, resolve
@@ -35,7 +35,7 @@ from edgeprune.models._rounded_inputs import round_inputs
 from edgeprune.models._tuning import UNTUNED
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
-from edgeprune.weight_format import AUTO
+from edgeprune.weight_format import AUTO, GPTQ
 
 FORMATS = "int8,int4:clip=off,int4,int4:awq=on:clip=off,int4:awq=on,auto:bits=5,auto:bits=5:awq=on"
 POLICY = make(PruneSpec("none"))
@@ -104,6 +104,9 @@ def prepared(adapter: Adapter, lowering: Lowering, plan: Plan, prompts: list[Pro
         few = prompts[:4]
         kinds = sensitivity.mix(adapter, wanted, torch.float16, POLICY, plan, few, tuning)
         tuning = replace(tuning, kinds=kinds)
+    if wanted.round == GPTQ:
+        four = adapter.with_weights(wanted, torch.float16, tuning)
+        tuning = gptq.tune(four, POLICY, plan, prompts)
     if wanted.activations:
         how = {"smooth": wanted.smooth, "calibrated": lowering.calibrated}
         rounded = adapter.with_weights(wanted, torch.float16)

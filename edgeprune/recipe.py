@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgeprune import encoder_methods, policies
 from edgeprune.bundle import TimingRecord
-from edgeprune.calib import awq, sensitivity, smoothing
+from edgeprune.calib import awq, gptq, sensitivity, smoothing
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate, samples_of
 from edgeprune.calib.encoder import check_limit, measure_site, place_site
 from edgeprune.calib.planning import Settled, Work, within_time
@@ -51,7 +51,7 @@ from edgeprune.spec import (
     check_separators,
 )
 from edgeprune.tiling import Size
-from edgeprune.weight_format import AUTO
+from edgeprune.weight_format import AUTO, GPTQ
 
 MOST_TUNING = 32
 """Samples at most that say how large the inputs of products are: each has hundreds of tokens."""
@@ -328,6 +328,7 @@ def _check_samples(recipe: Recipe) -> None:
     wanted, lowering = recipe.lowering.weights, recipe.lowering
     if lowering.measured and recipe.samples_file is None and recipe.model != "demo":
         option = ":awq=on" if wanted.awq else ":activations=on" if wanted.activations else ""
+        option += ":round=gptq" if wanted.round == GPTQ else ""
         other = "" if lowering.calibrated or not wanted.smooth else ", or export with smooth=off"
         raise SpecError(
             f"--weights {wanted.kind}{option} measures on samples; give images and questions with"
@@ -363,13 +364,34 @@ def _tuning(
             smooth=wanted.smooth,
             calibrated=lowering.calibrated,
         )
-    if wanted.kind != AUTO:
-        return tuning
-    request = replace(_calibration(recipe), samples=min(count, MOST_MEASURED))
+    if wanted.kind == AUTO:
+        tuning = replace(
+            tuning, kinds=_kinds(recipe, adapter, policy, processor, plan, tuning, report)
+        )
+    if wanted.round == GPTQ:
+        tuning = gptq.tune(
+            adapter.with_weights(wanted, dtype, tuning), policy, plan, prompts, report
+        )
+    return tuning
+
+
+def _kinds(
+    recipe: Recipe,
+    adapter: Adapter,
+    policy: Policy,
+    processor: Processor,
+    plan: Plan,
+    tuning: Tuning,
+    report: Progress,
+) -> dict[str, str]:
+    """The kinds of products that are left open, by what each loses on samples with answers."""
+    lowering = recipe.lowering
+    count = min(recipe.samples, MOST_MEASURED)
+    request = replace(_calibration(recipe), samples=count)
     samples = samples_of(request, adapter, processor)
     few = [answered(sample, processor, sensitivity.ANSWER) for sample in samples]
-    kinds = sensitivity.mix(adapter, wanted, dtype, policy, plan, few, tuning, report)
-    return replace(tuning, kinds=kinds)
+    scales = TORCH[lowering.dtype.name]
+    return sensitivity.mix(adapter, lowering.weights, scales, policy, plan, few, tuning, report)
 
 
 def _prompts(

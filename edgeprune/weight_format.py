@@ -21,6 +21,10 @@ AUTO = "auto"
 BITS_A_WEIGHT = 4.5
 """Of AUTO, unless others are asked for."""
 
+GPTQ = "gptq"
+ROUNDINGS = ("nearest", GPTQ)
+"""How codes of int4 are found where scales are known."""
+
 BLOCKS = (128, 64, 32)
 """How many inputs may share a scale of int4: sizes that every engine takes."""
 
@@ -67,6 +71,7 @@ class WeightFormat:
     awq: bool = False  # whether samples say which channels count: calib/awq.py
     bits: float = 0.0  # a weight on average, scales included, where the kind is AUTO
     activations: bool = False  # whether inputs of the products of layers are rounded too
+    round: str = "nearest"  # or gptq: codes make up for each other's errors, calib/gptq.py
     smooth: bool = False  # whether channels are scaled before that: calib/smoothing.py
 
     def __post_init__(self) -> None:
@@ -82,6 +87,11 @@ class WeightFormat:
             raise SpecError(f"activations=on is an option of --weights {kinds}; got {self.kind}")
         if self.smooth and not (self.activations and self.kind == "int8"):
             raise SpecError("smooth=on of --weights is for int8 with activations=on; leave it out")
+        if self.round not in ROUNDINGS:
+            kinds = " or ".join(ROUNDINGS)
+            raise SpecError(f"round of --weights is {kinds}; got {self.round!r}")
+        if self.round == GPTQ and self.kind not in ("int4", AUTO):
+            raise SpecError(f"round=gptq is an option of --weights int4 and auto; got {self.kind}")
         if self.awq and self.activations:
             raise SpecError(
                 "awq=on of --weights is for activations of floats; leave one of them out"
@@ -113,6 +123,7 @@ class WeightFormat:
         usual = "on" if kind == "int8" and activations else "off"
         smooth = _switch("smooth", given.pop("smooth", usual))
         bits = _bits(given.pop("bits", None), kind)
+        rounding = given.pop("round", ROUNDINGS[0])
         kinds = {"on": kind, "off": "float"}
         if given.get("embedding") == "on":
             given["embedding"] = "int8"
@@ -124,6 +135,7 @@ class WeightFormat:
             awq=awq,
             bits=bits,
             activations=activations,
+            round=rounding,
             smooth=smooth,
             **parts,
         )
@@ -137,7 +149,8 @@ class WeightFormat:
         names = ("clip", "awq", "activations", "smooth")
         switches = {name: getattr(self, name) for name in names}
         told = (f"{name}={'on' if on else 'off'}" for name, on in switches.items())
-        return ":".join([self.kind, *mixed, f"block={self.block}", *parts, *told])
+        rounding = [f"round={self.round}"] if self.round == GPTQ else []
+        return ":".join([self.kind, *mixed, f"block={self.block}", *parts, *rounding, *told])
 
     @property
     def is_float(self) -> bool:
@@ -152,14 +165,15 @@ class WeightFormat:
     @property
     def measured(self) -> bool:
         """Whether calibration samples decide anything."""
-        return self.awq or self.smooth or self.kind == AUTO
+        return self.awq or self.smooth or self.round == GPTQ or self.kind == AUTO
 
     @property
     def algorithm(self) -> str:
         """How codes are chosen, in words."""
         if not {"int4", AUTO} & {self.kind, self.head, self.vision}:
             return "rounding, smoothed" if self.smooth else "rounding"
-        words = ["AWQ" if self.awq else "rounding"]
+        words = ["AWQ"] if self.awq else []
+        words += ["GPTQ"] if self.round == GPTQ else [] if self.awq else ["rounding"]
         words += ["clipped"] if self.clip else []
         return ", ".join([*words, *(["mixed by measured loss"] if self.kind == AUTO else [])])
 

@@ -41,8 +41,15 @@ def weights_record(
     )
 
 
-def weights_notes(lowering: Lowering, stored: Stored) -> tuple[str, ...]:
-    """What became of weights that the checkpoint stores in a quantised form, for people."""
+def weights_notes(lowering: Lowering, stored: Stored, left: Sequence[str] = ()) -> tuple[str, ...]:
+    """What became of weights that the checkpoint stores in a quantised form, and which products are
+    `left` to be rounded to nearest, for people."""
+    if left:
+        kinds = sorted({".".join(name.split(".")[2:-1]) for name in left})
+        return (
+            f"round=gptq: {len(left)} products have too many inputs and are rounded to nearest"
+            f" ({', '.join(kinds)})",
+        )
     if not stored.packed:
         return ()
     dtype, anew = lowering.dtype.name, stored.packed - stored.own

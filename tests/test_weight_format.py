@@ -44,7 +44,7 @@ def test_what_is_written_is_read_back(text, found):
         ("int4:embedding=int4", "embedding of --weights is one of float, int8; got 'int4'"),
         (
             "int4:size=3",
-            "embedding, clip, awq, bits, activations, smooth; got 'size'",
+            "embedding, clip, awq, bits, activations, round, smooth; got 'size'",
         ),
         ("int4:bits=5", "bits is an option of --weights auto; got int4:bits=5"),
         ("auto:bits=3", "bits of --weights is a number from 4 to 32; got '3'"),

@@ -56,6 +56,7 @@ class Source:
     fold: Fold | None = None  # what it is scaled by before that
     importance: Tensor | None = None  # float32 [inputs], how much the error of each counts
     peak: float | None = None  # the largest input of its product, where samples say so
+    codes: QuantizedWeight | None = None  # where samples chose them
     stored_shape: tuple[int, ...] = ()  # where it differs from `shape`: what is behind it is 0
 
 
@@ -225,7 +226,9 @@ class Adapter(Family):
         form, tuning = self.weights.forms.get(name), self.weights.tuning
         fold, importance = tuning.folds.get(name), tuning.importance.get(name)
         peak = tuning.peaks.get(name)
-        return replace(source, form=form, fold=fold, importance=importance, peak=peak)
+        codes = tuning.codes.get(name)
+        said = {"fold": fold, "importance": importance, "peak": peak, "codes": codes}
+        return replace(source, form=form, **said)  # type: ignore[arg-type]
 
     def _own_shape(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A parameter's shape without channels that `_padded` has added."""
@@ -333,7 +336,7 @@ class Adapter(Family):
                 yield Strip.of(part, weight, exact, own=own is not None)
             return
         for part, exact in self.floats(source):
-            yield Strip.of(part, anew(exact), exact)
+            yield Strip.of(part, source.codes.part(part) if source.codes else anew(exact), exact)
 
     def floats(self, source: Source) -> Iterator[tuple[slice, Tensor]]:
         """A product's weight in float32 before it is quantised, some outputs at a time: [K, n]."""

@@ -127,7 +127,12 @@ FLOAT8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 def _codes(blocks: Tensor, scales: Tensor, largest: int) -> Tensor:
     """The nearest codes, as floats, of blocks [K / block, block, N] with scales [K / block, N]."""
-    return (blocks / scales[:, None]).round_().clamp_(-largest - 1, largest)
+    return codes_of(blocks, scales[:, None], largest)
+
+
+def codes_of(weights: Tensor, scales: Tensor, largest: int) -> Tensor:
+    """The nearest codes, as floats."""
+    return (weights / scales).round_().clamp_(-largest - 1, largest)
 
 
 def _usable(scales: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
