@@ -61,7 +61,8 @@ def check(
 ) -> ParityRecord:
     """Compare graphs that compute in float32 with their reference; ParityError where they disagree.
 
-    `report` is told how often a sample went through a stage, and how often it will.
+    `report` is told how often a sample went through a stage in either engine, and how often it
+    will.
     """
     prompts = list(prompts)
     compared = Comparison(eager.activations, len(prompts), eager.stages, report)
@@ -93,7 +94,7 @@ class Comparison:
         self.worst = dict[str, float]()  # difference of all samples, by the stage's title
         self.ties = set[int]()  # samples
         self._keep, self._report = activations.keep, report
-        self._samples, self._done, self._total = samples, 0, samples * stages
+        self._samples, self._done, self._total = samples, 0, 2 * samples * stages
 
     @torch.no_grad()
     def through(
@@ -104,10 +105,20 @@ class Comparison:
         kept = self._keep(pairs)
         for number, window in enumerate(stages.windows()):
             with graph.opened(number) as run:
-                kept = self._keep(replace(p, played=run(p.played)) for p in kept.drain())
+                kept = self._keep(self._run(run, window, pair) for pair in kept.drain())
             with stages.loaded(window):
                 kept = self._keep(self._compared(stages, window, pair) for pair in kept.drain())
         return kept
+
+    def _run(self, run: Callable[[Played], Played], window: range, pair: Pair[S]) -> Pair[S]:
+        """A sample that the graph takes through a window."""
+        played = run(pair.played)
+        self._tell(len(window))
+        return replace(pair, played=played)
+
+    def _tell(self, stages: int) -> None:
+        self._done += stages
+        self._report(self._done, self._total)
 
     def _compared(self, stages: Stages[S], window: range, pair: Pair[S]) -> Pair[S]:
         """A sample whose reference goes through a window after the graph did."""
@@ -117,8 +128,7 @@ class Comparison:
                 found = Given(played.shown[at], played.chosen[at])
                 state = self._judged(stages, stage, pair, found, played.at(at))
                 pair = replace(pair, state=state or pair.state, followed=state is not None)
-            self._done += 1
-            self._report(self._done, self._total)
+            self._tell(1)
         return replace(pair, played=replace(played, shown=played.shown[-1:], chosen=()))
 
     def _judged(
