@@ -77,8 +77,8 @@ def test_calibration_says_how_long_it_takes(
     options = ["--model", str(tiny_checkpoint), "--cr", "2", "--samples-file", str(instruct)]
     assert main(["calibrate", *options, "--samples", "3", "-o", str(tmp_path / "s.json")]) == 0
     lines = told("calibrate in", stream)
-    assert lines[2].endswith("] 3/15") and lines[3].endswith("] 4/15, 0:11 left")
-    assert lines[-1].endswith("] 15/15")
+    assert lines[1].endswith("] 2/12") and lines[2].endswith("] 3/12, 0:09 left")
+    assert lines[-1].endswith("] 12/12")
 
 
 def test_parity_tells_of_both_engines(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
