@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from edgeprune import __version__
-from edgeprune.calib.collect import collect
+from edgeprune.calib.collect import Run, collect
+from edgeprune.calib.resuming import Tell, WorkFolder, quiet
 from edgeprune.calib.samples import Sample, check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Evidence, Schedule, read_schedule, solve
 from edgeprune.calib.solvers import _problem as solvers
@@ -22,7 +24,12 @@ from edgeprune.encoder_methods import EncoderMethod
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.files import write_whole
 from edgeprune.models import Adapter
-from edgeprune.models._memory import check_device, check_memory, layerwise_bytes
+from edgeprune.models._memory import (
+    activation_bytes,
+    check_device,
+    check_memory,
+    layerwise_bytes,
+)
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
@@ -30,6 +37,8 @@ from edgeprune.progress import Progress, silent
 CACHE = "EDGEPRUNE_CACHE"
 EVIDENCE = 2
 """Raised where images are read, or prompts written, in another way: old evidence is made anew."""
+WORK = 1
+"""Likewise of what is kept between two layers."""
 ENCODER = 1
 """Likewise of what is measured of the encoder."""
 TOKENIZER_FILES = (
@@ -59,6 +68,7 @@ class CalibrationRequest:
     max_sites: int | None = None  # layers at most where the count falls
     solve_seconds: float | None = None  # of the search for a bound; None: by the problem's size
     patient: bool = False  # whether Ctrl-C ends that search alone
+    work: Path | None = None  # folder by which a calibration that was killed goes on
     cache: Path | None = None  # default: EDGEPRUNE_CACHE, or ~/.cache/edgeprune
 
     def __post_init__(self) -> None:
@@ -91,10 +101,11 @@ def calibrate(
     processor: Processor,
     report: Progress = silent,
     measure: Measure | None = None,
+    tell: Tell = quiet,
 ) -> Schedule:
     """The schedule of a policy for a model; read from the cache where it was solved before.
 
-    `measure` makes the evidence elsewhere; None: here.
+    `measure` makes the evidence elsewhere; None: here. `tell` is told of the work folder.
     """
     first = policy.entry_tokens(adapter.shape, request.cr)
     if first is None:
@@ -106,7 +117,7 @@ def calibrate(
     if stored.is_file():
         with suppress(ScheduleError):  # damaged: solve again
             return read_schedule(stored, adapter.shape, request.cr)
-    evidence = evidence_of(request, adapter, policy, processor, report, measure)
+    evidence = evidence_of(request, adapter, policy, processor, report, measure, tell)
     report("solve schedule", 0, 1)
     schedule = solve(
         evidence,
@@ -139,33 +150,41 @@ def evidence_of(
     processor: Processor,
     report: Progress = silent,
     measure: Measure | None = None,
+    tell: Tell = quiet,
 ) -> Evidence:
     """What a model does on the samples; read from the cache where it was measured before."""
     stored = request.folder / f"{evidence_key(request, adapter, policy)}.npz"
     if stored.is_file():
         with suppress(Exception):  # damaged in any way; zipfile raises many kinds: measure again
             return _load(stored)
-    evidence = (
-        measure(report) if measure else _measured(request, adapter, policy, processor, report)
-    )
-    _save(stored, evidence)
-    return evidence
-
-
-def _measured(
-    request: CalibrationRequest,
-    adapter: Adapter,
-    policy: Policy,
-    processor: Processor,
-    report: Progress,
-) -> Evidence:
-    need = check_room(adapter, request.samples)
-    return collect(
+    if measure is not None:
+        evidence = measure(report)
+        _save(stored, evidence)
+        return evidence
+    need, work = check_room(adapter, request.samples), _work(request, adapter, policy, tell)
+    evidence = collect(
         adapter,
         policy,
         samples_of(request, adapter, processor),
         lambda done, total: report(f"calibrate in {need / 1e9:.1f} GB", done, total),
+        work=work,
     )
+    _save(stored, evidence)
+    if work is not None:
+        work.remove()
+    return evidence
+
+
+def _work(
+    request: CalibrationRequest, adapter: Adapter, policy: Policy, tell: Tell
+) -> WorkFolder | None:
+    """Where finished layers are kept, under all that decides what they give."""
+    if request.work is None:
+        return None
+    key = f"{evidence_key(request, adapter, policy)} {WORK} {torch.__version__}"
+    work = WorkFolder(request.work, key, Run, tell)
+    work.make_room(2 * activation_bytes(adapter, request.samples))
+    return work
 
 
 def check_room(adapter: Adapter, count: int) -> int:

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgeprune.calib.resuming import Collected, WorkFolder
 from edgeprune.calib.samples import Sample
 from edgeprune.calib.schedule import Evidence
 from edgeprune.errors import ModelError
 from edgeprune.models import Adapter
-from edgeprune.models._activations import Activations
+from edgeprune.models._activations import Activations, Kept
 from edgeprune.models._decoder import Flow
 from edgeprune.models._layerwise import Layerwise, Started
 from edgeprune.models._processor import Prompt
@@ -49,11 +50,12 @@ def collect(
     samples: Iterable[Sample],
     report: Callable[[int, int], None] = lambda done, total: None,
     activations: Activations | None = None,
+    work: WorkFolder | None = None,
 ) -> Evidence:
     """Run the dense model over samples: attention [S, L, V], loss [S, L], [CLS] scores [S, V].
 
     It computes where and in which dtype the adapter says; scores and angles are float32 always.
-    ModelError where a number is not finite.
+    ModelError where a number is not finite. Where `work` says so, it goes on at a finished layer.
     `report` is told how often a sample went through a layer, and how often it will.
     """
     plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
@@ -73,8 +75,22 @@ def collect(
             entry.append(_finite(scores, adapter, "the encoder"))
         return _begun(engine, started)
 
-    runs = engine.keep(run(begun, started) for started in engine.start(prompts()))
     attention: list[list[np.ndarray]] = [[] for _ in range(plan.layers)]
+    before = work.last() if work else None
+    if before is None:
+        runs, first = engine.keep(run(begun, one) for one in engine.start(prompts())), 0
+    else:
+        runs, first = engine.keep(before.runs), before.layers
+        ids += before.collected.ids
+        entry += [scores.numpy() for scores in before.collected.entry]
+        for index, layer in enumerate(before.collected.attention):
+            attention[index] += list(layer.numpy())
+
+    def finished(layers: int, runs: Kept[Run]) -> None:
+        if work is not None:
+            done = tuple(torch.from_numpy(np.stack(layer)) for layer in attention[:layers])
+            entered = tuple(torch.from_numpy(scores) for scores in entry)
+            work.save(layers, Collected(tuple(ids), entered, done), runs)
 
     def scores(index: int, signals: LayerSignals) -> np.ndarray:
         if index + 1 not in adapter.shape.convolutions:
@@ -95,7 +111,7 @@ def collect(
         attention[index].append(scores(index, done.signals))
         return Run(done.flow, text, run.slots, run.rows)
 
-    runs = engine.layers(runs, step)
+    runs = engine.layers(runs, step, first, finished)
     ends = (run(partial(_loss, engine), one) for one in engine.normed(runs.drain()))
     loss = [_finite(angles, adapter, "the last decoder layer") for angles in ends]
     by_sample = np.stack([np.stack(layer) for layer in attention], axis=1)

@@ -14,6 +14,7 @@ from edgeprune.calib import awq, gptq, sensitivity, smoothing
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate, samples_of
 from edgeprune.calib.encoder import check_limit, measure_site, place_site
 from edgeprune.calib.planning import Settled, Work, within_time
+from edgeprune.calib.resuming import Tell, beside, quiet
 from edgeprune.calib.samples import (
     answered,
     check_image_dir,
@@ -140,8 +141,11 @@ class Recipe:
         return Path("out") / f"{name}-{spec.method}{ratio}{encoder}{seeded}"
 
 
-def make(recipe: Recipe, report: Progress = silent) -> Exported:
-    """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be."""
+def make(recipe: Recipe, report: Progress = silent, tell: Tell = quiet) -> Exported:
+    """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be.
+
+    `tell` is told of the folder by which a calibration that was killed goes on.
+    """
     spec, policy = recipe.spec, policies.make(recipe.spec)
     recipe.execution.require()
     if recipe.ratios:
@@ -186,7 +190,7 @@ def make(recipe: Recipe, report: Progress = silent) -> Exported:
             check_limit(site)
             adapter = adapter.with_encoder(site)
         schedules = [
-            _schedule(replace(recipe, spec=one), adapter, policy, processor, report)
+            _schedule(replace(recipe, spec=one), adapter, policy, processor, report, tell)
             for one in asked
         ]
     settings = _settings(asked, schedules, policy, adapter.shape)
@@ -253,7 +257,12 @@ def with_reached_ratio(spec: PruneSpec, policy: Policy, shape: ModelShape) -> Pr
 
 
 def _schedule(
-    recipe: Recipe, adapter: Adapter, policy: Policy, processor: Processor, report: Progress
+    recipe: Recipe,
+    adapter: Adapter,
+    policy: Policy,
+    processor: Processor,
+    report: Progress,
+    tell: Tell,
 ) -> Schedule | None:
     """The schedule of a method that needs one: a file's, or calibrated now."""
     spec = recipe.spec
@@ -263,7 +272,8 @@ def _schedule(
         return None
     if recipe.schedule is not None:
         return read_schedule(recipe.schedule, adapter.shape, spec.cr)
-    return calibrate(_calibration(recipe), adapter, policy, processor, report)
+    request = replace(_calibration(recipe), work=beside(recipe.folder))
+    return calibrate(request, adapter, policy, processor, report, tell=tell)
 
 
 def _calibration(recipe: Recipe) -> CalibrationRequest:

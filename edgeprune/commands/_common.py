@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune import terminal
 from edgeprune.errors import SpecError, brief
 from edgeprune.files import obstacle, real, unwritable, write_whole
 from edgeprune.tiling import Size
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from edgeprune.cluster import Cluster
     from edgeprune.models import Adapter
     from edgeprune.models._execution import Execution
+    from edgeprune.progress import Bar
     from edgeprune.runtime.formats import AnswerFormat
     from edgeprune.spec import PruneSpec
 
@@ -236,6 +238,12 @@ def check_output(file: Path) -> None:
         paths.append(real(file).parent)
     if not all(os.access(path, os.W_OK) for path in paths):
         raise unwritable(file, "no permission")
+
+
+def tell(bar: Bar, line: str) -> None:
+    """Say something while a bar is drawn."""
+    bar.clear()
+    terminal.note(f"edgeprune: {line}")
 
 
 def write_output(file: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from edgeprune import terminal
@@ -32,6 +33,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgeprune import policies
     from edgeprune.calib.calibrate import calibrate
+    from edgeprune.calib.resuming import beside
     from edgeprune.calib.spread import Spread
     from edgeprune.models._processor import Processor
     from edgeprune.progress import Bar
@@ -62,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
                 args.tokenizer,
                 execution,
             ).measure
-        schedule = calibrate(asked, adapter, policy, processor, bar, measure)
+        asked = replace(asked, work=beside(args.output))
+        tell = partial(_common.tell, bar)
+        schedule = calibrate(asked, adapter, policy, processor, bar, measure, tell)
     _common.write_output(args.output, schedule.to_json())
     print(" ".join(str(count) for count in schedule.counts))
     terminal.note(

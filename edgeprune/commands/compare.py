@@ -15,7 +15,6 @@ from edgeprune.errors import SpecError
 if TYPE_CHECKING:
     from edgeprune.compare.comparing import CompareRequest
     from edgeprune.compare.results import Comparison
-    from edgeprune.progress import Bar
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     len(request.evaluation.questions)  # a wrong file or folder is refused now
     _common.check_output(args.output / "compare.json")
     with Bar() as bar:
-        comparison = compare(request, bar, partial(_tell, bar))
+        comparison = compare(request, bar, partial(_common.tell, bar))
     written = _write(comparison, args.output)
     print(comparison.to_markdown(), end="")
     terminal.note(f"written: {', '.join(map(str, written))}")
@@ -104,11 +103,6 @@ def run(args: argparse.Namespace) -> int:
             " written; run the same command to try these again"
         )
     return 0
-
-
-def _tell(bar: Bar, line: str) -> None:
-    bar.clear()
-    terminal.note(f"edgeprune: {line}")
 
 
 def _request(args: argparse.Namespace) -> CompareRequest:

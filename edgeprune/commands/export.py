@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     recipe = _recipe(args)
     with Bar() as bar:
-        exported = make(recipe, bar)
+        exported = make(recipe, bar, partial(_common.tell, bar))
     terminal.note(_summary(exported, time.perf_counter() - started))
     print(exported.path)
     return 0

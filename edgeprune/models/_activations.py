@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +20,38 @@ BOUND = 1 << 30
 
 
 @dataclass(frozen=True)
-class _OnDisk:
+class OnDisk:
     """A tensor that is the next one in the file, its axes in the order in which memory had them:
     products of other layouts round in other ways."""
 
     shape: tuple[int, ...]  # in the file
     dtype: torch.dtype
     order: tuple[int, ...]  # axis of the tensor at each of the file's
+
+
+class Writable(Protocol):
+    """What takes bytes."""
+
+    def write(self, data: Any, /) -> Any: ...
+
+
+def write_tensor(file: Writable, tensor: Any) -> OnDisk:
+    """Append a tensor to a file."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    laid_out = tensor.permute(order).contiguous()
+    file.write(_bytes(laid_out))
+    return OnDisk(tuple(laid_out.shape), tensor.dtype, tuple(order))
+
+
+def read_tensor(file: IO[bytes], tensor: Any) -> Any:
+    """The tensor at a file's position; what is none in the file is given back. EOFError where the
+    file ends before it."""
+    if not isinstance(tensor, OnDisk):
+        return tensor
+    found = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if file.readinto(_bytes(found)) != found.nbytes:  # type: ignore[attr-defined]
+        raise EOFError("a file of tensors is shorter than it was")
+    return found.permute(sorted(range(found.dim()), key=tensor.order.__getitem__))
 
 
 class Activations:
@@ -52,7 +77,7 @@ class Activations:
 
 
 class Kept(Generic[T]):
-    """Values that are read once, in the order in which they came."""
+    """Values that are taken once, in the order in which they came."""
 
     def __init__(self, room: Activations) -> None:
         self._room = room
@@ -78,6 +103,13 @@ class Kept(Generic[T]):
             with _disk():
                 self._file.flush()
 
+    def __iter__(self) -> Iterator[T]:
+        """Every value, which stays here."""
+        if self._file is not None:
+            self._file.seek(0)
+        for value in self._values:
+            yield changed(value, self._read)
+
     def drain(self) -> Iterator[T]:
         """Every value, which is forgotten here; at the end the file is gone."""
         try:
@@ -101,18 +133,10 @@ class Kept(Generic[T]):
     def _write(self, tensor: Any) -> Any:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="edgeprune-")  # noqa: SIM115  # until drained
-        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-        laid_out = tensor.permute(order).contiguous()
-        self._file.write(_bytes(laid_out))
-        return _OnDisk(tuple(laid_out.shape), tensor.dtype, tuple(order))
+        return write_tensor(self._file, tensor)
 
     def _read(self, tensor: Any) -> Any:
-        if not isinstance(tensor, _OnDisk):
-            return tensor
-        assert self._file is not None
-        found = torch.empty(tensor.shape, dtype=tensor.dtype)
-        self._file.readinto(_bytes(found))  # type: ignore[attr-defined]
-        return found.permute(sorted(range(found.dim()), key=tensor.order.__getitem__))
+        return tensor if self._file is None else read_tensor(self._file, tensor)
 
 
 @contextmanager
@@ -146,7 +170,7 @@ def _size(value: Any) -> int:
 
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
     """A value with each of its tensors changed, whichever dataclasses and tuples they are in."""
-    if isinstance(value, Tensor | _OnDisk):
+    if isinstance(value, Tensor | OnDisk):
         return change(value)
     if isinstance(value, tuple):
         return tuple(changed(item, change) for item in value)

@@ -107,12 +107,22 @@ class Layerwise:
                 kept = self._each(kept, partial(step, index))
         return kept
 
-    def layers(self, kept: Kept[T], step: Callable[[int, T], T]) -> Kept[T]:
+    def layers(
+        self,
+        kept: Kept[T],
+        step: Callable[[int, T], T],
+        first: int = 0,
+        finished: Callable[[int, Kept[T]], None] = lambda layers, kept: None,
+    ) -> Kept[T]:
         """Values of all samples after each has gone through `step` with each layer's index, while
-        that layer is in memory."""
-        for index in range(len(self.decoder.layers)):
+        that layer is in memory. The layers before the `first` were gone through earlier;
+        `finished` is told after each how many layers are, and the values."""
+        self._samples = len(kept)
+        self._done = self._samples * (len(self.vision.encoder.blocks) + first)
+        for index in range(first, len(self.decoder.layers)):
             with self._decoder.loaded(f"layers.{index}"):
                 kept = self._each(kept, partial(step, index))
+            finished(index + 1, kept)
         return kept
 
     def keep(self, values: Iterable[T]) -> Kept[T]:

@@ -61,10 +61,16 @@ def layerwise_bytes(adapter: Adapter, samples: int) -> int:
     shape, parts = adapter.shape, _parts(adapter)
     parts.pop("head", None)  # calibration needs no logits
     largest = max(4 * sum(sizes) + READING * max(sizes) for sizes in parts.values())
+    work = _work(adapter, max(shape.visual_tokens + TEXT, (shape.layers - 1) * TEXT))
+    return PROCESS + largest + min(activation_bytes(adapter, samples), BOUND) + work
+
+
+def activation_bytes(adapter: Adapter, samples: int) -> int:
+    """Bytes of what float32 calibration keeps of its samples between two layers, at most."""
+    shape = adapter.shape
     alone = (shape.layers - 1) * TEXT  # tokens of the text-only continuations
     tokens = shape.visual_tokens + TEXT
-    kept = 4 * shape.width * (tokens + shape.visual_tokens + alone) * samples
-    return PROCESS + largest + min(kept, BOUND) + _work(adapter, max(tokens, alone))
+    return 4 * shape.width * (tokens + shape.visual_tokens + alone) * samples
 
 
 def sensitivity_bytes(adapter: Adapter, samples: int) -> int:
