@@ -90,7 +90,7 @@ def test_tokens_see_their_image_and_what_is_before_them(window: int | None) -> N
 def test_a_pruned_bundle_answers_as_its_reference(
     family: Family, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """And a second turn, on the same caches; every GPU target takes its graphs."""
+    """And a second turn, on the same caches."""
     adapter, policy = opened(checkpoint), make(PruneSpec("utp", 4))
     layout = adapter.vision_config.layout
     fixed, count = len(layout.fixed), layout.visual_tokens
