@@ -68,7 +68,7 @@ class Siglip2(Encoder):
         with constants, in float32."""
         table, width = self.position, self.position.shape[1]
         side = round(table.shape[0] ** 0.5)
-        rows, columns = (bilinear(side, count) for count in self.grid)
+        rows, columns = (bilinear(side, count).to(table.device) for count in self.grid)
         found = rows @ cast(table, torch.float32).view(side, side * width)
         found = columns @ found.view(self.grid[0], side, width)
         return cast(found.reshape(-1, width), table.dtype)
