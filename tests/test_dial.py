@@ -18,7 +18,7 @@ from edgeprune.dial import on_common_sites, widest
 from edgeprune.errors import BundleError, SessionError, SpecError
 from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import Plan, PruneSpec, Stage
-from tests import fake_gpu
+from tests import fake_gpu, families, qwen
 from tests.frozen import dialed, frozen
 
 Refused = Callable[..., str]
@@ -220,3 +220,23 @@ def test_every_method_with_a_dial(
             with Session.open(one) as alone:
                 found, wanted = answers(session, cr), answers(alone)
                 assert found == wanted and found.apart(wanted) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("write", "counts"),
+    [
+        (
+            lambda folder: families.llava_onevision().save(folder),
+            {2.0: (21, 10, 5), 1.0: (21,) * 3, 4.0: (15, 8, 2)},
+        ),
+        (qwen.stacked_checkpoint, {2.0: (196, 98, 49, 49), 4.0: (137, 78, 20, 20)}),
+    ],
+)
+def test_newlines_and_rows_of_middle_blocks_follow(
+    write: Callable[[Path], Path], counts: dict[float, tuple[int, ...]], tmp_path: Path
+) -> None:
+    checkpoint = write(tmp_path / "checkpoint")
+    path = dialed(tmp_path / "dial", PruneSpec("utp"), counts, model=checkpoint, parity=2)
+    for ratio in Bundle.open(path).manifest.ratios:
+        assert (ratio.parity.samples, ratio.parity.ties) == (2, 0)

@@ -106,7 +106,8 @@ class Fixed(nn.Module):
         the `merged` tokens. `cls` [1, tiles, width] is projected.
         """
         layout, kept, fixed = self.layout, indices.shape[0] - merged, self._fixed(cls)
-        if merged == 0 and kept == len(layout.from_tiles):
+        fixed_size = isinstance(kept, int)  # or symbolic, where counts are an input
+        if merged == 0 and fixed_size and kept == len(layout.from_tiles):
             return self._whole(visual, fixed)
         own = indices.new_tensor([*layout.from_tiles, layout.visual_tokens]).index_select(
             0, indices
