@@ -21,7 +21,7 @@ from edgeprune.bench.bench import BenchRequest, bench
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.calib.calibrate import CalibrationRequest
 from edgeprune.calib.planning import Work, methods_of, survey
-from edgeprune.calib.ttft import open_costs
+from edgeprune.calib.ttft import open_costs, undominated
 from edgeprune.encoder_methods import AUTO
 from edgeprune.files import write_whole
 from edgeprune.models import open_model
@@ -57,7 +57,7 @@ def main() -> None:
     costs, policy = open_costs(adapter, profile), make_policy(PruneSpec("utp", 1))
     with Bar() as bar:
         work = Work(CalibrationRequest(1), adapter, policy, Processor(adapter), bar)
-        found = survey(work, costs, methods_of(AUTO, adapter))
+        found = undominated(survey(work, costs, methods_of(AUTO, adapter)))
     first, last = found[0].ms + SPARE, found[-1].ms
     asked = [first + share * (last - first) for share in SHARES]
     paths = list[Path]()

@@ -10,7 +10,17 @@ from edgeprune.calib.calibrate import CalibrationRequest, evidence_of, shown
 from edgeprune.calib.encoder import measure_sites
 from edgeprune.calib.schedule import Schedule, solve_timed
 from edgeprune.calib.solvers._problem import Problem
-from edgeprune.calib.ttft import Costs, Point, menu, open_costs, pick, points, spare
+from edgeprune.calib.ttft import (
+    Costs,
+    Operations,
+    Point,
+    losses,
+    menu,
+    open_costs,
+    pick,
+    points,
+    spare,
+)
 from edgeprune.encoder_methods import AUTO, EncoderMethod, make
 from edgeprune.errors import SpecError
 from edgeprune.lowering import Lowering
@@ -34,15 +44,23 @@ class Work:
 
 @dataclass(frozen=True)
 class Settled:
-    """An encoder and a schedule within a time."""
+    """An encoder and a schedule within a budget, counted in the costs' unit."""
 
     costs: Costs
     point: Point  # as the survey saw it
     adapter: Adapter  # with the encoder's site
     schedule: Schedule
+    asked: float
     vision_ms: float  # predicted
     prefill_ms: float
     ms: float  # to the first token
+    others: dict[str, float]  # the least loss within the budget, by encoder
+
+    @property
+    def loss(self) -> float:
+        """Predicted, in radians: the encoder's angle and the schedule's."""
+        site = self.point.site
+        return self.schedule.objective + (site.loss.angle if site and site.loss else 0.0)
 
 
 def methods_of(text: str, adapter: Adapter) -> list[EncoderMethod]:
@@ -54,11 +72,13 @@ def methods_of(text: str, adapter: Adapter) -> list[EncoderMethod]:
 
 
 def survey(work: Work, costs: Costs, methods: Sequence[EncoderMethod]) -> list[Point]:
-    """What can be reached, the fastest first. Methods that lose more than their limit are left out;
-    SpecError where the decoder's method follows no schedule."""
+    """What can be reached. Methods that lose more than their limit are left out; SpecError where
+    the decoder's method follows no schedule."""
     shape = work.adapter.shape
     if work.policy.entry_tokens(shape, 1) is None:
-        raise SpecError("--ttft chooses the counts of each layer; it needs --method utp")
+        raise SpecError(
+            f"{costs.option} chooses encoder and counts together; it needs --method auto or utp"
+        )
     if shape.convolutions:
         raise SpecError(
             "--ttft takes all decoder layers to be as slow as each other, and some of this model's"
@@ -74,9 +94,9 @@ def survey(work: Work, costs: Costs, methods: Sequence[EncoderMethod]) -> list[P
 
 
 def settle(work: Work, costs: Costs, found: Sequence[Point], asked: float) -> Settled:
-    """The best encoder for a time, and a schedule that is solved for it; SpecError where that time
-    is out of reach."""
-    point = pick(found, asked)
+    """The best encoder for a budget, and a schedule that is solved for it; SpecError where that
+    budget is out of reach."""
+    point = pick(costs, found, asked)
     adapter = work.adapter.with_encoder(point.site)
     evidence = evidence_of(work.request, adapter, work.policy, work.processor, work.report)
     work.report("solve schedule", 0, 1)
@@ -90,11 +110,21 @@ def settle(work: Work, costs: Costs, found: Sequence[Point], asked: float) -> Se
         shown(work.report),
     )
     if schedule is None:  # it has the point's counts at least
-        raise SpecError(f"--ttft {asked:g} ms leaves no time for the decoder; ask for more")
+        raise SpecError(
+            f"{costs.option}: {asked:.4g} {costs.name} leave nothing for the decoder; ask for more"
+        )
     vision, prefill = costs.vision(point.site), costs.prefill(schedule.counts)
-    return Settled(
-        costs, point, adapter, schedule, vision, prefill, costs.before + vision + prefill
-    )
+    spent = costs.before + vision + prefill
+    others = losses(found, asked)
+    return Settled(costs, point, adapter, schedule, asked, vision, prefill, spent, others)
+
+
+def within_operations(work: Work, encoder: str, cr: float) -> Settled:
+    """Encoder and schedule that take no more operations, at 64 text tokens, than the dense encoder
+    and a decoder at a ratio."""
+    costs = Operations(work.adapter)
+    found = survey(work, costs, methods_of(encoder, work.adapter))
+    return settle(work, costs, found, costs.of_ratio(cr))
 
 
 def within_time(

@@ -12,11 +12,14 @@ weighed with the dense encoder's evidence; the one that is chosen gets a calibra
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from edgeprune import cost
 from edgeprune.calib.solvers._problem import Problem
 from edgeprune.calib.solvers.timed import Times, frontier
 from edgeprune.encoder_methods import EncoderMethod
@@ -33,11 +36,83 @@ KEEPS = 0.35, 0.5, 0.7
 
 
 @dataclass(frozen=True)
-class Costs:
-    """A profile for one model: milliseconds of what can be chosen."""
+class Costs(ABC):
+    """What of one model can be chosen, and what each choice spends of a budget."""
 
     adapter: Adapter
+    option: ClassVar[str]  # that asks for the budget
+    name: ClassVar[str]  # of its unit
+
+    @property
+    @abstractmethod
+    def before(self) -> float:
+        """Of what no choice changes."""
+
+    @abstractmethod
+    def vision(self, site: SiteConfig | None) -> float:
+        """Of the vision graph."""
+
+    @abstractmethod
+    def layer(self, count: float) -> float:
+        """Of a decoder layer that so many visual tokens enter."""
+
+    @property
+    def unit(self) -> float:
+        """What a unit of `times` is."""
+        return self.layer(self.adapter.shape.visual_tokens) / PER_LAYER
+
+    def times(self, *, floor: bool = False) -> Times:
+        """What a decoder layer spends, rounded up; with `floor` down, for bounds."""
+        tokens = self.adapter.shape.visual_tokens
+        exact = np.array([self.layer(count) for count in range(tokens + 1)]) / self.unit
+        rounded = np.floor(exact + 1e-9) if floor else np.ceil(exact - 1e-9)
+        return Times(rounded.astype(np.intp))
+
+    def prefill(self, counts: Sequence[float]) -> float:
+        return sum(map(self.layer, counts))
+
+
+@dataclass(frozen=True)
+class Operations(Costs):
+    """Billions of operations, for a prompt of `text` text tokens."""
+
+    text: int = 64
+    option: ClassVar[str] = "--cr"
+    name: ClassVar[str] = "billion operations"
+
+    @property
+    def before(self) -> float:
+        """The output head."""
+        return cost.prefill_operations(self.adapter.shape, (), self.text) / 1e9
+
+    def vision(self, site: SiteConfig | None) -> float:
+        encoder, pixels = self.adapter.vision_config.encoder, self.adapter.pixels
+        tiles = pixels[0] // encoder.spans
+        patches = pixels[2] // encoder.patch * (pixels[3] // encoder.patch)
+        return tiles * encoder_operations(encoder, patches, site) / 1e9
+
+    def layer(self, count: float) -> float:
+        shape, low = self.adapter.shape, int(count)
+        one, more = (
+            cost.prefill_operations(shape, (entered,) * shape.layers, self.text) / 1e9
+            for entered in (low, low + 1)
+        )
+        return (one + (count - low) * (more - one) - self.before) / shape.layers
+
+    def of_ratio(self, cr: float) -> float:
+        """Of the dense encoder and a decoder whose every layer V / CR visual tokens enter."""
+        shape = self.adapter.shape
+        counts = (shape.visual_tokens / cr,) * shape.layers
+        return self.before + self.vision(None) + self.prefill(counts)
+
+
+@dataclass(frozen=True)
+class Measured(Costs):
+    """Milliseconds by a profile."""
+
     profile: Profile
+    option: ClassVar[str] = "--ttft"
+    name: ClassVar[str] = "ms"
 
     @property
     def before(self) -> float:
@@ -54,22 +129,7 @@ class Costs:
         scale = min(1.0, whole / dense)  # a block by itself may be slower than in its graph
         return whole - scale * (dense - ours) + whole * self._map(site)
 
-    @property
-    def unit(self) -> float:
-        """Milliseconds of a unit of time."""
-        return self._layer(self.adapter.shape.visual_tokens) / PER_LAYER
-
-    def times(self, *, floor: bool = False) -> Times:
-        """What a decoder layer takes, rounded up; with `floor` down, for bounds."""
-        tokens = self.adapter.shape.visual_tokens
-        exact = np.array([self._layer(count) for count in range(tokens + 1)]) / self.unit
-        rounded = np.floor(exact + 1e-9) if floor else np.ceil(exact - 1e-9)
-        return Times(rounded.astype(np.intp))
-
-    def prefill(self, counts: Sequence[int]) -> float:
-        return sum(map(self._layer, counts))
-
-    def _layer(self, count: int) -> float:
+    def layer(self, count: float) -> float:
         return self.profile.prefill.at(count) / self.adapter.shape.layers
 
     def _block(self, windows: Sequence[tuple[int, int]]) -> float:
@@ -89,7 +149,7 @@ class Costs:
         return operations / encoder_operations(encoder, site.units.count * site.units.area)
 
 
-def open_costs(adapter: Adapter, profile: Profile) -> Costs:
+def open_costs(adapter: Adapter, profile: Profile) -> Measured:
     """SpecError where a profile is of another model."""
     shape, encoder, tiles = adapter.shape, adapter.vision_config.encoder, adapter.pixels[0]
     patches = adapter.pixels[2] // encoder.patch * (adapter.pixels[3] // encoder.patch)
@@ -109,7 +169,7 @@ def open_costs(adapter: Adapter, profile: Profile) -> Costs:
                 f"the profile is of another model or image size: its {name} is {timed}, this"
                 f" model's {value}; profile a dense bundle of this one"
             )
-    return Costs(adapter, profile)
+    return Measured(adapter, profile)
 
 
 def menu(adapter: Adapter) -> list[EncoderMethod]:
@@ -123,7 +183,7 @@ def menu(adapter: Adapter) -> list[EncoderMethod]:
 
 @dataclass(frozen=True)
 class Point:
-    """A way to a first token: what it takes, what it is expected to lose, how."""
+    """A way to a first token: what it spends (`ms`: in the costs' unit), what it loses, how."""
 
     ms: float
     loss: float  # radians
@@ -142,7 +202,7 @@ class Point:
 
 
 def points(costs: Costs, problem: Problem, sites: Sequence[SiteConfig]) -> list[Point]:
-    """All combinations of which none is both faster and better than another, the fastest first."""
+    """What can be combined: with each encoder, counts that are not both slower and worse."""
     schedules, found = frontier(problem, costs.times()), list[Point]()
     for site in (None, *sites):
         turned = 0.0 if site is None or site.loss is None else site.loss.angle
@@ -152,6 +212,11 @@ def points(costs: Costs, problem: Problem, sites: Sequence[SiteConfig]) -> list[
             prefill = costs.prefill(listed)
             whole = costs.before + vision + prefill
             found.append(Point(whole, turned + loss, site, vision, prefill, listed))
+    return found
+
+
+def undominated(found: Sequence[Point]) -> list[Point]:
+    """Those of which none is both faster and better than another, the fastest first."""
     best, kept = np.inf, list[Point]()
     for one in sorted(found, key=lambda point: (point.ms, point.loss)):
         if one.loss < best - 1e-9:
@@ -160,15 +225,25 @@ def points(costs: Costs, problem: Problem, sites: Sequence[SiteConfig]) -> list[
     return kept
 
 
-def pick(found: Sequence[Point], asked: float) -> Point:
-    """The best point within a time; SpecError where the fastest takes longer."""
-    within = [point for point in found if point.ms <= asked]
+def losses(found: Sequence[Point], asked: float) -> dict[str, float]:
+    """The least loss within a budget by encoder, the best first."""
+    best = dict[str, float]()
+    for one in found:
+        if one.ms <= asked:
+            best[one.encoder] = min(one.loss, best.get(one.encoder, np.inf))
+    return dict(sorted(best.items(), key=lambda item: item[1]))
+
+
+def pick(costs: Costs, found: Sequence[Point], asked: float) -> Point:
+    """The best point within a budget; SpecError where the least takes more."""
+    front = undominated(found)
+    within = [point for point in front if point.ms <= asked]
     if not within:
-        first = found[0]
+        first = front[0]
         raise SpecError(
-            f"--ttft {asked:g} ms is out of reach: the fastest that the profile predicts is"
-            f" {first.ms:.1f} ms (encoder {first.encoder}, CR {first.cr:.1f}); ask for that or"
-            " more, or use a smaller image"
+            f"{costs.option}: {asked:.4g} {costs.name} are out of reach: the least that is"
+            f" predicted is {first.ms:.4g} (encoder {first.encoder}, CR {first.cr:.1f}); ask for"
+            " that or more, or use a smaller image"
         )
     return within[-1]
 

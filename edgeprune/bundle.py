@@ -157,6 +157,17 @@ class TimingRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceRecord:
+    """Encoder and counts that were chosen together, and why."""
+
+    unit: str  # of the budget: ms, or billion operations
+    budget: Milliseconds
+    spent: Milliseconds  # predicted
+    loss: Annotated[float, Between(0, 1e3)]  # radians, predicted: the encoder's and the schedule's
+    weighed: dict[str, float]  # encoders and the least loss with each, before it was calibrated
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderRecord:
     """What the runtime needs to feed decoder.onnx; sizes are counts."""
 
@@ -333,6 +344,7 @@ class Manifest:
     weights: WeightsRecord | None = None  # None: all weights are of the dtype
     timing: TimingRecord | None = None  # None: no time was asked for
     ratios: tuple[RatioRecord, ...] = ()  # where counts are an input, the default first; else none
+    choice: ChoiceRecord | None = None  # None: encoder and decoder were not chosen together
     checkpoint_weights: str = ""  # the form of a quantised checkpoint's; empty: floats
     schema: Count = SCHEMA
 

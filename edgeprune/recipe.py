@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import encoder_methods, policies
-from edgeprune.bundle import TimingRecord
+from edgeprune.bundle import ChoiceRecord, TimingRecord
 from edgeprune.calib import awq, gptq, sensitivity, smoothing
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate, samples_of
 from edgeprune.calib.encoder import check_limit, measure_site, place_site
-from edgeprune.calib.planning import Settled, Work, within_time
+from edgeprune.calib.planning import Settled, Work, within_operations, within_time
 from edgeprune.calib.resuming import Tell, beside, quiet
 from edgeprune.calib.samples import (
     answered,
@@ -22,6 +22,7 @@ from edgeprune.calib.samples import (
     user_samples,
 )
 from edgeprune.calib.schedule import Schedule, read_schedule
+from edgeprune.calib.ttft import Measured
 from edgeprune.dial import check_ratios, on_common_sites
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import SpecError
@@ -100,8 +101,17 @@ class Recipe:
         check_image_dir(self.image_dir, self.samples_file)
         if (self.ttft is None) != (self.profile is None):
             raise SpecError("--ttft counts with a profile of the device; give --ttft and --profile")
-        if self.ttft is not None and (self.schedule or self.max_sites):
-            raise SpecError("--ttft solves a schedule; leave out --schedule and --max-sites")
+        if self.joint and self.ratios:
+            raise SpecError("--encoder auto chooses for one budget; give --cr one ratio")
+        if self.joint and (self.schedule or self.max_sites):
+            raise SpecError(
+                "--ttft and --encoder auto solve a schedule; leave out --schedule and --max-sites"
+            )
+
+    @property
+    def joint(self) -> bool:
+        """Whether encoder and decoder are chosen together, under one budget."""
+        return self.ttft is not None or self.encoder == encoder_methods.AUTO
 
     @property
     def execution(self) -> Execution:
@@ -134,6 +144,8 @@ class Recipe:
             ratio = "-cr" + "-".join(f"{cr:.4g}" for cr in self.ratios)
         if self.ttft is not None:
             return Path("out") / f"{name}-{spec.method}-ttft{self.ttft:g}"
+        if self.joint:
+            return Path("out") / f"{name}-{spec.method}{ratio}-auto"
         seed = policies.seed_of(policies.make(spec))
         method = encoder_methods.make(self.encoder)
         encoder = f"-{method}".replace(":", "-").replace("=", "") if method else ""
@@ -166,7 +178,7 @@ def make(recipe: Recipe, report: Progress = silent, tell: Tell = quiet) -> Expor
     site = None
     for one in asked:
         check_reach(one, adapter.shape)
-        if recipe.ttft is None:
+        if not recipe.joint:
             site = place_site(recipe.encoder, adapter, policy, one.cr)
     if site is not None:
         check_topk(f"--encoder {site.method}", site.units.count, recipe.target)
@@ -178,9 +190,8 @@ def make(recipe: Recipe, report: Progress = silent, tell: Tell = quiet) -> Expor
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
     calibration, settled = _calibration(recipe), None
     schedules: list[Schedule | None]
-    if recipe.ttft is not None and recipe.profile is not None:
-        work = Work(calibration, adapter, policy, processor, report)
-        settled = within_time(work, recipe.profile, recipe.encoder, recipe.ttft, recipe.lowering)
+    if recipe.joint:
+        settled = _settled(recipe, Work(calibration, adapter, policy, processor, report))
         adapter, schedules = settled.adapter, [settled.schedule]
         spec = replace(spec, cr=settled.schedule.cr)
         recipe, asked = replace(recipe, spec=spec), [spec]
@@ -208,7 +219,8 @@ def make(recipe: Recipe, report: Progress = silent, tell: Tell = quiet) -> Expor
         no_parity=why,
         keep_fp32=recipe.keep_fp32,
         profilable=recipe.profilable,
-        timing=_timing(recipe, settled),
+        timing=_timing(settled),
+        choice=_choice(settled),
         tuning=_tuning(recipe, adapter, policy, processor, plan, report),
     )
     prompts = _prompts(samples, recipe, adapter, processor)
@@ -288,13 +300,33 @@ def _calibration(recipe: Recipe) -> CalibrationRequest:
     )
 
 
-def _timing(recipe: Recipe, settled: Settled | None) -> TimingRecord | None:
+def _settled(recipe: Recipe, work: Work) -> Settled:
+    """Encoder and schedule, chosen together."""
+    if recipe.ttft is not None and recipe.profile is not None:
+        return within_time(work, recipe.profile, recipe.encoder, recipe.ttft, recipe.lowering)
+    return within_operations(work, recipe.encoder, recipe.spec.cr)
+
+
+def _choice(settled: Settled | None) -> ChoiceRecord | None:
+    """What the manifest says of a choice of encoder and decoder together."""
+    if settled is None:
+        return None
+    return ChoiceRecord(
+        unit=settled.costs.name,
+        budget=settled.asked,
+        spent=settled.ms,
+        loss=settled.loss,
+        weighed=settled.others,
+    )
+
+
+def _timing(settled: Settled | None) -> TimingRecord | None:
     """What the manifest says of the time that was asked for."""
-    if settled is None or recipe.ttft is None:
+    if settled is None or not isinstance(settled.costs, Measured):
         return None
     profile = settled.costs.profile
     return TimingRecord(
-        asked=recipe.ttft,
+        asked=settled.asked,
         predicted=settled.ms,
         before=settled.costs.before,
         vision=settled.vision_ms,

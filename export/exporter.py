@@ -12,6 +12,7 @@ from typing import Any
 from edgeprune.bundle import (
     MANIFEST,
     Bundle,
+    ChoiceRecord,
     DecoderRecord,
     EncoderRecord,
     ImageRecord,
@@ -65,6 +66,7 @@ class ExportRequest:
     keep_fp32: str = "none"  # or auto: parts that float16 cannot hold stay in float32
     tuning: Tuning = UNTUNED  # what samples say of the weights that are quantised
     timing: TimingRecord | None = None  # the time that was asked for
+    choice: ChoiceRecord | None = None  # how encoder and decoder were chosen together
     profilable: bool = False  # whether a block of the encoder is written too, to be timed
     dial: tuple[Setting, ...] = ()  # where counts are an input: every ratio, on common sites
 
@@ -270,6 +272,7 @@ def _manifest(
         parity=ParityRecord(0),
         versions={package: installed(package) for package in PACKAGES},
         timing=request.timing,
+        choice=request.choice,
         checkpoint_weights=str(packed.form) if packed else "",
     )
 

@@ -11,8 +11,9 @@ import torch
 from onnxruntime import InferenceSession
 
 from benchmarks.shapes import write
+from edgeprune import cost
 from edgeprune.bundle import Bundle
-from edgeprune.calib.ttft import Costs, menu, open_costs
+from edgeprune.calib.ttft import Costs, Operations, menu, open_costs
 from edgeprune.cli import main
 from edgeprune.errors import SpecError
 from edgeprune.models import open_model
@@ -162,14 +163,35 @@ def test_plan_shows_what_can_be_reached_and_export_reaches_it(
     assert manifest.prune.cr_reached == 1 and manifest.encoder.method == "dense"
 
     line = refused("export", *model, *encoder, "--ttft", fastest - 1)
-    assert f"the fastest that the profile predicts is {fastest:.1f} ms" in line
+    assert "ms are out of reach: the least that is predicted is" in line
+
+
+def test_auto_takes_no_more_operations_than_a_ratio_with_the_dense_encoder(
+    deep: Path, instruct: Path, tmp_path: Path, refused: Refused
+) -> None:
+    output = tmp_path / "b"
+    model = ["--model", str(deep), "--samples-file", str(instruct), "--method", "auto"]
+    assert main(["export", *model, "--cr", "1.5", "--parity", "1", "-o", str(output)]) == 0
+    manifest = Bundle.open(output).manifest
+    choice, prune = manifest.choice, manifest.prune
+    assert choice is not None and choice.unit == "billion operations"
+    counting = Operations(open_model(str(deep)))
+    at_the_ratio = counting.before + counting.vision(None) + counting.prefill((16 / 1.5,) * 3)
+    assert choice.budget == pytest.approx(at_the_ratio)
+    record = manifest.decoder
+    spent = cost.prefill_operations(record, prune.counts, 64) + manifest.encoder.operations
+    assert choice.spent == pytest.approx(spent / 1e9, rel=1e-6) and choice.spent <= choice.budget
+    assert manifest.encoder.method in choice.weighed and "dense" in choice.weighed
+    line = refused("export", *model, "--cr", 100, "-o", output)
+    assert "are out of reach" in line
+    assert "give it to export or plan" in refused("calibrate", *model, "-o", tmp_path / "s.json")
 
 
 def test_budgets_exclude_each_other(refused: Refused, made_up: Path) -> None:
     profile = ["--profile", made_up]
     assert "give one of them" in refused("export", "--ttft", 9, *profile, "--cr", 2)
     assert "give --ttft and --profile" in refused("export", "--ttft", 9)
-    assert "give --ttft and --profile" in refused("export", "--encoder", "auto")
+    assert "--method auto or utp" in refused("export", "--encoder", "auto", "--method", "fastv")
     assert "leave out --cr" in refused("plan", *profile, "--cr", 4)
     assert "of another model" in refused("plan", *profile)
     assert "of another model" in refused("export", "--ttft", 9, *profile)

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from edgeprune.spec import PruneSpec
 
 
+AUTO = "auto"
+"""What --method says where encoder and decoder are chosen together."""
+JOINT = "utp"
+"""The decoder's method then: the one whose counts are solved for."""
+
+
 def add_model(command: argparse.ArgumentParser, default: str | None = "demo") -> None:
     said = " (default)" if default == "demo" else ""
     command.add_argument(
@@ -208,8 +214,8 @@ def cluster(args: argparse.Namespace) -> Cluster | None:
 
 
 def spec(args: argparse.Namespace) -> PruneSpec:
-    """The PruneSpec of parsed options; --cr defaults to 4, and to 1 for the dense model and where
-    counts are given."""
+    """The PruneSpec of parsed options, of `auto` its decoder's; --cr defaults to 4, and to 1 for
+    the dense model and where counts are given."""
     from edgeprune.spec import PruneSpec
 
     options = {}
@@ -218,7 +224,8 @@ def spec(args: argparse.Namespace) -> PruneSpec:
         if not equals:
             raise SpecError(f"--set takes NAME=VALUE; got {text!r}")
         options[name] = value
-    asked = PruneSpec(args.method, seed=args.seed, options=options)
+    method = JOINT if args.method == AUTO else args.method
+    asked = PruneSpec(method, seed=args.seed, options=options)
     default = 1.0 if args.method == "none" or asked.exact else 4.0
     return replace(asked, cr=default if args.cr is None else args.cr)
 

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.jobs is not None and args.ray is None:
         raise SpecError("--jobs is for --ray; give the address of a cluster or leave it out")
+    if args.method == _common.AUTO:
+        raise SpecError("--method auto chooses an encoder too: give it to export or plan")
     spec = _common.spec(args)
     policy = policies.make(spec)
     _common.check_output(args.output)

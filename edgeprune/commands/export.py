@@ -14,6 +14,7 @@ from edgeprune.errors import SpecError
 
 if TYPE_CHECKING:
     from edgeprune.bundle import (
+        ChoiceRecord,
         DistanceRecord,
         EncoderRecord,
         Manifest,
@@ -31,7 +32,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "export",
         help="freeze a model and a pruning method into a bundle",
-        description="Freeze a vision-language model and a pruning method into static ONNX graphs.",
+        description="Freeze a vision-language model and a pruning method into static ONNX graphs."
+        " --method auto chooses a shorter encoder and the decoder's counts together: within --ttft"
+        " MS of a --profile, or with --cr N within the operations of the dense encoder and a"
+        " decoder at that ratio.",
     )
     _common.add_model(command)
     _common.add_media(command)
@@ -55,7 +59,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--encoder",
         metavar="METHOD",
         help="what shortens the vision encoder: dense (default: nothing), or with options"
-        " exit:at=BLOCK:keep=SHARE, see: edgeprune methods exit; auto (default with --ttft)",
+        " exit:at=BLOCK:keep=SHARE, see: edgeprune methods exit; auto (default with --ttft and with"
+        " --method auto): the best together with the decoder's counts",
     )
     command.add_argument(
         "--ttft",
@@ -108,6 +113,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise SpecError("--ttft and --cr are two budgets; give one of them")
     ratios = args.cr or ()
     args.cr = ratios[0] if ratios else None
+    if args.method == _common.AUTO and args.encoder not in (None, AUTO) and args.ttft is None:
+        raise SpecError("--method auto chooses the encoder; leave out --encoder")
+    joint = args.method == _common.AUTO
     return Recipe(
         spec=_common.spec(args),
         ratios=ratios if len(ratios) > 1 else (),
@@ -121,7 +129,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         target=args.target,
         dtype=args.dtype,
         weights=args.weights,
-        encoder=args.encoder or (DENSE if args.ttft is None else AUTO),
+        encoder=args.encoder or (AUTO if args.ttft is not None or joint else DENSE),
         ttft=args.ttft,
         profile=args.profile,
         profilable=args.profilable,
@@ -145,7 +153,11 @@ def _summary(exported: Exported, seconds: float) -> str:
     lines = list[str]()
     for setting in manifest.settings:
         lines += _ratio_lines(setting, manifest)
-    lines += [*_encoder_lines(manifest.encoder), *_timing_lines(manifest.timing)]
+    lines += [
+        *_encoder_lines(manifest.encoder),
+        *_timing_lines(manifest.timing),
+        *_choice_lines(manifest.choice),
+    ]
     if manifest.weights:
         lines += _weights_lines(manifest.weights)
     if manifest.range:
@@ -188,6 +200,17 @@ def _timing_lines(record: TimingRecord | None) -> list[str]:
         f"first token: {record.predicted:.1f} ms predicted of {record.asked:g} asked, with"
         f" {record.text_tokens} text tokens on {record.backend} (before {record.before:.1f},"
         f" vision {record.vision:.1f}, prefill {record.prefill:.1f})"
+    ]
+
+
+def _choice_lines(record: ChoiceRecord | None) -> list[str]:
+    """What was chosen together, and what the other encoders would have lost."""
+    if record is None:
+        return []
+    weighed = ", ".join(f"{name} {loss:.3f}" for name, loss in record.weighed.items())
+    return [
+        f"chosen for {record.budget:.4g} {record.unit} ({record.spent:.4g} used, {record.loss:.3f}"
+        f" radians predicted); least loss with each encoder: {weighed}"
     ]
 
 

@@ -44,7 +44,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgeprune import policies
     from edgeprune.calib.planning import Work, methods_of, survey
-    from edgeprune.calib.ttft import open_costs
+    from edgeprune.calib.ttft import open_costs, undominated
     from edgeprune.drawing.image_files import check_target
     from edgeprune.models._processor import Processor
     from edgeprune.progress import Bar
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     request = _common.calibration(args, 1)
     with Bar() as bar:
         work = Work(request, adapter, policy, Processor(adapter), bar)
-        found = survey(work, costs, methods_of(args.encoder, adapter))
+        found = undominated(survey(work, costs, methods_of(args.encoder, adapter)))
     print(_table(found))
     dense = (
         costs.before

@@ -19,7 +19,7 @@ __all__ = ["AUTO", "DENSE", "EncoderMethod", "make", "names"]
 DENSE = "dense"
 """What --encoder says where every patch goes through every block."""
 AUTO = "auto"
-"""What it says where the best for a time is looked for."""
+"""What it says where the best within a budget is looked for."""
 
 
 def names() -> list[str]:
@@ -38,7 +38,7 @@ def make(text: str) -> EncoderMethod | None:
     name, *options = text.split(":")
     if text == AUTO:
         raise SpecError(
-            "--encoder auto looks for the best within a time; give --ttft and --profile"
+            "--encoder auto is chosen together with the decoder's counts by export and plan alone"
         )
     if name == DENSE and not options:
         return None
