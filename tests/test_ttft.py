@@ -184,6 +184,7 @@ def test_auto_takes_no_more_operations_than_a_ratio_with_the_dense_encoder(
     assert manifest.encoder.method in choice.weighed and "dense" in choice.weighed
     line = refused("export", *model, "--encoder", "exit:at=1", "-o", output)
     assert "leave out --encoder" in line
+    assert "give --cr one ratio" in refused("export", *model, "--cr", "1.5,2", "-o", output)
     assert "give it to export or plan" in refused("calibrate", *model, "-o", tmp_path / "s.json")
 
 
