@@ -70,6 +70,7 @@ Hash = Annotated[str, Matches("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digit
 Seed = Annotated[int, Between(0, (1 << 63) - 1)]
 Level = Annotated[float, Between(-1e6, 1e6)]
 Scale = Annotated[float, Between(1e-6, 1e6)]
+Loss = Annotated[float, Between(0, 1e3)]  # radians
 Share = Annotated[float, Between(0, 1)]
 Difference = Annotated[float, Between(0, 1e6)]
 Rgb = tuple[_Byte, _Byte, _Byte]
@@ -163,8 +164,8 @@ class ChoiceRecord:
     unit: str  # of the budget: ms, or billion operations
     budget: Milliseconds
     spent: Milliseconds  # predicted
-    loss: Annotated[float, Between(0, 1e3)]  # radians, predicted: the encoder's and the schedule's
-    weighed: dict[str, float]  # encoders and the least loss with each, before it was calibrated
+    loss: Loss  # predicted: the encoder's and the schedule's
+    weighed: dict[str, Loss]  # encoders and the least loss with each, before it was calibrated
 
 
 @dataclass(frozen=True, slots=True)

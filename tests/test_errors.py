@@ -25,7 +25,10 @@ REQUESTS = [
     (["--cr", "0.5"], "a number of at least 1; got 0.5"),
     (["--cr", "nan"], "a number of at least 1; got nan"),
     (["--cr", "inf"], "a number of at least 1; got inf"),
-    (["--cr", "four"], "argument --cr: invalid float value: 'four'; see: edgeprune export --help"),
+    (
+        ["--cr", "four"],
+        "argument --cr: a number, or numbers with commas between, such as 2,4,8; got 'four'",
+    ),
     (["--method", "uniform", "--cr", "17"], "this model has 16, so --cr is at most 16"),
     (["--cr", "1e9"], "this model has 16, so --cr is at most 16"),
     (["--method", "none", "--cr", "4"], "--method none prunes nothing, so --cr is 1; got 4"),

@@ -36,6 +36,7 @@ from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import glm
+from tests.essence import essence
 from tests.frozen import frozen
 from tests.qwen import QUESTION, drawn_image, generated, inputs
 from tests.test_engines import compiled
@@ -71,7 +72,7 @@ def opened(checkpoint: Path, asked: str) -> tuple[Adapter, list[Image.Image], to
     return adapter, images, torch.from_numpy(prepared.pixels)
 
 
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("asked", essence(ASKED, ("84x168", "2 images", "6 frames")))
 def test_the_dense_model_is_that_of_transformers(asked: str, checkpoint: Path) -> None:
     """Pixels, answers of 64 tokens, and logits over two turns."""
     adapter, images, pixels = opened(checkpoint, asked)

@@ -225,7 +225,7 @@ def test_memory_is_said_beforehand(
         told.add(step)
 
     calibrate(request, adapter, make(PruneSpec("utp", 2)), Processor(adapter), report)
-    assert told == {"calibrate in 0.6 GB", "solve schedule"}
+    assert {"calibrate in 0.6 GB", "solve schedule"} <= told
     monkeypatch.setattr("edgeprune.models._memory.available_bytes", lambda: 10**8)
     options = ["--model", str(tiny_checkpoint), "--cr", "2", "--samples-file", str(instruct)]
     line = refused("calibrate", *options, "--samples", "2", "-o", str(instruct.parent / "s.json"))

@@ -44,7 +44,7 @@ def tab(browser: Page, server: Server) -> Page:
     browser.complaints.clear()
     browser.size(1280, 900)
     browser.go(f"{server.url}/")
-    browser.wait("document.querySelector('#model').options.length === 2")
+    browser.wait("document.querySelector('#model')?.options.length === 2")
     return browser
 
 

@@ -27,6 +27,7 @@ from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import families
+from tests.essence import essence
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
 from tests.test_engines import compiled
@@ -66,7 +67,7 @@ def logits(family: Family, adapter: Adapter, prompt: Prompt, seen: Any) -> torch
 
 
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("size", SHOWN)
+@pytest.mark.parametrize("size", essence(SHOWN, [str(Size(112, 140))]))
 def test_the_dense_model_is_that_of_transformers(
     family: Family, checkpoint: Path, size: Size, images: int
 ) -> None:

@@ -23,10 +23,12 @@ from edgeprune.models._activations import Activations
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec
+from tests.essence import essence
 from tests.test_every_family import PRUNED, Case, Opened
 
 UTP = make(PruneSpec("utp", 4))
 FAMILIES = list({case.family: case for case in PRUNED}.values())
+ALWAYS = ("llava_next", "qwen3_vl", "gemma3", "lfm2_vl")
 
 
 class StoppedError(Exception):
@@ -56,7 +58,7 @@ def stopped(adapter: Adapter, work: WorkFolder, layers: int, bound: int = 1 << 3
         collect(adapter, UTP, samples(adapter), report, Activations(bound), work)
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", essence(FAMILIES, ALWAYS))
 def test_every_family_goes_on(case: Case, tmp_path: Path) -> None:
     """Whatever lies between two of its layers is read back as it was."""
     adapter, told = Opened(case, tmp_path / "tiny", layers=3).adapter, list[str]()
@@ -131,6 +133,7 @@ def test_a_disk_without_room_is_told_once_and_stops_nothing(
     assert told[-1] == f"{tmp_path / 'large'} needs 2.0 GB of disk until the calibration ends"
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,10 +31,8 @@ from edgeprune.calib.solvers._relaxed import Relaxed, Spending
 MEMORY = 128_000_000  # numbers in the tables of one answer: 1 GB in float64
 MOST_CELLS = 192  # of a count
 ROOT_STEPS, STEPS = 48, 16  # of ascent, in the first box and in others
-WORK, ANSWERS = (
-    2e9,
-    (4, 100),
-)  # of a search without a limit of time: counted as if cells were counts
+WORK = 2e9  # of a search without a limit of time: counted as if cells were counts
+ANSWERS = 4, 100  # of such a search, at least and at most
 ROUNDING = 1e-9  # of float64, as a share of the objective: far more than was seen
 EXACT = 4  # every so many answers one is in float64, and proves something
 INERTIA = 0.7  # of the course of ascent
