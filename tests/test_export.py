@@ -95,7 +95,8 @@ def test_the_pruned_bundle_equals_its_eager_reference_on_200_samples(demo_utp: P
 @pytest.mark.parametrize("cr", [1.5, 2, 8, 16])
 def test_utp_reaches_the_ratio_asked_for(cr: float, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    assert main(["export", "--cr", f"{cr}", "--parity", "0", "-o", str(bundle)]) == 0
+    command = ["export", "--cr", f"{cr}", "--solve-seconds", "2", "--parity", "0"]
+    assert main([*command, "-o", str(bundle)]) == 0
     prune = Bundle.open(bundle).manifest.prune
     assert prune.cr_reached == pytest.approx(cr, rel=0.01)
     assert prune.counts[0] == min(144, round(4 * 144 / cr))
