@@ -41,6 +41,8 @@ WORK = 1
 """Likewise of what is kept between two layers."""
 ENCODER = 1
 """Likewise of what is measured of the encoder."""
+SEARCH = 2
+"""Raised where schedules are searched for, or bounded, in another way."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "qwen.tiktoken"),
@@ -113,7 +115,8 @@ def calibrate(
     key = evidence_key(request, adapter, policy)
     sites = f"-sites{request.max_sites}" if request.max_sites else ""
     limit = "" if request.solve_seconds is None else f"-{request.solve_seconds:g}s"
-    stored = request.folder / f"{key}-cr{request.cr:g}-{request.solver}{sites}{limit}.json"
+    how = f"{request.solver}{SEARCH}{sites}{limit}"
+    stored = request.folder / f"{key}-cr{request.cr:g}-{how}.json"
     if stored.is_file():
         with suppress(ScheduleError):  # damaged: solve again
             return read_schedule(stored, adapter.shape, request.cr)
