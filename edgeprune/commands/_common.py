@@ -164,7 +164,7 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
         "--solve-seconds",
         type=float,
         metavar="S",
-        help="search so long for a bound on what other schedules lose (default: by the size)",
+        help="time to search for a bound on the loss of any schedule (default: by problem size)",
     )
     command.add_argument(
         "--max-sites", type=int, metavar="N", help="layers at most where the count falls"

@@ -33,8 +33,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--duration",
         type=float,
         metavar="SECONDS",
-        help="in place of --rounds: rounds without a pause for so long, with heat, clocks and"
-        " what slows the machine down, a tenth of the time after the other",
+        help="in place of --rounds: rounds without a pause for this time; heat, clocks and what"
+        " slows the machine down are shown for each tenth of it",
     )
     command.add_argument(
         "--warmup", type=int, default=2, metavar="N", help="not counted (default 2)"
