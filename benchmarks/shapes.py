@@ -48,8 +48,12 @@ def write(shape: Shape, folder: Path, *, sparse: bool = False, seed: int = 0) ->
 
 
 def _write_configs(shape: Shape, folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(MODEL_DIR / name, folder / name)
+    tokenizer = json.loads((MODEL_DIR / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]  # every token has a word, so that every answer has text
+    words.update({f"w{token}": token for token in range(len(words), shape.vocabulary)})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     processor = json.loads((MODEL_DIR / "processor_config.json").read_text())
     side = {"height": shape.image, "width": shape.image}
     processor["image_processor"].update(size={"shortest_edge": shape.image}, crop_size=side)

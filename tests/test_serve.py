@@ -21,7 +21,7 @@ pytest.importorskip("starlette")
 
 @pytest.fixture(scope="module")
 def server(demo_fastv: Path) -> Iterator[Server]:
-    with running(demo_fastv, "--sequences", "2") as server:
+    with running(demo_fastv, "--sequences", "2", "--kept-memory", "0") as server:
         yield server
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgeprune.errors import BackendError, SessionError
-from edgeprune.runtime import Engine
+from edgeprune.runtime import Engine, Session
 from edgeprune.serve.errors import http_error
 from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.messages import conversation
@@ -116,6 +117,21 @@ def test_turns_are_read_again_as_the_tokens_that_were_said(bundle: ServedBundle)
     again = dialogues.open(later)
     assert (again.cached, again.session.sequence.pending) == (0, [9, 8, 7])
     dialogues.drop(again.session)
+
+
+def test_dialogues_are_kept_while_their_caches_fit(engines: Engines, demo_fastv: Path) -> None:
+    """More than answer at a time; the one that was not used for longest makes room."""
+    with Session.open(demo_fastv, threads=1) as session:
+        session.ask(SCENE, QUESTION)
+        one = session.sequence.cache_bytes()
+    firsts = [asked(QUESTION), asked(NEXT), asked(QUESTION, OTHER)]
+    for room, kept in ((0, 1), (2 * one + one // 2, 2), (4 * one, 3)):
+        with closing(ServedBundle(engines, 1, 4, kept_bytes=room)) as bundle:
+            for talk in firsts:
+                text = answered(bundle, talk).text
+            assert bundle.dialogues.evicted == 3 - kept
+            again = answered(bundle, went_on(talk, text, NEXT))
+            assert (again.usage.cached > 144, bundle.dialogues.continued) == (True, 1)
 
 
 def test_caches_that_find_no_memory_cost_no_place(

@@ -21,7 +21,7 @@ pytest.importorskip("starlette")
 
 
 def test_a_stop_signal_lets_answers_end(demo_fastv: Path) -> None:
-    with running(demo_fastv, "--sequences", 2) as server:
+    with running(demo_fastv, "--sequences", 2, "--kept-memory", 0) as server:
         replies: list[Any] = []
 
         def ask(stream: bool) -> None:
@@ -109,6 +109,7 @@ def test_a_hangup_before_the_server_is_ready(
     ("options", "says"),
     [
         (["--sequences", 0], "--sequences is at least 1"),
+        (["--kept-memory", -1], "--kept-memory is at least 0"),
         (["--timeout", 0], "--timeout is a number of seconds above 0; got 0"),
         (["--port", 70000], "--port is from 0"),
         (["--media", "nosuch"], "--media is a folder"),

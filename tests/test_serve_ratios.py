@@ -30,7 +30,7 @@ def dial(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def server(dial: Path) -> Iterator[Server]:
-    with running(dial, "--sequences", "2") as found:
+    with running(dial, "--sequences", "2", "--kept-memory", "0") as found:
         yield found
 
 

@@ -31,7 +31,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="dialogues of a bundle whose caches are in memory, answering or kept (default 4)",
+        help="requests of a bundle that are answered at a time, taking turns (default 4)",
+    )
+    command.add_argument(
+        "--kept-memory",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="for caches of a bundle's dialogues that may go on; as many as --sequences are kept in"
+        " any case (default 256)",
     )
     command.add_argument(
         "--queue",
@@ -99,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
             port=args.port,
             threads=args.threads,
             sequences=args.sequences,
+            kept_memory_mb=args.kept_memory,
             queue=args.queue,
             timeout=args.timeout,
             receive=args.receive,

@@ -1,4 +1,4 @@
-"""The dialogues of one bundle: a bounded number of sequences, some answering, the others kept.
+"""The dialogues of one bundle: some sequences answer, others are kept while their caches fit.
 
 A kept sequence goes on where a request's messages are exactly what it has read and answered. Where
 none does, a sequence reads the turns again as follow-ups. So an answer depends on the messages
@@ -41,10 +41,11 @@ class Opened:
 
 
 class Dialogues:
-    """At most `limit` sequences on an engine."""
+    """At most `limit` sequences on an engine, or as many as take `kept_bytes` of caches where that
+    is more."""
 
-    def __init__(self, engine: Engine, limit: int) -> None:
-        self.engine, self.limit = engine, limit
+    def __init__(self, engine: Engine, limit: int, kept_bytes: int = 0) -> None:
+        self.engine, self.limit, self.kept_bytes = engine, limit, kept_bytes
         self.continued = self.replayed = self.evicted = 0
         self._kept: OrderedDict[bytes, Session] = OrderedDict()  # the longest unused one first
         self._free: list[Session] = []
@@ -102,15 +103,20 @@ class Dialogues:
         self._free.append(session)
 
     def _unused(self) -> Session:
-        """A sequence that holds nothing; where all hold something, the longest unused one."""
+        """A sequence that holds nothing; where there is no room for one, the longest unused one."""
         if self._free:
             return self._free.pop()
-        if self._used + len(self._kept) < self.limit:
+        if self._used + len(self._kept) < self.limit or self._fits_another():
             return Session(self.engine)
         _, session = self._kept.popitem(last=False)
         self.evicted += 1
         session.reset()
         return session
+
+    def _fits_another(self) -> bool:
+        """Whether one more sequence of the size of those that are kept fits beside them."""
+        sizes = [session.sequence.cache_bytes() for session in self._kept.values()]
+        return sum(sizes) + max(sizes, default=self.kept_bytes + 1) <= self.kept_bytes
 
     def _replay(self, session: Session, conversation: Conversation, keys: list[bytes]) -> None:
         """Read the turns again: the image with the first question, then answers and questions."""

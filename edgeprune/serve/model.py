@@ -69,10 +69,11 @@ class ServedBundle:
         queue: int,
         memory: Memory | None = None,
         size: int = 0,
+        kept_bytes: int = 0,
     ) -> None:
         """`open_engine` is called again where the engine fails, or was closed to make room in
         `memory`, of which it takes `size` bytes."""
-        self._open_engine, self._sequences = open_engine, sequences
+        self._open_engine, self._kept = open_engine, (sequences, kept_bytes)
         self._memory, self.size = memory or Memory(), size
         self.loaded = True
         try:
@@ -83,7 +84,7 @@ class ServedBundle:
             raise
         self.manifest, self.name = self.engine.manifest, self.engine.manifest.name
         self.created, self.failure = int(time.time()), ""
-        self.dialogues = Dialogues(self.engine, sequences)
+        self.dialogues = Dialogues(self.engine, *self._kept)
         self.scheduler = Scheduler(sequences, queue, self.name, self._may_start)
 
     def models(self) -> dict[str, float | None]:
@@ -152,7 +153,7 @@ class ServedBundle:
         self.engine.close()
         self.engine = _warm(self._open_engine())
         self.manifest = self.engine.manifest
-        self.dialogues = Dialogues(self.engine, self._sequences)
+        self.dialogues = Dialogues(self.engine, *self._kept)
         self.failure, self.loaded = "", True
 
     def _say(

@@ -43,6 +43,7 @@ class ServeRequest:
     port: int = 8000
     threads: int | None = None
     sequences: int = 4
+    kept_memory_mb: int = 256
     queue: int = 64
     timeout: float = 300.0
     receive: float = 30.0
@@ -54,7 +55,13 @@ class ServeRequest:
     api_key: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("sequences", 1), ("queue", 1), ("max_body_mb", 1), ("drain", 0)):
+        for name, least in (
+            ("sequences", 1),
+            ("queue", 1),
+            ("kept_memory_mb", 0),
+            ("max_body_mb", 1),
+            ("drain", 0),
+        ):
             if getattr(self, name) < least:
                 option = name.replace("_mb", "").replace("_", "-")
                 raise SpecError(f"--{option} is at least {least}; got {getattr(self, name)}")
@@ -115,7 +122,8 @@ def _open(path: Path, *, request: ServeRequest, memory: Memory) -> ServedBundle:
             f" {request.memory_mb}; give more"
         )
     open_engine = partial(Engine.open, path, request.backend, threads=request.threads)
-    return ServedBundle(open_engine, request.sequences, request.queue, memory, size)
+    kept = request.kept_memory_mb << 20
+    return ServedBundle(open_engine, request.sequences, request.queue, memory, size, kept)
 
 
 def _weights(path: Path) -> int:
