@@ -39,6 +39,7 @@ from benchmarks.edge_shapes import EDGE_SHAPES
 from benchmarks.lfm2_shapes import LFM2_SHAPES
 from benchmarks.original_shapes import ORIGINALS, Original
 from benchmarks.published_shape import IMAGE_TOKEN, VIDEO_TOKEN, Published
+from benchmarks.qwen3_5_shapes import QWEN35_SHAPES
 from benchmarks.qwen3_shapes import QWEN3_SHAPES, Qwen3Shape
 from benchmarks.qwen_shapes import SHAPES, QwenShape
 from edgeprune.tiling import Size
@@ -161,6 +162,7 @@ PUBLISHED: dict[str, Published | QwenShape | Qwen3Shape | Original] = {
     **LFM2_SHAPES,
     **SHAPES,
     **QWEN3_SHAPES,
+    **QWEN35_SHAPES,
     **ORIGINALS,
 }
 

@@ -20,6 +20,7 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.tiling import Size
 
 PATCH, FRAMES, MERGE = 16, 2, 2
+TEXT = "model.language_model."
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,28 @@ class Qwen3Shape:
         """A checkpoint that transformers loads: random, or (sparse) zeros that take no disk."""
         folder.mkdir(parents=True, exist_ok=True)
         tokens = write_tokenizer(folder)
-        config = _config(self, tokens, str(dtype).removeprefix("torch."))
+        config = self.config(tokens, str(dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-        (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR))
+        (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
         if sparse:
-            write_sparse(dict(_tensors(self)), folder)
+            write_sparse(dict(self.tensors()), folder)
         else:
-            write_random(dict(_tensors(self)), folder, 0, dtype, shard_bytes)
+            write_random(dict(self.tensors()), folder, 0, dtype, shard_bytes)
         return folder
+
+    def config(self, tokens: dict[str, int], dtype: str) -> dict[str, Any]:
+        """config.json, with the ids of special tokens."""
+        return _config(self, tokens, dtype)
+
+    def tensors(self) -> Sizes:
+        """Names and shapes as the published checkpoints store them."""
+        yield from ends(self)
+        for layer in range(self.layers):
+            prefix = f"{TEXT}layers.{layer}."
+            yield from attention(self, prefix)
+            yield from mlp_and_norms(self, prefix)
+        yield from vision_tensors(self)
 
     def open(self, folder: Path) -> Adapter:
         """The checkpoint, frozen for images of this size."""
@@ -88,7 +102,7 @@ QWEN3_SHAPES = {
 }
 """Images of 640 x 480 are 300 visual tokens."""
 
-_PREPROCESSOR = {
+PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessorFast",
     "processor_class": "Qwen3VLProcessor",
     "size": {"longest_edge": 16777216, "shortest_edge": 65536},
@@ -159,30 +173,34 @@ def _config(shape: Qwen3Shape, tokens: dict[str, int], dtype: str) -> dict[str, 
     }
 
 
-def _tensors(shape: Qwen3Shape) -> Sizes:
-    """Names and shapes as the published checkpoints store them."""
-    width, text = shape.width, "model.language_model."
+def ends(shape: Qwen3Shape) -> Sizes:
+    """Embedding, last norm and head."""
     if not shape.tied:
-        yield "lm_head.weight", (shape.vocabulary, width)
-    yield f"{text}embed_tokens.weight", (shape.vocabulary, width)
-    yield f"{text}norm.weight", (width,)
+        yield "lm_head.weight", (shape.vocabulary, shape.width)
+    yield f"{TEXT}embed_tokens.weight", (shape.vocabulary, shape.width)
+    yield f"{TEXT}norm.weight", (shape.width,)
+
+
+def attention(shape: Qwen3Shape, prefix: str, gates: int = 0) -> Sizes:
+    """Of a layer; with as many `gates` as there are queries, these lie beside them."""
     inner, kv = shape.heads * shape.head, shape.kv_heads * shape.head
-    for layer in range(shape.layers):
-        prefix = f"{text}layers.{layer}."
-        for name, size in (("q", inner), ("k", kv), ("v", kv)):
-            yield f"{prefix}self_attn.{name}_proj.weight", (size, width)
-        yield f"{prefix}self_attn.o_proj.weight", (width, inner)
-        for name in ("q_norm", "k_norm"):
-            yield f"{prefix}self_attn.{name}.weight", (shape.head,)
-        for name in ("gate", "up"):
-            yield f"{prefix}mlp.{name}_proj.weight", (shape.mlp, width)
-        yield f"{prefix}mlp.down_proj.weight", (width, shape.mlp)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{prefix}{name}.weight", (width,)
-    yield from _vision_tensors(shape)
+    for name, size in (("q", inner + gates), ("k", kv), ("v", kv)):
+        yield f"{prefix}self_attn.{name}_proj.weight", (size, shape.width)
+    yield f"{prefix}self_attn.o_proj.weight", (shape.width, inner)
+    for name in ("q_norm", "k_norm"):
+        yield f"{prefix}self_attn.{name}.weight", (shape.head,)
 
 
-def _vision_tensors(shape: Qwen3Shape) -> Sizes:
+def mlp_and_norms(shape: Qwen3Shape, prefix: str) -> Sizes:
+    """Of any layer."""
+    for name in ("gate", "up"):
+        yield f"{prefix}mlp.{name}_proj.weight", (shape.mlp, shape.width)
+    yield f"{prefix}mlp.down_proj.weight", (shape.width, shape.mlp)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{prefix}{name}.weight", (shape.width,)
+
+
+def vision_tensors(shape: Qwen3Shape) -> Sizes:
     width, joined, tower = shape.vision_width, MERGE**2 * shape.vision_width, "model.visual."
     yield f"{tower}patch_embed.proj.weight", (width, 3, FRAMES, PATCH, PATCH)
     yield f"{tower}patch_embed.proj.bias", (width,)

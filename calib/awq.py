@@ -107,10 +107,15 @@ def groups_of(config: DecoderConfig) -> Iterator[Group]:
         path, experts = f"layers.{layer}", ("", "image_")[: 1 + config.layers[layer].experts]
         attentions = [f"{path}.{expert}attention" for expert in experts]
         mlps = [f"{path}.{expert}mlp" for expert in experts]
-        if config.layers[layer].kernel:  # what its output reads is no product's output alone
+        kind = config.layers[layer]
+        if kind.linear is not None:  # what its output reads is no product's output alone
+            names = ("input", "beta", "decay", "gate")
+            read = [f"{path}.linear.{name}.weight" for name in names]
+            yield Group(tuple(read), (f"{path}.linear_norm.weight",))
+        elif kind.kernel:  # likewise
             yield Group((f"{path}.convolution.input.weight",), (f"{path}.convolution_norm.weight",))
         else:
-            names = "query", "key", "value"
+            names = ("query", "key", "value", *(("gate",) if kind.output_gate else ()))
             read = [f"{own}.{name}.weight" for own in attentions for name in names]
             yield Group(tuple(read), (f"{path}.attention_norm.weight",))
             value = [f"{own}.value.{leaf}" for own in attentions for leaf in ("weight", "bias")]

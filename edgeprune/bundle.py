@@ -44,7 +44,7 @@ from edgeprune.records import (
     is_utf8,
     parse,
 )
-from edgeprune.spec import Plan, Stage
+from edgeprune.spec import LinearAttention, Plan, Stage
 from edgeprune.tiling import Tiling
 from edgeprune.timing import Milliseconds
 from edgeprune.weight_format import WeightFormat
@@ -185,11 +185,18 @@ class DecoderRecord:
     deepstack: Amount = 0  # first layers after each of which a row is added to every visual token
     convolutions: tuple[Few, ...] = ()  # layers with a short convolution in place of attention
     kernel: Amount = 0  # tokens that these read; 0 where there are none
+    linear: LinearAttention | None = None  # behind these convolutions; None: they stand alone
+    output_gate: bool = False  # whether what attention gives is gated
 
     @property
     def visual_width(self) -> int:
         """Of a visual token between the graphs, the rows that are added to it beside it."""
         return self.width * (1 + self.deepstack)
+
+    @property
+    def channels(self) -> int:
+        """That the convolutions go over."""
+        return self.linear.channels if self.linear else self.width
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,11 @@ def _decoder(record: DecoderRecord) -> Iterator[str]:
         yield f"convolutions in the layers {list(found)} of {record.layers}"
     if bool(found) != (record.kernel > 1):
         yield f"{len(found)} layers have convolutions of {record.kernel} tokens"
+    if (linear := record.linear) is not None:
+        if not found:
+            yield "linear attention in no layer"
+        if linear.value_heads % linear.key_heads:
+            yield f"{linear.value_heads} value heads cannot share {linear.key_heads} key heads"
 
 
 def _image(record: ImageRecord) -> Iterator[str]:

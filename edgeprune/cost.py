@@ -2,14 +2,18 @@
 
 One multiply-add is two operations. A layer with n tokens costs 2n(2 D H d + 2 D G d + 3 D M) for
 its projections and MLP and 4 n^2 H d for attention (width D, heads H of size d, KV heads G, MLP
-width M). A layer with a short convolution has 2n(4 D^2 + 3 D M). Scoring and gathering are not
-counted: the share of this limit that a measurement reaches shows what they cost.
+width M), and an output gate 2n D H d more. A layer with a short convolution has 2n(4 D^2 + 3 D M).
+One with linear attention has 2n(D (C + 2 I) + 3 I k + 3 D M): C channels of queries, keys and
+values, I of the value heads, k of a key head. Scoring and gathering are not counted: the share of
+this limit that a measurement reaches shows what they cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
+
+from edgeprune.spec import LinearAttention
 
 
 class Sizes(Protocol):
@@ -31,6 +35,10 @@ class Sizes(Protocol):
     def convolutions(self) -> tuple[int, ...]: ...
     @property
     def kernel(self) -> int: ...
+    @property
+    def linear(self) -> LinearAttention | None: ...
+    @property
+    def output_gate(self) -> bool: ...
 
 
 def prefill_operations(sizes: Sizes, counts: Sequence[int], text: int) -> int:
@@ -54,12 +62,19 @@ def kv_bytes(sizes: Sizes, counts: Sequence[int], text: int, element: int) -> in
 
 def layer_bytes(sizes: Sizes, text: int, element: int, counts: Sequence[int]) -> list[int]:
     """The same of each layer."""
-    state = (sizes.kernel - 1) * sizes.width * element
+    state = _state_bytes(sizes, element)
     row = 2 * sizes.kv_heads * sizes.head_size * element
     return [
         state if layer in sizes.convolutions else row * (count + text)
         for layer, count in enumerate(counts, 1)
     ]
+
+
+def _state_bytes(sizes: Sizes, element: int) -> int:
+    """Of what a layer without attention keeps: matrices are float32 whatever the elements are."""
+    if (linear := sizes.linear) is None:
+        return (sizes.kernel - 1) * sizes.width * element
+    return (sizes.kernel - 1) * linear.channels * element + 4 * linear.numbers
 
 
 def block_operations(
@@ -74,8 +89,13 @@ def block_operations(
 
 def _layer(sizes: Sizes, layer: int, new: int, seen: int) -> int:
     if layer in sizes.convolutions:
-        return 2 * new * sizes.width * (4 * sizes.width + 3 * sizes.mlp_width)
+        mlp = 3 * sizes.width * sizes.mlp_width
+        if (linear := sizes.linear) is None:
+            return 2 * new * (4 * sizes.width**2 + mlp)
+        projections = sizes.width * (linear.channels + 2 * linear.inner)
+        return 2 * new * (projections + 3 * linear.numbers + mlp)
     attention = sizes.attention_heads * sizes.head_size
     projections = 2 * sizes.width * (attention + sizes.kv_heads * sizes.head_size)
+    projections += sizes.output_gate * sizes.width * attention
     mlp = 3 * sizes.width * sizes.mlp_width
     return 2 * new * (projections + mlp) + 4 * new * seen * attention

@@ -35,6 +35,8 @@ _OPERATORS = """
 OPERATORS = frozenset(_OPERATORS.split())
 """What a graph may be made of: what exports write, and its like. Nothing loops, calls or draws."""
 
+STATE = "fp32"
+"""The element type of what linear attention keeps, whatever that of the graph."""
 Sizes = tuple[int | str, ...]  # a size that is open until the graph runs has a name
 Ends = dict[tuple[str, int | None], tuple[str, Sizes]]  # role, layer: element type, sizes
 
@@ -137,7 +139,9 @@ def _decoder(manifest: Manifest) -> tuple[Ends, Ends]:
     for layer in range(1, record.layers + 1):
         for ends, name, slots in ((inputs, "past", before), (outputs, "present", after)):
             if layer in record.convolutions:
-                ends[f"{name}_state", layer] = element, (1, record.kernel - 1, record.width)
+                ends[f"{name}_state", layer] = element, (1, record.kernel - 1, record.channels)
+                if record.linear is not None:
+                    ends[f"{name}_recurrent_state", layer] = STATE, (1, *record.linear.matrices)
                 continue
             for kind in ("key", "value"):
                 sizes = 1, record.kv_heads, f"{slots}.{layer - 1}", record.head_size

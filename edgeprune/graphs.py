@@ -27,13 +27,18 @@ ROLES = {
     "past_value": "values of a layer before the call",
     "present_key": "keys of a layer after the call",
     "present_value": "values of a layer after the call",
-    "past_state": "what a layer without attention keeps before the call [1, rows, width]",
+    "past_state": "what a layer's convolution keeps before the call [1, rows, channels]",
     "present_state": "and after it",
+    "past_recurrent_state": "what linear attention keeps before it [1, heads, key, value]",
+    "present_recurrent_state": "and after it",
     "logits": "of the last token [1, 1, vocabulary]",
     "token": "int64 [1, 1]: the likeliest next token, below 0 where the logits are not finite",
     "kept": "int64 [r_l]: index of each survivor among the tokens alive before the site",
 }
 """What a tensor of a graph is for. The runtime knows these; others are refused by name."""
+
+STATES = "past_state", "past_recurrent_state"
+"""Roles of what layers without attention keep."""
 
 VISION, DECODER = "vision.onnx", "decoder.onnx"
 BLOCK = "encoder_block.onnx"
@@ -63,7 +68,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class CacheRecord:
-    """The keys, the values or the state of one layer: the input that is read, the output that is
+    """The keys, the values or a state of one layer: the input that is read, the output that is
     written."""
 
     past: TensorRecord
@@ -72,7 +77,7 @@ class CacheRecord:
     @property
     def is_state(self) -> bool:
         """Whether its size is the same however many tokens were read."""
-        return self.past.role == "past_state"
+        return self.past.role in STATES
 
     @property
     def index(self) -> int:

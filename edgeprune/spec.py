@@ -44,6 +44,40 @@ class PruneSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """Sizes of linear attention by the gated delta rule (arXiv 2412.06464) in place of attention.
+
+    A value head has a matrix [key_size, value_size] as its state. A key head serves as many value
+    heads that follow each other as there are more of these.
+    """
+
+    key_heads: Few
+    value_heads: Few
+    key_size: Few  # of a head
+    value_size: Few
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together, which a short convolution goes over."""
+        return 2 * self.key_heads * self.key_size + self.inner
+
+    @property
+    def inner(self) -> int:
+        """Width of all value heads."""
+        return self.value_heads * self.value_size
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Shape of the state."""
+        return self.value_heads, self.key_size, self.value_size
+
+    @property
+    def numbers(self) -> int:
+        """Of the state."""
+        return math.prod(self.matrices)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes of a vision-language model that planning needs; all are counts, none is bytes."""
 
@@ -65,6 +99,8 @@ class ModelShape:
     blocks: int = 0  # encoder blocks that may merge tokens: 0 where V are not one tile's patches
     convolutions: tuple[int, ...] = ()  # layers with a short convolution in place of attention
     kernel: int = 0  # tokens that these read; 0 where there are none
+    linear: LinearAttention | None = None  # behind these convolutions; None: they stand alone
+    output_gate: bool = False  # whether what attention gives is gated
 
     def attending(self, layer: int) -> int:
         """The layer behind which a method that looks at attention drops tokens, where it would do

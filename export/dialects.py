@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from edgeprune.export.delta_rule import emit_rule
 from edgeprune.lowering import Lowering
 from edgeprune.models._ops import Causal, TorchOps, attention, cast
 
@@ -48,6 +49,17 @@ class ModernOps(TorchOps):
         if mask is not None:
             inputs.append(_written(mask, query, key))
         return _emit("Attention", inputs, query, **scaled)
+
+    def delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return emit_rule(query, key, value, decay, beta, state)
 
 
 class Jetpack7Ops(ModernOps):
@@ -85,6 +97,17 @@ class Jetpack6Ops(TorchOps):
         scale: float | None = None,
     ) -> Tensor:
         return attention(query, key, value, mask, scale)
+
+    def delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return emit_rule(query, key, value, decay, beta, state)
 
 
 def _emit(

@@ -133,7 +133,8 @@ class WindowedGraph:
                 index = cache.index
                 capacity = self.counts[index] + max(text, ROOM)
                 sizes = {f"capacity.{index}": capacity, f"past.{index}": 0}
-                caches[cache.past.name] = torch.zeros(cache.past.shape(sizes), dtype=self.dtype)
+                dtype = torch.float32 if cache.past.dtype == "fp32" else self.dtype
+                caches[cache.past.name] = torch.zeros(cache.past.shape(sizes), dtype=dtype)
         return caches
 
     def _shown(self, stage: int, found: Sequence[dict[str, Tensor]]) -> tuple[Tensor, ...]:

@@ -324,4 +324,6 @@ def _decoder_record(adapter: Adapter, plan: Plan, cache: str) -> DecoderRecord:
         deepstack=adapter.decoder_config.deepstack,
         convolutions=shape.convolutions,
         kernel=shape.kernel,
+        linear=shape.linear,
+        output_gate=shape.output_gate,
     )

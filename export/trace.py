@@ -20,6 +20,7 @@ from torch.export import Dim
 
 from edgeprune.errors import ExportError
 from edgeprune.export.assumptions import Sizes, check_sizes
+from edgeprune.export.delta_rule import lower_rules
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.passes import add_token, clean
 from edgeprune.export.translations import translations
@@ -89,8 +90,8 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
     config, plan = decoder.config, decoder.plan
     layers = range(len(config.layers))
     dynamic = {1: Dim.DYNAMIC}
-    slots = {"key": {2: Dim.DYNAMIC}, "value": {2: Dim.DYNAMIC}, "state": None}
-    caches = [tuple(slots[kind] for kind in layer.keeps) for layer in config.layers]
+    slots = {"key": {2: Dim.DYNAMIC}, "value": {2: Dim.DYNAMIC}}  # states have one size
+    caches = [tuple(slots.get(kind) for kind in layer.keeps) for layer in config.layers]
     shapes: Shapes = (dynamic, dynamic, dynamic, None, None, caches)
     plain = ("prefix_ids", "visual", "text_ids", "position", "lengths")
     inputs, outputs = [End(name, name) for name in plain], [End("logits", "logits")]
@@ -109,7 +110,10 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
         inputs.append(End("counts", "counts"))
         args, shapes = (*args, torch.tensor(plan.counts)), (*shapes, None)
     ends, states = (inputs, outputs), 1 + len(layers)
-    model = to_graph(decoder, args, shapes, *ends, dialect.opset, _calls(plan), states=states)
+    tokens = plan.encoded + config.max_positions
+    model = to_graph(
+        decoder, args, shapes, *ends, dialect.opset, _calls(plan), states=states, tokens=tokens
+    )
     if dialect.token:
         add_token(model.graph)
         outputs.insert(1, End("token", "token"))
@@ -122,8 +126,8 @@ def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
     """Inputs whose sizes are all different and above 1, so that none is taken for a constant."""
     config, prefix, text = decoder.config, 5, 7
     visual = max(2, decoder.plan.encoded)
-    shapes = [config.kept_shapes(n, visual + 37 + n) for n in range(len(config.layers))]
-    caches = [tuple(torch.zeros(shape, dtype=dtype) for shape in layer) for layer in shapes]
+    layers = range(len(config.layers))
+    caches = [config.nothing_kept(n, visual + 37 + n, dtype) for n in layers]
     return (
         torch.zeros(1, prefix, dtype=torch.int64),
         torch.zeros(1, visual, config.visual_width, dtype=dtype),
@@ -152,11 +156,13 @@ def to_graph(
     calls: Sequence[Sizes] = (),
     *,
     states: int = 0,
+    tokens: int = 0,
 ) -> ir.Model:
     """The module as a graph whose ends have these names; `calls` are those it must be right for.
 
     The last `states` outputs of the module are hidden states between its layers. In the graph they
-    are no outputs, but values named `hidden.0`, `hidden.1` and so on, where it can be cut.
+    are no outputs, but values named `hidden.0`, `hidden.1` and so on, where it can be cut. A call
+    has at most so many `tokens`, where there is linear attention.
     """
     with torch.no_grad(), _quiet():
         program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
@@ -172,6 +178,7 @@ def to_graph(
     if exported is None:
         raise ExportError("torch.onnx.export returned no graph")
     model = exported.model
+    lower_rules(model, tokens)
     _rename(model.graph.inputs, inputs)
     hidden = [End(f"{HIDDEN}{number}", "hidden") for number in range(states)]
     _rename(model.graph.outputs, [*outputs, *hidden])

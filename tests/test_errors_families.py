@@ -56,13 +56,14 @@ def test_weights_of_a_model_that_is_not_supported_are_not_fetched(
         if asked.get("local_files_only"):
             raise LocalEntryNotFoundError("not there")
         fetched.append(asked["allow_patterns"])
-        (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3_5_moe"}')
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
-    said = refused("models", "--model", "Qwen/Qwen3.5-4B")
-    assert "Qwen/Qwen3.5-4B is a qwen3_5 (Qwen3.5), which is not supported" in said
+    said = refused("models", "--model", "Qwen/Qwen3.5-35B-A3B")
+    wanted = "Qwen/Qwen3.5-35B-A3B is a qwen3_5_moe (Qwen3.5 with experts), which is not supported"
+    assert wanted in said
     assert fetched == [["config.json"]]
 
 

@@ -28,7 +28,7 @@ from edgeprune.runtime import Session, media
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators
 from edgeprune.tiling import Size
-from tests import families, glm, lfm2, qwen
+from tests import families, glm, lfm2, qwen, qwen35
 from tests.families import QUESTION, Family
 from tests.test_families import drawn_image, generated, prompted
 
@@ -60,6 +60,7 @@ QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
     "qwen2_5_vl": qwen.windowed_checkpoint,
     "qwen3_vl": qwen.stacked_checkpoint,
+    "qwen3_5": qwen35.checkpoint,
     "glm4v": partial(glm.checkpoint, kind="glm4v"),
     "glm46v": glm.checkpoint,
 }
@@ -80,8 +81,12 @@ NO_VIDEO = (
 
 
 def qwen_shapes(name: str) -> tuple[Size, ...]:
-    told = {"qwen3_vl": qwen.STACKED_IMAGES, "glm4v": glm.IMAGE_SIZES, "glm46v": glm.IMAGE_SIZES}
-    told = told.get(name, qwen.IMAGES)
+    told = {
+        "qwen3_vl": qwen.STACKED_IMAGES,
+        "qwen3_5": qwen35.IMAGE_SIZES,
+        "glm4v": glm.IMAGE_SIZES,
+        "glm46v": glm.IMAGE_SIZES,
+    }.get(name, qwen.IMAGES)
     return tuple(Size(int(h), int(w)) for w, h in (size.split("x") for size in told))
 
 

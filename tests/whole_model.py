@@ -81,8 +81,8 @@ def _losses(reference: Reference, prompt: Prompt, states: list[Tensor]) -> np.nd
     for index, before in enumerate(states[:-1], start=1):
         layer, rotary = decoder.layers[index], decoder.own_rotary(index)
         batch = torch.cat([batch, before[:, at]])
-        shapes = config.kept_shapes(index, len(at), len(batch))
-        cache = Cache(tuple(map(torch.zeros, shapes)), *ends)
+        kept = config.nothing_kept(index, len(at), torch.float32, len(batch))
+        cache = Cache(kept, *ends)
         batch = layer(batch, rows, rotary, cache, alone, together)[0]
     full, without = (decoder.norm(hidden[:, -1]) for hidden in (states[-1], batch))
     angles = torch.cosine_similarity(without, full).clamp(-1, 1).acos()

@@ -32,20 +32,35 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Normed tokens [n, S, width] and the state [n, kernel - 1, width] -> the branch, and the
-        state after them.
-
-        The convolution is written as products and sums, whose order of axes is that of the tokens:
-        no engine has to transpose, and all have the operators.
-        """
+        state after them."""
         gate_in, gate_out, u = self.input(x).chunk(3, dim=-1)
-        inputs = torch.cat([state, cast(self.before(gate_in, u), state.dtype)], dim=1)
-        count, kernel = x.shape[1], self.weight.shape[1]
-        mixed = inputs.narrow(1, 0, count) * self.weight[:, 0]
-        for tap in range(1, kernel):
-            mixed = mixed + inputs.narrow(1, tap, count) * self.weight[:, tap]
+        mixed, state = convolved(self.before(gate_in, u), state, self.weight)
         if self.bias is not None:
             mixed = mixed + self.bias
-        return self.output(self.behind(gate_out, mixed)), inputs.narrow(1, count, kernel - 1)
+        return self.output(self.behind(gate_out, mixed)), state
+
+
+def convolved(x: Tensor, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [n, S, channels] through a causal convolution of `weight` [channels, kernel], whose
+    tokens before are the state [n, kernel - 1, channels], and the state after them.
+
+    The convolution is written as products and sums, whose order of axes is that of the tokens: no
+    engine has to transpose, and all have the operators.
+    """
+    inputs = torch.cat([state, cast(x, state.dtype)], dim=1)
+    count, kernel = x.shape[1], weight.shape[1]
+    mixed = inputs.narrow(1, 0, count) * weight[:, 0]
+    for tap in range(1, kernel):
+        mixed = mixed + inputs.narrow(1, tap, count) * weight[:, tap]
+    return mixed, inputs.narrow(1, count, kernel - 1)
+
+
+def begun(cache: Cache) -> tuple[Tensor, ...]:
+    """The states before a call: zeros before a dialogue's first, whatever lies in their memory."""
+    return tuple(
+        torch.where(cache.start.view([1] * past.dim()) > 0, past, torch.zeros_like(past))
+        for past in cache.kept
+    )
 
 
 class ConvolutionLayer(nn.Module):
@@ -66,12 +81,8 @@ class ConvolutionLayer(nn.Module):
         segments: Segments,
         together: Together | None = None,
     ) -> tuple[Tensor, Cache, AttentionStates | None]:
-        """As `DecoderLayer`; there is no attention to look at.
-
-        Before a dialogue's first call the state is zeros, whatever lies in its memory.
-        """
-        (past,) = cache.kept
-        held = torch.where(cache.start.view(1, 1, 1) > 0, past, torch.zeros_like(past))
+        """As `DecoderLayer`; there is no attention to look at."""
+        (held,) = begun(cache)
         branch, state = self.convolution(self.convolution_norm(hidden), held)
         hidden = self.residual(hidden, branch)
         hidden = self.residual(hidden, self.mlp(self.mlp_norm(hidden)))

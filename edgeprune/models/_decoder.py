@@ -4,7 +4,8 @@ One call takes text before the image (P tokens), visual tokens (V) and text afte
 the first two possibly none: prefill has all three, decode has T = 1, a later turn has T = n.
 Between layers where the plan's count falls, the policy picks which visual tokens go on; their
 positions go with them. Every layer has its own cache and its own length. A layer without attention
-keeps a state in place of keys and values; a token that was dropped before it never enters it.
+keeps a state in place of keys and values, with linear attention two; a token that was dropped
+before it never enters it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from edgeprune.models._decoder_layer import Cache, DecoderLayer, Rotary
 from edgeprune.models._expert_layer import ExpertLayer
 from edgeprune.models._kept_positions import image_at_one, kept_positions
 from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
+from edgeprune.models._linear_layer import LinearLayer
 from edgeprune.models._ops import Images, Together, TorchOps, capped, cast
 from edgeprune.models._sites import Prune, PruneInput, live_stage
 from edgeprune.policies import Policy
@@ -337,5 +339,5 @@ class Decoder(WithBuffers):
 def layer_of(config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> nn.Module:
     """The module of one layer."""
     if layer.kernel:
-        return ConvolutionLayer(config, layer, ops)
+        return (LinearLayer if layer.linear else ConvolutionLayer)(config, layer, ops)
     return (ExpertLayer if layer.experts else DecoderLayer)(config, layer, ops)

@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from edgeprune.models._mrope import MRope
 from edgeprune.models._rope import Rope
-from edgeprune.spec import Plan
+from edgeprune.spec import LinearAttention, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +32,15 @@ class LayerConfig:
     expert_qkv_bias: bool = False  # of these
     kernel: int = 0  # tokens that a short convolution reads in place of attention, the token itself
     # the last; 0: attention
+    linear: LinearAttention | None = None  # behind that convolution; None: it stands alone
+    output_gate: bool = False  # whether what attention gives is gated by the token
 
     @property
     def keeps(self) -> tuple[str, ...]:
         """What the layer keeps between calls: the roles in a graph end so."""
-        return ("state",) if self.kernel else ("key", "value")
+        if not self.kernel:
+            return "key", "value"
+        return ("state", "recurrent_state") if self.linear else ("state",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +110,29 @@ class DecoderConfig:
         """Tokens that these read; 0 where there are none."""
         return max((layer.kernel for layer in self.layers), default=0)
 
+    @property
+    def linear(self) -> LinearAttention | None:
+        """The linear attention behind these, where there is any."""
+        return next((layer.linear for layer in self.layers if layer.linear), None)
+
     def kept_shapes(self, index: int, slots: int, batch: int = 1) -> tuple[tuple[int, ...], ...]:
-        """Of what the layer of an index keeps: keys and values of `slots` tokens, or its state."""
-        if kernel := self.layers[index].kernel:
-            return ((batch, kernel - 1, self.width),)
-        return ((batch, self.kv_heads, slots, self.head_size),) * 2
+        """Of what the layer of an index keeps: keys and values of `slots` tokens, or its state, of
+        linear attention two."""
+        layer = self.layers[index]
+        if not layer.kernel:
+            return ((batch, self.kv_heads, slots, self.head_size),) * 2
+        if layer.linear is None:
+            return ((batch, layer.kernel - 1, self.width),)
+        return (batch, layer.kernel - 1, layer.linear.channels), (batch, *layer.linear.matrices)
+
+    def nothing_kept(
+        self, index: int, slots: int, dtype: torch.dtype, batch: int = 1
+    ) -> tuple[Tensor, ...]:
+        """What the layer of an index keeps before a first call, in a dtype; matrices of linear
+        attention are float32 always."""
+        kinds = zip(self.layers[index].keeps, self.kept_shapes(index, slots, batch), strict=True)
+        wide = {"recurrent_state": torch.float32}
+        return tuple(torch.zeros(shape, dtype=wide.get(kind, dtype)) for kind, shape in kinds)
 
     @property
     def ropes(self) -> tuple[Rope, ...]:

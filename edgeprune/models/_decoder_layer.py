@@ -58,6 +58,8 @@ class Attention(nn.Module):
         norm = (config.head_size, config.branch_eps or config.eps, ops)
         self.query_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(*norm) if layer.qk_norm else nn.Identity()
+        self.gate = Linear(config.width, inner, ops, layer.qkv_bias) if layer.output_gate else None
+        self.product = Product() if layer.output_gate else nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, [1, heads, S, head], no positions yet."""
@@ -67,6 +69,13 @@ class Attention(nn.Module):
             self.key_norm(split_heads(self.key(x), kv_heads)),
             split_heads(self.value(x), kv_heads),
         )
+
+    def gated(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """What attention gives, [n, S, heads * head], through the gate of the normed tokens."""
+        if self.gate is None:
+            return mixed
+        found: Tensor = self.product(mixed, self.gate(x).sigmoid())
+        return found
 
 
 class MLP(nn.Module):
@@ -108,15 +117,17 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Cache, AttentionStates]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
         ops = self.ops
-        query, key, value = self.project(self.attention_norm(hidden), segments)
+        normed = self.attention_norm(hidden)
+        query, key, value = self.project(normed, segments)
         rotated_query = ops.rotate(query, rotary.cos, rotary.sin, positions)
         rotated_key = ops.rotate(key, rotary.cos, rotary.sin, positions)
         past_keys, past_values = cache.kept
         keys = ops.write(past_keys, rotated_key, cache.start)
         values = ops.write(past_values, value, cache.start)
         causal = Causal(cache.start, cache.end, self.window, together)
-        mixed = self.scores(rotated_query, keys, values, causal)
-        branch = self.attention_out_norm(self.attended(join_heads(mixed), segments))
+        mixed = join_heads(self.scores(rotated_query, keys, values, causal))
+        mixed = self.attention.gated(mixed, normed)
+        branch = self.attention_out_norm(self.attended(mixed, segments))
         hidden = self.residual(hidden, branch)
         branch = self.mlp_out_norm(self.mapped(self.mlp_norm(hidden), segments))
         hidden = self.residual(hidden, branch)

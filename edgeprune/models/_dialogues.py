@@ -291,8 +291,7 @@ class DecoderStages(Stages[Talk]):
         config, flows, chosen = self.decoder.config, list[Flow](), talk.chosen
         text = sum(flow.segments.prefix + flow.segments.text for flow in talk.flows)
         length = self.decoder.plan.counts[index] + max(text, ROOM)
-        dtype = self.streamed.dtype
-        kept = tuple(torch.zeros(s, dtype=dtype) for s in config.kept_shapes(index, length))
+        kept = config.nothing_kept(index, length, self.streamed.dtype)
         for flow in talk.flows:
             done = self.decoder.advance(index, flow, kept)
             kept = done.cache.kept

@@ -214,6 +214,8 @@ class Family(ABC):
             blocks=encoder.merging_blocks if layout.is_plain else 0,
             convolutions=decoder.convolutions,
             kernel=decoder.kernel,
+            linear=decoder.linear,
+            output_gate=any(layer.output_gate for layer in decoder.layers),
         )
 
     @property

@@ -44,6 +44,10 @@ class Narrow(Linear):
     """A Linear that is never `wide`: what reads it has a fixed dtype, as a cache has."""
 
 
+class Unquantised(Narrow):
+    """A Narrow of a few outputs that decide much: its weight is never quantised."""
+
+
 class Sum(Part):
     """A residual connection: from a float32 branch on, the residual stream is float32."""
 

@@ -166,11 +166,13 @@ class Layerwise:
 
     def _past(self, index: int, flow: Flow, cache: Cache, length: int) -> tuple[Tensor, ...]:
         """What a layer keeps of a prefill's tokens before the last `length`: keys and values of all
-        serve, a state is that of the tokens which a convolution reads."""
-        kernel = self.decoder.config.layers[index].kernel
-        if not kernel:
+        serve, a state is made anew of the tokens that it holds."""
+        layer = self.decoder.config.layers[index]
+        if not layer.kernel:
             return cache.kept
-        before = flow.hidden[:, :-length][:, 1 - kernel :]
+        before = flow.hidden[:, :-length]
+        if layer.linear is None:  # else its state is made of all of them
+            before = before[:, 1 - layer.kernel :]
         empty = Cache(self.empty_cache(index, 1, 0), cache.start, cache.start)
         rotary = flow.rotary or self.decoder.own_rotary(index)
         given = before, flow.positions[:, : before.shape[1]], rotary, empty, flow.segments
@@ -184,8 +186,7 @@ class Layerwise:
 
     def empty_cache(self, index: int, count: int, length: int) -> tuple[Tensor, ...]:
         """What the layer of an index keeps before a first call, for `count` sequences."""
-        shapes = self.decoder.config.kept_shapes(index, length, count)
-        return tuple(torch.zeros(shape, dtype=self._dtype) for shape in shapes)
+        return self.decoder.config.nothing_kept(index, length, self._dtype, count)
 
     def _seen(self, prompt: Prompt) -> _Seen:
         encoding = self.vision.encoder.enter(prompt.pixels.to(self._dtype))

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgeprune.models._delta_rule import gated_delta_rule
+
 
 def scalar(value: float, like: Tensor) -> Tensor:
     """A number rounded to the dtype of `like`, to which it is applied: [].
@@ -173,6 +175,18 @@ class TorchOps:
     ) -> Tensor:
         """As `attend`, with scores bent towards a cap: no engine's own attention does that."""
         return attention(query, key, value, mask, scale, cap)
+
+    def delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Linear attention by the gated delta rule, as `gated_delta_rule` has it."""
+        return gated_delta_rule(query, key, value, decay, beta, state)
 
     def last(self, x: Tensor) -> Tensor:
         """The last token: [1, S, width] -> [1, 1, width]."""

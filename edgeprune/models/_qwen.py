@@ -53,19 +53,27 @@ class Adapter(_adapter.Adapter):
     decoder_kind: ClassVar[str | None] = "qwen2"
     sections: ClassVar[tuple[int, ...]] = (16, 24, 24)
     """Pairs of a head that turn by time, by row and by column, where the config does not say."""
+    layer_types: ClassVar[frozenset[str]] = frozenset({"full_attention"})
+    """Of the decoder's layers, where the config names any."""
     gated: ClassVar[bool]
     frozen: Size
     encoder: TowerConfig
 
     def demands(self) -> dict[str, bool]:
-        return _demands(self.config, self._sections, self._turned)
+        return _demands(self.config, self._sections, self._turned, self.layer_types)
 
     @property
-    def _turned(self) -> int:
-        """Numbers of a head that rotary embedding turns."""
+    def _head(self) -> int:
+        """Numbers of a head."""
         text = self.config.text_config
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return int(size)
+
+    @property
+    def _turned(self) -> int:
+        """Of these, as many as rotary embedding turns."""
+        rope = self.config.text_config.rope_parameters
+        return int(self._head * rope.get("partial_rotary_factor", 1.0))
 
     @property
     def _merge(self) -> int:
@@ -81,6 +89,10 @@ class Adapter(_adapter.Adapter):
     def axes(self) -> tuple[int, ...]:
         """What each pair of a head turns by: 0 time, 1 row, 2 column."""
         return in_runs(self._sections)
+
+    def with_still(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """Axes of the pairs that turn, and behind them one for each pair that does not."""
+        return (*axes, *(0,) * (self._head // 2 - len(axes)))
 
     @property
     def _step(self) -> int:
@@ -169,7 +181,9 @@ class Adapter(_adapter.Adapter):
         return {"Qwen2VLImageProcessor": partial(rounded_size, frozen=self.frozen)}
 
 
-def _demands(config: Any, sections: tuple[int, ...], turned: int) -> dict[str, bool]:
+def _demands(
+    config: Any, sections: tuple[int, ...], turned: int, layer_types: frozenset[str]
+) -> dict[str, bool]:
     vision, text = config.vision_config, config.text_config
     kind = vision.rope_parameters["rope_type"]
     layers = set(getattr(text, "layer_types", ()))
@@ -180,5 +194,5 @@ def _demands(config: Any, sections: tuple[int, ...], turned: int) -> dict[str, b
         f"{vision.in_channels} colours": vision.in_channels == 3,
         f"rope_type {kind!r} in the vision tower": kind == "axial",
         f"mrope_section {list(sections)}": 2 * sum(sections) == turned,
-        "sliding windows in the decoder": layers <= {"full_attention"},
+        "sliding windows in the decoder": layers <= layer_types,
     }

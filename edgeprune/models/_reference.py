@@ -91,8 +91,8 @@ class Reference:
         """Forget everything."""
         config, counts = self.decoder.config, self.decoder.plan.counts
         self.dtype = self.decoder.embedding.weight.dtype
-        shapes = [config.kept_shapes(index, n + self.room) for index, n in enumerate(counts)]
-        self.caches = [tuple(torch.zeros(s, dtype=self.dtype) for s in layer) for layer in shapes]
+        rooms = [n + self.room for n in counts]
+        self.caches = [config.nothing_kept(i, n, self.dtype) for i, n in enumerate(rooms)]
         self.lengths = torch.zeros(len(counts), dtype=torch.int64)
         self.position = 0
         self.visual = torch.empty(1, 0, config.visual_width, dtype=self.dtype)

@@ -8,7 +8,8 @@ stay as they were turned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +80,19 @@ def read_rope(config: Any, head_size: int, positions: int, layers: str = FULL) -
             f" {brief(error)}"
         ) from error
     return Rope(frequencies, factor, long, original)
+
+
+def whole_heads(text: Any) -> Any:
+    """A text config of which the part of each head that turns is taken for the whole."""
+    whole = copy.deepcopy(text)
+    whole.rope_parameters = {**text.rope_parameters, "partial_rotary_factor": 1.0}
+    return whole
+
+
+def partly(rope: Rope, head_size: int) -> Rope:
+    """The rotary embedding of a part of each head: the other pairs have a frequency of 0."""
+    still = head_size // 2 - len(rope.frequencies)
+    return replace(rope, frequencies=(*rope.frequencies, *(0.0,) * still))
 
 
 def _scaled(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from edgeprune.models._decoder import Decoder
-from edgeprune.models._layers import Linear
+from edgeprune.models._layers import Linear, Unquantised
 from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.weight_format import Form, WeightFormat
 
@@ -58,7 +58,7 @@ def _weights(vision: nn.Module, decoder: Decoder) -> Iterator[tuple[str, str, tu
     embedding a row is an output."""
     for part, module in (("vision", vision), ("kind", decoder)):
         for path, one in module.named_modules():
-            if isinstance(one, Linear):
+            if isinstance(one, Linear) and not isinstance(one, Unquantised):
                 inputs, outputs = one.weight.shape
                 yield part, f"{path}.weight", (inputs, outputs)
     rows, width = decoder.embedding.weight.shape

@@ -3,7 +3,6 @@ sides of a branch."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from edgeprune.models._mrope import in_runs
 from edgeprune.models._names import LLAMA, Stored, TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._qwen_tower import TowerConfig
-from edgeprune.models._rope import read_rope
+from edgeprune.models._rope import partly, read_rope, whole_heads
 from edgeprune.models._text import decoder_config
 from edgeprune.models._towers import is_tied
 from edgeprune.models._video import sampling_rate, timed_at
@@ -81,16 +80,6 @@ class Adapter(_qwen.Adapter):
         """Whether it is a GLM-4.6V."""
         return bool(self.checkpoint.config["model_type"] == "glm46v")
 
-    @property
-    def _head(self) -> int:
-        return super()._turned
-
-    @property
-    def _turned(self) -> int:
-        """The part of a head that turns."""
-        rope = self.config.text_config.rope_parameters
-        return int(self._head * rope.get("partial_rotary_factor", 1.0))
-
     def demands(self) -> dict[str, bool]:
         vision, text = self.config.vision_config, self.config.text_config
         kind = text.rope_parameters.get("rope_type", "default")
@@ -107,8 +96,7 @@ class Adapter(_qwen.Adapter):
         }
 
     def axes(self) -> tuple[int, ...]:
-        turned = in_runs(self._sections)
-        return (*turned, *(0,) * (self._head // 2 - len(turned)))
+        return self.with_still(in_runs(self._sections))
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
         return TowerConfig(
@@ -151,13 +139,10 @@ class Adapter(_qwen.Adapter):
         return Glu(self.encoder.width, self.config.vision_config.intermediate_size, width, width)
 
     def read_decoder(self) -> DecoderConfig:
-        text = copy.deepcopy(self.config.text_config)
-        text.rope_parameters = {**text.rope_parameters, "partial_rotary_factor": 1.0}
+        text = whole_heads(self.config.text_config)
         decoder = decoder_config(text, is_tied(self.checkpoint, self.config), self.decoder_kind)
         layers = tuple(replace(layer, branch_norms=True) for layer in decoder.layers)
-        turned = read_rope(text, self._turned, decoder.max_positions).frequencies
-        still = (0.0,) * (self._head // 2 - len(turned))
-        rope = replace(decoder.rope, frequencies=(*turned, *still))
+        rope = partly(read_rope(text, self._turned, decoder.max_positions), self._head)
         return replace(decoder, layers=layers, rope=rope, mrope=self.read_mrope())
 
     def tensor_names(self) -> TensorNames:

@@ -41,14 +41,8 @@ class Adapter(_qwen.Adapter):
 
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
-            "Qwen3.5",
-            ("qwen3_5",),
-            decoder="linear attention with a state in three layers of four, attention with a gate"
-            " and rotary embedding of a part of each head",
-        ),
-        Nearby(
-            "Qwen3-VL and Qwen3.5 with experts",
-            ("qwen3_vl_moe", "qwen3_5_moe"),
+            "Qwen3-VL with experts",
+            ("qwen3_vl_moe",),
             decoder="a mixture of experts in place of the MLP",
         ),
         Nearby(
@@ -68,7 +62,7 @@ class Adapter(_qwen.Adapter):
 
     def demands(self) -> dict[str, bool]:
         vision, text = self.config.vision_config, self.config.text_config
-        grid, read = vision.num_position_embeddings, list(vision.deepstack_visual_indexes)
+        grid, read = vision.num_position_embeddings, list(self._middle)
         inside = all(0 <= block < vision.depth for block in read)
         return {
             **super().demands(),
@@ -81,6 +75,11 @@ class Adapter(_qwen.Adapter):
                 vision.out_hidden_size == text.hidden_size
             ),
         }
+
+    @property
+    def _middle(self) -> tuple[int, ...]:
+        """Blocks of the tower whose features go to the decoder too."""
+        return tuple(self.config.vision_config.deepstack_visual_indexes)
 
     def axes(self) -> tuple[int, ...]:
         return interleaved(self._sections)
@@ -117,7 +116,7 @@ class Adapter(_qwen.Adapter):
             theta=vision.rope_parameters["rope_theta"],
             patch_bias=True,
             position_side=math.isqrt(vision.num_position_embeddings),
-            middle=tuple(vision.deepstack_visual_indexes),
+            middle=self._middle,
         )
 
     def read_deepstack(self) -> tuple[ProjectorConfig, ...]:

@@ -4,7 +4,7 @@ The CPU provider's Attention works over the whole cache, so every slot beyond th
 a cache is copied to a longer block now and then. A cache that the graph makes longer at every call
 goes back and forth between two blocks. Blocks are made and copied on the device where they lie.
 
-The state of a layer without attention has one size and one block: the graph reads it in one node,
+A state of a layer without attention has one size and one block: the graph reads it in one node,
 from which all that it writes there is computed.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeprune.bundle import DecoderRecord
 from edgeprune.graphs import CacheRecord
+from edgeprune.runtime import dtypes
 from edgeprune.runtime.backend import Ids
 from edgeprune.runtime.backends._copy_graph import INPUT, OUTPUT, SPARE, copy_graph
 
@@ -41,9 +42,10 @@ class Device:
         copier = ort.InferenceSession(copy_graph(element), options, providers)
         return cls(ort, name, element, copier)
 
-    def block(self, shape: tuple[int, ...]) -> Any:
-        """Memory with nothing in it yet."""
-        return self.ort.OrtValue.ortvalue_from_shape_and_type(shape, self.element, self.name)
+    def block(self, shape: tuple[int, ...], element: type | None = None) -> Any:
+        """Memory with nothing in it yet, for another type of numbers where one is named."""
+        kind = element or self.element
+        return self.ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self.name)
 
     def copy(self, source: Any, held: tuple[int, ...], target: Any, spare: int) -> None:
         """The first elements of `source` as [1, heads, n, head], and behind them `spare` tokens of
@@ -79,7 +81,7 @@ class OrtCaches:
         first `lengths` stay."""
         for state in self.states:
             if state.past.name not in self.values:
-                self.values[state.past.name] = self.device.block(state.past.shape({}))
+                self.values[state.past.name] = self._state_block(state)
         for layer, (held, needed) in enumerate(zip(lengths.tolist(), filled.tolist(), strict=True)):
             capacity, now = needed + -needed % STEP, self.capacities[layer]
             if now < capacity or (now > capacity + STEP and not held):
@@ -102,9 +104,10 @@ class OrtCaches:
             name, layer = cache.past.name, cache.index
             twin._fill(name, self.values[name], int(lengths[layer]), self.capacities[layer])
         for state in self.states if self.values else ():
-            name, (batch, rows, width) = state.past.name, state.past.shape({})
-            twin.values[name] = self.device.block((batch, rows, width))
-            self.device.copy(self.values[name], (batch, 1, rows, width), twin.values[name], 0)
+            name = state.past.name
+            twin.values[name] = self._state_block(state)
+            whole = 1, 1, 1, state.past.bytes({}) // np.dtype(self.device.element).itemsize
+            self.device.copy(self.values[name], whole, twin.values[name], 0)  # bit by bit
         return twin
 
     def bytes(self) -> int:
@@ -114,6 +117,11 @@ class OrtCaches:
 
     def close(self) -> None:
         self.values, self.step, self.closed = {}, None, True
+
+    def _state_block(self, state: CacheRecord) -> Any:
+        """Memory for a state, whose numbers may be of a type of their own."""
+        element = dtypes.stored_type(state.past.dtype).type
+        return self.device.block(state.past.shape({}), element)
 
     def _fill(self, name: str, source: Any, held: int, capacity: int) -> None:
         """A new block of `capacity` tokens, at its start the first `held` of another."""

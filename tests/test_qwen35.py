@@ -1,0 +1,214 @@
+"""Qwen3.5 against transformers' own model: linear attention, its states, gates, partial rotary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, GenerationConfig
+
+from edgeprune.commands._common import image_size
+from edgeprune.export.dialects import ModernOps
+from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.export.trace import End, to_graph
+from edgeprune.models import open_model
+from edgeprune.models._decoder import Flow
+from edgeprune.models._delta_rule import CHUNK, gated_delta_rule
+from edgeprune.models._layerwise import Layerwise
+from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.models._reference import Reference
+from edgeprune.policies import make
+from edgeprune.runtime import Sampling, Session
+from edgeprune.spec import Plan, PruneSpec, plan_from_counts
+from edgeprune.tiling import Size
+from tests import qwen35
+from tests.qwen import QUESTION, drawn_image, generated, inputs
+from tests.test_qwen3 import dense
+
+SIZE = Size(256, 256)  # 64 tokens
+MOST = 700  # tokens of a call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers as published, and one more."""
+    kinds = (*qwen35.PUBLISHED, "linear_attention", "full_attention")
+    return qwen35.checkpoint(tmp_path_factory.mktemp("qwen3_5"), kinds=kinds)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def rule_inputs(tokens: int, decay: float = 1.0) -> tuple[Tensor, ...]:
+    """Of three heads: unit queries and keys, values, g, b and a state."""
+    torch.manual_seed(tokens)
+    query, key = (nn.functional.normalize(torch.randn(1, 3, tokens, 8), dim=-1) for _ in range(2))
+    value, state = torch.randn(1, 3, tokens, 5), torch.randn(1, 3, 8, 5)
+    return query, key, value, -decay * torch.rand(1, 3, tokens), torch.rand(1, 3, tokens), state
+
+
+def token_by_token(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rule as its paper has it, in float64."""
+    read, state = [], state.double()
+    for n in range(query.shape[2]):
+        q, k, v = (x[:, :, n].double()[..., None] for x in (query, key, value))
+        state = state * decay[:, :, n].double().exp()[..., None, None]
+        seen = state.transpose(-1, -2) @ k
+        state = state + k @ (beta[:, :, n].double()[..., None, None] * (v - seen)).transpose(-1, -2)
+        read.append((state.transpose(-1, -2) @ q)[..., 0])
+    return torch.stack(read, 2).float(), state.float()
+
+
+class Rule(nn.Module):
+    """The rule alone, as graphs have it."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ModernOps().delta_rule(q, k, v, g, b, s)
+
+
+@pytest.fixture(scope="module")
+def rule_graph() -> onnxruntime.InferenceSession:
+    """In ONNX Runtime, any number of tokens up to MOST."""
+    shapes = *[{2: torch.export.Dim.DYNAMIC}] * 5, None
+    ends = [End(name, name) for name in "qkvgbs"], [End(name, name) for name in ("read", "after")]
+    model = to_graph(Rule(), rule_inputs(7), shapes, *ends, 24, tokens=MOST)
+    found = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(found, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("tokens", [1, 2, 37, CHUNK, CHUNK + 1, 200, MOST])
+def test_chunks_are_the_rule(
+    tokens: int, decay: float, rule_graph: onnxruntime.InferenceSession
+) -> None:
+    """The eager one, and the one that is written out, for any number of chunks."""
+    given, close = rule_inputs(tokens, decay), 1e-4 if decay > 1 else 1e-5  # decays are summed up
+    wanted = token_by_token(*given)
+    for found, right in zip(gated_delta_rule(*given), wanted, strict=True):
+        torch.testing.assert_close(found, right, atol=close, rtol=close)
+    feeds = dict(zip("qkvgbs", (x.numpy() for x in given), strict=True))
+    for array, right in zip(rule_graph.run(None, feeds), wanted, strict=True):
+        np.testing.assert_allclose(array, right.numpy(), atol=close, rtol=close)
+
+
+def test_equal_keys_do_not_blow_up(rule_graph: onnxruntime.InferenceSession) -> None:
+    """A plain sky: nothing decays, every token writes at the full rate under the same key."""
+    query, key, value, decay, beta, state = rule_inputs(MOST)
+    given = query, key[:, :, :1].expand_as(key), value, 0 * decay, torch.ones_like(beta), state
+    wanted = token_by_token(*given)[0]
+    torch.testing.assert_close(gated_delta_rule(*given)[0], wanted, atol=1e-4, rtol=1e-4)
+    feeds = {name: x.contiguous().numpy() for name, x in zip("qkvgbs", given, strict=True)}
+    np.testing.assert_allclose(rule_graph.run(None, feeds)[0], wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", qwen35.IMAGE_SIZES)
+def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, theirs: Any) -> None:
+    """Greedy answers and logits over two turns, at three aspect ratios; logits go up to 8, and each
+    of the two is 1e-4 away from float64."""
+    adapter = open_model(str(checkpoint), size=image_size(size))
+    image = drawn_image(*qwen35.IMAGE_SIZES[size])
+    prompt, ours = Processor(adapter)(image, QUESTION), dense(adapter)
+    wanted = generated(adapter, [image], prompt.pixels, GenerationConfig(max_new_tokens=64))
+    assert ours.generate(prompt, 64, lambda token: False) == wanted
+    more = torch.tensor([[7, 8, 9]])
+    seen = inputs(adapter, [image], prompt.pixels)
+    ids = torch.cat([seen["input_ids"], more], 1)
+    kinds = (ids == adapter.image_token_id).int()
+    with torch.no_grad():
+        logits = theirs(**{**seen, "input_ids": ids, "mm_token_type_ids": kinds}).logits[0]
+    torch.testing.assert_close(ours.prefill(prompt).logits, logits[-4], atol=3e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.step(more[:, :1]).logits, logits[-3], atol=3e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.step(more[:, 1:]).logits, logits[-1], atol=3e-4, rtol=1e-4)
+
+
+def pruned_logits(
+    model: Any, given: dict[str, Any], entering: Tensor, kept: dict[int, Tensor]
+) -> Tensor:
+    """Of the last token by transformers' own layers, where some visual tokens alone enter the
+    first, and at each layer of `kept` some of those: [vocabulary]."""
+    base, ids = model.model, given["input_ids"]
+    text, visual = base.language_model, given["mm_token_type_ids"][0].bool()
+    seen = base.get_image_features(given["pixel_values"], given["image_grid_thw"])
+    hidden = base.get_input_embeddings()(ids)
+    hidden[:, visual] = torch.cat(list(seen.pooler_output))
+    positions, _ = base.get_rope_index(ids, given["mm_token_type_ids"], given["image_grid_thw"])
+    for index, layer in enumerate(text.layers):
+        chosen = entering if index == 0 else kept.get(index + 1)
+        if chosen is not None:
+            stay = ~visual
+            stay[visual.nonzero()[chosen, 0]] = True
+            hidden, positions, visual = hidden[:, stay], positions[:, :, stay], visual[stay]
+        size = hidden.shape[1]
+        full = layer.block_type == "full_attention"
+        mask = torch.full((1, 1, size, size), float("-inf")).triu(1) if full else None
+        turned = text.rotary_emb(hidden, positions)
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=turned)
+    found: Tensor = model.lm_head(text.norm(hidden))[0, -1]
+    return found
+
+
+def test_a_dropped_token_never_enters_a_state(checkpoint: Path, theirs: Any) -> None:
+    """Tokens are dropped in the vision graph and behind layers 4, which has attention."""
+    adapter = open_model(str(checkpoint), size=SIZE)
+    plan, image = plan_from_counts(64, (40,) * 4 + (9,) * 2), drawn_image(250, 262)
+    prompt = Processor(adapter)(image, QUESTION)
+    ours = Reference.build(adapter, make(PruneSpec("utp", 3)), plan)
+    step = ours.prefill(prompt)
+    layers = [stage.layer for stage in plan.in_decoder]
+    assert layers == [5]
+    kept = dict(zip(layers, step.kept, strict=True))
+    with torch.no_grad():
+        given = inputs(adapter, [image], prompt.pixels)
+        wanted = pruned_logits(theirs, given, ours.vision_kept, kept)
+    torch.testing.assert_close(step.logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pruned_bundle_answers_as_its_reference(checkpoint: Path, tmp_path: Path) -> None:
+    """And a second turn, on the same caches and states, and a fork of it."""
+    adapter, spec = open_model(str(checkpoint), size=SIZE), PruneSpec("utp", 2)
+    policy, plan = make(spec), plan_from_counts(64, (40,) * 4 + (9,) * 2)
+    prompts = [random_prompt(adapter.pixels, 256, seed) for seed in range(2)]
+    request = ExportRequest("qwen3_5", spec, plan, tmp_path / "b")
+    made = export(request, adapter, policy, Processor(adapter), prompts)
+    assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
+    reference = Reference.build(adapter, policy, plan)
+    prompt = Processor(adapter)(drawn_image(250, 262), QUESTION)
+    with Session.open(made.path) as session:
+        ends = session.manifest.text.eos_token_ids
+        for _ in range(2):  # the second dialogue begins anew, in the memory of the first
+            answer = session.ask(drawn_image(250, 262), QUESTION, Sampling(max_new_tokens=8))
+            said = reference.generate(prompt, 8, lambda token: token in ends)
+            assert list(answer.ids) == said
+        later = session.engine.prompter.next_turn("how many ?")
+        step = reference.step(torch.from_numpy(later))
+        again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
+        assert again.ids == (int(step.logits.argmax()),)
+
+
+@torch.no_grad()
+def test_the_last_tokens_resume_as_they_were(checkpoint: Path) -> None:
+    """A layer in windows makes its states anew of the tokens before."""
+    adapter = open_model(str(checkpoint), size=SIZE)
+    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+    engine = Layerwise(adapter, make(PruneSpec("none")), plan)
+    prompt = Processor(adapter)(drawn_image(250, 262), QUESTION)
+
+    def step(index: int, flow: Flow) -> Flow:
+        done = engine.advance(index, flow)
+        again = engine.resumed(index, flow.hidden[:, -3:], flow, done.cache)
+        torch.testing.assert_close(again, done.flow.hidden[:, -3:], atol=1e-5, rtol=1e-5)
+        return done.flow
+
+    list(engine.layers(engine.keep(one.flow for one in engine.start([prompt])), step).drain())
