@@ -3,11 +3,18 @@
     python -m benchmarks.encoder_accuracy --questions 2000 -o out/encoder \
         --json benchmarks/results/encoder-accuracy.json
 
-Two tables. With the dense decoder: right answers of each way to shorten the encoder, and the angle
-that calibration measured, with Spearman's correlation of the two. With UTP, calibrated and solved
-for each encoder: the product as it would ship. Differences are to the dense encoder under the same
-decoder, on the same questions, with 95% intervals of paired differences. Bundles are deleted once
-asked; a second run asks only what is missing in --output.
+With the dense decoder: right answers of each way to shorten the encoder, and the angle that
+calibration measured, with Spearman's correlation of the two.
+
+    python -m benchmarks.encoder_accuracy --joint --questions 2000 -o out/encoder \
+        --json benchmarks/results/encoder-joint.json
+
+Encoder and decoder chosen together, as `--method auto` does it: for as many operations as
+`--method utp --cr 4` takes with the dense encoder, end to end with the demo's mean number of text
+tokens, and for half of them.
+
+Differences are to the first row, on the same questions, with 95% intervals of paired differences.
+Bundles are deleted once asked; a second run asks only what is missing in --output.
 """
 
 from __future__ import annotations
@@ -15,18 +22,26 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from edgeprune.bundle import Bundle
+from edgeprune import cost
+from edgeprune.bundle import Bundle, Manifest
+from edgeprune.calib.planning import Settled, Work, methods_of, settle, survey
+from edgeprune.calib.samples import demo_samples
+from edgeprune.calib.ttft import Operations
 from edgeprune.compare.answers import EvalRequest
 from edgeprune.compare.questions import Questions
-from edgeprune.encoder_methods import DENSE
+from edgeprune.encoder_methods import AUTO, DENSE
+from edgeprune.errors import SpecError
 from edgeprune.files import write_whole
 from edgeprune.intervals import difference
+from edgeprune.models import open_model
+from edgeprune.models._processor import Processor
 from edgeprune.recipe import Recipe, make
 from edgeprune.spec import PruneSpec
 from edgeprune.tables import plain
@@ -44,11 +59,11 @@ ALONE = tuple(
         *((3, keep, "") for keep in (0.5, 0.25)),
     )
 )
-JOINT = tuple(
-    (f"exit:at={at}:keep={keep}:{ANY}", "utp", cr)
-    for cr in (4.0, 2.0)
-    for at, keep in ((0, 0.5), (0, 0.35), (2, 0.5), (2, 0.35))
-)
+BUDGETS = 1.0, 0.5
+"""Of the operations of UTP at CR 4 with the dense encoder."""
+BASE = PruneSpec("utp", 4.0)
+MEASURED = 100
+"""Samples of which the mean number of text tokens is taken."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class Result:
     r2: float | None
     angle: float | None
     marks: str
+    operations: float | None = None  # billions to the first token; None: not counted
 
     @property
     def right(self) -> float:
@@ -69,20 +85,68 @@ class Result:
         return 100 * self.marks.count("1") / len(self.marks)
 
 
-def measured(encoder: str, method: str, cr: float, questions: int, folder: Path) -> Result:
-    """Export, ask and delete a bundle, unless that was done before."""
-    name = f"{encoder}-{method}-{cr:g}-{questions}".replace(":", "-").replace("=", "")
-    stored = folder / f"{name}.json"
-    if stored.is_file():
-        return Result(**json.loads(stored.read_text()))
-    path = folder / f"{name}.bundle"
-    made = make(Recipe(PruneSpec(method, cr), path, encoder=encoder, parity=0))
-    marks = EvalRequest(Questions(questions)).ask(made.path).marks
-    record = Bundle.open(made.path, verify=False).manifest.encoder
-    shutil.rmtree(made.path)
-    found = Result(encoder, method, cr, record.share, record.r2, record.angle, marks)
-    write_whole(stored, json.dumps(asdict(found)).encode())
-    return found
+@dataclass(frozen=True)
+class Runs:
+    """Where results are kept, and how many questions each bundle is asked."""
+
+    folder: Path
+    questions: int
+
+    def measured(self, name: str, export: Callable[[Path], object], text: int = 0) -> Result:
+        """Export, ask and delete a bundle, unless that was done before; with `text` tokens its
+        operations are counted."""
+        name = f"{name}-{self.questions}".replace(":", "-").replace("=", "")
+        stored = self.folder / f"{name}.json"
+        if stored.is_file():
+            return Result(**json.loads(stored.read_text()))
+        path = self.folder / f"{name}.bundle"
+        export(path)
+        marks = EvalRequest(Questions(self.questions)).ask(path).marks
+        manifest = Bundle.open(path, verify=False).manifest
+        shutil.rmtree(path)
+        record, prune = manifest.encoder, manifest.prune
+        counted = operations(manifest, text) if text else None
+        about = record.method, prune.method, prune.cr_reached, record.share
+        found = Result(*about, record.r2, record.angle, marks, counted)
+        write_whole(stored, json.dumps(asdict(found)).encode())
+        return found
+
+    def alone(self, encoder: str) -> Result:
+        """One encoder under the dense decoder."""
+        spec = PruneSpec("none")
+
+        def export(path: Path) -> None:
+            make(Recipe(spec, path, encoder=encoder, parity=0))
+
+        return self.measured(f"{encoder}-none-1", export)
+
+    def chosen_for(self, budget: float, text: int) -> Result:
+        """What is chosen for so many billion operations, with `text` text tokens."""
+
+        def export(path: Path) -> None:
+            recipe = Recipe(BASE, path, encoder=AUTO, parity=0)
+            make(recipe, choose=partial(chosen, budget=budget, text=text))
+
+        return self.measured(f"joint-{budget:.4f}-{text}", export, text)
+
+
+def chosen(work: Work, budget: float, text: int) -> Settled:
+    """Encoder and schedule that take at most `budget` billion operations."""
+    costs = Operations(work.adapter, text)
+    found = survey(work, costs, methods_of(AUTO, work.adapter))
+    return settle(work, costs, found, budget)
+
+
+def operations(manifest: Manifest, text: int) -> float:
+    """Billions of operations to the first token, with `text` text tokens."""
+    prefill = cost.prefill_operations(manifest.decoder, manifest.prune.counts, text)
+    return (manifest.encoder.operations + prefill) / 1e9
+
+
+def text_tokens() -> int:
+    """The mean number of text tokens of the demo's prompts."""
+    prompts = [one.prompt for one in demo_samples(Processor(open_model("demo")), MEASURED)]
+    return round(sum(p.prefix_ids.numel() + p.text_ids.numel() for p in prompts) / len(prompts))
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
@@ -95,20 +159,22 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
 
 
-def table(results: Sequence[Result], bases: Sequence[Result]) -> str:
-    """One row a bundle, its difference to the dense encoder's in points."""
-    head = "encoder", "decoder", "enc", "R2", "angle", "right", "difference"
+def table(results: Sequence[Result]) -> str:
+    """One row a bundle, its difference to the first in points."""
+    first = results[0]
+    head = "encoder", "decoder", "enc", "R2", "angle", "operations", "right", "difference"
     rows: list[tuple[str, ...]] = [head]
     for one in results:
-        base = next(b for b in bases if (b.method, b.cr) == (one.method, one.cr))
-        gain, half = difference(one.marks, base.marks)
+        gain, half = difference(one.marks, first.marks)
+        share = one.operations / first.operations if one.operations and first.operations else None
         rows.append(
             (
                 one.encoder.removesuffix(f":{ANY}"),
-                f"{one.method} {one.cr:g}",
+                f"{one.method} {one.cr:.4g}",
                 f"{one.share:.2f}",
                 "-" if one.r2 is None else f"{one.r2:.3f}",
                 "-" if one.angle is None else f"{one.angle:.3f}",
+                "-" if share is None else f"{share:.3f}",
                 f"{one.right:.1f}",
                 f"{100 * gain:+.1f} +- {100 * half:.1f}",
             )
@@ -116,32 +182,50 @@ def table(results: Sequence[Result], bases: Sequence[Result]) -> str:
     return plain(rows)
 
 
+def encoders(runs: Runs) -> dict[str, object]:
+    """Each encoder under the dense decoder, printed."""
+    results = [runs.alone(encoder) for encoder in (DENSE, *ALONE)]
+    print(table(results))
+    lost = [results[0].right - one.right for one in results[1:]]
+    relation = spearman([one.angle or 0.0 for one in results[1:]], lost)
+    print(f"Spearman of angle and points lost, {len(lost)} encoders: {relation:.2f}")
+    return {"spearman": relation, "results": [asdict(one) for one in results]}
+
+
+def joint(runs: Runs) -> dict[str, object]:
+    """UTP at CR 4, and what is chosen for its operations and for half of them, printed."""
+    text, refused = text_tokens(), list[str]()
+
+    def base(path: Path) -> None:
+        make(Recipe(BASE, path, parity=0))
+
+    results = [runs.measured(f"base-{text}", base, text)]
+    for share in BUDGETS:
+        assert results[0].operations is not None  # it was asked with `text`
+        try:
+            results.append(runs.chosen_for(share * results[0].operations, text))
+        except SpecError as error:
+            refused.append(f"{share:g} of the operations: {error}")
+    print(table(results))
+    print(f"operations with {text} text tokens: {results[0].operations:.4g} billion in the first row")
+    for line in refused:
+        print(line)
+    return {"text": text, "refused": refused, "results": [asdict(one) for one in results]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a shorter encoder loses on the demo.")
     parser.add_argument("--questions", type=int, default=2000)
-    parser.add_argument("--joint", action="store_true", help="with UTP too (minutes a bundle)")
+    parser.add_argument(
+        "--joint", action="store_true", help="encoder and decoder together, in place of encoders"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("out/encoder"))
     parser.add_argument("--json", type=Path, help="all results as JSON")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-
-    def run(encoder: str, method: str, cr: float) -> Result:
-        return measured(encoder, method, cr, args.questions, args.output)
-
-    dense = run(DENSE, "none", 1.0)
-    alone = [run(encoder, "none", 1.0) for encoder in ALONE]
-    print(table([dense, *alone], [dense]))
-    lost = [dense.right - one.right for one in alone]
-    relation = spearman([one.angle or 0.0 for one in alone], lost)
-    print(f"Spearman of angle and points lost, {len(alone)} encoders: {relation:.2f}")
-    joint, bases = list[Result](), list[Result]()
-    if args.joint:
-        bases = [run(DENSE, "utp", cr) for cr in dict.fromkeys(cr for _, _, cr in JOINT)]
-        joint = [run(*case) for case in JOINT]
-        print(table([*bases, *joint], bases))
+    found = (joint if args.joint else encoders)(Runs(args.output, args.questions))
     if args.json:
-        found = [asdict(one) for one in (dense, *alone, *bases, *joint)]
-        write_whole(args.json, json.dumps({"spearman": relation, "results": found}).encode())
+        write_whole(args.json, json.dumps(found).encode())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ exports. Calibration and export know nothing of each other: they meet here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -153,10 +153,16 @@ class Recipe:
         return Path("out") / f"{name}-{spec.method}{ratio}{encoder}{seeded}"
 
 
-def make(recipe: Recipe, report: Progress = silent, tell: Tell = quiet) -> Exported:
+def make(
+    recipe: Recipe,
+    report: Progress = silent,
+    tell: Tell = quiet,
+    choose: Callable[[Work], Settled] | None = None,
+) -> Exported:
     """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be.
 
-    `tell` is told of the folder by which a calibration that was killed goes on.
+    `tell` is told of the folder by which a calibration that was killed goes on. `choose` chooses
+    encoder and counts of a joint recipe; None: by the recipe's own budget.
     """
     spec, policy = recipe.spec, policies.make(recipe.spec)
     recipe.execution.require()
@@ -191,7 +197,8 @@ def make(recipe: Recipe, report: Progress = silent, tell: Tell = quiet) -> Expor
     calibration, settled = _calibration(recipe), None
     schedules: list[Schedule | None]
     if recipe.joint:
-        settled = _settled(recipe, Work(calibration, adapter, policy, processor, report))
+        work = Work(calibration, adapter, policy, processor, report)
+        settled = choose(work) if choose else _settled(recipe, work)
         adapter, schedules = settled.adapter, [settled.schedule]
         spec = replace(spec, cr=settled.schedule.cr)
         recipe, asked = replace(recipe, spec=spec), [spec]
