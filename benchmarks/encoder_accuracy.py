@@ -23,7 +23,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,16 @@ ALONE = tuple(
         *((3, keep, "") for keep in (0.5, 0.25)),
     )
 )
+DROPS = tuple(
+    (f"drop:at={at}:keep={keep}:{ANY}", positions)
+    for at, keep, positions in (
+        *((0, keep, "renumber") for keep in (0.7, 0.5, 0.35)),
+        (1, 0.5, "renumber"),
+        *((2, keep, "renumber") for keep in (0.7, 0.5, 0.35, 0.25)),
+        *((at, keep, "keep") for at in (0, 2) for keep in (0.7, 0.5, 0.35)),
+    )
+)
+"""Encoders, and where the tokens that are left stand."""
 BUDGETS = 1.0, 0.5
 """Of the operations of UTP at CR 4 with the dense encoder."""
 BASE = PruneSpec("utp", 4.0)
@@ -111,14 +121,16 @@ class Runs:
         write_whole(stored, json.dumps(asdict(found)).encode())
         return found
 
-    def alone(self, encoder: str) -> Result:
+    def alone(self, encoder: str, positions: str = "auto") -> Result:
         """One encoder under the dense decoder."""
-        spec = PruneSpec("none")
+        spec = PruneSpec("none", options={"positions": positions})
+        where = "" if positions == "auto" else f"-{positions}"
 
         def export(path: Path) -> None:
             make(Recipe(spec, path, encoder=encoder, parity=0))
 
-        return self.measured(f"{encoder}-none-1", export)
+        found = self.measured(f"{encoder}-none-1{where}", export)
+        return replace(found, encoder=f"{found.encoder}{where}")
 
     def chosen_for(self, budget: float, text: int) -> Result:
         """What is chosen for so many billion operations, with `text` text tokens."""
@@ -169,7 +181,7 @@ def table(results: Sequence[Result]) -> str:
         share = one.operations / first.operations if one.operations and first.operations else None
         rows.append(
             (
-                one.encoder.removesuffix(f":{ANY}"),
+                one.encoder.replace(":limit=3.0", ""),
                 f"{one.method} {one.cr:.4g}",
                 f"{one.share:.2f}",
                 "-" if one.r2 is None else f"{one.r2:.3f}",
@@ -184,12 +196,15 @@ def table(results: Sequence[Result]) -> str:
 
 def encoders(runs: Runs) -> dict[str, object]:
     """Each encoder under the dense decoder, printed."""
-    results = [runs.alone(encoder) for encoder in (DENSE, *ALONE)]
-    print(table(results))
-    lost = [results[0].right - one.right for one in results[1:]]
-    relation = spearman([one.angle or 0.0 for one in results[1:]], lost)
-    print(f"Spearman of angle and points lost, {len(lost)} encoders: {relation:.2f}")
-    return {"spearman": relation, "results": [asdict(one) for one in results]}
+    dense, relations = runs.alone(DENSE), dict[str, float]()
+    exits = [runs.alone(encoder) for encoder in ALONE]
+    drops = [runs.alone(encoder, positions) for encoder, positions in DROPS]
+    print(table([dense, *exits, *drops]))
+    for kind, found in (("exits", exits), ("drops", drops), ("all", [*exits, *drops])):
+        lost = [dense.right - one.right for one in found]
+        relations[kind] = spearman([one.angle or 0.0 for one in found], lost)
+        print(f"Spearman of angle and points lost, {kind}, {len(lost)}: {relations[kind]:.2f}")
+    return {"spearman": relations, "results": [asdict(one) for one in (dense, *exits, *drops)]}
 
 
 def joint(runs: Runs) -> dict[str, object]:
@@ -207,7 +222,9 @@ def joint(runs: Runs) -> dict[str, object]:
         except SpecError as error:
             refused.append(f"{share:g} of the operations: {error}")
     print(table(results))
-    print(f"operations with {text} text tokens: {results[0].operations:.4g} billion in the first row")
+    print(
+        f"operations with {text} text tokens: {results[0].operations:.4g} billion in the first row"
+    )
     for line in refused:
         print(line)
     return {"text": text, "refused": refused, "results": [asdict(one) for one in results]}

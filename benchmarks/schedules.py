@@ -24,11 +24,12 @@ def planned(policy: Policy, shape: ModelShape, cr: float, counts: tuple[int, ...
     """
     if policy.entry_tokens(shape, cr) is None:
         return policy.plan(shape, cr)
-    visual, layers, first = shape.visual_tokens, shape.layers, policy.entry_tokens(shape, cr)
+    visual, layers, first = shape.encoded, shape.layers, policy.entry_tokens(shape, cr)
+    ratio = shape.ratio_behind(cr)
     if shape.convolutions and not counts:
         ends = [n for n in range(1, layers) if n not in shape.convolutions][:MOST_DROPS]
-        counts = falling(first or visual, layers, tuple(ends), budget(visual, layers, cr))
-    counts = counts or declining(visual, layers, cr)
+        counts = falling(first or visual, layers, tuple(ends), budget(visual, layers, ratio))
+    counts = counts or declining(visual, layers, ratio)
     return policy.plan(shape, cr, MadeUp(counts))
 
 

@@ -20,7 +20,6 @@ from edgeprune.calib.samples import Sample, check_image_dir, demo_samples, user_
 from edgeprune.calib.schedule import Evidence, Schedule, read_schedule, solve
 from edgeprune.calib.solvers import _problem as solvers
 from edgeprune.calib.solvers._problem import Goal
-from edgeprune.encoder_methods import EncoderMethod
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.files import write_whole
 from edgeprune.models import Adapter
@@ -124,7 +123,7 @@ def calibrate(
     report("solve schedule", 0, 1)
     schedule = solve(
         evidence,
-        cr=request.cr,
+        cr=adapter.shape.ratio_behind(request.cr),
         first=first,
         solver=request.solver,  # type: ignore[arg-type]
         max_sites=request.max_sites,
@@ -228,9 +227,12 @@ def evidence_key(request: CalibrationRequest, adapter: Adapter, policy: Policy) 
     )
 
 
-def encoder_key(request: CalibrationRequest, adapter: Adapter, method: EncoderMethod) -> str:
-    """Names what was measured of a method of the encoder likewise."""
-    return _key(request, adapter, f"encoder {ENCODER}", str(method))
+def encoder_key(request: CalibrationRequest, adapter: Adapter, policy: Policy) -> str:
+    """Names what was measured of the model's encoder likewise; where it drops tokens, positions of
+    the others are the policy's."""
+    site, shape = adapter.vision_config.site, adapter.shape
+    positions = f"{policy.unpruned(shape).stages}" if shape.after_encoder else ""
+    return _key(request, adapter, f"encoder {ENCODER}", f"{site and site.method}{positions}")
 
 
 def _key(request: CalibrationRequest, adapter: Adapter, *what: str) -> str:

@@ -30,7 +30,6 @@ from edgeprune.models._processor import Prompt
 from edgeprune.models._rounding import NAMES, WIDER
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import LayerSignals, Segments
-from edgeprune.spec import Plan
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,14 @@ def collect(
     activations: Activations | None = None,
     work: WorkFolder | None = None,
 ) -> Evidence:
-    """Run the dense model over samples: attention [S, L, V], loss [S, L], [CLS] scores [S, V].
+    """Run the model over samples, nothing pruned behind its encoder: attention [S, L, V], loss
+    [S, L], [CLS] scores [S, V], with V the visual tokens that the encoder gives.
 
     It computes where and in which dtype the adapter says; scores and angles are float32 always.
     ModelError where a number is not finite. Where `work` says so, it goes on at a finished layer.
     `report` is told how often a sample went through a layer, and how often it will.
     """
-    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
+    plan = policy.unpruned(adapter.shape)
     dtype, run = adapter.execution.dtype, adapter.execution.run
     engine = Layerwise(adapter, policy, plan, report, dtype=dtype, activations=activations)
     ids, entry = list[str](), list[np.ndarray]()
@@ -98,7 +98,7 @@ def collect(
             return _finite(found, adapter, f"decoder layer {index}")
         if index:
             return attention[index - 1][len(attention[index])]  # of the same sample
-        return np.full(plan.visual_tokens, 1 / plan.visual_tokens, np.float32)  # drops nothing
+        return np.full(plan.entering, 1 / plan.entering, np.float32)  # drops nothing
 
     def step(index: int, run: Run) -> Run:
         text = run.text
@@ -127,7 +127,7 @@ def _begun(engine: Layerwise, started: Started) -> Run:
     return Run(
         flow=started.flow,
         text=started.flow.hidden.new_empty(0, prefix + text, decoder.config.width),
-        slots=torch.cat([before, after + decoder.plan.visual_tokens]),
+        slots=torch.cat([before, after + decoder.plan.entering]),
         rows=decoder.rows(positions, positions[-1:])[None],
     )
 

@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,54 +28,65 @@ from edgeprune.models._memory import check_memory, layerwise_bytes
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
-from edgeprune.spec import plan_from_counts
 
 Step = Callable[[int, int], None]
 MOST = 32
 """Samples at most on which the loss is measured: each is a prefill of the whole decoder."""
 
 
-def place_site(text: str, adapter: Adapter, policy: Policy, cr: float) -> SiteConfig | None:
-    """What --encoder asks for; SpecError, before anything slow, where it or the decoder's method
-    cannot do that in this model. None: the dense encoder."""
+def placed(text: str, adapter: Adapter) -> Adapter:
+    """The model with what --encoder asks for, whose map is not fitted; SpecError where that has no
+    place in it."""
     method = make(text)
-    if method is None:
-        return None
-    site, shape = adapter.encoder_site(method), adapter.shape
+    return adapter if method is None else adapter.with_encoder(adapter.encoder_site(method))
+
+
+def check_method(adapter: Adapter, policy: Policy, cr: float) -> None:
+    """SpecError, before anything slow, where the decoder's method cannot go with the model's
+    encoder."""
+    shape, site = adapter.shape, adapter.vision_config.site
     first = policy.entry_tokens(shape, cr)
-    if first is None:
-        plan = policy.plan(shape, cr)
-    else:
-        plan = plan_from_counts(shape.visual_tokens, (first,) * shape.layers)
+    plan = policy.plan(shape, cr, None if first is None else _Level((first,) * shape.layers))
     with torch.device("meta"):
-        vision = adapter.with_encoder(adapter.unfitted(site)).vision(policy, plan)
+        adapter = adapter.with_encoder(adapter.unfitted(site) if site else None)
+        adapter.decoder(policy, plan)
+        vision = adapter.vision(policy, plan)
         compute_buffers(vision, torch.float32)
         vision.eval()(torch.empty(adapter.pixels))
-    return site
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Counts that no calibration gave."""
+
+    counts: tuple[int, ...]
 
 
 def measure_site(
     request: CalibrationRequest,
     adapter: Adapter,
     processor: Processor,
+    policy: Policy,
     site: SiteConfig,
     report: Progress = silent,
 ) -> SiteConfig:
-    """The site with its map and its loss."""
-    return measure_sites(request, adapter, processor, [site], report)[0]
+    """The site with its map and its loss, under a decoder whose policy says where tokens stand."""
+    return measure_sites(request, adapter, processor, policy, [site], report)[0]
 
 
 def measure_sites(
     request: CalibrationRequest,
     adapter: Adapter,
     processor: Processor,
+    policy: Policy,
     sites: Sequence[SiteConfig],
     report: Progress = silent,
 ) -> list[SiteConfig]:
     """Several sites by themselves; what the dense model says of the samples is measured once."""
     found, prompts, dense = list[SiteConfig](), list[Prompt](), None
     for number, site in enumerate(sites, 1):
-        stored = request.folder / f"{encoder_key(request, adapter, site.method)}-encoder.npz"
+        key = encoder_key(request, adapter.with_encoder(site), policy)
+        stored = request.folder / f"{key}-encoder.npz"
         measured = _load(stored, site)
         if measured is None:
             if dense is None:
@@ -85,7 +96,7 @@ def measure_sites(
                 step = _step(report, "features, dense encoder")
                 dense = features(adapter.with_encoder(None), prompts[:MOST], step)
             title = f"encoder {number} of {len(sites)}" if len(sites) > 1 else "encoder"
-            measured = _measured(adapter, site, prompts, dense, _step(report, title))
+            measured = _measured(adapter, policy, site, prompts, dense, _step(report, title))
             _save(stored, measured)
         found.append(measured)
     return found
@@ -102,14 +113,19 @@ def check_limit(site: SiteConfig) -> None:
 
 
 def _measured(
-    adapter: Adapter, site: SiteConfig, prompts: Sequence[Prompt], dense: Tensor, step: Step
+    adapter: Adapter,
+    policy: Policy,
+    site: SiteConfig,
+    prompts: Sequence[Prompt],
+    dense: Tensor,
+    step: Step,
 ) -> SiteConfig:
     """A site with its map and its loss; `dense` are the features of the first prompts."""
     r2 = None
     if site.method.rejoins:
         exit_map, r2 = fit(adapter, site, prompts, step)
         site = replace(site, exit_map=exit_map)
-    ours = features(adapter.with_encoder(site), prompts[: len(dense)], step)
+    ours = features(adapter.with_encoder(site), prompts[: len(dense)], step, policy)
     return replace(site, loss=SiteLoss(len(dense), r2, angle(ours, dense)))
 
 

@@ -16,8 +16,8 @@ from edgeprune.models import Adapter
 from edgeprune.models._decoder import Flow
 from edgeprune.models._layerwise import Layerwise
 from edgeprune.models._processor import Prompt
-from edgeprune.policies import make
-from edgeprune.spec import Plan, PruneSpec
+from edgeprune.policies import Policy, make
+from edgeprune.spec import PruneSpec
 
 
 @torch.no_grad()
@@ -25,10 +25,13 @@ def features(
     adapter: Adapter,
     prompts: Iterable[Prompt],
     report: Callable[[int, int], None] = lambda done, total: None,
+    policy: Policy | None = None,
 ) -> Tensor:
-    """The output feature of each prompt, no visual token pruned: float32 [samples, width]."""
-    plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
-    engine = Layerwise(adapter, make(PruneSpec("none")), plan, report)
+    """The output feature of each prompt, nothing pruned behind the encoder: float32
+    [samples, width]. Where the encoder drops tokens, `policy` says where the others stand."""
+    dense = make(PruneSpec("none"))
+    plan = (policy or dense).unpruned(adapter.shape)
+    engine = Layerwise(adapter, dense, plan, report)
 
     def step(index: int, flow: Flow) -> Flow:
         return engine.advance(index, flow).flow

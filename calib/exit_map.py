@@ -113,7 +113,7 @@ def fit(
         lambda done, total: report(done, total * blocks // (blocks + plan.layers)),
     )
     tower, leaves = engine.vision.encoder, EncoderSite(site, TorchOps())
-    tower.looked_at = site.at - 1
+    tower.looked_at = (site.at - 1,)
 
     run = engine.execution.run
 

@@ -64,10 +64,16 @@ class Settled:
 
 
 def methods_of(text: str, adapter: Adapter) -> list[EncoderMethod]:
-    """The menu that --encoder names: `auto` is some exits, one method itself, `dense` nothing."""
+    """The menu that --encoder names: `auto` is some exits, one method itself, `dense` nothing;
+    SpecError where it drops tokens, so that counts would have to be weighed anew with it."""
     if text == AUTO:
         return menu(adapter)
     method = make(text)
+    if method is not None and not method.rejoins:
+        raise SpecError(
+            f"--encoder {method} changes how many visual tokens there are to prune, which a budget"
+            " does not weigh; give --cr in its place, or choose exit"
+        )
     return [] if method is None else [method]
 
 
@@ -86,7 +92,8 @@ def survey(work: Work, costs: Costs, methods: Sequence[EncoderMethod]) -> list[P
         )
     evidence = evidence_of(work.request, work.adapter, work.policy, work.processor, work.report)
     placed = [work.adapter.encoder_site(method) for method in methods]
-    measured = measure_sites(work.request, work.adapter, work.processor, placed, work.report)
+    given = work.request, work.adapter, work.processor, work.policy
+    measured = measure_sites(*given, placed, work.report)
     sites = [site for site in measured if site.within_limit]
     tokens = shape.visual_tokens
     problem = Problem.pose(evidence.attention, evidence.loss, None, tokens, tokens * shape.layers)

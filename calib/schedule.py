@@ -155,7 +155,8 @@ class Schedule:
 
 
 def read_schedule(file: Path, shape: ModelShape, cr: float) -> Schedule:
-    """A stored schedule, if it was made for this model's sizes and this compression ratio."""
+    """A stored schedule, if it was made for this model's sizes and this compression ratio; behind
+    an encoder that drops tokens, for those that it gives and their ratio."""
     try:
         schedule = Schedule.from_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -163,10 +164,11 @@ def read_schedule(file: Path, shape: ModelShape, cr: float) -> Schedule:
     except ScheduleError as error:
         raise ScheduleError(f"{file}: {error}") from error
     made = (schedule.visual_tokens, len(schedule.counts), schedule.cr)
-    if made != (shape.visual_tokens, shape.layers, cr):
+    ours = (shape.encoded, shape.layers, shape.ratio_behind(cr))
+    if made != ours:
         raise ScheduleError(
             f"{file} was made for {made[0]} visual tokens, {made[1]} layers and CR {made[2]:g};"
-            f" this is {shape.visual_tokens}, {shape.layers} and CR {cr:g}: calibrate for these"
+            f" this is {ours[0]}, {ours[1]} and CR {ours[2]:g}: calibrate for these"
         )
     return schedule
 

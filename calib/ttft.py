@@ -25,7 +25,8 @@ from edgeprune.calib.solvers.timed import Times, frontier
 from edgeprune.encoder_methods import EncoderMethod
 from edgeprune.errors import SpecError
 from edgeprune.models import Adapter
-from edgeprune.models._encoder_site import SiteConfig, encoder_operations
+from edgeprune.models._encoder_operations import encoder_operations
+from edgeprune.models._encoder_site import SiteConfig
 from edgeprune.timing import Profile
 
 PER_LAYER = 512

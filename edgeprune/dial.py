@@ -15,7 +15,7 @@ from edgeprune.spec import Plan, Stage
 MOST = 16
 """Ratios of one bundle."""
 
-_ORDER = ("block", "vision", "input", "layer")
+_ORDER = ("encoder", "block", "vision", "input", "layer")
 
 
 def check_ratios(ratios: Sequence[float]) -> None:

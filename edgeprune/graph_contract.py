@@ -113,7 +113,7 @@ def _vision(manifest: Manifest) -> tuple[Ends, Ends]:
 
 def _encoded(manifest: Manifest) -> int | str:
     """How many visual tokens the vision graph gives; open where it takes the counts."""
-    counted = manifest.ratios and manifest.prune.plan.before_decoder()
+    counted = manifest.ratios and manifest.prune.plan.behind_encoder()
     return "visual" if counted else manifest.prune.encoded
 
 

@@ -12,7 +12,7 @@ from edgeprune import encoder_methods, policies
 from edgeprune.bundle import ChoiceRecord, TimingRecord
 from edgeprune.calib import awq, gptq, sensitivity, smoothing
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate, samples_of
-from edgeprune.calib.encoder import check_limit, measure_site, place_site
+from edgeprune.calib.encoder import check_limit, check_method, measure_site, placed
 from edgeprune.calib.planning import Settled, Work, within_operations, within_time
 from edgeprune.calib.resuming import Tell, beside, quiet
 from edgeprune.calib.samples import (
@@ -57,6 +57,9 @@ from edgeprune.weight_format import AUTO, GPTQ
 
 MOST_TUNING = 32
 """Samples at most that say how large the inputs of products are: each has hundreds of tokens."""
+
+DENSE_METHOD = "none"
+"""The method that prunes nothing: its ratio is what the encoder leaves."""
 
 MOST_MEASURED = 4
 """Samples at most on which each group of products is measured: each costs a layer of a prefill."""
@@ -176,18 +179,20 @@ def make(
         frames=recipe.frames,
         tokenizer=recipe.tokenizer,
     ).with_execution(recipe.execution)
+    if not recipe.joint:
+        adapter = placed(recipe.encoder, adapter)
     asked = [replace(spec, cr=cr) for cr in recipe.ratios] or [spec]
-    if spec.exact:
+    if spec.exact or (spec.method == DENSE_METHOD and spec.cr == 1):
         spec = with_reached_ratio(spec, policy, adapter.shape)
         recipe = replace(recipe, spec=spec)
         asked = [spec]
-    site = None
+    site = adapter.vision_config.site
     for one in asked:
         check_reach(one, adapter.shape)
-        if not recipe.joint:
-            site = place_site(recipe.encoder, adapter, policy, one.cr)
+        if site is not None:
+            check_method(adapter, policy, one.cr)
     if site is not None:
-        check_topk(f"--encoder {site.method}", site.units.count, recipe.target)
+        check_topk(f"--encoder {site.method}", adapter.encoder_topk, recipe.target)
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.lowering, adapter)
     _check_keep(recipe, why)
@@ -204,7 +209,7 @@ def make(
         recipe, asked = replace(recipe, spec=spec), [spec]
     else:
         if site is not None:
-            site = measure_site(calibration, adapter, processor, site, report)
+            site = measure_site(calibration, adapter, processor, policy, site, report)
             check_limit(site)
             adapter = adapter.with_encoder(site)
         schedules = [
@@ -265,8 +270,9 @@ def _settings(
 
 
 def with_reached_ratio(spec: PruneSpec, policy: Policy, shape: ModelShape) -> PruneSpec:
-    """The spec of given counts with the ratio that they reach; SpecError where another is asked."""
-    reached = policy.plan(shape, spec.cr).cr
+    """The spec of given counts, or of nothing pruned behind the encoder, with the ratio that is
+    reached; SpecError where another is asked."""
+    reached = policy.plan(shape, max(spec.cr, shape.least_ratio)).cr
     if spec.cr != 1 and abs(spec.cr / reached - 1) > 0.01:
         raise SpecError(
             f"--set counts={spec.options['counts']} reaches CR {reached:.4g}, --cr asks for"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgeprune.errors import SpecError
 from edgeprune.records import Amount, Few
 
-Site = Literal["block", "vision", "input", "layer"]
+Site = Literal["encoder", "block", "vision", "input", "layer"]
 Positions = Literal["keep", "renumber"]
 
 AUTO = "auto"
@@ -101,6 +101,40 @@ class ModelShape:
     kernel: int = 0  # tokens that these read; 0 where there are none
     linear: LinearAttention | None = None  # behind these convolutions; None: they stand alone
     output_gate: bool = False  # whether what attention gives is gated
+    after_encoder: int = 0  # visual tokens that the encoder gives where --encoder lets patches go
+    # for good; 0: all V
+
+    @property
+    def encoded(self) -> int:
+        """Visual tokens that the encoder gives."""
+        return self.after_encoder or self.visual_tokens
+
+    @property
+    def least_ratio(self) -> float:
+        """The CR where nothing is pruned behind the encoder."""
+        return self.visual_tokens / self.encoded
+
+    def behind_encoder(self) -> ModelShape:
+        """The same with the tokens that the encoder gives as all V, in no raster where some left:
+        what a method behind it has to choose from."""
+        if not self.after_encoder:
+            return self
+        grid = 1, self.after_encoder
+        return replace(self, visual_tokens=self.after_encoder, grid=grid, after_encoder=0)
+
+    def ratio_behind(self, cr: float) -> float:
+        """The ratio of what the encoder gives that makes `cr` of all V; SpecError where fewer are
+        left than that allows."""
+        if not self.after_encoder:
+            return cr
+        found = cr / self.least_ratio
+        if found < 1 - 1e-3:
+            raise SpecError(
+                f"--cr {cr:g}: --encoder leaves {self.encoded} of {self.visual_tokens} visual"
+                f" tokens, which is CR {self.least_ratio:.4g} already; ask for that or more, or"
+                " choose a larger keep"
+            )
+        return 1.0 if found < 1 + 1e-3 else found
 
     def attending(self, layer: int) -> int:
         """The layer behind which a method that looks at attention drops tokens, where it would do
@@ -208,6 +242,11 @@ class Plan:
     def before_decoder(self) -> tuple[Stage, ...]:
         """The stages in the vision graph."""
         return tuple(s for s in self.stages if s.layer == 1 and not s.in_decoder)
+
+    def behind_encoder(self) -> tuple[Stage, ...]:
+        """Those of them that choose among what the encoder gives, so that their sizes may be an
+        input."""
+        return tuple(stage for stage in self.before_decoder() if stage.site != "encoder")
 
     def with_text(self) -> Stage | None:
         """The stage before layer 1 that looks at the text, if there is one."""

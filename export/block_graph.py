@@ -20,7 +20,7 @@ class Block(nn.Module):
 
     def __init__(self, vision: Vision) -> None:
         super().__init__()
-        self.number, self.tower = vision.encoder.looked_at, [vision.encoder]  # no submodule
+        self.number, self.tower = vision.encoder.looked_at[-1], [vision.encoder]  # no submodule
         blocks = nn.ModuleDict({str(self.number): vision.encoder.blocks[self.number]})
         self.encoder = nn.Module()
         self.encoder.blocks = blocks

@@ -38,7 +38,7 @@ from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import GraphRecord
 from edgeprune.lowering import TARGETS, Lowering, resolve
 from edgeprune.models import Adapter
-from edgeprune.models._encoder_site import Blocks, encoder_operations
+from edgeprune.models._encoder_operations import Blocks, encoder_operations
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -155,7 +155,7 @@ def export(
     preflight(request.output, request.lowering, adapter)
     check_topk(f"method {request.spec.method}", policy.largest_topk(request.traced), request.target)
     if (site := adapter.vision_config.site) is not None:
-        check_topk(f"--encoder {site.method}", site.units.count, request.target)
+        check_topk(f"--encoder {site.method}", adapter.encoder_topk, request.target)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
     exact, adapter = adapter, _with_weights(request.lowering, adapter, request.tuning)

@@ -76,7 +76,7 @@ def vision_graph(module: Vision, shape: Sequence[int], dtype: torch.dtype, opset
     inputs = [End("pixels", "pixels")]
     outputs = [End("visual", "visual"), End("visual_indices", "visual_indices")]
     states = 1 + len(module.encoder.blocks)
-    if counted := module.plan.dialed and bool(module.plan.before_decoder()):
+    if counted := module.plan.dialed and bool(module.plan.behind_encoder()):
         args, shapes = (*args, torch.tensor(module.plan.counts)), (None, None)
         inputs.append(End("counts", "counts"))
     model = to_graph(module, args, shapes, inputs, outputs, opset, states=states)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,63 +19,29 @@ from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.encoder_methods._choices import SiteSignals, contrast, diverse
 from edgeprune.export.check import check_graph
-from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._encoder import Tower
 from edgeprune.models._encoder_site import EncoderSite, ExitMap, SiteConfig, Units
 from edgeprune.models._layers import compute_buffers
 from edgeprune.models._ops import TorchOps
-from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.models._processor import Processor
 from edgeprune.models._qwen_tower import Windows
 from edgeprune.policies import make
 from edgeprune.policies._select import max_min
 from edgeprune.spec import PruneSpec
-from edgeprune.tiling import Size
-from tests import families, glm, qwen
 from tests.conftest import Refused
+from tests.encoder_sites import DENSE, TOWERS, bundle, site_of
+from tests.essence import essence
 from tests.tiny import TINY
 
 EXIT = "exit:at=1:keep=0.5"
-DENSE = PruneSpec("none")
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint with three blocks in its tower, of which two are run."""
     return write(replace(TINY, vision_layers=3), tmp_path_factory.mktemp("deep") / "tiny")
-
-
-def site_of(adapter: Adapter, text: str, seed: int = 0) -> SiteConfig:
-    """A method's sizes, an exit's map made up."""
-    method = encoder_methods.make(text)
-    assert method is not None
-    site = adapter.encoder_site(method)
-    if not method.rejoins:
-        return site
-    plain = adapter.unfitted(site).exit_map
-    assert plain is not None
-    noise = torch.randn(plain.weight.shape, generator=torch.Generator().manual_seed(seed))
-    return replace(site, exit_map=ExitMap(plain.weight + 0.1 * noise, plain.bias + 0.1))
-
-
-def bundle(
-    adapter: Adapter,
-    text: str,
-    folder: Path,
-    spec: PruneSpec = DENSE,
-    *,
-    target: str = "cpu",
-    samples: int = 2,
-) -> Bundle:
-    """Exported with a shortened encoder; compared with the eager reference on the way."""
-    adapter, policy = adapter.with_encoder(site_of(adapter, text)), make(spec)
-    plan = planned(policy, adapter.shape, spec.cr)
-    why = "" if samples else "left out by a test"
-    request = ExportRequest("tiny", spec, plan, folder / "b", target, no_parity=why)
-    vocabulary = adapter.shape.vocabulary
-    prompts = [random_prompt(adapter.pixels, vocabulary, seed) for seed in range(samples)]
-    return Bundle.open(export(request, adapter, policy, Processor(adapter), prompts).path)
 
 
 @given(st.integers(2, 40), st.integers(1, 3), st.data())
@@ -184,48 +148,22 @@ class _All(encoder_methods.load("exit")):  # type: ignore[misc]
         return torch.ones(signals.hidden.shape[:2])
 
 
-TOWERS: dict[str, Callable[[Path], Adapter]] = {
-    "qwen2_5_vl": lambda folder: open_model(
-        str(qwen.windowed_checkpoint(folder)), size=Size(168, 84)
-    ),
-    "qwen3_vl": lambda folder: open_model(
-        str(qwen.stacked_checkpoint(folder)), size=Size(256, 256)
-    ),
-}
-
-
-def _saved(family: families.Family, folder: Path, **asked: Any) -> Adapter:
-    family.save(folder)
-    return open_model(str(folder), **asked)
-
-
-SLOW: dict[str, Callable[[Path], Adapter]] = {
-    "qwen2_vl": lambda folder: open_model(str(qwen.plain_checkpoint(folder)), frames=4),
-    "llava_next": lambda f: _saved(families.llava_next(), f, size=Size(60, 100), images=2),
-    "llava_onevision": lambda f: _saved(families.llava_onevision(), f, frames=4),
-    "llava_next_video": lambda f: _saved(families.llava_next_video(), f, frames=4),
-    "video_llava": lambda f: _saved(families.video_llava(), f, frames=4),
-    "internvl": lambda f: _saved(families.internvl(), f, size=Size(70, 150)),
-    "smolvlm": lambda f: _saved(families.smolvlm(), f),
-    "ministral3": lambda f: _saved(families.ministral3(), f, size=Size(112, 140)),
-    "glm46v": lambda f: open_model(str(glm.checkpoint(f)), size=Size(84, 168)),
-    "pixtral": lambda f: _saved(families.pixtral(), f, size=Size(84, 84)),
-}
-EACH = [*TOWERS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+ALWAYS = ("qwen2_5_vl", "qwen3_vl")
+EACH = essence(TOWERS, ALWAYS)
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_every_tower_equals_its_reference(name: str, tmp_path: Path) -> None:
-    adapter = (TOWERS | SLOW)[name](tmp_path / "tiny")
+    adapter = TOWERS[name](tmp_path / "tiny")
     texts = ("exit:at=0:keep=0.4", "exit:at=1:keep=0.3:step=2")
-    for text in texts[name == "qwen3_vl" :]:
+    for text in texts[name in ALWAYS :]:
         made = bundle(adapter, text, tmp_path).manifest
         assert (made.parity.samples, made.parity.ties) == (2, 0)
         assert 0 < made.encoder.kept < made.encoder.units
         assert made.encoder.operations < made.encoder.dense_operations
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", ALWAYS)
 def test_a_window_and_a_row_are_those_of_each_patch(name: str, tmp_path: Path) -> None:
     """Were all patches to go on, unit by unit: rotary rows, windows and middle blocks are right."""
     adapter = TOWERS[name](tmp_path / "tiny")
@@ -233,6 +171,24 @@ def test_a_window_and_a_row_are_those_of_each_patch(name: str, tmp_path: Path) -
     wanted = _features(adapter, pixels)
     site = replace(site_of(adapter, EXIT), method=_All(at=1, keep=0.5, by="diverse"))
     found = _features(adapter.with_encoder(site), pixels)
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["exit", "drop"])
+def test_windows_may_keep_different_numbers(kind: str, tmp_path: Path) -> None:
+    """Chosen among all of an image. Where all patches go on, the mask is the windows themselves."""
+    adapter = TOWERS["qwen2_5_vl"](tmp_path / "tiny")
+    text = f"{kind}:at=0:keep=0.4:windows=joint"
+    made = bundle(adapter, text, tmp_path).manifest
+    assert (made.parity.samples, made.parity.ties) == (2, 0)
+    assert made.encoder.kept == round(0.4 * made.encoder.units)
+    if kind == "drop":
+        return
+    pixels = torch.randn(adapter.pixels, generator=torch.Generator().manual_seed(0))
+    every = _All(at=0, keep=0.5, by="diverse", windows="joint")
+    site = replace(site_of(adapter, text), method=every)
+    wanted, found = (_features(a, pixels) for a in (adapter, adapter.with_encoder(site)))
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
@@ -286,6 +242,8 @@ REFUSED = [
     ("exit:keep=1.5", "above 0 and below 1"),
     ("exit:at=0:by=cls", "looks at a block that has been run"),
     ("exit:by=luck", "by is one of"),
+    ("exit:windows=all", "windows is each or joint"),
+    ("drop:windows=joint", "attends within several windows, which this one does not"),
     ("exit:when=1", "takes at=, keep="),
     ("exit:at=x", "takes a int"),
     ("leave:at=1", "choose one of: dense"),

@@ -31,7 +31,7 @@ REQUESTS = [
     ),
     (["--method", "uniform", "--cr", "17"], "this model has 16, so --cr is at most 16"),
     (["--cr", "1e9"], "this model has 16, so --cr is at most 16"),
-    (["--method", "none", "--cr", "4"], "--method none prunes nothing, so --cr is 1; got 4"),
+    (["--method", "none", "--cr", "4"], "--method none prunes nothing; leave out --cr"),
     (["--set", "color=red"], "method utp has no option 'color'; it has: agnostic_layers"),
     (["--set", "agnostic_layers=many"], "option agnostic_layers takes a int; got 'many'"),
     (["--set", "agnostic_layers"], "--set takes NAME=VALUE; got 'agnostic_layers'"),

@@ -22,8 +22,8 @@ from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.timing import Profile, read_profile
 from tests.conftest import Refused
+from tests.encoder_sites import site_of
 from tests.qwen import windowed_checkpoint
-from tests.test_encoder_site import site_of
 from tests.test_timing import PROFILE
 from tests.tiny import TINY
 

@@ -30,7 +30,7 @@ class Said:
     @classmethod
     def by(cls, manifest: Manifest, answer: Answer) -> Said:
         prune = manifest.prune
-        dense = prune.method == "none"
+        dense = prune.method == "none" and prune.cr_reached == 1
         label = "dense" if dense else f"{prune.method}, CR {prune.cr_reached:.2f}"
         if (encoder := manifest.encoder).kept < encoder.units:
             label += f", encoder {encoder.share:.2f}"

@@ -12,6 +12,8 @@ from edgeprune.encoder_methods._choices import CHOICES, SiteSignals
 from edgeprune.errors import SpecError
 
 AUTO = "auto"
+EACH, JOINT = "each", "joint"
+"""Windows of which each keeps the same share of its units, or whose units all compete."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class EncoderMethod:
 
     Patches that the model merges into one visual token are one unit: they go on, or leave,
     together. Every tile, image or span of frames has the same share, and where a tower attends
-    within windows every window.
+    within windows every window, unless these are chosen from together.
     """
 
     at: int = 0  # the block before which patches leave, counted from 0
@@ -30,6 +32,8 @@ class EncoderMethod:
     step: int = 8  # units that are chosen at a time, at most, where the choice is greedy
     limit: float = 0.13  # largest mean angle, in radians, between the decoder's last features with
     # the shortened encoder and with all of it; an export above it is refused
+    windows: str = EACH  # where attention is within windows: each keeps the same share, or joint: a
+    # share of all, wherever they are, and a mask says what is in one window
 
     summary: ClassVar[str] = ""
     rejoins: ClassVar[bool]
@@ -42,6 +46,8 @@ class EncoderMethod:
             raise SpecError(
                 f"--encoder {self}: keep is the share of patches that go on, above 0 and below 1"
             )
+        if self.windows not in (EACH, JOINT):
+            raise SpecError(f"--encoder {self}: windows is {EACH} or {JOINT}; got {self.windows!r}")
         if self.by not in (AUTO, *CHOICES):
             raise SpecError(
                 f"--encoder {self}: by is one of {', '.join((AUTO, *CHOICES))}; got {self.by!r}"

@@ -138,14 +138,34 @@ class Adapter(Family):
         """The sizes that a method has in this model; SpecError where it has no place there."""
         encoder, layout = self.vision_config.encoder, self.vision_config.layout
         method = method.settled(encoder.blocks, encoder.cls)
-        units = encoder.units(layout.merge if layout.pool == "join" else 1)
+        if not method.rejoins and (why := layout.why_whole):
+            raise SpecError(
+                f"--encoder {method} lets patches go for good, which this model and input do not"
+                f" allow: {why}; or choose exit, by which all come back"
+            )
+        apart = layout.pool != "join" and method.rejoins  # averaged or resized, later
+        units = encoder.units(1 if apart else layout.merge)
         site = SiteConfig(method, units)
+        if site.masked and sum(windows for windows, _ in units.runs) == 1:
+            raise SpecError(
+                f"--encoder {method}: windows=joint is for an encoder that attends within several"
+                " windows, which this one does not; leave it out"
+            )
         if site.kept_units == units.count:
             raise SpecError(
                 f"--encoder {method} keeps all of {units.count} patches or groups of patches;"
                 " choose a smaller keep"
             )
         return site
+
+    @property
+    def encoder_topk(self) -> int:
+        """Most patches, groups of them or tokens that the encoder's site puts in order at once."""
+        config = self.vision_config
+        if config.site is None:
+            return 0
+        among_fixed = config.after_encoder if config.layout.fixed else 0
+        return max(config.site.units.count, among_fixed)
 
     def unfitted(self, site: SiteConfig) -> SiteConfig:
         """A site whose exit gives what left as it was, for each state that is read."""
@@ -184,10 +204,26 @@ class Adapter(Family):
     def decoder(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Decoder:
         config = replace(
             self.decoder_config,
-            tile_of=self.vision_config.layout.group_of,
+            tile_of=self._tile_of(plan),
             head_apart=self.weights is not None and self.weights.head_apart,
         )
         return Decoder(config, policy, plan, ops)
+
+    def _tile_of(self, plan: Plan) -> tuple[int, ...]:
+        """The tile of each visual token that the vision graph gives, where the encoder is the last
+        that left some out; SpecError where a stage needs it and it depends on the image."""
+        layout, site = self.vision_config.layout, self.vision_config.site
+        if layout.tiles == 1 or not self.vision_config.after_encoder or site is None:
+            return layout.group_of
+        if layout.by_tile:
+            return layout.left_groups(site.kept_units)
+        if plan.with_text() is not None:
+            raise SpecError(
+                f"--encoder {site.method} leaves open which tile a visual token is of, since rows"
+                " of this model's tiles are read in turns, and the method chooses by text before"
+                " the first layer; choose exit, or a method that does not, such as fastv"
+            )
+        return ()
 
     def empty_modules(self) -> tuple[nn.Module, Decoder]:
         """Both modules without their weights, nothing pruned."""

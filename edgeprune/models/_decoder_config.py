@@ -74,7 +74,8 @@ class DecoderConfig:
     head_apart: bool = False  # the head is a product like others, quantised by itself
     mrope: MRope | None = None  # None: one position a token
     deepstack: int = 0  # first layers after each of which a row is added to every visual token
-    tile_of: tuple[int, ...] = ()  # of each of the V visual tokens, its tile; empty: there is one
+    tile_of: tuple[int, ...] = ()  # of each visual token that the encoder gives, its tile; empty:
+    # there is one
     rescaled: tuple[Rescale, ...] = ()  # the first that matches a parameter holds
     branch_eps: float | None = None  # of norms that do not read the residual stream; None: `eps`
     cap: float | None = None  # that logits are bent towards

@@ -121,7 +121,8 @@ class EncoderConfig:
 class Encoded:
     """What the last block says of a batch of tiles; S = 1 + N with [CLS] first, N without.
 
-    Queries and keys are of the last block in which all patches take part; None where there is none.
+    Queries and keys are of the last block in which all these patches take part; None where there is
+    none.
     """
 
     features: Tensor  # [tiles, N, width], its output for the patches; of several blocks, joined
@@ -133,6 +134,8 @@ class Encoded:
     resampled: bool = False  # whether each of the N tokens is a query that attends to patches
     states: tuple[Tensor, ...] = ()  # [tiles, S, width] before each block and after the last, where
     # the whole tower was run
+    units: Tensor | None = None  # int64 [tiles, K], the tokens of a tile that are left, rising,
+    # where others left for good; the N patches are theirs then, token by token
 
 
 @dataclass(frozen=True)
@@ -232,9 +235,9 @@ class Tower(nn.Module):
 
     blocks: nn.ModuleList
     site: EncoderSite | None
-    looked_at: int
-    """The block whose queries and keys policies look at: the last one with full attention in which
-    all patches take part; -1: there is none."""
+    looked_at: tuple[int, ...]
+    """Blocks whose queries and keys are looked at. By policies: the last one with full attention in
+    which all patches take part that the features are of. By a site: the one before it."""
 
     def enter(self, pixels: Tensor) -> Encoding:
         """Pixels [tiles, 3, H, W] as they enter the first block."""
@@ -256,7 +259,17 @@ class Tower(nn.Module):
     def split(self, seen: Encoding, site: EncoderSite) -> Encoding:
         """Without the patches that leave here."""
         kept, split = site.split(seen.hidden, seen.contrast)
-        return replace(seen, hidden=kept, contrast=None, split=split)
+        seen = replace(seen, hidden=kept, contrast=None, split=split)
+        return self.without_gone(seen, site, split) if site.drops else seen
+
+    def without_gone(self, seen: Encoding, site: EncoderSite, split: Split) -> Encoding:
+        """Without what earlier blocks say of patches that are gone for good."""
+        read = tuple(self.of_chosen(x, site, split) for x in seen.read)
+        return replace(seen, read=read, query=None, key=None)
+
+    def of_chosen(self, state: Tensor, site: EncoderSite, split: Split) -> Tensor:
+        """A hidden state of all patches as what went on has it."""
+        return site.of_chosen(state, split)
 
     def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
         """The block itself."""
@@ -274,7 +287,7 @@ class Tower(nn.Module):
 
     def whole(self, patches: Tensor, seen: Encoding) -> Tensor:
         """A hidden state that is read, with the patches that left: [tiles, n, width]."""
-        if seen.split is None or self.site is None or not self.site.config.method.rejoins:
+        if seen.split is None or self.site is None or self.site.drops:
             return patches
         return self.site.rejoin(patches, seen.split, seen.joined)
 
@@ -301,7 +314,7 @@ class Encoder(Tower):
         super().__init__()
         self.config = config
         self.site = EncoderSite(site, ops) if site else None
-        self.looked_at = (site.at if site else config.blocks) - 1
+        self.looked_at = looked_at(config.blocks, self.site)
         positions = config.side**2 + config.cls
         self.cls = nn.Parameter(torch.empty(config.width)) if config.cls else None
         patch, bias = config.patch, config.patch_bias
@@ -340,12 +353,18 @@ class Encoder(Tower):
             attention = _cls_attention(seen)
         kept, split = site.split(seen.hidden[:, first:], seen.contrast, attention)
         hidden = torch.cat([seen.hidden[:, :first], kept], dim=1) if first else kept
-        return replace(seen, hidden=hidden, contrast=None, split=split)
+        seen = replace(seen, hidden=hidden, contrast=None, split=split)
+        return self.without_gone(seen, site, split) if site.drops else seen
+
+    def of_chosen(self, state: Tensor, site: EncoderSite, split: Split) -> Tensor:
+        first = int(self.cls is not None)
+        patches = site.of_chosen(state[:, first:], split)
+        return torch.cat([state[:, :first], patches], dim=1) if first else patches
 
     def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
         choose = self._choose_in(number, policy)
         x, query, key, groups = self.blocks[number](seen.hidden, seen.groups, choose)
-        if number != self.looked_at:
+        if number not in self.looked_at:
             query, key = seen.query, seen.key
         seen = replace(seen, hidden=x, query=query, key=key, groups=groups)
         if number + 1 not in self.config.joined:
@@ -363,7 +382,10 @@ class Encoder(Tower):
         else:
             features = self.whole(x[:, first:], seen)
         indices = None if seen.groups is None else seen.groups.indices[first:] - first
-        return Encoded(features, cls, seen.query, seen.key, indices)
+        units = None
+        if seen.split is not None and self.site is not None and self.site.drops:
+            units, _ = self.site.left_tokens(seen.split)  # they stand in that order
+        return Encoded(features, cls, seen.query, seen.key, indices, units=units)
 
     def alone(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
         found: Tensor = self.blocks[number](hidden, None, lambda key: None)[0]
@@ -390,6 +412,14 @@ class Encoder(Tower):
             return lambda key: None
         blocks, patches = len(self.blocks), self.config.side**2
         return lambda key: policy(BlockSignals(key, block, blocks, patches, self.config.cls))
+
+
+def looked_at(blocks: int, site: EncoderSite | None) -> tuple[int, ...]:
+    """Of a tower whose every block has full attention: `Tower.looked_at`."""
+    if site is None:
+        return (blocks - 1,)
+    before = site.config.at - 1
+    return (before, blocks - 1) if site.drops else (before,)
 
 
 def _cls_attention(seen: Encoding) -> Tensor:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from edgeprune import cost
 from edgeprune.encoder_methods import EncoderMethod
 from edgeprune.encoder_methods._choices import CHOICES, SiteSignals, contrast
+from edgeprune.encoder_methods._method import JOINT
 from edgeprune.models._layers import Part, WithBuffers, common
 from edgeprune.models._ops import TorchOps, cast
 
@@ -57,6 +56,12 @@ class Units:
     def area(self) -> int:
         """Patches of a unit."""
         return len(self.members[0])
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of each unit."""
+        sizes = [size for windows, size in self.runs for _ in range(windows)]
+        return tuple(number for number, size in enumerate(sizes) for _ in range(size))
 
     @cached_property
     def patches(self) -> tuple[int, ...]:
@@ -111,10 +116,20 @@ class SiteConfig:
         """Whether it was measured to lose no more than its method allows."""
         return self.loss is not None and self.loss.angle <= self.method.limit
 
+    @property
+    def masked(self) -> bool:
+        """Whether units of all windows compete, so that windows have different numbers of them."""
+        return self.method.windows == JOINT
+
+    @property
+    def groups(self) -> Runs:
+        """What units compete in, as (groups, units of each)."""
+        return ((1, self.units.count),) if self.masked else self.units.runs
+
     @cached_property
     def kept(self) -> Runs:
-        """Windows and how many units of each go on."""
-        return tuple((windows, self.method.kept(units)) for windows, units in self.units.runs)
+        """Groups and how many units of each go on."""
+        return tuple((groups, self.method.kept(units)) for groups, units in self.groups)
 
     @property
     def kept_units(self) -> int:
@@ -166,6 +181,11 @@ class EncoderSite(nn.Module):
         self.map = Map(config.exit_map, ops) if config.exit_map is not None else None
 
     @property
+    def drops(self) -> bool:
+        """Whether what leaves is gone for good."""
+        return not self.config.method.rejoins
+
+    @property
     def looks_at_pixels(self) -> bool:
         return CHOICES[self.config.method.by].pixels
 
@@ -194,7 +214,7 @@ class EncoderSite(nn.Module):
         means = grouped.float().mean(2) if units.area > 1 else grouped[:, :, 0]
         given = None if attention is None else self._grouped(attention[..., None]).mean((2, 3))
         chosen, gone, start = list[Tensor](), list[Tensor](), 0
-        for (windows, size), (_, keep) in zip(units.runs, self.config.kept, strict=True):
+        for (windows, size), (_, keep) in zip(self.config.groups, self.config.kept, strict=True):
             end = start + windows * size
 
             def groups(x: Tensor, start: int = start, end: int = end, size: int = size) -> Tensor:
@@ -214,8 +234,8 @@ class EncoderSite(nn.Module):
             start = end
         on, off = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (chosen, gone))
         flat = grouped.flatten(2)  # [tiles, U, area * width]
-        kept = _taken(flat, on).reshape(tiles, -1, width)
-        left = _taken(flat, off).reshape(tiles, -1, width)
+        kept = taken(flat, on).reshape(tiles, -1, width)
+        left = taken(flat, off).reshape(tiles, -1, width)
         mapped = () if self.map is None else tuple(self.map(left).split(width, dim=-1))
         return kept, Split(on, off, left, mapped)
 
@@ -227,7 +247,31 @@ class EncoderSite(nn.Module):
         order = _ascending(torch.cat([split.chosen, split.gone], 1))  # [tiles, U]: where each is
         unit, slot = (torch.tensor(x, device=order.device) for x in zip(*units.places, strict=True))
         indices = order.index_select(1, unit) * units.area + slot
-        return _taken(torch.cat(common(False, kept, split.mapped[state]), 1), indices)
+        return taken(torch.cat(common(False, kept, split.mapped[state]), 1), indices)
+
+    def of_chosen(self, x: Tensor, split: Split) -> Tensor:
+        """Another state of all patches as what went on has it: [tiles, P, width] ->
+        [tiles, K * area, width]."""
+        return taken(self._grouped(x).flatten(2), split.chosen).reshape(x.shape[0], -1, x.shape[2])
+
+    def left_tokens(self, split: Split) -> tuple[Tensor, Tensor | None]:
+        """Which of a tile's tokens are left, rising: int64 [tiles, K]; and, where their states
+        stand in another order, the rows that put these into it: int64 [tiles, K * area]."""
+        units = self.config.units
+        if list(units.tokens) == list(range(units.count)):
+            return split.chosen, None
+        tokens = torch.tensor(units.tokens, device=split.chosen.device)
+        tokens = tokens.index_select(0, split.chosen.flatten()).view(split.chosen.shape)
+        rising = torch.topk(tokens, tokens.shape[1], dim=-1, largest=False)
+        slots = torch.arange(units.area, device=tokens.device)
+        return rising.values, (rising.indices[:, :, None] * units.area + slots).flatten(1)
+
+    def mask(self, split: Split) -> Tensor:
+        """Which patches that went on are in one window: bool [tiles, 1, K * area, K * area]."""
+        numbers = torch.tensor(self.config.units.windows, device=split.chosen.device)
+        own = numbers.index_select(0, split.chosen.flatten()).view(split.chosen.shape)
+        own = own.repeat_interleave(self.config.units.area, dim=1)
+        return (own[:, :, None] == own[:, None, :])[:, None]
 
     def rows(self, units: Tensor) -> Tensor:
         """The sequence's index of each patch of units: int64 [tiles, k] -> [tiles, k * area]."""
@@ -254,9 +298,12 @@ def _ascending(indices: Tensor) -> Tensor:
     return torch.topk(indices, indices.shape[1], dim=-1, largest=False).indices
 
 
-def _taken(x: Tensor, indices: Tensor) -> Tensor:
+def taken(x: Tensor, indices: Tensor) -> Tensor:
     """Rows of each tile by its own indices, in one gather: [tiles, n, width], [tiles, k] ->
-    [tiles, k, width]."""
+    [tiles, k, width]; of several heads [tiles, heads, n, head] -> [tiles, heads, k, head]."""
+    if x.dim() == 4:
+        beside = taken(x.transpose(1, 2).flatten(2), indices)  # heads side by side
+        return beside.view(*beside.shape[:2], x.shape[1], x.shape[3]).transpose(1, 2)
     tiles, count, width = x.shape
     if tiles == 1:
         return x.index_select(1, indices[0])
@@ -270,33 +317,3 @@ def _chosen(x: Tensor, order: Sequence[int], dim: int) -> Tensor:
     if list(order) == list(range(x.shape[dim])):
         return x
     return x.index_select(dim, torch.tensor(order, device=x.device))
-
-
-class Blocks(Protocol):
-    """What counting needs of an encoder's description."""
-
-    @property
-    def blocks(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def mlp_width(self) -> int: ...
-    @property
-    def products(self) -> int: ...
-    @property
-    def inputs(self) -> int: ...
-    def windows(self, block: int, site: SiteConfig | None = None) -> Runs: ...
-    def states_after(self, at: int) -> int: ...
-
-
-def encoder_operations(encoder: Blocks, patches: int, site: SiteConfig | None = None) -> int:
-    """Operations of the encoder for one tile: patch embedding, blocks and an exit's map."""
-    width = encoder.width
-    total = 2 * patches * encoder.inputs * width
-    for block in range(encoder.blocks):
-        windows = encoder.windows(block, site)
-        total += cost.block_operations(width, encoder.mlp_width, windows, encoder.products)
-    if site is not None and site.method.rejoins:
-        left = (site.units.count - site.kept_units) * site.units.area
-        total += 2 * left * width * width * encoder.states_after(site.at)
-    return total

@@ -216,6 +216,7 @@ class Family(ABC):
             kernel=decoder.kernel,
             linear=decoder.linear,
             output_gate=any(layer.output_gate for layer in decoder.layers),
+            after_encoder=self.vision_config.after_encoder,
         )
 
     @property

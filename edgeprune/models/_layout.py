@@ -114,6 +114,25 @@ class Layout:
         )
 
     @property
+    def by_tile(self) -> bool:
+        """Whether all tokens of a tile are read before those of the next one."""
+        own = [source for source in self.order if source >= 0]
+        return own == sorted(own)
+
+    @property
+    def why_whole(self) -> str:
+        """Why every patch of a tile has to leave the encoder; empty where some need not."""
+        size, own = self.tiles * self.tile_grid[0] * self.tile_grid[1], len(self.from_tiles)
+        if self.late:
+            return "its visual tokens are resized from all patches of a frame"
+        if own < size:
+            return (
+                f"{size - own} of {size} tokens of its tiles are padding that is left out, so tiles"
+                " have different numbers; choose an --image-size that fills them"
+            )
+        return "" if self.by_tile or self.fixed else "its tiles are read in turns"
+
+    @property
     def late(self) -> bool:
         """Whether patches are projected before they are merged."""
         return self.pool == "resize"
@@ -162,6 +181,38 @@ class Layout:
         wide = values.flatten(2) if values.dim() > 2 else values[..., None]
         means = self._resized(wide) if self.late else self._grouped(wide).mean(2)
         return self._in_order(means).reshape(-1, *values.shape[2:])
+
+    def left_tokens(self, features: Tensor) -> Tensor:
+        """Tokens that are left of the tiles, tile after tile: [tiles, K * merge^2, width] ->
+        [1, tiles * K, ...], merged patches side by side or averaged."""
+        grouped = features.reshape(-1, self.merge**2, features.shape[-1])
+        return (grouped.flatten(1) if self.pool == "join" else grouped.mean(1))[None]
+
+    def left_means(self, values: Tensor) -> Tensor:
+        """The mean over the patches of each token that is left: [tiles, K * merge^2, ...] ->
+        [tiles * K, ...]."""
+        return values.reshape(-1, self.merge**2, *values.shape[2:]).mean(1)
+
+    def left_indices(self, units: Tensor) -> Tensor:
+        """Which of the C tile tokens in reading order are left, tile after tile: int64 [tiles, K]
+        of each tile -> int64 [tiles * K]."""
+        size = self.tile_grid[0] * self.tile_grid[1]
+        firsts = size * torch.arange(self.tiles, device=units.device)[:, None]
+        of_tiles = (units + firsts).flatten()
+        if self.by_tile:
+            return of_tiles
+        own = [source for source in self.order if source >= 0]
+        ranks = sorted(range(len(own)), key=own.__getitem__)
+        return torch.tensor(ranks, device=units.device).index_select(0, of_tiles)
+
+    def left_groups(self, count: int) -> tuple[int, ...]:
+        """`group_of` where `count` tokens of each tile are left; they are read tile by tile."""
+        seen, found = dict[int, int](), list[int]()
+        for source, group in zip(self.order, self.group_of, strict=True):
+            seen[group] = seen.get(group, 0) + (source >= 0)
+            if source < 0 or seen[group] <= count:
+                found.append(group)
+        return tuple(found)
 
     def among_all(self, values: Tensor, other: float) -> Tensor:
         """Values of the tile tokens with `other` at the fixed ones: [C] -> [V]."""

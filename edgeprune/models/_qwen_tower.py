@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.models._encoder import ACTIVATIONS, Encoded, Encoding, PolicyMerge, Tower
-from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Units
+from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Split, Units, taken
 from edgeprune.models._layers import (
     LayerNorm,
     Linear,
@@ -136,12 +136,18 @@ class TowerConfig:
         """Numbers of a patch."""
         return 3 * self.frames * self.patch**2
 
+    def attends_within(self, block: int) -> bool:
+        """Whether a block attends within windows."""
+        return bool(self.window) and block not in self.full
+
     def windows(self, block: int, site: SiteConfig | None = None) -> Runs:
-        """What attends to itself alone in a block, as (windows, patches of each)."""
+        """What attends to itself alone in a block, as (windows, patches of each); under a mask all
+        patches are one run, as they are computed."""
         left = site is not None and block >= site.at
         windows = site.kept_runs if site and left else self.all_windows.runs
-        whole = not self.window or block in self.full
-        return ((1, sum(n * size for n, size in windows)),) if whole else windows
+        if self.attends_within(block):
+            return windows
+        return ((1, sum(n * size for n, size in windows)),)
 
     def looks_everywhere(self, blocks: int) -> int:
         """The last of the first blocks with full attention, which policies look at; -1: none."""
@@ -197,11 +203,17 @@ class Block(nn.Module):
         self.residual = Sum()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, left: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        left: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [tiles, N, width], query and key of the last run [windows, heads, n, head].
 
-        `left` int64 [tiles, N] are the rows of the rotary tables of what is left, where some left.
+        `left` int64 [tiles, N] are the rows of the rotary tables of what is left, where some left;
+        `seen` bool [tiles, 1, N, N] which patches attend to which, where not all of a run do.
         """
         qkv, mixed, start = self.qkv(self.attention_norm(x)), list[Tensor](), 0
         for windows, patches in self.runs:
@@ -213,7 +225,7 @@ class Block(nn.Module):
             else:
                 rows = left if len(self.runs) == 1 else left[:, start:end]
                 rows = rows if windows == 1 else rows.reshape(-1, patches)
-            attended, query, key = self._attend(part, rows, cos, sin)
+            attended, query, key = self._attend(part, rows, cos, sin, seen)
             mixed.append(attended)
             start = end
         joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
@@ -221,7 +233,7 @@ class Block(nn.Module):
         return self.residual(x, self.mlp(self.mlp_norm(x))), query, key
 
     def _attend(
-        self, qkv: Tensor, rows: Tensor, cos: Tensor, sin: Tensor
+        self, qkv: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention within equal windows: [tiles, windows * n, 3 width] -> [tiles, .., width].
 
@@ -232,7 +244,10 @@ class Block(nn.Module):
         query, key, value = (split_heads(p.reshape(shape), heads) for p in qkv.chunk(3, dim=-1))
         query = ops.rotate(query, cos, sin, rows)
         key = ops.rotate(key, cos, sin, rows)
-        mixed = join_heads(self.scores(query, key, value))
+        bias = None
+        if seen is not None:
+            bias = cast(torch.where(seen, 0.0, torch.finfo(query.dtype).min), query.dtype)
+        mixed = join_heads(self.scores(query, key, value, bias))
         return mixed.reshape(tiles, -1, width), query, key
 
 
@@ -301,7 +316,8 @@ class QwenTower(Tower, WithBuffers):
         super().__init__()
         self.config = config
         self.site = EncoderSite(site, ops) if site else None
-        self.looked_at = config.looks_everywhere(site.at if site else config.blocks)
+        blocks = site.at if site is not None and site.method.rejoins else config.blocks
+        self.looked_at = (config.looks_everywhere(blocks),)
         self.patch = nn.Conv2d(
             3 * config.frames, config.width, config.patch, config.patch, bias=config.patch_bias
         )
@@ -349,11 +365,13 @@ class QwenTower(Tower, WithBuffers):
         return site.contrast(self._spans(pixels), self.config.patch)
 
     def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
-        left = None
+        left, window = None, None
         if seen.split is not None and self.site is not None:
             left = self.site.rows(seen.split.chosen)
-        x, query, key = self.blocks[number](seen.hidden, self.cos, self.sin, left)
-        if number != self.looked_at:
+            if self.site.config.masked and self.config.attends_within(number):
+                window = self.site.mask(seen.split)
+        x, query, key = self.blocks[number](seen.hidden, self.cos, self.sin, left, window)
+        if number not in self.looked_at:
             query, key = seen.query, seen.key
         seen = replace(seen, hidden=x, query=query, key=key)
         if number not in self.config.middle:
@@ -372,6 +390,8 @@ class QwenTower(Tower, WithBuffers):
     def leave(self, seen: Encoding) -> Encoded:
         x, query, key = self.whole(self.post_norm(seen.hidden), seen), seen.query, seen.key
         middle = seen.read
+        if seen.split is not None and self.site is not None and self.site.drops:
+            return self._left(x, seen, seen.split, self.site)
         if self.reorders:
             back = torch.tensor(self.config.all_windows.inverse())
             x = x.index_select(-2, back)
@@ -379,6 +399,17 @@ class QwenTower(Tower, WithBuffers):
             key = None if key is None else key.index_select(-2, back)
             middle = tuple(t.index_select(-2, back) for t in middle)
         return Encoded(x, None, query, key, middle=middle)
+
+    def _left(self, x: Tensor, seen: Encoding, split: Split, site: EncoderSite) -> Encoded:
+        """As `leave`, where patches left for good."""
+        units, rows = site.left_tokens(split)
+
+        def ordered(values: Tensor) -> Tensor:
+            return values if rows is None else taken(values, rows)
+
+        query, key = (None if t is None else ordered(t) for t in (seen.query, seen.key))
+        middle = tuple(map(ordered, seen.read))
+        return Encoded(ordered(x), None, query, key, units=units, middle=middle)
 
     def _spans(self, pixels: Tensor) -> Tensor:
         """Frames beside each other within each colour: [n, 3, H, W] -> [spans, 3 frames, H, W]."""

@@ -67,6 +67,13 @@ class VisionConfig:
     deepstack: tuple[ProjectorLike, ...] = ()  # of the middle blocks that are read
     site: SiteConfig | None = None  # where patches leave the encoder
 
+    @property
+    def after_encoder(self) -> int:
+        """Visual tokens that are left where patches leave for good; 0: they all are."""
+        if self.site is None or self.site.method.rejoins:
+            return 0
+        return self.layout.tiles * self.site.kept_units + len(self.layout.fixed)
+
 
 class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig, ops: TorchOps) -> None:
@@ -175,15 +182,15 @@ class Vision(nn.Module):
     @property
     def merge_in_encoder(self) -> PolicyMerge | None:
         """What merges tokens in the encoder's blocks, if anything does."""
-        stages = self.plan.before_decoder()
+        stages = self.plan.behind_encoder()
         if not stages or stages[0].site != "block":
             return None
         return partial(self.policy.merge_in_block, stage=stages[0])
 
     def select(self, seen: Encoded, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """From what the encoder gives to visual tokens and their indices."""
-        stages, layout = self.plan.before_decoder(), self.config.layout
-        fixed = len(layout.fixed)
+        stages, layout = self.plan.behind_encoder(), self.config.layout
+        fixed, entered = len(layout.fixed), self.config.after_encoder or layout.visual_tokens
         if stages and stages[0].site == "block":
             assert seen.indices is not None
             features, kept, merged = seen.features, seen.indices, stages[0].merged
@@ -192,10 +199,13 @@ class Vision(nn.Module):
             signals = self.signals(seen)
             features, middle, merged = signals.features, signals.middle, 0
             kept = torch.arange(features.shape[1], device=features.device)
+            if seen.units is not None:
+                kept = layout.left_indices(seen.units)
         for stage in (s for s in stages if s.site == "vision"):
-            stage = live_stage(stage, layout.visual_tokens, counts) if counts is not None else stage
+            stage = live_stage(stage, entered, counts) if counts is not None else stage
             chosen = self.policy.vision(signals, replace(stage, keep=stage.keep - fixed))
-            features, kept, merged = chosen.gather(features), chosen.indices, stage.merged
+            features, merged = chosen.gather(features), stage.merged
+            kept = self._chosen_of(kept, chosen.indices, seen)
             middle = tuple(map(chosen.gather, middle))
         visual = features if layout.late else self.projector(features)
         if middle:
@@ -216,6 +226,8 @@ class Vision(nn.Module):
         Where patches are resized after the projector, the features are projected.
         """
         layout = self.config.layout
+        if seen.units is not None:
+            return self._signals_left(seen, seen.units.shape[1])
         features = layout.tokens(self.projector(seen.features) if layout.late else seen.features)
         grid = (1, features.shape[1]) if layout.fixed else layout.grid
         return VisionSignals(
@@ -231,10 +243,43 @@ class Vision(nn.Module):
             resampled=seen.resampled,
         )
 
+    def _signals_left(self, seen: Encoded, count: int) -> VisionSignals:
+        """The same of the `count` tokens that are left of each tile, tile after tile."""
+        layout = self.config.layout
+        features = layout.left_tokens(seen.features)
+        tiles = range(layout.tiles if layout.tiles > 1 else 0)
+        return VisionSignals(
+            features,
+            seen.query,
+            seen.key,
+            (1, features.shape[1]),
+            seen.cls,
+            layout.left_means,
+            cls_stays=layout.cls,
+            tile_of=tuple(tile for tile in tiles for _ in range(count)),
+            middle=tuple(map(layout.left_tokens, seen.middle)),
+        )
+
+    def _chosen_of(self, alive: Tensor, chosen: Tensor, seen: Encoded) -> Tensor:
+        """Indices among the C tile tokens of those chosen of the n alive; n of these, and C of
+        those, stands for [CLS]."""
+        if seen.units is None:
+            return chosen  # all C were alive
+        cls = torch.tensor([len(self.config.layout.from_tiles)], device=alive.device)
+        return torch.cat([alive, cls]).index_select(0, chosen)
+
     def entry_scores(self, seen: Encoded) -> Tensor | None:
-        """The salience of each visual token, above all others at the fixed tokens: [V]; None where
-        no block of the encoder sees all patches."""
-        signals = self.signals(seen)
+        """The salience of each visual token that the encoder gives, in reading order, above all
+        others at the fixed tokens: [V], or fewer; None where no block of the encoder sees all
+        patches."""
+        signals, layout = self.signals(seen), self.config.layout
         if not signals.sees_attention:
             return None
-        return self.config.layout.among_all(signals.salience(), other=2.0)
+        scores = signals.salience()
+        if seen.units is None:
+            return layout.among_all(scores, other=2.0)
+        left = torch.tensor(layout.from_tiles, device=scores.device)
+        left = left.index_select(0, layout.left_indices(seen.units))
+        fixed = torch.tensor(layout.fixed, dtype=left.dtype, device=left.device)
+        order = torch.cat([left, fixed]).argsort()
+        return torch.cat([scores, scores.new_full(fixed.shape, 2.0)]).index_select(0, order)

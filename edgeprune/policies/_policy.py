@@ -107,7 +107,16 @@ class Policy:
     def plan(self, shape: ModelShape, cr: float, schedule: Counts | None = None) -> Plan:
         """Stages for a model and a compression ratio; SpecError where it cannot be reached."""
         looked_at = shape if self.looks_at_attention() else replace(shape, convolutions=())
-        plan = self.sizes(looked_at, cr, schedule)
+        left, ratio = looked_at.behind_encoder(), shape.ratio_behind(cr)
+        try:
+            plan = self.sizes(left, ratio, schedule)
+        except SpecError as error:
+            if left is looked_at:
+                raise
+            raise SpecError(
+                f"{error} (V and CR are those of the {left.visual_tokens} visual tokens that"
+                f" --encoder leaves; --cr {cr:g} is CR {ratio:.4g} of these)"
+            ) from error
         for stage in plan.stages:
             if stage.site == "layer" and stage.layer - 1 in looked_at.convolutions:
                 raise SpecError(
@@ -115,6 +124,17 @@ class Policy:
                     f" attention to look at; behind layer {shape.attending(stage.layer - 1)}"
                     " they may"
                 )
+        return self._placed(plan, shape)
+
+    def unpruned(self, shape: ModelShape) -> Plan:
+        """All tokens that the encoder gives enter every layer."""
+        return self._placed(Plan(shape.encoded, shape.layers), shape)
+
+    def _placed(self, plan: Plan, shape: ModelShape) -> Plan:
+        """A plan of what the encoder gives as one of all V, and where tokens stand."""
+        if shape.after_encoder:
+            first = Stage("encoder", shape.after_encoder)
+            plan = replace(plan, visual_tokens=shape.visual_tokens, stages=(first, *plan.stages))
         return with_positions(plan, self.positions, shape, self.renumbers)
 
     def looks_at_attention(self) -> bool:
@@ -139,7 +159,8 @@ class Policy:
 
     def largest_topk(self, plan: Plan) -> int:
         """How many tokens the method puts in order at once, at most; a target may have a limit."""
-        return max((stage.survivors for stage in plan.stages), default=0)
+        own = (stage.survivors for stage in plan.stages if stage.site != "encoder")
+        return max(own, default=0)
 
     def merge_in_block(self, signals: BlockSignals, stage: Stage) -> BlockMerge | None:
         """What an encoder block merges between attention and MLP, at a stage with site `block`;

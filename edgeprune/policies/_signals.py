@@ -133,8 +133,9 @@ class VisionSignals:
         if self.query is None or self.key is None:
             raise SpecError(
                 "this method looks at the attention of an encoder block that sees all patches, and"
-                " --encoder lets patches leave before there is one; choose a larger at=, or a"
-                " method that needs none, such as divprune or utp up to CR 4"
+                " --encoder lets patches leave before there is one, or for good behind the last;"
+                " choose another at=, or a method that needs none, such as divprune or utp up to"
+                " CR 4"
             )
         return self.query, self.key
 

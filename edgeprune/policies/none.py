@@ -16,7 +16,9 @@ class Policy(_policy.Policy):
 
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if cr != 1:
-            raise SpecError(f"--method none prunes nothing, so --cr is 1; got {cr:g}")
+            raise SpecError(
+                "--method none prunes nothing; leave out --cr, or choose another method"
+            )
         return Plan(shape.visual_tokens, shape.layers)
 
     def why_frozen(self) -> str:

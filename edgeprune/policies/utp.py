@@ -71,7 +71,9 @@ class Policy(_policy.Policy):
             raise SpecError("--set position=none is for query=last; choose one of the two")
 
     def entry_tokens(self, shape: ModelShape, cr: float) -> int | None:
-        return _entering(shape, cr) if self.utr else None
+        if not self.utr:
+            return None
+        return _entering(shape.behind_encoder(), shape.ratio_behind(cr))
 
     def sizes(self, shape: ModelShape, cr: float, schedule: _policy.Counts | None = None) -> Plan:
         if not self.utr:
