@@ -305,6 +305,7 @@ class WeightsRecord:
     numbers: Bytes  # weights that are quantised
     bits: Annotated[float, Between(0, 64)]  # of each of these, scales included
     error: Share  # of all of these: norm of what was changed, as a share of their norm
+    zero_points: Amount = 0  # products whose codes have zero points, or offsets for them
     kinds: dict[str, str] = field(default_factory=dict)  # of products that --weights auto chose for
     distance: DistanceRecord | None = None  # None: no sample was compared
     running: DistanceRecord | None = None

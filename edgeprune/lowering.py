@@ -50,7 +50,8 @@ class Target:
 
     @property
     def zero_points(self) -> bool:
-        """Whether quantised weights may have zero points; TensorRT refuses them."""
+        """Whether the operator of codes takes zero points; where TensorRT refuses them, offsets of
+        blocks stand for them."""
         return self.codes == "MatMulNBits"
 
 

@@ -98,7 +98,8 @@ def preflight(output: Path, lowering: Lowering, adapter: Adapter) -> None:
     """Refuse at once what would otherwise fail at the end of a calibration or an export."""
     check_target(output)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
-    need = adapter.weight_bytes(lowering.weights, lowering.dtype.bytes)
+    zero_points = lowering.target.zero_points
+    need = adapter.weight_bytes(lowering.weights, lowering.dtype.bytes, zero_points=zero_points)
     disk = shutil.disk_usage(parent)
     if need > disk.free and disk.total:  # some file systems count nothing
         raise ExportError(

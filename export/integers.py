@@ -16,7 +16,6 @@ inputs of a MatMul, which it fuses. Samples say what the scale is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgeprune.errors import ExportError
+from edgeprune.export.offsets import insert_behind
 from edgeprune.export.products import (
     CODES,
     MICROSOFT,
@@ -47,9 +47,9 @@ class ByToken(Dequantized):
         product: Product,
         form: Form,
         scales: ir.Value,
-        zeros: ir.Value | None,
+        shift: ir.Value | None,
     ) -> None:
-        assert zeros is None and product.cast is None, "codes are symmetric, the graph is fp32"
+        assert shift is None and product.cast is None, "codes are symmetric, the graph is fp32"
         matmul = product.matmul
         (x, _), name = matmul.inputs, matmul.name
         assert x is not None
@@ -77,9 +77,9 @@ class ByTensor(Dequantized):
         product: Product,
         form: Form,
         scales: ir.Value,
-        zeros: ir.Value | None,
+        shift: ir.Value | None,
     ) -> None:
-        super().rewire(model, product, form, scales, zeros)
+        super().rewire(model, product, form, scales, shift)
         x, weight = product.matmul.inputs[0], product.weight.name
         assert x is not None and x.dtype is not None and scales.dtype is not None
         if product.peak is None:
@@ -108,7 +108,7 @@ class ByTensor(Dequantized):
         for node, kind in ((codes, ir.TensorType(CODES[str(form)])), (floats, x.type)):
             node.outputs[0].name, node.outputs[0].shape = node.name, x.shape
             node.outputs[0].type = kind
-        _insert_behind(model, x, [codes, floats])
+        insert_behind(model, x, [codes, floats])
         return codes
 
 
@@ -143,16 +143,8 @@ def _rounded(model: ir.Model, x: ir.Value, name: str) -> tuple[ir.Value, ir.Valu
     for node in (size, units, codes):
         node.outputs[0].shape = x.shape
     codes.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
-    _insert_behind(model, x, made)
+    insert_behind(model, x, made)
     return codes.outputs[0], usable.outputs[0]
-
-
-def _insert_behind(model: ir.Model, x: ir.Value, made: Sequence[ir.Node]) -> None:
-    """Put nodes where a tensor is there and no user of it has come yet."""
-    if (producer := x.producer()) is not None:
-        model.graph.insert_after(producer, made)
-    else:
-        model.graph.insert_before(model.graph[0], made)
 
 
 def _constant(model: ir.Model, number: np.generic | NDArray[Any]) -> ir.Value:

@@ -4,6 +4,9 @@ There are two forms. `DequantizeLinear` in front of each MatMul is ONNX's own an
 engines: codes [K, N], scales [K / block, N], or [N] where an output has one. ONNX Runtime fuses the
 two, TensorRT too. `MatMulNBits` of com.microsoft is what ONNX Runtime fuses them to; a graph that
 has it at once opens faster and in half the memory.
+
+Codes of a checkpoint may have zero points: MatMulNBits takes them, the first form has a second
+product in their place (offsets.py).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgeprune.errors import ExportError
+from edgeprune.export.offsets import add_offsets
 from edgeprune.models._quantised import Strip
 from edgeprune.weight_format import BLOCKS, Form
 
@@ -38,7 +42,7 @@ class Packed:
     error: float  # sums of squares: of the difference from the checkpoint's weight
     power: float  # and of that weight
     own: bool  # whether the codes are the checkpoint's own
-    zeros: Codes | None = None  # zero points; None: all are the middle of the codes
+    shift: Codes | Scales | None = None  # zero points, or offsets of blocks; None: all are 0
 
 
 class ProductForm(ABC):
@@ -55,10 +59,10 @@ class ProductForm(ABC):
         product: Product,
         form: Form,
         scales: ir.Value,
-        zeros: ir.Value | None,
+        shift: ir.Value | None,
     ) -> None:
-        """Let a product read codes, which its weight's initializer holds now, scales and zero
-        points."""
+        """Let a product read codes, which its weight's initializer holds now, scales, and
+        zero points or offsets."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class Dequantized(ProductForm):
         inputs, outputs, four = product.inputs, product.outputs, form.bits == 4
         codes = np.empty((inputs, outputs // 2 if four else outputs), np.uint8)
         scales = np.empty((inputs // (form.block or inputs), outputs), np.float32)
+        offsets, moved = np.zeros_like(scales), False
         error, power, own = 0.0, 0.0, True
         for strip in strips:
             found = strip.weight.codes.view(torch.uint8).numpy()
@@ -114,10 +119,13 @@ class Dequantized(ProductForm):
             else:
                 codes[:, at] = found
             scales[:, at] = strip.weight.scales.numpy()
+            if strip.weight.offsets is not None:
+                offsets[:, at], moved = strip.weight.offsets.numpy(), True
             error, power, own = error + strip.error, power + strip.power, own and strip.own
         kind = CODES[str(form)]
         held = scales if form.block else scales[0]
-        return Packed(codes, kind, (inputs, outputs), held, error, power, own)
+        shift = offsets if moved else None
+        return Packed(codes, kind, (inputs, outputs), held, error, power, own, shift)
 
     def rewire(
         self,
@@ -125,9 +133,8 @@ class Dequantized(ProductForm):
         product: Product,
         form: Form,
         scales: ir.Value,
-        zeros: ir.Value | None,
+        shift: ir.Value | None,
     ) -> None:
-        assert zeros is None, "TensorRT takes no zero points"
         attributes = {"axis": 0, "block_size": form.block} if form.block else {"axis": 1}
         matmul, read = product.matmul, product.cast or product.matmul
         name = "/".join([*(matmul.name or "").split("/")[:-1], "dequantizelinear"])
@@ -138,6 +145,8 @@ class Dequantized(ProductForm):
         matmul.replace_input_with(1, node.outputs[0])
         if product.cast is not None:
             model.graph.remove(product.cast, safe=True)
+        if shift is not None:
+            add_offsets(model, matmul, shift)
 
 
 class Fused(ProductForm):
@@ -165,8 +174,8 @@ class Fused(ProductForm):
                 moved = True
             error, power, own = error + strip.error, power + strip.power, own and strip.own
         held = zeros[:, 0::2] | zeros[:, 1::2] << 4 if form.bits == 4 else zeros[:, :blocks]
-        read = np.ascontiguousarray(held, np.uint8) if moved else None
-        return Packed(codes, ir.DataType.UINT8, codes.shape, scales, error, power, own, read)
+        shift = np.ascontiguousarray(held, np.uint8) if moved else None
+        return Packed(codes, ir.DataType.UINT8, codes.shape, scales, error, power, own, shift)
 
     def rewire(
         self,
@@ -174,14 +183,14 @@ class Fused(ProductForm):
         product: Product,
         form: Form,
         scales: ir.Value,
-        zeros: ir.Value | None,
+        shift: ir.Value | None,
     ) -> None:
         matmul, weight = product.matmul, product.weight
         sizes = {"K": product.inputs, "N": product.outputs, "bits": form.bits}
         sizes["block_size"] = block_size(form, product.inputs)
         fused = ir.node(
             "MatMulNBits",
-            [matmul.inputs[0], weight, scales, *([] if zeros is None else [zeros])],
+            [matmul.inputs[0], weight, scales, *([] if shift is None else [shift])],
             {**sizes, "accuracy_level": LEVEL},
             domain=MICROSOFT,
             name=f"{matmul.name}nbits",

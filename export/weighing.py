@@ -34,6 +34,7 @@ def weights_record(
         tensors=dict(stored.tensors),
         packed=stored.packed,
         own=stored.own,
+        zero_points=stored.shifted,
         numbers=stored.numbers,
         bits=8 * stored.bytes / stored.numbers,
         kinds=dict(kinds),
@@ -59,7 +60,9 @@ def weights_notes(lowering: Lowering, stored: Stored, left: Sequence[str] = ()) 
         done = "keep their codes"
     else:
         done = f"are rounded anew, {anew} of them: not of the bits or blocks of --weights"
-        done += "" if lowering.target.zero_points else ", or with zero points"
+    if stored.shifted:
+        how = "" if lowering.target.zero_points else " in a second product of sums of blocks"
+        done += f"; {stored.shifted} have zero points{how}"
     return (f"the checkpoint's {stored.packed} quantised weights {done}",)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Stored:
     tensors: Counter[str] = field(default_factory=Counter)  # by kind: float, int8, int4
     packed: int = 0  # of these, those that the checkpoint stores in a quantised form
     own: int = 0  # and of these, those whose codes are the checkpoint's own
+    shifted: int = 0  # and of these, those whose codes have zero points
     numbers: int = 0  # of those that are quantised
     bytes: int = 0  # of these, scales too
     error: float = 0.0  # sums of squares: of what quantising changed
@@ -86,6 +88,7 @@ class WeightsFile:
             elif value.const_value is None or value.const_value.nbytes > INLINE:
                 raise ExportError(f"the traced graph has a large tensor of unknown origin: {name}")
             progress(done + 1, len(values))
+        self._place_large(model)
         if lost := sources.keys() - model.graph.initializers.keys():
             raise ExportError(f"the traced graph lost weights: {', '.join(sorted(lost))}")
 
@@ -108,18 +111,19 @@ class WeightsFile:
             packed = form.pack(product, source.form, strips)
             wide = dtype if product.cast is None else torch.float32
             scales = self._place(model, weight, packed, wide)
-            zeros = self._zeros(model, packed, f"{weight.name}/zero")
-            form.rewire(model, product, source.form, scales, zeros)
+            shift = self._shift(model, packed, weight.name or "", wide)
+            form.rewire(model, product, source.form, scales, shift)
         else:
-            users, zeros = gathers_of(weight), None
+            users, shift = gathers_of(weight), None
             packed = self.table.pack(source.shape, strips)
             scales = self._place(model, weight, packed, dtype)
             self.table.rewire(model, weight, users, scales)
-        held = [value.const_value for value in (weight, scales, zeros) if value is not None]
+        held = [value.const_value for value in (weight, scales, shift) if value is not None]
         stored = self.stored
         stored.tensors[str(source.form)] += 1
         stored.packed += adapter.is_packed(source)
         stored.own += packed.own
+        stored.shifted += shift is not None
         stored.numbers += math.prod(source.shape)
         stored.bytes += sum(tensor.nbytes for tensor in held if tensor is not None)
         stored.error, stored.power = stored.error + packed.error, stored.power + packed.power
@@ -137,16 +141,31 @@ class WeightsFile:
         model.graph.register_initializer(scales)
         return scales
 
-    def _zeros(self, model: ir.Model, packed: Packed, name: str) -> ir.Value | None:
-        """The zero points of a product's codes, where they have some."""
-        if packed.zeros is None:
+    def _shift(
+        self, model: ir.Model, packed: Packed, weight: str, dtype: torch.dtype
+    ) -> ir.Value | None:
+        """The zero points of a product's codes, or the offsets of its blocks; None: it has none."""
+        data = packed.shift
+        if data is None:
             return None
-        kind, data = ir.DataType.UINT8, packed.zeros
+        name = f"{weight}/{'zero' if data.dtype == np.uint8 else 'offset'}"
         value = ir.Value(name=name)
-        value.const_value = self._write(name, data.data, kind, data.shape)
-        value.shape, value.dtype = value.const_value.shape, kind
+        if data.dtype == np.uint8:
+            value.const_value = self._write(name, data.data, ir.DataType.UINT8, data.shape)
+        else:
+            value.const_value = self._append(name, torch.from_numpy(data).to(dtype))
+        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
         model.graph.register_initializer(value)
         return value
+
+    def _place_large(self, model: ir.Model) -> None:
+        """Write constants that were added beside weights, where they are too large for a graph."""
+        for value in model.graph.initializers.values():
+            held = value.const_value
+            if held is None or isinstance(held, ir.ExternalTensor) or held.nbytes <= INLINE:
+                continue
+            name, data = value.name or "", memoryview(held.tobytes())
+            value.const_value = self._write(name, data, held.dtype, held.shape.numpy())
 
     def _append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
         return self._append_rows(name, [tensor])

@@ -243,6 +243,7 @@ def _weights_lines(record: WeightsRecord) -> list[str]:
     """How weights are stored, and how far the model is from that of the checkpoint's weights."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(record.tensors.items()))
     own = f", {record.own} in the checkpoint's own codes" if record.own else ""
+    own += f", {record.zero_points} with zero points" if record.zero_points else ""
     lines = [
         f"weights {record.format}: products {kinds}{own}; {record.bits:.2f} bits each where"
         f" quantised, relative error {record.error:.2g} ({record.algorithm})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Self
@@ -83,8 +83,8 @@ class Adapter(Family):
         """The same checkpoint with weights in a format, whose scales a graph stores in a dtype.
 
         `tuning` is what samples say of them.
-        Codes that the checkpoint has may keep their zero points where `zero_points` says so; those
-        of products whose inputs are rounded are `largest` at most.
+        Codes that the checkpoint has keep their zero points where `zero_points` says so, elsewhere
+        offsets stand for these. Codes of products whose inputs are rounded are `largest` at most.
         """
         if wanted.is_float:
             return self
@@ -178,13 +178,27 @@ class Adapter(Family):
 
     def _as_stored(self, wanted: WeightFormat) -> WeightFormat:
         """The format with blocks that a quantised checkpoint has: its codes can be kept then."""
-        packed = self.checkpoint.packed
-        first = next(iter(packed.weights.values())).quantized() if packed else None
+        first = self._first_packed
         return wanted if first is None else wanted.within(first.block)
 
-    def weight_bytes(self, wanted: WeightFormat, element: int, kept: Collection[int] = BITS) -> int:
+    @cached_property
+    def _first_packed(self) -> QuantizedWeight | None:
+        """One of the checkpoint's weights in codes, which all are taken to be like."""
+        packed = self.checkpoint.packed
+        return next(iter(packed.weights.values())).quantized() if packed else None
+
+    def weight_bytes(
+        self,
+        wanted: WeightFormat,
+        element: int,
+        kept: Collection[int] = BITS,
+        *,
+        zero_points: bool = False,
+    ) -> int:
         """Bytes of all weights in a format, floats and scales of `element` bytes each; codes of
-        products of other bits than `kept` count as floats."""
+        products of other bits than `kept` count as floats. Where the checkpoint's codes have zero
+        points, `zero_points` says that graphs take them, not offsets."""
+        wanted = self._as_stored(wanted)
         modules, own = (self._padded(one).empty_modules() for one in (wanted, FLOAT))
         plan = plan_weights(wanted, *modules, torch.float32)
         changed = sum(
@@ -192,10 +206,29 @@ class Adapter(Family):
             for name, form in plan.forms.items()
             if form.bits in kept or name == EMBEDDING
         )
+        changed += sum(
+            math.prod(plan.sizes[name]) // block * (bits if zero_points else 8 * element) // 8
+            for name, bits, block in self._shifted(plan)
+            if bits in kept
+        )
         if plan.head_apart and self.decoder_config.tied:
             changed += self.shape.vocabulary * self.shape.width * element
         added = _numbers(*modules) - _numbers(*own)
         return (self.checkpoint.num_parameters() + added) * element + changed
+
+    def _shifted(self, plan: WeightPlan) -> Iterator[tuple[str, int, int]]:
+        """The parameters that keep codes with zero points, with their bits and blocks."""
+        first = self._first_packed
+        if first is None or first.zeros is None:
+            return
+        for module in self.empty_modules():
+            for name, source in self.sources(module).items():
+                form = plan.forms.get(name)
+                if form is None or form.bits != first.bits or form.activations:
+                    continue
+                block = form.block or plan.sizes[name][0]
+                if self.is_packed(source) and name != EMBEDDING and first.block % block == 0:
+                    yield name, form.bits, block
 
     def vision(self, policy: Policy, plan: Plan, ops: TorchOps | None = None) -> Vision:
         """Module: pixels -> (visual tokens [1, r_1, width], kept positions [r_1])."""
@@ -320,10 +353,24 @@ class Adapter(Family):
         does not fit the dtype."""
         if source.form is None:
             return self._read(source, dtype)
-        whole = torch.empty(source.shape[::-1], dtype=dtype)
-        for strip in self.strips(source):
-            whole[:, strip.outputs] = strip.weight.dequantised(dtype)
-        return whole if source.transposed else whole.t().contiguous()
+        found = ((strip.outputs, strip.weight) for strip in self.strips(source))
+        return _laid_out(source, dtype, found)
+
+    def terms(self, source: Source, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """What `read` gives but for the offsets of blocks, and these [K / block, N]; None where
+        the parameter has none."""
+        if source.form is None:
+            return self._read(source, dtype), None
+        offsets = list[Tensor]()
+
+        def codes() -> Iterator[tuple[slice, QuantizedWeight]]:
+            for strip in self.strips(source):
+                if strip.weight.offsets is not None:
+                    offsets.append(strip.weight.offsets)
+                yield strip.outputs, replace(strip.weight, offsets=None)
+
+        whole = _laid_out(source, dtype, codes())
+        return whole, torch.cat(offsets, 1).to(dtype) if offsets else None
 
     def rows(self, source: Source, dtype: torch.dtype) -> Iterator[Tensor]:
         """What `read` gives; of a large one that is stored as it is, an embedding, some rows at a
@@ -348,12 +395,12 @@ class Adapter(Family):
         assert source.form is not None and self.weights is not None
         outputs, inputs = source.shape
         form, scales = source.form, self.weights.scales
-        size, stored = form.block or inputs, self.quantized(source)
+        stored = self.quantized(source)
         largest = self.weights.largest if form.activations else form.largest
         anew = partial(
             quantize,
             bits=form.bits,
-            block=size,
+            block=form.block or inputs,
             dtype=scales,
             clip=self.weights.clip and form.bits == 4,
             importance=None if stored else source.importance,
@@ -362,10 +409,7 @@ class Adapter(Family):
         if form.float8:
             anew = partial(quantize_float8, dtype=scales)
         if stored is not None:
-            own = None
-            if not form.float8:
-                zero_points, asked = self.weights.zero_points, (form.bits, size, scales)
-                own = fitted(stored, *asked, zero_points=zero_points, largest=largest)
+            own = self._kept(source, stored, largest)
             for part in strips(inputs, outputs):
                 exact = stored.part(part).dequantised()
                 weight = own.part(part) if own else anew(exact)
@@ -373,6 +417,22 @@ class Adapter(Family):
             return
         for part, exact in self.floats(source):
             yield Strip.of(part, source.codes.part(part) if source.codes else anew(exact), exact)
+
+    def _kept(
+        self, source: Source, stored: QuantizedWeight, largest: int | None
+    ) -> QuantizedWeight | None:
+        """The checkpoint's codes as a graph takes them; None where it does not."""
+        form, plan = source.form, self.weights
+        assert form is not None and plan is not None
+        if form.float8:
+            return None
+        asked = form.bits, form.block or len(stored.codes), plan.scales
+        found = fitted(stored, *asked, largest=largest)
+        if found is None or found.zeros is None:
+            return found
+        if form.activations or not source.transposed:  # nodes of codes, and tables, have no such
+            return None
+        return found if plan.zero_points else found.with_offsets(plan.scales)
 
     def floats(self, source: Source) -> Iterator[tuple[slice, Tensor]]:
         """A product's weight in float32 before it is quantised, some outputs at a time: [K, n]."""
@@ -452,6 +512,16 @@ class Adapter(Family):
         for name, source in self.sources(module).items():
             parameters[name].data.copy_(self.read(source, dtype))
         return module.eval().requires_grad_(False)
+
+
+def _laid_out(
+    source: Source, dtype: torch.dtype, parts: Iterable[tuple[slice, QuantizedWeight]]
+) -> Tensor:
+    """A quantised parameter as a module wants it, from some of its outputs after others."""
+    whole = torch.empty(source.shape[::-1], dtype=dtype)
+    for outputs, weight in parts:
+        whole[:, outputs] = weight.dequantised(dtype)
+    return whole if source.transposed else whole.t().contiguous()
 
 
 PADDED = re.compile(r"encoder\.blocks\.\d+\.(mlp\.)?(up|gate|down)\.")

@@ -21,7 +21,13 @@ class Part(nn.Module):
 
 
 class Linear(Part):
-    """y = x W + b with W stored [in, out], as MatMul reads it: no transpose is left in a graph."""
+    """y = x W + b with W stored [in, out], as MatMul reads it: no transpose is left in a graph.
+
+    Where a quantised weight has offsets, W is its codes times scales, and each offset times the sum
+    of its block of x is added: two products, as graphs compute them (export/products.py).
+    """
+
+    offsets: Tensor | None = None  # [blocks of inputs, out]; loaded with the weight
 
     def __init__(self, inputs: int, outputs: int, ops: TorchOps, bias: bool = False) -> None:
         super().__init__()
@@ -37,7 +43,12 @@ class Linear(Part):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.dtype
         bias = None if self.bias is None else cast(self.bias, dtype)
-        return self.ops.linear(cast(x, dtype), cast(self.weight, dtype), bias)
+        x = cast(x, dtype)
+        product = self.ops.linear(x, cast(self.weight, dtype), bias)
+        if self.offsets is None:
+            return product
+        sums = x.unflatten(-1, (len(self.offsets), -1)).sum(-1)
+        return product + self.ops.linear(sums, cast(self.offsets, dtype))
 
 
 class Narrow(Linear):

@@ -18,14 +18,15 @@ BITS = (4, 8)
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """(codes - zeros) * scales is the weight. Codes are -8 to 7 for 4 bits, -128 to 127 for 8, or
-    floats of 8 bits."""
+    """(codes - zeros) * scales + offsets is the weight. Codes are -8 to 7 for 4 bits, -128 to 127
+    for 8, or floats of 8 bits."""
 
     codes: Tensor  # int8 or float8 [K, N]
     scales: Tensor  # float32 [K / block, N], above 0
     zeros: Tensor | None  # int8 [K / block, N]; None: all are 0
     bits: int
     block: int  # inputs that share a scale; K where an output has one scale
+    offsets: Tensor | None = None  # float32 [K / block, N]; None: all are 0
 
     def __post_init__(self) -> None:
         inputs, outputs = self.codes.shape
@@ -35,7 +36,8 @@ class QuantizedWeight:
                 f" got {self.bits} bits in blocks of {self.block}"
             )
         wanted = (inputs // self.block, outputs)
-        for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
+        for name in ("scales", "zeros", "offsets"):
+            tensor: Tensor | None = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != wanted:
                 raise ExportError(
                     f"the {name} of a quantised weight [{inputs}, {outputs}] in blocks of"
@@ -48,24 +50,43 @@ class QuantizedWeight:
         if self.zeros is not None:
             weight -= self.zeros[:, None]
         weight *= self.scales[:, None]
+        if self.offsets is not None:
+            weight += self.offsets[:, None]
         return weight.view(self.codes.shape).to(dtype)
 
     @classmethod
     def joined(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         """A weight from some of its outputs after others."""
-        first, zeros = parts[0], [one.zeros for one in parts if one.zeros is not None]
+        first = parts[0]
+
+        def together(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            found = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(found, 1) if found else None
+
         codes, scales = (
             torch.cat(t, 1) for t in ([p.codes for p in parts], [p.scales for p in parts])
         )
-        together = torch.cat(zeros, 1) if zeros else None
-        return replace(first, codes=codes, scales=scales, zeros=together)
+        zeros = together([part.zeros for part in parts])
+        offsets = together([part.offsets for part in parts])
+        return replace(first, codes=codes, scales=scales, zeros=zeros, offsets=offsets)
 
     def part(self, outputs: slice) -> QuantizedWeight:
         """Some outputs of it."""
-        zeros = None if self.zeros is None else self.zeros[:, outputs]
-        return replace(
-            self, codes=self.codes[:, outputs], scales=self.scales[:, outputs], zeros=zeros
+        codes, scales = self.codes[:, outputs], self.scales[:, outputs]
+        zeros, offsets = (
+            None if tensor is None else tensor[:, outputs] for tensor in (self.zeros, self.offsets)
         )
+        return replace(self, codes=codes, scales=scales, zeros=zeros, offsets=offsets)
+
+    def with_offsets(self, dtype: torch.dtype) -> QuantizedWeight | None:
+        """The same without zero points: offsets, rounded to a dtype, in their place; None where
+        they do not fit the dtype."""
+        if self.zeros is None:
+            return self
+        offsets = (self.scales * -self.zeros.float()).to(dtype).float()
+        if not bool(offsets.isfinite().all()):
+            return None
+        return replace(self, zeros=None, offsets=offsets)
 
 
 SHRINKS = tuple(1 - step / 16 for step in range(9))
@@ -151,12 +172,11 @@ def fitted(
     block: int,
     dtype: torch.dtype,
     *,
-    zero_points: bool,
     largest: int | None = None,
 ) -> QuantizedWeight | None:
-    """The same codes in blocks of another size, scales rounded to a dtype; None where bits, blocks,
-    zero points or the `largest` code do not allow that, or scales do not fit the dtype."""
-    if (stored.zeros is not None and not zero_points) or stored.bits != bits:
+    """The same codes in blocks of another size, scales rounded to a dtype; None where bits, blocks
+    or the `largest` code do not allow that, or scales do not fit the dtype."""
+    if stored.bits != bits:
         return None
     if largest is not None and int(stored.codes.int().abs().max()) > largest:
         return None

@@ -56,19 +56,20 @@ class Streamed:
         try:
             with self.execution.room():
                 for name in names:
-                    self._set(name, self._read(name))
+                    self._set(name, *self._read(name))
             yield
         finally:
             for name, parameter in empty.items():
                 self._set(name, parameter)
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A parameter, and the offsets that a graph has beside it."""
         source = self._sources[name]
-        if self._held is None or name in self._quantised:
-            return self._adapter.read(source, self.dtype)
-        return self._adapter.read(source, self._held).to(self.dtype)
+        if name in self._quantised:
+            return self._adapter.terms(source, self.dtype)
+        return self._adapter.read(source, self._held or self.dtype).to(self.dtype), None
 
-    def _set(self, name: str, value: Tensor) -> None:
+    def _set(self, name: str, value: Tensor, offsets: Tensor | None = None) -> None:
         owner, _, leaf = name.rpartition(".")
         part = self.module.get_submodule(owner)
         by_output = value.dtype == torch.float16 and self.execution.on_host
@@ -76,6 +77,8 @@ class Streamed:
             # torch multiplies fp16 matrices on a CPU ten times as fast output by output
             value = value.t().contiguous().t()
         setattr(part, leaf, nn.Parameter(self.execution.send(value), requires_grad=False))
+        if isinstance(part, Linear) and leaf == "weight":
+            part.offsets = None if offsets is None else self.execution.send(offsets)
 
 
 def part_of(name: str) -> str:

@@ -24,7 +24,7 @@ class WeightPlan:
     sizes: Mapping[str, tuple[int, int]]  # inputs and outputs of these
     scales: torch.dtype  # in which graphs store them
     clip: bool = False  # whether scales of 4 bits are searched for
-    zero_points: bool = False  # whether graphs take codes with zero points
+    zero_points: bool = False  # whether graphs take these; else offsets of blocks stand for them
     largest: int | None = None  # code of a product whose inputs are codes too; None: what bits hold
     tuning: Tuning = UNTUNED  # what samples say of them
 
