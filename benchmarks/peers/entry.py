@@ -17,6 +17,7 @@ class Entry:
     job: Job
     peer: bool = False
     pruned: bool = False  # its logits are its own
+    int4: bool = False  # its logits are near those of floats
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     difference: float = 0.0

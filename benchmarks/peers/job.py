@@ -15,6 +15,7 @@ SHAPE = "0.5b"
 VISUAL, TEXT = 576, 64
 PREFIX = 5  # of the text tokens, those before the image
 CLOSE = 1e-4  # largest difference of two logits, as a share of the largest logit
+NEAR = 0.7  # of quantised graphs: root mean square, in standard deviations; unrelated are at 1.4
 
 PEERS = {
     "genai": "shared",
@@ -22,7 +23,11 @@ PEERS = {
     "mobius-standard": "grown",
     "mobius-static": "static",
     "optimum": "grown",
+    "genai-int4": "shared",
+    "llama-q4_0": "own",
 }
+LLAMA = "llama-q4_0"
+INT4 = "genai-int4", LLAMA
 """Peers, and what their caches do: past and present in one buffer, copied every step, written at
 an index into a buffer whose size is part of the graph."""
 

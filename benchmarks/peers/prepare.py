@@ -21,13 +21,18 @@ from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 
 
-def prepare(work: Path, cr: float) -> None:
-    """Write the checkpoint twice, as LLaVA and as a text model, and our two bundles."""
+def prepare(work: Path, cr: float, *, int4: bool) -> None:
+    """Write the checkpoint twice, as LLaVA and as a text model, and our two bundles: dense and
+    pruned, or dense in floats and in 4 bits."""
     checkpoint, layers = work / SHAPE, SHAPES[SHAPE].layers
     if not (checkpoint / "config.json").is_file():
         write(SHAPES[SHAPE], checkpoint)
     _write_text(checkpoint, work / "text")
-    _export(checkpoint, work / "dense", "none", Plan(VISUAL, layers), 1)
+    dense = "none", Plan(VISUAL, layers), 1
+    _export(checkpoint, work / "dense", *dense)
+    if int4:
+        _export(checkpoint, work / "dense-int4", *dense, weights="int4")
+        return
     pruned = plan_from_counts(VISUAL, declining(VISUAL, layers, cr))
     _export(checkpoint, work / f"utp-cr{cr:g}", "utp", pruned, cr)
 
@@ -60,7 +65,9 @@ def _write_text(source: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(text, indent=1))
 
 
-def _export(checkpoint: Path, output: Path, method: str, plan: Plan, cr: float) -> None:
+def _export(
+    checkpoint: Path, output: Path, method: str, plan: Plan, cr: float, weights: str = "float"
+) -> None:
     if (output / MANIFEST).is_file():
         return
     adapter: Any = open_model(str(checkpoint))
@@ -70,4 +77,5 @@ def _export(checkpoint: Path, output: Path, method: str, plan: Plan, cr: float) 
     spec = PruneSpec(method, cr)
     processor = Processor(adapter)
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
-    export(ExportRequest(SHAPE, spec, plan, output), adapter, make(spec), processor, prompts)
+    request = ExportRequest(SHAPE, spec, plan, output, weights=weights)
+    export(request, adapter, make(spec), processor, prompts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,17 +14,6 @@ from benchmarks.peers.job import PREFIX, STATIC, TEXT, Array, Ids, Job
 from edgeprune.bundle import Bundle
 from edgeprune.runtime.backend import DecoderInputs, EncodedImage
 from edgeprune.runtime.backends._ort import OrtBackend
-
-
-class Runner(Protocol):
-    """One graph; `begin` may take its time, `prefill` and `decode` are on the clock."""
-
-    def begin(self, job: Job) -> None: ...
-    def prefill(self) -> None: ...
-    def decode(self, token: int) -> None: ...
-    def logits(self) -> Array:
-        """Those of the last token."""
-        ...
 
 
 class Ours:

@@ -10,21 +10,31 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.peers.build import built
 from benchmarks.peers.entry import Entry
-from benchmarks.peers.job import CLOSE, PEERS, TEXT, VISUAL, Job
-from benchmarks.peers.processes import GraphProcess
+from benchmarks.peers.job import CLOSE, INT4, NEAR, PEERS, TEXT, VISUAL, Array, Job
+from benchmarks.peers.processes import GraphProcess, process_of
 from benchmarks.peers.report import summary, table
 
 
 def check(group: Sequence[Entry]) -> None:
-    """One round that does not count. Graphs that are not pruned must give the same logits."""
+    """One round that does not count. Graphs that are not pruned must give the same logits, those in
+    4 bits, which round differently, logits near those of floats."""
     times = [(entry, entry.process.time_round(entry.job)) for entry in group]
     whole = [(entry, one.logits) for entry, one in times if not entry.pruned]
+    exact = next((logits for entry, logits in whole if not entry.int4), whole[0][1])
     for entry, logits in whole:
-        pairs = zip(whole[0][1], logits, strict=True)
-        entry.difference = max(float(abs(a - b).max() / abs(a).max()) for a, b in pairs)
-        if not entry.difference < CLOSE:
+        pairs = zip(exact, logits, strict=True)
+        entry.difference = max(_apart(a, b, int4=entry.int4) for a, b in pairs)
+        if not entry.difference < (NEAR if entry.int4 else CLOSE):
             sys.exit(f"{entry.name} differs by {entry.difference:.1e}: times cannot be compared")
+
+
+def _apart(wanted: Array, found: Array, *, int4: bool) -> float:
+    """How far logits are from others: of the largest, or in 4 bits in standard deviations."""
+    if int4:
+        return float(np.sqrt(np.square(wanted - found).mean()) / wanted.std())
+    return float(abs(wanted - found).max() / abs(wanted).max())
 
 
 def groups(work: Path, names: Sequence[str], request: argparse.Namespace) -> list[list[Entry]]:
@@ -39,8 +49,10 @@ def groups(work: Path, names: Sequence[str], request: argparse.Namespace) -> lis
     average = TEXT + round(VISUAL / request.cr)
     full, short = Job(ids, following), Job(ids[:, :average], following)
     threads = request.threads
+    if request.int4:
+        return [_int4(work, names, full, threads)]
     dense, again = (GraphProcess(work / "dense", None, threads) for _ in range(2))
-    peers = {name: GraphProcess(work / name, PEERS[name], threads) for name in names}
+    peers = {n: process_of(n, work / n, PEERS[n], threads) for n in names}
     found = []
     for job in (full, short):
         entries = [Entry("edgeprune none", dense, job), Entry("again", again, job)]
@@ -52,9 +64,24 @@ def groups(work: Path, names: Sequence[str], request: argparse.Namespace) -> lis
     return found
 
 
+def _int4(work: Path, names: Sequence[str], job: Job, threads: int | None) -> list[Entry]:
+    """Our decoder in 4 bits, twice, peers' in 4 bits, and ours in floats."""
+    ours, again, exact = (
+        GraphProcess(work / folder, None, threads) for folder in ("dense-int4", "dense-int4", "dense")
+    )
+    peers = ((name, process_of(name, work / name, PEERS[name], threads)) for name in names)
+    return [
+        Entry("edgeprune int4", ours, job, int4=True),
+        Entry("again", again, job, int4=True),
+        *(Entry(name, one, job, peer=True, int4=True) for name, one in peers),
+        Entry("edgeprune float", exact, job),
+    ]
+
+
 def time_all(work: Path, request: argparse.Namespace) -> None:
     """Time everything that was built, in turn; tables."""
-    names = [n for n in request.peers or PEERS if (work / n / "model.onnx").is_file()]
+    wanted = [name for name in request.peers or PEERS if (name in INT4) == request.int4]
+    names = [name for name in wanted if built(work, name)]
     if not names:
         sys.exit(f"there is no peer's model below {work}: build one first")
     compared = groups(work, names, request)
