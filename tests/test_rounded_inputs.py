@@ -96,8 +96,8 @@ def test_codes_of_a_checkpoint_that_are_larger_are_not_kept() -> None:
     codes = torch.tensor([[100], [-64]], dtype=torch.int8)
     stored = QuantizedWeight(codes, torch.ones(1, 1), None, 8, 2)
     rest = 8, 2, torch.float32
-    assert fitted(stored, *rest, zero_points=True, largest=64) is None
-    assert fitted(stored, *rest, zero_points=True, largest=100) is not None
+    assert fitted(stored, *rest, largest=64) is None
+    assert fitted(stored, *rest, largest=100) is not None
 
 
 def test_a_graph_that_rounds_otherwise_is_refused(
