@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -25,13 +26,12 @@ from edgeprune.policies import make
 from edgeprune.runtime import Session
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.spec import PruneSpec
-from edgeprune.weight_format import WeightFormat
+from edgeprune.weight_format import FLOAT, WeightFormat
 from tests import families, packing
 from tests.conftest import Refused
 from tests.families import QUESTION, Family
 from tests.frozen import compared
 from tests.test_families import drawn_image
-from tests.test_quantised_bundles import _flip
 from tests.test_quantised_checkpoints import FORMS
 from tests.test_quantised_exports import WIDE, spoken, wide_awq
 
@@ -115,6 +115,15 @@ def test_every_code_is_the_checkpoints_own(bundle: Path) -> None:
     assert main(["check", str(bundle), "--target", "jetpack6"]) == 0
 
 
+def test_every_product_of_codes_is_fused(bundle: Path, tmp_path: Path) -> None:
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    ort.InferenceSession(bundle / "decoder.onnx", options, ["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx", load_external_data=False)
+    found = Counter(node.op_type for node in optimised.graph.node)
+    assert (found["MatMulNBits"], found["DequantizeLinear"]) == (PRODUCTS, 0)
+
+
 def _is_of_product(name: str, tensors: dict[str, Any]) -> bool:
     return name.removesuffix("/scale").removesuffix("/offset") + "/scale" in tensors
 
@@ -149,7 +158,12 @@ def test_parity_finds_one_changed_offset(
     stored = adapter.with_weights(WeightFormat.parse("int4:head=off"), torch.float32)
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
     compared(copy, stored, make(PruneSpec("none")), prompts)
-    _flip(copy, "layers.1.mlp.down.weight/offset")
+    tensors = graph(copy).initializer
+    (offsets,) = (t for t in tensors if t.name == "layers.1.mlp.down.weight/offset")
+    start = next(int(entry.value) for entry in offsets.external_data if entry.key == "offset")
+    held = np.memmap(copy / "weights.bin", np.float32, "r+", start, tuple(offsets.dims))
+    held.flat[np.abs(held).argmax()] *= -1
+    held.flush()
     with pytest.raises(ParityError, match=r"begins in decoder layers\.1"):
         compared(copy, stored, make(PruneSpec("none")), prompts)
 
@@ -188,32 +202,43 @@ def test_eight_bits_have_one_offset_an_output(tmp_path: Path) -> None:
 def test_sizes_count_offsets_and_zero_points(bundle: Path, awq: tuple[Path, Path]) -> None:
     """As the disk does that an export asks for, and `check --memory`."""
     adapter, wanted = open_model(str(awq[0])), WeightFormat.parse("int4:head=off")
-    told = adapter.weight_bytes(wanted, 4)
-    held = 0
-    for name in ("vision.onnx", "decoder.onnx"):
-        tensors = onnx.load(bundle / name, load_external_data=False).graph.initializer
-        held += sum(_bytes(t) for t in tensors if t.external_data)
-    assert told == held
     record = Bundle.open(bundle).manifest.weights
     assert record is not None
+    told, floats = adapter.weight_bytes(wanted, 4), adapter.weight_bytes(FLOAT, 4)
+    assert told == floats + record.numbers * (record.bits / 8 - 4)
     blocks = record.numbers // 32
     assert told - adapter.weight_bytes(wanted, 4, zero_points=True) == blocks * 4 - blocks // 2
 
 
-def test_sums_of_blocks_that_leave_fp16_are_refused(
-    awq: tuple[Path, Path], tmp_path: Path, refused: Refused
-) -> None:
-    """Each input fits fp16, 32 of them together do not; the product itself is small."""
+@pytest.fixture
+def large(awq: tuple[Path, Path], tmp_path: Path) -> Path:
+    """Each input of some products fits fp16, 32 of them together do not."""
     folder = shutil.copytree(awq[0], tmp_path / "large")
     (file,) = folder.glob("*.safetensors")
     tensors, layer = load_file(file), "language_model.model.layers.1."
-    tensors[f"{layer}input_layernorm.weight"].fill_(5e3)
-    for part in "qkv":
-        tensors[f"{layer}self_attn.{part}_proj.scales"] *= 1e-3
+    tensors[f"{layer}post_attention_layernorm.weight"].fill_(9e3)
+    for part in ("gate", "up"):
+        tensors[f"{layer}mlp.{part}_proj.scales"] *= 1e-3
     save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def test_sums_of_blocks_that_leave_fp16_are_refused(
+    large: Path, tmp_path: Path, refused: Refused
+) -> None:
     settings = ["--target", "rtx", "--weights", "int4:head=off", "--parity", "1"]
-    said = refused("export", "--model", folder, "--method", "none", *settings, "-o", tmp_path / "b")
-    assert "layers.1 attention.query" in said
+    said = refused("export", "--model", large, "--method", "none", *settings, "-o", tmp_path / "b")
+    assert "decoder layers.1 mlp.gate reaches " in said and "--keep-fp32 auto" in said
+
+
+@pytest.mark.slow
+def test_products_whose_sums_leave_fp16_may_stay_in_float32(large: Path, tmp_path: Path) -> None:
+    settings = ["--target", "rtx", "--weights", "int4:head=off", "--keep-fp32", "auto"]
+    made = exported(large, tmp_path / "bundle", *settings)
+    record = Bundle.open(made).manifest.weights
+    assert record is not None and record.zero_points == PRODUCTS
+    ones = {t.name for t in graph(made).initializer if t.name.startswith("sums/")}
+    assert {name.split("/")[1] for name in ones} == {"float16", "float"}
 
 
 @pytest.mark.slow
@@ -236,4 +261,3 @@ def test_a_product_of_integers_has_no_zero_points(tmp_path: Path) -> None:
     source = adapter.sources(decoder)["layers.0.mlp.up.weight"]
     (strip,) = adapter.strips(source)
     assert strip.weight.zeros is None and not strip.own
-

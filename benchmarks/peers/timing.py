@@ -67,7 +67,8 @@ def groups(work: Path, names: Sequence[str], request: argparse.Namespace) -> lis
 def _int4(work: Path, names: Sequence[str], job: Job, threads: int | None) -> list[Entry]:
     """Our decoder in 4 bits, twice, peers' in 4 bits, and ours in floats."""
     ours, again, exact = (
-        GraphProcess(work / folder, None, threads) for folder in ("dense-int4", "dense-int4", "dense")
+        GraphProcess(work / folder, None, threads)
+        for folder in ("dense-int4", "dense-int4", "dense")
     )
     peers = ((name, process_of(name, work / name, PEERS[name], threads)) for name in names)
     return [
