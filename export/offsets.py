@@ -46,14 +46,15 @@ def _sums(model: ir.Model, matmul: ir.Node, stem: str, offsets: ir.Value) -> ir.
     x, weight = matmul.inputs
     assert x is not None and x.shape is not None
     assert weight is not None and weight.shape is not None and offsets.shape is not None
-    ones = _ones(model, int(weight.shape[0]), int(offsets.shape[0]), offsets.dtype)
+    inputs, blocks = weight.shape.numpy()[0], offsets.shape.numpy()[0]
+    ones = _ones(model, inputs, blocks, offsets.dtype)
     for user in x.consumers():
         if user.op_type == "MatMul" and user.inputs[1] is ones:
             return user.outputs[0]
     made = ir.node("MatMul", [x, ones], name=f"{stem}/sums")
     found = made.outputs[0]
     found.name, found.type = made.name, x.type
-    found.shape = ir.Shape([*x.shape[:-1], offsets.shape[0]])
+    found.shape = ir.Shape([*x.shape[:-1], blocks])
     insert_behind(model, x, [made])
     return found
 
@@ -66,6 +67,8 @@ def _ones(model: ir.Model, inputs: int, blocks: int, dtype: ir.DataType | None) 
         return found
     matrix = np.repeat(np.eye(blocks), inputs // blocks, axis=0).astype(dtype.numpy())
     held = ir.tensor(matrix, dtype=dtype, name=name)
-    made = ir.Value(name=name, type=ir.TensorType(dtype), shape=held.shape, const_value=held)
+    made = ir.Value(
+        name=name, type=ir.TensorType(dtype), shape=ir.Shape(matrix.shape), const_value=held
+    )
     model.graph.register_initializer(made)
     return made

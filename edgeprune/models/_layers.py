@@ -47,7 +47,7 @@ class Linear(Part):
         product = self.ops.linear(x, cast(self.weight, dtype), bias)
         if self.offsets is None:
             return product
-        sums = x.unflatten(-1, (len(self.offsets), -1)).sum(-1)
+        sums = x.reshape(*x.shape[:-1], len(self.offsets), -1).sum(-1)
         return product + self.ops.linear(sums, cast(self.offsets, dtype))
 
 
