@@ -26,13 +26,13 @@ from benchmarks.published import PUBLISHED
 from benchmarks.schedules import planned
 from edgeprune.export.check import check_graph
 from edgeprune.export.exporter import ExportRequest, export
+from edgeprune.graphs import GRAPHS
 from edgeprune.memory import peak_bytes
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec
 
 COLUMNS = "| model | target | V | r_1 ... r_L | seconds | copying | written | peak memory | check |"
-GRAPHS = ("vision.onnx", "decoder.onnx")
 COPYING = ("vision weights", "decoder weights", "hash files")
 
 

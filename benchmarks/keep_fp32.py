@@ -27,10 +27,10 @@ from edgeprune.bench.bench import BenchRequest, bench
 from edgeprune.bench.table import table
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.export.ranges import summary
+from edgeprune.graphs import GRAPHS
 from edgeprune.recipe import Recipe, make
 from edgeprune.spec import PruneSpec
 
-GRAPHS = "vision.onnx", "decoder.onnx"
 ELEMENT = 2
 """Bytes of a float16 weight."""
 

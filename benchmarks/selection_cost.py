@@ -32,6 +32,7 @@ from edgeprune.compare.timing import TimingRequest
 from edgeprune.errors import SpecError
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.files import write_whole
+from edgeprune.graphs import GRAPHS
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
@@ -132,11 +133,11 @@ def compared(path: Path, twin: Path) -> tuple[tuple[str, float], ...]:
 def profile(path: Path, runs: int = 6) -> Counter[str]:
     """Milliseconds of a call in each kind of node that selection may own, as ONNX Runtime has it.
 
-    In the decoder they are named `.../prune/...`; in the vision graph they stand in no module, as
-    do a few others, which the twin has too.
+    In the decoder they are named `.../prune/...`; before it they stand in no module, as do a few
+    others, which the twin has too.
     """
     found: Counter[str] = Counter()
-    for graph in ("vision", "decoder"):
+    for graph in (file.removesuffix(".onnx") for file in GRAPHS):
         events = _events(path, graph, runs)
         warm = min(e["ts"] + e["dur"] for e in events if e["name"] == "model_run")
         for event in events:

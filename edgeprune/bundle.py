@@ -1,9 +1,10 @@
 """The bundle: the folder that `export` writes and `run`, `build` and `bench` read.
 
     manifest.json     everything below, as JSON; paths are relative and stay inside the folder
-    vision.onnx       pixels -> visual tokens
+    vision.onnx       the encoder, for one tile
+    join.onnx         what it gave for all tiles -> visual tokens
     decoder.onnx      prefill, decode and later turns in one graph
-    weights.bin       the tensors of both graphs
+    weights.bin       the tensors of all graphs
     tokenizer.json    and the checkpoint's other text files
 
 A bundle is written in a hidden folder beside its place and renamed, so it is whole or absent.
@@ -26,7 +27,7 @@ from edgeprune.dial import widest
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.files import obstacle, real, replaced
 from edgeprune.generation import Sampling
-from edgeprune.graphs import DECODER, VISION, GraphRecord
+from edgeprune.graphs import DECODER, GRAPHS, JOIN, VISION, GraphRecord
 from edgeprune.lowering import DTYPES, TARGETS
 from edgeprune.records import (
     Amount,
@@ -56,7 +57,7 @@ QUICK = 256 << 20
 """Files up to so many bytes are hashed whenever a bundle is opened."""
 MANIFEST_BYTES = 16 << 20
 """A longer manifest is not read: hundreds of layers take some 100 kB."""
-NEEDED = ("vision.onnx", "decoder.onnx", "weights.bin", "tokenizer.json")
+NEEDED = (*GRAPHS, "weights.bin", "tokenizer.json")
 
 DATE = re.compile(r"\{now:((?:%-?[A-Za-z]|[^%{}]){1,64})\}")
 """The hole of a prompt's template for the date of the day on which it is written."""
@@ -345,7 +346,7 @@ class Manifest:
     decoder: DecoderRecord
     image: ImageRecord
     text: TextRecord
-    graphs: dict[str, GraphRecord]  # vision.onnx and decoder.onnx
+    graphs: dict[str, GraphRecord]  # vision.onnx, join.onnx and decoder.onnx
     files: dict[str, FileRecord]
     parity: ParityRecord
     versions: dict[str, str]
@@ -404,6 +405,11 @@ class Manifest:
         return self.graphs[VISION]
 
     @property
+    def join(self) -> GraphRecord:
+        """Inputs and outputs of join.onnx."""
+        return self.graphs[JOIN]
+
+    @property
     def graph(self) -> GraphRecord:
         """Inputs and outputs of decoder.onnx."""
         return self.graphs[DECODER]
@@ -439,7 +445,7 @@ class Bundle:
                 raise BundleError(
                     f"{path / name} cannot be read ({error.strerror}); copy the bundle again"
                 ) from error
-        for name in graph_contract.GRAPHS:
+        for name in GRAPHS:
             try:
                 graph_contract.check_graph(manifest, name, onnx_file.read(path / name))
             except (OSError, ValueError) as error:
@@ -568,7 +574,7 @@ def check_target(target: Path) -> None:
 
 def _is_bundle(folder: Path) -> bool:
     """Whether a folder may be replaced: many programs have a manifest.json, few these as well."""
-    return all((folder / name).is_file() for name in (MANIFEST, "vision.onnx", "decoder.onnx"))
+    return all((folder / name).is_file() for name in (MANIFEST, VISION, DECODER))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgeprune.graphs import DECODER, VISION, TensorRecord
+from edgeprune.graphs import DECODER, GRAPHS, JOIN, SIGNALS, VISION, TensorRecord
 from edgeprune.lowering import TARGETS
 from edgeprune.onnx_file import OnnxFile, Value
 from edgeprune.quantised_contract import check_quantised
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from edgeprune.bundle import Manifest
 
 WEIGHTS = "weights.bin"
-GRAPHS = VISION, DECODER
 _OPERATORS = """
     Abs Add And ArgMax ArgMin Attention AveragePool Cast CastLike Ceil Clip Concat Constant
     ConstantOfShape Conv Cos CumSum DequantizeLinear Div Einsum Equal Erf Exp Expand EyeLike
@@ -38,14 +37,16 @@ OPERATORS = frozenset(_OPERATORS.split())
 STATE = "fp32"
 """The element type of what linear attention keeps, whatever that of the graph."""
 Sizes = tuple[int | str, ...]  # a size that is open until the graph runs has a name
-Ends = dict[tuple[str, int | None], tuple[str, Sizes]]  # role, layer: element type, sizes
+End = tuple[str, int | None, int | None]  # role, layer, tile
+Ends = dict[End, tuple[str, Sizes]]  # element type, sizes
 
 
 def check_signature(manifest: Manifest) -> None:
     """ValueError where the inputs and outputs that a manifest lists contradict its sizes."""
     if sorted(manifest.graphs) != sorted(GRAPHS):
         raise ValueError(f"graphs are {', '.join(GRAPHS)}, not {', '.join(manifest.graphs)}")
-    for name, ends in ((VISION, _vision(manifest)), (DECODER, _decoder(manifest))):
+    makers = {VISION: _vision, JOIN: _join, DECODER: _decoder}
+    for name, ends in ((name, make(manifest)) for name, make in makers.items()):
         graph = manifest.graphs[name]
         for found, wanted in zip((graph.inputs, graph.outputs), ends, strict=True):
             _check_ends(f"{name} lists", found, wanted)
@@ -65,7 +66,7 @@ def check_nodes(manifest: Manifest, graph: OnnxFile) -> None:
 
 
 def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
-    """ValueError where `vision.onnx` or `decoder.onnx` is not the graph of the manifest."""
+    """ValueError where one of GRAPHS is not the graph of the manifest."""
     check_nodes(manifest, graph)
     record = manifest.graphs[name]
     for listed, found in ((record.inputs, graph.inputs), (record.outputs, graph.outputs)):
@@ -85,9 +86,10 @@ def _check_ends(title: str, found: Sequence[TensorRecord], wanted: Ends) -> None
         raise ValueError(f"{title} two tensors of one name")
     left = dict(wanted)
     for tensor in found:
-        if (tensor.role, tensor.layer) not in left:
-            raise ValueError(f"{title} {tensor.name} as {_role(tensor.role, tensor.layer)}")
-        dtype, sizes = left.pop((tensor.role, tensor.layer))
+        end = tensor.role, tensor.layer, tensor.tile
+        if end not in left:
+            raise ValueError(f"{title} {tensor.name} as {_role(*end)}")
+        dtype, sizes = left.pop(end)
         if (tensor.dtype, tensor.dims) != (dtype, sizes):
             shown, right = Value("", tensor.dtype, tensor.dims), Value("", dtype, sizes)
             raise ValueError(f"{title} {tensor.name} as {shown}, its sizes say {right}")
@@ -95,24 +97,44 @@ def _check_ends(title: str, found: Sequence[TensorRecord], wanted: Ends) -> None
         raise ValueError(f"{title} no {_role(*next(iter(left)))}")
 
 
-def _role(role: str, layer: int | None) -> str:
-    return role if layer is None else f"{role} of layer {layer}"
+def _role(role: str, layer: int | None, tile: int | None) -> str:
+    where = {"layer": layer, "tile": tile}
+    return role + "".join(f" of {what} {n}" for what, n in where.items() if n is not None)
 
 
 def _vision(manifest: Manifest) -> tuple[Ends, Ends]:
-    element, encoded = manifest.dtype, _encoded(manifest)
-    inputs: Ends = {("pixels", None): (element, manifest.image.shape)}
+    """One tile, or the frames that are encoded as one; what it gives no size of a manifest says."""
+    count, *size = manifest.image.shape
+    if count % manifest.encoder.tiles:
+        raise ValueError(f"{count} images or frames are not {manifest.encoder.tiles} equal parts")
+    outputs: Ends = {}
+    for tensor in manifest.graphs[VISION].outputs:
+        if tensor.role not in SIGNALS or any(isinstance(dim, str) for dim in tensor.dims):
+            raise ValueError(f"{VISION} gives {tensor.name}, {tensor.role} of no fixed size")
+        outputs[tensor.role, None, None] = tensor.dtype, tensor.dims
+    if "features" not in {role for role, _, _ in outputs}:
+        raise ValueError(f"{VISION} gives no features")
+    frames = count // manifest.encoder.tiles
+    return {("pixels", None, None): (manifest.dtype, (frames, *size))}, outputs
+
+
+def _join(manifest: Manifest) -> tuple[Ends, Ends]:
+    element, encoded, signals = manifest.dtype, _encoded(manifest), _vision(manifest)[1]
+    tiles = range(1, manifest.encoder.tiles + 1)
+    inputs: Ends = {
+        (role, None, tile): found for (role, _, _), found in signals.items() for tile in tiles
+    }
     if isinstance(encoded, str):
-        inputs["counts", None] = "int64", (manifest.decoder.layers,)
+        inputs["counts", None, None] = "int64", (manifest.decoder.layers,)
     outputs: Ends = {
-        ("visual", None): (element, (1, encoded, manifest.decoder.visual_width)),
-        ("visual_indices", None): ("int64", (encoded,)),
+        ("visual", None, None): (element, (1, encoded, manifest.decoder.visual_width)),
+        ("visual_indices", None, None): ("int64", (encoded,)),
     }
     return inputs, outputs
 
 
 def _encoded(manifest: Manifest) -> int | str:
-    """How many visual tokens the vision graph gives; open where it takes the counts."""
+    """How many visual tokens leave the vision side; open where join.onnx takes the counts."""
     counted = manifest.ratios and manifest.prune.plan.behind_encoder()
     return "visual" if counted else manifest.prune.encoded
 
@@ -120,30 +142,35 @@ def _encoded(manifest: Manifest) -> int | str:
 def _decoder(manifest: Manifest) -> tuple[Ends, Ends]:
     record, element = manifest.decoder, manifest.dtype
     inputs: Ends = {
-        ("prefix_ids", None): ("int64", (1, "prefix")),
-        ("visual", None): (element, (1, "visual", record.visual_width)),
-        ("text_ids", None): ("int64", (1, "text")),
-        ("position", None): ("int64", (1,)),
-        ("lengths", None): ("int64", (record.layers,)),
+        ("prefix_ids", None, None): ("int64", (1, "prefix")),
+        ("visual", None, None): (element, (1, "visual", record.visual_width)),
+        ("text_ids", None, None): ("int64", (1, "text")),
+        ("position", None, None): ("int64", (1,)),
+        ("lengths", None, None): ("int64", (record.layers,)),
     }
     if manifest.graphs[DECODER].input("visual_indices") is not None:  # where tokens keep places
-        inputs["visual_indices", None] = "int64", ("visual",)
+        inputs["visual_indices", None, None] = "int64", ("visual",)
     if manifest.ratios:
-        inputs["counts", None] = "int64", (record.layers,)
-    outputs: Ends = {("logits", None): (element, (1, 1, record.vocabulary))}
+        inputs["counts", None, None] = "int64", (record.layers,)
+    outputs: Ends = {("logits", None, None): (element, (1, 1, record.vocabulary))}
     if TARGETS[manifest.target].token:
-        outputs["token", None] = "int64", (1, 1)
+        outputs["token", None, None] = "int64", (1, 1)
     for stage in manifest.widest.in_decoder:
-        outputs["kept", stage.layer] = "int64", (f"kept.{stage.layer}" if stage.survivors else 0,)
+        sizes: Sizes = (f"kept.{stage.layer}" if stage.survivors else 0,)
+        outputs["kept", stage.layer, None] = "int64", sizes
     before, after = ("past", "present") if record.cache == "grow" else ("capacity", "capacity")
     for layer in range(1, record.layers + 1):
         for ends, name, slots in ((inputs, "past", before), (outputs, "present", after)):
             if layer in record.convolutions:
-                ends[f"{name}_state", layer] = element, (1, record.kernel - 1, record.channels)
+                ends[f"{name}_state", layer, None] = (
+                    element,
+                    (1, record.kernel - 1, record.channels),
+                )
                 if record.linear is not None:
-                    ends[f"{name}_recurrent_state", layer] = STATE, (1, *record.linear.matrices)
+                    matrices = 1, *record.linear.matrices
+                    ends[f"{name}_recurrent_state", layer, None] = STATE, matrices
                 continue
             for kind in ("key", "value"):
                 sizes = 1, record.kv_heads, f"{slots}.{layer - 1}", record.head_size
-                ends[f"{name}_{kind}", layer] = element, sizes
+                ends[f"{name}_{kind}", layer, None] = element, sizes
     return inputs, outputs

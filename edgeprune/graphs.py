@@ -15,7 +15,14 @@ from edgeprune.lowering import DTYPES
 from edgeprune.records import Amount, Few, Matches, OneOf
 
 ROLES = {
-    "pixels": "normalised image tiles [tiles, 3, height, width]",
+    "pixels": "a normalised tile, or frames that are encoded as one [frames, 3, height, width]",
+    "features": "the encoder's output for a tile's patches [1, patches, width]",
+    "cls": "its output for [CLS] [1, 1, width]",
+    "query": "queries of the block that methods look at [1, heads, tokens, head]",
+    "key": "keys of that block",
+    "middle": "outputs of middle blocks that are read, beside each other",
+    "merged": "int64 [patches]: the patch that each token was, where some were merged",
+    "units": "int64 [1, tokens]: a tile's tokens that are left, where others left for good",
     "visual": "visual tokens between the graphs [1, encoded, width], DeepStack rows beside them",
     "visual_indices": "int64 [encoded]: index among the V visual tokens that each of them has",
     "prefix_ids": "int64 [1, P]: text before the image",
@@ -40,7 +47,12 @@ ROLES = {
 STATES = "past_state", "past_recurrent_state"
 """Roles of what layers without attention keep."""
 
-VISION, DECODER = "vision.onnx", "decoder.onnx"
+VISION, JOIN, DECODER = "vision.onnx", "join.onnx", "decoder.onnx"
+GRAPHS = VISION, JOIN, DECODER
+"""In the order in which they run: the first for each tile by itself, so that a tile that was seen
+before need not run again; the second joins what it gave for all tiles."""
+SIGNALS = "features", "cls", "query", "key", "middle", "merged", "units"
+"""Roles of what goes from the first graph to the second, each for every tile."""
 BLOCK = "encoder_block.onnx"
 """One block of the encoder for any number of patches, in bundles that were exported to be timed."""
 SIZES = {**{dtype.name: dtype.bytes for dtype in DTYPES.values()}, "int64": 8}  # bytes
@@ -57,6 +69,7 @@ class TensorRecord:
     dims: tuple[Size, ...]
     role: Annotated[str, OneOf(tuple(ROLES))]
     layer: Few | None = None  # 1-based: of a cache, or the layer that a site's survivors enter
+    tile: Few | None = None  # 1-based: whose signal it is, where there is one for each
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The dims with every open size taken from `sizes`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from edgeprune.export.trace import HIDDEN
 from edgeprune.export.unrounded import without_rounding
 from edgeprune.export.upcast import upcast
 from edgeprune.export.windows import Cut, Window
-from edgeprune.graphs import DECODER, VISION, GraphRecord
+from edgeprune.graphs import DECODER, JOIN, VISION, GraphRecord
 from edgeprune.models._activations import Activations, Kept
 from edgeprune.models._dialogues import Call, Eager, Outcome, calls_about
 from edgeprune.models._processor import Prompt
@@ -118,7 +118,7 @@ class WindowedGraph:
             played.inputs,
             tuple(tuple(values[name] for name in alive) for values in found),
             played.shown[-1] if played.shown else (),
-            tuple(self._shown(stage, found) for stage in window.stages),
+            tuple(self._shown(stage, found) for stage in window.stages),  # before what is chosen
             tuple(self._chosen(stage, found[0]) for stage in window.stages),
         )
 
@@ -183,8 +183,58 @@ def _dtype(inputs: Sequence[Any], record: GraphRecord) -> torch.dtype:
     return torch.float16 if onnx.TensorProto.FLOAT16 in kinds else torch.float32
 
 
+class TiledGraph(WindowedGraph):
+    """vision.onnx, one call for each tile, and behind its last stage join.onnx. Hidden states are
+    shown of all tiles together, as the eager model has them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        records: Mapping[str, GraphRecord],
+        windows: Sequence[range],
+        counts: Sequence[int],
+        *,
+        exact: bool,
+        wide: bool,
+    ) -> None:
+        options = {"exact": exact, "wide": wide}
+        super().__init__(folder / VISION, records[VISION], windows, counts, **options)
+        self.join = WindowedGraph(folder / JOIN, records[JOIN], [range(1)], counts, **options)
+
+    def look(self, pixels: Tensor) -> Played:
+        """An image before its encoder: [tiles, 3, H, W]."""
+        (tensor,) = self.record.inputs
+        parts = torch.split(pixels.to(self.dtype), tensor.shape({})[0])
+        return self.begin([{"pixels": part} for part in parts])
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[Callable[[Played], Played]]:
+        with ExitStack() as stack:
+            run = stack.enter_context(super().opened(number))
+            if self.windows[number].stages.stop == self.cut.stages:
+                self._joined = stack.enter_context(self.join.opened(0))
+            yield run
+
+    def _shown(self, stage: int, found: Sequence[dict[str, Tensor]]) -> tuple[Tensor, ...]:
+        if stage < self.cut.stages - 1:
+            return (torch.cat([values[f"{HIDDEN}{stage}"] for values in found]),)
+        roles = {tensor.role: tensor.name for tensor in self.record.outputs}
+        inputs = tuple(
+            torch.tensor(self.counts) if t.tile is None else found[t.tile - 1][roles[t.role]]
+            for t in self.join.record.inputs
+        )
+        joined = self._joined(Played((inputs,)))
+        found[0].update(
+            zip(("visual", "indices"), (*joined.shown[0], *joined.chosen[0]), strict=True)
+        )
+        return joined.shown[0]
+
+    def _chosen(self, stage: int, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return (values["indices"],) if stage == self.cut.stages - 1 else ()
+
+
 class Graphs:
-    """Both graphs of a bundle, in the windows of an eager model."""
+    """All graphs of a bundle, in the windows of an eager model."""
 
     def __init__(
         self,
@@ -199,14 +249,13 @@ class Graphs:
         self._counts = torch.tensor(eager.plan.counts)  # where they are an input
         counts, options = eager.plan.counts, {"exact": exact, "wide": wide}
         windows = eager.vision.windows()
-        self.vision = WindowedGraph(folder / VISION, records[VISION], windows, counts, **options)
+        self.vision = TiledGraph(folder, records, windows, counts, **options)
         windows = eager.decoder.windows()
         self.decoder = WindowedGraph(folder / DECODER, records[DECODER], windows, counts, **options)
 
     def look(self, prompt: Prompt) -> Played:
         """An image before vision.onnx."""
-        pixels = prompt.pixels.to(self.vision.dtype)
-        return self.vision.begin([{"pixels": pixels, "counts": self._counts}])
+        return self.vision.look(prompt.pixels)
 
     def talk(self, prompt: Prompt, visual: Tensor, indices: Tensor) -> Played:
         """A dialogue about visual tokens [1, r_1, width], before decoder.onnx."""

@@ -27,7 +27,6 @@ from edgeprune.export.translations import translations
 from edgeprune.graphs import GraphRecord, TensorRecord
 from edgeprune.lowering import DTYPES
 from edgeprune.models._decoder import Decoder
-from edgeprune.models._vision import Vision
 from edgeprune.spec import Plan
 
 _DTYPES = {
@@ -53,11 +52,12 @@ def strip_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class End:
-    """An input or output of a graph: its name, what it is for, and of which decoder layer."""
+    """An input or output of a graph: its name, what it is for, of which decoder layer or tile."""
 
     name: str
     role: str
     layer: int | None = None  # 1-based
+    tile: int | None = None  # 1-based
 
 
 @dataclass(frozen=True)
@@ -66,23 +66,6 @@ class Traced:
 
     model: ir.Model
     record: GraphRecord
-
-
-def vision_graph(module: Vision, shape: Sequence[int], dtype: torch.dtype, opset: int) -> Traced:
-    """pixels [tiles, 3, H, W] -> visual [1, r_1, D], visual_indices [r_1]; every size is fixed, but
-    for r_1 where counts are an input."""
-    args: tuple[Any, ...] = (torch.zeros(*shape, dtype=dtype),)
-    shapes: Shapes = None
-    inputs = [End("pixels", "pixels")]
-    outputs = [End("visual", "visual"), End("visual_indices", "visual_indices")]
-    states = 1 + len(module.encoder.blocks)
-    if counted := module.plan.dialed and bool(module.plan.behind_encoder()):
-        args, shapes = (*args, torch.tensor(module.plan.counts)), (None, None)
-        inputs.append(End("counts", "counts"))
-    model = to_graph(module, args, shapes, inputs, outputs, opset, states=states)
-    if counted:
-        _name_sizes(model.graph.outputs, outputs, "")
-    return Traced(model, _record(model.graph, inputs, outputs))
 
 
 def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Traced:
@@ -117,9 +100,9 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
     if dialect.token:
         add_token(model.graph)
         outputs.insert(1, End("token", "token"))
-    _name_sizes(model.graph.inputs, inputs, dialect.cache)
-    _name_sizes(model.graph.outputs, outputs, dialect.cache)
-    return Traced(model, _record(model.graph, inputs, outputs))
+    name_sizes(model.graph.inputs, inputs, dialect.cache)
+    name_sizes(model.graph.outputs, outputs, dialect.cache)
+    return Traced(model, record_of(model.graph, inputs, outputs))
 
 
 def _example(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -209,7 +192,7 @@ def _rename(values: Sequence[ir.Value], ends: Sequence[End]) -> None:
         value.name = end.name
 
 
-def _name_sizes(values: Sequence[ir.Value], ends: Sequence[End], cache: str) -> None:
+def name_sizes(values: Sequence[ir.Value], ends: Sequence[End], cache: str = "") -> None:
     """Readable names for the open sizes, in place of the tracer's symbols.
 
     A cache that is written in place has `capacity.0` slots, one that grows has `past.0` before and
@@ -233,7 +216,7 @@ def _name_sizes(values: Sequence[ir.Value], ends: Sequence[End], cache: str) -> 
             value.shape = ir.Shape(sizes)
 
 
-def _record(graph: ir.Graph, inputs: Sequence[End], outputs: Sequence[End]) -> GraphRecord:
+def record_of(graph: ir.Graph, inputs: Sequence[End], outputs: Sequence[End]) -> GraphRecord:
     """What the manifest says of a graph's inputs and outputs."""
     return GraphRecord(
         tuple(map(_tensor, graph.inputs, inputs)), tuple(map(_tensor, graph.outputs, outputs))
@@ -244,4 +227,4 @@ def _tensor(value: ir.Value, end: End) -> TensorRecord:
     if value.shape is None or value.dtype not in _DTYPES or value.name != end.name:
         raise ExportError(f"the traced graph has {value}, want {end.name}")
     dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-    return TensorRecord(end.name, _DTYPES[value.dtype], dims, end.role, end.layer)
+    return TensorRecord(end.name, _DTYPES[value.dtype], dims, end.role, end.layer, end.tile)

@@ -1,4 +1,4 @@
-"""The files of a draft: both graphs with their weights, and the checkpoint's text files."""
+"""The files of a draft: its graphs with their weights, and the checkpoint's text files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from edgeprune.export.integers import INTEGERS
 from edgeprune.export.products import FORMS
 from edgeprune.export.prompts import save_tokenizer
 from edgeprune.export.quantised_table import TABLES
-from edgeprune.export.trace import decoder_graph, strip_weights, vision_graph
+from edgeprune.export.trace import decoder_graph, strip_weights
+from edgeprune.export.vision_graphs import vision_graphs
 from edgeprune.export.weights import Stored, WeightsFile
-from edgeprune.graphs import BLOCK, DECODER, VISION, GraphRecord
+from edgeprune.graphs import BLOCK, DECODER, GraphRecord
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._layers import compute_buffers, widen
@@ -63,16 +64,16 @@ def write_graphs(
     *,
     profilable: bool = False,
 ) -> tuple[dict[str, GraphRecord], Stored]:
-    """Trace both graphs and write them with their weights; what the manifest says of them. Where
+    """Trace all graphs and write them with their weights; what the manifest says of them. Where
     `profilable` one block of the encoder is a graph too, with the same weights."""
     vision, decoder = modules
     report("trace vision", 0, 1)
-    graphs = {VISION: vision_graph(vision, adapter.pixels, dtype, dialect.opset)}
+    both = vision_graphs(vision, adapter.pixels, dtype, dialect.opset)
     report("trace decoder", 0, 1)
-    graphs[DECODER] = decoder_graph(decoder, dtype, dialect)
+    graphs = both.traced | {DECODER: decoder_graph(decoder, dtype, dialect)}
     forms = FORMS[dialect.codes], INTEGERS.get(dialect.integers)
     with WeightsFile(draft, *forms, TABLES[dialect.rows]) as weights:
-        for name, module in ((VISION, vision), (DECODER, decoder)):
+        for name, module in (both.modules | {DECODER: decoder}).items():
             step = partial(report, f"{name.removesuffix('.onnx')} weights")
             weights.fill(graphs[name].model, module, adapter, dtype, step)
         models = {name: traced.model for name, traced in graphs.items()}

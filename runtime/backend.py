@@ -6,7 +6,7 @@ visual tokens) is an object that the backend makes and is handed back at each ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -25,8 +25,16 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True, eq=False)
+class EncodedTile:
+    """What vision.onnx made of a tile; any number of images may have it."""
+
+    signals: Mapping[str, Any]  # by role, wherever the backend keeps them
+    holder: object = None  # while it lives, the backend keeps the memory for this tile
+
+
+@dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """What the vision graph made of an image; it can be read by any sequence of the engine."""
+    """What join.onnx made of an image's tiles; it can be read by any sequence of the engine."""
 
     visual: Any  # [1, encoded, width], wherever the backend keeps it
     indices: Any  # int64 [encoded], likewise: what `kept` says
@@ -35,6 +43,7 @@ class EncodedImage:
     engine: object = None  # that encoded it
     holder: object = None  # while it lives, the backend keeps the memory for this image
     manifest: Manifest | None = None  # of the bundle at the ratio at which it was encoded
+    tiles_encoded: int = 0  # of its tiles or frames; the others were known
 
 
 @dataclass(frozen=True)
@@ -112,8 +121,12 @@ class Backend(Protocol[C]):
     text_capacity: int | None  # tokens of text that caches hold; None: as many as it takes
     build_seconds: float | None  # that engines took to build; None where nothing is built
 
-    def encode_image(self, pixels: NDArray[np.float32], counts: Ids | None = None) -> EncodedImage:
-        """Run the vision graph; `counts` r_1 ... r_L where it takes them."""
+    def encode_tile(self, pixels: NDArray[np.float32]) -> EncodedTile:
+        """Run vision.onnx: [frames, 3, H, W]."""
+        ...
+
+    def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
+        """Run join.onnx on all tiles of an image; `counts` r_1 ... r_L where it takes them."""
         ...
 
     def caches(self) -> C:
@@ -157,7 +170,10 @@ class FakeBackend:
         self.script, self.vocabulary, self.visual = list(script), vocabulary, visual_tokens
         self.calls: list[DecoderInputs] = []
 
-    def encode_image(self, pixels: NDArray[np.float32], counts: Ids | None = None) -> EncodedImage:
+    def encode_tile(self, pixels: NDArray[np.float32]) -> EncodedTile:
+        return EncodedTile({})
+
+    def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
         return EncodedImage(None, None, np.arange(self.visual))
 
     def caches(self) -> FakeCaches:

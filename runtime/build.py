@@ -1,6 +1,7 @@
-"""`build`: a bundle's two graphs become TensorRT engines in `BUNDLE/engines/<key>/`.
+"""`build`: a bundle's graphs become TensorRT engines in `BUNDLE/engines/<key>/`.
 
     vision.engine     one set of sizes
+    join.engine       likewise; where it takes counts, a profile bounds them
     decoder.engine    two profiles over the same weights: prefill (and later turns), decode
     engine.json       who built it, for what, and the hash of each engine
 
@@ -20,11 +21,11 @@ from typing import Any
 from edgeprune.bundle import ENGINES, Bundle, Manifest, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
 from edgeprune.files import replaced
-from edgeprune.graphs import DECODER, VISION, TensorRecord
+from edgeprune.graphs import DECODER, JOIN, TensorRecord
 from edgeprune.lowering import TARGETS
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import trt as seam
-from edgeprune.runtime.engines import GRAPHS, RECORD, graphs, read, whole
+from edgeprune.runtime.engines import RECORD, SOURCES, graphs, read, whole
 from edgeprune.runtime.onnx_dims import with_sizes
 from edgeprune.runtime.text import Prompter
 
@@ -107,7 +108,8 @@ def build(request: BuildRequest, report: Progress = silent) -> Built:
     builder = _Builder(trt, request, bundle, report)
     with replaced(target) as draft:
         engines = {
-            "vision": builder.compile("vision", {}, image_ranges(bundle.manifest), draft),
+            "vision": builder.compile("vision", {}, {}, draft),
+            "join": builder.compile("join", {}, image_ranges(bundle.manifest), draft),
             "decoder": builder.compile("decoder", {} if grows else sizes, profiles, draft),
         }
         record = {
@@ -206,8 +208,8 @@ def size_ranges(
 
 
 def image_ranges(manifest: Manifest) -> dict[str, Profile]:
-    """The sizes of the vision graph: fixed, unless it takes the counts."""
-    counts = _counts(manifest, VISION)
+    """The sizes of join.onnx: fixed, unless it takes the counts."""
+    counts = _counts(manifest, JOIN)
     return {"image": counts} if counts else {}
 
 
@@ -223,7 +225,7 @@ def _counts(manifest: Manifest, graph: str) -> dict[str, Counts]:
 def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
     """Folder name: backend, version, GPUs, dtype, and a hash of all that the engines depend on."""
     gpus = "+".join(request.compute) or seam.gpu() or "any"
-    files = [manifest.files[f].sha256 for f in GRAPHS]
+    files = [manifest.files[f].sha256 for f in SOURCES]
     parts = [request.backend, version, gpus, manifest.dtype]
     sizes = f"{request.text_capacity} {request.decode_tokens}"
     everything = "\n".join([*parts, *files, sizes])
@@ -231,7 +233,7 @@ def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
 
 
 class _Builder:
-    """One TensorRT builder for both graphs of a bundle."""
+    """One TensorRT builder for all graphs of a bundle."""
 
     def __init__(self, trt: Any, request: BuildRequest, bundle: Bundle, report: Progress) -> None:
         self.trt, self.request, self.bundle, self.report = trt, request, bundle, report

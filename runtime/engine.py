@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
-from edgeprune.errors import CapacityError, SessionError
+from edgeprune.errors import CapacityError, SessionError, SpecError
 from edgeprune.runtime import backends, media
 from edgeprune.runtime.backend import Backend, Caches, DecoderInputs, EncodedImage, Ids, Output
 from edgeprune.runtime.media import Shown
 from edgeprune.runtime.sequence import CLOSED, Sequence
 from edgeprune.runtime.text import Prompter
+from edgeprune.runtime.tile_encoder import MEMORY_MB, TileEncoder
 
 
 class Engine:
@@ -27,8 +28,11 @@ class Engine:
     dialogue is in its `Sequence`. As a context manager it is closed at the end of the block.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend[Any]) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend[Any], tile_memory_mb: int = MEMORY_MB
+    ) -> None:
         self.bundle, self.manifest, self.backend = bundle, bundle.manifest, backend
+        self._encoder = TileEncoder(backend, bundle.manifest, tile_memory_mb)
         self._lock, self._closed = threading.Lock(), False
 
     @classmethod
@@ -39,11 +43,18 @@ class Engine:
         *,
         threads: int | None = None,
         verify: bool | None = None,
+        tile_memory_mb: int = MEMORY_MB,
     ) -> Engine:
-        """Open a bundle on a backend of `backends.NAMES`; `verify` as in Bundle.open."""
+        """Open a bundle on a backend of `backends.NAMES`; `verify` as in Bundle.open.
+
+        `tile_memory_mb` is for what the encoder gave for tiles and frames: those whose pixels come
+        again are not encoded again. With 0 every tile is.
+        """
         backends.find(backend)
+        if tile_memory_mb < 0:
+            raise SpecError(f"memory for tiles is a number of megabytes; got {tile_memory_mb}")
         bundle = Bundle.open(path, verify=verify)
-        return cls(bundle, backends.make(bundle, backend, threads))
+        return cls(bundle, backends.make(bundle, backend, threads), tile_memory_mb)
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -81,8 +92,13 @@ class Engine:
         counts = np.array(manifest.prune.counts)
         with self._lock:
             self._check()
-            image = self.backend.encode_image(pixels, counts)
+            image = self._encoder.encode(pixels, counts)
             return replace(image, warnings=warnings, engine=self, manifest=manifest)
+
+    def forget_tiles(self) -> None:
+        """Every tile is encoded again, as if none had been seen."""
+        with self._lock:
+            self._encoder.forget()
 
     def run(self, inputs: DecoderInputs, caches: Caches) -> Output:
         """One call of the decoder, for a sequence."""
@@ -115,6 +131,7 @@ class Engine:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._encoder.forget()
                 self.backend.close()
 
     def __enter__(self) -> Engine:

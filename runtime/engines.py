@@ -12,10 +12,13 @@ from typing import Annotated, Any
 
 from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, Hash, sha256
 from edgeprune.errors import BackendError
+from edgeprune.graphs import GRAPHS
 from edgeprune.records import Amount, Between, Bytes, Count, build, parse
 
 RECORD = ENGINE_RECORD
-GRAPHS = ("vision.onnx", "decoder.onnx", "weights.bin")
+NAMES = tuple(name.removesuffix(".onnx") for name in GRAPHS)
+"""Of engines, in the order in which they run."""
+SOURCES = (*GRAPHS, "weights.bin")
 
 Range = tuple[Amount, Amount, Amount]  # least, usual, most
 Counts = tuple[tuple[Amount, ...], tuple[Amount, ...], tuple[Amount, ...]]  # of every layer
@@ -95,7 +98,7 @@ def read(folder: Path) -> Engines | None:
         [read.engines["decoder"].profiles["prefill"][name] for name in ("prefix", "text")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Engines(folder, record) if set(read.engines) == {"vision", "decoder"} else None
+    return Engines(folder, record) if set(read.engines) == set(NAMES) else None
 
 
 def whole(engines: Engines) -> bool:
@@ -109,7 +112,7 @@ def whole(engines: Engines) -> bool:
 
 def graphs(bundle: Bundle) -> dict[str, str]:
     """Hashes of all that an engine is made of."""
-    return {name: bundle.manifest.files[name].sha256 for name in GRAPHS}
+    return {name: bundle.manifest.files[name].sha256 for name in SOURCES}
 
 
 def _plain(compute: str) -> str:

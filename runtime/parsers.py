@@ -19,6 +19,7 @@ from typing import Any
 from edgeprune import memory
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError
+from edgeprune.graphs import DECODER, GRAPHS
 from edgeprune.runtime import trt as seam
 from edgeprune.runtime.onnx_dims import with_sizes
 
@@ -88,7 +89,7 @@ def answer(trt: Any, bundle: Bundle) -> tuple[bool, str]:
     except (RuntimeError, TypeError) as error:  # TensorRT's builder wants a GPU
         return False, logger.errors[-1] if logger.errors else str(error)
     wrong = []
-    for name in ("vision.onnx", "decoder.onnx"):
+    for name in GRAPHS:
         network = builder.create_network(seam.strongly_typed(trt))
         parser = trt.OnnxParser(network, logger)
         try:
@@ -104,7 +105,7 @@ def _fixed(bundle: Bundle, name: str) -> bytes:
     """A graph with caches of some length, where they are written in place; ValueError where its
     bytes are no graph."""
     manifest, data = bundle.manifest, bundle.file(name).read_bytes()
-    if name == "vision.onnx" or manifest.decoder.cache == "grow":
+    if name != DECODER or manifest.decoder.cache == "grow":
         return data
     counts = manifest.widest.counts
     sizes = {f"capacity.{n}": counts[n] + SPARE for n in manifest.graph.cached_layers}

@@ -23,6 +23,7 @@ from edgeprune.runtime.media import Shown, prepare
 from edgeprune.runtime.room import room
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.sequence import NO_IDS, Sequence, at_its_ratio
+from edgeprune.runtime.tile_encoder import MEMORY_MB
 
 WARM_UP = 128
 """Text tokens of a prefill on nothing, at most."""
@@ -60,11 +61,14 @@ class Session:
         threads: int | None = None,
         verify: bool | None = None,
         cr: float | None = None,
+        tile_memory_mb: int = MEMORY_MB,
     ) -> Session:
         """Open a bundle on one of BACKENDS, for one dialogue; `verify` as in Bundle.open, `cr` as
-        in Session."""
+        in Session, `tile_memory_mb` as in Engine.open."""
         with ExitStack() as owned:
-            engine = Engine.open(path, backend, threads=threads, verify=verify)
+            engine = Engine.open(
+                path, backend, threads=threads, verify=verify, tile_memory_mb=tile_memory_mb
+            )
             owned.callback(engine.close)
             session = cls(engine, cr=cr)
             session._owned = owned.pop_all()
@@ -98,7 +102,7 @@ class Session:
         return self.manifest.text.generation
 
     def warm_up(self) -> None:
-        """Run both graphs once on nothing, so that the first answer is as fast as the next."""
+        """Run all graphs once on nothing, so that the first answer is as fast as the next."""
         with self._alone():
             self._reset()
             engine, manifest = self.engine, self.manifest

@@ -38,12 +38,13 @@ def pretend(bundle: Path, backend: str = "trt") -> Path:
     grows = opened.manifest.decoder.cache == "grow"
     profiles = {
         "decoder": size_ranges(opened, request, dict(enumerate(capacities)) if grows else {}),
-        "vision": image_ranges(opened.manifest),
+        "vision": {},
+        "join": image_ranges(opened.manifest),
     }
     folder = bundle / "engines" / f"{backend}-pretended"
     folder.mkdir(parents=True)
     made = {}
-    for name in ("vision", "decoder"):
+    for name in engines.NAMES:
         file = folder / f"{name}.engine"
         file.write_bytes(f"{name}, as if compiled".encode())
         kept = Engine(file.name, 24, sha256(file), 1.0, dict(profiles[name]), (), ())

@@ -28,6 +28,6 @@ FAMILIES = [
 def test_engines_take_a_family(family: str, target: str, tmp_path: Path) -> None:
     CHECKPOINTS[family](tmp_path / "tiny")
     bundle = frozen(tmp_path / "b", "utp", 2, model=tmp_path / "tiny", target=target, dtype="fp16")
-    for graph in ("vision.onnx", "decoder.onnx"):
+    for graph in ("vision.onnx", "join.onnx", "decoder.onnx"):
         (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
         assert not verdict.problems, verdict.problems[0].message

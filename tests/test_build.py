@@ -87,7 +87,7 @@ def test_the_demo_becomes_engines_with_a_record_that_is_true(demo_built: Path) -
     assert found["version"] == tensorrt_rtx.__version__
     assert found["dtype"] == "fp16"
     assert found["capacities"] == [count + 512 for count in manifest.prune.counts]
-    names = {"vision.engine", "decoder.engine", "engine.json"}
+    names = {"vision.engine", "join.engine", "decoder.engine", "engine.json"}
     assert {file.name for file in engines(demo_built).iterdir()} == names
     for name, engine in found["engines"].items():
         file = engines(demo_built) / f"{name}.engine"

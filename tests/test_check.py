@@ -145,7 +145,7 @@ def test_branches_are_looked_into() -> None:
 
 
 def test_weights_are_not_read(tiny_jetpack7: Path, tmp_path: Path) -> None:
-    for name in ("vision.onnx", "decoder.onnx"):
+    for name in ("vision.onnx", "join.onnx", "decoder.onnx"):
         alone = tmp_path / name
         alone.write_bytes((tiny_jetpack7 / name).read_bytes())
         assert [v.accepted for v in check_graph(alone)] == [False] * 3 + [True] * 5

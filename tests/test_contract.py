@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from edgeprune import onnx_file
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError
-from edgeprune.graph_contract import DECODER, OPERATORS, VISION
+from edgeprune.graph_contract import DECODER, JOIN, OPERATORS, VISION
 from edgeprune.protobuf import block
 from tests.conftest import Refused
 from tests.hostile import edit_graph, end, replace_file, set_size
@@ -120,7 +120,7 @@ GRAPHS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "an output twice": (
         VISION,
         lambda m: m.graph.output.append(m.graph.output[0]),
-        "it or the manifest lacks visual",
+        "it or the manifest lacks features",
     ),
     "vocabulary": (
         DECODER,
@@ -138,7 +138,7 @@ GRAPHS: dict[str, tuple[str, Callable[[Any], object], str]] = {
         "it has text_ids: int64 [1, 7], the manifest text_ids: int64 [1, text]",
     ),
     "type": (
-        VISION,
+        JOIN,
         lambda m: setattr(end("output", "visual_indices")(m).type.tensor_type, "elem_type", 8),
         "it has visual_indices: type 8 [16], the manifest visual_indices: int64 [16]",
     ),

@@ -141,7 +141,7 @@ def test_a_manifest_with_contradicting_ratios_is_damaged(dial: Path, tmp_path: P
     record["ratios"] = record["ratios"][1:2]
     assert "the first of the ratios is not the default" in told()
     record["ratios"] = []
-    assert "vision.onnx lists" in told()
+    assert "join.onnx lists" in told()
 
 
 def test_common_sites_change_no_count() -> None:

@@ -18,6 +18,7 @@ from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import BundleError
 from edgeprune.export import dialects
+from edgeprune.graphs import GRAPHS
 from edgeprune.lowering import DTYPES, TARGETS, resolve
 from edgeprune.models._rounding import TORCH
 from edgeprune.records import DEPTH, Between
@@ -186,7 +187,7 @@ def test_a_bundle_that_the_engine_does_not_run(
             kind.elem_type = 16 if kind.elem_type == 1 else kind.elem_type  # bfloat16, float32
 
     bundle = copy_bundle()
-    for name in ("vision.onnx", "decoder.onnx"):
+    for name in GRAPHS:
         edit_graph(bundle, name, halve)
     manifest = bundle / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"fp32"', '"bf16"'))

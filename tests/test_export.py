@@ -27,7 +27,7 @@ from tests.graphs import NEVER, sized_by_data
 def graphs(bundle: Path) -> list[onnx.ModelProto]:
     return [
         onnx.load(bundle / f"{name}.onnx", load_external_data=False)
-        for name in ("vision", "decoder")
+        for name in ("vision", "join", "decoder")
     ]
 
 
@@ -37,12 +37,12 @@ def test_graphs_pass_the_checker_and_hold_no_data_dependent_shape(demo_utp: Path
         assert not sized_by_data(model.graph)
         assert all(node.domain == "" for node in model.graph.node), "standard operators only"
         assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)]
-    for name in ("vision", "decoder"):
+    for name in ("vision", "join", "decoder"):
         onnx.checker.check_model(str(demo_utp / f"{name}.onnx"), full_check=True)
 
 
 def test_every_k_is_constant_or_a_minimum_with_the_live_tokens(demo_utp: Path) -> None:
-    model = graphs(demo_utp)[1]
+    model = graphs(demo_utp)[-1]
     makers = {output: node for node in model.graph.node for output in node.output}
     constants = {tensor.name for tensor in model.graph.initializer}
     selections = [node for node in model.graph.node if node.op_type == "TopK"]
@@ -62,7 +62,7 @@ def _drops(bundle: Path) -> int:
 
 
 def test_nodes_carry_the_names_of_their_modules(demo_utp: Path) -> None:
-    vision, decoder = graphs(demo_utp)
+    vision, _, decoder = graphs(demo_utp)
     names = [node.name for node in decoder.graph.node]
     assert len(set(names)) == len(names)
     sites = [site.layer or 0 for site in Bundle.open(demo_utp).manifest.graph.kept]
@@ -74,7 +74,7 @@ def test_nodes_carry_the_names_of_their_modules(demo_utp: Path) -> None:
 
 def test_weights_are_stored_once_and_as_the_graph_says(demo_utp: Path) -> None:
     adapter = open_model("demo")
-    model = graphs(demo_utp)[1]
+    model = graphs(demo_utp)[-1]
     load_external_data_for_model(model, str(demo_utp))
     found = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     stored = adapter.checkpoint.read("language_model.model.layers.5.mlp.up_proj.weight")

@@ -281,7 +281,7 @@ def test_engines_take_it(kind: str, target: str, method: str, dtype: str, tmp_pa
     model = KINDS[kind](num_hidden_layers=5, max_position_embeddings=1024).save(tmp_path / "deep")
     cr = 4 if method == "utp" else 1
     bundle = frozen(tmp_path / "b", method, cr, model=model, target=target, dtype=dtype)
-    for graph in ("vision.onnx", "decoder.onnx"):
+    for graph in ("vision.onnx", "join.onnx", "decoder.onnx"):
         (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
         assert not verdict.problems, verdict.problems[0].message
     if target == "rtx":

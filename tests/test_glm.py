@@ -225,7 +225,7 @@ def test_engines_take_it(target: str, method: str, dtype: str, tmp_path: Path) -
     cr = 4 if method == "utp" else 1
     options: dict[str, Any] = {"model": model, "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options, size=Size(140, 140))
-    for graph in ("vision.onnx", "decoder.onnx"):
+    for graph in ("vision.onnx", "join.onnx", "decoder.onnx"):
         (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
         assert not verdict.problems, verdict.problems[0].message
     if target == "rtx":

@@ -34,7 +34,7 @@ def test_engines_take_it(method: str, cr: float, target: str, dtype: str, tmp_pa
     checkpoint = lfm2.lfm2_vl(lfm2.PUBLISHED, **sizes).save(tmp_path / "tiny")
     options = {"model": checkpoint, "size": Size(60, 100), "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options)
-    for graph in ("vision.onnx", "decoder.onnx"):
+    for graph in ("vision.onnx", "join.onnx", "decoder.onnx"):
         (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
         assert not verdict.problems, verdict.problems[0].message
     if target == "rtx":

@@ -170,7 +170,7 @@ def test_the_bundle_agrees_with_its_reference_over_two_turns(
 
 def test_the_graphs_hold_no_data_dependent_shape_nor_loop(bundle: Path) -> None:
     """Every size, K of every TopK among them, follows from constants and the inputs' shapes."""
-    for name in ("vision", "decoder"):
+    for name in ("vision", "join", "decoder"):
         graph = onnx.load(bundle / f"{name}.onnx", load_external_data=False).graph
         assert not {node.op_type for node in graph.node} & NEVER
         assert not sized_by_data(graph)

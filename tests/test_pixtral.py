@@ -214,7 +214,7 @@ def test_engines_take_it(kind: str, target: str, method: str, dtype: str, tmp_pa
     options: dict[str, Any] = {"model": model, "target": target, "dtype": dtype}
     made = tmp_path / "b", method, cr if method == "utp" else 1
     bundle = frozen(*made, **options, size=Size(140, 140))
-    for graph in ("vision.onnx", "decoder.onnx"):
+    for graph in ("vision.onnx", "join.onnx", "decoder.onnx"):
         (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
         assert not verdict.problems, verdict.problems[0].message
     if target == "rtx":

@@ -28,7 +28,7 @@ def test_engines_take_it(method: str, cr: float, target: str, dtype: str, tmp_pa
     """196 tokens of 448 x 448, the default; UTP drops them between the first layers too."""
     checkpoint = stacked_checkpoint(tmp_path / "tiny")
     bundle = frozen(tmp_path / "b", method, cr, model=checkpoint, target=target, dtype=dtype)
-    for graph in ("vision.onnx", "decoder.onnx"):
+    for graph in ("vision.onnx", "join.onnx", "decoder.onnx"):
         (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
         assert not verdict.problems, verdict.problems[0].message
     if target == "rtx":

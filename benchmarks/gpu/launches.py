@@ -31,13 +31,16 @@ def count(path: Path, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "profile"
         bundle = Bundle.open(path, verify=False)
-        engine = Engine(bundle, OrtBackend(bundle, device, profile=prefix))
+        engine = Engine(bundle, OrtBackend(bundle, device, profile=prefix), tile_memory_mb=0)
         _run(engine)
         engine.close()
         files = sorted(Path(folder).iterdir())
         runs = [run for file in files for run in _runs(json.loads(file.read_text()))]
     # Each call is made twice, and the first of a kind compiles and allocates.
-    kinds = {"vision": runs[1], "prefill": runs[4], "decode": runs[5]}
+    tiles = bundle.manifest.encoder.tiles
+    image = *runs[tiles : 2 * tiles], runs[2 * tiles + 1]  # every tile, and what joins them
+    vision = [event for run in image for event in run]
+    kinds = {"vision": vision, "prefill": runs[-2], "decode": runs[-1]}
     return {"bundle": path.name, **{name: _counts(events) for name, events in kinds.items()}}
 
 

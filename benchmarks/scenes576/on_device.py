@@ -62,7 +62,7 @@ def fill(bundle: Path, checkpoint: Path, pool: Path) -> None:
 
 
 def _write(bundle: Path, checkpoint: Path, draft: Path) -> None:
-    """Every tensor of both graphs at its place, in float32."""
+    """Every tensor of all graphs at its place, in float32."""
     import onnx
     import torch
 
@@ -75,7 +75,8 @@ def _write(bundle: Path, checkpoint: Path, draft: Path) -> None:
     policy, plan = make(PruneSpec("none")), Plan(adapter.shape.visual_tokens, adapter.shape.layers)
     with draft.open("wb") as stream:
         stream.truncate(_manifest(bundle)["files"][WEIGHTS]["bytes"])
-        for graph, make_module in zip(GRAPHS, (adapter.vision, adapter.decoder), strict=True):
+        makers = adapter.vision, adapter.vision, adapter.decoder
+        for graph, make_module in zip(GRAPHS, makers, strict=True):
             with torch.device("meta"):
                 module = make_module(policy, plan)
             compute_buffers(module, torch.float32)

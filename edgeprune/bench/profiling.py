@@ -24,6 +24,7 @@ from edgeprune.runtime import backends
 from edgeprune.runtime.backend import DecoderInputs
 from edgeprune.runtime.backends._ort import OrtBackend
 from edgeprune.runtime.images import to_pixels
+from edgeprune.runtime.tile_encoder import TileEncoder
 from edgeprune.timing import Profile, Profiled, Spread, Table
 
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 10, 1 / 7, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
@@ -141,6 +142,7 @@ class _Work:
         self.manifest, self.backend, self.text = bundle.manifest, backend, request.text_tokens
         self.rng, self.caches = np.random.default_rng(0), backend.caches()
         self.block = backend.encoder_block(BLOCK)
+        self.encoder = TileEncoder(backend, self.manifest, 0)
         record = self.manifest.image
         self.pixels = self.rng.standard_normal(record.shape, np.float32)
         self.file = (
@@ -152,19 +154,20 @@ class _Work:
     def jobs(self) -> dict[tuple[str, int], Work]:
         """Each by its kind and its count."""
         encoder, record = self.manifest.encoder, self.manifest.image
+        dense = np.array(self.manifest.prune.counts)
         found: dict[tuple[str, int], Work] = {
             ("read", 0): lambda: read_image(self.file),
             ("preprocess", 0): lambda: [
                 to_pixels(self.image, record) for _ in range(encoder.shown)
             ],
-            ("vision", 0): lambda: self.backend.encode_image(self.pixels),
+            ("vision", 0): lambda: self.encoder.encode(self.pixels, dense),
         }
         for count in counts(self.manifest.prune.visual_tokens):
             found["prefill", count] = self._prefill(count)
         for count in counts(encoder.patches + encoder.extra):
-            found["block", count] = self._block(encoder.tiles, count)
+            found["block", count] = self._block(1, count)
         if encoder.window:
-            windows = max(1, encoder.patches // encoder.window) * encoder.tiles
+            windows = max(1, encoder.patches // encoder.window)
             for count in counts(encoder.window):
                 found["windowed", count] = self._block(windows, count)
         return found
@@ -181,10 +184,12 @@ class _Work:
         return lambda: self.backend.run(inputs, self.caches)
 
     def _block(self, sequences: int, tokens: int) -> Work:
+        """A block of the encoder on `sequences` windows of a tile, for each tile."""
+        tiles = range(self.manifest.encoder.tiles)
         width = self.manifest.encoder.width
         hidden = self.rng.standard_normal((sequences, tokens, width), np.float32)
         rows = np.tile(np.arange(tokens) % self.manifest.encoder.patches, (sequences, 1))
-        return lambda: self.block(hidden, rows)
+        return lambda: [self.block(hidden, rows) for _ in tiles]
 
 
 def counts(most: int) -> list[int]:

@@ -46,7 +46,9 @@ class BenchWorker:
         self.sampler = power.Sampler(meter) if meter else None
         started = time.perf_counter()
         with self.sampler or nullcontext():
-            self.engine = Engine.open(path, backend, threads=threads, verify=False)
+            self.engine = Engine.open(
+                path, backend, threads=threads, verify=False, tile_memory_mb=0
+            )
         self.manifest, self.sequence = self.engine.manifest.at(cr), self.engine.sequence()
         self.cr = cr
         self.load_seconds = time.perf_counter() - started

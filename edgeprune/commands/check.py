@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands import _common
 from edgeprune.errors import BackendError, SpecError
+from edgeprune.graphs import GRAPHS
 from edgeprune.install_hints import install
 from edgeprune.tables import plain
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from edgeprune.export.check import Problem, Verdict
     from edgeprune.runtime.parsers import Parser
 
-GRAPHS = ("vision.onnx", "decoder.onnx")
 ENGINES = {"trt": "TensorRT", "rtx": "TensorRT-RTX", "ort": "ONNX Runtime"}
 FOR_A_CPU = (
     "decoder.onnx: it has no output `token`, which TensorRT's backends read; export it with"

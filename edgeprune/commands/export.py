@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edgeprune import terminal
 from edgeprune.commands import _common
 from edgeprune.errors import SpecError
+from edgeprune.graphs import GRAPHS
 
 if TYPE_CHECKING:
     from edgeprune.bundle import (
@@ -164,8 +165,8 @@ def _summary(exported: Exported, seconds: float) -> str:
         lines += _weights_lines(manifest.weights)
     if manifest.range:
         lines += _range_lines(manifest.range)
-    graphs = ("vision.onnx", "decoder.onnx", "weights.bin")
-    lines.append(", ".join(f"{name} {sizes[name]:.2f} MB" for name in graphs))
+    files = (*GRAPHS, "weights.bin")
+    lines.append(", ".join(f"{name} {sizes[name]:.2f} MB" for name in files))
     lines += [f"note: {note}" for note in exported.notes]
     lines.append(f"{manifest.dtype}, opset {manifest.opset}, {seconds:.1f} s")
     lines.append(f"next: edgeprune run {exported.path} --image IMAGE --prompt QUESTION")

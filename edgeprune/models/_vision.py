@@ -187,6 +187,11 @@ class Vision(nn.Module):
             return None
         return partial(self.policy.merge_in_block, stage=stages[0])
 
+    @property
+    def counted(self) -> bool:
+        """Whether counts decide what is kept here, where they are an input."""
+        return self.plan.dialed and bool(self.plan.behind_encoder())
+
     def select(self, seen: Encoded, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """From what the encoder gives to visual tokens and their indices."""
         stages, layout = self.plan.behind_encoder(), self.config.layout

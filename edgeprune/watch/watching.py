@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from edgeprune import terminal
@@ -54,8 +52,6 @@ class Watch:
         self._session, self._request = session, request
         self._asked: Levels | None = None  # of the last frame that was asked
         self._due, self._unchanged, self._ringing = float("-inf"), 0, False
-        self._pixels: NDArray[np.float32] | None = None
-        self._image: EncodedImage | None = None
 
     def records(self, source: Source) -> Iterator[dict[str, Any]]:
         """A record for each frame that is asked; of one that cannot be read, its error."""
@@ -85,10 +81,11 @@ class Watch:
             self._unchanged += 1
             return None
         started, head = time.perf_counter(), _head(frame)
-        image, reused = self._encoded(read.image)
+        prepared = prepare(read.image, self._session.manifest.image)
+        image = self._session.engine.encode_pixels(prepared.pixels, prepared.warnings)
         said = self._said(image)
         record = head | said | {"total_ms": 1e3 * (time.perf_counter() - started)}
-        record |= {"image_reused": reused, "unchanged": self._unchanged}
+        record |= {"tiles_encoded": image.tiles_encoded, "unchanged": self._unchanged}
         if self._request.on_change is not None:
             record["change"] = changed
         if notes := [*read.warnings, *image.warnings]:
@@ -106,16 +103,6 @@ class Watch:
             return None
         self._asked = now
         return found
-
-    def _encoded(self, image: Image.Image) -> tuple[EncodedImage, bool]:
-        """What the vision graph makes of a frame, and whether that was known: pixels that are
-        equal, after resizing, are not encoded again."""
-        prepared = prepare(image, self._session.manifest.image)
-        known = self._pixels is not None and np.array_equal(prepared.pixels, self._pixels)
-        if not known or self._image is None:
-            self._image = self._session.engine.encode_pixels(prepared.pixels, prepared.warnings)
-            self._pixels = prepared.pixels
-        return self._image, known
 
     def _said(self, image: EncodedImage) -> dict[str, Any]:
         session, request = self._session, self._request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
@@ -15,9 +15,17 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError, brief
+from edgeprune.graphs import GRAPHS, JOIN, VISION
 from edgeprune.install_hints import install
 from edgeprune.runtime import dtypes
-from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output, likeliest
+from edgeprune.runtime.backend import (
+    DecoderInputs,
+    EncodedImage,
+    EncodedTile,
+    Ids,
+    Output,
+    likeliest,
+)
 from edgeprune.runtime.backends import _caches
 from edgeprune.runtime.backends._caches import OrtCaches
 
@@ -27,7 +35,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OrtBackend:
-    """The bundle's two graphs on one execution provider: `cpu` or `cuda`."""
+    """The bundle's graphs on one execution provider: `cpu` or `cuda`."""
 
     text_capacity: int | None = None
     build_seconds: float | None = None
@@ -53,7 +61,7 @@ class OrtBackend:
         self.name = f"ort-{device}"
         self.record, self.device = manifest.decoder, device
         self.element = dtypes.stored_type(manifest.dtype).type
-        self._graph, self._counted = manifest.graph, manifest.vision.input("counts")
+        self._graph, self._tile, self._image = manifest.graph, manifest.vision, manifest.join
         self._default = np.array(manifest.prune.counts)
         options = ort.SessionOptions()
         if bundle.manifest.is_calibrated:
@@ -65,8 +73,7 @@ class OrtBackend:
             options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
         providers = _providers(ort, device)
         self._open = partial(_session, ort, bundle, options=options, providers=providers)
-        self._vision = _session(ort, bundle, "vision.onnx", options, providers)
-        self._decoder = _session(ort, bundle, "decoder.onnx", options, providers)
+        self._vision, self._join, self._decoder = map(self._open, GRAPHS)
         self._value = ort.OrtValue
         with _refusals("memory for the caches"):
             self._memory = _caches.Device.open(ort, device, self.element, providers)
@@ -78,16 +85,26 @@ class OrtBackend:
         no_indices = np.zeros(0, np.int64)
         self._no_image = EncodedImage(no_visual, self._host(no_indices), no_indices)
 
-    def encode_image(self, pixels: NDArray[np.float32], counts: Ids | None = None) -> EncodedImage:
-        with _refusals("vision.onnx"):
+    def encode_tile(self, pixels: NDArray[np.float32]) -> EncodedTile:
+        with _refusals(VISION):
             binding, shown = self._vision.io_binding(), self._host(pixels.astype(self.element))
             binding.bind_ortvalue_input("pixels", shown)
-            if self._counted is not None:
-                given = self._host(self._default if counts is None else counts)
-                binding.bind_ortvalue_input(self._counted.name, given)
+            for tensor in self._tile.outputs:
+                binding.bind_output(tensor.name, self.device)
+            self._vision.run_with_iobinding(binding)
+            roles = (tensor.role for tensor in self._tile.outputs)
+            return EncodedTile(dict(zip(roles, binding.get_outputs(), strict=True)))
+
+    def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
+        with _refusals(JOIN):
+            binding = self._join.io_binding()
+            given = self._host(self._default if counts is None else counts)
+            for tensor in self._image.inputs:
+                value = given if tensor.tile is None else tiles[tensor.tile - 1].signals[tensor.role]
+                binding.bind_ortvalue_input(tensor.name, value)
             binding.bind_output("visual", self.device)
             binding.bind_output("visual_indices", "cpu")
-            self._vision.run_with_iobinding(binding)
+            self._join.run_with_iobinding(binding)
             visual, indices = binding.get_outputs()
         return EncodedImage(visual, indices, indices.numpy().copy())
 
@@ -121,7 +138,7 @@ class OrtBackend:
             return self._output(inputs, kept)
 
     def close(self) -> None:
-        del self._vision, self._decoder, self._memory, self._logits
+        del self._vision, self._join, self._decoder, self._memory, self._logits
 
     def _step(self, inputs: DecoderInputs, caches: OrtCaches) -> tuple[Ids, ...]:
         if caches.step is None:

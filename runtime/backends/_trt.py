@@ -2,7 +2,7 @@
 
 One block of memory is allocated when a bundle is opened and divided up: inputs, outputs and the
 scratch memory that all runs share. Each dialogue has a block of caches, each encoded image one of
-tokens, which the vision engine writes where the decoder reads them; a block that is given back goes
+tokens, which the join engine writes where the decoder reads them; a block that is given back goes
 to the next dialogue or image. A cache that is written in place has one address for past and
 present, so every decode step of a dialogue is the same work: it is recorded once as a CUDA graph
 and replayed, with one small copy in (the token, its position, the lengths) and 8 bytes out (the
@@ -12,7 +12,7 @@ likeliest token).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, CapacityError
 from edgeprune.runtime import dtypes, engines, gpu, trt
-from edgeprune.runtime.backend import DecoderInputs, EncodedImage, Ids, Output
+from edgeprune.runtime.backend import DecoderInputs, EncodedImage, EncodedTile, Ids, Output
 from edgeprune.runtime.backends._trt_memory import (
     ALIGNMENT,
     WORD,
@@ -34,6 +34,7 @@ from edgeprune.runtime.backends._trt_memory import (
     shared_sizes,
     step_bytes,
     survivors,
+    tile_sizes,
 )
 
 RUNS = ("fp32", "fp16", "bf16")
@@ -46,7 +47,7 @@ ADVICE = {
 
 
 class TrtBackend:
-    """A bundle's two engines on the first GPU; `kind` is trt or trt-rtx."""
+    """A bundle's engines on the first GPU; `kind` is trt or trt-rtx."""
 
     def __init__(self, bundle: Bundle, kind: str) -> None:
         self.name, self.manifest, self.device = kind, bundle.manifest, gpu.connect(kind)
@@ -62,39 +63,59 @@ class TrtBackend:
         self.limits = made["decoder"]["profiles"]["prefill"]
         sizes = shared_sizes(bundle.manifest, self.limits)
         self._image_sizes = image_sizes(bundle.manifest)
+        self._tile_sizes = tile_sizes(bundle.manifest)
         self._cache_sizes = cache_sizes(bundle.manifest, self.capacities)
         one = sum(sum(some.values()) for some in (sizes, self._image_sizes, self._cache_sizes))
+        one += bundle.manifest.encoder.tiles * sum(self._tile_sizes.values())
         self._check_memory(sum(engine["bytes"] for engine in made.values()) + one)
-        vision, decoder = (self.device.load(self._found.file(n)) for n in ("vision", "decoder"))
-        sizes["scratch"] = max(vision.scratch, decoder.scratch)
+        loaded = [self.device.load(self._found.file(name)) for name in engines.NAMES]
+        sizes["scratch"] = max(engine.scratch for engine in loaded)
         self._check_memory(one + sizes["scratch"])
         self.at = arena(self.device, sizes)
-        (self._vision,) = vision.executions(self.at["scratch"])
-        self._prefill, self._decode = decoder.executions(self.at["scratch"])
+        runs = [engine.executions(self.at["scratch"]) for engine in loaded]
+        (self._vision,), (self._join,), (self._prefill, self._decode) = runs
         self._token = self.device.pinned(WORD).view(np.int64)
         self._step = _StepInputs(self)
         self._default = np.array(bundle.manifest.prune.counts)
         self._blocks = list[Block]()
         self._spare_images, self._spare_blocks = list[dict[str, int]](), list[Block]()
+        self._spare_tiles = list[dict[str, int]]()
         self._bind()
 
-    def encode_image(self, pixels: NDArray[np.float32], counts: Ids | None = None) -> EncodedImage:
-        spare = self._spare_images
-        at = spare.pop() if spare else self._more(self._image_sizes, "a further image")
-        holder = _Holder()
-        weakref.finalize(holder, spare.append, at).atexit = False  # once nobody can read it
+    def encode_tile(self, pixels: NDArray[np.float32]) -> EncodedTile:
+        at, holder = self._held(self._spare_tiles, self._tile_sizes, "a further tile")
         self.device.upload(self.at["pixels"], dtypes.to_stored(pixels, self.dtype))
         for tensor in self.manifest.vision.outputs:
             self._vision.address(tensor.name, at[tensor.role])
-        encoded, counts = self.manifest.prune.encoded, self._default if counts is None else counts
-        if (taken := self.manifest.vision.input("counts")) is not None:
-            self._vision.values(taken.name, counts)
-            encoded = int(counts[0])
         self._vision.run()
+        self.device.wait()
+        return EncodedTile(at, holder)
+
+    def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
+        at, holder = self._held(self._spare_images, self._image_sizes, "a further image")
+        encoded, counts = self.manifest.prune.encoded, self._default if counts is None else counts
+        for tensor in self.manifest.join.inputs:
+            if tensor.tile is None:  # all others are signals of a tile
+                self._join.values(tensor.name, counts)
+                encoded = int(counts[0])
+            else:
+                self._join.address(tensor.name, tiles[tensor.tile - 1].signals[tensor.role])
+        for tensor in self.manifest.join.outputs:
+            self._join.address(tensor.name, at[tensor.role])
+        self._join.run()
         kept = np.zeros(encoded, np.int64)
         self.device.download(kept, at["visual_indices"])
         self.device.wait()
         return EncodedImage(at["visual"], at["visual_indices"], kept, holder=holder)
+
+    def _held(
+        self, spare: list[dict[str, int]], sizes: Mapping[str, int], what: str
+    ) -> tuple[dict[str, int], _Holder]:
+        """Memory that goes back to `spare` once nobody can read it."""
+        at = spare.pop() if spare else self._more(sizes, what)
+        holder = _Holder()
+        weakref.finalize(holder, spare.append, at).atexit = False
+        return at, holder
 
     def caches(self) -> TrtCaches:
         spare = self._spare_blocks
@@ -121,7 +142,7 @@ class TrtBackend:
         return Output(int(self._token[0]), kept, logits)
 
     def close(self) -> None:
-        del self._vision, self._prefill, self._decode  # before the memory they work on
+        del self._vision, self._join, self._prefill, self._decode  # before the memory they work on
         for block in self._blocks:
             block.replay = None
         self.device.close()
@@ -254,4 +275,4 @@ class _StepInputs:
 
 
 class _Holder:
-    """Held by whoever may still read an image."""
+    """Held by whoever may still read an image or a tile."""

@@ -106,7 +106,12 @@ def shared_sizes(manifest: Manifest, limits: Mapping[str, Sequence[int]]) -> dic
 def image_sizes(manifest: Manifest) -> dict[str, int]:
     """Bytes of an encoded image, by role, at the ratio that keeps most of it."""
     most = {"visual": manifest.widest.encoded}
-    return _aligned({tensor.role: tensor.bytes(most) for tensor in manifest.vision.outputs})
+    return _aligned({tensor.role: tensor.bytes(most) for tensor in manifest.join.outputs})
+
+
+def tile_sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of what the vision engine gives for a tile, by role."""
+    return _aligned({tensor.role: tensor.bytes({}) for tensor in manifest.vision.outputs})
 
 
 def cache_sizes(manifest: Manifest, capacities: Sequence[int]) -> dict[str, int]:
