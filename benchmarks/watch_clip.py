@@ -3,9 +3,12 @@
 Each frame is asked three ways: every tile of every frame encoded anew, tiles whose pixels were seen
 before not again, and only frames that changed. Halfway through the clip one part of the scene
 changes, as large as a tile, and stays so. Rounds take turns, so that a busy moment of the machine
-falls on all three.
+falls on all three. A model of real size with three tiles, 3 GB of disk:
 
-    python -m benchmarks.watch_clip out/bundle --frames 20 --rounds 5
+    python -m benchmarks.published onevision-0.5b out/onevision --random
+    edgeprune export --model out/onevision --image-size 768x384 --method fastv --cr 4 --parity 0 \
+        -o out/onevision-768
+    python -m benchmarks.watch_clip out/onevision-768 --frames 6 --rounds 3
 """
 
 from __future__ import annotations
@@ -30,22 +33,20 @@ from edgeprune.watch.sources import Frame
 from edgeprune.watch.watching import Watch, WatchRequest
 
 QUESTION = "what color is the star ?"
-WAYS = ("every tile encoded anew", "equal tiles encoded once", "on change")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene, and from `at` on one in which a part differs."""
+    """A scene, and from the middle on one in which a part differs."""
 
     before: Image.Image
     after: Image.Image
     count: int
-    at: int
     live: bool = False
 
     def frames(self) -> Iterator[Frame]:
         for number in range(self.count):
-            scene = self.before if number < self.at else self.after
+            scene = self.before if number < self.count // 2 else self.after
             yield Frame(np.asarray(scene), number, number / 10)
 
 
@@ -55,6 +56,39 @@ class Forgetful(Watch):
     def _record(self, frame: Frame) -> dict[str, Any] | None:
         self._session.engine.forget_tiles()
         return super()._record(frame)
+
+
+WAYS: dict[str, tuple[type[Watch], float | None]] = {
+    "every tile encoded anew": (Forgetful, None),
+    "equal tiles encoded once": (Watch, None),
+    "on change": (Watch, 0.05),
+}
+"""How a clip is watched, and the least change of a frame that is asked."""
+
+
+def measure(session: Session, frames: int, rounds: int, tokens: int) -> dict[str, Any]:
+    """What each way asks, encodes and takes; answers have `tokens` tokens at most."""
+    before, after = scenes(session)
+    clip = Clip(before, after, frames)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    records: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(rounds):
+        for way, (watch, least) in WAYS.items():
+            request = WatchRequest(QUESTION, max_new_tokens=tokens, on_change=least)
+            session.engine.forget_tiles()
+            started = time.perf_counter()
+            records[way] = list(watch(session, request).records(clip))
+            seconds[way].append(time.perf_counter() - started)
+    anew, once, changed = ([r["text"] for r in found] for found in records.values())
+    asked = [record["frame"] for record in records["on change"]]
+    first = seconds[next(iter(WAYS))]
+    return {
+        "tiles": session.manifest.encoder.tiles,
+        "tiles_that_change": _differing(session, before, after),
+        "equal_answers": once == anew and changed == [anew[frame] for frame in asked],
+        **{way: _told(records[way], seconds[way], first) for way in WAYS},
+        "seconds": seconds,
+    }
 
 
 def scenes(session: Session) -> tuple[Image.Image, Image.Image]:
@@ -71,6 +105,26 @@ def scenes(session: Session) -> tuple[Image.Image, Image.Image]:
     return before, after
 
 
+def _differing(session: Session, *images: Image.Image) -> int:
+    """How many tiles of two images have other pixels."""
+    record = session.manifest.image
+    one, other = (prepare(read_image(np.asarray(image)).image, record).pixels for image in images)
+    tiles = session.manifest.encoder.tiles
+    pairs = zip(np.split(one, tiles), np.split(other, tiles), strict=True)
+    return sum(not np.array_equal(a, b) for a, b in pairs)
+
+
+def _told(
+    records: list[dict[str, Any]], seconds: list[float], first: list[float]
+) -> dict[str, float]:
+    return {
+        "asked": len(records),
+        "tiles_encoded": sum(record["tiles_encoded"] for record in records),
+        "median_s": median(seconds),
+        "of_the_first": median(a / b for a, b in zip(seconds, first, strict=True)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Questions and encodings that `watch` saves.")
     parser.add_argument("bundle", type=Path)
@@ -79,45 +133,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8, help="of an answer, at most")
     parser.add_argument("--backend", default="ort-cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="write every round here")
     args = parser.parse_args()
     with Session.open(args.bundle, backend=args.backend, threads=args.threads) as session:
-        before, after = scenes(session)
-        clip = Clip(before, after, args.frames, args.frames // 2)
-        plain = WatchRequest(QUESTION, max_new_tokens=args.tokens)
-        changed = WatchRequest(QUESTION, max_new_tokens=args.tokens, on_change=0.05)
-        ways = ((Forgetful, plain), (Watch, plain), (Watch, changed))
         session.warm_up()
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        records: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(args.rounds):
-            for way, (watch, request) in zip(WAYS, ways, strict=True):
-                session.engine.forget_tiles()
-                started = time.perf_counter()
-                records[way] = list(watch(session, request).records(clip))
-                seconds[way].append(time.perf_counter() - started)
-        tiles = session.manifest.encoder.tiles
-        pixels = [
-            prepare(read_image(np.asarray(s)).image, session.manifest.image).pixels
-            for s in (before, after)
-        ]
-    first = seconds[WAYS[0]]
-    told = {
-        way: {
-            "asked": len(records[way]),
-            "tiles_encoded": sum(one["tiles_encoded"] for one in records[way]),
-            "median_s": median(seconds[way]),
-            "of_the_first": median(a / b for a, b in zip(seconds[way], first, strict=True)),
-        }
-        for way in WAYS
-    }
-    answers = [[one["text"] for one in records[way]] for way in WAYS[:2]]
-    parts = zip(*(np.split(one, tiles) for one in pixels), strict=True)
-    shown = {
-        "tiles": tiles,
-        "tiles_that_change": sum(not np.array_equal(a, b) for a, b in parts),
-        "equal_answers": answers[0] == answers[1],
-    }
-    print(json.dumps({**shown, **told, "seconds": seconds}, indent=1))
+        found = measure(session, args.frames, args.rounds, args.tokens)
+    print(json.dumps(found, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from typing import Annotated, NamedTuple
 
 from edgeprune.records import Between, Few, LongestEdge, OneOf, Side
 
+TILE_MEMORY_MB = 64
+"""For what the encoder gave for tiles that may come again, unless another number is given."""
+
 AspectRatio = Annotated[float, Between(1e-4, 1e4)]
 
 

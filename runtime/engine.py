@@ -18,7 +18,8 @@ from edgeprune.runtime.backend import Backend, Caches, DecoderInputs, EncodedIma
 from edgeprune.runtime.media import Shown
 from edgeprune.runtime.sequence import CLOSED, Sequence
 from edgeprune.runtime.text import Prompter
-from edgeprune.runtime.tile_encoder import MEMORY_MB, TileEncoder
+from edgeprune.runtime.tile_encoder import TileEncoder
+from edgeprune.tiling import TILE_MEMORY_MB
 
 
 class Engine:
@@ -29,7 +30,7 @@ class Engine:
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend[Any], tile_memory_mb: int = MEMORY_MB
+        self, bundle: Bundle, backend: Backend[Any], tile_memory_mb: int = TILE_MEMORY_MB
     ) -> None:
         self.bundle, self.manifest, self.backend = bundle, bundle.manifest, backend
         self._encoder = TileEncoder(backend, bundle.manifest, tile_memory_mb)
@@ -43,7 +44,7 @@ class Engine:
         *,
         threads: int | None = None,
         verify: bool | None = None,
-        tile_memory_mb: int = MEMORY_MB,
+        tile_memory_mb: int = TILE_MEMORY_MB,
     ) -> Engine:
         """Open a bundle on a backend of `backends.NAMES`; `verify` as in Bundle.open.
 
@@ -52,7 +53,7 @@ class Engine:
         """
         backends.find(backend)
         if tile_memory_mb < 0:
-            raise SpecError(f"memory for tiles is a number of megabytes; got {tile_memory_mb}")
+            raise SpecError(f"--tile-memory is a number of megabytes from 0; got {tile_memory_mb}")
         bundle = Bundle.open(path, verify=verify)
         return cls(bundle, backends.make(bundle, backend, threads), tile_memory_mb)
 

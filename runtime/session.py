@@ -23,7 +23,7 @@ from edgeprune.runtime.media import Shown, prepare
 from edgeprune.runtime.room import room
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.sequence import NO_IDS, Sequence, at_its_ratio
-from edgeprune.runtime.tile_encoder import MEMORY_MB
+from edgeprune.tiling import TILE_MEMORY_MB
 
 WARM_UP = 128
 """Text tokens of a prefill on nothing, at most."""
@@ -61,7 +61,7 @@ class Session:
         threads: int | None = None,
         verify: bool | None = None,
         cr: float | None = None,
-        tile_memory_mb: int = MEMORY_MB,
+        tile_memory_mb: int = TILE_MEMORY_MB,
     ) -> Session:
         """Open a bundle on one of BACKENDS, for one dialogue; `verify` as in Bundle.open, `cr` as
         in Session, `tile_memory_mb` as in Engine.open."""

@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Manifest
 from edgeprune.runtime.backend import Backend, EncodedImage, EncodedTile, Ids
-
-MEMORY_MB = 64
-"""For tiles that may come again."""
+from edgeprune.tiling import TILE_MEMORY_MB
 
 
 class TileEncoder:
@@ -26,7 +24,7 @@ class TileEncoder:
     longest unused ones are forgotten. Used by one thread at a time."""
 
     def __init__(
-        self, backend: Backend[Any], manifest: Manifest, memory_mb: int = MEMORY_MB
+        self, backend: Backend[Any], manifest: Manifest, memory_mb: int = TILE_MEMORY_MB
     ) -> None:
         self._backend, self._tiles = backend, manifest.encoder.tiles
         one = sum(tensor.bytes({}) for tensor in manifest.vision.outputs)

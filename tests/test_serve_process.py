@@ -110,6 +110,7 @@ def test_a_hangup_before_the_server_is_ready(
     [
         (["--sequences", 0], "--sequences is at least 1"),
         (["--kept-memory", -1], "--kept-memory is at least 0"),
+        (["--tile-memory", -1], "--tile-memory is at least 0"),
         (["--timeout", 0], "--timeout is a number of seconds above 0; got 0"),
         (["--port", 70000], "--port is from 0"),
         (["--media", "nosuch"], "--media is a folder"),

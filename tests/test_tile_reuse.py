@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import watch_clip
 from edgeprune.bundle import Bundle
 from edgeprune.errors import SpecError
 from edgeprune.recipe import Recipe, make
-from edgeprune.runtime import Engine
+from edgeprune.runtime import Engine, Session
 from edgeprune.runtime.backend import EncodedImage, EncodedTile
 from edgeprune.runtime.tile_encoder import TileEncoder
 from edgeprune.spec import PruneSpec
@@ -115,5 +116,18 @@ def test_memory_is_bounded(bundle: Path) -> None:
 
 
 def test_memory_is_a_number_of_megabytes(bundle: Path) -> None:
-    with pytest.raises(SpecError, match="is a number of megabytes; got -1"):
+    with pytest.raises(SpecError, match="--tile-memory is a number of megabytes from 0; got -1"):
         Engine.open(bundle, tile_memory_mb=-1)
+
+
+def test_a_clip_with_one_change_is_asked_and_encoded_where_it_changed(bundle: Path) -> None:
+    """A still scene of five tiles, one of which changes: it and the view of the whole."""
+    with Session.open(bundle, threads=1) as session:
+        found = watch_clip.measure(session, frames=6, rounds=1, tokens=2)
+    assert (found["tiles"], found["tiles_that_change"], found["equal_answers"]) == (5, 2, True)
+    told = {way: (found[way]["asked"], found[way]["tiles_encoded"]) for way in watch_clip.WAYS}
+    assert told == {
+        "every tile encoded anew": (6, 30),
+        "equal tiles encoded once": (6, 7),
+        "on change": (2, 7),
+    }

@@ -258,6 +258,7 @@ def test_the_command_watches_a_pipe_and_a_folder(demo_fastv: Path, tmp_path: Pat
         (["-"], "say it: --size"),
         ([".", "--size", "4x4"], "leave it out"),
         ([".", "--every", "-1"], "--every is a number"),
+        ([".", "--tile-memory", "-1"], "--tile-memory is a number"),
         ([".", "--on-change", "2"], "--on-change is a share"),
         ([".", "--alarm", "maybe>0.5"], "none of --choices (yes, no)"),
         ([".", "--choices", "yes"], "--choices: choices are from 2"),

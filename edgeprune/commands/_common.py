@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from edgeprune import terminal
 from edgeprune.errors import SpecError, brief
 from edgeprune.files import obstacle, real, unwritable, write_whole
-from edgeprune.tiling import Size
+from edgeprune.tiling import TILE_MEMORY_MB, Size
 
 if TYPE_CHECKING:
     from edgeprune.calib.calibrate import CalibrationRequest
@@ -57,6 +57,17 @@ def add_media(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--frames", type=int, metavar="N", help="freeze for a video of N frames, not for images"
+    )
+
+
+def add_tile_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tile-memory",
+        type=int,
+        default=TILE_MEMORY_MB,
+        metavar="MB",
+        help="for what the encoder gave for tiles of images: one whose pixels come again is not"
+        f" encoded again; 0: keep none (default {TILE_MEMORY_MB})",
     )
 
 

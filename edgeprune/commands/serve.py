@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from edgeprune.commands import _common
+
 KEY = "EDGEPRUNE_API_KEY"
 
 
@@ -78,6 +80,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="MB",
         help="for weights of all bundles: those that are not asked are closed to make room",
     )
+    _common.add_tile_memory(command)
     command.add_argument(
         "--media", type=Path, metavar="DIR", help="requests may name image files below DIR"
     )
@@ -114,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
             drain=args.drain,
             max_body_mb=args.max_body,
             memory_mb=args.memory,
+            tile_memory_mb=args.tile_memory,
             media=args.media,
             allow_urls=args.allow_urls,
             api_key=os.environ.get(KEY) if args.api_key is None else args.api_key,

@@ -66,6 +66,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    _common.add_tile_memory(command)
     command.set_defaults(run=run)
 
 
@@ -96,7 +97,12 @@ def run(args: argparse.Namespace) -> int:
         record = Bundle.open(args.bundle, verify=False).manifest.image
         if record.frames is not None or record.images != 1:
             raise InputError(f"watch asks about one image at a time; {args.bundle} takes more")
-        with Session.open(args.bundle, backend=args.backend, threads=args.threads) as session:
+        with Session.open(
+            args.bundle,
+            backend=args.backend,
+            threads=args.threads,
+            tile_memory_mb=args.tile_memory,
+        ) as session:
             session.warm_up()
             for found in Watch(session, request).records(source):
                 print(json.dumps(found), flush=True)

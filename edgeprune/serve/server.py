@@ -28,6 +28,7 @@ from edgeprune.serve.images import ImageDoors
 from edgeprune.serve.memory import Memory
 from edgeprune.serve.model import ServedBundle
 from edgeprune.serve.replacing import ServedBundles
+from edgeprune.tiling import TILE_MEMORY_MB
 
 SPARE = 16
 """Connections beyond those that wait and are answered: health, metrics, bodies that come."""
@@ -50,6 +51,7 @@ class ServeRequest:
     drain: int = 30
     max_body_mb: int = 32
     memory_mb: int | None = None
+    tile_memory_mb: int = TILE_MEMORY_MB
     media: Path | None = None
     allow_urls: bool = False
     api_key: str | None = None
@@ -59,6 +61,7 @@ class ServeRequest:
             ("sequences", 1),
             ("queue", 1),
             ("kept_memory_mb", 0),
+            ("tile_memory_mb", 0),
             ("max_body_mb", 1),
             ("drain", 0),
         ):
@@ -121,7 +124,13 @@ def _open(path: Path, *, request: ServeRequest, memory: Memory) -> ServedBundle:
             f"the weights of {path} take {size / (1 << 20):.0f} MB, --memory is"
             f" {request.memory_mb}; give more"
         )
-    open_engine = partial(Engine.open, path, request.backend, threads=request.threads)
+    open_engine = partial(
+        Engine.open,
+        path,
+        request.backend,
+        threads=request.threads,
+        tile_memory_mb=request.tile_memory_mb,
+    )
     kept = request.kept_memory_mb << 20
     return ServedBundle(open_engine, request.sequences, request.queue, memory, size, kept)
 

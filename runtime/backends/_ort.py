@@ -100,7 +100,9 @@ class OrtBackend:
             binding = self._join.io_binding()
             given = self._host(self._default if counts is None else counts)
             for tensor in self._image.inputs:
-                value = given if tensor.tile is None else tiles[tensor.tile - 1].signals[tensor.role]
+                value = (
+                    given if tensor.tile is None else tiles[tensor.tile - 1].signals[tensor.role]
+                )
                 binding.bind_ortvalue_input(tensor.name, value)
             binding.bind_output("visual", self.device)
             binding.bind_output("visual_indices", "cpu")
