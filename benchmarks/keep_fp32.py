@@ -60,7 +60,7 @@ class Counts:
 
 
 def counted(bundle: Path) -> Counts:
-    """Nodes, casts and bytes of both graphs."""
+    """Nodes, casts and bytes of all graphs."""
     models = [onnx.load(bundle / name, load_external_data=False).graph for name in GRAPHS]
     sizes = {t.name: ELEMENT * _product(t.dims) for graph in models for t in graph.initializer}
     casts = [node for graph in models for node in graph.node if node.op_type == "Cast"]

@@ -104,7 +104,7 @@ class PruneRecord:
 
     @property
     def encoded(self) -> int:
-        """Visual tokens between the two graphs: r_1, or more where the text prunes too."""
+        """Visual tokens before the decoder: r_1, or more where the text prunes too."""
         return self.plan.encoded
 
     @property

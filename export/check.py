@@ -77,7 +77,7 @@ class Verdict:
 
 
 def check_bundle(path: Path | str) -> dict[str, list[Verdict]]:
-    """What every target says of both graphs of a bundle, by file name; BundleError where it is
+    """What every target says of all graphs of a bundle, by file name; BundleError where it is
     none."""
     bundle = Bundle.open(path)
     return {name: check_graph(bundle.file(name)) for name in bundle.manifest.graphs}

@@ -65,7 +65,7 @@ def empty(bundle: Path) -> None:
 
 
 def _pieces(bundle: Path) -> list[Piece]:
-    """The tensors of both graphs that lie in weights.bin."""
+    """The tensors of all graphs that lie in weights.bin."""
     import onnx
 
     weights = np.memmap(bundle / WEIGHTS, np.uint8, "r")

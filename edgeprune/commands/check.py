@@ -183,7 +183,7 @@ def _reason(graph: str, engine: str, problems: list[Problem]) -> str:
 def _said(parser: Parser) -> str:
     if not parser.asked:
         return f"could not be asked: {parser.refusal}"
-    return parser.refusal or "takes both graphs"
+    return parser.refusal or "takes all graphs"
 
 
 def _memory(args: argparse.Namespace) -> Report:
