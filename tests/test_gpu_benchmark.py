@@ -18,7 +18,8 @@ from benchmarks.gpu.prepare import prepare
 from benchmarks.gpu.steps import DECODE_TOKENS, Request, run
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError, SpecError
-from edgeprune.graph_contract import GRAPHS, WEIGHTS
+from edgeprune.graph_contract import WEIGHTS
+from edgeprune.graphs import GRAPHS
 from edgeprune.runtime.build import BuildRequest, size_ranges
 from edgeprune.runtime.engine import Engine
 

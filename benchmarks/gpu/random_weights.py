@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import MANIFEST, FileRecord, read_manifest, sha256
 from edgeprune.files import write_whole
-from edgeprune.graph_contract import GRAPHS, WEIGHTS
+from edgeprune.graph_contract import WEIGHTS
+from edgeprune.graphs import GRAPHS
 from edgeprune.lowering import DTYPES
 from edgeprune.runtime.dtypes import to_stored
 

@@ -31,7 +31,8 @@ from edgeprune.compare.answers import EvalRequest, EvalResult
 from edgeprune.compare.questions import Questions
 from edgeprune.compare.results import Comparison, Result
 from edgeprune.errors import EdgepruneError
-from edgeprune.graph_contract import GRAPHS, WEIGHTS
+from edgeprune.graph_contract import WEIGHTS
+from edgeprune.graphs import GRAPHS
 from edgeprune.intervals import difference
 
 BLOCK = 100
