@@ -258,7 +258,6 @@ def test_the_command_watches_a_pipe_and_a_folder(demo_fastv: Path, tmp_path: Pat
         (["-"], "say it: --size"),
         ([".", "--size", "4x4"], "leave it out"),
         ([".", "--every", "-1"], "--every is a number"),
-        ([".", "--tile-memory", "-1"], "--tile-memory is a number"),
         ([".", "--on-change", "2"], "--on-change is a share"),
         ([".", "--alarm", "maybe>0.5"], "none of --choices (yes, no)"),
         ([".", "--choices", "yes"], "--choices: choices are from 2"),
@@ -270,3 +269,8 @@ def test_what_cannot_be_watched_is_one_line(
     options: list[str], says: str, refused: Refused, tmp_path: Path
 ) -> None:
     assert says in refused("watch", tmp_path / "nosuch", *options, "--prompt", "a")
+
+
+def test_memory_for_tiles_is_not_negative(demo_fastv: Path, refused: Refused) -> None:
+    asked = [demo_fastv, STILL, "--prompt", QUESTION, "--tile-memory", -1]
+    assert "--tile-memory is a number of megabytes from 0; got -1" in refused("watch", *asked)
