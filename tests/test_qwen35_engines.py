@@ -47,7 +47,7 @@ def test_engines_take_it(
 ) -> None:
     options = {"model": checkpoint, "size": SIZE, "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options)
-    for graph in ("vision.onnx", "decoder.onnx"):
+    for graph in ("vision.onnx", "join.onnx", "decoder.onnx"):
         (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
         assert not verdict.problems, verdict.problems[0].message
     if target == "rtx":
