@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from edgeprune.errors import SpecError
 from edgeprune.models import open_model
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
+from edgeprune.runtime.backends._ort import OrtBackend
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.timing import Profile, read_profile
 from tests.conftest import Refused
@@ -97,6 +99,20 @@ def test_what_is_no_dense_profilable_bundle_is_refused(
     line = refused("profile", dense, "-o", file, "--backend", "trt")
     assert "timed by edgeprune bench" in line
     assert "--rounds is at least 1" in refused("profile", dense, "-o", file, "--rounds", 0)
+
+
+def test_idle_threads_leave_the_cores_to_the_next_graph(demo_dense: Path) -> None:
+    """ONNX Runtime's threads wait for work by spinning, longer than a prefill of the demo takes."""
+    bundle = Bundle.open(demo_dense)
+    backend = OrtBackend(bundle, threads=2)
+    burned = []
+    for _ in range(5):
+        backend.encode_image(np.zeros(bundle.manifest.image.shape, np.float32))
+        begin = time.process_time()
+        time.sleep(0.04)
+        burned.append(time.process_time() - begin)
+    backend.close()
+    assert min(burned) < 2e-3
 
 
 def costs(deep: Path, profile: Profile = PROFILE) -> Costs:

@@ -1,8 +1,13 @@
-"""Timing the parts of a dense bundle on this machine, all of them once in every round."""
+"""Timing the parts of a dense bundle on this machine, all of them once in every round.
+
+Each round has an order of its own: what a part leaves in caches and queues then slows or helps all
+others alike, not always the next in the list.
+"""
 
 from __future__ import annotations
 
 import io
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,9 +74,11 @@ def profile(request: ProfileRequest, report: Progress = silent) -> Profile:
         work = _Work(bundle, backend, request)
         jobs = work.jobs()
         seconds: list[list[float]] = [[] for _ in jobs]
+        parts, order = list(zip(seconds, jobs.values(), strict=True)), random.Random(0)
         total = request.warmup + request.rounds
         for number in range(total):
-            for kept, job in zip(seconds, jobs.values(), strict=True):
+            order.shuffle(parts)
+            for kept, job in parts:
                 begin = time.perf_counter()
                 job()
                 if number >= request.warmup:

@@ -64,6 +64,9 @@ class OrtBackend:
         self._graph, self._tile, self._image = manifest.graph, manifest.vision, manifest.join
         self._default = np.array(manifest.prune.counts)
         options = ort.SessionOptions()
+        # Idle threads spin for some milliseconds. Those of one session would take the cores from
+        # the next: vision's from prefill, and each bundle's of a benchmark from the other's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if bundle.manifest.is_calibrated:
             # As written, so in floats: products of bytes add up in 16 bits on x86 without VNNI.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
