@@ -1,22 +1,25 @@
 """A proven lower bound on the least loss: branch and bound over intervals of the counts.
 
-A box holds an interval for every count. Its bound (`_relaxed`) is climbed in Polyak's steps, and
-cells that can hold nothing better than the target are cut off its ends. Where that does not close
-it, it is split at the count on which neighbouring decisions disagree most. The box with the least
-bound is always next, so the least bound of all open boxes is proven at any time: the search may
-stop when it has to.
+A box holds an interval for every count. Multipliers are found for it (`_climb`), with which its
+bound is computed (`_relaxed`); counts at its ends that can hold nothing better than the target are
+cut off. Where that does not close it, all schedules are walked through whose first layers do not
+exceed the target by themselves (`_prefixes`), and where these are too many, it is split. The box
+with the least bound is always next, so the least bound of all open boxes is proven at any time: the
+search may stop when it has to.
 """
 
 from __future__ import annotations
 
 import heapq
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 import numpy as np
 
-from edgeprune.calib.solvers._pairs import Box, Real, Tokens
+from edgeprune.calib.solvers._climb import Start, climb
+from edgeprune.calib.solvers._pairs import Box, Tokens
+from edgeprune.calib.solvers._prefixes import Walk
 from edgeprune.calib.solvers._problem import (
     UNHURRIED,
     Floats,
@@ -28,17 +31,24 @@ from edgeprune.calib.solvers._problem import (
 )
 from edgeprune.calib.solvers._relaxed import Relaxed, Spending
 
-MEMORY = 128_000_000  # numbers in the tables of one answer: 1 GB in float64
-MOST_CELLS = 192  # of a count
-ROOT_STEPS, STEPS = 48, 16  # of ascent, in the first box and in others
-WORK = 2e9  # of a search without a limit of time: counted as if cells were counts
-ANSWERS = 4, 100  # of such a search, at least and at most
-ROUNDING = 1e-9  # of float64, as a share of the objective: far more than was seen
-EXACT = 4  # every so many answers one is in float64, and proves something
-INERTIA = 0.7  # of the course of ascent
-PATIENCE, SLOWER, LEAST_PACE = 6, 0.7, 0.3  # answers without a better one, until steps are shorter
-PATHS = 8  # of which a slope is the mean
-SPREAD = 0.1  # how far above the best they are, as a share of what is missing to the target
+MOST_CELLS = 192
+"""Of a count: more counts than these share cells."""
+FIRST_STEPS, STEPS = 400, 60
+"""Of climbing, in the first box and in others."""
+TRIMS = 3
+"""Times that a box is bounded anew after counts were cut off."""
+ANSWER = 4e9
+"""Numbers in the tables of an answer, about."""
+WORK = 8e9
+"""Numbers that a search without a limit of time computes."""
+CLIMB, INDEX = 40, 8
+"""Numbers that take as long as a multiplier in a step of a climb, and a token index of a walk."""
+WALK = 2.0
+"""Work of the walks through a box, beside what its multipliers and tables took."""
+SHARES = 0.5, 0.8, 1.0
+"""Of the way from a box's bound to the target: thresholds of its walks."""
+ROUNDING = 1e-9
+"""Of float64, as a share of the objective: far more than was seen."""
 
 
 @dataclass(order=True)
@@ -48,9 +58,7 @@ class _Open:
     bound: float
     number: int
     box: Box = field(compare=False)
-    multipliers: Real = field(compare=False)
-    disputes: Floats = field(compare=False)  # [L-1] how far decisions disagree on each count
-    pace: float = field(default=1.0, compare=False)  # of ascent
+    start: Start = field(compare=False)
 
 
 class Search:
@@ -64,50 +72,53 @@ class Search:
         goal: Goal,
         progress: Progress = silent,
     ) -> None:
-        self.tokens, self.spending = Tokens.of(problem), spending
+        self.problem, self.tokens, self.spending = problem, Tokens.of(problem), spending
         self.objective, self.goal, self.progress = objective, goal, progress
         self.target = objective * (1 - goal.gap)
-        self.random = np.random.default_rng(0)
-        self.began, self.steps, self.numbers = monotonic(), 0, 0
-        decisions, samples, count = self.tokens.size
-        self.most = int(np.clip(WORK / (decisions * samples * count**2), *ANSWERS))
+        self.began, self.work, self.boxes = monotonic(), 0.0, 0
+        units = spending.units
+        self.budget = max(1.0, spending.total * (len(units) - 1) / max(1, int(units[-1])))  # tokens
 
     def run(self) -> float:
         """The bound."""
-        decisions, samples, count = self.tokens.size
-        low, high = np.zeros(decisions, np.intp), np.full(decisions, count, np.intp)
-        zero = np.zeros((decisions - 1, samples, count), np.float32)
-        waiting = [_Open(0.0, 0, self._box(low, high), zero, np.ones(decisions))]
-        depth = 0
+        if self.target <= 0:
+            return 0.0
+        start = Start.of(self.tokens, self.objective / self.budget)
+        waiting = [_Open(0.0, 0, self._whole(), start)]
+        parts, steps = waiting[:], FIRST_STEPS
         with suppress(KeyboardInterrupt) if self.goal.patient else nullcontext():
             while waiting and not self._over():
-                first = waiting[0]  # it stays until its parts have taken its place
-                steps = STEPS if depth else ROOT_STEPS
-                parts = self._halves(first) if depth else [first]
-                found = [self._ascend(part, steps) for part in parts]
-                heapq.heappop(waiting)
+                found = [self._improved(part, steps) for part in parts]
+                heapq.heappop(waiting)  # their whole, which has stayed until now
                 for part in filter(None, found):
                     heapq.heappush(waiting, part)
-                depth += 1
+                parts, steps = self._halves(waiting[0]) if waiting else [], STEPS
         proven = min([self.target, *(one.bound for one in waiting)])
         return max(0.0, proven - ROUNDING * self.objective)
 
     def _over(self) -> bool:
         if self.goal.seconds is None:
-            return self.steps >= self.most
+            return self.work >= WORK
         return monotonic() - self.began >= self.goal.seconds
 
+    def _whole(self) -> Box:
+        """All counts that the budget allows."""
+        decisions = self.tokens.size[0]
+        units, total = self.spending.units, self.spending.total
+        layers = np.arange(1, decisions + 1)
+        most = (total - int(units[0]) * (decisions - layers)) // layers  # units of each so far
+        high = np.searchsorted(units, most, side="right") - 1
+        return self._box(np.zeros(decisions, np.intp), np.maximum(high, 0))
+
     def _box(self, low: Ints, high: Ints) -> Box:
-        """With cells as small as memory allows."""
         decisions, samples, count = self.tokens.size
-        room = MEMORY // (3 * decisions * samples * (count + 1))
-        most = int(np.clip(room, 8, MOST_CELLS))
-        return Box(low, high, max(1, -(-int((high - low).max() + 1) // most)))
+        cells = int(np.clip(np.sqrt(ANSWER / (decisions * samples * count)), 8, MOST_CELLS))
+        return Box(low, high, max(1, -(-int((high - low).max() + 1) // cells)))
 
     def _halves(self, whole: _Open) -> list[_Open]:
         """Two boxes of which one holds every schedule: counts up to a middle, and from there."""
         low, high = whole.box.low, whole.box.high
-        d = int(np.where(high > low, whole.disputes, -1).argmax())
+        d = int((high - low).argmax())
         middle = int(low[d] + high[d]) // 2
         parts = list[_Open]()
         for least, most in ((low[d], middle), (middle + 1, high[d])):
@@ -115,57 +126,60 @@ class Search:
             lower[: d + 1] = np.maximum(low[: d + 1], least)  # counts never rise
             upper[d:] = np.minimum(high[d:], most)
             if (lower <= upper).all():
-                self.numbers += 1
-                box = self._box(lower, upper)
-                parts.append(
-                    _Open(
-                        whole.bound,
-                        self.numbers,
-                        box,
-                        whole.multipliers,
-                        whole.disputes,
-                        whole.pace,
-                    )
-                )
+                self.boxes += 1
+                parts.append(_Open(whole.bound, self.boxes, self._box(lower, upper), whole.start))
         return parts
 
-    def _ascend(self, start: _Open, steps: int) -> _Open | None:
+    def _improved(self, one: _Open, steps: int) -> _Open | None:
         """The box, smaller and with a better bound; None where all in it is above the target."""
-        bound, box, at, disputes = start.bound, start.box, start.multipliers, start.disputes
-        best, top, stalled, pace = at, -np.inf, 0, start.pace
-        course = np.zeros_like(at)
-        for step in range(steps):
-            exact = step % EXACT == 0
-            kind = np.float64 if exact else np.float32
-            answer = Relaxed.answer(self.tokens, box, at, self.spending, kind)
-            self.steps += 1
-            if answer is None:
-                return None
-            through = answer.through
-            value = float(through[-1].min())
-            if exact:
-                if value >= self.target:
-                    return None
-                if value > bound:
-                    bound, best = value, at
-                box = self._trimmed(box, through)
-                self.progress("bound", self.objective, bound)
-            if self._over() or not at.size:
-                break
-            top, stalled = (value, 0) if value > top else (top, stalled + 1)
-            if stalled > PATIENCE:
-                pace, stalled = SLOWER * pace, 0
-            slope, mean = self._slope(answer, through, value)
-            disputes = np.append(np.abs(slope).sum((1, 2)), 0.0)
-            course = slope + INERTIA * course
-            length = (
-                pace
-                * (self.objective - mean)
-                * len(at[0])
-                / max(1e-9, float((course * course).sum()))
+        spent = self.work
+        start = climb(self.tokens, one.box, self.budget, one.start, steps, self._over)
+        self.work += CLIMB * steps * start.tokens.size
+        found = self._bounded(replace(one, start=start))
+        if found is None or self._over():
+            return found and found[0]
+        return self._walked(*found, WALK * (self.work - spent))
+
+    def _bounded(self, one: _Open, trims: int = TRIMS) -> tuple[_Open, Relaxed] | None:
+        """The same by its multipliers alone, with the last answer."""
+        answer = Relaxed.answer(self.tokens, one.box, one.start.tokens, self.spending)
+        if answer is None:
+            return None
+        self.work += answer.numbers
+        through = answer.through
+        value = max(float(bounds.min()) for bounds in through)  # each of them is one
+        if value >= self.target:
+            return None
+        one = replace(one, bound=max(one.bound, value), box=self._trimmed(one.box, through))
+        self.progress("bound", self.objective, one.bound)
+        same = np.array_equal([one.box.low, one.box.high], [answer.box.low, answer.box.high])
+        if same or trims <= 1 or self._over():
+            return one, answer
+        return self._bounded(one, trims - 1)
+
+    def _walked(self, one: _Open, answer: Relaxed, work: float) -> _Open | None:
+        """With what walks through the schedules of a box prove, to ever higher thresholds; None
+        where that is all."""
+        indices, bound = int(work / INDEX), one.bound
+        for share in SHARES:
+            threshold = bound + share * (self.target - bound)
+            walk = Walk(
+                self.problem,
+                self.spending,
+                answer,
+                one.start.tokens,
+                threshold,
+                indices,
+                self._over,
             )
-            at = at + np.float32(length) * course
-        return _Open(bound, start.number, box, best, disputes, max(pace, LEAST_PACE))
+            ended = walk.ends()
+            self.work += INDEX * (indices - max(0, walk.left))
+            if not ended:
+                return one
+            indices, one = walk.left, replace(one, bound=min(threshold, walk.least))
+            self.target = min(self.target, walk.least)
+            self.progress("bound", self.objective, one.bound)
+        return None
 
     def _trimmed(self, box: Box, through: list[Floats]) -> Box:
         """Without the cells at the ends that hold nothing below the target."""
@@ -175,16 +189,6 @@ class Search:
             low[d] = box.starts[d][good[0]]
             high[d] = min(box.cell(d, int(good[-1])).stop - 1, int(high[d]))
         return self._box(low, high)
-
-    def _slope(self, answer: Relaxed, through: list[Floats], value: float) -> tuple[Real, float]:
-        """Mean over paths near the best, which are drawn through cells near the best."""
-        cells = [(d, cell) for d, bounds in enumerate(through) for cell in range(len(bounds))]
-        above = np.concatenate(through) - value
-        weight = np.exp(-above / (SPREAD * max(self.target - value, 1e-12)))
-        drawn = self.random.choice(len(cells), PATHS, p=weight / weight.sum())
-        paths = {tuple(answer.path(*cells[i])) for i in dict.fromkeys(drawn.tolist())}
-        slope: Real = np.mean([answer.slope(list(path)) for path in paths], axis=0)
-        return slope, float(value + above[drawn].mean())
 
 
 def certify(

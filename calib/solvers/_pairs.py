@@ -24,7 +24,8 @@ from edgeprune.calib.solvers._problem import Floats, Ints, Problem
 
 Real = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
-Kind = type[np.float32] | type[np.float64]
+MOST_CUTS = 192
+"""Rows of cuts: with more tokens, neighbouring positions share one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,13 @@ class Tokens:
     def size(self) -> tuple[int, int, int]:
         decisions, samples, count = self.price.shape
         return decisions, samples, count
+
+    @cached_property
+    def flat(self) -> tuple[Ints, Ints]:
+        """`order` and `rank` as indices into all samples: into tokens, and into tokens by rank."""
+        _, samples, count = self.size
+        base = count * np.arange(samples)[:, None]
+        return self.order + base, self.rank + base
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,64 +90,13 @@ class Box:
         L times [S, n]."""
         _, samples, count = tokens.size
         alive, gone = [np.ones((samples, count), bool)], [np.zeros((samples, count), bool)]
-        for order, low, high in zip(tokens.order, self.low, self.high, strict=True):
-            lives, is_gone = (np.take_along_axis(x[-1], order, -1) for x in (alive, gone))
+        for order, place, low, high in zip(*tokens.flat, self.low, self.high, strict=True):
+            lives, is_gone = alive[-1].take(order), gone[-1].take(order)
             most_above = (~is_gone).cumsum(-1) - ~is_gone
             least_above = lives.cumsum(-1) - lives
-            for found, kept in (
-                (alive, lives & (most_above < low)),
-                (gone, is_gone | (least_above >= high)),
-            ):
-                found.append(np.empty_like(kept))
-                np.put_along_axis(found[-1], order, kept, -1)
+            alive.append((lives & (most_above < low)).take(place))
+            gone.append((is_gone | (least_above >= high)).take(place))
         return alive, gone
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """One decision under multipliers: what each token costs that it keeps, or drops.
-
-    A pool [S, N] has the tokens of each sample that may be alive before, by rank. What cannot be
-    costs infinity.
-    """
-
-    count: int  # n
-    tokens: Ints  # [S, N]
-    keep: Real  # [S, N]
-    drop: Real  # [S, N]
-    omit: Real  # [S, N] 0, or infinity for a token that is surely in X'
-    above: Real  # [N+1, S, C] least cost of a count in a cell of X, above each cut
-    below: Real  # [N+1, S, M] least cost of numbers of drops below it: `reach` from m - offset on
-    offset: int
-    table: Floats  # [C', C] mean over samples, by cells of X' and X
-
-    def chosen(self, box: Box, d: int, entered: int, left: int) -> tuple[Mask, Mask]:
-        """X' and X of the cheapest answer with counts in these cells: [S, n] each."""
-        before, after = box.cell(d - 1, entered), box.cell(d, left)
-        fewest, most = before.start - after.stop + 1, before.stop - 1 - after.start
-        cut = (self.above[:, :, left] + self.below[:, :, fewest + self.offset]).argmin(0)[:, None]
-        is_above = np.arange(self.keep.shape[1]) < cut
-        kept = _cheapest(np.where(is_above, self.keep, np.inf), self.omit, after)
-        drops = range(max(0, fewest), most + 1)
-        dropped = _cheapest(np.where(is_above, np.inf, self.drop), self.omit, drops)
-        return self._unpooled(kept | dropped), self._unpooled(kept)
-
-    def _unpooled(self, marks: Mask) -> Mask:
-        """[S, N] -> [S, n]."""
-        full = np.zeros((len(marks), self.count), bool)
-        np.put_along_axis(full, self.tokens, marks, -1)
-        return full
-
-
-def _cheapest(cost: Real, omit: Real, limits: range) -> Mask:
-    """Marks of the cheapest of each row, as many within `limits` as cost least: [S, N]."""
-    must = np.isinf(omit) & np.isfinite(cost)
-    order = np.argsort(np.where(must, -np.inf, cost), axis=-1, kind="stable")
-    worth = (must | (cost < 0)).sum(-1)
-    taken = np.arange(cost.shape[1]) < np.clip(worth, limits.start, limits.stop - 1)[:, None]
-    marks = np.empty(cost.shape, bool)
-    np.put_along_axis(marks, order, taken, -1)
-    return marks & np.isfinite(cost)
 
 
 def first_table(tokens: Tokens, box: Box, after: Floats) -> Floats:
@@ -152,91 +109,99 @@ def first_table(tokens: Tokens, box: Box, after: Floats) -> Floats:
     return np.minimum.reduceat(costs, box.starts[0] - box.low[0])[None]
 
 
-def pair(
+def pair_table(
     tokens: Tokens,
     box: Box,
     d: int,
     before: Floats,
     after: Floats,
     certain: tuple[list[Mask], list[Mask]],
-    kind: Kind,
-) -> Pair:
-    """Decision d > 0 of a box with its table; `before` and `after` [S, n] are multipliers."""
-    order, (alive, gone) = tokens.order[d], certain
+) -> Floats:
+    """Of decision d > 0, mean over samples, by cells of X' and X: [C', C]. `before` and `after`
+    [S, n] are multipliers.
 
-    def ranked(x: Any) -> Any:
-        return np.take_along_axis(x, order, -1)
-
-    absent = ranked(gone[d])
+    Tokens that may be alive before are a pool [S, N] by rank. What cannot be costs infinity.
+    """
+    alive, gone = certain
+    order = tokens.flat[0][d]
+    absent = gone[d].take(order)
     size = int((~absent).sum(-1).max())
-    pool = np.argsort(absent, axis=-1, kind="stable")[:, :size]
+    if size < order.shape[1]:
+        pool = np.argsort(absent, axis=-1, kind="stable")[:, :size]
+        order = np.take_along_axis(order, pool, -1)
+        absent = gone[d].take(order)
+    keep = (after - before).take(order)
+    drop = (tokens.price[d] - before).take(order)
+    keep[absent | gone[d + 1].take(order)] = np.inf
+    drop[absent | alive[d + 1].take(order)] = np.inf
+    first, last = _cuts(size)
+    must, omit = alive[d].take(order), None
+    if must.any() and len(first) > size:  # else a token at a cut would have to be in both parts
+        omit = np.where(must, np.inf, 0.0)
+    return _table(*_parts(keep, drop, omit, first, last, box, d), last, box, d)
 
-    def pooled(x: Any) -> Any:
-        return np.take_along_axis(ranked(x), pool, -1)
 
-    keep = pooled(after - before).astype(kind)
-    drop = pooled(tokens.price[d] - before).astype(kind)
-    absent = np.take_along_axis(absent, pool, -1)
-    keep[absent | pooled(gone[d + 1])] = np.inf
-    drop[absent | pooled(alive[d + 1])] = np.inf
-    omit: Real = np.where(pooled(alive[d]), np.inf, 0.0).astype(kind)
-    above, below, offset = _parts(keep, drop, omit, box, d, kind)
-    table = _table(above, below, offset, box, d)
-    indices = np.take_along_axis(order, pool, -1)
-    return Pair(order.shape[1], indices, keep, drop, omit, above, below, offset, table)
+def _cuts(size: int) -> tuple[Ints, Ints]:
+    """First and last position of each row of cuts: 0 .. size in rows as small as allowed.
+
+    A token between two cuts of a row may be kept, dropped, or both.
+    """
+    width = -(-(size + 1) // MOST_CUTS)
+    first = np.arange(0, size + 1, width)
+    return first, np.minimum(first + width - 1, size)
 
 
 def _parts(
-    keep: Real, drop: Real, omit: Real, box: Box, d: int, kind: Kind
-) -> tuple[Real, Real, int]:
-    """`above`, `below` and `offset` of a pair."""
+    keep: Floats, drop: Floats, omit: Floats | None, first: Ints, last: Ints, box: Box, d: int
+) -> tuple[Floats, Floats, int]:
+    """Least cost of the counts of each cell of X above a cut [P, S, C], and below it of as many
+    drops as cells that are so far apart may differ by [P, S, M]; how far they are in the first
+    column, cells of X' less cells of X. `omit` [S, N] is infinity for tokens that are in X'."""
     low, high, most = int(box.low[d]), int(box.high[d]), int(box.high[d - 1])
     starts, width = box.starts[d], box.width
-    above = _sums(keep, omit, high, kind)[:, :, low : high + 1]
-    below = _sums(drop[:, ::-1], omit[:, ::-1], most - low, kind)[::-1]
+    above = _sums(keep, omit, high, last)[:, :, low:-1]
+    backwards = None if omit is None else omit[:, ::-1]
+    below = _sums(drop[:, ::-1], backwards, most - low, keep.shape[1] - first[::-1])[::-1]
+    fewest = int(box.low[d - 1]) - low - width + 1  # drops between the first cells of X' and X
+    apart = max(1 - len(starts), -((fewest + 2 * width - 2) // width))
     if width == 1:
-        return above, below, 0
+        return above, below[:, :, fewest + apart : -1], apart
+    begin = fewest + width * np.arange(apart, len(box.starts[d - 1]))
+    end = np.minimum(begin + 2 * width - 1, most - low + 1)
+    edges = np.stack([np.maximum(begin, 0), end]).T.ravel()
     above = np.minimum.reduceat(above, starts - low, axis=2)
-    offset = max(0, int(starts[-1]) + width - 1 - int(box.low[d - 1]))
-    # counts of two cells differ by 2 width - 1 numbers, fewer than none among them
-    return above, _windows(below, offset, 2 * width - 1), offset
+    return above, np.minimum.reduceat(below, edges, axis=2)[:, :, ::2], apart
 
 
-def _table(above: Real, below: Real, offset: int, box: Box, d: int) -> Floats:
+def _table(above: Floats, below: Floats, apart: int, last: Ints, box: Box, d: int) -> Floats:
     """Mean over samples of the best cut, for every two cells."""
-    entered, starts, width = box.starts[d - 1], box.starts[d], box.width
+    entered, starts = box.starts[d - 1], box.starts[d]
     table = np.full((len(entered), len(starts)), np.inf)
     for column, start in enumerate(starts.tolist()):
-        first = int(entered[0]) - (start + width - 1) + offset
-        row = max(0, -first)  # of single counts: a count never rises
-        options = below[start:, :, first + row : first + width * len(entered) : width]
+        row = max(0, column + apart)  # fewer enter than are kept: none
         if row < len(entered):
-            best = (above[start:, :, column, None] + options).min(0)
-            table[row:, column] = best.mean(0, dtype=np.float64)
+            cut = int(np.searchsorted(last, start))
+            options = below[cut:, :, row - column - apart : len(entered) - column - apart]
+            table[row:, column] = (above[cut:, :, column, None] + options).min(0).mean(0)
     return table
 
 
-def _sums(cost: Real, omit: Real, most: int, kind: Kind) -> Real:
-    """Least cost of so many of the first p: [S, N] -> [N+1, S, most+1]."""
-    samples, count = cost.shape
-    sums = np.empty((count + 1, samples, most + 1), kind)
-    sums[0], sums[0, :, 0] = np.inf, 0
-    for p in range(count):
-        left, one = omit[:, p, None], cost[:, p, None]
-        np.minimum(sums[p, :, 1:] + left, sums[p, :, :-1] + one, out=sums[p + 1, :, 1:])
-        sums[p + 1, :, 0] = sums[p, :, 0] + left[:, 0]
-    return sums
-
-
-def _windows(values: Real, before: int, reach: int) -> Real:
-    """Least of `reach` neighbours along the last axis, from `before` places before the first on."""
-    if before:
-        empty = np.full((*values.shape[:2], before), np.inf, values.dtype)
-        values = np.concatenate([empty, values], axis=2)
-    done = 1
-    while done < reach:
-        step = min(done, reach - done)
-        values = values.copy()
-        np.minimum(values[..., :-step], values[..., step:].copy(), out=values[..., :-step])
-        done += step
-    return values
+def _sums(cost: Floats, omit: Floats | None, most: int, stops: Ints) -> Floats:
+    """Least cost of so many of the first p, for each p of `stops`, which rise: [P, S, most+2]; of
+    `most` + 1 infinity."""
+    samples = len(cost)
+    found = np.full((len(stops), samples, most + 2), np.inf)
+    sums = np.full((samples, most + 1), np.inf)
+    sums[:, 0] = 0
+    one = np.empty((samples, most))
+    done = 0
+    for row, stop in enumerate(stops.tolist()):
+        for p in range(done, stop):
+            reach = min(p + 1, most)  # no more are there
+            np.add(sums[:, :reach], cost[:, p, None], out=one[:, :reach])
+            if omit is not None:
+                sums += omit[:, p, None]
+            np.minimum(sums[:, 1 : reach + 1], one[:, :reach], out=sums[:, 1 : reach + 1])
+        found[row, :, :-1] = sums
+        done = stop
+    return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.calib.solvers._pairs import Box, Kind, Pair, Real, Tokens, first_table, pair
+from edgeprune.calib.solvers._pairs import Box, Real, Tokens, first_table, pair_table
 from edgeprune.calib.solvers._problem import Floats, Ints
 
 BUCKETS = 600
@@ -33,7 +33,6 @@ class Relaxed:
 
     tokens: Tokens
     box: Box
-    pairs: list[Pair]  # of decisions 1 .. L-2
     tables: list[Floats]  # [C', C] of all decisions
     spends: list[Ints]  # of each cell, buckets beyond the least of its decision
     so_far: list[Floats]  # [C, buckets] least cost up to a decision, of just so much spent
@@ -41,7 +40,7 @@ class Relaxed:
 
     @classmethod
     def answer(
-        cls, tokens: Tokens, box: Box, multipliers: Real, spending: Spending, kind: Kind
+        cls, tokens: Tokens, box: Box, multipliers: Real, spending: Spending
     ) -> Relaxed | None:
         """`multipliers` [L-2, S, n]. None where the box has no schedule within the budget."""
         units = spending.units
@@ -57,15 +56,12 @@ class Relaxed:
         decisions, samples, count = tokens.size
         nothing = np.zeros((1, samples, count))
         prices, certain = np.concatenate([nothing, multipliers, nothing]), box.certain(tokens)
-        pairs = [
-            pair(tokens, box, d, prices[d], prices[d + 1], certain, kind)
-            for d in range(1, decisions)
-        ]
-        tables = [first_table(tokens, box, prices[1]), *(one.table for one in pairs)]
+        tables = [first_table(tokens, box, prices[1])]
+        for d in range(1, decisions):
+            tables.append(pair_table(tokens, box, d, prices[d], prices[d + 1], certain))
         so_far = _forward(tables, spends, left)
-        return cls(
-            tokens, box, pairs, tables, spends, so_far, _backward(tables, spends, left, unspent)
-        )
+        to_come = _backward(tables, spends, left, unspent)
+        return cls(tokens, box, tables, spends, so_far, to_come)
 
     @property
     def through(self) -> list[Floats]:
@@ -75,38 +71,12 @@ class Relaxed:
             for before, after in zip(self.so_far, self.to_come, strict=True)
         ]
 
-    def path(self, d: int, cell: int) -> list[int]:
-        """The cells of the cheapest path through one."""
-        spent = int((self.so_far[d][cell] + self.to_come[d][cell, ::-1]).argmin())
-        left = self.so_far[d].shape[1] - 1 - spent
-        cells = [cell]
-        for e in range(d, 0, -1):
-            spent -= int(self.spends[e][cells[0]])
-            cells.insert(
-                0, int((self.so_far[e - 1][:, spent] + self.tables[e][:, cells[0]]).argmin())
-            )
-        for e in range(d + 1, len(self.tables)):
-            rest = left - self.spends[e]
-            costs = (
-                self.to_come[e][np.arange(len(rest)), np.maximum(rest, 0)]
-                + self.tables[e][cells[-1]]
-            )
-            cells.append(int(np.where(rest >= 0, costs, np.inf).argmin()))
-            left = int(rest[cells[-1]])
-        return cells
-
-    def slope(self, cells: list[int]) -> Real:
-        """Of a path: what one decision hands over and the next does not take, [L-2, S, n]."""
-        decisions, samples, count = self.tokens.size
-        slope: Real = np.zeros((decisions - 1, samples, count), np.float32)
-        first = self.box.cell(0, cells[0])
-        slope[0] += self.tokens.rank[0] < min(first.stop - 1, int(self.box.high[0]))
-        for d, one in enumerate(self.pairs, 1):
-            taken, kept = one.chosen(self.box, d, cells[d - 1], cells[d])
-            slope[d - 1] -= taken
-            if d < decisions - 1:
-                slope[d] += kept
-        return slope
+    @property
+    def numbers(self) -> float:
+        """That were computed, about."""
+        _, samples, count = self.tokens.size
+        tables = sum(table.size for table in self.tables)
+        return float(tables * (samples * count / 2 + 2 * self.so_far[0].shape[1]))
 
 
 def _forward(tables: list[Floats], spends: list[Ints], left: int) -> list[Floats]:
