@@ -5,15 +5,15 @@ A block of inputs has one zero point an output, so what zero points add to a pro
     x ((codes - zeros) * scales) = x (codes * scales) + sums(x) offsets
     offsets = -zeros * scales                                               [blocks, N]
 
-sums(x) [.., blocks] adds up the inputs of each block: a product with a matrix of zeros and ones,
-made once for all products that read x.
+sums(x) [.., blocks] adds up the inputs of each block, once for all products that read x, by Reshape
+and ReduceSum. A product with a matrix of zeros and ones would be an engine's too; it was measured
+with TensorRT-RTX, has more code, and that matrix would be read in each decode step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 
@@ -47,28 +47,30 @@ def _sums(model: ir.Model, matmul: ir.Node, stem: str, offsets: ir.Value) -> ir.
     assert x is not None and x.shape is not None
     assert weight is not None and weight.shape is not None and offsets.shape is not None
     inputs, blocks = weight.shape.numpy()[0], offsets.shape.numpy()[0]
-    ones = _ones(model, inputs, blocks, offsets.dtype)
+    given = x.shape[:-1]
+    sizes = _constant(model, [*(0 for _ in given), blocks, inputs // blocks])  # 0: as it is
     for user in x.consumers():
-        if user.op_type == "MatMul" and user.inputs[1] is ones:
-            return user.outputs[0]
-    made = ir.node("MatMul", [x, ones], name=f"{stem}/sums")
-    found = made.outputs[0]
-    found.name, found.type = made.name, x.type
-    found.shape = ir.Shape([*x.shape[:-1], blocks])
-    insert_behind(model, x, [made])
-    return found
+        if user.op_type == "Reshape" and user.inputs[1] is sizes:
+            (found,) = user.outputs[0].consumers()
+            return found.outputs[0]
+    apart = ir.node("Reshape", [x, sizes], name=f"{stem}/blocks")
+    read = [apart.outputs[0], _constant(model, [-1])]
+    sums = ir.node("ReduceSum", read, {"keepdims": 0}, name=f"{stem}/sums")
+    apart.outputs[0].shape = ir.Shape([*given, blocks, inputs // blocks])
+    sums.outputs[0].shape = ir.Shape([*given, blocks])
+    for node in (apart, sums):
+        node.outputs[0].name, node.outputs[0].type = node.name, x.type
+    insert_behind(model, x, [apart, sums])
+    return sums.outputs[0]
 
 
-def _ones(model: ir.Model, inputs: int, blocks: int, dtype: ir.DataType | None) -> ir.Value:
-    """[inputs, blocks]: 1 where an input is of a block, one for all products of these sizes."""
-    assert dtype is not None
-    name = f"sums/{dtype.name.lower()}/{inputs}/{blocks}"
+def _constant(model: ir.Model, numbers: Sequence[int]) -> ir.Value:
+    """An initializer int64 [n], one for all that read the same numbers."""
+    name = f"blocks/{'.'.join(map(str, numbers))}"
     if (found := model.graph.initializers.get(name)) is not None:
         return found
-    matrix = np.repeat(np.eye(blocks), inputs // blocks, axis=0).astype(dtype.numpy())
-    held = ir.tensor(matrix, dtype=dtype, name=name)
-    made = ir.Value(
-        name=name, type=ir.TensorType(dtype), shape=ir.Shape(matrix.shape), const_value=held
-    )
+    held = ir.tensor(numbers, dtype=ir.DataType.INT64, name=name)
+    kind, shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(numbers)])
+    made = ir.Value(name=name, type=kind, shape=shape, const_value=held)
     model.graph.register_initializer(made)
     return made

@@ -88,7 +88,6 @@ class WeightsFile:
             elif value.const_value is None or value.const_value.nbytes > INLINE:
                 raise ExportError(f"the traced graph has a large tensor of unknown origin: {name}")
             progress(done + 1, len(values))
-        self._place_large(model)
         if lost := sources.keys() - model.graph.initializers.keys():
             raise ExportError(f"the traced graph lost weights: {', '.join(sorted(lost))}")
 
@@ -157,15 +156,6 @@ class WeightsFile:
         value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
         model.graph.register_initializer(value)
         return value
-
-    def _place_large(self, model: ir.Model) -> None:
-        """Write constants that were added beside weights, where they are too large for a graph."""
-        for value in model.graph.initializers.values():
-            held = value.const_value
-            if held is None or isinstance(held, ir.ExternalTensor) or held.nbytes <= INLINE:
-                continue
-            name, data = value.name or "", memoryview(held.tobytes())
-            value.const_value = self._write(name, data, held.dtype, held.shape.numpy())
 
     def _append(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
         return self._append_rows(name, [tensor])
