@@ -122,3 +122,16 @@ def test_the_frontier_falls_and_ends_with_all_tokens() -> None:
         assert float(problem.evaluate(counts[None])[0]) == pytest.approx(loss)
     assert losses[-1] == 0
     assert timed.solve(problem, times, times, int(times.units[-1]) - 1) is None
+
+
+def test_the_frontier_begins_near_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a sweep holds fewer cells than there are schedules to tell apart."""
+    monkeypatch.setattr(timed, "MEMORY", 1)
+    rng, samples, layers, tokens = np.random.default_rng(0), 2, 12, 60
+    loss = rng.uniform(0.05, 1, (samples, layers))
+    attention = rng.lognormal(0, 1.5, (samples, layers, tokens))
+    problem = Problem.pose(attention, loss, None, tokens, tokens * layers)
+    units = np.arange(10, 11 + tokens).astype(np.intp)
+    fastest = timed.frontier(problem, Times(units))[0][0]
+    least = int(units[-1] + (layers - 1) * units[0])
+    assert least <= fastest <= 1.1 * least

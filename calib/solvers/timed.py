@@ -55,14 +55,17 @@ class Times:
 
 def frontier(problem: Problem, times: Times) -> list[tuple[int, float, Ints]]:
     """Schedules of which none is both faster and better than another: time, loss and counts, the
-    fastest first."""
+    fastest first. A sweep holds so many cells; without a price on time the fast ones are let go."""
     most = int(times.units[problem.first]) * (problem.n_decisions + 1)
-    found = sweep(problem, _coarse(problem, times, most, price=0.0))
+    mean = float(problem.prices.sum()) / problem.n_samples / max(1, most)
+    cells = [sweep(problem, _coarse(problem, times, most, price * mean)) for price in PRICES]
+    spent, cost = (np.concatenate(x) for x in ([c.spent for c in cells], [c.cost for c in cells]))
+    paths = np.concatenate([c.paths for c in cells])
     best, kept = np.inf, list[tuple[int, float, Ints]]()
-    for index in np.lexsort((found.cost, found.spent)):
-        if found.cost[index] < best - 1e-12:
-            best = float(found.cost[index])
-            kept.append((int(found.spent[index]), best, found.paths[index]))
+    for index in np.lexsort((cost, spent)):
+        if cost[index] < best - 1e-12:
+            best = float(cost[index])
+            kept.append((int(spent[index]), best, paths[index]))
     return kept
 
 
