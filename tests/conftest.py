@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from tests.fake_gpu import FakeGpu
 SETTINGS = ("EDGEPRUNE_DEBUG", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
+gc.set_threshold(50_000)
+"""Tracers make many objects that stay: looking for cycles so often as Python does by default takes
+a sixth of an export."""
+
 Refused = Callable[..., str]
 
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
@@ -41,6 +46,32 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setenv("EDGEPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torchlib_is_read_once() -> Iterator[None]:
+    """For each graph torch parses the source of all its translations to ONNX, which stay the same:
+    a third of a second."""
+    from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
+        yield
+
+
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A bundle that is made once in a run, whichever process needs it first; the others wait."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    output, lock = folder / "shared" / name, folder / f"{name.replace('/', '-')}.lock"
+    lock.touch()
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not output.exists():  # a bundle is whole or absent
+            output.parent.mkdir(parents=True, exist_ok=True)
+            make(output)
+    return output
 
 
 @pytest.fixture(scope="session")
@@ -74,19 +105,34 @@ def instruct_records(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dense bundle of the tiny checkpoint; a test that changes it takes a copy."""
-    output = tmp_path_factory.mktemp("bundle") / "tiny"
     options = ["--model", str(tiny_checkpoint), "--method", "none", "--parity", "1"]
-    assert main(["export", *options, "-o", str(output)]) == 0
-    return output
+
+    def make(output: Path) -> None:
+        assert main(["export", *options, "-o", str(output)]) == 0
+
+    return _once(tmp_path_factory, "cpu/tiny", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_jetpack7(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with UTP in fp16 for JetPack 7; a test that changes it takes a copy."""
+def tiny_utp(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The tiny checkpoint with UTP in fp16 for a target; a test that changes it takes a copy."""
     from tests.frozen import frozen
 
-    folder = tmp_path_factory.mktemp("jetpack7") / "tiny"
-    return frozen(folder, "utp", 2, model=tiny_checkpoint, target="jetpack7", dtype="fp16")
+    def bundle(target: str) -> Path:
+        def make(output: Path) -> None:
+            frozen(output, "utp", 2, model=tiny_checkpoint, target=target, dtype="fp16")
+
+        return _once(tmp_path_factory, f"utp-{target}/tiny", make)
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_jetpack7(tiny_utp: Callable[[str], Path]) -> Path:
+    """As above, for JetPack 7."""
+    return tiny_utp("jetpack7")
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +140,10 @@ def tiny_jetpack6(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     """The tiny checkpoint, dense, in fp16 for JetPack 6: its caches grow at every call."""
     from tests.frozen import frozen
 
-    folder = tmp_path_factory.mktemp("jetpack6") / "tiny"
-    return frozen(folder, "none", model=tiny_checkpoint, target="jetpack6", dtype="fp16")
+    def make(output: Path) -> None:
+        frozen(output, "none", model=tiny_checkpoint, target="jetpack6", dtype="fp16")
+
+    return _once(tmp_path_factory, "jetpack6/tiny", make)
 
 
 @pytest.fixture
@@ -145,20 +193,6 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A bundle that is made once in a run, whichever process needs it first; the others wait."""
-    processes = "PYTEST_XDIST_WORKER" in os.environ
-    folder = factory.getbasetemp().parent if processes else factory.mktemp("demo")
-    output, lock = folder / "shared" / name, folder / f"{name}.lock"
-    lock.touch()
-    with lock.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        if not output.exists():  # a bundle is whole or absent
-            output.parent.mkdir(exist_ok=True)
-            make(output)
-    return output
-
-
 @pytest.fixture(scope="session")
 def demo_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's dense bundle; a test that changes it takes a copy."""
@@ -185,6 +219,17 @@ def demo_fastv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.frozen import frozen
 
     return _once(tmp_path_factory, "demo-fastv", lambda output: frozen(output, "fastv", 2))
+
+
+@pytest.fixture(scope="session")
+def demo_rtx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with UTP in fp16 for RTX GPUs, its counts made up; no engines; as above."""
+    from tests.frozen import frozen
+
+    def make(output: Path) -> None:
+        frozen(output, "utp", 4, target="rtx", dtype="fp16")
+
+    return _once(tmp_path_factory, "demo-rtx", make)
 
 
 @pytest.fixture(scope="session")
@@ -224,8 +269,10 @@ def tiny_rtx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The tiny checkpoint, dense, in fp16 for RTX GPUs; no engines."""
     from tests.frozen import frozen
 
-    folder = tmp_path_factory.mktemp("rtx") / "tiny"
-    return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp16")
+    def make(output: Path) -> None:
+        frozen(output, "none", model=tiny_checkpoint, target="rtx", dtype="fp16")
+
+    return _once(tmp_path_factory, "rtx/tiny", make)
 
 
 @pytest.fixture

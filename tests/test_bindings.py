@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,13 @@ import pytest
 
 from edgeprune.demo.questions import held_out
 from edgeprune.runtime.session import Session
-from tests.frozen import frozen
 
 
 def test_inputs_live_as_long_as_a_call(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    tiny_jetpack6: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An OrtValue of a numpy array has the array's own memory, and a binding holds neither before
     ONNX Runtime 1.31: what is let go too early is read from memory that others write."""
-    bundle = frozen(tmp_path_factory.mktemp("bound") / "bundle", "utp", 4, target="jetpack6")
     bound: list[tuple[str, weakref.ref[Any]]] = []
     bind, run = ort.IOBinding.bind_ortvalue_input, ort.InferenceSession.run_with_iobinding
     calls = 0
@@ -38,7 +37,7 @@ def test_inputs_live_as_long_as_a_call(
 
     monkeypatch.setattr(ort.IOBinding, "bind_ortvalue_input", binds)
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", runs)
-    with Session.open(bundle) as session:
+    with Session.open(tiny_jetpack6) as session:
         image, question = next(held_out(1))
         first = session.ask(image, question.text)
         second = session.follow_up("what color is the card ?")

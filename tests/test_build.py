@@ -33,29 +33,25 @@ Copy = Callable[[], Path]
 
 
 @pytest.fixture(scope="module")
-def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint's dense bundle in fp16."""
-    folder = tmp_path_factory.mktemp("half") / "tiny-fp16"
-    return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp16")
-
-
-@pytest.fixture(scope="module")
 def full_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in fp32."""
+    """The tiny checkpoint's dense bundle in fp32."""
     folder = tmp_path_factory.mktemp("full") / "tiny-fp32"
     return frozen(folder, "none", model=tiny_checkpoint, target="rtx", dtype="fp32")
 
 
 @pytest.fixture
-def copy_half(half_bundle: Path, tmp_path: Path) -> Copy:
-    return lambda: Path(shutil.copytree(half_bundle, tmp_path / "half"))
+def copy_half(tiny_rtx: Path, tmp_path: Path) -> Copy:
+    return lambda: Path(shutil.copytree(tiny_rtx, tmp_path / "half"))
 
 
-@pytest.fixture(scope="module", params=["none", "utp"])
+@pytest.fixture(scope="module", params=[pytest.param("none", marks=pytest.mark.slow), "utp"])
 def demo_built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's fp16 bundle with its engines, dense and pruned."""
-    output, cr = tmp_path_factory.mktemp("built") / "demo", 4 if request.param == "utp" else 1
-    frozen(output, request.param, cr, target="rtx", dtype="fp16")
+    output = tmp_path_factory.mktemp("built") / "demo"
+    if request.param == "utp":
+        shutil.copytree(request.getfixturevalue("demo_rtx"), output)
+    else:
+        frozen(output, "none", target="rtx", dtype="fp16")
     assert main(["build", str(output), "--backend", "trt-rtx"]) == 0
     return output
 
@@ -185,26 +181,26 @@ def test_tensorrt_is_driven_alike_and_keeps_its_timings(
 
 
 def test_a_missing_engine_builder_is_named(
-    half_bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    tiny_rtx: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    assert "JetPack" in refused("build", half_bundle, "--backend", "trt")
-    line = refused("build", half_bundle, "--backend", "trt-rtx")
+    assert "JetPack" in refused("build", tiny_rtx, "--backend", "trt")
+    line = refused("build", tiny_rtx, "--backend", "trt-rtx")
     assert "pip install '.[trt-rtx]'" in line
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "neither" in refused("build", half_bundle)
+    assert "neither" in refused("build", tiny_rtx)
 
 
 def test_a_builder_that_wants_a_gpu_is_told(
-    half_bundle: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    tiny_rtx: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def builder(logger: object) -> None:
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     trt = SimpleNamespace(**{**vars(tensorrt_rtx), "Builder": builder})
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    line = refused("build", half_bundle, "--backend", "trt")
+    line = refused("build", tiny_rtx, "--backend", "trt")
     assert "cannot build here (pybind11::init(): " in line
     assert "build on a machine with a GPU" in line
 
@@ -229,11 +225,11 @@ def test_the_cpu_targets_graphs_are_refused(tiny_bundle: Path, refused: Refused)
     ],
 )
 def test_options_that_cannot_be_met(
-    option: str, value: object, wanted: str, half_bundle: Path, refused: Refused
+    option: str, value: object, wanted: str, tiny_rtx: Path, refused: Refused
 ) -> None:
-    line = refused("build", half_bundle, "--backend", "trt-rtx", option, value)
+    line = refused("build", tiny_rtx, "--backend", "trt-rtx", option, value)
     assert wanted in line and str(value) in line
-    assert not list((half_bundle / "engines").glob("*"))
+    assert not list((tiny_rtx / "engines").glob("*"))
 
 
 def test_a_node_that_the_parser_refuses_is_named(copy_half: Copy, refused: Refused) -> None:
@@ -278,9 +274,9 @@ def test_an_interrupt_ends_the_build_and_leaves_nothing(copy_half: Copy) -> None
 
 @pytest.mark.parametrize("target", ["jetpack6", "jetpack7"])
 def test_jetpacks_graphs_are_compiled_too(
-    target: str, tiny_checkpoint: Path, tmp_path: Path
+    target: str, tiny_utp: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    bundle = frozen(tmp_path / "b", "utp", 2, model=tiny_checkpoint, target=target, dtype="fp16")
+    bundle = Path(shutil.copytree(tiny_utp(target), tmp_path / "tiny"))
     assert main(["build", str(bundle), "--backend", "trt-rtx", "--text-capacity", "100"]) == 0
     found, counts = record(bundle), Bundle.open(bundle).manifest.prune.counts
     for label, profile in found["engines"]["decoder"]["profiles"].items():
@@ -292,8 +288,8 @@ def test_jetpacks_graphs_are_compiled_too(
             assert [p[2] for p in past] == [count + 100 for count in counts]
 
 
-def test_sizes_are_written_as_onnx_would_write_them(half_bundle: Path) -> None:
-    data = (half_bundle / "decoder.onnx").read_bytes()
+def test_sizes_are_written_as_onnx_would_write_them(tiny_rtx: Path) -> None:
+    data = (tiny_rtx / "decoder.onnx").read_bytes()
     written = onnx.ModelProto.FromString(with_sizes(data, {"capacity.1": 300, "text": 7}))
     wanted = onnx.ModelProto.FromString(data)
     for value in (*wanted.graph.input, *wanted.graph.output):
@@ -305,8 +301,8 @@ def test_sizes_are_written_as_onnx_would_write_them(half_bundle: Path) -> None:
     assert with_sizes(data, {}) == data
 
 
-def test_sizes_that_occur_nowhere_and_bytes_that_are_no_model(half_bundle: Path) -> None:
-    data = (half_bundle / "decoder.onnx").read_bytes()
+def test_sizes_that_occur_nowhere_and_bytes_that_are_no_model(tiny_rtx: Path) -> None:
+    data = (tiny_rtx / "decoder.onnx").read_bytes()
     with pytest.raises(ValueError, match=r"capacity\.99"):
         with_sizes(data, {"capacity.99": 4})
     rng = np.random.default_rng(0)

@@ -18,7 +18,6 @@ from edgeprune.errors import BackendError, CapacityError, SpecError
 from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.choosing import log_probabilities
 from tests.conftest import Refused
-from tests.frozen import frozen
 
 SCENE = SAMPLES_DIR / "scene-1.png"
 QUESTION = "what digit is on the purple card ?"
@@ -27,9 +26,8 @@ CHAT = "USER: <image>\n{} ASSISTANT: {}"
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    bundle = frozen(tmp_path_factory.mktemp("choices") / "demo-none", "none")
-    with Session.open(bundle, threads=1) as session:
+def dense(demo_dense: Path) -> Iterator[Session]:
+    with Session.open(demo_dense, threads=1) as session:
         yield session
 
 

@@ -31,14 +31,26 @@ def demo_pair(
     return [ours, theirs]
 
 
+@pytest.fixture(scope="module")
+def tiny_modern(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """UTP on the tiny checkpoint, whose query heads share keys, in the dialect `modern`."""
+    folder = tmp_path_factory.mktemp("pair") / "cuda"
+    return frozen(folder, "utp", 2, model=tiny_checkpoint, target="cuda")
+
+
 @pytest.fixture(scope="module", params=["jetpack7", "jetpack6"])
 def tiny_pair(
-    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_checkpoint: Path,
+    tiny_modern: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Path]:
-    """UTP on the tiny checkpoint, whose query heads share keys: `modern` and another dialect."""
-    folder = tmp_path_factory.mktemp("pair")
-    targets = ("cuda", request.param)
-    return [frozen(folder / t, "utp", 2, model=tiny_checkpoint, target=t) for t in targets]
+    """The same, and in another dialect."""
+    folder = tmp_path_factory.mktemp("pair") / request.param
+    return [
+        tiny_modern,
+        frozen(folder, "utp", 2, model=tiny_checkpoint, target=request.param),
+    ]
 
 
 def dialogue(bundle: Path) -> list[Output]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,25 +19,26 @@ from tests import fake_gpu
 from tests.conftest import Refused
 from tests.endless import endless
 from tests.fake_gpu import TEXT, VERSION, FakeGpu, pretend
-from tests.frozen import frozen
 from tests.tiny import ASK_SCENE
 
 
 @pytest.fixture(scope="module")
-def demo_rtx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(demo_rtx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo with UTP for GPUs, and engines that were never built."""
-    bundle = frozen(tmp_path_factory.mktemp("rtx") / "demo", "utp", 4, target="rtx", dtype="fp16")
+    bundle = Path(shutil.copytree(demo_rtx, tmp_path_factory.mktemp("rtx") / "demo"))
     pretend(bundle)
     return bundle
 
 
 @pytest.fixture(scope="module", params=["rtx", "jetpack6", "jetpack7"])
 def tiny(
-    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_utp: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """UTP on the tiny checkpoint in every dialect that GPUs run, with engines never built."""
-    folder, target = tmp_path_factory.mktemp("tiny"), request.param
-    bundle = frozen(folder / "b", "utp", 2, model=tiny_checkpoint, target=target, dtype="fp16")
+    folder = tmp_path_factory.mktemp("trt") / "tiny"
+    bundle = Path(shutil.copytree(tiny_utp(request.param), folder))
     pretend(bundle)
     return bundle
 
@@ -51,8 +53,8 @@ def dialogue(session: Session, tokens: int = 24) -> list[tuple[int, ...]]:
     return said
 
 
-def test_the_demo_answers_as_on_onnx_runtime(demo_rtx: Path, gpus: list[FakeGpu]) -> None:
-    ours, theirs = Session.open(demo_rtx, backend="trt"), Session.open(demo_rtx)
+def test_the_demo_answers_as_on_onnx_runtime(demo: Path, gpus: list[FakeGpu]) -> None:
+    ours, theirs = Session.open(demo, backend="trt"), Session.open(demo)
     for image, question in held_out(12):
         answer, wanted = ours.ask(image, question.text), theirs.ask(image, question.text)
         assert answer.ids == wanted.ids
@@ -206,8 +208,6 @@ def test_an_engine_that_may_not_run_here(
 
 @pytest.fixture
 def copy_rtx(tiny_rtx: Path, tmp_path: Path) -> Callable[[], Path]:
-    import shutil
-
     return lambda: Path(shutil.copytree(tiny_rtx, tmp_path / "rtx"))
 
 
