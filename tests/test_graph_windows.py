@@ -21,13 +21,13 @@ from edgeprune.spec import PruneSpec
 from tests import families
 from tests.frozen import compared, frozen
 
-LAYERS, FAULTY = 24, 17
+LAYERS, FAULTY = 12, 10
 METHOD = PruneSpec("fastv", 1.5)
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 24 layers."""
+    """A checkpoint whose layers have numbers of one digit and of two."""
     family = families.llava(num_hidden_layers=LAYERS)
     return family.save(tmp_path_factory.mktemp("deep") / "model")
 
