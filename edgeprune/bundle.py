@@ -2,6 +2,7 @@
 
     manifest.json     everything below, as JSON; paths are relative and stay inside the folder
     vision.onnx       the encoder, for one tile
+    vision_delta.onnx the same for some of its patches, where the bundle was exported with --delta
     join.onnx         what it gave for all tiles -> visual tokens
     decoder.onnx      prefill, decode and later turns in one graph
     weights.bin       the tensors of all graphs
@@ -27,7 +28,7 @@ from edgeprune.dial import widest
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.files import obstacle, real, replaced
 from edgeprune.generation import Sampling
-from edgeprune.graphs import DECODER, GRAPHS, JOIN, VISION, GraphRecord
+from edgeprune.graphs import DECODER, DELTA, GRAPHS, JOIN, VISION, GraphRecord
 from edgeprune.lowering import DTYPES, TARGETS
 from edgeprune.records import (
     Amount,
@@ -57,7 +58,8 @@ QUICK = 256 << 20
 """Files up to so many bytes are hashed whenever a bundle is opened."""
 MANIFEST_BYTES = 16 << 20
 """A longer manifest is not read: hundreds of layers take some 100 kB."""
-NEEDED = (*GRAPHS, "weights.bin", "tokenizer.json")
+NEEDED = ("weights.bin", "tokenizer.json")
+"""Files of a bundle beside its graphs."""
 
 DATE = re.compile(r"\{now:((?:%-?[A-Za-z]|[^%{}]){1,64})\}")
 """The hole of a prompt's template for the date of the day on which it is written."""
@@ -114,6 +116,16 @@ class PruneRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaRecord:
+    """The encoder for frames of a fixed camera of which few patches changed."""
+
+    patches: Count  # of a frame that go through it, whether so many changed or not
+    patch: Side  # pixels a side of one
+    heads: Few
+    operations: Bytes  # for these patches and [CLS]
+
+
+@dataclass(frozen=True, slots=True)
 class EncoderRecord:
     """The vision encoder: what goes through its blocks, and what shortening it does.
 
@@ -137,6 +149,7 @@ class EncoderRecord:
     r2: Annotated[float, Between(-1e6, 1)] | None = None  # of an exit's map, on images it never saw
     angle: Annotated[float, Between(0, 4)] | None = None  # mean, in radians, between the decoder's
     # last features with the shortened encoder and with all of it
+    delta: DeltaRecord | None = None  # None: frames are encoded as a whole
 
     @property
     def share(self) -> float:
@@ -277,6 +290,7 @@ class ParityRecord:
     tolerance: Difference = 0.0
     eager: DistanceRecord | None = None  # None in fp32
     graph: DistanceRecord | None = None  # None in fp32 and bf16
+    delta: Difference | None = None  # at most, of what vision_delta.onnx gives; None: there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +360,7 @@ class Manifest:
     decoder: DecoderRecord
     image: ImageRecord
     text: TextRecord
-    graphs: dict[str, GraphRecord]  # vision.onnx, join.onnx and decoder.onnx
+    graphs: dict[str, GraphRecord]  # by the names of `graph_names`
     files: dict[str, FileRecord]
     parity: ParityRecord
     versions: dict[str, str]
@@ -405,6 +419,11 @@ class Manifest:
         return self.graphs[VISION]
 
     @property
+    def graph_names(self) -> tuple[str, ...]:
+        """Files of the graphs that run, in the order in which they do."""
+        return GRAPHS if self.encoder.delta is None else (VISION, DELTA, JOIN, DECODER)
+
+    @property
     def join(self) -> GraphRecord:
         """Inputs and outputs of join.onnx."""
         return self.graphs[JOIN]
@@ -445,7 +464,7 @@ class Bundle:
                 raise BundleError(
                     f"{path / name} cannot be read ({error.strerror}); copy the bundle again"
                 ) from error
-        for name in GRAPHS:
+        for name in manifest.graph_names:
             try:
                 graph_contract.check_graph(manifest, name, onnx_file.read(path / name))
             except (OSError, ValueError) as error:
@@ -505,7 +524,7 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         manifest: Manifest = build(Manifest, data, "manifest")
-        if absent := [name for name in NEEDED if name not in manifest.files]:
+        if absent := [name for name in (*manifest.graph_names, *NEEDED) if name not in manifest.files]:
             raise ValueError(f"files lacks {', '.join(absent)}")
         contract.check_sizes(manifest)
         graph_contract.check_signature(manifest)

@@ -11,7 +11,7 @@ from edgeprune.records import Between, build
 from edgeprune.weight_format import WeightFormat
 
 if TYPE_CHECKING:
-    from edgeprune.bundle import DecoderRecord, ImageRecord, Manifest, PruneRecord, TextRecord
+    from edgeprune.bundle import DecoderRecord, EncoderRecord, ImageRecord, Manifest, PruneRecord, TextRecord
 
 PIXELS = 1 << 28
 """Numbers that the vision graph takes at most: 1 GB of float32."""
@@ -24,6 +24,7 @@ def check_sizes(manifest: Manifest) -> None:
     wrong = (
         *_prune(manifest.prune, manifest.decoder.layers),
         *_ratios(manifest),
+        *_delta(manifest.encoder, manifest.image),
         *_decoder(manifest.decoder),
         *_image(manifest.image),
         *_text(manifest.text, manifest.decoder.vocabulary, manifest.prune.visual_tokens),
@@ -70,6 +71,20 @@ def _ratios(manifest: Manifest) -> Iterator[str]:
             yield f"CR {prune.cr:g} is of another method or image, or has other sites"
         if any(stage.merged or stage.lead for stage in prune.stages):
             yield "tokens are merged where counts are an input"
+
+
+def _delta(encoder: EncoderRecord, image: ImageRecord) -> Iterator[str]:
+    """Some patches of a frame are those of one tile, and of one image."""
+    if (delta := encoder.delta) is None:
+        return
+    if image.shape[0] != 1 or encoder.tiles != 1:
+        yield "some patches are encoded of several tiles"
+    if (image.height // delta.patch) * (image.width // delta.patch) != encoder.patches:
+        yield f"{encoder.patches} patches of {delta.patch} pixels a side make no tile"
+    if delta.patches >= encoder.patches:
+        yield f"{delta.patches} of {encoder.patches} patches are not some"
+    if encoder.width % delta.heads:
+        yield f"a width of {encoder.width} has no {delta.heads} heads"
 
 
 def _common(prune: PruneRecord) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgeprune.graphs import DECODER, GRAPHS, JOIN, SIGNALS, VISION, TensorRecord
+from edgeprune.graphs import DECODER, DELTA, JOIN, SIGNALS, VISION, TensorRecord
 from edgeprune.lowering import TARGETS
 from edgeprune.onnx_file import OnnxFile, Value
 from edgeprune.quantised_contract import check_quantised
@@ -43,11 +43,12 @@ Ends = dict[End, tuple[str, Sizes]]  # element type, sizes
 
 def check_signature(manifest: Manifest) -> None:
     """ValueError where the inputs and outputs that a manifest lists contradict its sizes."""
-    if sorted(manifest.graphs) != sorted(GRAPHS):
-        raise ValueError(f"graphs are {', '.join(GRAPHS)}, not {', '.join(manifest.graphs)}")
-    makers = {VISION: _vision, JOIN: _join, DECODER: _decoder}
-    for name, ends in ((name, make(manifest)) for name, make in makers.items()):
-        graph = manifest.graphs[name]
+    names = manifest.graph_names
+    if sorted(manifest.graphs) != sorted(names):
+        raise ValueError(f"graphs are {', '.join(names)}, not {', '.join(manifest.graphs)}")
+    makers = {VISION: _vision, DELTA: _delta, JOIN: _join, DECODER: _decoder}
+    for name in names:
+        graph, ends = manifest.graphs[name], makers[name](manifest)
         for found, wanted in zip((graph.inputs, graph.outputs), ends, strict=True):
             _check_ends(f"{name} lists", found, wanted)
 
@@ -66,7 +67,7 @@ def check_nodes(manifest: Manifest, graph: OnnxFile) -> None:
 
 
 def check_graph(manifest: Manifest, name: str, graph: OnnxFile) -> None:
-    """ValueError where one of GRAPHS is not the graph of the manifest."""
+    """ValueError where a graph is not the graph of the manifest."""
     check_nodes(manifest, graph)
     record = manifest.graphs[name]
     for listed, found in ((record.inputs, graph.inputs), (record.outputs, graph.outputs)):
@@ -107,19 +108,56 @@ def _vision(manifest: Manifest) -> tuple[Ends, Ends]:
     count, *size = manifest.image.shape
     if count % manifest.encoder.tiles:
         raise ValueError(f"{count} images or frames are not {manifest.encoder.tiles} equal parts")
-    outputs: Ends = {}
+    frames = count // manifest.encoder.tiles
+    inputs: Ends = {("pixels", None, None): (manifest.dtype, (frames, *size))}
+    return inputs, _signals(manifest) | _block_caches(manifest, "present")
+
+
+def _signals(manifest: Manifest) -> Ends:
+    """What the encoder gives for a tile."""
+    found: Ends = {}
     for tensor in manifest.graphs[VISION].outputs:
+        if manifest.encoder.delta is not None and tensor.role.startswith("present_"):
+            continue
         if tensor.role not in SIGNALS or any(isinstance(dim, str) for dim in tensor.dims):
             raise ValueError(f"{VISION} gives {tensor.name}, {tensor.role} of no fixed size")
-        outputs[tensor.role, None, None] = tensor.dtype, tensor.dims
-    if "features" not in {role for role, _, _ in outputs}:
+        found[tensor.role, None, None] = tensor.dtype, tensor.dims
+    if ("features", None, None) not in found:
         raise ValueError(f"{VISION} gives no features")
-    frames = count // manifest.encoder.tiles
-    return {("pixels", None, None): (manifest.dtype, (frames, *size))}, outputs
+    return found
+
+
+def _block_caches(manifest: Manifest, prefix: str) -> Ends:
+    """Keys and values of the encoder's blocks, where frames are not always encoded as a whole."""
+    encoder = manifest.encoder
+    if (delta := encoder.delta) is None:
+        return {}
+    sizes = 1, delta.heads, encoder.patches + encoder.extra, encoder.width // delta.heads
+    blocks = range(1, encoder.blocks + 1)
+    return {
+        (f"{prefix}_{kind}", block, None): (manifest.dtype, sizes)
+        for block in blocks
+        for kind in ("key", "value")
+    }
+
+
+def _delta(manifest: Manifest) -> tuple[Ends, Ends]:
+    signals, delta = _signals(manifest), manifest.encoder.delta
+    assert delta is not None  # else there is no such graph
+    inputs: Ends = {
+        ("patches", None, None): (manifest.dtype, (delta.patches, 3, delta.patch, delta.patch)),
+        ("patch_indices", None, None): ("int64", (delta.patches,)),
+        ("sources", None, None): ("int64", (manifest.encoder.patches,)),
+    }
+    for (role, _, _), found in signals.items():
+        if role in ("features", "query"):
+            inputs[f"previous_{role}", None, None] = found
+    inputs |= _block_caches(manifest, "past")
+    return inputs, signals | _block_caches(manifest, "present")
 
 
 def _join(manifest: Manifest) -> tuple[Ends, Ends]:
-    element, encoded, signals = manifest.dtype, _encoded(manifest), _vision(manifest)[1]
+    element, encoded, signals = manifest.dtype, _encoded(manifest), _signals(manifest)
     tiles = range(1, manifest.encoder.tiles + 1)
     inputs: Ends = {
         (role, None, tile): found for (role, _, _), found in signals.items() for tile in tiles

@@ -23,6 +23,11 @@ ROLES = {
     "middle": "outputs of middle blocks that are read, beside each other",
     "merged": "int64 [patches]: the patch that each token was, where some were merged",
     "units": "int64 [1, tokens]: a tile's tokens that are left, where others left for good",
+    "patches": "normalised pixels of the patches that changed [K, 3, patch, patch]",
+    "patch_indices": "int64 [K]: which of the N patches of a tile they are",
+    "sources": "int64 [N]: row of each patch among these K and, behind them, the N of the tile before",
+    "previous_features": "`features` of the tile before",
+    "previous_query": "`query` of the tile before",
     "visual": "visual tokens between the graphs [1, encoded, width], DeepStack rows beside them",
     "visual_indices": "int64 [encoded]: index among the V visual tokens that each of them has",
     "prefix_ids": "int64 [1, P]: text before the image",
@@ -30,10 +35,10 @@ ROLES = {
     "position": "int64 [1]: of the first token of the call",
     "lengths": "int64 [layers]: tokens in each layer's cache before the call",
     "counts": "int64 [layers]: r_1 ... r_L, in bundles with several ratios",
-    "past_key": "keys of a layer before the call [1, kv_heads, tokens, head]",
-    "past_value": "values of a layer before the call",
-    "present_key": "keys of a layer after the call",
-    "present_value": "values of a layer after the call",
+    "past_key": "keys of a layer, or encoder block, before the call [1, kv_heads, tokens, head]",
+    "past_value": "values of it before the call",
+    "present_key": "keys of it after the call",
+    "present_value": "values of it after the call",
     "past_state": "what a layer's convolution keeps before the call [1, rows, channels]",
     "present_state": "and after it",
     "past_recurrent_state": "what linear attention keeps before it [1, heads, key, value]",
@@ -53,6 +58,9 @@ GRAPHS = VISION, JOIN, DECODER
 before need not run again; the second joins what it gave for all tiles."""
 SIGNALS = "features", "cls", "query", "key", "middle", "merged", "units"
 """Roles of what goes from the first graph to the second, each for every tile."""
+DELTA = "vision_delta.onnx"
+"""The encoder for K patches of a frame whose others are known, in bundles that were exported with
+--delta. vision.onnx then gives keys and values of every block too."""
 BLOCK = "encoder_block.onnx"
 """One block of the encoder for any number of patches, in bundles that were exported to be timed."""
 SIZES = {**{dtype.name: dtype.bytes for dtype in DTYPES.values()}, "int64": 8}  # bytes
@@ -77,6 +85,12 @@ class TensorRecord:
 
     def bytes(self, sizes: Mapping[str, int]) -> int:
         return prod(self.shape(sizes)) * SIZES[self.dtype]
+
+    @property
+    def cached(self) -> tuple[str, int]:
+        """What a cache holds and of which layer, such as key and 1, before a call or after it."""
+        assert self.layer is not None  # a cache is of a layer
+        return self.role.partition("_")[2], self.layer
 
 
 @dataclass(frozen=True, slots=True)

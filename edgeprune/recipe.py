@@ -37,6 +37,7 @@ from edgeprune.export.exporter import (
 from edgeprune.export.ratios import Setting
 from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
+from edgeprune.models._delta import changed_patches
 from edgeprune.models._execution import Execution
 from edgeprune.models._memory import check_device, check_memory, parity_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -87,6 +88,7 @@ class Recipe:
     device: str = "cpu"  # of calibration, and of the eager model in the parity check
     reference_dtype: str = "fp32"  # of calibration; parity is checked in float32
     profilable: bool = False  # whether the bundle is for edgeprune profile
+    delta: float | None = None  # share of patches that are encoded of a frame of which few changed
     parity: int | None = None  # samples of the check; None: 8
     schedule: Path | None = None  # a file in place of a calibration
     samples: int = 100
@@ -104,6 +106,10 @@ class Recipe:
         check_image_dir(self.image_dir, self.samples_file)
         if (self.ttft is None) != (self.profile is None):
             raise SpecError("--ttft counts with a profile of the device; give --ttft and --profile")
+        if self.delta is not None and self.encoder != DENSE:
+            raise SpecError(
+                "--delta encodes patches that changed, --encoder chooses others; leave one of them out"
+            )
         if self.joint and self.ratios:
             raise SpecError("--encoder auto chooses for one budget; give --cr one ratio")
         if self.joint and (self.schedule or self.max_sites):
@@ -179,6 +185,8 @@ def make(
         frames=recipe.frames,
         tokenizer=recipe.tokenizer,
     ).with_execution(recipe.execution)
+    if recipe.delta is not None:
+        changed_patches(adapter.vision_config, adapter.pixels[0], recipe.delta)  # SpecError soon
     if not recipe.joint:
         adapter = placed(recipe.encoder, adapter)
     asked = [replace(spec, cr=cr) for cr in recipe.ratios] or [spec]
@@ -231,6 +239,7 @@ def make(
         no_parity=why,
         keep_fp32=recipe.keep_fp32,
         profilable=recipe.profilable,
+        delta=recipe.delta,
         timing=_timing(settled),
         choice=_choice(settled),
         tuning=_tuning(recipe, adapter, policy, processor, plan, report),

@@ -11,6 +11,7 @@ import torch
 
 from edgeprune.bundle import ParityRecord
 from edgeprune.export import parity, precision
+from edgeprune.export.delta_parity import check_frames
 from edgeprune.export.dialogue import Graphs
 from edgeprune.export.ranges import Proof
 from edgeprune.graphs import GraphRecord
@@ -73,3 +74,10 @@ def compare(draft: Path, records: Mapping[str, GraphRecord], models: Models) -> 
     need = parity_bytes(models.adapter, len(samples)) / 1e9
     checked = parity.check(graphs, rounded, samples, partial(report, f"parity in {need:.1f} GB"))
     return replace(checked, eager=eager, graph=graph)
+
+
+def compare_frames(draft: Path, records: Mapping[str, GraphRecord], models: Models) -> float:
+    """How far the encoder for a fixed camera is from the eager model; ParityError where it is not
+    the same."""
+    report, half = partial(models.report, "parity of changed patches"), models.dtype != torch.float32
+    return check_frames(draft, records, models.rounded(), models.samples, report, wide=half)

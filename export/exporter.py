@@ -28,7 +28,8 @@ from edgeprune.dial import widest
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import BundleError, ExportError, SpecError
 from edgeprune.export import ranges
-from edgeprune.export.comparison import Models, compare
+from edgeprune.export.comparison import Models, compare, compare_frames
+from edgeprune.export.delta_graph import delta_record, patches_of
 from edgeprune.export.dialects import dialect_of
 from edgeprune.export.generation import read_generation
 from edgeprune.export.prompts import read_text
@@ -68,6 +69,7 @@ class ExportRequest:
     timing: TimingRecord | None = None  # the time that was asked for
     choice: ChoiceRecord | None = None  # how encoder and decoder were chosen together
     profilable: bool = False  # whether a block of the encoder is written too, to be timed
+    delta: float | None = None  # share of patches that are encoded of a frame of which few changed
     dial: tuple[Setting, ...] = ()  # where counts are an input: every ratio, on common sites
 
     @property
@@ -157,6 +159,7 @@ def export(
     check_topk(f"method {request.spec.method}", policy.largest_topk(request.traced), request.target)
     if (site := adapter.vision_config.site) is not None:
         check_topk(f"--encoder {site.method}", adapter.encoder_topk, request.target)
+    patches = patches_of(adapter, request.traced, request.lowering, request.delta)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
     exact, adapter = adapter, _with_weights(request.lowering, adapter, request.tuning)
@@ -168,7 +171,14 @@ def export(
         with atomic_folder(request.output) as draft:
             modules = modules_of(request.traced, adapter, policy, dialect, dtype, wide)
             graphs, stored = write_graphs(
-                draft, modules, adapter, dialect, dtype, report, profilable=request.profilable
+                draft,
+                modules,
+                adapter,
+                dialect,
+                dtype,
+                report,
+                profilable=request.profilable,
+                patches=patches,
             )
             copy_text(adapter.checkpoint.folder, draft, processor)
             checked = [ParityRecord(0, request.no_parity)] * len(request.settings)
@@ -179,10 +189,13 @@ def export(
                     for setting, proof in zip_longest(request.settings, proofs)
                 ]
                 checked = list(_compared(request, draft, graphs, models))
+                if patches:
+                    apart = compare_frames(draft, graphs, models[0])
+                    checked = [replace(one, delta=apart) for one in checked]
                 weights = weigh(weights, request.lowering, exact, draft, graphs, models[0])
             report("hash files", 0, 1)
             manifest = replace(
-                _manifest(request, adapter, policy, records, graphs, draft),
+                _manifest(request, adapter, policy, records, graphs, draft, patches),
                 parity=checked[0],
                 range=held,
                 weights=weights,
@@ -252,6 +265,7 @@ def _manifest(
     records: Records,
     graphs: dict[str, GraphRecord],
     draft: Path,
+    patches: int,
 ) -> Manifest:
     """All but what was compared."""
     dialect, packed = dialect_of(request.lowering), adapter.checkpoint.packed
@@ -264,7 +278,7 @@ def _manifest(
         dtype=request.lowering.dtype.name,
         opset=dialect.opset,
         prune=prune_record(request.settings[0], adapter, policy),
-        encoder=_encoder_record(adapter),
+        encoder=_encoder_record(adapter, patches),
         decoder=_decoder_record(adapter, request.plan, dialect.cache),
         graphs=graphs,
         image=records.image,
@@ -278,7 +292,7 @@ def _manifest(
     )
 
 
-def _encoder_record(adapter: Adapter) -> EncoderRecord:
+def _encoder_record(adapter: Adapter, changed: int) -> EncoderRecord:
     encoder, site = adapter.vision_config.encoder, adapter.vision_config.site
     tiles, _, height, width = adapter.pixels
     patches = (height // encoder.patch) * (width // encoder.patch)
@@ -300,6 +314,7 @@ def _encoder_record(adapter: Adapter) -> EncoderRecord:
         samples=loss.samples if loss else 0,
         r2=loss.r2 if loss else None,
         angle=loss.angle if loss else None,
+        delta=delta_record(encoder, changed),
     )
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from edgeprune.export.delta_graph import FrameSizes, frame_graphs
 from edgeprune.export.trace import End, Traced, name_sizes, record_of, to_graph
-from edgeprune.graphs import JOIN, SIGNALS, VISION
-from edgeprune.models._encoder import Encoded
+from edgeprune.graphs import JOIN, VISION
+from edgeprune.models._encoder import Encoded, Encoder
 from edgeprune.models._vision import Vision
 
 
@@ -30,7 +31,7 @@ class Tile(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         seen: Encoded = self.encoder(pixels, self.merge)
-        signals = _signals(seen)
+        signals = seen.signals
         return (*(signals[role] for role in self.roles), *seen.states)
 
 
@@ -72,31 +73,38 @@ class Join(nn.Module):
 
 @dataclass(frozen=True)
 class VisionGraphs:
-    """Both graphs by their file, and the modules that they are of."""
+    """The graphs by their file, and the modules that they are of."""
 
     traced: dict[str, Traced]
     modules: dict[str, nn.Module]
 
 
 def vision_graphs(
-    vision: Vision, pixels: Sequence[int], dtype: torch.dtype, opset: int
+    vision: Vision, pixels: Sequence[int], dtype: torch.dtype, opset: int, patches: int = 0
 ) -> VisionGraphs:
     """Trace both; every size is fixed, but for r_1 where counts are an input. `pixels` is the shape
     of all tiles, [tiles, 3, H, W].
 
     pixels [frames, 3, H, W] -> signals of the tile; those of every tile -> visual [1, r_1, D],
-    visual_indices [r_1]. Signals that nothing reads are left out.
+    visual_indices [r_1]. Signals that nothing reads are left out. With `patches` there is also a
+    graph for so many patches of a frame of which few changed.
     """
     spans = vision.config.encoder.spans
     tiles, shape = pixels[0] // spans, (spans, *pixels[1:])
     given, resampled = _shapes(vision, shape, dtype)
     roles, joined = _join(Join(vision, list(given), resampled), given, tiles, opset)
+    modules: dict[str, nn.Module] = {JOIN: Join(vision, roles, resampled)}
+    if patches:
+        assert isinstance(vision.encoder, Encoder)  # `changed_patches` says so
+        sizes = FrameSizes(shape, patches, dtype, opset)
+        traced, own = frame_graphs(vision.encoder, {r: given[r] for r in roles}, sizes)
+        return VisionGraphs(traced | {JOIN: joined}, own | modules)
     tile, states = Tile(vision, roles), 1 + len(vision.encoder.blocks)
     outputs = [End(role, role) for role in roles]
     inputs, one = [End("pixels", "pixels")], torch.zeros(*shape, dtype=dtype)
     model = to_graph(tile, (one,), None, inputs, outputs, opset, states=states)
     traced = {VISION: Traced(model, record_of(model.graph, inputs, outputs)), JOIN: joined}
-    return VisionGraphs(traced, {VISION: tile, JOIN: Join(vision, roles, resampled)})
+    return VisionGraphs(traced, {VISION: tile, **modules})
 
 
 def _join(
@@ -128,13 +136,6 @@ def _shapes(
     nothing is computed."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         seen = vision.encoder(torch.zeros(*shape, dtype=dtype), vision.merge_in_encoder)
-        found = {r: (tuple(x.shape), x.dtype) for r, x in _signals(seen).items()}
+        found = {r: (tuple(x.shape), x.dtype) for r, x in seen.signals.items()}
     made = {role: torch.zeros(size, dtype=kind) for role, (size, kind) in found.items()}
     return made, seen.resampled
-
-
-def _signals(seen: Encoded) -> dict[str, Tensor]:
-    """What an encoder gives, by role."""
-    middle = torch.cat(seen.middle, dim=-1) if seen.middle else None
-    all_of = seen.features, seen.cls, seen.query, seen.key, middle, seen.indices, seen.units
-    return {role: x for role, x in zip(SIGNALS, all_of, strict=True) if x is not None}

@@ -63,12 +63,14 @@ def write_graphs(
     report: Progress,
     *,
     profilable: bool = False,
+    patches: int = 0,
 ) -> tuple[dict[str, GraphRecord], Stored]:
     """Trace all graphs and write them with their weights; what the manifest says of them. Where
-    `profilable` one block of the encoder is a graph too, with the same weights."""
+    `profilable` one block of the encoder is a graph too, with the same weights; with `patches` the
+    encoder for so many patches of a frame."""
     vision, decoder = modules
     report("trace vision", 0, 1)
-    both = vision_graphs(vision, adapter.pixels, dtype, dialect.opset)
+    both = vision_graphs(vision, adapter.pixels, dtype, dialect.opset, patches)
     report("trace decoder", 0, 1)
     graphs = both.traced | {DECODER: decoder_graph(decoder, dtype, dialect)}
     forms = FORMS[dialect.codes], INTEGERS.get(dialect.integers)

@@ -29,7 +29,25 @@ class EncodedTile:
     """What vision.onnx made of a tile; any number of images may have it."""
 
     signals: Mapping[str, Any]  # by role, wherever the backend keeps them
+    caches: Mapping[tuple[str, int], Any] | None = None  # keys and values of the blocks, by
+    # `TensorRecord.cached`; None: not asked for
     holder: object = None  # while it lives, the backend keeps the memory for this tile
+
+
+@dataclass(frozen=True, eq=False)
+class ChangedPatches:
+    """K of the N patches of a tile."""
+
+    pixels: NDArray[np.float32]  # [K, 3, patch, patch]
+    indices: Ids  # [K]
+    sources: Ids  # [N], row of each patch among these K and, behind them, the N of the tile before
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.float32], indices: Ids, total: int) -> ChangedPatches:
+        """From the patches and which of `total` they are."""
+        sources = np.arange(indices.size, indices.size + total, dtype=np.int64)
+        sources[indices] = np.arange(indices.size)
+        return cls(pixels, indices, sources)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +62,7 @@ class EncodedImage:
     holder: object = None  # while it lives, the backend keeps the memory for this image
     manifest: Manifest | None = None  # of the bundle at the ratio at which it was encoded
     tiles_encoded: int = 0  # of its tiles or frames; the others were known
+    patches_encoded: int | None = None  # of its patches, where frames are not always whole
 
 
 @dataclass(frozen=True)
@@ -121,8 +140,13 @@ class Backend(Protocol[C]):
     text_capacity: int | None  # tokens of text that caches hold; None: as many as it takes
     build_seconds: float | None  # that engines took to build; None where nothing is built
 
-    def encode_tile(self, pixels: NDArray[np.float32]) -> EncodedTile:
-        """Run vision.onnx: [frames, 3, H, W]."""
+    def encode_tile(self, pixels: NDArray[np.float32], *, caches: bool = False) -> EncodedTile:
+        """Run vision.onnx: [frames, 3, H, W]; with `caches`, where the bundle has them, for
+        `encode_changed`."""
+        ...
+
+    def encode_changed(self, tile: EncodedTile, changed: ChangedPatches) -> EncodedTile:
+        """Run vision_delta.onnx: a tile with caches, of which some patches changed."""
         ...
 
     def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
@@ -170,8 +194,11 @@ class FakeBackend:
         self.script, self.vocabulary, self.visual = list(script), vocabulary, visual_tokens
         self.calls: list[DecoderInputs] = []
 
-    def encode_tile(self, pixels: NDArray[np.float32]) -> EncodedTile:
-        return EncodedTile({})
+    def encode_tile(self, pixels: NDArray[np.float32], *, caches: bool = False) -> EncodedTile:
+        return EncodedTile({}, {} if caches else None)
+
+    def encode_changed(self, tile: EncodedTile, changed: ChangedPatches) -> EncodedTile:
+        return EncodedTile({}, {})
 
     def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
         return EncodedImage(None, None, np.arange(self.visual))

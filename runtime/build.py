@@ -25,7 +25,7 @@ from edgeprune.graphs import DECODER, JOIN, TensorRecord
 from edgeprune.lowering import TARGETS
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import trt as seam
-from edgeprune.runtime.engines import RECORD, SOURCES, graphs, read, whole
+from edgeprune.runtime.engines import RECORD, graphs, names, read, sources, whole
 from edgeprune.runtime.onnx_dims import with_sizes
 from edgeprune.runtime.text import Prompter
 
@@ -107,10 +107,11 @@ def build(request: BuildRequest, report: Progress = silent) -> Built:
     profiles = size_ranges(bundle, request, growing)
     builder = _Builder(trt, request, bundle, report)
     with replaced(target) as draft:
+        ranges = {"join": image_ranges(bundle.manifest), "decoder": profiles}
+        made = {"decoder": {} if grows else sizes}  # sizes that are open in the graph
         engines = {
-            "vision": builder.compile("vision", {}, {}, draft),
-            "join": builder.compile("join", {}, image_ranges(bundle.manifest), draft),
-            "decoder": builder.compile("decoder", {} if grows else sizes, profiles, draft),
+            name: builder.compile(name, made.get(name, {}), ranges.get(name, {}), draft)
+            for name in names(bundle.manifest)
         }
         record = {
             "bundle": bundle.manifest.name,
@@ -225,7 +226,7 @@ def _counts(manifest: Manifest, graph: str) -> dict[str, Counts]:
 def _key(manifest: Manifest, request: BuildRequest, version: str) -> str:
     """Folder name: backend, version, GPUs, dtype, and a hash of all that the engines depend on."""
     gpus = "+".join(request.compute) or seam.gpu() or "any"
-    files = [manifest.files[f].sha256 for f in SOURCES]
+    files = [manifest.files[f].sha256 for f in sources(manifest)]
     parts = [request.backend, version, gpus, manifest.dtype]
     sizes = f"{request.text_capacity} {request.decode_tokens}"
     everything = "\n".join([*parts, *files, sizes])

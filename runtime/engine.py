@@ -15,6 +15,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import CapacityError, SessionError, SpecError
 from edgeprune.runtime import backends, media
 from edgeprune.runtime.backend import Backend, Caches, DecoderInputs, EncodedImage, Ids, Output
+from edgeprune.runtime.delta import DeltaOptions, FrameEncoder
 from edgeprune.runtime.media import Shown
 from edgeprune.runtime.sequence import CLOSED, Sequence
 from edgeprune.runtime.text import Prompter
@@ -94,6 +95,27 @@ class Engine:
         with self._lock:
             self._check()
             image = self._encoder.encode(pixels, counts)
+            return replace(image, warnings=warnings, engine=self, manifest=manifest)
+
+    def camera(self, options: DeltaOptions) -> FrameEncoder:
+        """What encodes the frames of one fixed camera, of each only what changed; SpecError unless
+        the bundle was exported with --delta."""
+        with self._lock:
+            self._check()
+            return FrameEncoder(self.backend, self.manifest, options)
+
+    def encode_frame(
+        self,
+        camera: FrameEncoder,
+        pixels: NDArray[np.float32],
+        warnings: tuple[str, ...] = (),
+        cr: float | None = None,
+    ) -> EncodedImage:
+        """As `encode_pixels`, of the next frame of a camera of this engine."""
+        manifest = self.manifest.at(cr)
+        with self._lock:
+            self._check()
+            image = camera.encode(pixels, np.array(manifest.prune.counts))
             return replace(image, warnings=warnings, engine=self, manifest=manifest)
 
     def forget_tiles(self) -> None:

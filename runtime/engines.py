@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, Hash, sha256
+from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, Hash, Manifest, sha256
 from edgeprune.errors import BackendError
-from edgeprune.graphs import GRAPHS
+from edgeprune.graph_contract import WEIGHTS
 from edgeprune.records import Amount, Between, Bytes, Count, build, parse
 
 RECORD = ENGINE_RECORD
-NAMES = tuple(name.removesuffix(".onnx") for name in GRAPHS)
-"""Of engines, in the order in which they run."""
-SOURCES = (*GRAPHS, "weights.bin")
 
 Range = tuple[Amount, Amount, Amount]  # least, usual, most
 Counts = tuple[tuple[Amount, ...], tuple[Amount, ...], tuple[Amount, ...]]  # of every layer
@@ -98,7 +95,8 @@ def read(folder: Path) -> Engines | None:
         [read.engines["decoder"].profiles["prefill"][name] for name in ("prefix", "text")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Engines(folder, record) if set(read.engines) == set(NAMES) else None
+    made = {_name(file) for file in read.graphs if file != WEIGHTS}
+    return Engines(folder, record) if set(read.engines) == made else None
 
 
 def whole(engines: Engines) -> bool:
@@ -110,9 +108,23 @@ def whole(engines: Engines) -> bool:
     return all(kept[name] == e["sha256"] for name, e in engines.record["engines"].items())
 
 
+def names(manifest: Manifest) -> tuple[str, ...]:
+    """Of a bundle's engines, in the order in which they run."""
+    return tuple(map(_name, manifest.graph_names))
+
+
+def sources(manifest: Manifest) -> tuple[str, ...]:
+    """Files that engines are made of."""
+    return *manifest.graph_names, WEIGHTS
+
+
+def _name(graph: str) -> str:
+    return graph.removesuffix(".onnx")
+
+
 def graphs(bundle: Bundle) -> dict[str, str]:
     """Hashes of all that an engine is made of."""
-    return {name: bundle.manifest.files[name].sha256 for name in SOURCES}
+    return {name: bundle.manifest.files[name].sha256 for name in sources(bundle.manifest)}
 
 
 def _plain(compute: str) -> str:

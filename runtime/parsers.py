@@ -19,7 +19,7 @@ from typing import Any
 from edgeprune import memory
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError
-from edgeprune.graphs import DECODER, GRAPHS
+from edgeprune.graphs import DECODER
 from edgeprune.runtime import trt as seam
 from edgeprune.runtime.onnx_dims import with_sizes
 
@@ -89,7 +89,7 @@ def answer(trt: Any, bundle: Bundle) -> tuple[bool, str]:
     except (RuntimeError, TypeError) as error:  # TensorRT's builder wants a GPU
         return False, logger.errors[-1] if logger.errors else str(error)
     wrong = []
-    for name in GRAPHS:
+    for name in bundle.manifest.graph_names:
         network = builder.create_network(seam.strongly_typed(trt))
         parser = trt.OnnxParser(network, logger)
         try:

@@ -27,7 +27,8 @@ class TileEncoder:
         self, backend: Backend[Any], manifest: Manifest, memory_mb: int = TILE_MEMORY_MB
     ) -> None:
         self._backend, self._tiles = backend, manifest.encoder.tiles
-        one = sum(tensor.bytes({}) for tensor in manifest.vision.outputs)
+        signals = (t for t in manifest.vision.outputs if t.layer is None)
+        one = sum(tensor.bytes({}) for tensor in signals)
         self._limit = (memory_mb << 20) // one
         self._known: OrderedDict[bytes, EncodedTile] = OrderedDict()  # the longest unused first
         self._last: tuple[tuple[bytes, ...], EncodedImage] | None = None  # by its tiles and counts

@@ -39,12 +39,13 @@ def pretend(bundle: Path, backend: str = "trt") -> Path:
     profiles = {
         "decoder": size_ranges(opened, request, dict(enumerate(capacities)) if grows else {}),
         "vision": {},
+        "vision_delta": {},
         "join": image_ranges(opened.manifest),
     }
     folder = bundle / "engines" / f"{backend}-pretended"
     folder.mkdir(parents=True)
     made = {}
-    for name in engines.NAMES:
+    for name in engines.names(opened.manifest):
         file = folder / f"{name}.engine"
         file.write_bytes(f"{name}, as if compiled".encode())
         kept = Engine(file.name, 24, sha256(file), 1.0, dict(profiles[name]), (), ())

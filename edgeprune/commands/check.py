@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.commands import _common
 from edgeprune.errors import BackendError, SpecError
-from edgeprune.graphs import GRAPHS
 from edgeprune.install_hints import install
 from edgeprune.tables import plain
 
@@ -92,7 +91,7 @@ def _bundle(path: Path, asked: list[str]) -> Report:
     manifest = bundle.manifest
     weights = f", weights {manifest.weights.format}" if manifest.weights else ""
     head = f"{manifest.name}: {manifest.dialect}, opset {manifest.opset}, {manifest.dtype}{weights}"
-    files, cpu = [bundle.file(name) for name in GRAPHS], manifest.target == "cpu"
+    files, cpu = [bundle.file(name) for name in manifest.graph_names], manifest.target == "cpu"
     record, text = _report(manifest.name, files, parsers.ask(bundle), asked, for_a_cpu=cpu)
     return record, f"{head}\n{text}"
 

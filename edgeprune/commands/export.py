@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from edgeprune import terminal
 from edgeprune.commands import _common
 from edgeprune.errors import SpecError
-from edgeprune.graphs import GRAPHS
 
 if TYPE_CHECKING:
     from edgeprune.bundle import (
@@ -87,6 +86,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="write one block of the encoder as a graph too, for edgeprune profile",
     )
     command.add_argument(
+        "--delta",
+        type=float,
+        metavar="SHARE",
+        help="for fixed cameras: write the encoder for this share of a frame's patches too, see:"
+        " edgeprune watch --delta",
+    )
+    command.add_argument(
         "--parity",
         type=int,
         metavar="N",
@@ -136,6 +142,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         ttft=args.ttft,
         profile=args.profile,
         profilable=args.profilable,
+        delta=args.delta,
         keep_fp32=args.keep_fp32,
         device=args.device,
         reference_dtype=args.reference_dtype,
@@ -158,6 +165,7 @@ def _summary(exported: Exported, seconds: float) -> str:
         lines += _ratio_lines(setting, manifest)
     lines += [
         *_encoder_lines(manifest.encoder),
+        *_delta_lines(manifest.encoder, manifest.parity),
         *_timing_lines(manifest.timing),
         *_choice_lines(manifest.choice),
     ]
@@ -165,7 +173,7 @@ def _summary(exported: Exported, seconds: float) -> str:
         lines += _weights_lines(manifest.weights)
     if manifest.range:
         lines += _range_lines(manifest.range)
-    files = (*GRAPHS, "weights.bin")
+    files = (*manifest.graph_names, "weights.bin")
     lines.append(", ".join(f"{name} {sizes[name]:.2f} MB" for name in files))
     lines += [f"note: {note}" for note in exported.notes]
     lines.append(f"{manifest.dtype}, opset {manifest.opset}, {seconds:.1f} s")
@@ -227,6 +235,15 @@ def _encoder_lines(record: EncoderRecord) -> list[str]:
         f" {record.blocks} blocks, {record.share:.2f} of the operations{fit}; output turned by"
         f" {record.angle:.3f} radians on {record.samples} samples"
     ]
+
+
+def _delta_lines(record: EncoderRecord, parity: ParityRecord) -> list[str]:
+    """How frames of a fixed camera are encoded."""
+    if (delta := record.delta) is None:
+        return []
+    share = delta.operations / record.dense_operations
+    line = f"delta: {delta.patches} of {record.patches} patches a frame, {share:.2f} of the operations"
+    return [line if parity.delta is None else f"{line}; parity within {parity.delta:.1e}"]
 
 
 def _range_lines(record: RangeRecord) -> list[str]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeprune.commands import _common
 from edgeprune.errors import InputError, SpecError
+
+if TYPE_CHECKING:
+    from edgeprune.runtime.delta import DeltaOptions
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,6 +40,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="T",
         help="ask only where a part of the frame changed by T, from 0 (at all) to 1 (from black to"
         " white), since the last frame that was asked; 0.05 suits most cameras",
+    )
+    command.add_argument(
+        "--delta",
+        type=float,
+        metavar="T",
+        help="for a fixed camera, and a bundle exported with --delta: of a frame encode only patches"
+        " that changed by T, from 0 (at all) to 1, which is not exact; 0.02 suits most cameras."
+        " Frames of which more changed are encoded as a whole",
+    )
+    command.add_argument(
+        "--refresh",
+        type=int,
+        metavar="N",
+        help="with --delta: encode every Nth frame as a whole, at least (default 100)",
     )
     form = command.add_mutually_exclusive_group()
     _common.add_answer_format(form)
@@ -91,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         args.every,
         args.on_change,
         None if args.frames is None else args.frames == "all",
+        _delta(args),
     )
     with open(0, "rb", buffering=0, closefd=False) as pipe:
         source = find(args.source, size, args.pixels, pipe)
@@ -107,6 +126,18 @@ def run(args: argparse.Namespace) -> int:
             for found in Watch(session, request).records(source):
                 print(json.dumps(found), flush=True)
     return 0
+
+
+def _delta(args: argparse.Namespace) -> DeltaOptions | None:
+    from edgeprune.runtime.delta import DeltaOptions
+
+    if args.delta is None:
+        if args.refresh is not None:
+            raise SpecError("--refresh is for --delta; give both, or leave it out")
+        return None
+    if args.refresh is None:
+        return DeltaOptions(args.delta)
+    return DeltaOptions(args.delta, args.refresh)
 
 
 def _choices(text: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeprune.graphs import SIGNALS
 from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Split, Units
 from edgeprune.models._layers import (
     Gain,
@@ -137,6 +138,13 @@ class Encoded:
     units: Tensor | None = None  # int64 [tiles, K], the tokens of a tile that are left, rising,
     # where others left for good; the N patches are theirs then, token by token
 
+    @property
+    def signals(self) -> dict[str, Tensor]:
+        """What is read of a tile, by role."""
+        middle = torch.cat(self.middle, dim=-1) if self.middle else None
+        all_of = self.features, self.cls, self.query, self.key, middle, self.indices, self.units
+        return {role: x for role, x in zip(SIGNALS, all_of, strict=True) if x is not None}
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -180,6 +188,8 @@ class Encoding:
 
 ChooseMerge = Callable[[Tensor], BlockMerge | None]
 """From the keys [tiles, heads, S, head] of a block to the tokens that it merges, if any."""
+Attended = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the keys and values of a block's tokens to those that they attend to."""
 PolicyMerge = Callable[[BlockSignals], BlockMerge | None]
 """Policy.merge_in_block of one stage."""
 
@@ -205,17 +215,24 @@ class Block(nn.Module):
         self.residual = Sum()
 
     def forward(
-        self, x: Tensor, groups: Groups | None, choose_merge: ChooseMerge
+        self,
+        x: Tensor,
+        groups: Groups | None,
+        choose_merge: ChooseMerge,
+        attended: Attended | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Groups | None]:
         """Output [tiles, S', width], query and key [tiles, heads, S, head], S' groups of tokens.
 
-        S' < S where `choose_merge` names tokens, which are merged between attention and MLP.
+        S' < S where `choose_merge` names tokens, which are merged between attention and MLP. With
+        `attended` the tokens attend to other keys and values than their own, which are returned.
         """
         behind, heads = self.config.branch_norms, self.config.heads
         normed = x if behind else self.attention_norm(x)
         query = split_heads(self.query_norm(self.query(normed)), heads)
         key = split_heads(self.key_norm(self.key(normed)), heads)
         value = split_heads(self.value(normed), heads)
+        if attended is not None:
+            key, value = attended(key, value)
         bias = None if groups is None else groups.bias(query.dtype)
         mixed = self.output(join_heads(self.scores(query, key, value, bias)))
         mixed = self.attention_norm(mixed) if behind else mixed

@@ -15,7 +15,8 @@ from edgeprune.errors import InputError, SpecError
 from edgeprune.images import read_image
 from edgeprune.runtime import AnswerFormat, Session
 from edgeprune.runtime.backend import EncodedImage
-from edgeprune.runtime.media import prepare
+from edgeprune.runtime.delta import DeltaOptions
+from edgeprune.runtime.media import Prepared, prepare
 from edgeprune.watch.alarm import Alarm
 from edgeprune.watch.changes import Levels, change, levels
 from edgeprune.watch.latest import Latest
@@ -35,6 +36,7 @@ class WatchRequest:
     every: float = 0.0  # seconds between two questions, at least
     on_change: float | None = None  # least change since the last frame that was asked; None: any
     all_frames: bool | None = None  # None: of a live source the newest alone
+    delta: DeltaOptions | None = None  # None: every frame is encoded as a whole
 
     def __post_init__(self) -> None:
         if not 0 <= self.every < 1e9:
@@ -50,6 +52,7 @@ class Watch:
 
     def __init__(self, session: Session, request: WatchRequest) -> None:
         self._session, self._request = session, request
+        self._camera = None if request.delta is None else session.engine.camera(request.delta)
         self._asked: Levels | None = None  # of the last frame that was asked
         self._due, self._unchanged, self._ringing = float("-inf"), 0, False
 
@@ -82,12 +85,14 @@ class Watch:
             return None
         started, head = time.perf_counter(), _head(frame)
         prepared = prepare(read.image, self._session.manifest.image)
-        image = self._session.engine.encode_pixels(prepared.pixels, prepared.warnings)
+        image = self._encoded(prepared)
         said = self._said(image)
         record = head | said | {"total_ms": 1e3 * (time.perf_counter() - started)}
         record |= {"tiles_encoded": image.tiles_encoded, "unchanged": self._unchanged}
         if self._request.on_change is not None:
             record["change"] = changed
+        if image.patches_encoded is not None:
+            record["patches_encoded"] = image.patches_encoded
         if notes := [*read.warnings, *image.warnings]:
             record["warnings"] = notes
         self._unchanged, self._due = 0, frame.seconds + self._request.every
@@ -103,6 +108,12 @@ class Watch:
             return None
         self._asked = now
         return found
+
+    def _encoded(self, prepared: Prepared) -> EncodedImage:
+        engine = self._session.engine
+        if self._camera is None:
+            return engine.encode_pixels(prepared.pixels, prepared.warnings)
+        return engine.encode_frame(self._camera, prepared.pixels, prepared.warnings)
 
     def _said(self, image: EncodedImage) -> dict[str, Any]:
         session, request = self._session, self._request

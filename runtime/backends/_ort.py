@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from functools import partial
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError, brief
-from edgeprune.graphs import GRAPHS, JOIN, VISION
+from edgeprune.graphs import DELTA, GRAPHS, JOIN, VISION, TensorRecord
 from edgeprune.install_hints import install
 from edgeprune.runtime import dtypes
 from edgeprune.runtime.backend import (
+    ChangedPatches,
     DecoderInputs,
     EncodedImage,
     EncodedTile,
@@ -62,7 +63,7 @@ class OrtBackend:
         self.record, self.device = manifest.decoder, device
         self.element = dtypes.stored_type(manifest.dtype).type
         self._graph, self._tile, self._image = manifest.graph, manifest.vision, manifest.join
-        self._default = np.array(manifest.prune.counts)
+        self._graphs, self._default = manifest.graphs, np.array(manifest.prune.counts)
         options = ort.SessionOptions()
         # Idle threads spin for some milliseconds. Those of one session would take the cores from
         # the next: vision's from prefill, and each bundle's of a benchmark from the other's.
@@ -88,15 +89,47 @@ class OrtBackend:
         no_indices = np.zeros(0, np.int64)
         self._no_image = EncodedImage(no_visual, self._host(no_indices), no_indices)
 
-    def encode_tile(self, pixels: NDArray[np.float32]) -> EncodedTile:
+    def encode_tile(self, pixels: NDArray[np.float32], *, caches: bool = False) -> EncodedTile:
+        wanted = [tensor for tensor in self._tile.outputs if caches or tensor.layer is None]
         with _refusals(VISION):
             binding, shown = self._vision.io_binding(), self._host(pixels.astype(self.element))
             binding.bind_ortvalue_input("pixels", shown)
-            for tensor in self._tile.outputs:
-                binding.bind_output(tensor.name, self.device)
-            self._vision.run_with_iobinding(binding)
-            roles = (tensor.role for tensor in self._tile.outputs)
-            return EncodedTile(dict(zip(roles, binding.get_outputs(), strict=True)))
+            return self._encoded(self._vision, binding, wanted)
+
+    def encode_changed(self, tile: EncodedTile, changed: ChangedPatches) -> EncodedTile:
+        given = {
+            "patches": changed.pixels.astype(self.element),
+            "patch_indices": changed.indices,
+            "sources": changed.sources,
+        }
+        assert tile.caches is not None  # it was encoded with them
+        with _refusals(DELTA):
+            binding, record = self._changed.io_binding(), self._graphs[DELTA]
+            held = {role: self._host(array) for role, array in given.items()}
+            for tensor in record.inputs:
+                if tensor.role in held:
+                    value = held[tensor.role]
+                elif tensor.layer is not None:
+                    value = tile.caches[tensor.cached]
+                else:
+                    value = tile.signals[tensor.role.removeprefix("previous_")]
+                binding.bind_ortvalue_input(tensor.name, value)
+            return self._encoded(self._changed, binding, record.outputs)
+
+    @cached_property
+    def _changed(self) -> Any:
+        """Few bundles have it, and few callers use it: opened when it is first needed."""
+        return self._open(DELTA)
+
+    def _encoded(self, session: Any, binding: Any, outputs: Sequence[TensorRecord]) -> EncodedTile:
+        """What a bound call gives of a tile."""
+        for tensor in outputs:
+            binding.bind_output(tensor.name, self.device)
+        session.run_with_iobinding(binding)
+        found = list(zip(outputs, binding.get_outputs(), strict=True))
+        signals = {tensor.role: value for tensor, value in found if tensor.layer is None}
+        caches = {tensor.cached: value for tensor, value in found if tensor.layer is not None}
+        return EncodedTile(signals, caches or None)
 
     def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
         with _refusals(JOIN):
@@ -144,6 +177,7 @@ class OrtBackend:
 
     def close(self) -> None:
         del self._vision, self._join, self._decoder, self._memory, self._logits
+        vars(self).pop("_changed", None)
 
     def _step(self, inputs: DecoderInputs, caches: OrtCaches) -> tuple[Ids, ...]:
         if caches.step is None:

@@ -21,15 +21,26 @@ from numpy.typing import NDArray
 
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, CapacityError
+from edgeprune.graphs import DELTA, TensorRecord
 from edgeprune.runtime import dtypes, engines, gpu, trt
-from edgeprune.runtime.backend import DecoderInputs, EncodedImage, EncodedTile, Ids, Output
+from edgeprune.runtime.backend import (
+    ChangedPatches,
+    DecoderInputs,
+    EncodedImage,
+    EncodedTile,
+    Ids,
+    Output,
+)
 from edgeprune.runtime.backends._trt_memory import (
     ALIGNMENT,
+    CHANGED,
     WORD,
     Block,
+    K,
     TrtCaches,
     arena,
     cache_sizes,
+    frame_sizes,
     image_sizes,
     shared_sizes,
     step_bytes,
@@ -64,32 +75,65 @@ class TrtBackend:
         sizes = shared_sizes(bundle.manifest, self.limits)
         self._image_sizes = image_sizes(bundle.manifest)
         self._tile_sizes = tile_sizes(bundle.manifest)
+        self._frame_sizes = frame_sizes(bundle.manifest)
         self._cache_sizes = cache_sizes(bundle.manifest, self.capacities)
         one = sum(sum(some.values()) for some in (sizes, self._image_sizes, self._cache_sizes))
         one += bundle.manifest.encoder.tiles * sum(self._tile_sizes.values())
+        one += 2 * sum(self._frame_sizes.values())  # of a frame, and of the next
         self._check_memory(sum(engine["bytes"] for engine in made.values()) + one)
-        loaded = [self.device.load(self._found.file(name)) for name in engines.NAMES]
-        sizes["scratch"] = max(engine.scratch for engine in loaded)
+        names = engines.names(bundle.manifest)
+        loaded = {name: self.device.load(self._found.file(name)) for name in names}
+        sizes["scratch"] = max(engine.scratch for engine in loaded.values())
         self._check_memory(one + sizes["scratch"])
         self.at = arena(self.device, sizes)
-        runs = [engine.executions(self.at["scratch"]) for engine in loaded]
-        (self._vision,), (self._join,), (self._prefill, self._decode) = runs
+        runs = {name: one.executions(self.at["scratch"]) for name, one in loaded.items()}
+        (self._vision,), (self._join,) = runs["vision"], runs["join"]
+        self._prefill, self._decode = runs["decoder"]
+        self._changed = runs["vision_delta"][0] if "vision_delta" in runs else None
         self._token = self.device.pinned(WORD).view(np.int64)
         self._step = _StepInputs(self)
         self._default = np.array(bundle.manifest.prune.counts)
         self._blocks = list[Block]()
         self._spare_images, self._spare_blocks = list[dict[str, int]](), list[Block]()
         self._spare_tiles = list[dict[str, int]]()
+        self._spare_frames = list[dict[tuple[str, int], int]]()
         self._bind()
 
-    def encode_tile(self, pixels: NDArray[np.float32]) -> EncodedTile:
-        at, holder = self._held(self._spare_tiles, self._tile_sizes, "a further tile")
+    def encode_tile(self, pixels: NDArray[np.float32], *, caches: bool = False) -> EncodedTile:
         self.device.upload(self.at["pixels"], dtypes.to_stored(pixels, self.dtype))
-        for tensor in self.manifest.vision.outputs:
-            self._vision.address(tensor.name, at[tensor.role])
-        self._vision.run()
+        return self._encoded(self._vision, self.manifest.vision.outputs, caches=caches)
+
+    def encode_changed(self, tile: EncodedTile, changed: ChangedPatches) -> EncodedTile:
+        assert tile.caches is not None and self._changed is not None  # where the bundle has them
+        record = self.manifest.graphs[DELTA]
+        pixels = dtypes.to_stored(changed.pixels, self.dtype)
+        given = dict(zip(CHANGED, (pixels, changed.indices, changed.sources), strict=True))
+        for tensor in record.inputs:
+            if tensor.role in given:
+                at = self.at[tensor.name]
+                self.device.upload(at, given[tensor.role])
+            elif tensor.layer is not None:
+                at = tile.caches[tensor.cached]
+            else:
+                at = tile.signals[tensor.role.removeprefix("previous_")]
+            self._changed.address(tensor.name, at)
+        return self._encoded(self._changed, record.outputs, caches=True)
+
+    def _encoded(
+        self, execution: gpu.Execution, outputs: Sequence[TensorRecord], *, caches: bool
+    ) -> EncodedTile:
+        """What an engine gives for a tile, its inputs bound. An engine writes all outputs, so there
+        is memory for caches whether they are asked for or not."""
+        at, holder = self._held(self._spare_tiles, self._tile_sizes, "a further tile")
+        kept, other = dict[tuple[str, int], int](), None
+        if self._frame_sizes:
+            kept, other = self._held(self._spare_frames, self._frame_sizes, "a further frame")
+        for tensor in outputs:
+            where = at[tensor.role] if tensor.layer is None else kept[tensor.cached]
+            execution.address(tensor.name, where)
+        execution.run()
         self.device.wait()
-        return EncodedTile(at, holder)
+        return EncodedTile(at, kept, (holder, other)) if caches else EncodedTile(at, None, holder)
 
     def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
         at, holder = self._held(self._spare_images, self._image_sizes, "a further image")
@@ -109,8 +153,8 @@ class TrtBackend:
         return EncodedImage(at["visual"], at["visual_indices"], kept, holder=holder)
 
     def _held(
-        self, spare: list[dict[str, int]], sizes: Mapping[str, int], what: str
-    ) -> tuple[dict[str, int], _Holder]:
+        self, spare: list[dict[K, int]], sizes: Mapping[K, int], what: str
+    ) -> tuple[dict[K, int], _Holder]:
         """Memory that goes back to `spare` once nobody can read it."""
         at = spare.pop() if spare else self._more(sizes, what)
         holder = _Holder()
@@ -142,7 +186,8 @@ class TrtBackend:
         return Output(int(self._token[0]), kept, logits)
 
     def close(self) -> None:
-        del self._vision, self._join, self._prefill, self._decode  # before the memory they work on
+        del self._vision, self._changed, self._join  # before the memory they work on
+        del self._prefill, self._decode
         for block in self._blocks:
             block.replay = None
         self.device.close()
@@ -226,7 +271,7 @@ class TrtBackend:
         self._show(self._decode, None, 0)
         self._count(self._decode, self._default)  # any: a step has no image
 
-    def _more(self, sizes: Mapping[str, int], what: str) -> dict[str, int]:
+    def _more(self, sizes: Mapping[K, int], what: str) -> dict[K, int]:
         """Memory for what comes to a running engine."""
         need, free = sum(sizes.values()), self.device.free_bytes()
         if need > free:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from edgeprune.bundle import Manifest
-from edgeprune.graphs import TensorRecord
+from edgeprune.graphs import DELTA, TensorRecord
 from edgeprune.lowering import DTYPES
 from edgeprune.runtime import gpu
 from edgeprune.runtime.backend import Ids
@@ -15,6 +16,9 @@ ALIGNMENT = 256  # bytes; TensorRT wants inputs and outputs so
 WORD = 8  # bytes of an int64
 CACHES = ("past_", "present_")
 """Roles of caches begin so."""
+CHANGED = "patches", "patch_indices", "sources"
+"""Roles of what a call of vision_delta.onnx is given from the host."""
+K = TypeVar("K")
 
 
 class Block:
@@ -96,6 +100,8 @@ def shared_sizes(manifest: Manifest, limits: Mapping[str, Sequence[int]]) -> dic
         open_sizes |= {dim: count for dim in site.dims if isinstance(dim, str)}
     decoder = (*manifest.graph.inputs, *manifest.graph.outputs)
     pixels = [tensor for tensor in manifest.vision.inputs if tensor.role == "pixels"]
+    if DELTA in manifest.graphs:
+        pixels += [t for t in manifest.graphs[DELTA].inputs if t.role in CHANGED]
     apart = "visual", "visual_indices", "counts"
     shared = (t for t in (*pixels, *decoder) if t.role not in apart)
     sizes = {t.name: t.bytes(open_sizes) for t in shared if not t.role.startswith(CACHES)}
@@ -111,7 +117,14 @@ def image_sizes(manifest: Manifest) -> dict[str, int]:
 
 def tile_sizes(manifest: Manifest) -> dict[str, int]:
     """Bytes of what the vision engine gives for a tile, by role."""
-    return _aligned({tensor.role: tensor.bytes({}) for tensor in manifest.vision.outputs})
+    signals = (tensor for tensor in manifest.vision.outputs if tensor.layer is None)
+    return _aligned({tensor.role: tensor.bytes({}) for tensor in signals})
+
+
+def frame_sizes(manifest: Manifest) -> dict[tuple[str, int], int]:
+    """Bytes of the keys and values that it gives for a frame, by `TensorRecord.cached`."""
+    caches = (tensor for tensor in manifest.vision.outputs if tensor.layer is not None)
+    return _aligned({tensor.cached: tensor.bytes({}) for tensor in caches})
 
 
 def cache_sizes(manifest: Manifest, capacities: Sequence[int]) -> dict[str, int]:
@@ -132,7 +145,7 @@ def _bytes(manifest: Manifest, capacities: Sequence[int]) -> dict[str, int]:
     return sizes | {state.present.name: state.present.bytes({}) for state in states}
 
 
-def _aligned(sizes: Mapping[str, int]) -> dict[str, int]:
+def _aligned(sizes: Mapping[K, int]) -> dict[K, int]:
     return {name: max(1, size) + -max(1, size) % ALIGNMENT for name, size in sizes.items()}
 
 
@@ -146,9 +159,9 @@ def survivors(manifest: Manifest, counts: Sequence[int]) -> list[tuple[TensorRec
     return [(site, int(counts[site.layer - 1])) for site in manifest.graph.kept if site.layer]
 
 
-def arena(device: gpu.Gpu, sizes: Mapping[str, int]) -> dict[str, int]:
+def arena(device: gpu.Gpu, sizes: Mapping[K, int]) -> dict[K, int]:
     """One allocation, divided up: the address of each piece."""
-    base, at = device.allocate(sum(sizes.values())), {}
+    base, at = device.allocate(sum(sizes.values())), dict[K, int]()
     for name, size in sizes.items():
         at[name] = base
         base += size

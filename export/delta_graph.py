@@ -1,0 +1,154 @@
+"""The encoder as two graphs for a fixed camera: of a whole frame, and of K patches of one.
+
+Both give keys and values of every block, which the second reads of the frame before. Weights are
+those of one module, so a bundle holds them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.bundle import DeltaRecord
+from edgeprune.errors import SpecError
+from edgeprune.export.trace import End, Traced, record_of, to_graph
+from edgeprune.graphs import DELTA, VISION
+from edgeprune.lowering import Lowering
+from edgeprune.models import Adapter
+from edgeprune.models._delta import (
+    Cache,
+    Frame,
+    FrameEncoder,
+    Known,
+    changed_operations,
+    changed_patches,
+)
+from edgeprune.models._encoder import Encoder, EncoderConfig
+from edgeprune.spec import Plan
+
+KNOWN = "features", "query"
+"""Signals of which patches that are not encoded keep their rows."""
+
+
+def patches_of(adapter: Adapter, plan: Plan, lowering: Lowering, share: float | None) -> int:
+    """How many patches are encoded of a frame of which few changed, 0 where all always are;
+    SpecError where the model, the method or the weights allow no such form."""
+    if share is None:
+        return 0
+    patches = changed_patches(adapter.vision_config, adapter.pixels[0], share)
+    if any(stage.site == "block" for stage in plan.before_decoder()):
+        raise SpecError(
+            "--delta: this method merges patches in the encoder's blocks; leave it out, or choose"
+            " another method"
+        )
+    if (wanted := lowering.weights.vision) != "float":
+        raise SpecError(f"--delta keeps the vision tower in floats; leave out vision={wanted}")
+    return patches
+
+
+def delta_record(encoder: object, patches: int) -> DeltaRecord | None:
+    """What the manifest says of the encoder for so many patches of a frame; None for 0."""
+    if not patches:
+        return None
+    assert isinstance(encoder, EncoderConfig)  # `changed_patches` says so
+    operations = changed_operations(encoder, patches)
+    return DeltaRecord(patches, encoder.patch, encoder.heads, operations)
+
+
+class _OfFrame(nn.Module):
+    """Gives signals of these roles, then each block's keys and values, then its hidden states."""
+
+    def __init__(self, encoder: Encoder, roles: Sequence[str]) -> None:
+        super().__init__()
+        self.encoder, self.roles, self.frames = encoder, roles, FrameEncoder(encoder)
+
+    def through(
+        self, frame: Frame, caches: Sequence[Cache | None], known: Known | None
+    ) -> tuple[Tensor, ...]:
+        """A frame through all blocks."""
+        states, kept = [frame.hidden], list[Tensor]()
+        for number, cache in enumerate(caches):
+            frame = self.frames.advance(number, frame, cache)
+            kept += frame.cache
+            states.append(frame.hidden)
+        signals = self.frames.leave(frame, known).signals
+        return (*(signals[role] for role in self.roles), *kept, *states)
+
+
+class WholeFrame(_OfFrame):
+    """All patches."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return self.through(self.frames.enter(pixels), [None] * len(self.encoder.blocks), None)
+
+
+class ChangedPatches(_OfFrame):
+    """K patches; of the others `previous` signals and the caches of the frame before are known."""
+
+    def forward(
+        self,
+        patches: Tensor,
+        indices: Tensor,
+        sources: Tensor,
+        previous: Sequence[Tensor],
+        caches: Sequence[Cache],
+    ) -> tuple[Tensor, ...]:
+        roles = [role for role in KNOWN if role in self.roles]
+        known = dict(zip(roles, previous, strict=True))
+        frame = self.frames.enter_changed(patches, indices, sources)
+        return self.through(frame, caches, Known(known["features"], known.get("query")))
+
+
+@dataclass(frozen=True)
+class FrameSizes:
+    """What both graphs are traced for."""
+
+    pixels: tuple[int, ...]  # [1, 3, H, W]
+    patches: int  # K
+    dtype: torch.dtype
+    opset: int
+
+
+def frame_graphs(
+    encoder: Encoder, signals: Mapping[str, Tensor], sizes: FrameSizes
+) -> tuple[dict[str, Traced], dict[str, nn.Module]]:
+    """Both graphs by their file, and the modules that they are of; every size is fixed. `signals`
+    are stand-ins for those that are read."""
+    roles, config, dtype = list(signals), encoder.config, sizes.dtype
+    whole, changed = WholeFrame(encoder, roles), ChangedPatches(encoder, roles)
+    known = [role for role in KNOWN if role in signals]
+    count, patches = sizes.patches, config.side**2
+    shape = 1, config.heads, patches + config.cls, config.width // config.heads
+    caches = [tuple(torch.zeros(shape, dtype=dtype) for _ in range(2)) for _ in encoder.blocks]
+    given = (
+        torch.zeros(count, 3, config.patch, config.patch, dtype=dtype),
+        torch.arange(count),
+        torch.arange(patches) + count,
+        [torch.zeros_like(signals[role]) for role in known],
+        caches,
+    )
+    inputs = [End(name, name) for name in ("patches", "patch_indices", "sources")]
+    inputs += [End(f"previous_{role}", f"previous_{role}") for role in known]
+    inputs += _caches("past", len(caches))
+    outputs = [End(role, role) for role in roles] + _caches("present", len(caches))
+    ends = {VISION: [End("pixels", "pixels")], DELTA: inputs}
+    args = {VISION: (torch.zeros(*sizes.pixels, dtype=dtype),), DELTA: given}
+    modules: dict[str, nn.Module] = {VISION: whole, DELTA: changed}
+    traced = dict[str, Traced]()
+    for name, module in modules.items():
+        states = 1 + len(caches)
+        model = to_graph(module, args[name], None, ends[name], outputs, sizes.opset, states=states)
+        traced[name] = Traced(model, record_of(model.graph, ends[name], outputs))
+    return traced, modules
+
+
+def _caches(prefix: str, blocks: int) -> list[End]:
+    """Keys and values of every block."""
+    return [
+        End(f"{prefix}_{kind}.{number}", f"{prefix}_{kind}", number + 1)
+        for number in range(blocks)
+        for kind in ("key", "value")
+    ]
