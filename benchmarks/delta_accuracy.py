@@ -226,7 +226,7 @@ class Camera:
 def run(case: Case, cameras: dict[str, Camera], count: int, split: str) -> Iterator[Result]:
     """Every way to encode the frames of a case."""
     ways = ("whole", "first frame", *cameras)
-    marks, work = {way: "" for way in ways}, {way: list[float]() for way in cameras}
+    marks, work = dict.fromkeys(ways, ""), {way: list[float]() for way in cameras}
     changed, first = "", next(iter(cameras.values()))
     for chain in chains(count, case.changes, split):
         seen = frames(chain, case)

@@ -524,7 +524,9 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         manifest: Manifest = build(Manifest, data, "manifest")
-        if absent := [name for name in (*manifest.graph_names, *NEEDED) if name not in manifest.files]:
+        if absent := [
+            name for name in (*manifest.graph_names, *NEEDED) if name not in manifest.files
+        ]:
             raise ValueError(f"files lacks {', '.join(absent)}")
         contract.check_sizes(manifest)
         graph_contract.check_signature(manifest)

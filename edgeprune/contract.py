@@ -11,7 +11,14 @@ from edgeprune.records import Between, build
 from edgeprune.weight_format import WeightFormat
 
 if TYPE_CHECKING:
-    from edgeprune.bundle import DecoderRecord, EncoderRecord, ImageRecord, Manifest, PruneRecord, TextRecord
+    from edgeprune.bundle import (
+        DecoderRecord,
+        EncoderRecord,
+        ImageRecord,
+        Manifest,
+        PruneRecord,
+        TextRecord,
+    )
 
 PIXELS = 1 << 28
 """Numbers that the vision graph takes at most: 1 GB of float32."""

@@ -108,7 +108,7 @@ class Recipe:
             raise SpecError("--ttft counts with a profile of the device; give --ttft and --profile")
         if self.delta is not None and self.encoder != DENSE:
             raise SpecError(
-                "--delta encodes patches that changed, --encoder chooses others; leave one of them out"
+                "--delta and --encoder choose other patches of a frame; leave one of them out"
             )
         if self.joint and self.ratios:
             raise SpecError("--encoder auto chooses for one budget; give --cr one ratio")

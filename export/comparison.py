@@ -79,5 +79,8 @@ def compare(draft: Path, records: Mapping[str, GraphRecord], models: Models) -> 
 def compare_frames(draft: Path, records: Mapping[str, GraphRecord], models: Models) -> float:
     """How far the encoder for a fixed camera is from the eager model; ParityError where it is not
     the same."""
-    report, half = partial(models.report, "parity of changed patches"), models.dtype != torch.float32
+    report, half = (
+        partial(models.report, "parity of changed patches"),
+        models.dtype != torch.float32,
+    )
     return check_frames(draft, records, models.rounded(), models.samples, report, wide=half)

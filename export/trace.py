@@ -167,6 +167,7 @@ def to_graph(
     _rename(model.graph.outputs, [*outputs, *hidden])
     clean(model, {name for name, _ in module.named_parameters()})
     del model.graph.outputs[len(outputs) :]
+    _part(model.graph, outputs)
     return model
 
 
@@ -182,6 +183,17 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+def _part(graph: ir.Graph, ends: Sequence[End]) -> None:
+    """Give an output that is another one too a value of its own."""
+    for index, (value, end) in enumerate(zip(list(graph.outputs), ends, strict=True)):
+        if value.name != end.name:
+            copied = ir.node("Identity", [value], name=f"{end.name}/identity")
+            own = copied.outputs[0]
+            own.name, own.shape, own.type = end.name, value.shape, value.type
+            graph.append(copied)
+            graph.outputs[index] = own
 
 
 def _rename(values: Sequence[ir.Value], ends: Sequence[End]) -> None:

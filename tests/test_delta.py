@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.shapes import write
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.errors import BundleError, ParityError
 from edgeprune.export.check import check_graph
-from edgeprune.export.delta_graph import ChangedPatches as Traced
+from edgeprune.export.delta_parity import check_frames
 from edgeprune.graphs import DELTA
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._delta import Frame, FrameEncoder, Known
+from edgeprune.models._dialogues import Eager
 from edgeprune.models._encoder import Encoder
+from edgeprune.models._processor import random_prompt
 from edgeprune.policies import make as policy_of
 from edgeprune.recipe import Recipe, make
 from edgeprune.runtime import Engine
@@ -32,19 +36,28 @@ from tests import families
 from tests.conftest import Refused
 from tests.fake_gpu import FakeGpu, pretend
 from tests.hostile import edit_graph
+from tests.tiny import TINY
 
 METHOD = PruneSpec("fastervlm", cr=2)
 """It reads queries and keys of all patches, of which most are those of the frame before."""
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 of 16 patches, compared with the eager model."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three blocks of two heads, which make 16 visual tokens."""
+    shape = replace(TINY, vision_layers=4, vision_width=128)
+    return write(shape, tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 of 16 patches, compared with the eager model; for GPUs too, with engines never built."""
     folder = tmp_path_factory.mktemp("delta") / "bundle"
-    recipe = Recipe(METHOD, folder, str(tiny_checkpoint), delta=0.25, parity=2)
-    exported = make(recipe)
+    options: dict[str, Any] = {"target": "rtx", "dtype": "fp32"}
+    exported = make(Recipe(METHOD, folder, str(checkpoint), delta=0.25, parity=2, **options))
     assert exported.manifest.parity.samples == 2
     assert exported.manifest.parity.delta is not None
+    pretend(exported.path)
     return exported.path
 
 
@@ -55,17 +68,15 @@ def engine(bundle: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_checkpoint: Path) -> Adapter:
-    return open_model(str(tiny_checkpoint))
+def adapter(checkpoint: Path) -> Adapter:
+    return open_model(str(checkpoint))
 
 
 def vision_of(adapter: Adapter, plan: Plan | None = None) -> Any:
     """The eager model."""
     shape = adapter.shape
     with torch.device("meta"):
-        module = adapter.vision(
-            policy_of(METHOD), plan or Plan(shape.visual_tokens, shape.layers)
-        )
+        module = adapter.vision(policy_of(METHOD), plan or Plan(shape.visual_tokens, shape.layers))
     return adapter.load(module)
 
 
@@ -203,9 +214,9 @@ def test_what_is_encoded_of_a_frame(engine: Engine, monkeypatch: pytest.MonkeyPa
     assert show({3: 0.09, 5: -0.09}) == [], "as little as noise"
     (found,) = show({3: 0.02, 7: 0.2})
     assert len(found) == 4 and {3, 5, 7} < set(found), "what drifts counts, and the next one too"
-    (found,) = show({number: 0.11 for number in (1, 2, 9, 10)})
+    (found,) = show(dict.fromkeys((1, 2, 9, 10), 0.11))
     assert found == (1, 2, 9, 10)
-    assert show({number: 0.11 for number in range(5)}) == [whole], "more than it takes"
+    assert show(dict.fromkeys(range(5), 0.11)) == [whole], "more than it takes"
     assert [show({}) for _ in range(5)] == [[]] * 5
     assert show({}) == [whole], "a refresh"
     levels[..., :7, :7] += 0.2
@@ -226,19 +237,8 @@ def test_noise_of_single_pixels_is_no_change(engine: Engine) -> None:
     assert seen == [16, 0, 0, 0]
 
 
-@pytest.mark.parametrize("target", ["rtx", "jetpack7", "jetpack6"])
-def test_engines_take_it(
-    target: str, tiny_checkpoint: Path, gpus: list[FakeGpu], tmp_path: Path
-) -> None:
-    """Every dialect, on a GPU of numpy arrays as in ONNX Runtime; nothing more is allocated for
-    later frames."""
-    recipe = Recipe(METHOD, tmp_path / "b", str(tiny_checkpoint), target=target, delta=0.25)
-    path = make(recipe).path
-    verdicts = [v for v in check_graph(path / DELTA) if target in v.target.names]
-    assert verdicts and not any(v.problems for v in verdicts)
-    pretend(path)
-    engines = Engine.open(path), Engine.open(path, "trt")
-    (device,) = gpus
+def on_a_gpu(device: FakeGpu, engines: tuple[Engine, Engine]) -> None:
+    """Frames on a GPU of numpy arrays are those of ONNX Runtime, and need no more and more room."""
     cameras = [engine.camera(DeltaOptions(0.01)) for engine in engines]
     pixels, held = noise(engines[0]), list[int]()
     for step in range(4):
@@ -255,10 +255,37 @@ def test_engines_take_it(
     assert held[1] == held[-1]
 
 
+def test_caches_stay_on_the_gpu(bundle: Path, gpus: list[FakeGpu]) -> None:
+    engines = Engine.open(bundle, threads=1), Engine.open(bundle, "trt")
+    (device,) = gpus
+    on_a_gpu(device, engines)
+    camera = engines[1].camera(DeltaOptions(0.01))
+    pixels = noise(engines[0])
+    engines[1].encode_frame(camera, pixels)
+    before = device.uploaded, device.downloaded
+    image = engines[1].encode_frame(camera, with_patches(pixels, [1, 2, 3, 4], 1))
+    after = device.uploaded, device.downloaded
+    moved = [b - a for a, b in zip(before, after, strict=True)]
+    assert moved == [4 * 4 * 3 * 14 * 14 + 8 * 4 + 8 * 16, 8 * image.kept.size]
+
+
 @pytest.mark.slow
-def test_tensorrt_rtx_compiles_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    recipe = Recipe(METHOD, tmp_path / "b", str(tiny_checkpoint), target="rtx", delta=0.25)
-    path = make(recipe).path
+@pytest.mark.parametrize("target", ["rtx", "jetpack7", "jetpack6"])
+def test_engines_take_it(
+    target: str, checkpoint: Path, gpus: list[FakeGpu], tmp_path: Path
+) -> None:
+    """In half precision, in every dialect."""
+    made = make(Recipe(METHOD, tmp_path / "b", str(checkpoint), target=target, delta=0.25))
+    verdicts = [v for v in check_graph(made.path / DELTA) if target in v.target.names]
+    assert verdicts and not any(v.problems for v in verdicts)
+    pretend(made.path)
+    engines = Engine.open(made.path), Engine.open(made.path, "trt")
+    on_a_gpu(gpus[0], engines)
+
+
+@pytest.mark.slow
+def test_tensorrt_rtx_compiles_it(checkpoint: Path, tmp_path: Path) -> None:
+    path = make(Recipe(METHOD, tmp_path / "b", str(checkpoint), target="rtx", delta=0.25)).path
     assert main(["build", str(path), "--backend", "trt-rtx", "--text-capacity", "64"]) == 0
     assert list((path / "engines").glob("*/vision_delta.engine"))
 
@@ -269,6 +296,7 @@ TOWERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_towers_without_cls_and_with_gains(name: str, tmp_path: Path) -> None:
     TOWERS[name](tmp_path / "model")
@@ -295,18 +323,30 @@ def test_watch_encodes_what_changed(
 
 
 def test_a_graph_that_is_not_the_reference_is_refused(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Traced.forward
+    manifest = Bundle.open(bundle, verify=False).manifest
+    eager = Eager(adapter, policy_of(METHOD), manifest.prune.plan)
+    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, seed) for seed in (0, 1)]
 
-    def shifted(self: Any, patches: Any, indices: Any, sources: Any, *rest: Any) -> Any:
-        return forward(self, patches, indices, sources.roll(1), *rest)
+    def checked() -> float:
+        return check_frames(bundle, manifest.graphs, eager, prompts, wide=False)
 
-    monkeypatch.setattr(Traced, "forward", shifted)
-    recipe = Recipe(PruneSpec("none"), tmp_path / "b", str(tiny_checkpoint), delta=0.25, parity=1)
+    assert 0 < checked() < 1e-5
+    enter, leave = FrameEncoder.enter_changed, FrameEncoder.leave
+    monkeypatch.setattr(
+        FrameEncoder, "enter_changed", lambda own, x, at, rows: enter(own, x, at, rows.roll(1))
+    )
     with pytest.raises(ParityError, match=r"vision_delta\.onnx differs .* in vision blocks\.0"):
-        make(recipe)
-    assert not recipe.folder.exists()
+        checked()
+    monkeypatch.undo()
+
+    def without(own: FrameEncoder, frame: Frame, known: Known | None = None) -> Any:
+        return leave(own, frame, known and replace(known, features=0 * known.features))
+
+    monkeypatch.setattr(FrameEncoder, "leave", without)
+    with pytest.raises(ParityError, match=r"vision_delta\.onnx differs .* in the visual tokens"):
+        checked()
 
 
 REFUSED = [

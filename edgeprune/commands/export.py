@@ -242,7 +242,9 @@ def _delta_lines(record: EncoderRecord, parity: ParityRecord) -> list[str]:
     if (delta := record.delta) is None:
         return []
     share = delta.operations / record.dense_operations
-    line = f"delta: {delta.patches} of {record.patches} patches a frame, {share:.2f} of the operations"
+    line = (
+        f"delta: {delta.patches} of {record.patches} patches a frame, {share:.2f} of the operations"
+    )
     return [line if parity.delta is None else f"{line}; parity within {parity.delta:.1e}"]
 
 

@@ -45,9 +45,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--delta",
         type=float,
         metavar="T",
-        help="for a fixed camera, and a bundle exported with --delta: of a frame encode only patches"
-        " that changed by T, from 0 (at all) to 1, which is not exact; 0.02 suits most cameras."
-        " Frames of which more changed are encoded as a whole",
+        help="for a fixed camera, and a bundle exported with --delta: of a frame encode only"
+        " patches that changed by T, from 0 (at all) to 1, which is not exact; 0.02 suits most"
+        " cameras. Frames of which more changed are encoded as a whole",
     )
     command.add_argument(
         "--refresh",

@@ -115,7 +115,10 @@ class FrameEncoder:
 
         def attended(key: Tensor, value: Tensor) -> Cache:
             if cache is not None:
-                key, value = self._placed(key, cache[0], frame), self._placed(value, cache[1], frame)
+                key, value = (
+                    self._placed(key, cache[0], frame),
+                    self._placed(value, cache[1], frame),
+                )
             held.append((key, value))
             return key, value
 
