@@ -44,7 +44,7 @@ from edgeprune.intervals import difference
 from edgeprune.recipe import Recipe, make
 from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.backend import EncodedImage
-from edgeprune.runtime.delta import REFRESH, THRESHOLD, DeltaOptions
+from edgeprune.runtime.frames import REFRESH, THRESHOLD, DeltaOptions
 from edgeprune.runtime.media import prepare
 from edgeprune.spec import PruneSpec
 from edgeprune.tables import plain

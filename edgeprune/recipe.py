@@ -37,8 +37,8 @@ from edgeprune.export.exporter import (
 from edgeprune.export.ratios import Setting
 from edgeprune.lowering import Lowering, resolve
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._delta import changed_patches
 from edgeprune.models._execution import Execution
+from edgeprune.models._frames import changed_patches
 from edgeprune.models._memory import check_device, check_memory, parity_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._rounding import TORCH

@@ -11,8 +11,8 @@ import torch
 
 from edgeprune.bundle import ParityRecord
 from edgeprune.export import parity, precision
-from edgeprune.export.delta_parity import check_frames
 from edgeprune.export.dialogue import Graphs
+from edgeprune.export.frame_parity import check_frames
 from edgeprune.export.ranges import Proof
 from edgeprune.graphs import GraphRecord
 from edgeprune.models import Adapter

@@ -29,8 +29,8 @@ from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import BundleError, ExportError, SpecError
 from edgeprune.export import ranges
 from edgeprune.export.comparison import Models, compare, compare_frames
-from edgeprune.export.delta_graph import delta_record, patches_of
 from edgeprune.export.dialects import dialect_of
+from edgeprune.export.frame_graphs import delta_record, patches_of
 from edgeprune.export.generation import read_generation
 from edgeprune.export.prompts import read_text
 from edgeprune.export.ratios import Setting, named, prune_record, range_of, ratio_records

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgeprune.export.delta_graph import FrameSizes, frame_graphs
+from edgeprune.export.frame_graphs import FrameSizes, frame_graphs
 from edgeprune.export.trace import End, Traced, name_sizes, record_of, to_graph
 from edgeprune.graphs import JOIN, VISION
 from edgeprune.models._encoder import Encoded, Encoder

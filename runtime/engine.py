@@ -15,7 +15,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import CapacityError, SessionError, SpecError
 from edgeprune.runtime import backends, media
 from edgeprune.runtime.backend import Backend, Caches, DecoderInputs, EncodedImage, Ids, Output
-from edgeprune.runtime.delta import DeltaOptions, FrameEncoder
+from edgeprune.runtime.frames import DeltaOptions, FrameEncoder
 from edgeprune.runtime.media import Shown
 from edgeprune.runtime.sequence import CLOSED, Sequence
 from edgeprune.runtime.text import Prompter

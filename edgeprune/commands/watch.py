@@ -11,7 +11,7 @@ from edgeprune.commands import _common
 from edgeprune.errors import InputError, SpecError
 
 if TYPE_CHECKING:
-    from edgeprune.runtime.delta import DeltaOptions
+    from edgeprune.runtime.frames import DeltaOptions
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _delta(args: argparse.Namespace) -> DeltaOptions | None:
-    from edgeprune.runtime.delta import DeltaOptions
+    from edgeprune.runtime.frames import DeltaOptions
 
     if args.delta is None:
         if args.refresh is not None:

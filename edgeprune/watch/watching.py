@@ -15,7 +15,7 @@ from edgeprune.errors import InputError, SpecError
 from edgeprune.images import read_image
 from edgeprune.runtime import AnswerFormat, Session
 from edgeprune.runtime.backend import EncodedImage
-from edgeprune.runtime.delta import DeltaOptions
+from edgeprune.runtime.frames import DeltaOptions
 from edgeprune.runtime.media import Prepared, prepare
 from edgeprune.watch.alarm import Alarm
 from edgeprune.watch.changes import Levels, change, levels

@@ -23,9 +23,9 @@ from edgeprune.export.ties import TOLERANCE, difference
 from edgeprune.export.trace import HIDDEN
 from edgeprune.export.windows import Window
 from edgeprune.graphs import DELTA, VISION, GraphRecord
-from edgeprune.models._delta import Frame, FrameEncoder, Known
 from edgeprune.models._dialogues import Eager
 from edgeprune.models._encoder import Encoded, Encoder
+from edgeprune.models._frames import Frame, FrameEncoder, Known
 from edgeprune.models._processor import Prompt
 
 MOST = 2

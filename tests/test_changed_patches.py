@@ -19,18 +19,18 @@ from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.errors import BundleError, ParityError
 from edgeprune.export.check import check_graph
-from edgeprune.export.delta_parity import check_frames
+from edgeprune.export.frame_parity import check_frames
 from edgeprune.graphs import DELTA
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._delta import Frame, FrameEncoder, Known
 from edgeprune.models._dialogues import Eager
 from edgeprune.models._encoder import Encoder
+from edgeprune.models._frames import Frame, FrameEncoder, Known
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies import make as policy_of
 from edgeprune.recipe import Recipe, make
 from edgeprune.runtime import Engine
 from edgeprune.runtime.backend import ChangedPatches
-from edgeprune.runtime.delta import DeltaOptions, as_patches
+from edgeprune.runtime.frames import DeltaOptions, as_patches
 from edgeprune.spec import Plan, PruneSpec
 from tests import families
 from tests.conftest import Refused

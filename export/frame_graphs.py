@@ -18,7 +18,8 @@ from edgeprune.export.trace import End, Traced, record_of, to_graph
 from edgeprune.graphs import DELTA, VISION
 from edgeprune.lowering import Lowering
 from edgeprune.models import Adapter
-from edgeprune.models._delta import (
+from edgeprune.models._encoder import Encoder, EncoderConfig
+from edgeprune.models._frames import (
     Cache,
     Frame,
     FrameEncoder,
@@ -26,7 +27,6 @@ from edgeprune.models._delta import (
     changed_operations,
     changed_patches,
 )
-from edgeprune.models._encoder import Encoder, EncoderConfig
 from edgeprune.spec import Plan
 
 KNOWN = "features", "query"
