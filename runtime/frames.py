@@ -2,8 +2,9 @@
 
 An approximation, for who asks for it. A patch counts as changed where it differs by more than
 `threshold` from what it was when it was encoded last, so that slow drift counts too. Of a frame
-with few of them the K that differ most go through the encoder, K as frozen at export; of one with
-more, and at least every `refresh` frames, all patches do. A frame without any is the last one.
+with few of them K patches go through the encoder, K as frozen at export: those that changed and the
+nearest others, whose features show most of what was there. Of a frame with more than K, and at
+least every `refresh` frames, all patches do. A frame without any is the last one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class FrameEncoder:
             )
         self._backend, self._delta, self._options = backend, delta, options
         self._total = manifest.encoder.patches
+        self._grid = manifest.image.height // delta.patch, manifest.image.width // delta.patch
         self._std = np.array(manifest.image.std, np.float32)[:, None, None]
         self._tile: EncodedTile | None = None
         self._known: Pixels | None = None  # [N, 3, patch, patch], as encoded last
@@ -78,11 +80,13 @@ class FrameEncoder:
         if self._tile is None or self._known is None or self._left <= 0:
             return self._whole(pixels, patches)
         change = changes(patches - self._known, self._std)
-        changed = int((change > self._options.threshold).sum())
-        if changed > self._delta.patches:
+        changed = change > self._options.threshold
+        if changed.sum() > self._delta.patches:
             return self._whole(pixels, patches)
-        if changed:
-            chosen = np.sort(np.argsort(-change, kind="stable")[: self._delta.patches])
+        if changed.any():
+            far = distances(changed.reshape(self._grid), self._delta.patches)
+            order = np.lexsort((-change, far.flatten()))  # the nearest first
+            chosen = np.sort(order[: self._delta.patches])
             given = ChangedPatches.of(patches[chosen], chosen, self._total)
             self._tile = self._backend.encode_changed(self._tile, given)
             self._known[chosen] = patches[chosen]
@@ -112,4 +116,17 @@ def changes(difference: Pixels, std: Pixels) -> Pixels:
     cut = (difference * std)[..., : parts * side, : parts * side]
     means = cut.reshape(count, colours, parts, side, parts, side).mean((3, 5))
     found: Pixels = np.abs(means).max((1, 2, 3))
+    return found
+
+
+def distances(changed: NDArray[np.bool_], count: int) -> Pixels:
+    """How many patches each is from the nearest that changed, diagonals included; endless behind
+    the nearest `count`. Some changed: [rows, columns]."""
+    found = np.where(changed, 0, np.inf).astype(np.float32)
+    step = 0
+    while np.isfinite(found).sum() < count:
+        step += 1
+        reached = np.pad(np.isfinite(found), 1)
+        wider = np.lib.stride_tricks.sliding_window_view(reached, (3, 3)).any((2, 3))
+        found[wider & np.isinf(found)] = step
     return found
