@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, Hash, Manifest, sha256
 from edgeprune.errors import BackendError
 from edgeprune.graph_contract import WEIGHTS
+from edgeprune.graphs import GRAPHS
 from edgeprune.records import Amount, Between, Bytes, Count, build, parse
 
 RECORD = ENGINE_RECORD
@@ -95,8 +96,7 @@ def read(folder: Path) -> Engines | None:
         [read.engines["decoder"].profiles["prefill"][name] for name in ("prefix", "text")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    made = {_name(file) for file in read.graphs if file != WEIGHTS}
-    return Engines(folder, record) if set(read.engines) == made else None
+    return Engines(folder, record) if {*map(_name, GRAPHS)} <= {*read.engines} else None
 
 
 def whole(engines: Engines) -> bool:
@@ -135,6 +135,7 @@ def unfit(engines: Engines, bundle: Bundle, machine: Machine) -> str:
     """Why engines may not run here, or nothing; what is quick to see is looked at first."""
     record = engines.record
     same = record["graphs"] == graphs(bundle) and record["dtype"] == bundle.manifest.dtype
+    same = same and {*record["engines"]} == {*names(bundle.manifest)}
     if not same or len(record["capacities"]) != bundle.manifest.decoder.layers:
         return "was built from other graphs"
     if record["version"] != machine.version:
