@@ -45,7 +45,7 @@ CLIMB, INDEX = 40, 8
 """Numbers that take as long as a multiplier in a step of a climb, and a token index of a walk."""
 WALK = 2.0
 """Work of the walks through a box, beside what its multipliers and tables took."""
-SHARES = 0.5, 0.8, 1.0
+SHARES = 0.2, 0.5, 0.8, 1.0
 """Of the way from a box's bound to the target: thresholds of its walks."""
 ROUNDING = 1e-9
 """Of float64, as a share of the objective: far more than was seen."""
@@ -118,7 +118,9 @@ class Search:
     def _halves(self, whole: _Open) -> list[_Open]:
         """Two boxes of which one holds every schedule: counts up to a middle, and from there."""
         low, high = whole.box.low, whole.box.high
-        d = int((high - low).argmax())
+        d = int(
+            ((high - low) * 2 >= (high - low).max()).argmax()
+        )  # an early one: walks are shorter
         middle = int(low[d] + high[d]) // 2
         parts = list[_Open]()
         for least, most in ((low[d], middle), (middle + 1, high[d])):
@@ -158,11 +160,11 @@ class Search:
         return self._bounded(one, trims - 1)
 
     def _walked(self, one: _Open, answer: Relaxed, work: float) -> _Open | None:
-        """With what walks through the schedules of a box prove, to ever higher thresholds; None
-        where that is all."""
-        indices, bound = int(work / INDEX), one.bound
+        """With what walks through the schedules of a box prove, to higher thresholds, each with
+        its share of the work; None where that is all."""
+        bound = one.bound
         for share in SHARES:
-            threshold = bound + share * (self.target - bound)
+            threshold, indices = bound + share * (self.target - bound), int(share * work / INDEX)
             walk = Walk(
                 self.problem,
                 self.spending,
@@ -176,7 +178,7 @@ class Search:
             self.work += INDEX * (indices - max(0, walk.left))
             if not ended:
                 return one
-            indices, one = walk.left, replace(one, bound=min(threshold, walk.least))
+            one = replace(one, bound=min(threshold, walk.least))
             self.target = min(self.target, walk.least)
             self.progress("bound", self.objective, one.bound)
         return None

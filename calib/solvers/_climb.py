@@ -23,10 +23,10 @@ from edgeprune.calib.solvers._pairs import Box, Mask, Tokens
 from edgeprune.calib.solvers._problem import Ints
 
 Single = NDArray[np.float32]
-RATE = 0.3
+RATE = 1.0
 """Of the first step, in prices of a token and layer; later ones are as much shorter as minima are
 sharper."""
-SMOOTH = 0.1, 0.01
+SMOOTH = 0.3, 0.03
 """How far minima are smoothed, in such prices: at first, and in the end."""
 MEAN, SQUARE = 0.9, 0.99
 """What Adam's running means keep of the past."""
