@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeprune import cost
-from edgeprune.bundle import Bundle, Manifest
+from edgeprune.bundle import Bundle
 from edgeprune.calib.planning import Settled, Work, methods_of, settle, survey
 from edgeprune.calib.samples import demo_samples
 from edgeprune.calib.ttft import Operations
@@ -40,6 +40,7 @@ from edgeprune.encoder_methods import AUTO, DENSE
 from edgeprune.errors import SpecError
 from edgeprune.files import write_whole
 from edgeprune.intervals import difference
+from edgeprune.manifest import Manifest
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.recipe import Recipe, make

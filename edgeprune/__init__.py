@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgeprune.bench.bench import BenchRequest, BenchResult
     from edgeprune.bench.bench import bench as bench_bundles
-    from edgeprune.bundle import Bundle, Manifest
+    from edgeprune.bundle import Bundle
     from edgeprune.compare.comparing import CompareRequest
     from edgeprune.compare.comparing import compare as compare_methods
     from edgeprune.compare.results import Comparison
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgeprune.export.check import Verdict, check_bundle
     from edgeprune.export.exporter import Exported
     from edgeprune.generation import Sampling
+    from edgeprune.manifest import Manifest
     from edgeprune.models import names as list_models
     from edgeprune.policies import names as list_methods
     from edgeprune.recipe import Recipe
@@ -49,7 +50,7 @@ _HOMES = {
     "EdgepruneError": ("errors", "EdgepruneError"),
     "Engine": ("runtime.engine", "Engine"),
     "Exported": ("export.exporter", "Exported"),
-    "Manifest": ("bundle", "Manifest"),
+    "Manifest": ("manifest", "Manifest"),
     "PruneSpec": ("spec", "PruneSpec"),
     "Recipe": ("recipe", "Recipe"),
     "Sampling": ("generation", "Sampling"),

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+from edgeprune.manifest import (
+    DecoderRecord,
+    EncoderRecord,
+    ImageRecord,
+    Manifest,
+    PruneRecord,
+    TextRecord,
+)
 from edgeprune.records import Between, build
 from edgeprune.weight_format import WeightFormat
-
-if TYPE_CHECKING:
-    from edgeprune.bundle import (
-        DecoderRecord,
-        EncoderRecord,
-        ImageRecord,
-        Manifest,
-        PruneRecord,
-        TextRecord,
-    )
 
 PIXELS = 1 << 28
 """Numbers that the vision graph takes at most: 1 GB of float32."""

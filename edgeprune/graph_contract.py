@@ -8,15 +8,12 @@ in no file but the bundle's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from edgeprune.graphs import DECODER, DELTA, JOIN, SIGNALS, VISION, TensorRecord
 from edgeprune.lowering import TARGETS
+from edgeprune.manifest import Manifest
 from edgeprune.onnx_file import OnnxFile, Value
 from edgeprune.quantised_contract import check_quantised
-
-if TYPE_CHECKING:
-    from edgeprune.bundle import Manifest
 
 WEIGHTS = "weights.bin"
 _OPERATORS = """

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import encoder_methods, policies
-from edgeprune.bundle import ChoiceRecord, TimingRecord
 from edgeprune.calib import awq, gptq, sensitivity, smoothing
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate, samples_of
 from edgeprune.calib.encoder import check_limit, check_method, measure_site, placed
@@ -36,6 +35,7 @@ from edgeprune.export.exporter import (
 )
 from edgeprune.export.ratios import Setting
 from edgeprune.lowering import Lowering, resolve
+from edgeprune.measured import ChoiceRecord, TimingRecord
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._execution import Execution
 from edgeprune.models._frames import changed_patches

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from edgeprune.bundle import ParityRecord
 from edgeprune.export import parity, precision
 from edgeprune.export.dialogue import Graphs
 from edgeprune.export.frame_parity import check_frames
 from edgeprune.export.ranges import Proof
 from edgeprune.graphs import GraphRecord
+from edgeprune.measured import ParityRecord
 from edgeprune.models import Adapter
 from edgeprune.models._dialogues import Eager, Outcome
 from edgeprune.models._memory import parity_bytes

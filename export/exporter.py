@@ -9,21 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import (
-    MANIFEST,
-    Bundle,
-    ChoiceRecord,
-    DecoderRecord,
-    EncoderRecord,
-    ImageRecord,
-    Manifest,
-    ParityRecord,
-    TextRecord,
-    TimingRecord,
-    atomic_folder,
-    check_target,
-    record_files,
-)
+from edgeprune.bundle import MANIFEST, Bundle, atomic_folder, check_target, record_files
 from edgeprune.dial import widest
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import BundleError, ExportError, SpecError
@@ -38,6 +24,8 @@ from edgeprune.export.weighing import weigh, weights_notes, weights_record
 from edgeprune.export.writing import copy_text, modules_of, write_graphs
 from edgeprune.graphs import GraphRecord
 from edgeprune.lowering import TARGETS, Lowering, resolve
+from edgeprune.manifest import DecoderRecord, EncoderRecord, ImageRecord, Manifest, TextRecord
+from edgeprune.measured import ChoiceRecord, ParityRecord, TimingRecord
 from edgeprune.models import Adapter
 from edgeprune.models._encoder_operations import Blocks, encoder_operations
 from edgeprune.models._processor import Processor, Prompt

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeprune.bundle import DeltaRecord
 from edgeprune.errors import SpecError
 from edgeprune.export.trace import End, Traced, record_of, to_graph
 from edgeprune.graphs import DELTA, VISION
 from edgeprune.lowering import Lowering
+from edgeprune.manifest import DeltaRecord
 from edgeprune.models import Adapter
 from edgeprune.models._encoder import Encoder, EncoderConfig
 from edgeprune.models._frames import (

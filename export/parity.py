@@ -22,10 +22,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from edgeprune.bundle import ParityRecord
 from edgeprune.errors import ParityError
 from edgeprune.export.dialogue import REPORT, Graphs, Played, WindowedGraph
 from edgeprune.export.ties import TOLERANCE, Given, tie
+from edgeprune.measured import ParityRecord
 from edgeprune.models._activations import Activations, Kept
 from edgeprune.models._dialogues import CALLS, Eager, Seen, Stages, Talk
 from edgeprune.models._processor import Prompt

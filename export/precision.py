@@ -20,9 +20,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from edgeprune.bundle import DistanceRecord
 from edgeprune.errors import ParityError
 from edgeprune.export.dialogue import REPORT
+from edgeprune.measured import DistanceRecord
 from edgeprune.models._dialogues import Outcome
 from edgeprune.models._rounding import NAMES, WIDER
 from edgeprune.spec import Plan

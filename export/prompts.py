@@ -8,11 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import TextRecord
 from edgeprune.errors import ModelError
 from edgeprune.export.generation import Generation
 from edgeprune.export.templates import ImageToken, Templates, template_text, templates, token_text
 from edgeprune.export.tokens import check_rows, letters, user_tokens
+from edgeprune.manifest import TextRecord
 from edgeprune.models._media import Media
 
 

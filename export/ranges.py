@@ -17,8 +17,8 @@ from functools import partial
 
 import torch
 
-from edgeprune.bundle import RangeRecord
 from edgeprune.errors import ExportError
+from edgeprune.measured import RangeRecord
 from edgeprune.models import Adapter
 from edgeprune.models._dialogues import Eager, Outcome
 from edgeprune.models._layers import Sum

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgeprune.bundle import ParityRecord, PruneRecord, RangeRecord, RatioRecord
 from edgeprune.errors import ParityError
 from edgeprune.export.ranges import Proof
+from edgeprune.manifest import PruneRecord, RatioRecord
+from edgeprune.measured import ParityRecord, RangeRecord
 from edgeprune.models import Adapter
 from edgeprune.policies import Policy, seed_of
 from edgeprune.spec import Plan, PruneSpec

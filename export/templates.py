@@ -16,8 +16,8 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from edgeprune.bundle import DATE
 from edgeprune.errors import ModelError
+from edgeprune.manifest import DATE
 from edgeprune.models._chat import known
 from edgeprune.models._media import Media, Turns
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from edgeprune.bundle import WeightsRecord
 from edgeprune.export import precision
 from edgeprune.export.comparison import Models
 from edgeprune.export.dialogue import Graphs
@@ -16,6 +15,7 @@ from edgeprune.export.parity import WEIGHTS
 from edgeprune.export.weights import Stored
 from edgeprune.graphs import GraphRecord
 from edgeprune.lowering import Lowering
+from edgeprune.measured import WeightsRecord
 from edgeprune.models import Adapter
 from edgeprune.models._dialogues import Eager, Outcome
 from edgeprune.models._rounded_inputs import round_inputs

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.bundle import Manifest
 from edgeprune.errors import BackendError
+from edgeprune.manifest import Manifest
 
 Ids = NDArray[np.int64]
 

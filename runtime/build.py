@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import ENGINES, Bundle, Manifest, sha256
+from edgeprune.bundle import ENGINES, Bundle, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
 from edgeprune.files import replaced
 from edgeprune.graphs import DECODER, JOIN, TensorRecord
 from edgeprune.lowering import TARGETS
+from edgeprune.manifest import Manifest
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import trt as seam
 from edgeprune.runtime.engines import RECORD, graphs, names, read, sources, whole

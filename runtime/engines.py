@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, Hash, Manifest, sha256
+from edgeprune.bundle import ENGINE_RECORD, ENGINES, Bundle, sha256
 from edgeprune.errors import BackendError
 from edgeprune.graph_contract import WEIGHTS
 from edgeprune.graphs import GRAPHS
+from edgeprune.manifest import Hash, Manifest
 from edgeprune.records import Amount, Between, Bytes, Count, build, parse
 
 RECORD = ENGINE_RECORD

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.bundle import Manifest
 from edgeprune.errors import SpecError
+from edgeprune.manifest import Manifest
 from edgeprune.runtime.backend import Backend, ChangedPatches, EncodedImage, EncodedTile, Ids
 
 THRESHOLD, REFRESH = 0.02, 100

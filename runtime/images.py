@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
 from edgeprune.images import MAX_PIXELS
+from edgeprune.manifest import ImageRecord
 from edgeprune.runtime.tiles import cut, on_black, shape_warning
 from edgeprune.tiling import Size, longest, rounded, rounds_to
 

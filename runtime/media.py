@@ -10,9 +10,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSource, RgbImage, read_image
+from edgeprune.manifest import ImageRecord
 from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.runtime.video import read_frames
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune.bundle import Manifest
 from edgeprune.errors import CapacityError, InputError, SessionError
+from edgeprune.manifest import Manifest
 from edgeprune.runtime.backend import Caches, DecoderInputs, EncodedImage, Ids, Output
 
 if TYPE_CHECKING:

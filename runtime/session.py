@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeprune.bundle import Manifest
 from edgeprune.errors import CapacityError, InputError, SessionError
+from edgeprune.manifest import Manifest
 from edgeprune.runtime import backends
 from edgeprune.runtime.answer import Answer, Choice, Timings, TokenScore, Turn
 from edgeprune.runtime.answering import check_count, pieces

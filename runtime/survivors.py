@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeprune.bundle import ImageRecord, Manifest
 from edgeprune.errors import BundleError
+from edgeprune.manifest import ImageRecord, Manifest
 from edgeprune.runtime.backend import Ids
 from edgeprune.runtime.images import to_pixels
 

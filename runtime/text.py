@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.bundle import DATE, TextRecord
 from edgeprune.errors import BundleError, InputError
+from edgeprune.manifest import DATE, TextRecord
 from edgeprune.runtime.formats import Vocabulary
 from edgeprune.runtime.tokenizer import SafeTokenizer
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.bundle import Manifest
+from edgeprune.manifest import Manifest
 from edgeprune.runtime.backend import Backend, EncodedImage, EncodedTile, Ids
 from edgeprune.tiling import TILE_MEMORY_MB
 

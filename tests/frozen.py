@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.schedules import planned
-from edgeprune.bundle import Bundle, ParityRecord
+from edgeprune.bundle import Bundle
 from edgeprune.dial import on_common_sites
 from edgeprune.export import parity
 from edgeprune.export.comparison import Models
 from edgeprune.export.dialogue import Graphs
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.export.ratios import Setting
+from edgeprune.measured import ParityRecord
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._rounding import TORCH

@@ -13,13 +13,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 from conftest import Refused
 
-from edgeprune.bundle import CACHES, DIALECTS, NEEDED, SCHEMA, Bundle, Manifest
+from edgeprune.bundle import NEEDED, Bundle
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import BundleError
 from edgeprune.export import dialects
 from edgeprune.graphs import GRAPHS
 from edgeprune.lowering import DTYPES, TARGETS, resolve
+from edgeprune.manifest import CACHES, DIALECTS, SCHEMA, Manifest
 from edgeprune.models._rounding import TORCH
 from edgeprune.records import DEPTH, Between
 from tests.hostile import edit_graph

@@ -13,11 +13,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from edgeprune.bundle import MANIFEST, Bundle, FileRecord, sha256
+from edgeprune.bundle import MANIFEST, Bundle, sha256
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import BackendError
 from edgeprune.export.passes import add_token
+from edgeprune.manifest import FileRecord
 from edgeprune.runtime import Session
 from edgeprune.runtime.backend import Output, likeliest
 from tests.fake_gpu import install, pretend

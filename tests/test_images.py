@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from edgeprune import rgb
-from edgeprune.bundle import ImageRecord
 from edgeprune.errors import InputError
 from edgeprune.images import read_image
+from edgeprune.manifest import ImageRecord
 from tests.processors import (
     PROCESSORS,
     assert_equal,

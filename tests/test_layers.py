@@ -79,6 +79,8 @@ CORE = {
         "install_hints",
         "intervals",
         "lowering",
+        "manifest",
+        "measured",
         "memory",
         "onnx_file",
         "progress",

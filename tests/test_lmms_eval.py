@@ -21,11 +21,12 @@ import tomllib
 from PIL import Image
 
 from benchmarks.lmms_task.write import write
-from edgeprune.bundle import Bundle, ImageRecord
+from edgeprune.bundle import Bundle
 from edgeprune.compare.questions import Questions
 from edgeprune.errors import CapacityError, EdgepruneError, InputError, SpecError
 from edgeprune.generation import Sampling
 from edgeprune.lmms_eval import asking
+from edgeprune.manifest import ImageRecord
 from edgeprune.runtime import Session
 
 INSTALLED = find_spec("lmms_eval") is not None

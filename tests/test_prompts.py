@@ -11,13 +11,13 @@ import pytest
 from conftest import Refused
 from text_cases import CHATML, LLAVA, STRINGS, built, byte_level, case, demo, transformers_llama
 
-from edgeprune.bundle import TextRecord
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.errors import ModelError
 from edgeprune.export import prompts
 from edgeprune.export.generation import Generation
 from edgeprune.generation import Sampling
+from edgeprune.manifest import TextRecord
 from edgeprune.models._media import Media
 from edgeprune.models.llava import TURNS
 

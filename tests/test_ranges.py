@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from edgeprune import policies
-from edgeprune.bundle import Bundle, RangeRecord
+from edgeprune.bundle import Bundle
 from edgeprune.calib.schedule import Schedule
 from edgeprune.cli import main
 from edgeprune.errors import ExportError, ModelError
 from edgeprune.export import ranges
+from edgeprune.measured import RangeRecord
 from edgeprune.models import open_model
 from edgeprune.models._processor import Prompt, random_prompt
 from edgeprune.models._reference import Reference

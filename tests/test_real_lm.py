@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import real_lm
-from edgeprune.bundle import Bundle, Manifest
+from edgeprune.bundle import Bundle
 from edgeprune.calib.samples import user_samples
 from edgeprune.cli import main
 from edgeprune.errors import ParityError
 from edgeprune.export import parity
+from edgeprune.manifest import Manifest
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.policies import Policy, make

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from edgeprune.bench.bench import Absent, BenchResult
-from edgeprune.bundle import MANIFEST, Bundle, DistanceRecord, WeightsRecord
+from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.cli import main
 from edgeprune.compare.results import Comparison, Missing, Result
 from edgeprune.drawing import svg
 from edgeprune.intervals import difference, wilson
+from edgeprune.measured import DistanceRecord, WeightsRecord
 from edgeprune.report import html, proof, sections
 from edgeprune.report.evaluation import Evaluation, TaskScore
 from edgeprune.report.html import join
@@ -215,7 +216,8 @@ def test_what_shortens_the_encoder_and_what_is_rounded_is_told(tiny_jetpack7: Pa
     found = Bundle.open(tiny_jetpack7).manifest
     encoder = replace(found.encoder, method="exit:at=2:keep=0.5")
     near, far = (DistanceRecord({}, logits, 1.0) for logits in (0.1, 0.2))
-    weights = WeightsRecord("fp8", "rounding", {"fp8": 1}, 0, 0, 1, 8, 0.1, {}, near, near, far)
+    told = {"distance": near, "running": near, "rounded": far}
+    weights = WeightsRecord("fp8", "rounding", {"fp8": 1}, 0, 0, 1, 8, 0.1, **told)
     given = [replace(found, encoder=encoder, weights=weights)]
     assert "exit:at=2:keep=0.5" in Page(join(sections.pruned(given))).rows[1]
     rows = {line[1]: line[3] for line in Page(join(proof.parity(given))).rows if len(line) == 5}

@@ -15,7 +15,7 @@ from conftest import Refused
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeprune.bundle import Bundle, Manifest, PruneRecord
+from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.drawing import png, svg
 from edgeprune.drawing.canvas import ACCENT, LOSS, Pen, Sheet
@@ -25,6 +25,7 @@ from edgeprune.drawing.show import MERGED, Said, dim
 from edgeprune.drawing.show_figure import figure, representative
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.images import read_image
+from edgeprune.manifest import Manifest, PruneRecord
 from edgeprune.runtime import Answer, Session, Timings
 from edgeprune.runtime.survivors import Site, seen, survivors
 from edgeprune.spec import Stage

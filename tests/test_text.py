@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from text_cases import DEMO, MARKS, SOURCES, case
 
-from edgeprune.bundle import DATE
 from edgeprune.errors import BundleError, InputError
+from edgeprune.manifest import DATE
 from edgeprune.runtime.text import Prompter
 
 names = pytest.mark.parametrize("name", SOURCES)

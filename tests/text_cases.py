@@ -32,9 +32,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from edgeprune.bundle import TextRecord
 from edgeprune.export import prompts
 from edgeprune.export.generation import generation, read_generation
+from edgeprune.manifest import TextRecord
 from edgeprune.runtime.text import Prompter
 from edgeprune.spec import ModelShape
 

@@ -19,11 +19,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.bundle import MANIFEST, FileRecord, read_manifest, sha256
+from edgeprune.bundle import MANIFEST, read_manifest, sha256
 from edgeprune.files import write_whole
 from edgeprune.graph_contract import WEIGHTS
 from edgeprune.graphs import GRAPHS
 from edgeprune.lowering import DTYPES
+from edgeprune.manifest import FileRecord
 from edgeprune.runtime.dtypes import to_stored
 
 NOTES, KEPT = "weights.json", "weights.kept"

@@ -20,10 +20,11 @@ from PIL import Image
 from edgeprune import graph_contract, onnx_file
 from edgeprune.bench.conditions import machine_versions
 from edgeprune.bench.worker import PREFIX
-from edgeprune.bundle import Bundle, Manifest
+from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, BundleError, SpecError
 from edgeprune.graphs import BLOCK
 from edgeprune.images import read_image
+from edgeprune.manifest import Manifest
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import backends
 from edgeprune.runtime.backend import DecoderInputs

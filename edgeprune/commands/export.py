@@ -13,18 +13,16 @@ from edgeprune.commands import _common
 from edgeprune.errors import SpecError
 
 if TYPE_CHECKING:
-    from edgeprune.bundle import (
+    from edgeprune.export.exporter import Exported
+    from edgeprune.manifest import EncoderRecord, Manifest, RatioRecord
+    from edgeprune.measured import (
         ChoiceRecord,
         DistanceRecord,
-        EncoderRecord,
-        Manifest,
         ParityRecord,
         RangeRecord,
-        RatioRecord,
         TimingRecord,
         WeightsRecord,
     )
-    from edgeprune.export.exporter import Exported
     from edgeprune.recipe import Recipe
 
 

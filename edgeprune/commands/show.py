@@ -14,7 +14,7 @@ from edgeprune.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from edgeprune.bundle import Manifest
+    from edgeprune.manifest import Manifest
     from edgeprune.runtime.answer import Answer
 
 

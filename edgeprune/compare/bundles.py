@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 
 from edgeprune import calib, export, models, policies
-from edgeprune.bundle import Bundle, Manifest
+from edgeprune.bundle import Bundle
 from edgeprune.compare.cells import Cell
 from edgeprune.compare.store import Store, key_of, source
 from edgeprune.errors import BundleError, ScheduleError, SpecError
+from edgeprune.manifest import Manifest
 from edgeprune.models import open_model
 from edgeprune.recipe import Recipe, make
 from edgeprune.versions import installed

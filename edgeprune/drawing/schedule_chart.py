@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgeprune.bundle import PruneRecord
 from edgeprune.drawing.canvas import ACCENT, GHOST, INK, LOSS, QUIET, SOFT, Colour, Pen, Sheet
+from edgeprune.manifest import PruneRecord
 
 SMALL = 14.0
 """Size of the letters at axes and bars."""

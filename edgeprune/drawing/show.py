@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.bundle import Manifest
 from edgeprune.drawing.canvas import Levels
+from edgeprune.manifest import Manifest
 from edgeprune.runtime.answer import Answer
 from edgeprune.runtime.survivors import Site
 

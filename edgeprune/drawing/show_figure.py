@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from edgeprune.bundle import PruneRecord
 from edgeprune.drawing.canvas import (
     ACCENT,
     PAPER,
@@ -21,6 +20,7 @@ from edgeprune.drawing.canvas import (
 )
 from edgeprune.drawing.schedule_chart import chart
 from edgeprune.drawing.show import DROPPED, MERGED, Said, dim
+from edgeprune.manifest import PruneRecord
 from edgeprune.runtime.survivors import Site, Sites
 
 MOST_SITES = 7

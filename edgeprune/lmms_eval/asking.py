@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from edgeprune.bundle import ImageRecord
 from edgeprune.errors import EdgepruneError, InputError, SpecError
 from edgeprune.generation import Sampling
+from edgeprune.manifest import ImageRecord
 from edgeprune.runtime.media import Shown
 
 PLACEHOLDER = "<image>"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from edgeprune.bundle import ImageRecord
+from edgeprune.manifest import ImageRecord
 from edgeprune.models._chat import Chat, processors_template
 from edgeprune.models._checkpoint import Checkpoint
 from edgeprune.models._decoder_config import DecoderConfig

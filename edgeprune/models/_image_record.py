@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import ImageRecord
 from edgeprune.errors import ModelError
+from edgeprune.manifest import ImageRecord
 from edgeprune.models._stored import read_json
 from edgeprune.tiling import Size, Tiling
 

@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from edgeprune.bundle import ImageRecord
 from edgeprune.errors import ModelError
+from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._family import at_size

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edgeprune.bundle import ImageRecord
+from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._decoder_config import DecoderConfig, Rescale
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edgeprune.bundle import ImageRecord
 from edgeprune.errors import SpecError
+from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._family import at_size

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edgeprune.bundle import ImageRecord
 from edgeprune.errors import SpecError
+from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._chat import Chat
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig

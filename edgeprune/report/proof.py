@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from edgeprune.bench.bench import BenchResult
-from edgeprune.bundle import DistanceRecord, Manifest
 from edgeprune.compare.results import Comparison
+from edgeprune.manifest import Manifest
+from edgeprune.measured import DistanceRecord
 from edgeprune.report.html import Markup, table
 from edgeprune.report.sources import LeftOut, SourceFile
 from edgeprune.tables import Table

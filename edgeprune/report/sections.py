@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from edgeprune.bench import figure as bench_figure
 from edgeprune.bench.bench import BenchResult
 from edgeprune.bench.table import HEADS, rows
-from edgeprune.bundle import Manifest
 from edgeprune.compare import figure as compare_figure
 from edgeprune.compare.results import Comparison
 from edgeprune.drawing.canvas import Pen
 from edgeprune.drawing.schedule_chart import chart
 from edgeprune.graph_contract import WEIGHTS
+from edgeprune.manifest import Manifest
 from edgeprune.report.evaluation import Evaluation
 from edgeprune.report.html import Markup, bullets, element, figure, table
 from edgeprune.tables import Table

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bench.bench import BenchResult
-from edgeprune.bundle import MANIFEST, Manifest, read_manifest
+from edgeprune.bundle import MANIFEST, read_manifest
 from edgeprune.compare.results import Comparison
 from edgeprune.errors import BundleError, InputError
 from edgeprune.files import real
+from edgeprune.manifest import Manifest
 from edgeprune.records import parse
 from edgeprune.report.evaluation import Evaluation
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from edgeprune.bundle import Manifest
 from edgeprune.images import read_image
+from edgeprune.manifest import Manifest
 from edgeprune.runtime.answer import Timings
 from edgeprune.runtime.survivors import Kept, Site, can_be_drawn, drawn, seen, survivors
 

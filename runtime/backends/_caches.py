@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.bundle import DecoderRecord
 from edgeprune.graphs import CacheRecord
+from edgeprune.manifest import DecoderRecord
 from edgeprune.runtime import dtypes
 from edgeprune.runtime.backend import Ids
 from edgeprune.runtime.backends._copy_graph import INPUT, OUTPUT, SPARE, copy_graph

@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from edgeprune.bundle import Manifest
 from edgeprune.graphs import DELTA, TensorRecord
 from edgeprune.lowering import DTYPES
+from edgeprune.manifest import Manifest
 from edgeprune.runtime import gpu
 from edgeprune.runtime.backend import Ids
 
