@@ -40,7 +40,7 @@ def _cogvlm(folder: Path) -> Adapter:
 
 TOWERS: Towers = {
     "llava": lambda folder: open_model(str(write(replace(TINY, vision_layers=3), folder))),
-    "qwen2_vl": lambda folder: open_model(str(qwen.plain_checkpoint(folder)), frames=4),
+    "qwen2_vl": lambda f: open_model(str(qwen.plain_checkpoint(f)), size=Size(56, 84), frames=4),
     "qwen2_5_vl": lambda f: open_model(str(qwen.windowed_checkpoint(f)), size=Size(168, 84)),
     "qwen3_vl": lambda f: open_model(str(qwen.stacked_checkpoint(f)), size=Size(256, 256)),
     "llava_next": lambda f: _saved(families.llava_next(), f, size=Size(84, 84), images=2),

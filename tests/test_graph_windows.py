@@ -11,6 +11,7 @@ import torch
 from edgeprune.bundle import Bundle
 from edgeprune.errors import ParityError
 from edgeprune.export.dialogue import Graphs
+from edgeprune.export.trace import HIDDEN, End, to_graph
 from edgeprune.models import Adapter, open_model
 from edgeprune.models import _dialogues as dialogues
 from edgeprune.models._dialogues import Eager, grouped
@@ -126,3 +127,21 @@ def test_stages_are_grouped_by_their_bytes() -> None:
     ]
     assert list(grouped([5, 5], 0)) == [range(1), range(1, 2)]
     assert list(grouped([5, 5], 10)) == [range(2)]
+
+
+class _Same(torch.nn.Module):
+    """Gives its only hidden state as it is."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = x * 2
+        return hidden, hidden
+
+
+def test_an_output_that_is_a_hidden_state_has_a_name_of_its_own() -> None:
+    """As of a tower that ends without a norm (Pixtral)."""
+    ends = [End("x", "pixels")], [End("features", "features")]
+    graph = to_graph(_Same(), (torch.ones(2, 3),), None, *ends, 18, states=1).graph
+    (output,) = graph.outputs
+    assert output.name == "features" and output.shape is not None
+    (node,) = (node for node in graph if output in node.outputs)
+    assert node.op_type == "Identity" and node.inputs[0].name == f"{HIDDEN}0"

@@ -119,7 +119,7 @@ def test_a_model_that_fits_keeps_nothing_in_float32(planted: Tree) -> None:
     assert plain == auto
     record, notes = plain
     assert (record.float32, notes) == ((), ())
-    assert record.where == "vision (add)"  # patches and their positions
+    assert record.where == "vision input (add)"  # patches and their positions
     assert 5 < record.peak < 50
 
 

@@ -158,6 +158,12 @@ class Stages(ABC, Generic[S]):
         last = stage == len(self.titles) - 1
         return self.gives if last else "hidden states"
 
+    def path(self, stage: int) -> str:
+        """Of the module that a stage is, or the tower's `input` or `output`."""
+        if stage in (0, len(self.titles) - 1):
+            return f"{self.tower} {'output' if stage else 'input'}"
+        return f"{self.tower}.{self.loads[stage][0]}"
+
     def windows(self) -> list[range]:
         """The stages that are in memory together."""
         return list(grouped((self.streamed.bytes(parts) for parts in self.loads), WINDOW))
@@ -325,7 +331,7 @@ def grouped(sizes: Iterable[int], bound: int) -> Iterator[range]:
 
 
 Around = Callable[[str, int], AbstractContextManager[object]]
-"""Told the tower and the number of the sample, from 1: open while a sample goes through a stage."""
+"""Told the path of a stage and the number of the sample, from 1: open while it goes through it."""
 
 
 class Eager:
@@ -382,7 +388,7 @@ class Eager:
         self,
         prompts: Sequence[Prompt],
         report: Callable[[int, int], None] = lambda done, total: None,
-        around: Around = lambda tower, number: nullcontext(),
+        around: Around = lambda stage, number: nullcontext(),
     ) -> list[Outcome]:
         """What the model makes of samples; `report` is told how often a sample went through a
         stage, and how often it will."""
@@ -401,7 +407,7 @@ class Eager:
         def through(stages: Stages[S], window: range, number: int, state: S) -> S:
             nonlocal ticks
             for stage in window:
-                with around(stages.tower, number):
+                with around(stages.path(stage), number):
                     state = stages.advance(stage, state)
                 ticks += 1
                 report(ticks, total)

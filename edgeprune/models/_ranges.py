@@ -101,9 +101,10 @@ class Meter(TorchDispatchMode):
                 handle.remove()
 
     @contextmanager
-    def metering(self, tower: str, sample: int) -> Iterator[None]:
-        """Note results within: a sample in a stage of a tower, which counts operators from 0."""
-        self._path, self.sample = [tower], sample
+    def metering(self, stage: str, sample: int) -> Iterator[None]:
+        """Note results within: a sample in a stage, which counts operators from 0; those of no
+        module have the stage's path."""
+        self._path, self.sample = [stage], sample
         self._calls.clear()
         with self:
             yield
