@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from edgeprune.errors import SpecError
 from edgeprune.weight_format import FLOAT, WeightFormat
 
+FLOAT8 = (8, 9)
+"""Compute capability from which on GPUs multiply floats of 8 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Dtype:

@@ -6,11 +6,13 @@ from onnx import TensorProto
 
 from edgeprune.export._graph import Graph, Node, attribute
 from edgeprune.export._rule import NEVER, Rule, computed, is_zero, typed
+from edgeprune.lowering import FLOAT8
 
 READER, WRITER = ("DequantizeLinear",), ("QuantizeLinear",)
 HEADER = "NvInfer.h, class IDequantizeLayer, of TensorRT"
 IMPORTER = "onnx-tensorrt of TensorRT 10.1, onnxOpImporters.cpp"
 SEEN = "seen with tensorrt-rtx 1.7.1"
+NEWER = ".".join(map(str, FLOAT8))
 
 
 def _is_int4(graph: Graph, node: Node) -> bool:
@@ -61,14 +63,14 @@ RULES = (
     ),
     Rule(
         (*WRITER, *READER),
-        "has float8 on GPUs of compute capability 8.9 and above; a Jetson Orin has 8.7",
+        f"has float8 on GPUs of compute capability {NEWER} and above; a Jetson Orin has 8.7",
         lambda graph, node: (
             graph.types.get(graph.given(node, 2 if node.op_type in WRITER else 0))
             == TensorProto.FLOAT8E4M3FN
         ),
         {},
         f"TensorRT support matrix; {SEEN}: sm_75, 80 and 86 are refused",
-        gpu=(8, 9),
+        gpu=FLOAT8,
     ),
     Rule(
         READER,

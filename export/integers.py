@@ -117,15 +117,15 @@ DTYPES_OF = {ir.DataType(d.onnx): getattr(torch, d.torch) for d in DTYPES.values
 
 MIDDLE = np.uint8(128)
 """The code of 0."""
-UNITS = "/units"
-"""How the name of the node ends that gives a tensor in steps of its scale."""
 
 
 def _rounded(model: ir.Model, x: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
     """Codes and scales of a tensor; those that another product has are taken again."""
     for user in x.consumers():
-        if (user.name or "").endswith(UNITS):
-            (quantize,), found = user.outputs[0].consumers(), user.inputs[1]
+        if user.op_type != "Div" or user.inputs[0] is not x:
+            continue
+        quantize, found = next(iter(user.outputs[0].consumers()), None), user.inputs[1]
+        if quantize is not None and quantize.op_type == "QuantizeLinear":
             assert found is not None
             return quantize.outputs[0], found
     axis = _constant(model, np.array([-1], np.int64))
@@ -134,7 +134,7 @@ def _rounded(model: ir.Model, x: ir.Value, name: str) -> tuple[ir.Value, ir.Valu
     most = ir.node("ReduceMax", [size.outputs[0], axis], {"keepdims": 1}, name=f"{name}/max")
     scale = ir.node("Mul", [most.outputs[0], step], name=f"{name}/step")
     usable = ir.node("Max", [scale.outputs[0], least], name=f"{name}/scale")
-    units = ir.node("Div", [x, usable.outputs[0]], name=f"{name}{UNITS}")
+    units = ir.node("Div", [x, usable.outputs[0]], name=f"{name}/units")
     one, middle = _constant(model, np.float32(1)), _constant(model, MIDDLE)
     codes = ir.node("QuantizeLinear", [units.outputs[0], one, middle], name=f"{name}/codes")
     made = [size, most, scale, usable, units, codes]

@@ -22,7 +22,7 @@ from edgeprune.bundle import ENGINES, Bundle, sha256
 from edgeprune.errors import BackendError, BundleError, CapacityError, SpecError
 from edgeprune.files import replaced
 from edgeprune.graphs import DECODER, JOIN, TensorRecord
-from edgeprune.lowering import TARGETS
+from edgeprune.lowering import FLOAT8, TARGETS
 from edgeprune.manifest import Manifest
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import trt as seam
@@ -33,8 +33,6 @@ from edgeprune.runtime.text import Prompter
 TEXT_CAPACITY = 512  # tokens of text, prompts and answers together, that the caches hold
 PREFIX = 64  # tokens before the image, at least
 STEP = 128  # tokens that the decode profile takes at most: one token exactly stores weights twice
-
-FLOAT8 = (8, 9)  # compute capability from which on GPUs multiply floats of 8 bits
 
 Range = tuple[int, int, int]  # least, usual, most
 Counts = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # likewise, of every layer

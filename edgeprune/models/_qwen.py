@@ -181,6 +181,22 @@ class Adapter(_adapter.Adapter):
         return {"Qwen2VLImageProcessor": partial(rounded_size, frozen=self.frozen)}
 
 
+def tower(vision: Any, rows: int, columns: int, width: int, mlp_width: int) -> TowerConfig:
+    """What the configs of all these towers name alike; the rest is a family's own."""
+    return TowerConfig(
+        blocks=vision.depth,
+        width=width,
+        mlp_width=mlp_width,
+        heads=vision.num_heads,
+        patch=vision.patch_size,
+        frames=vision.temporal_patch_size,
+        rows=rows,
+        columns=columns,
+        activation=vision.hidden_act,
+        theta=vision.rope_parameters["rope_theta"],
+    )
+
+
 def _demands(
     config: Any, sections: tuple[int, ...], turned: int, layer_types: frozenset[str]
 ) -> dict[str, bool]:

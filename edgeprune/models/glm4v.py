@@ -99,17 +99,8 @@ class Adapter(_qwen.Adapter):
         return self.with_still(in_runs(self._sections))
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
-        return TowerConfig(
-            blocks=vision.depth,
-            width=vision.hidden_size,
-            mlp_width=vision.out_hidden_size,
-            heads=vision.num_heads,
-            patch=vision.patch_size,
-            frames=vision.temporal_patch_size,
-            rows=rows,
-            columns=columns,
-            activation=vision.hidden_act,
-            theta=vision.rope_parameters["rope_theta"],
+        return replace(
+            _qwen.tower(vision, rows, columns, vision.hidden_size, vision.out_hidden_size),
             gated=True,
             bias=False,
             eps=vision.rms_norm_eps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
@@ -30,17 +31,8 @@ class Adapter(_qwen.Adapter):
         somewhere = bool(full) and full[0] >= 0 and full[-1] < vision.depth
         refuse(self.config, {f"full attention in blocks {list(full)} of {vision.depth}": somewhere})
         merge = vision.spatial_merge_size
-        return TowerConfig(
-            blocks=vision.depth,
-            width=vision.hidden_size,
-            mlp_width=vision.intermediate_size,
-            heads=vision.num_heads,
-            patch=vision.patch_size,
-            frames=vision.temporal_patch_size,
-            rows=rows,
-            columns=columns,
-            activation=vision.hidden_act,
-            theta=vision.rope_parameters["rope_theta"],
+        return replace(
+            _qwen.tower(vision, rows, columns, vision.hidden_size, vision.intermediate_size),
             gated=True,
             window=vision.window_size // merge // vision.patch_size * merge,
             full=full,

@@ -17,15 +17,5 @@ class Adapter(_qwen.Adapter):
         return Qwen2VLConfig
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
-        return TowerConfig(
-            blocks=vision.depth,
-            width=vision.embed_dim,
-            mlp_width=int(vision.embed_dim * vision.mlp_ratio),
-            heads=vision.num_heads,
-            patch=vision.patch_size,
-            frames=vision.temporal_patch_size,
-            rows=rows,
-            columns=columns,
-            activation=vision.hidden_act,
-            theta=vision.rope_parameters["rope_theta"],
-        )
+        width = vision.embed_dim
+        return _qwen.tower(vision, rows, columns, width, int(width * vision.mlp_ratio))

@@ -103,17 +103,8 @@ class Adapter(_qwen.Adapter):
         return () if self.asked.frames is None else (timed_at(self._fps),)
 
     def tower_config(self, vision: Any, rows: int, columns: int) -> TowerConfig:
-        return TowerConfig(
-            blocks=vision.depth,
-            width=vision.hidden_size,
-            mlp_width=vision.intermediate_size,
-            heads=vision.num_heads,
-            patch=vision.patch_size,
-            frames=vision.temporal_patch_size,
-            rows=rows,
-            columns=columns,
-            activation=vision.hidden_act,
-            theta=vision.rope_parameters["rope_theta"],
+        return replace(
+            _qwen.tower(vision, rows, columns, vision.hidden_size, vision.intermediate_size),
             patch_bias=True,
             position_side=math.isqrt(vision.num_position_embeddings),
             middle=self._middle,
