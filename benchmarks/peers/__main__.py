@@ -20,9 +20,9 @@ all must give the same logits. A second group feeds peers the average number of 
 pruned bundle has in its layers: the floor that pruning inside the decoder can reach.
 
 In 4 bits every peer rounds in its own way, so logits are compared with those of floats, and may be
-apart. All quantise the head too; blocks have 128 inputs (ours) or 32. llama.cpp runs by its own
-code, in the environment that built its file, with a cache of float16 and embeddings in Q4_0; it and
-genai read 640 tokens of text.
+apart. All quantise the head too; peers' blocks have 32 inputs, ours 128 or 32. llama.cpp runs by
+its own code, in the environment that built its file, with a cache of float16 and embeddings in
+Q4_0; it and genai read 640 tokens of text.
 
 Every graph has a process of its own, and processes take turns. Equal graphs were seen to decode at
 speeds 10% apart for as long as they were open, within one process and across several, so all are

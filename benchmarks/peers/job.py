@@ -28,6 +28,8 @@ PEERS = {
 }
 LLAMA = "llama-q4_0"
 INT4 = "genai-int4", LLAMA
+OURS = {"dense-int4": "int4", "dense-int4-32": "int4:block=32"}
+"""Our bundles in 4 bits; peers' blocks have 32 inputs."""
 """Peers, and what their caches do: past and present in one buffer, copied every step, written at
 an index into a buffer whose size is part of the graph."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from benchmarks.peers.job import SHAPE, VISUAL
+from benchmarks.peers.job import OURS, SHAPE, VISUAL
 from benchmarks.schedules import declining
 from benchmarks.shapes import SHAPES, write
 from edgeprune.bundle import MANIFEST
@@ -31,7 +31,8 @@ def prepare(work: Path, cr: float, *, int4: bool) -> None:
     dense = "none", Plan(VISUAL, layers), 1
     _export(checkpoint, work / "dense", *dense)
     if int4:
-        _export(checkpoint, work / "dense-int4", *dense, weights="int4")
+        for name, weights in OURS.items():
+            _export(checkpoint, work / name, *dense, weights=weights)
         return
     pruned = plan_from_counts(VISUAL, declining(VISUAL, layers, cr))
     _export(checkpoint, work / f"utp-cr{cr:g}", "utp", pruned, cr)

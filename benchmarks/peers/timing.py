@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.peers.build import built
 from benchmarks.peers.entry import Entry
-from benchmarks.peers.job import CLOSE, INT4, NEAR, PEERS, TEXT, VISUAL, Array, Job
+from benchmarks.peers.job import CLOSE, INT4, NEAR, OURS, PEERS, TEXT, VISUAL, Array, Job
 from benchmarks.peers.processes import GraphProcess, process_of
 from benchmarks.peers.report import summary, table
 
@@ -65,18 +65,16 @@ def groups(work: Path, names: Sequence[str], request: argparse.Namespace) -> lis
 
 
 def _int4(work: Path, names: Sequence[str], job: Job, threads: int | None) -> list[Entry]:
-    """Our decoder in 4 bits, twice, peers' in 4 bits, and ours in floats."""
-    ours, again, exact = (
-        GraphProcess(work / folder, None, threads)
-        for folder in ("dense-int4", "dense-int4", "dense")
-    )
+    """Our decoder in 4 bits, the first form twice, peers' in 4 bits, and ours in floats."""
+
+    def entry(name: str, folder: str, *, int4: bool = True) -> Entry:
+        return Entry(name, GraphProcess(work / folder, None, threads), job, int4=int4)
+
+    ours = [entry(f"edgeprune {weights}", folder) for folder, weights in OURS.items()]
+    ours.insert(1, entry("again", next(iter(OURS))))
     peers = ((name, process_of(name, work / name, PEERS[name], threads)) for name in names)
-    return [
-        Entry("edgeprune int4", ours, job, int4=True),
-        Entry("again", again, job, int4=True),
-        *(Entry(name, one, job, peer=True, int4=True) for name, one in peers),
-        Entry("edgeprune float", exact, job),
-    ]
+    theirs = [Entry(name, one, job, peer=True, int4=True) for name, one in peers]
+    return [*ours, *theirs, entry("edgeprune float", "dense", int4=False)]
 
 
 def time_all(work: Path, request: argparse.Namespace) -> None:
