@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from edgeprune.bundle import Bundle
+from edgeprune.cli import main
 from edgeprune.export.check import check_graph
 from edgeprune.lowering import TARGETS
 from edgeprune.tiling import Size
 from tests import lfm2
+from tests.conftest import instruct_records
 from tests.frozen import frozen
 from tests.test_engines import compiled
 
@@ -39,3 +42,20 @@ def test_engines_take_it(method: str, cr: float, target: str, dtype: str, tmp_pa
         assert not verdict.problems, verdict.problems[0].message
     if target == "rtx":
         compiled(bundle)
+
+
+@pytest.mark.parametrize(
+    ("target", "weights"),
+    [("cpu", "int4:awq=on"), ("cpu", "int4:round=gptq"), ("rtx", "int4:vision=on:embedding=on")],
+)
+def test_its_products_have_four_bits(target: str, weights: str, tmp_path: Path) -> None:
+    """Those of convolutions too; parity is with the eager model of the same codes."""
+    kinds = "conv", "full_attention"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    checkpoint = lfm2.lfm2_vl(kinds, **sizes).save(tmp_path / "tiny")
+    options = ["--model", checkpoint, "--method", "none", "--image-size", "100x60", "--parity", 1]
+    options += ["--samples-file", instruct_records(tmp_path), "--samples", 2]
+    command = ["export", *options, "--target", target, "--weights", weights]
+    assert main([*map(str, command), "-o", str(tmp_path / "b")]) == 0
+    record = Bundle.open(tmp_path / "b").manifest.weights
+    assert record is not None and record.tensors["int4"] >= 5 + 7 + 1  # and the head
