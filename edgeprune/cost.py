@@ -3,8 +3,8 @@
 One multiply-add is two operations. A layer with n tokens costs 2n(2 D H d + 2 D G d + 3 D M) for
 its projections and MLP and 4 n^2 H d for attention (width D, heads H of size d, KV heads G, MLP
 width M), and an output gate 2n D H d more. A layer with a short convolution has 2n(4 D^2 + 3 D M).
-One with linear attention has 2n(D (C + 2 I) + 3 I k + 3 D M): C channels of queries, keys and
-values, I of the value heads, k of a key head. Scoring and gathering are not counted: the share of
+One with linear attention has 2n(D (C + 2 I + 2 N) + 3 I k + 3 D M): C channels of queries, keys and
+values, I of the N value heads, k of a key head. Scoring and gathering are not counted: the share of
 this limit that a measurement reaches shows what they cost.
 """
 
@@ -92,7 +92,7 @@ def _layer(sizes: Sizes, layer: int, new: int, seen: int) -> int:
         mlp = 3 * sizes.width * sizes.mlp_width
         if (linear := sizes.linear) is None:
             return 2 * new * (4 * sizes.width**2 + mlp)
-        projections = sizes.width * (linear.channels + 2 * linear.inner)
+        projections = sizes.width * (linear.channels + 2 * linear.inner + 2 * linear.value_heads)
         return 2 * new * (projections + 3 * linear.numbers + mlp)
     attention = sizes.attention_heads * sizes.head_size
     projections = 2 * sizes.width * (attention + sizes.kv_heads * sizes.head_size)

@@ -25,7 +25,7 @@ SIZES = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
-    "linear_value_head_dim": 16,
+    "linear_value_head_dim": 12,
     "linear_conv_kernel_dim": 4,
     "vocab_size": 270,
     "max_position_embeddings": 1024,

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from edgeprune.commands._common import image_size
+from edgeprune.cost import kv_bytes, prefill_operations
 from edgeprune.export.dialects import ModernOps
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.export.trace import End, to_graph
 from edgeprune.models import open_model
 from edgeprune.models._decoder import Flow
 from edgeprune.models._delta_rule import CHUNK, gated_delta_rule
+from edgeprune.models._layers import Linear
 from edgeprune.models._layerwise import Layerwise
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
@@ -183,6 +185,10 @@ def test_a_pruned_bundle_answers_as_its_reference(checkpoint: Path, tmp_path: Pa
     request = ExportRequest("qwen3_5", spec, plan, tmp_path / "b")
     made = export(request, adapter, policy, Processor(adapter), prompts)
     assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
+    caches = made.manifest.graph.caches
+    sizes = {f"capacity.{layer}": 40 + 7 for layer in range(3)}
+    held = sum(cache.past.bytes(sizes) for cache in caches)
+    assert held == kv_bytes(made.manifest.decoder, (40, 40, 9), 7, 4)
     reference = Reference.build(adapter, policy, plan)
     prompt = Processor(adapter)(drawn_image(250, 262), QUESTION)
     with Session.open(made.path) as session:
@@ -212,3 +218,17 @@ def test_the_last_tokens_resume_as_they_were(checkpoint: Path) -> None:
         return done.flow
 
     list(engine.layers(engine.keep(one.flow for one in engine.start([prompt])), step).drain())
+
+
+def test_what_a_prefill_takes_is_counted(checkpoint: Path) -> None:
+    """Two operations for each number of a product, token and layer, and what has no weights."""
+    adapter = open_model(str(checkpoint), size=SIZE)
+    shape, decoder = adapter.shape, adapter.empty_modules()[1]
+    counts, text = (40, 40, 9), 5
+    products, others = 0, 2 * shape.width * shape.vocabulary  # of the head
+    for layer, count in zip(decoder.layers, counts, strict=True):
+        inside = (part.weight.numel() for part in layer.modules() if isinstance(part, Linear))
+        products += 2 * (count + text) * sum(inside)
+    others += 4 * (40 + text) ** 2 * shape.attention_heads * shape.head_size
+    others += sum(6 * (count + text) * 4 * 8 * 12 for count in (40, 9))  # matrices of 4 heads
+    assert prefill_operations(shape, counts, text) == products + others
