@@ -114,7 +114,8 @@ class _Writer:
         chunks = self.chunked()
         lower = self.mask(np.tri(CHUNK), chunks.length)
         total = self.op("ReduceSum", self.op("Mul", lower, self.turned(chunks.decay)), self.ints(4))
-        apart = self.op("Mul", self.op("Sub", total, self.turned(total)), lower)
+        rows = self.op("Mul", chunks.decay, self.mask(np.tri(CHUNK, k=-1), chunks.length))
+        apart = self.op("MatMul", lower, rows)  # sums from one token to another, no differences
         between = self.op("Mul", self.op("Exp", apart), lower)
         solved = self.solved(chunks, total, between)
         before, after = self.states(solved, state, chunks.later)
@@ -159,9 +160,10 @@ class _Writer:
         right = self.op("Concat", wanted, since, axis=-1)
         found = self.op("MatMul", inverse, right)
         written, undone = self.split(found, (self.values, self.keys))
-        last = self.op("ReduceSum", chunks.decay, self.ints(3))
-        left = self.op("Mul", chunks.key, self.op("Exp", self.op("Sub", last, total)))
-        return _Solved(written, undone, self.turned(left), self.op("Exp", last))
+        last = self.cut(between, -1, END, axis=3)
+        left = self.op("Mul", self.turned(chunks.key), last)
+        kept = self.op("Exp", self.op("ReduceSum", chunks.decay, self.ints(3)))
+        return _Solved(written, undone, left, kept)
 
     def inverse(self, system: ir.Value, length: ir.Value) -> ir.Value:
         """Of the unit lower triangular matrices whose other numbers are the system's."""

@@ -37,9 +37,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds of the published layers."""
-    return qwen35.checkpoint(
-        tmp_path_factory.mktemp("qwen3_5"), kinds=qwen35.PUBLISHED * 2, linear_value_head_dim=16
-    )
+    return qwen35.checkpoint(tmp_path_factory.mktemp("qwen3_5"), kinds=qwen35.PUBLISHED * 2)
 
 
 @pytest.mark.slow

@@ -34,11 +34,12 @@ def _chunk(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     total, rate = decay.cumsum(-1), beta[..., None]
-    between = (total[..., :, None] - total[..., None, :]).tril().exp().tril()  # of two tokens
+    apart = decay[..., None].expand(*decay.shape, decay.shape[-1]).tril(-1).cumsum(-2)
+    between = apart.exp().tril()  # decay of the one token till the other: no difference of sums
     since = total.exp()[..., None]
     system = (rate * key) @ key.transpose(-1, -2) * between
     wanted = rate * (value - since * (key @ state))
     written = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
     read = since * (query @ state) + (query @ key.transpose(-1, -2) * between) @ written
-    left = (total[..., -1:] - total).exp()[..., None] * key  # of each token at the chunk's end
+    left = between[..., -1, :, None] * key  # of each token at the chunk's end
     return read, since[..., -1:, :] * state + left.transpose(-1, -2) @ written
