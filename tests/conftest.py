@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -288,3 +289,18 @@ def own(tmp_path: Path) -> Path:
     file = tmp_path / "own.jsonl"
     file.write_text("\n\n".join(map(json.dumps, records)))
     return file
+
+
+@pytest.fixture(scope="session")
+def camera_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with a tower of which three blocks of two heads are run."""
+    shape = replace(TINY, vision_layers=4, vision_width=128)
+    return write(shape, tmp_path_factory.mktemp("camera") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def camera_bundle(camera_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For a fixed camera, 4 of 16 patches of a frame; a test that changes it takes a copy."""
+    from tests.cameras import made
+
+    return made(tmp_path_factory.mktemp("camera") / "bundle", camera_checkpoint)
