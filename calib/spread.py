@@ -43,6 +43,7 @@ class Spread:
     size: Size | None = None
     images: int = 1
     frames: int | None = None
+    tiles: int | None = None
     tokenizer: Path | None = None
     execution: Execution = HOST
 
@@ -90,6 +91,7 @@ def _measure(spread: Spread, part: range) -> tuple[Evidence, ...]:
         size=spread.size,
         images=spread.images,
         frames=spread.frames,
+        tiles=spread.tiles,
         tokenizer=spread.tokenizer,
     ).with_execution(spread.execution)
     check_room(adapter, len(part))

@@ -129,10 +129,12 @@ def _image(record: ImageRecord) -> Iterator[str]:
     if (tiling := record.tiling) is not None:
         if frozen != (tiling.tile, tiling.tile) or (record.resize, record.crop) != (None, None):
             yield f"tiles of {tiling.tile} pixels, images of {record.height} x {record.width}"
-        if tiling.kind == "stretch" and tiling.tiles > 1 and not tiling.ratios:
+        if tiling.kind == "stretch" and tiling.cut > 1 and not tiling.ratios:
             yield "tiling.ratios is empty"
         if (tiling.kind == "round_up") != (tiling.longest_edge is not None):
             yield f"tiles by {tiling.kind} with a longest edge of {tiling.longest_edge} pixels"
+        if tiling.kept is not None and (tiling.kind != "stretch" or tiling.kept >= tiling.cut):
+            yield f"{tiling.kept} of {tiling.cut} tiles by {tiling.kind}"
     yield from _resizing(record, frozen)
 
 

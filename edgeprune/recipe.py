@@ -78,6 +78,7 @@ class Recipe:
     image_size: Size | None = None  # of the images to freeze for; None: the family's default
     num_images: int = 1  # images in a prompt
     frames: int | None = None  # of a video, in place of images
+    tiles: int | None = None  # of an image that are encoded; None: all
     target: str = "cpu"
     dtype: str | None = None  # None: the target's own
     weights: str = "float"  # int8 or int4, with options: edgeprune/weight_format.py
@@ -183,6 +184,7 @@ def make(
         size=recipe.image_size,
         images=recipe.num_images,
         frames=recipe.frames,
+        tiles=recipe.tiles,
         tokenizer=recipe.tokenizer,
     ).with_execution(recipe.execution)
     if recipe.delta is not None:

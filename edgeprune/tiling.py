@@ -46,11 +46,30 @@ class Tiling:
     overview: Annotated[str, OneOf(("first", "last", "none"))]  # where the whole image stands
     ratios: tuple[AspectRatio, ...] = ()  # stretch: columns / rows of every grid to choose from
     longest_edge: LongestEdge | None = None  # round_up: pixels of the longer side at first
+    kept: Few | None = None  # tiles of the grid that are encoded, as tile_choice.py says; None: all
+
+    @property
+    def cut(self) -> int:
+        """Tiles of the grid."""
+        return self.rows * self.columns
+
+    @property
+    def all_tiles(self) -> int:
+        """Those of the grid, and the whole image where it is one more."""
+        return self.cut + (self.overview != "none")
 
     @property
     def tiles(self) -> int:
         """How many the encoder sees."""
-        return self.rows * self.columns + (self.overview != "none")
+        return self.all_tiles if self.kept is None else self.all_tiles - self.cut + self.kept
+
+    @property
+    def choice(self) -> str:
+        """What is left out, for people; empty where nothing is."""
+        if self.kept is None:
+            return ""
+        whole = "" if self.overview == "none" else ", and the view of the whole"
+        return f"{self.kept} of the {self.cut} tiles of an image are encoded{whole}"
 
     @property
     def canvas(self) -> Size:
@@ -66,7 +85,7 @@ class Tiling:
         """Whether an image of such a shape gives the tokens that the bundle has."""
         if self.kind == "stretch":
             ratio = self.columns / self.rows
-            return self.tiles == 1 or ratio in nearest(width / height, self.ratios)
+            return self.cut == 1 or ratio in nearest(width / height, self.ratios)
         if self.longest_edge is not None:
             grid = round_up_grid(Size(height, width), self.longest_edge, self.tile)
             return grid == (self.rows, self.columns)

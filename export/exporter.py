@@ -285,6 +285,7 @@ def _encoder_record(adapter: Adapter, changed: int) -> EncoderRecord:
     tiles, _, height, width = adapter.pixels
     patches = (height // encoder.patch) * (width // encoder.patch)
     tiles = tiles // encoder.spans
+    every = tiles // adapter.tiling.tiles * adapter.tiling.all_tiles if adapter.tiling else tiles
     whole, loss = site.units.count if site else patches, site.loss if site else None
     return EncoderRecord(
         method=str(site.method) if site else DENSE,
@@ -296,7 +297,7 @@ def _encoder_record(adapter: Adapter, changed: int) -> EncoderRecord:
         window=_window(encoder),
         shown=adapter.shown,
         operations=tiles * encoder_operations(encoder, patches, site),
-        dense_operations=tiles * encoder_operations(encoder, patches),
+        dense_operations=every * encoder_operations(encoder, patches),
         units=whole,
         kept=site.kept_units if site else whole,
         samples=loss.samples if loss else 0,

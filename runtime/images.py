@@ -16,6 +16,7 @@ from edgeprune.errors import InputError
 from edgeprune.images import MAX_PIXELS
 from edgeprune.manifest import ImageRecord
 from edgeprune.runtime.tiles import cut, on_black, shape_warning
+from edgeprune.tile_choice import chosen
 from edgeprune.tiling import Size, longest, rounded, rounds_to
 
 
@@ -23,7 +24,8 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
     """An RGB image padded, resized, cropped or cut as recorded: [tiles, 3, height, width]."""
     if record.tiling is not None:
         views = cut(image, record.tiling, record.resample)
-        return np.concatenate([_normalise(np.asarray(view), record) for view in views])
+        tiles = np.concatenate([_normalise(np.asarray(view), record) for view in views])
+        return chosen(tiles, record.tiling)
     if record.longest_edge is not None:
         height, width = longest(Size(image.height, image.width), record.longest_edge)
         image = image.resize((width, height), Image.Resampling(record.resample))

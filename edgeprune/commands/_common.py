@@ -58,6 +58,13 @@ def add_media(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--frames", type=int, metavar="N", help="freeze for a video of N frames, not for images"
     )
+    command.add_argument(
+        "--tiles",
+        type=int,
+        metavar="N",
+        help="tiles of an image that are encoded, those that show most, and the view of the whole"
+        " (InternVL; default: all)",
+    )
 
 
 def add_tile_memory(command: argparse.ArgumentParser) -> None:
@@ -79,6 +86,7 @@ def check_model(args: argparse.Namespace, command: str) -> None:
         "--image-size": args.image_size is not None,
         "--num-images": args.num_images != 1,
         "--frames": args.frames is not None,
+        "--tiles": args.tiles is not None,
     }
     options = [option for option, value in given.items() if value]
     if args.model is None and options:
@@ -292,5 +300,6 @@ def model(args: argparse.Namespace) -> Adapter:
         size=args.image_size,
         images=args.num_images,
         frames=args.frames,
+        tiles=args.tiles,
         tokenizer=args.tokenizer,
     )

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
                 args.image_size,
                 args.num_images,
                 args.frames,
+                args.tiles,
                 args.tokenizer,
                 execution,
             ).measure

@@ -91,6 +91,8 @@ def _bundle(path: Path, asked: list[str]) -> Report:
     manifest = bundle.manifest
     weights = f", weights {manifest.weights.format}" if manifest.weights else ""
     head = f"{manifest.name}: {manifest.dialect}, opset {manifest.opset}, {manifest.dtype}{weights}"
+    if (tiling := manifest.image.tiling) and tiling.kept:
+        head += f"; {tiling.choice}"
     files, cpu = [bundle.file(name) for name in manifest.graph_names], manifest.target == "cpu"
     record, text = _report(manifest.name, files, parsers.ask(bundle), asked, for_a_cpu=cpu)
     return record, f"{head}\n{text}"

@@ -133,6 +133,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         image_size=args.image_size,
         num_images=args.num_images,
         frames=args.frames,
+        tiles=args.tiles,
         target=args.target,
         dtype=args.dtype,
         weights=args.weights,
@@ -162,7 +163,7 @@ def _summary(exported: Exported, seconds: float) -> str:
     for setting in manifest.settings:
         lines += _ratio_lines(setting, manifest)
     lines += [
-        *_encoder_lines(manifest.encoder),
+        *_encoder_lines(manifest),
         *_delta_lines(manifest.encoder, manifest.parity),
         *_timing_lines(manifest.timing),
         *_choice_lines(manifest.choice),
@@ -223,14 +224,18 @@ def _choice_lines(record: ChoiceRecord | None) -> list[str]:
     ]
 
 
-def _encoder_lines(record: EncoderRecord) -> list[str]:
-    """What leaves the encoder early, and what that costs."""
+def _encoder_lines(manifest: Manifest) -> list[str]:
+    """Which tiles are left out, what leaves the encoder early, and what that costs."""
+    record, tiling = manifest.encoder, manifest.image.tiling
+    share = f"{record.share:.2f} of the operations"
+    lines = [f"encoder: {tiling.choice}, {share}"] if tiling and tiling.kept else []
     if record.angle is None:
-        return []
+        return lines
     fit = "" if record.r2 is None else f", map R2 {record.r2:.3f}"
     return [
+        *lines,
         f"encoder {record.method}: {record.kept} of {record.units} go through all"
-        f" {record.blocks} blocks, {record.share:.2f} of the operations{fit}; output turned by"
+        f" {record.blocks} blocks, {share}{fit}; output turned by"
         f" {record.angle:.3f} radians on {record.samples} samples"
     ]
 

@@ -204,7 +204,8 @@ def _sizes(adapter: Adapter) -> list[tuple[str, str]]:
         image = f"video of {adapter.asked.frames} frames, {width} x {height} pixels"
     if (tiling := adapter.tiling) is not None:
         grid = f"{tiling.columns} x {tiling.rows} tiles of {tiling.tile}"
-        whole = " and the whole" if tiles > tiling.rows * tiling.columns else ""
+        whole = "" if tiling.overview == "none" else " and the whole"
+        whole += f"; {tiling.choice}" if tiling.kept else ""
         image = f"{tiling.width} x {tiling.height} pixels: {grid}{whole}"
     if adapter.asked.images > 1:
         image = f"{adapter.asked.images} of {image}"

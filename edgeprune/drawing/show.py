@@ -32,7 +32,7 @@ class Said:
         prune = manifest.prune
         dense = prune.method == "none" and prune.cr_reached == 1
         label = "dense" if dense else f"{prune.method}, CR {prune.cr_reached:.2f}"
-        if (encoder := manifest.encoder).kept < encoder.units:
+        if (encoder := manifest.encoder).operations < encoder.dense_operations:
             label += f", encoder {encoder.share:.2f}"
         return cls(label, answer.text or "(nothing)")
 

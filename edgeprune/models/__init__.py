@@ -54,15 +54,17 @@ def open_model(
     size: Size | None = None,
     images: int = 1,
     frames: int | None = None,
+    tiles: int | None = None,
     tokenizer: Path | None = None,
 ) -> Adapter:
     """The adapter of a checkpoint: a local folder, a hub id, or `demo` for the embedded model.
 
     `size` is that of the images to freeze for, `images` their number in a prompt, `frames` that
-    of a video in their place; None is the family's default. `tokenizer` is a folder whose tokenizer
-    is used in place of the checkpoint's own.
+    of a video in their place, `tiles` the tiles of an image that are encoded beside the view of the
+    whole; None is the family's default. `tokenizer` is a folder whose tokenizer is used in place of
+    the checkpoint's own.
     """
-    asked = InputOptions(size, images, frames)
+    asked = InputOptions(size, images, frames, tiles)
     if model == "demo":
         from edgeprune.demo import MODEL_DIR
 

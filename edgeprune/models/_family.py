@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from edgeprune.models._towers import is_tied, read_config, refuse
 from edgeprune.models._unread import is_spare
 from edgeprune.models._vision import ProjectorLike, VisionConfig
 from edgeprune.spec import ModelShape
+from edgeprune.tile_choice import chosen
 from edgeprune.tiling import Size, Tiling, fitted, rounds_to
 
 
@@ -89,7 +91,7 @@ class Family(ABC):
         refuse(self.config, self.demands())
         self.frozen = self.read_size()
         self.encoder = self.read_encoder()
-        self.tiling = self.read_tiling()
+        self.tiling = asked.choice_of(self.read_tiling())
         self.media = self.read_media()
         layout = self.read_layout()
         parts = self.encoder, self.read_projector(), layout, self.read_deepstack()
@@ -257,7 +259,8 @@ class Family(ABC):
             whole = tiling.kind == "stretch" and tiling.suits(image.height, image.width)
             image = stretched(image, size) if whole else on_canvas(image, size)
         found: Tensor = image_processor(image, return_tensors="pt")["pixel_values"]
-        return found.float().flatten(0, -4)
+        pixels = found.float().flatten(0, -4)
+        return pixels if tiling is None else torch.from_numpy(chosen(pixels.numpy(), tiling))
 
     def names(self, parameter: str) -> tuple[str, ...]:
         """Names under which checkpoints of this family store a parameter, likeliest first."""

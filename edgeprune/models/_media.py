@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgeprune.errors import SpecError
-from edgeprune.tiling import Size
+from edgeprune.tiling import Size, Tiling
 
 MOST = 4096
 """Images or frames of a prompt; a bundle's manifest takes no more."""
@@ -21,6 +21,7 @@ class InputOptions:
     size: Size | None = None  # of the images
     images: int = 1  # in one prompt
     frames: int | None = None  # of a video in place of images
+    tiles: int | None = None  # of an image that are encoded, beside the view of the whole
 
     def __post_init__(self) -> None:
         asked = (self.images, 1 if self.frames is None else self.frames)
@@ -28,6 +29,8 @@ class InputOptions:
             raise SpecError(f"--num-images and --frames are from 1 to {MOST:,}; got {wrong[0]}")
         if self.images > 1 and self.frames is not None:
             raise SpecError("a bundle takes images or a video: leave out --num-images or --frames")
+        if self.tiles is not None and self.tiles < 1:
+            raise SpecError(f"--tiles is at least 1; got {self.tiles}")
 
     def check(self, family: str, takes: Takes) -> None:
         """SpecError where a family does not take what is asked."""
@@ -37,6 +40,21 @@ class InputOptions:
             raise SpecError(f"{family} bundles take images, not videos; leave out --frames")
         if self.frames is not None and self.size is not None and not takes.sized_frames:
             raise SpecError("frames have the model's own size; leave out --image-size")
+        if self.tiles is not None and not takes.choice_of_tiles:
+            raise SpecError(f"{family} bundles encode every tile of an image; leave out --tiles")
+
+    def choice_of(self, tiling: Tiling | None) -> Tiling | None:
+        """The tiling of a family with as many tiles as are asked for; SpecError where it has no
+        more."""
+        if self.tiles is None:
+            return tiling
+        cut = 1 if tiling is None else tiling.cut
+        if tiling is None or self.tiles >= cut:
+            raise SpecError(
+                f"--tiles {self.tiles} leaves out none of an image's {cut}; choose a larger"
+                " --image-size, or leave out --tiles"
+            )
+        return replace(tiling, kept=self.tiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +64,7 @@ class Takes:
     several: bool = True  # images in a prompt
     frames: bool = False  # a video in place of images
     sized_frames: bool = False  # of a size that the user chooses
+    choice_of_tiles: bool = False  # fewer tiles than an image is cut into
 
 
 @dataclass(frozen=True, slots=True)

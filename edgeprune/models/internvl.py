@@ -45,7 +45,7 @@ TOWER = {
 class Adapter(_adapter.Adapter):
     """An image is cut into tiles; a frame of a video is one tile with text before it."""
 
-    takes: ClassVar[Takes] = Takes(frames=True)
+    takes: ClassVar[Takes] = Takes(frames=True, choice_of_tiles=True)
     encoder: EncoderConfig
 
     def config_class(self) -> Any:
