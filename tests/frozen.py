@@ -37,11 +37,10 @@ def frozen(
     size: Size | None = None,
     images: int = 1,
     frames: int | None = None,
-    tiles: int | None = None,
     options: Mapping[str, str] | None = None,
 ) -> Path:
     """Export a method; where it needs a schedule that is `counts`, or made up for the ratio."""
-    adapter = open_model(str(model), size=size, images=images, frames=frames, tiles=tiles)
+    adapter = open_model(str(model), size=size, images=images, frames=frames)
     spec = PruneSpec(method, cr, options=options or {})
     policy, processor = make(spec), Processor(adapter)
     plan = planned(policy, adapter.shape, cr, counts)

@@ -236,7 +236,7 @@ def _encoder_lines(manifest: Manifest) -> list[str]:
         *lines,
         f"encoder {record.method}: {record.kept} of {record.units} go through all"
         f" {record.blocks} blocks, {share}{fit}; output turned by"
-        f" {record.angle:.3f} radians on {record.samples} samples"
+        f" {record.angle:.3f} radians on {record.samples} samples",
     ]
 
 
