@@ -16,14 +16,14 @@ from edgeprune.calib.solvers._relaxed import Relaxed, Spending
 from tests.test_solvers import evidence
 
 
-def schedules(problem: Problem) -> Ints:
-    """All of a small problem's budget: [C, L]."""
+def schedules(problem: Problem, *, any_sum: bool = False) -> Ints:
+    """All of a small problem's budget: [C, L]; with `any_sum` those of any other, too."""
     counts = np.array([[problem.first]])
     for _ in range(problem.n_decisions):
         more = np.repeat(counts, problem.first + 1, 0)
         last = np.tile(np.arange(problem.first + 1), len(counts))
         counts = np.column_stack([more, last])[last <= more[:, -1]]
-    return counts[counts.sum(1) == problem.total]
+    return counts if any_sum else counts[counts.sum(1) == problem.total]
 
 
 def spending_of(problem: Problem, *, all_of_it: bool = True) -> Spending:
@@ -79,6 +79,38 @@ def test_a_walk_finds_the_best_schedule_below_a_threshold(seed: int) -> None:
     assert walk.ends() and walk.least == np.inf
     assert not walked(1.2 * best, left=10).ends()
     assert not walked(1.2 * best, over=True).ends()
+
+
+@pytest.mark.parametrize("buckets", [600, 3])
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_walk_proves_nothing_that_is_wrong_of_budgets_of_time(
+    buckets: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With steps in the times, in cells, with spending rounded down."""
+    monkeypatch.setattr("edgeprune.calib.solvers._relaxed.BUCKETS", buckets)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        problem = pose(evidence(seed, 2, 4, 9, 0.3), 1, 9)
+        units = 2 + rng.integers(0, 4, 10).cumsum() * (rng.integers(0, 3, 10) + 1).max()
+        total = int(rng.integers(3 * units[0], 3 * units[9] + 1))
+        for all_of_it in (False, True):
+            spending = Spending(units, total, all_of_it)
+            counts = schedules(problem, any_sum=True)
+            spent = units[counts[:, 1:]].sum(1)
+            losses = problem.evaluate(counts)[spent == total if all_of_it else spent <= total]
+            best = float(losses.min(initial=np.inf))
+            tokens = Tokens.of(problem)
+            start = Start.of(tokens, 0.02)
+            answer = Relaxed.answer(tokens, box_of(problem, width), start.tokens, spending)
+            if answer is None:
+                assert best == np.inf
+                continue
+            for threshold in (0.5, 1.0 if best == np.inf else 1.01 * best, 9.0):
+                walk = Walk(
+                    problem, spending, answer, start.tokens, threshold, 10**9, lambda: False
+                )
+                assert walk.ends()
+                assert walk.least == (pytest.approx(best) if best < threshold else np.inf)
 
 
 def test_a_climb_finds_multipliers_that_bound_better() -> None:
