@@ -85,7 +85,7 @@ class Search:
             return 0.0
         start = Start.of(self.tokens, self.objective / self.budget)
         waiting = [_Open(0.0, 0, self._whole(), start)]
-        parts, steps = waiting[:], FIRST_STEPS
+        parts, steps = waiting[:], self._first_steps(start)
         with suppress(KeyboardInterrupt) if self.goal.patient else nullcontext():
             while waiting and not self._over():
                 found = [self._improved(part, steps) for part in parts]
@@ -95,6 +95,12 @@ class Search:
                 parts, steps = self._halves(waiting[0]) if waiting else [], STEPS
         proven = min([self.target, *(one.bound for one in waiting)])
         return max(0.0, proven - ROUNDING * self.objective)
+
+    def _first_steps(self, start: Start) -> int:
+        """Fewer where the work is limited and each step is long."""
+        if self.goal.seconds is not None:
+            return FIRST_STEPS
+        return int(np.clip(2 * WORK / (CLIMB * (start.tokens.size + 1)), 20, FIRST_STEPS))
 
     def _over(self) -> bool:
         if self.goal.seconds is None:

@@ -26,6 +26,8 @@ Real = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
 MOST_CUTS = 192
 """Rows of cuts: with more tokens, neighbouring positions share one."""
+MEMORY = 32_000_000
+"""Numbers in the sums of all cuts, about: 256 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,19 +136,20 @@ def pair_table(
     drop = (tokens.price[d] - before).take(order)
     keep[absent | gone[d + 1].take(order)] = np.inf
     drop[absent | alive[d + 1].take(order)] = np.inf
-    first, last = _cuts(size)
+    first, last = _cuts(size, len(order))
     must, omit = alive[d].take(order), None
     if must.any() and len(first) > size:  # else a token at a cut would have to be in both parts
         omit = np.where(must, np.inf, 0.0)
     return _table(*_parts(keep, drop, omit, first, last, box, d), last, box, d)
 
 
-def _cuts(size: int) -> tuple[Ints, Ints]:
+def _cuts(size: int, samples: int) -> tuple[Ints, Ints]:
     """First and last position of each row of cuts: 0 .. size in rows as small as allowed.
 
     A token between two cuts of a row may be kept, dropped, or both.
     """
-    width = -(-(size + 1) // MOST_CUTS)
+    rows = min(MOST_CUTS, max(1, MEMORY // (samples * (size + 1))))
+    width = -(-(size + 1) // rows)
     first = np.arange(0, size + 1, width)
     return first, np.minimum(first + width - 1, size)
 
