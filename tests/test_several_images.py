@@ -59,6 +59,15 @@ def test_the_dense_model_is_that_of_transformers(family: Family, checkpoint: Pat
     torch.testing.assert_close(ours.step(MORE[:, 1:]).logits, theirs[-1], atol=2e-5, rtol=1e-5)
 
 
+def test_one_token_begins_a_prompt_of_several_images(checkpoint: Path) -> None:
+    """A sample is tokenised as the runtime tokenises a prompt: where the template writes the begin
+    token behind all images, the tokenizer adds none."""
+    adapter = opened(checkpoint)
+    prefix, _, text = adapter.chat.split(adapter.media, QUESTION)
+    ids = [*prefix[0].tolist(), *text[0].tolist()]
+    assert ids.count(adapter.chat.tokenizer.bos_token_id) == 1
+
+
 def test_the_comparison_sees_whose_token_is_whose(tmp_path: Path) -> None:
     """Were both images of Gemma 3 one, or none, the answer would be another."""
     adapter = opened(KINDS["gemma3"]().save(tmp_path))

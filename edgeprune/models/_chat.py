@@ -27,7 +27,9 @@ class Chat:
         """The whole prompt, one visual token for each run of them: int64 [n]."""
         written, token = map(self._token, (media.placeholder, media.token))
         text = self._written(media, question, written)
-        begun = text.removeprefix(written)
+        begun = text
+        while begun.startswith(written):  # of several images all may stand in front
+            begun = begun.removeprefix(written)
         text = text.replace(written, media.template.replace(IMAGE_SLOT, token))
         bos = self.tokenizer.bos_token
         special = not (bos and begun.startswith(bos))
