@@ -1,4 +1,4 @@
-"""Our dense decoder against the same decoder from other exporters, all on one ONNX Runtime.
+r"""Our dense decoder against the same decoder from other exporters, all on one ONNX Runtime.
 
     python -m benchmarks.peers prepare                      # here: checkpoints and our bundles
     PEERS/bin/python -m benchmarks.peers build genai        # where that peer is installed
@@ -33,7 +33,8 @@ Peers' pins differ from ours, so they are installed apart:
 
     PEERS    pip install mobius-onnx==0.1.0 onnxruntime-genai==0.18.0 onnxruntime==1.31.1
     OPTIMUM  pip install "optimum-onnx[onnxruntime]==0.1.0" onnxruntime==1.31.1
-    LLAMA    pip install llama-cpp-python==0.3.36 gguf==0.19.0 safetensors    # compiles: g++, cmake
+    LLAMA    CMAKE_ARGS=-DLLAVA_BUILD=OFF pip install llama-cpp-python==0.3.36 gguf==0.19.0 \
+                 safetensors    # compiles for minutes: g++, cmake
 """
 
 from __future__ import annotations
