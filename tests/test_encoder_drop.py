@@ -89,14 +89,9 @@ def test_every_tower_equals_its_reference(name: str, tmp_path: Path) -> None:
     adapter = TOWERS[name](tmp_path / "tiny")
     made = bundle(adapter, "drop:at=1:keep=0.4:by=diverse", tmp_path).manifest
     assert (made.parity.samples, made.parity.ties) == (2, 0)
-    assert made.prune.stages[0] == Stage("encoder", made.prune.counts[0], renumber=_moves(adapter))
+    assert made.prune.stages[0] == Stage("encoder", made.prune.counts[0])
     assert made.prune.counts[0] < made.prune.visual_tokens
     assert made.encoder.operations < made.encoder.dense_operations
-
-
-def _moves(adapter: Adapter) -> bool:
-    """Whether tokens are numbered anew behind what leaves."""
-    return not (adapter.shape.mrope or adapter.shape.one_position)
 
 
 @pytest.mark.slow
@@ -147,13 +142,21 @@ def test_a_ratio_counts_all_tokens() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("positions", "taken"), [("renumber", 8), ("keep", 16)])
+@pytest.mark.parametrize(("positions", "taken"), [("renumber", 8), ("keep", 16), ("auto", 16)])
 def test_tokens_are_renumbered_or_keep_their_positions(
     positions: str, taken: int, deep: Path, tmp_path: Path
 ) -> None:
     spec = PruneSpec("none", options={"positions": positions})
     made = bundle(open_model(str(deep)), DROP, tmp_path, spec).manifest
     assert made.decoder.image_positions == taken and made.parity.samples == 2
+
+
+def test_tokens_keep_their_positions_unless_the_method_numbers_its_own_anew() -> None:
+    shape = ModelShape("llava", 100, (10, 10), 4, 8, 16, 4, 2, 8, 66, 512, True, after_encoder=40)
+    for method, keeps in (("none", True), ("dpp", True), ("fastervlm", False)):
+        policy = make(PruneSpec(method, 5))
+        plan = policy.unpruned(shape) if method == "none" else policy.plan(shape, 5)
+        assert (plan.keeps_positions, plan.span) == (keeps, 100 if keeps else 20)
 
 
 @pytest.mark.parametrize("name", STAYS)

@@ -6,9 +6,10 @@ of the decoder prunes it chooses among these. CR goes on counting all V: half of
 and nothing pruned behind the encoder is CR 2, and --cr 4 is a quarter of V in the mean layer.
 
 Policies that look at the encoder's attention see that of the last block, among the patches that
-are left. Tokens are renumbered, or keep their positions with --set positions=keep, as for any
-pruning before the decoder. Where a visual token is made of patches all over a tile, or tiles have
-different numbers of tokens since padding is left out, no patch may go for good: `exit` serves.
+are left. Tokens keep their positions, unless the decoder's method renumbers those that it keeps
+before the decoder itself; --set positions= says otherwise. Where a visual token is made of patches
+all over a tile, or tiles have different numbers of tokens since padding is left out, no patch may
+go for good: `exit` serves.
 
 Each tile, image or span of frames keeps as many. Choosing objects by what blocks at a third of the
 depth attend to is HiPrune's idea (arXiv 2508.00553), which prunes behind the encoder; leaving

@@ -135,7 +135,11 @@ class Policy:
         if shape.after_encoder:
             first = Stage("encoder", shape.after_encoder)
             plan = replace(plan, visual_tokens=shape.visual_tokens, stages=(first, *plan.stages))
-        return with_positions(plan, self.positions, shape, self.renumbers)
+
+        def renumbers(stage: Stage) -> bool:
+            return stage.site != "encoder" and self.renumbers(stage)
+
+        return with_positions(plan, self.positions, shape, renumbers)
 
     def looks_at_attention(self) -> bool:
         """Whether its sites between decoder layers look at queries and keys of the layer before."""
