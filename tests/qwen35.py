@@ -78,8 +78,10 @@ def checkpoint(
     model = uneven_norms(settled(Qwen3_5ForConditionalGeneration(config)))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("A_log"):  # a state of many tokens: what is read of few may be so
-                weight -= 2  # small that its norm makes large errors of rounding
+            if name.endswith("A_log"):  # a state of many tokens
+                weight -= 2
+            elif "language_model" in name and "norm" in name and "linear_attn" not in name:
+                weight -= 1  # as these are stored
     model.to(torch.float32).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
