@@ -133,6 +133,15 @@ def _entries(tree: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     return found
 
 
+def parses(text: str | bytes) -> bool:
+    """Whether JSON can be read."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def damage(content: bytes, rng: Random, other: bytes = b"") -> tuple[bytes, str]:
     """Bytes changed without regard to what they mean."""
     data = bytearray(content)

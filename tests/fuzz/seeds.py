@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUESTION = "what color is the star ?"
 
@@ -33,6 +37,21 @@ class Seeds:
     def video_bundle(self) -> Path:
         """Of a clip's three frames."""
         return self.folder / "video-bundle"
+
+    @property
+    def dial(self) -> Path:
+        """Of one image at two ratios, with weights of 4 and 8 bits that samples chose."""
+        return self.folder / "dial"
+
+    @property
+    def bundles(self) -> tuple[Path, Path]:
+        """Those of one image."""
+        return self.bundle, self.dial
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """A checkpoint of each of several families, and a quantised one."""
+        return sorted((self.folder / "checkpoints").iterdir())
 
     @property
     def schedule(self) -> Path:
@@ -62,9 +81,10 @@ def prepare(folder: Path) -> Seeds:
     seeds, done = Seeds(folder), folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _models(seeds)
-        _schedule(seeds)
         _images(seeds.folder / "images", seeds.outside)
+        _models(seeds)
+        _checkpoints(seeds.folder / "checkpoints")
+        _schedule(seeds)
         _clips(seeds.folder / "clips")
         done.touch()
     return seeds
@@ -78,8 +98,19 @@ def _models(seeds: Seeds) -> None:
 
     write(TINY, seeds.checkpoint)
     video = families.internvl().save(seeds.folder / "video-checkpoint")
+    (samples := seeds.folder / "images.json").write_text(json.dumps([_sample(seeds.image)] * 2))
+    fastv = "--method", "fastv", "--set", "K=1"
+    chosen = (
+        "--weights",
+        "auto:bits=6",
+        "--samples-file",
+        samples,
+        "--image-dir",
+        seeds.image.parent,
+    )
     exports = [
-        (seeds.bundle, seeds.checkpoint, "--method", "fastv", "--cr", "1.5", "--set", "K=1"),
+        (seeds.bundle, seeds.checkpoint, *fastv, "--cr", "1.5"),
+        (seeds.dial, seeds.checkpoint, *fastv, "--cr", "1.5,1.2", *chosen),
         (seeds.video_bundle, video, "--method", "none", "--frames", 3),
     ]
     for output, model, *options in exports:
@@ -88,6 +119,31 @@ def _models(seeds: Seeds) -> None:
             code = main([str(part) for part in parts])
         if code:
             raise RuntimeError(f"no seeds without this export: {said.getvalue()}")
+
+
+def _sample(image: Path) -> dict[str, object]:
+    """A record of LLaVA-Instruct."""
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "red"}]
+    return {"id": "a", "image": image.name, "conversations": turns}
+
+
+def _checkpoints(folder: Path) -> None:
+    """Tiny random ones, in the layout that transformers saves."""
+    from tests import families, glm, lfm2, qwen
+    from tests.packing import Codes, gptq, pack
+
+    folder.mkdir()
+    for family in (families.pixtral(), families.ministral3(), families.gemma3(), lfm2.lfm2_vl()):
+        family.save(folder / family.name)
+    glm.checkpoint(folder / "glm46v")
+    qwen.stacked_checkpoint(folder / "qwen3_vl")
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
+
+    def packed(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes = Codes.of(weight, 4, 16, symmetric=True)
+        return gptq(codes), codes.floats()
+
+    pack(families.llava().save(folder / "llava"), folder, scheme, packed)
 
 
 def _schedule(seeds: Seeds) -> None:

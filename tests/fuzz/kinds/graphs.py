@@ -24,7 +24,7 @@ SMALL = tuple(number for number in INTEGERS if -(2**63) <= number < 2**63)
 
 
 def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
-    bundle = Path(shutil.copytree(seeds.bundle, folder / "bundle"))
+    bundle = Path(shutil.copytree(rng.choice(seeds.bundles), folder / "bundle"))
     file = bundle / rng.choice(["decoder.onnx", "decoder.onnx", "vision.onnx", "join.onnx"])
     if rng.random() < 0.1:
         content, note = damage(file.read_bytes(), rng)

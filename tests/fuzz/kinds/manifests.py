@@ -8,16 +8,17 @@ from pathlib import Path
 from random import Random
 
 from tests.fuzz.case import Case, command
-from tests.fuzz.mutate import alter
+from tests.fuzz.mutate import alter, parses
 from tests.fuzz.seeds import QUESTION, Seeds
 
 WEIGHT = 22
+PARTS = ("decoder", "image", "text", "prune", "ratios", "weights")
 
 
 def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
-    bundle = Path(shutil.copytree(seeds.bundle, folder / "bundle"))
-    part = rng.choice(["decoder", "image", "text", "prune", "all", "all"])
+    bundle = Path(shutil.copytree(rng.choice(seeds.bundles), folder / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
+    part = rng.choice([*(part for part in PARTS if manifest[part]), "all", "all"])
     tree = manifest if part == "all" else manifest[part]
     text, note = alter({part: tree}, rng)
     if part != "all":
@@ -27,12 +28,13 @@ def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
     else:
         text = text.removeprefix('{"all": ').removesuffix("}")
     (bundle / "manifest.json").write_text(text)
-    return Case(ask(bundle, seeds, rng, folder), note, _parses(text))
+    return Case(ask(bundle, seeds, rng, folder), note, parses(text))
 
 
 def ask(bundle: Path, seeds: Seeds, rng: Random, folder: Path) -> object:
     """One of the commands that open a bundle."""
-    image = ("--image", seeds.image, "--prompt", QUESTION)
+    ratio = ("--cr", 1.2) if rng.random() < 0.2 else ()
+    image = ("--image", seeds.image, "--prompt", QUESTION, *ratio)
     return rng.choice(
         [
             command("run", bundle, *image, "--max-new-tokens", 3, "--threads", 1),
@@ -42,11 +44,3 @@ def ask(bundle: Path, seeds: Seeds, rng: Random, folder: Path) -> object:
             command("check", bundle),
         ]
     )
-
-
-def _parses(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -49,7 +49,7 @@ SIZES = (
     "1e3x1e3",
     "28x28x28",
 )
-SAMPLED = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads")
+SAMPLED = ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--cr")
 PATHS = (
     "",
     ".",
@@ -70,7 +70,8 @@ def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
 
 
 def run(rng: Random, seeds: Seeds) -> tuple[str, list[object]]:
-    words: list[object] = ["run", seeds.bundle, "--image", seeds.image, "--prompt", QUESTION]
+    bundle = rng.choice(seeds.bundles)
+    words: list[object] = ["run", bundle, "--image", seeds.image, "--prompt", QUESTION]
     for option in rng.sample(SAMPLED, rng.choice([1, 1, 2])):
         words.append(f"{option}={rng.choice(NUMBERS)}")
     return "run", words

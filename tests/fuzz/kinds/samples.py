@@ -11,8 +11,8 @@ from typing import Any
 
 from tests.fuzz.case import Case, reader
 from tests.fuzz.kinds import images
-from tests.fuzz.kinds.schedules import _adapter, _parses
-from tests.fuzz.mutate import alter
+from tests.fuzz.kinds.schedules import _adapter
+from tests.fuzz.mutate import alter, parses
 from tests.fuzz.seeds import QUESTION, Seeds
 
 WEIGHT = 7
@@ -35,7 +35,7 @@ def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
         text = text.removeprefix("[").removesuffix("]").replace("}, {", "}\n{")
     file.write_text(text)
     read = (lambda: _ask(file, own)) if asking else (lambda: _calibrate(file, own, seeds))
-    well_formed = all(_parses(line.encode()) for line in text.splitlines())
+    well_formed = all(parses(line) for line in text.splitlines())
     return Case(reader(read), note, well_formed, refuse, (seeds.outside,))
 
 

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from tests.fuzz.case import Case, reader
-from tests.fuzz.mutate import alter, damage
+from tests.fuzz.mutate import alter, damage, parses
 from tests.fuzz.seeds import Seeds
 
 WEIGHT = 4
@@ -23,7 +23,7 @@ def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
         text, note = alter(json.loads(seeds.schedule.read_text()), rng)
         content = text.encode()
     (file := folder / "schedule.json").write_bytes(content)
-    return Case(reader(lambda: _plan(file, seeds)), note, _parses(content))
+    return Case(reader(lambda: _plan(file, seeds)), note, parses(content))
 
 
 def _plan(file: Path, seeds: Seeds) -> None:
@@ -43,11 +43,3 @@ def _adapter(checkpoint: Path) -> Any:
     from edgeprune.models import open_model
 
     return open_model(str(checkpoint))
-
-
-def _parses(content: bytes) -> bool:
-    try:
-        json.loads(content)
-    except (ValueError, RecursionError):
-        return False
-    return True

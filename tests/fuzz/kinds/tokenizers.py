@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from tests.fuzz.case import Case, command
-from tests.fuzz.mutate import alter
+from tests.fuzz.mutate import alter, parses
 from tests.fuzz.seeds import QUESTION, Seeds
 
 WEIGHT = 10
@@ -162,7 +162,7 @@ def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
         *("run", bundle, "--image", seeds.image, "--prompt", rng.choice(PROMPTS)),
         *("--max-new-tokens", 3, "--threads", 1),
     )
-    return Case(ask, note, _parses(text))
+    return Case(ask, note, parses(text))
 
 
 def mend(bundle: Path) -> None:
@@ -173,11 +173,3 @@ def mend(bundle: Path) -> None:
         content = (bundle / name).read_bytes()
         record["bytes"], record["sha256"] = len(content), hashlib.sha256(content).hexdigest()
     file.write_text(json.dumps(manifest))
-
-
-def _parses(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
