@@ -107,7 +107,7 @@ def test_idle_threads_leave_the_cores_to_the_next_graph(demo_dense: Path) -> Non
     backend = OrtBackend(bundle, threads=2)
     burned = []
     for _ in range(5):
-        backend.encode_image(np.zeros(bundle.manifest.image.shape, np.float32))
+        backend.encode_tile(np.zeros(bundle.manifest.image.shape, np.float32))
         begin = time.process_time()
         time.sleep(0.04)
         burned.append(time.process_time() - begin)
