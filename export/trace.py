@@ -162,9 +162,9 @@ def to_graph(
         raise ExportError("torch.onnx.export returned no graph")
     model = exported.model
     lower_rules(model, tokens)
-    _rename(model.graph.inputs, inputs)
     hidden = [End(f"{HIDDEN}{number}", "hidden") for number in range(states)]
     _rename(model.graph.outputs, [*outputs, *hidden])
+    _rename(model.graph.inputs, inputs)  # an output that is an input keeps the input's name
     clean(model, {name for name, _ in module.named_parameters()})
     del model.graph.outputs[len(outputs) :]
     _part(model.graph, outputs)
@@ -186,7 +186,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _part(graph: ir.Graph, ends: Sequence[End]) -> None:
-    """Give an output that is another one too a value of its own."""
+    """Give an output that is an input or another output a value of its own."""
     for index, (value, end) in enumerate(zip(list(graph.outputs), ends, strict=True)):
         if value.name != end.name:
             copied = ir.node("Identity", [value], name=f"{end.name}/identity")

@@ -240,8 +240,9 @@ def engine_bundles(
     """Caches that are written in place under UTP, caches that grow without pruning."""
     from tests.fake_gpu import pretend
 
-    copy = Path(shutil.copytree(tiny_jetpack7, tmp_path_factory.mktemp("engine") / "tiny"))
-    found = {"in-place": copy, "grow": tiny_jetpack6}
+    found = dict[str, Path]()
+    for name, shared in (("in-place", tiny_jetpack7), ("grow", tiny_jetpack6)):
+        found[name] = Path(shutil.copytree(shared, tmp_path_factory.mktemp(name) / "tiny"))
     for bundle, backend in zip(found.values(), ("trt", "trt-rtx"), strict=True):
         pretend(bundle, backend)
     return found

@@ -86,7 +86,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other sizes": (lambda d: d["prune"].update(counts=[9] * 3), "the stages give other"),
     "wrong stage": (
         lambda d: d["prune"]["stages"].append({"site": "moon", "keep": 1}),
-        'site is one of block, vision, input, layer; got "moon"',
+        'site is one of encoder, block, vision, input, layer; got "moon"',
     ),
     "no graph": (lambda d: d["files"].pop("decoder.onnx"), "files lacks decoder.onnx"),
     "deep": (lambda d: d.update(parity=_nested(DEPTH)), "it nests more than 64 levels deep"),

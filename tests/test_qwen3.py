@@ -171,16 +171,15 @@ def test_rows_of_merged_tokens_are_averaged_as_the_tokens_are(
     policy = make(PruneSpec(method, 4))
     plan = policy.plan(adapter.shape, 4)
     vision: Any = Reference.build(adapter, policy, plan).vision
-    signals = vision.signals(
-        vision.encoder(Processor(adapter)(drawn_image(250, 262), QUESTION).pixels)
-    )
+    seen = vision.encoder(Processor(adapter)(drawn_image(250, 262), QUESTION).pixels)
+    signals = vision.signals(seen)
     alike = replace(signals, middle=(signals.features,) * 3)
     (stage,) = plan.before_decoder()
     assert stage.merged
     merged = policy.vision(signals, stage).gather(signals.features)
     vision.signals = lambda seen: alike
     with torch.no_grad():
-        visual, _ = vision.select(None)
+        visual, _ = vision.select(seen)
     rows = visual.chunk(4, dim=-1)[1:]
     for part, row in zip(vision.deepstack, rows, strict=True):
         torch.testing.assert_close(row, part(merged))
