@@ -169,6 +169,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: _config(f, text_config={"intermediate_size": 128}),
         ["mlp.gate_proj.weight is [96, 64], config.json says [128, 64]"],
     ),
+    "vast sizes": (
+        lambda f: _config(f, text_config={"vocab_size": 1 << 62}),
+        ["config.json describes no model that can be built"],
+    ),
     "tensor missing": (
         lambda f: _without(f, "language_model.lm_head.weight"),
         ["has no tensor lm_head.weight"],

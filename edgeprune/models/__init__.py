@@ -78,14 +78,21 @@ def open_model(
     if tokenizer is not None and not tokenizer.is_dir():
         raise ModelError(f"--tokenizer is a folder with a tokenizer; {tokenizer} is none")
     checkpoint = Checkpoint.open(folder, lora, tokenizer)
-    adapter = family(checkpoint, asked)
-    if adapter.shape.visual_tokens >= adapter.shape.max_positions:
+    try:
+        adapter = family(checkpoint, asked)
+        visual, positions = adapter.shape.visual_tokens, adapter.shape.max_positions
+        _ = adapter.all_notes  # weights that are missing, or mean something else, are named now
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
         raise ModelError(
-            f"an image of this size has {adapter.shape.visual_tokens} visual tokens, the decoder"
-            f" takes {adapter.shape.max_positions} (or attends to no more); choose a smaller"
-            " --image-size"
+            f"{folder / 'config.json'} describes no model that can be built ({reason}); compare it"
+            " with the published one"
+        ) from error
+    if visual >= positions:
+        raise ModelError(
+            f"an image of this size has {visual} visual tokens, the decoder takes {positions} (or"
+            " attends to no more); choose a smaller --image-size"
         )
-    _ = adapter.all_notes  # weights that are missing, or mean something else, are named now
     return adapter
 
 
