@@ -18,7 +18,7 @@ from typing import Any
 
 from edgeprune.errors import ModelError
 from edgeprune.manifest import DATE
-from edgeprune.models._chat import known
+from edgeprune.models._chat import known, token_at
 from edgeprune.models._media import Media, Turns
 
 Turn = tuple[str, list[str]]  # role, and texts of which one may be the image token
@@ -64,7 +64,7 @@ class ImageToken:
 
 def token_text(tokenizer: Any, wanted: int | None) -> str:
     """The text of an image token; ModelError where the tokenizer does not read it as that token."""
-    token = None if wanted is None else tokenizer.convert_ids_to_tokens(wanted)
+    token = None if wanted is None else token_at(tokenizer, wanted)
     if token is None or tokenizer.encode(token, add_special_tokens=False) != [wanted]:
         raise ModelError(
             f"the tokenizer does not read the configuration's image token {wanted} ({token!r}) as"

@@ -173,6 +173,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: _config(f, text_config={"vocab_size": 1 << 62}),
         ["config.json describes no model that can be built"],
     ),
+    "vast token": (
+        lambda f: _config(f, image_token_index=1 << 63, image_token_id=1 << 63),
+        ["does not read the configuration's image token 9223372036854775808"],
+    ),
     "tensor missing": (
         lambda f: _without(f, "language_model.lm_head.weight"),
         ["has no tensor lm_head.weight"],

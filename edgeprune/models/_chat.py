@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,16 @@ class Chat:
         return ids[: starts[0]][None], between, ids[starts[-1] + 1 :][None]
 
     def _token(self, number: int) -> str:
-        return str(self.tokenizer.convert_ids_to_tokens(number))
+        return str(token_at(self.tokenizer, number))
+
+
+def token_at(tokenizer: Any, number: int) -> str | None:
+    """The token of a number; None where the tokenizer has none, or takes no such number."""
+    try:
+        found: str | None = tokenizer.convert_ids_to_tokens(number)
+    except OverflowError:
+        return None
+    return found
 
 
 def known(assumed: Turns | None) -> Turns:
