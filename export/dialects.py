@@ -19,7 +19,22 @@ from edgeprune.lowering import Lowering
 from edgeprune.models._ops import Causal, TorchOps, attention, cast
 
 
-class ModernOps(TorchOps):
+class GraphOps(TorchOps):
+    """What every dialect writes out in plain operators."""
+
+    def delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return emit_rule(query, key, value, decay, beta, state)
+
+
+class ModernOps(GraphOps):
     """Opset-24 operators; only for tracing, their results are empty."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,17 +65,6 @@ class ModernOps(TorchOps):
             inputs.append(_written(mask, query, key))
         return _emit("Attention", inputs, query, **scaled)
 
-    def delta_rule(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: Tensor,
-        beta: Tensor,
-        state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        return emit_rule(query, key, value, decay, beta, state)
-
 
 class Jetpack7Ops(ModernOps):
     """As ModernOps, but what a token may see is always written out."""
@@ -82,7 +86,7 @@ def _written(mask: Causal | Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.seen(query, key)[None, None] if isinstance(mask, Causal) else mask
 
 
-class Jetpack6Ops(TorchOps):
+class Jetpack6Ops(GraphOps):
     """Products, sums and softmax; a cache is [1, kv_heads, length, head] and gets longer."""
 
     def write(self, past: Tensor, new: Tensor, start: Tensor) -> Tensor:
@@ -97,17 +101,6 @@ class Jetpack6Ops(TorchOps):
         scale: float | None = None,
     ) -> Tensor:
         return attention(query, key, value, mask, scale)
-
-    def delta_rule(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: Tensor,
-        beta: Tensor,
-        state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        return emit_rule(query, key, value, decay, beta, state)
 
 
 def _emit(
