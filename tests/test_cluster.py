@@ -205,8 +205,12 @@ def test_every_sample_is_in_one_part() -> None:
 
 
 def test_the_command_calibrates_on_a_cluster(
-    ray: FakeRay, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray: FakeRay,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))  # nothing is known yet
     base = ["calibrate", "--cr", "4", "--samples", "3", "-o", str(tmp_path / "s.json")]
     assert main([*base, "--ray", "auto", "--jobs", "2"]) == 0
     assert ray.most == 2
