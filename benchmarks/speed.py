@@ -30,19 +30,24 @@ from edgeprune import encoder_methods
 from edgeprune.bench.bench import BenchRequest, BenchResult, RoundSeconds, Row, bench
 from edgeprune.bench.table import table
 from edgeprune.bundle import MANIFEST
+from edgeprune.commands._common import image_size
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
+from edgeprune.tiling import Size
 
 
-def opened(model: str, work: Path) -> Adapter:
-    """A checkpoint of random weights, written unless it is there."""
+def opened(model: str, work: Path, size: Size | None = None) -> Adapter:
+    """A checkpoint of random weights, written unless it is there; a whole model may be frozen for
+    images of another size than its shape says."""
     folder, there = work / model, (work / model / "config.json").is_file()
     if model in SHAPES:
         return open_model(str(folder if there else write(SHAPES[model], folder)))
     published = PUBLISHED[model]
+    if size is not None:
+        published = replace(published, size=size)
     return published.open(folder if there else published.write(folder, sparse=False))
 
 
@@ -74,10 +79,11 @@ def bundles(
     encoders: Sequence[str] = (),
     *,
     flat: bool,
+    size: Size | None = None,
 ) -> tuple[Path, ...]:
     """Dense, pruned layer by layer, the same with each of some shorter encoders and, if asked, flat
     at the same average; in each format of weights."""
-    adapter = opened(model, work)
+    adapter = opened(model, work, size)
     visual, layers = adapter.shape.visual_tokens, adapter.shape.layers
     pruned = plan_from_counts(visual, declining(visual, layers, cr))
     even = plan_from_counts(visual, (round(visual / cr),) * layers)
@@ -125,6 +131,12 @@ def _joined(rows: Sequence[Row]) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pruned against dense on random weights.")
     parser.add_argument("model", choices=[*SHAPES, *PUBLISHED], metavar="MODEL")
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="WxH",
+        help="of a whole model, where its family takes several (a --work of its own for each size)",
+    )
     parser.add_argument("--cr", type=float, default=4)
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--weights", default="float", help="formats, with commas between them")
@@ -142,7 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     formats, encoders = args.weights.split(","), [e for e in args.encoders.split(",") if e]
     asked = args.model, args.cr, args.work, args.dtype, formats, encoders
-    paths = bundles(*asked, flat=not args.no_flat)
+    paths = bundles(*asked, flat=not args.no_flat, size=args.image_size)
     request = BenchRequest(
         paths,
         (args.backend,),
