@@ -158,11 +158,17 @@ FORMS = {
         compressed("float-quantized", **F8, strategy="tensor"),
         rectangles(0, 0, shape=(1,)),
         "compressed-tensors, float8, one scale a weight",
+        8,
+        True,
+        block=0,
     ),
     "float8 by output": Form(
         compressed("float-quantized", **F8, strategy="channel"),
         rectangles(1, 0),
         "compressed-tensors, float8, one scale an output",
+        8,
+        True,
+        block=0,
     ),
     "float8 in blocks": Form(
         compressed("float-quantized", **F8, strategy="block", block_structure=[20, 12]),
@@ -174,7 +180,9 @@ FORMS = {
         rectangles(20, 12, "weight_scale_inv"),
         "float8, blocks of 20 x 12",
     ),
-    "float8 of one scale": Form(FP8, rectangles(0, 0, shape=()), "float8, one scale a weight"),
+    "float8 of one scale": Form(
+        FP8, rectangles(0, 0, shape=()), "float8, one scale a weight", 8, True, block=0
+    ),
     "nf4": Form(BNB4, packing.four_bit_floats, "bitsandbytes, 4 bits"),
     "fp4": Form(BNB4, partial(packing.four_bit_floats, kind="fp4"), "bitsandbytes, 4 bits"),
     "nf4 nested": Form(BNB4, partial(packing.four_bit_floats, nested=True), "bitsandbytes, 4 bits"),

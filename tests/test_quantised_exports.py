@@ -115,7 +115,7 @@ def even_gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tens
 
 
 WIDE, EVEN = AWQ | {"group_size": 32}, GPTQ | {"group_size": 32}
-INT8 = FORMS["bitsandbytes of 8 bits"]
+INT8, FLOAT8 = FORMS["bitsandbytes of 8 bits"], FORMS["float8 by output"]
 KEPT = "note: the checkpoint's 21 quantised weights keep their codes"
 ZEROS = f"{KEPT}; 21 have zero points"
 OFFSETS = f"{ZEROS} in a second product of sums of blocks"
@@ -129,9 +129,10 @@ ANEW = "note: the checkpoint's 21 quantised weights are rounded anew, 21 of them
         (WIDE, wide_awq, "int4:head=off", "rtx", 21, OFFSETS),
         (EVEN, even_gptq, "int4:head=off", "rtx", 21, KEPT),
         (INT8.scheme, INT8.packed, "int8:head=off", "jetpack7", 21, KEPT),
+        (FLOAT8.scheme, FLOAT8.packed, "fp8:activations=off:head=off", "rtx", 21, KEPT),
         (FORMS["nf4"].scheme, FORMS["nf4"].packed, "int8:head=off", "cpu", 0, ANEW),
     ],
-    ids=["zero points", "zero points in a second product", "int4", "int8", "no codes"],
+    ids=["zero points", "zero points in a second product", "int4", "int8", "float8", "no codes"],
 )
 def test_codes_of_the_checkpoint_are_kept_where_the_target_takes_them(
     scheme: dict[str, Any],
@@ -154,7 +155,7 @@ def test_codes_of_the_checkpoint_are_kept_where_the_target_takes_them(
     record = Bundle.open(output).manifest.weights
     assert record is not None and (record.packed, record.own) == (21, own)
     assert (record.error < 1e-3) == (own == 21)  # float32 scales are rounded to fp16
-    exact_codes = own == 21 and packer is not INT8.packed
+    exact_codes = own == 21 and packer not in (INT8.packed, FLOAT8.packed)
     offsets = packer is wide_awq and target != "cpu"  # rounded to fp16
     assert (record.error == 0) == (exact_codes and not offsets)
     graph = onnx.load(output / "decoder.onnx", load_external_data=False).graph

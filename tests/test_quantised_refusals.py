@@ -277,7 +277,7 @@ LATE: dict[str, tuple[str, Edit, str]] = {
         lambda t: t.update(
             {f"{QUERY}weight": torch.full((32, 32), torch.nan).to(torch.float8_e4m3fn)}
         ),
-        "holds 1,024 of 1,024 numbers that are infinite or not a number; the checkpoint is dama",
+        "q_proj.weight holds codes that are not a number; the checkpoint is damaged",
     ),
     "codes of 5 bits": (
         "int8 of 4 bits",

@@ -179,7 +179,7 @@ class Adapter(Family):
     def _as_stored(self, wanted: WeightFormat) -> WeightFormat:
         """The format with blocks that a quantised checkpoint has: its codes can be kept then."""
         first = self._first_packed
-        return wanted if first is None else wanted.within(first.block)
+        return wanted if first is None or first.is_float8 else wanted.within(first.block)
 
     @cached_property
     def _first_packed(self) -> QuantizedWeight | None:
@@ -396,6 +396,8 @@ class Adapter(Family):
         outputs, inputs = source.shape
         form, scales = source.form, self.weights.scales
         stored = self.quantized(source)
+        if stored is not None and stored.is_float8 and not form.float8:
+            stored = None  # its floats are rounded as any others
         largest = self.weights.largest if form.activations else form.largest
         anew = partial(
             quantize,
@@ -424,8 +426,9 @@ class Adapter(Family):
         """The checkpoint's codes as a graph takes them; None where it does not."""
         form, plan = source.form, self.weights
         assert form is not None and plan is not None
-        if form.float8:
+        if form.float8 != stored.is_float8:
             return None
+        largest = None if stored.is_float8 else largest
         asked = form.bits, form.block or len(stored.codes), plan.scales
         found = fitted(stored, *asked, largest=largest)
         if found is None or found.zeros is None:

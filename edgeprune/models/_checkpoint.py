@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from edgeprune.errors import ModelError, SpecError
+from edgeprune.models._format import PARAMS, check_layout
 from edgeprune.models._lora import CONFIG, WEIGHTS, Lora
 from edgeprune.models._quantised import QuantizedWeight
 from edgeprune.models._stored import TensorFiles, line, read_json, tensors_of
@@ -35,6 +36,7 @@ def locate(model: str, revision: str | None = None, check: Check | None = None) 
     local cache. What `check` refuses is not fetched."""
     folder = Path(model).expanduser()
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        check_layout(model, folder)
         if not any((folder / file).is_file() for file in ("config.json", CONFIG)):
             raise ModelError(
                 f"{model} is no checkpoint: want a folder with config.json, or a hub id owner/name"
@@ -47,6 +49,8 @@ def locate(model: str, revision: str | None = None, check: Check | None = None) 
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "*.tiktoken"]
 """Files of a checkpoint that are fetched."""
+UNWANTED = ["consolidated*"]
+"""Among them, the same weights in Mistral's own layout."""
 
 
 def _from_hub(model: str, revision: str | None, check: Check | None) -> Path:
@@ -59,11 +63,14 @@ def _from_hub(model: str, revision: str | None, check: Check | None) -> Path:
             if _is_whole(folder):
                 return folder
         HfApi().model_info(model, revision=revision, timeout=10)  # at once, before any retry
-        first = Path(snapshot_download(model, revision=revision, allow_patterns=["config.json"]))
+        patterns = ["config.json", PARAMS]
+        first = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    check_layout(model, first)
     if check is not None and (first / "config.json").is_file():
         check(read_json(first / "config.json"))
     with _hub(model):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+        asked: dict[str, Any] = {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+        return Path(snapshot_download(model, revision=revision, **asked))
 
 
 @contextmanager
@@ -230,6 +237,11 @@ def _instead(folder: Path) -> str:
         return (
             "only safetensors are read, this checkpoint has pickles (pytorch_model*.bin): download"
             " them into a folder of yours, and write them as safetensors with edgeprune convert"
+        )
+    if any(folder.glob("consolidated*.safetensors")):
+        return (
+            "consolidated.safetensors is Mistral's own layout, which is not read: download"
+            " model*.safetensors of the same repository"
         )
     others = [f.name for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".gguf")]
     found = f" (found {others[0]})" if others else ""

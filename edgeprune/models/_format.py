@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import ModelError
+from edgeprune.models._stored import read_json
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored dtypes that are read."""
@@ -19,6 +20,30 @@ QUANTISED = (
     "quantised in a way that config.json does not tell (quantization_config); download the"
     " checkpoint again, or export the float one that it was made from"
 )
+
+
+PARAMS = "params.json"
+"""The config of Mistral's own layout."""
+
+
+def check_layout(model: str, folder: Path) -> None:
+    """ModelError where a folder holds a model in Mistral's own layout alone: params.json,
+    consolidated.safetensors and tekken.json."""
+    if (folder / "config.json").is_file() or not (folder / PARAMS).is_file():
+        return
+    vision = read_json(folder / PARAMS).get("vision_encoder")
+    if not isinstance(vision, dict):
+        where = "and it says of no vision_encoder: edgeprune exports models that see images"
+    elif "spatial_merge_size" in vision:
+        where = (
+            "take the other files of its repository on the hub, which hold the same model:"
+            " config.json, model*.safetensors, tokenizer.json and the settings of the processor"
+        )
+    else:
+        where = "of Pixtral 12B take mistral-community/pixtral-12b, which is the same model"
+    raise ModelError(
+        f"{model} has Mistral's own layout ({PARAMS}, no config.json), which is not read; {where}"
+    )
 
 
 def check_format(folder: Path, config: Mapping[str, Any]) -> None:

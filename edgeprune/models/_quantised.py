@@ -44,6 +44,11 @@ class QuantizedWeight:
                     f" {self.block} are {[*wanted]}; got {[*tensor.shape]}"
                 )
 
+    @property
+    def is_float8(self) -> bool:
+        """Whether codes are floats of 8 bits."""
+        return self.codes.dtype == torch.float8_e4m3fn
+
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [K, N], computed in float32 and rounded to a dtype."""
         weight = self.codes.view(-1, self.block, self.codes.shape[1]).float()

@@ -32,9 +32,10 @@ def read_tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
     if (folder / _qwen_tiktoken.FILE).is_file() and not (folder / "tokenizer.json").is_file():
         return _qwen_tiktoken.tokenizer(folder / _qwen_tiktoken.FILE), ()
     if not any((folder / name).is_file() for name in _KNOWN):
+        other = " (tekken.json is not read)" if (folder / "tekken.json").is_file() else ""
         raise ModelError(
-            f"{folder} has no usable processor or tokenizer: neither tokenizer.json nor {FILE};"
-            " name a folder that has one with --tokenizer"
+            f"{folder} has no usable processor or tokenizer: neither tokenizer.json nor"
+            f" {FILE}{other}; name a folder that has one with --tokenizer"
         )
     return _as_transformers_does(folder)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError
@@ -16,6 +17,8 @@ from edgeprune.models._stored import TensorFiles
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Stored dtypes of weights and scales that are floats."""
+NOT_A_NUMBER = 0x7F
+"""The bits of float8 (e4m3) but for its sign that are no number."""
 FLOAT = "export the float checkpoint that it was made from"
 ORDERED = "orders the inputs by their activations, which is not read"
 REQUANTISE = f"quantise without that (desc_act=false, actorder=weight), or {FLOAT}"
@@ -86,6 +89,14 @@ class Parts:
             raise self.error(leaf, "holds scales that are infinite or not a number")
         return scales
 
+    def float8(self, scales: Tensor) -> QuantizedWeight:
+        """The weight of codes `weight` [N, K] in float8 with one scale an output, [N, 1], or one in
+        all, [1, 1]; ModelError where a code is not a number."""
+        codes = self.read("weight").t().contiguous()
+        if bool(((codes.view(torch.uint8) & NOT_A_NUMBER) == NOT_A_NUMBER).any()):
+            raise self.error("weight", "holds codes that are not a number")
+        return self.quantized(codes, None, scales.expand(codes.shape[1], 1).t().contiguous(), 8)
+
     def quantized(
         self, codes: Tensor, zeros: Tensor | None, scales: Tensor, bits: int
     ) -> QuantizedWeight:
@@ -96,7 +107,7 @@ class Parts:
             zeros = None
         if bool((empty := scales == 0).any()):
             wide = empty.repeat_interleave(block, 0)
-            codes = codes.masked_fill(wide, 0)
+            codes = codes.view(torch.uint8).masked_fill(wide, 0).view(codes.dtype)
             zeros = None if zeros is None else zeros.masked_fill(empty, 0)
             scales = scales.masked_fill(empty, 1)
         return QuantizedWeight(codes, scales, zeros, bits, block)
@@ -149,7 +160,7 @@ class StoredFormat(ABC):
 
     @abstractmethod
     def read(self, parts: Parts) -> QuantizedWeight | Tensor:
-        """A weight in codes [K, N], or where the form has no integer codes in float32 [N, K].
+        """A weight in codes [K, N], or where graphs have no such codes in float32 [N, K].
         Called after `shape`."""
 
     @abstractmethod

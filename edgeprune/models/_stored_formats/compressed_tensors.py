@@ -131,6 +131,8 @@ class Format(StoredFormat):
         if group.kind == "float":
             if zeros is not None and bool(zeros.any()):
                 raise parts.error("weight_zero_point", "is not 0 beside floats")
+            if grid in ((1, 1), (outputs, 1)):
+                return parts.float8(scales)
             rows, columns = group.rows or outputs, group.columns or inputs
             return scaled(parts.read("weight"), scales, rows, columns)
         codes = _codes(parts, group.bits, inputs)

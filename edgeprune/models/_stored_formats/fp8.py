@@ -1,9 +1,12 @@
-"""Weights in float8 (e4m3) with a scale for each block, as DeepSeek and Qwen publish them.
+"""Weights in float8 (e4m3) with a scale for each block, as DeepSeek and Qwen publish them, or with
+one scale, as Mistral does.
 
 Of a Linear with K inputs and N outputs: `weight` F8_E4M3 [N, K] and `weight_scale_inv`
 [N / rows, K / columns], rounded up, for `weight_block_size` [rows, columns]; without one, a single
-`weight_scale_inv` or `weight_scale`. The weight is their product: despite its name no scale is
-inverted (transformers, integrations/finegrained_fp8.py).
+`weight_scale_inv` or `weight_scale`, and beside it `activation_scale` where `activation_scheme` is
+static: what its inputs are rounded with in float8, which floats are not. The weight is the product
+of weight and scale: despite its name no scale is inverted (transformers,
+integrations/finegrained_fp8.py).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from edgeprune.models._quantised import QuantizedWeight
 from edgeprune.models._stored_formats._codes import scaled
 from edgeprune.models._stored_formats._format import FLOATS, Parts, Settings, StoredFormat
 
@@ -49,9 +53,11 @@ class Format(StoredFormat):
         parts.expect(leaf, (*FLOATS, POWERS), grid, *single)
         return outputs, inputs
 
-    def read(self, parts: Parts) -> Tensor:
-        weight, scales = parts.read("weight"), parts.scales(self._scale(parts))
-        rows, columns = self.block or weight.shape
+    def read(self, parts: Parts) -> QuantizedWeight | Tensor:
+        scales = parts.scales(self._scale(parts))
+        if self.block is None:
+            return parts.float8(scales.reshape(1, 1))
+        weight, (rows, columns) = parts.read("weight"), self.block
         grid = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
         return scaled(weight, scales.reshape(grid), rows, columns)
 
