@@ -133,6 +133,10 @@ def _image(record: ImageRecord) -> Iterator[str]:
             yield "tiling.ratios is empty"
         if (tiling.kind == "round_up") != (tiling.longest_edge is not None):
             yield f"tiles by {tiling.kind} with a longest edge of {tiling.longest_edge} pixels"
+        if (tiling.kind == "crop") != (tiling.crops is not None):
+            yield f"tiles by {tiling.kind} with a rule of crops {tiling.crops}"
+        if tiling.crops is not None and not tiling.suits(tiling.height, tiling.width):
+            yield f"{tiling.rows} x {tiling.columns} crops are not those of its image size"
         if tiling.kept is not None and (tiling.kind != "stretch" or tiling.kept >= tiling.cut):
             yield f"{tiling.kept} of {tiling.cut} tiles by {tiling.kind}"
     yield from _resizing(record, frozen)

@@ -1,10 +1,12 @@
 """How an image is cut into tiles: the arithmetic that an export freezes and a runtime repeats.
 
-Three ways are known. `stretch` (InternVL): the image is made exactly as large as a grid of tiles,
+Four ways are known. `stretch` (InternVL): the image is made exactly as large as a grid of tiles,
 the grid of the nearest aspect ratio. `fit` (LLaVA-NeXT, LLaVA-OneVision): it is made as large as it
 can be inside the grid and padded; whole rows or columns of tokens that show padding are left out.
 `round_up` (SmolVLM, Idefics3): its longer side gets a fixed length, then each side is stretched to
-the next multiple of the tile; the view of the whole image is made from that.
+the next multiple of the tile; the view of the whole image is made from that. `crop` (Gemma 3): its
+longer side is cut into equal parts first, and each part, like the whole image, is squeezed to a
+tile.
 """
 
 from __future__ import annotations
@@ -33,10 +35,31 @@ class Size(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class CropRule:
+    """Which images are cut into crops, and into how many (pan and scan)."""
+
+    ratio: AspectRatio  # of the longer side to the other: from here on an image is cut
+    least: Side  # pixels of the shorter side of a crop; an image that has no more is not cut
+    most: Few  # crops
+
+    def grid(self, image: Size) -> Size:
+        """Rows and columns of an image's crops; 1 x 1: it is not cut."""
+        longer, other = max(image), min(image)
+        if longer / other < self.ratio:
+            return Size(1, 1)
+        count = min(longer // self.least, math.floor(longer / other + 0.5))
+        count = min(self.most, max(2, count))
+        side = math.ceil(longer / count)
+        if min(side, other) < self.least or (count - 1) * side >= longer:  # or nothing in the last
+            return Size(1, 1)
+        return Size(1, count) if image.width >= image.height else Size(count, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Tiling:
     """The tiles of a bundle: rows x columns of them, and the whole image as one more."""
 
-    kind: Annotated[str, OneOf(("stretch", "fit", "round_up"))]
+    kind: Annotated[str, OneOf(("stretch", "fit", "round_up", "crop"))]
     rows: Few
     columns: Few
     height: Side  # of the images that the bundle is frozen for, pixels
@@ -46,6 +69,7 @@ class Tiling:
     overview: Annotated[str, OneOf(("first", "last", "none"))]  # where the whole image stands
     ratios: tuple[AspectRatio, ...] = ()  # stretch: columns / rows of every grid to choose from
     longest_edge: LongestEdge | None = None  # round_up: pixels of the longer side at first
+    crops: CropRule | None = None  # crop: which images are cut so
     kept: Few | None = None  # tiles of the grid that are encoded, as tile_choice.py says; None: all
 
     @property
@@ -86,6 +110,8 @@ class Tiling:
         if self.kind == "stretch":
             ratio = self.columns / self.rows
             return self.cut == 1 or ratio in nearest(width / height, self.ratios)
+        if self.crops is not None:
+            return self.crops.grid(Size(height, width)) == (self.rows, self.columns)
         if self.longest_edge is not None:
             grid = round_up_grid(Size(height, width), self.longest_edge, self.tile)
             return grid == (self.rows, self.columns)

@@ -6,6 +6,8 @@ size that the bundle is frozen for, its aspect ratio kept, on black; `shape_warn
 
 from __future__ import annotations
 
+import math
+
 from PIL import Image
 
 from edgeprune.errors import InputError
@@ -20,6 +22,9 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     if not tiling.suits(image.height, image.width):
         image = on_black(image, Size(tiling.height, tiling.width), resample)
     canvas, side = tiling.canvas, tiling.tile
+    if tiling.crops is not None:
+        views = [image, *cropped(image, tiling.rows, tiling.columns)]
+        return [view.resize((side, side), Image.Resampling(resample)) for view in views]
     if tiling.longest_edge is not None:
         height, width = longest(Size(image.height, image.width), tiling.longest_edge)
         image = image.resize((width, height), Image.Resampling(resample))
@@ -40,6 +45,14 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     return [overview, *tiles] if tiling.overview == "first" else [*tiles, overview]
 
 
+def cropped(image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
+    """An image cut into parts of one size, row by row; the last may be some pixels smaller."""
+    width, height = math.ceil(image.width / columns), math.ceil(image.height / rows)
+    corners = [(x * width, y * height) for y in range(rows) for x in range(columns)]
+    ends = [(min(x + width, image.width), min(y + height, image.height)) for x, y in corners]
+    return [image.crop((*corner, *end)) for corner, end in zip(corners, ends, strict=True)]
+
+
 def shape_warning(given: Size, frozen: Size, better: Size, *, suits: bool) -> str:
     """What is done with an image that does not suit the frozen shape; empty where it does.
 
@@ -56,6 +69,12 @@ def shape_warning(given: Size, frozen: Size, better: Size, *, suits: bool) -> st
         )
     if suits:
         return ""
+    if given.height < frozen.height and given.width < frozen.width and 1 - 1 / off < 0.005:
+        return (
+            f"the image, {given.width} x {given.height}, is enlarged to the bundle's"
+            f" {frozen.width} x {frozen.height}: so small, the model's own processor cuts it"
+            " otherwise"
+        )
     return (
         f"the image's shape, {given.width} x {given.height}, is not the bundle's,"
         f" {frozen.width} x {frozen.height}: {1 - 1 / off:.0%} of the tokens show black borders;"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgeprune.errors import ModelError, SpecError
+from edgeprune.errors import ModelError
 from edgeprune.export.check import check_graph
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.lowering import TARGETS
@@ -257,16 +257,6 @@ def test_what_a_config_asks_beyond_is_refused_by_name(name: str, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=f"gemma3 checkpoint has .*{says}.*: not supported"):
         open_model(str(folder))
-
-
-def test_what_is_asked_beyond_is_refused(tmp_path: Path) -> None:
-    folder = families.gemma3().save(tmp_path)
-    with pytest.raises(SpecError, match="takes every image as 48 x 48 pixels"):
-        open_model(str(folder), size=Size(60, 80))
-    processor = families.gemma3().image_processor
-    processor.do_pan_and_scan = True
-    with pytest.raises(ModelError, match="do_pan_and_scan is True, supported is False"):
-        open_model(str(folder)).image_record(processor)
 
 
 GPUS = [target for target in TARGETS if target != "cpu"]

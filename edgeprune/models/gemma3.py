@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from edgeprune.errors import SpecError
 from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._decoder_config import DecoderConfig, Rescale
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._gemma import BRANCH_NORMS, gemma3
-from edgeprune.models._image_record import Reader, plain, unsupported
+from edgeprune.models._image_record import Reader, count, image_settings, plain, unsupported
 from edgeprune.models._layers import RMSNorm
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media
@@ -23,11 +25,26 @@ from edgeprune.models._names import TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._text import decoder_config
-from edgeprune.models._towers import SIGLIP, is_tied, one_size, siglip
+from edgeprune.models._towers import SIGLIP, is_tied, siglip
+from edgeprune.tiling import CropRule, Tiling
+
+PAN = "do_pan_and_scan"
+WHOLE, CROPS = "Here is the original image ", " and here are some crops to help you see better "
+"""What the processor writes before the view of the whole image, and before its crops."""
+RULE = {
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+}
+"""Settings of pan and scan where the image processor's are null, as published."""
 
 
 class Adapter(_adapter.Adapter):
-    """Visual tokens of one image see each other, later ones too."""
+    """Visual tokens of one view see each other, later ones too.
+
+    An image is one view, or with --image-size a view of it all and then crops of it (pan and scan),
+    which transformers makes where it is asked for them.
+    """
 
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
@@ -60,16 +77,39 @@ class Adapter(_adapter.Adapter):
     def read_encoder(self) -> EncoderConfig:
         return siglip(self.config.vision_config)
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Of pan and scan, by their names."""
+        given = image_settings(self.checkpoint.folder)
+        return {name: given.get(name) or usual for name, usual in RULE.items()}
+
+    def read_tiling(self) -> Tiling | None:
+        """The crops of an image of the size that is asked for; None: one view."""
+        size, tile = self.asked.size, self.encoder.image
+        if size in (None, (tile, tile)):
+            return None
+        rule = crop_rule(self._settings)
+        rows, columns = rule.grid(size)
+        if rows * columns == 1:
+            raise SpecError(
+                f"--image-size {size.width}x{size.height}: pan and scan cuts images that are"
+                f" {rule.ratio:g} times as long as wide, or more, into crops of {rule.least} pixels"
+                f" or more; images of this size are one view of {tile} x {tile}: leave it out"
+            )
+        tokens = math.isqrt(self.config.mm_tokens_per_image)
+        return Tiling("crop", rows, columns, *size, tile, tokens, "first", crops=rule)
+
     def read_media(self) -> Media:
         """The template writes the token that begins an image; the image stands behind it."""
         start, end = self.config.boi_token_index, self.config.eoi_token_index
         around = (str(self.chat.tokenizer.convert_ids_to_tokens(token)) for token in (start, end))
         written = IMAGE_SLOT.join(around)
         token, template = int(self.config.image_token_id), f"\n\n{written}\n\n"
+        if self.tiling is not None:
+            template = f"{WHOLE}{template}{CROPS}{' '.join([template] * self.tiling.cut)}"
         return Media(start, token, count=self.asked.images, template=template)
 
     def read_layout(self) -> Layout:
-        one_size(self.asked.size, self.encoder.image)
         merge = self.encoder.side // math.isqrt(self.config.mm_tokens_per_image)
         return Layout.plain(self.encoder.side, merge, pool="mean").chained(self.between)
 
@@ -81,7 +121,8 @@ class Adapter(_adapter.Adapter):
         tied = is_tied(self.checkpoint, self.config)
         decoder = decoder_config(self.config.text_config, tied, gemma3)
         own = Rescale(r"projector\.norm\.", offset=1.0)
-        images = self.vision_config.layout.image_of if self.asked.images > 1 else ()
+        layout = self.vision_config.layout
+        images = layout.image_of if layout.tiles > 1 else ()
         return replace(decoder, rescaled=(own, *decoder.rescaled), image_of=images)
 
     def tensor_names(self) -> TensorNames:
@@ -91,7 +132,25 @@ class Adapter(_adapter.Adapter):
         )
 
     def image_readers(self) -> Mapping[str, Reader]:
-        return {"Gemma3ImageProcessor": whole}
+        reader: Reader = plain
+        if self.tiling is not None:
+            reader = partial(panned, tiling=self.tiling)
+        return {"Gemma3ImageProcessor": reader}
+
+    def image_processor(self, own: Callable[[], Any]) -> Any:
+        processor = own()
+        processor.do_pan_and_scan = self.tiling is not None
+        for name, value in self._settings.items():
+            setattr(processor, name, value)
+        return processor
+
+    def notes(self) -> tuple[str, ...]:
+        if self.tiling is not None or not image_settings(self.checkpoint.folder).get(PAN):
+            return ()
+        return (
+            f"an image is one view: {PAN} of the image processor's settings is not read, and"
+            " transformers does not read it either; --image-size WxH of your images turns it on",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +176,20 @@ class _Projector(nn.Module):
         return self.ops.linear(cast(self.norm(features), self.weight.dtype), self.weight)
 
 
-def whole(processor: Any) -> ImageRecord:
-    """Of a processor that shows an image as one view."""
-    if processor.do_pan_and_scan:
-        raise unsupported("do_pan_and_scan", True, "False")
-    return plain(processor)
+def crop_rule(settings: Mapping[str, Any]) -> CropRule:
+    """Settings of pan and scan as a rule; ModelError where they are no numbers that it may have."""
+    ratio, least, most = (settings[name] for name in RULE)
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 <= ratio <= 1e4:
+        raise unsupported("pan_and_scan_min_ratio_to_activate", ratio, "a ratio of 1 or more")
+    if count("pan_and_scan_max_num_crops", most) < 2:
+        raise unsupported("pan_and_scan_max_num_crops", most, "2 crops or more")
+    return CropRule(float(ratio), count("pan_and_scan_min_crop_size", least), most)
+
+
+def panned(processor: Any, tiling: Tiling) -> ImageRecord:
+    """Of a processor that squeezes an image and each of its crops to one size."""
+    view = plain(processor)
+    if view.resize != (tiling.tile, tiling.tile) or view.crop is not None:
+        wanted = f"the encoder's {tiling.tile} pixels a side"
+        raise unsupported("size", processor.size, wanted)
+    return replace(view, resize=None, tiling=tiling)
