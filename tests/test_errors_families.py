@@ -64,7 +64,7 @@ def test_weights_of_a_model_that_is_not_supported_are_not_fetched(
     said = refused("models", "--model", "Qwen/Qwen3.5-35B-A3B")
     wanted = "Qwen/Qwen3.5-35B-A3B is a qwen3_5_moe (Qwen3.5 with experts), which is not supported"
     assert wanted in said
-    assert fetched == [["config.json"]]
+    assert fetched == [["config.json", "params.json"]]
 
 
 def test_parts_of_an_unknown_model_are_told_one_by_one(tmp_path: Path, refused: Refused) -> None:
@@ -72,12 +72,33 @@ def test_parts_of_an_unknown_model_are_told_one_by_one(tmp_path: Path, refused: 
     config = {"model_type": "new_vl", **parts}
     (tmp_path / "config.json").write_text(json.dumps(config))
     said = refused("models", "--model", tmp_path)
-    assert said.endswith("; its tower, siglip_vision_model, is known here\n")
+    tower, nearest = "; its tower, siglip_vision_model, is that of llava", "; the nearest family is"
+    assert said.endswith(f"{tower}{nearest} llava\n")
     config["text_config"] = {"model_type": "mamba2"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert said[:-1] + "; its decoder, mamba2, is not here\n" == refused(
-        "models", "--model", tmp_path
-    )
+    said = refused("models", "--model", tmp_path)
+    assert said.endswith(f"{tower}; its decoder, mamba2, is not built here{nearest} llava\n")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"vision_config": {"model_type": "pixtral"}}, "pixtral, is that of mistral3; the nearest"),
+        ({"vision_config": {"model_type": "qwen3_vl_vision"}}, "the nearest family is qwen3_vl"),
+        ({"text_config": {"model_type": "gemma3_text"}}, "its decoder, gemma3_text, is that of ge"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "names code of its own (auto_map), which is"),
+        ({"model_type": "qwen3"}, "; it is a language model and sees no images"),
+        ({"model_type": ["llava"]}, "is a ['llava']; edgeprune knows"),
+        ({"architectures": [["a"], 3]}, "is a new_vl; edgeprune knows"),
+        ({"architectures": "LlavaQwen2ForCausalLM"}, "is a new_vl; edgeprune knows"),
+    ],
+    ids=str,
+)
+def test_an_unknown_model_is_told_what_is_known_of_it(
+    config: dict[str, Any], says: str, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "new_vl", **config}))
+    assert says in refused("models", "--model", tmp_path)
 
 
 def test_a_family_that_nobody_asked_for_is_told_with_all_that_there_are(

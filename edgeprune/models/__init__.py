@@ -21,6 +21,7 @@ from edgeprune.models._lora import base_of
 from edgeprune.models._media import InputOptions
 from edgeprune.models._nearby import Nearby, parts
 from edgeprune.models._stored import read_json
+from edgeprune.models._text import DECODERS
 from edgeprune.tiling import Size
 
 __all__ = ["Adapter", "Checkpoint", "elsewhere", "load", "names", "nearby", "open_model"]
@@ -44,7 +45,8 @@ def elsewhere() -> list[Elsewhere]:
 
 def nearby() -> list[tuple[str, Nearby]]:
     """Models of transformers that are not supported, each behind its nearest family."""
-    return [(name, near) for name in names() for near in load(name).nearby]
+    own = ((name, vars(load(name)).get("nearby", ())) for name in names())  # none of a base's
+    return [(name, near) for name, rows in own for near in rows]
 
 
 def open_model(
@@ -106,7 +108,8 @@ def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
             return found
     if kind in names():
         return load(kind)
-    named = set(config.get("architectures") or ())
+    listed = config.get("architectures")
+    named = {one for one in listed if isinstance(one, str)} if isinstance(listed, list) else set()
     for found in map(load, names()):
         if kind in found.model_types or (not kind and named & set(found.architectures)):
             return found
@@ -122,8 +125,12 @@ def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
                 f"{model} is a {kind} ({near.name}), which is not supported; the nearest family is"
                 f" {family}, and what is missing is: {near.missing}"
             )
-    known = parts(config)
+    told = [parts(config, names())]
+    if config.get("auto_map"):
+        told.append("it names code of its own (auto_map), which is never run")
+    if kind in DECODERS and not config.get("vision_config"):
+        told.append("it is a language model and sees no images")
     raise ModelError(
         f"{model} is a {kind or 'checkpoint without model_type'}; edgeprune knows:"
-        f" {', '.join(names())}" + (f"; {known}" if known else "")
+        f" {', '.join(names())}" + "".join(f"; {one}" for one in told if one)
     )

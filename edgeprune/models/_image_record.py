@@ -40,12 +40,20 @@ def read_image_processor(processor: Any, readers: Mapping[str, Reader]) -> Image
 
 def image_settings(folder: Path) -> dict[str, Any]:
     """Settings of a checkpoint's image processor, wherever its folder keeps them."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            found = read_json(folder / name)
-            inner = found.get("image_processor", found)
-            return inner if isinstance(inner, dict) else {}
-    return {}
+    return settings_file(folder)[1]
+
+
+def settings_file(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file with the settings of the image processor, and these; the folder where there is none.
+
+    As in transformers, those among the settings of the whole processor go before a file of their
+    own: of the two, that is what is written today.
+    """
+    whole, own = folder / "processor_config.json", folder / "preprocessor_config.json"
+    settings = read_json(whole) if whole.is_file() else {}
+    if isinstance(nested := settings.get("image_processor"), dict):
+        return whole, nested
+    return (own, read_json(own)) if own.is_file() else (folder, {})
 
 
 def plain(processor: Any) -> ImageRecord:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgeprune.errors import ModelError, brief
 from edgeprune.models._adapter import Adapter
-from edgeprune.models._stored import read_json
+from edgeprune.models._image_record import settings_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,7 +74,8 @@ def _image_processor(folder: Path) -> Any:
             folder, backend="pil", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds for a broken folder
-        file, kind = _named(folder)
+        file, settings = settings_file(folder)
+        kind = str(settings.get("image_processor_type") or "")
         if kind and str(error).startswith("Unrecognized image processor"):
             raise ModelError(
                 f"{file} names the image processor {kind}, which transformers"
@@ -84,16 +85,6 @@ def _image_processor(folder: Path) -> Any:
         raise ModelError(
             f"{folder} has no usable processor or tokenizer: {brief(error)}"
         ) from error
-
-
-def _named(folder: Path) -> tuple[Path, str]:
-    """The file that holds the settings of the image processor, and the class that it names."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (file := folder / name).is_file():
-            settings = read_json(file)
-            settings = settings.get("image_processor", settings)
-            return file, str(settings.get("image_processor_type") or "")
-    return folder, ""
 
 
 def random_prompt(pixels: tuple[int, ...], vocabulary: int, seed: int) -> Prompt:

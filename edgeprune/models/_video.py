@@ -75,8 +75,8 @@ def video_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Of the video processor, or where a checkpoint has none of the image processor."""
     folder = checkpoint.folder
     for name, key in (
+        ("processor_config.json", "video_processor"),  # first, as in transformers
         ("video_preprocessor_config.json", ""),
-        ("processor_config.json", "video_processor"),
         ("preprocessor_config.json", ""),
         ("processor_config.json", "image_processor"),
     ):

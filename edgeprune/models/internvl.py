@@ -12,6 +12,7 @@ from edgeprune.models._image_record import Reader, image_settings, tiled
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._towers import projector
 from edgeprune.models._video import FRAME_READERS, frame_processor
 from edgeprune.models._vision import ProjectorConfig
@@ -45,6 +46,32 @@ TOWER = {
 class Adapter(_adapter.Adapter):
     """An image is cut into tiles; a frame of a video is one tile with text before it."""
 
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "Aya Vision and Command A Vision",
+            ("aya_vision", "cohere2_vision"),
+            projector="a product of two halves",
+            decoder="Cohere 2: attention and MLP side by side",
+        ),
+        Nearby(
+            "Ovis2",
+            ("ovis2",),
+            tower="one of its own",
+            projector="shares of a visual vocabulary",
+        ),
+        Nearby(
+            "GOT-OCR 2",
+            ("got_ocr2",),
+            tower="SAM's",
+            projector="convolutions",
+        ),
+        Nearby(
+            "Llama 4",
+            ("llama4",),
+            tower="one of its own",
+            decoder="a mixture of experts, layers without rotary embedding",
+        ),
+    )
     takes: ClassVar[Takes] = Takes(frames=True, choice_of_tiles=True)
     encoder: EncoderConfig
 

@@ -70,7 +70,7 @@ class Adapter(_adapter.Adapter):
         Nearby(
             "the first revisions of LFM2-VL",
             ("lfm2-vl",),
-            processor="settings of code that they carry; later revisions are of type lfm2_vl",
+            processor="settings of code that they carry; take a later revision, of type lfm2_vl",
         ),
     )
     frozen: Size

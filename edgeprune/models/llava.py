@@ -10,6 +10,7 @@ from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, padded, plain
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Media, Turns
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._towers import one_size, one_tile
 
 TURNS = Turns("USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:", "LLaVA-1.5")
@@ -17,7 +18,63 @@ TURNS = Turns("USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:",
 
 
 class Adapter(_llava.Adapter):
-    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (Elsewhere("Moondream 2", "HfMoondream", "llava"),)
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "ViP-LLaVA",
+            ("vipllava",),
+            projector="a norm over the features of several blocks",
+        ),
+        Nearby(
+            "DeepSeek-VL 1.3B",
+            ("deepseek_vl",),
+            tower="SigLIP read behind its last norm",
+            processor="padding to a square of its own",
+        ),
+        Nearby(
+            "DeepSeek-VL 7B",
+            ("deepseek_vl_hybrid",),
+            tower="SAM's beside SigLIP, for a second, larger view",
+        ),
+        Nearby(
+            "Janus",
+            ("janus",),
+            tower="one of its own",
+            processor="padding to a square of its own",
+        ),
+        Nearby(
+            "Florence-2",
+            ("florence2",),
+            tower="DaViT",
+            decoder="an encoder in front of it (BART)",
+        ),
+        Nearby(
+            "Llama 3.2 Vision",
+            ("mllama",),
+            tower="one of its own",
+            decoder="layers that attend to the image beside the text",
+        ),
+        Nearby(
+            "Chameleon",
+            ("chameleon",),
+            tower="a VQ-GAN, which makes tokens of the vocabulary",
+            decoder="norms of queries and keys with weights for each head",
+        ),
+        Nearby(
+            "Emu3",
+            ("emu3",),
+            tower="a VQ-GAN, which makes tokens of the vocabulary",
+        ),
+        Nearby(
+            "Fuyu",
+            ("fuyu",),
+            tower="none: the decoder reads patches",
+            decoder="Persimmon",
+        ),
+    )
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
+        Elsewhere("Moondream 2", "HfMoondream", "llava"),
+        Elsewhere("Molmo", "MolmoForCausalLM", "llava"),
+    )
     reads_cls: ClassVar[bool] = True
 
     def config_class(self) -> Any:

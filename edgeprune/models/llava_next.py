@@ -4,18 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from edgeprune.models import _llava
 from edgeprune.models._anyres import anyres_layout, anyres_tiling
 from edgeprune.models._image_record import Reader, tiled
 from edgeprune.models._layout import Layout
+from edgeprune.models._nearby import Nearby
 from edgeprune.tiling import Size, Tiling
 
 
 class Adapter(_llava.Adapter):
     """Frozen for images of 2 x 2 tiles unless another size is asked for."""
 
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "Perception LM",
+            ("perception_lm",),
+            tower="the Perception Encoder, of timm",
+            projector="tokens averaged behind it",
+        ),
+        Nearby(
+            "Granite 4 Vision",
+            ("granite4_vision",),
+            projector="a Q-Former for each window",
+            decoder="rows added after layers of its own choice",
+        ),
+        Nearby(
+            "Phi-4-multimodal",
+            ("phi4_multimodal",),
+            tower="one of its own",
+            decoder="a LoRA adapter for images, a part of each head turned (Phi-4)",
+        ),
+    )
     tiling: Tiling
 
     def config_class(self) -> Any:

@@ -33,10 +33,18 @@ class Adapter(_llava.Adapter):
             ("fast_vlm",),
             tower="FastViT, of convolutions: it gives few tokens, so there is little to prune",
         ),
+        Nearby(
+            "Molmo2",
+            ("molmo2",),
+            tower="one of its own",
+            projector="attention that pools patches",
+            decoder="Molmo's",
+        ),
     )
     elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
         Elsewhere("FastVLM as Apple publishes it", "LlavaQwen2ForCausalLM", "llava_onevision"),
         Elsewhere("MiniCPM-V up to 4.5", "MiniCPMV", "llava_onevision"),
+        Elsewhere("MiniCPM-o up to 4.5", "MiniCPMO", "llava_onevision"),
     )
     takes: ClassVar[Takes] = Takes(frames=True)
 

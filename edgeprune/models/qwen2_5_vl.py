@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._towers import refuse
 
@@ -14,6 +15,14 @@ FPS = 2
 
 
 class Adapter(_qwen.Adapter):
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "Qwen2.5-Omni",
+            ("qwen2_5_omni",),
+            tower="one for sound beside it",
+            decoder="a second one that speaks",
+        ),
+    )
     gated: ClassVar[bool] = True
 
     def config_class(self) -> Any:

@@ -49,6 +49,13 @@ class Adapter(qwen3_vl.Adapter):
             ("qwen3_5_moe",),
             decoder="a mixture of experts in place of the MLP",
         ),
+        Nearby(
+            "MiniCPM-V 4.6",
+            ("minicpmv4_6",),
+            tower="SigLIP with a merger between its blocks",
+            projector="a second merger",
+            processor="its own tiles",
+        ),
     )
     sections: ClassVar[tuple[int, ...]] = (11, 11, 10)
     layer_types: ClassVar[frozenset[str]] = frozenset({FULL, LINEAR})

@@ -17,6 +17,7 @@ from edgeprune.models._layers import LayerNorm
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._names import PACKED, Stored, TensorNames, packed_rows
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._own_config import OwnConfig, translated
 from edgeprune.models._qwen_tiktoken import CONTROL, END, IMAGE, IMAGE_END, PATCH, TURN, TURN_END
@@ -70,6 +71,15 @@ class Adapter(_adapter.Adapter):
     and scales queries (logn); a bundle ends there.
     """
 
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "BLIP-2 and InstructBLIP",
+            ("blip-2", "instructblip"),
+            tower="EVA's",
+            projector="a Q-Former",
+            decoder="OPT, T5 or LLaMA",
+        ),
+    )
     model_types: ClassVar[tuple[str, ...]] = ("qwen",)
     decoder_kind: ClassVar[str | None] = "qwen2"
     encoder: ResampledConfig

@@ -27,6 +27,7 @@ from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames
+from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._smolvlm_video import frame_processor, video_rate, written_video
 from edgeprune.models._towers import siglip
@@ -50,6 +51,14 @@ class Adapter(_adapter.Adapter):
     tile the positions in order.
     """
 
+    nearby: ClassVar[tuple[Nearby, ...]] = (
+        Nearby(
+            "Idefics2",
+            ("idefics2",),
+            tower="one for images of any size, padded",
+            projector="learned queries (a perceiver)",
+        ),
+    )
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
     takes: ClassVar[Takes] = Takes(frames=True)
     encoder: EncoderConfig
