@@ -194,7 +194,7 @@ class Camera:
         self.session = Session.open(path, threads=1)
         self.record = self.session.manifest.encoder
         assert self.record.delta is not None  # exported with it
-        self.share = self.record.delta.operations / self.record.dense_operations
+        self.share = self.record.changed_share
 
     def said(self, image: EncodedImage, chain: Chain) -> str:
         """1 where the answer is right."""

@@ -79,13 +79,16 @@ def _ratios(manifest: Manifest) -> Iterator[str]:
 
 
 def _delta(encoder: EncoderRecord, image: ImageRecord) -> Iterator[str]:
-    """Some patches of a frame are those of one tile, and of one image."""
+    """Some patches of a tile are units of it, and each tile is an image."""
     if (delta := encoder.delta) is None:
         return
-    if image.shape[0] != 1 or encoder.tiles != 1:
-        yield "some patches are encoded of several tiles"
-    if (image.height // delta.patch) * (image.width // delta.patch) != encoder.patches:
+    if image.frames is not None or image.shape[0] != encoder.tiles:
+        yield "some patches are encoded of a video"
+    rows, columns = image.height // delta.patch, image.width // delta.patch
+    if rows * columns != encoder.patches:
         yield f"{encoder.patches} patches of {delta.patch} pixels a side make no tile"
+    if any(count % delta.unit for count in (rows, columns)) or delta.patches % delta.unit**2:
+        yield f"groups of {delta.unit} x {delta.unit} patches fill no tile, or not those encoded"
     if delta.patches >= encoder.patches:
         yield f"{delta.patches} of {encoder.patches} patches are not some"
     if encoder.width % delta.heads:

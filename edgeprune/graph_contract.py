@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgeprune.graphs import DECODER, DELTA, JOIN, SIGNALS, VISION, TensorRecord
+from edgeprune.graphs import DECODER, DELTA, JOIN, KNOWN, SIGNALS, VISION, TensorRecord
 from edgeprune.lowering import TARGETS
 from edgeprune.manifest import Manifest
 from edgeprune.onnx_file import OnnxFile, Value
@@ -147,7 +147,7 @@ def _delta(manifest: Manifest) -> tuple[Ends, Ends]:
         ("sources", None, None): ("int64", (manifest.encoder.patches,)),
     }
     for (role, _, _), found in signals.items():
-        if role in ("features", "query"):
+        if role in KNOWN:
             inputs[f"previous_{role}", None, None] = found
     inputs |= _block_caches(manifest, "past")
     return inputs, signals | _block_caches(manifest, "present")

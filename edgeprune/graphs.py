@@ -28,6 +28,7 @@ ROLES = {
     "sources": "int64 [N]: row of each patch among these K and, behind them, N of the tile before",
     "previous_features": "`features` of the tile before",
     "previous_query": "`query` of the tile before",
+    "previous_middle": "`middle` of the tile before",
     "visual": "visual tokens between the graphs [1, encoded, width], DeepStack rows beside them",
     "visual_indices": "int64 [encoded]: index among the V visual tokens that each of them has",
     "prefix_ids": "int64 [1, P]: text before the image",
@@ -61,6 +62,8 @@ SIGNALS = "features", "cls", "query", "key", "middle", "merged", "units"
 DELTA = "vision_delta.onnx"
 """The encoder for K patches of a frame whose others are known, in bundles that were exported with
 --delta. vision.onnx then gives keys and values of every block too."""
+KNOWN = "features", "query", "middle"
+"""Signals of which patches that are not encoded keep their rows."""
 BLOCK = "encoder_block.onnx"
 """One block of the encoder for any number of patches, in bundles that were exported to be timed."""
 SIZES = {**{dtype.name: dtype.bytes for dtype in DTYPES.values()}, "int64": 8}  # bytes

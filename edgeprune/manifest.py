@@ -87,10 +87,11 @@ class PruneRecord:
 class DeltaRecord:
     """The encoder for frames of a fixed camera of which few patches changed."""
 
-    patches: Count  # of a frame that go through it, whether so many changed or not
+    patches: Count  # of a tile that go through it, whether so many changed or not
+    unit: Few  # patches a side of those that become one visual token, and go through it together
     patch: Side  # pixels a side of one
     heads: Few
-    operations: Bytes  # for these patches and [CLS]
+    operations: Bytes  # for these patches of a tile, and [CLS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,11 @@ class EncoderRecord:
     def share(self) -> float:
         """Of the dense encoder's operations."""
         return self.operations / max(1, self.dense_operations)
+
+    @property
+    def changed_share(self) -> float:
+        """Of this encoder's operations, where few patches of every tile changed."""
+        return self.tiles * (self.delta.operations if self.delta else 0) / max(1, self.operations)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from edgeprune.lowering import Lowering, resolve
 from edgeprune.measured import ChoiceRecord, TimingRecord
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._execution import Execution
-from edgeprune.models._frames import changed_patches
+from edgeprune.models._frames import changed_config
 from edgeprune.models._memory import check_device, check_memory, parity_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._rounding import TORCH
@@ -188,7 +188,8 @@ def make(
         tokenizer=recipe.tokenizer,
     ).with_execution(recipe.execution)
     if recipe.delta is not None:
-        changed_patches(adapter.vision_config, adapter.pixels[0], recipe.delta)  # SpecError soon
+        video = recipe.frames is not None
+        changed_config(adapter.vision_config, recipe.delta, video=video)  # SpecError soon
     if not recipe.joint:
         adapter = placed(recipe.encoder, adapter)
     asked = [replace(spec, cr=cr) for cr in recipe.ratios] or [spec]

@@ -16,7 +16,7 @@ from edgeprune.errors import BundleError, ExportError, SpecError
 from edgeprune.export import ranges
 from edgeprune.export.comparison import Models, compare, compare_frames
 from edgeprune.export.dialects import dialect_of
-from edgeprune.export.frame_graphs import delta_record, patches_of
+from edgeprune.export.frame_graphs import changed_of, delta_record
 from edgeprune.export.generation import read_generation
 from edgeprune.export.prompts import read_text
 from edgeprune.export.ratios import Setting, named, prune_record, range_of, ratio_records
@@ -28,6 +28,7 @@ from edgeprune.manifest import DecoderRecord, EncoderRecord, ImageRecord, Manife
 from edgeprune.measured import ChoiceRecord, ParityRecord, TimingRecord
 from edgeprune.models import Adapter
 from edgeprune.models._encoder_operations import Blocks, encoder_operations
+from edgeprune.models._frames import ChangedConfig
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -147,7 +148,7 @@ def export(
     check_topk(f"method {request.spec.method}", policy.largest_topk(request.traced), request.target)
     if (site := adapter.vision_config.site) is not None:
         check_topk(f"--encoder {site.method}", adapter.encoder_topk, request.target)
-    patches = patches_of(adapter, request.traced, request.lowering, request.delta)
+    changed = changed_of(adapter, request.traced, request.lowering, request.delta)
     dialect, dtype = dialect_of(request.lowering), TORCH[request.lowering.dtype.name]
     records = read_records(adapter, processor)
     exact, adapter = adapter, _with_weights(request.lowering, adapter, request.tuning)
@@ -166,7 +167,7 @@ def export(
                 dtype,
                 report,
                 profilable=request.profilable,
-                patches=patches,
+                patches=changed.patches if changed else 0,
             )
             copy_text(adapter.checkpoint.folder, draft, processor)
             checked = [ParityRecord(0, request.no_parity)] * len(request.settings)
@@ -177,13 +178,13 @@ def export(
                     for setting, proof in zip_longest(request.settings, proofs)
                 ]
                 checked = list(_compared(request, draft, graphs, models))
-                if patches:
+                if changed:
                     apart = compare_frames(draft, graphs, models[0])
                     checked = [replace(one, delta=apart) for one in checked]
                 weights = weigh(weights, request.lowering, exact, draft, graphs, models[0])
             report("hash files", 0, 1)
             manifest = replace(
-                _manifest(request, adapter, policy, records, graphs, draft, patches),
+                _manifest(request, adapter, policy, records, graphs, draft, changed),
                 parity=checked[0],
                 range=held,
                 weights=weights,
@@ -253,7 +254,7 @@ def _manifest(
     records: Records,
     graphs: dict[str, GraphRecord],
     draft: Path,
-    patches: int,
+    changed: ChangedConfig | None,
 ) -> Manifest:
     """All but what was compared."""
     dialect, packed = dialect_of(request.lowering), adapter.checkpoint.packed
@@ -266,7 +267,7 @@ def _manifest(
         dtype=request.lowering.dtype.name,
         opset=dialect.opset,
         prune=prune_record(request.settings[0], adapter, policy),
-        encoder=_encoder_record(adapter, patches),
+        encoder=_encoder_record(adapter, changed),
         decoder=_decoder_record(adapter, request.plan, dialect.cache),
         graphs=graphs,
         image=records.image,
@@ -280,7 +281,7 @@ def _manifest(
     )
 
 
-def _encoder_record(adapter: Adapter, changed: int) -> EncoderRecord:
+def _encoder_record(adapter: Adapter, changed: ChangedConfig | None) -> EncoderRecord:
     encoder, site = adapter.vision_config.encoder, adapter.vision_config.site
     tiles, _, height, width = adapter.pixels
     patches = (height // encoder.patch) * (width // encoder.patch)

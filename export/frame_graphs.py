@@ -1,4 +1,4 @@
-"""The encoder as two graphs for a fixed camera: of a whole frame, and of K patches of one.
+"""The encoder as two graphs for a fixed camera: of a whole tile, and of K patches of one.
 
 Both give keys and values of every block, which the second reads of the frame before. Weights are
 those of one module, so a bundle holds them once.
@@ -14,31 +14,33 @@ from torch import Tensor, nn
 
 from edgeprune.errors import SpecError
 from edgeprune.export.trace import End, Traced, record_of, to_graph
-from edgeprune.graphs import DELTA, VISION
+from edgeprune.graphs import DELTA, KNOWN, VISION
 from edgeprune.lowering import Lowering
 from edgeprune.manifest import DeltaRecord
 from edgeprune.models import Adapter
-from edgeprune.models._encoder import Encoder, EncoderConfig
+from edgeprune.models._encoder import EncoderConfig, Tower
 from edgeprune.models._frames import (
     Cache,
+    ChangedConfig,
     Frame,
     FrameEncoder,
     Known,
+    changed_config,
     changed_operations,
-    changed_patches,
 )
+from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.spec import Plan
 
-KNOWN = "features", "query"
-"""Signals of which patches that are not encoded keep their rows."""
 
-
-def patches_of(adapter: Adapter, plan: Plan, lowering: Lowering, share: float | None) -> int:
-    """How many patches are encoded of a frame of which few changed, 0 where all always are;
+def changed_of(
+    adapter: Adapter, plan: Plan, lowering: Lowering, share: float | None
+) -> ChangedConfig | None:
+    """How many patches are encoded of a frame of which few changed, None where all always are;
     SpecError where the model, the method or the weights allow no such form."""
     if share is None:
-        return 0
-    patches = changed_patches(adapter.vision_config, adapter.pixels[0], share)
+        return None
+    video = adapter.asked.frames is not None
+    changed = changed_config(adapter.vision_config, share, video=video)
     if any(stage.site == "block" for stage in plan.before_decoder()):
         raise SpecError(
             "--delta: this method merges patches in the encoder's blocks; leave it out, or choose"
@@ -46,22 +48,23 @@ def patches_of(adapter: Adapter, plan: Plan, lowering: Lowering, share: float | 
         )
     if (wanted := lowering.weights.vision) != "float":
         raise SpecError(f"--delta keeps the vision tower in floats; leave out vision={wanted}")
-    return patches
+    return changed
 
 
-def delta_record(encoder: object, patches: int) -> DeltaRecord | None:
-    """What the manifest says of the encoder for so many patches of a frame; None for 0."""
-    if not patches:
+def delta_record(
+    encoder: EncoderConfig | TowerConfig, changed: ChangedConfig | None
+) -> DeltaRecord | None:
+    """What the manifest says of the encoder for some patches of a tile."""
+    if changed is None:
         return None
-    assert isinstance(encoder, EncoderConfig)  # `changed_patches` says so
-    operations = changed_operations(encoder, patches)
-    return DeltaRecord(patches, encoder.patch, encoder.heads, operations)
+    operations = changed_operations(encoder, changed.patches)
+    return DeltaRecord(changed.patches, changed.unit, encoder.patch, encoder.heads, operations)
 
 
 class _OfFrame(nn.Module):
     """Gives signals of these roles, then each block's keys and values, then its hidden states."""
 
-    def __init__(self, encoder: Encoder, roles: Sequence[str]) -> None:
+    def __init__(self, encoder: Tower, roles: Sequence[str]) -> None:
         super().__init__()
         self.encoder, self.roles, self.frames = encoder, roles, FrameEncoder(encoder)
 
@@ -72,6 +75,7 @@ class _OfFrame(nn.Module):
         states, kept = [frame.hidden], list[Tensor]()
         for number, cache in enumerate(caches):
             frame = self.frames.advance(number, frame, cache)
+            assert frame.cache is not None  # behind a block
             kept += frame.cache
             states.append(frame.hidden)
         signals = self.frames.leave(frame, known).signals
@@ -99,7 +103,7 @@ class ChangedPatches(_OfFrame):
         roles = [role for role in KNOWN if role in self.roles]
         known = dict(zip(roles, previous, strict=True))
         frame = self.frames.enter_changed(patches, indices, sources)
-        return self.through(frame, caches, Known(known["features"], known.get("query")))
+        return self.through(frame, caches, Known(**known))
 
 
 @dataclass(frozen=True)
@@ -113,15 +117,18 @@ class FrameSizes:
 
 
 def frame_graphs(
-    encoder: Encoder, signals: Mapping[str, Tensor], sizes: FrameSizes
+    encoder: Tower,
+    config: EncoderConfig | TowerConfig,
+    signals: Mapping[str, Tensor],
+    sizes: FrameSizes,
 ) -> tuple[dict[str, Traced], dict[str, nn.Module]]:
     """Both graphs by their file, and the modules that they are of; every size is fixed. `signals`
     are stand-ins for those that are read."""
-    roles, config, dtype = list(signals), encoder.config, sizes.dtype
+    roles, dtype = list(signals), sizes.dtype
     whole, changed = WholeFrame(encoder, roles), ChangedPatches(encoder, roles)
     known = [role for role in KNOWN if role in signals]
-    count, patches = sizes.patches, config.side**2
-    shape = 1, config.heads, patches + config.cls, config.width // config.heads
+    count, patches = sizes.patches, config.patches
+    shape = 1, config.heads, patches + encoder.first, config.width // config.heads
     caches = [tuple(torch.zeros(shape, dtype=dtype) for _ in range(2)) for _ in encoder.blocks]
     given = (
         torch.zeros(count, 3, config.patch, config.patch, dtype=dtype),

@@ -24,7 +24,7 @@ from edgeprune.export.trace import HIDDEN
 from edgeprune.export.windows import Window
 from edgeprune.graphs import DELTA, VISION, GraphRecord
 from edgeprune.models._dialogues import Eager
-from edgeprune.models._encoder import Encoded, Encoder
+from edgeprune.models._encoder import Encoded, Tower
 from edgeprune.models._frames import Frame, FrameEncoder, Known
 from edgeprune.models._processor import Prompt
 
@@ -36,7 +36,7 @@ Shown = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Change:
-    """A frame, and K patches of the next one."""
+    """A tile, and K patches of the next one."""
 
     pixels: Tensor  # [1, 3, H, W]
     patches: Tensor  # [K, 3, patch, patch]
@@ -107,7 +107,6 @@ def check_frames(
     ParityError where any number differs by more than TOLERANCE. Graphs and `eager` compute in
     float32: `wide` says that the bundle does not."""
     stages, encoder = eager.vision, eager.vision.vision.encoder
-    assert isinstance(encoder, Encoder)  # `changed_patches` says so
     windows, counts = stages.windows(), eager.plan.counts
     graphs = {
         name: FrameGraph(folder / name, records[name], windows, counts, wide=wide)
@@ -118,9 +117,11 @@ def check_frames(
     count, _, patch, _ = taken.shape({})
     samples, worst = prompts[:MOST], 0.0
     for number, prompt in enumerate(samples):
-        other = prompts[(number + 1) % len(prompts)].pixels if len(prompts) > 1 else None
-        after = prompt.pixels.flip(-1) if other is None else other
-        change = Change.drawn(prompt.pixels, after, patch, count, number)
+        before, *others = prompt.pixels.split(1)  # tiles
+        if len(prompts) > 1:
+            others = list(prompts[(number + 1) % len(prompts)].pixels.split(1))
+        after = others[0] if others else before.flip(-1)
+        change = Change.drawn(before, after, patch, count, number)
         shown = _played(graphs, change)
         worst = max(worst, _compared(eager, encoder, change, shown, records))
         report(number + 1, len(samples))
@@ -145,7 +146,7 @@ def _played(graphs: Mapping[str, FrameGraph], change: Change) -> dict[str, list[
 @torch.no_grad()
 def _compared(
     eager: Eager,
-    encoder: Encoder,
+    encoder: Tower,
     change: Change,
     shown: Mapping[str, list[Shown]],
     records: Mapping[str, GraphRecord],
@@ -183,7 +184,7 @@ def _step(frames: FrameEncoder, stage: int, blocks: int, pair: _Pair) -> _Pair:
         whole = frames.advance(stage - 1, whole)
         return _Pair(change, whole, frames.advance(stage - 1, changed, whole.cache))
     seen = frames.leave(whole)
-    return _Pair(change, seen, frames.leave(changed, Known(seen.features, seen.query)))
+    return _Pair(change, seen, frames.leave(changed, Known.of(seen)))
 
 
 def _numbers(state: Frame | Encoded | None, roles: Sequence[str]) -> Shown:
@@ -191,4 +192,4 @@ def _numbers(state: Frame | Encoded | None, roles: Sequence[str]) -> Shown:
     assert state is not None
     if isinstance(state, Encoded):
         return tuple(state.signals[role] for role in roles)
-    return (state.hidden,) if state.key is None else (state.hidden, *state.cache)
+    return (state.hidden, *(state.cache or ()))

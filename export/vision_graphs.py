@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from edgeprune.export.frame_graphs import FrameSizes, frame_graphs
 from edgeprune.export.trace import End, Traced, name_sizes, record_of, to_graph
 from edgeprune.graphs import JOIN, VISION
-from edgeprune.models._encoder import Encoded, Encoder
+from edgeprune.models._encoder import Encoded
 from edgeprune.models._vision import Vision
 
 
@@ -95,9 +95,8 @@ def vision_graphs(
     roles, joined = _join(Join(vision, list(given), resampled), given, tiles, opset)
     modules: dict[str, nn.Module] = {JOIN: Join(vision, roles, resampled)}
     if patches:
-        assert isinstance(vision.encoder, Encoder)  # `changed_patches` says so
-        sizes = FrameSizes(shape, patches, dtype, opset)
-        traced, own = frame_graphs(vision.encoder, {r: given[r] for r in roles}, sizes)
+        sizes, signals = FrameSizes(shape, patches, dtype, opset), {r: given[r] for r in roles}
+        traced, own = frame_graphs(vision.encoder, vision.config.encoder, signals, sizes)
         return VisionGraphs(traced | {JOIN: joined}, own | modules)
     tile, states = Tile(vision, roles), 1 + len(vision.encoder.blocks)
     outputs = [End(role, role) for role in roles]

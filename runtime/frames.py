@@ -1,10 +1,11 @@
 """Frames of one fixed camera: of each only the patches that changed are encoded.
 
-An approximation, for who asks for it. A patch counts as changed where it differs by more than
-`threshold` from what it was when it was encoded last, so that slow drift counts too. Of a frame
-with few of them K patches go through the encoder, K as frozen at export: those that changed and the
-nearest others, whose features show most of what was there. Of a frame with more than K, and at
-least every `refresh` frames, all patches do. A frame without any is the last one.
+An approximation, for who asks for it. Patches that become one visual token are a unit and change
+together. A unit counts as changed where one of its patches differs by more than `threshold` from
+what it was when it was encoded last, so that slow drift counts too. Of a tile with few changed
+units K patches go through the encoder, K as frozen at export: those that changed and the nearest
+others, whose features show most of what was there. Of a tile with more, and at least every
+`refresh` frames, all patches do. A tile without any is the last one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import SpecError
-from edgeprune.manifest import Manifest
+from edgeprune.manifest import DeltaRecord, Manifest
 from edgeprune.runtime.backend import Backend, ChangedPatches, EncodedImage, EncodedTile, Ids
 
 THRESHOLD, REFRESH = 0.02, 100
@@ -40,6 +41,14 @@ class DeltaOptions:
             raise SpecError(f"--refresh is a number of frames from 1; got {self.refresh}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """A tile as it was encoded last."""
+
+    patches: Pixels  # [N, 3, patch, patch]; of each patch, when it was encoded
+    tile: EncodedTile
+
+
 class FrameEncoder:
     """What a backend makes of the frames of one camera. Used by one thread at a time."""
 
@@ -53,50 +62,76 @@ class FrameEncoder:
             )
         self._backend, self._delta, self._options = backend, delta, options
         self._total = manifest.encoder.patches
-        self._grid = manifest.image.height // delta.patch, manifest.image.width // delta.patch
+        self._units = Units.of(manifest.image.height, manifest.image.width, delta)
         self._std = np.array(manifest.image.std, np.float32)[:, None, None]
-        self._tile: EncodedTile | None = None
-        self._known: Pixels | None = None  # [N, 3, patch, patch], as encoded last
+        self._known: list[Known | None] = [None] * manifest.encoder.tiles
         self._left = 0  # frames until one is encoded as a whole
         self._image: tuple[bytes, EncodedImage] | None = None  # and the counts it was joined at
-        frame = np.zeros(manifest.image.shape, np.float32)
+        tile = np.zeros((1, *manifest.image.shape[1:]), np.float32)
         first = np.arange(delta.patches)
-        given = ChangedPatches.of(as_patches(frame[0], delta.patch)[first], first, self._total)
-        backend.encode_changed(backend.encode_tile(frame, caches=True), given)
+        given = ChangedPatches.of(as_patches(tile[0], delta.patch)[first], first, self._total)
+        backend.encode_changed(backend.encode_tile(tile, caches=True), given)
 
     def encode(self, pixels: Pixels, counts: Ids) -> EncodedImage:
-        """The next frame [1, 3, H, W], at r_1 ... r_L."""
-        encoded, key = self._advance(pixels), counts.tobytes()
-        assert self._tile is not None  # of this frame
-        if encoded or self._image is None or self._image[0] != key:
-            self._image = key, self._backend.join([self._tile], counts)
-        whole = int(encoded == self._total)
-        return replace(self._image[1], tiles_encoded=whole, patches_encoded=encoded)
-
-    def _advance(self, pixels: Pixels) -> int:
-        """Have the frame's signals; how many patches were encoded."""
-        patches = as_patches(pixels[0], self._delta.patch)
+        """The next frame [tiles, 3, H, W], at r_1 ... r_L."""
+        image, self._image = self._image, None  # so that after an error no old one is taken
         self._left -= 1
-        if self._tile is None or self._known is None or self._left <= 0:
-            return self._whole(pixels, patches)
-        change = changes(patches - self._known, self._std)
-        changed = change > self._options.threshold
-        if changed.sum() > self._delta.patches:
-            return self._whole(pixels, patches)
-        if changed.any():
-            far = distances(changed.reshape(self._grid), self._delta.patches)
-            order = np.lexsort((-change, far.flatten()))  # the nearest first
-            chosen = np.sort(order[: self._delta.patches])
-            given = ChangedPatches.of(patches[chosen], chosen, self._total)
-            self._tile = self._backend.encode_changed(self._tile, given)
-            self._known[chosen] = patches[chosen]
-            return chosen.size
-        return 0
+        encoded = [self._advance(number, pixels[number]) for number in range(len(self._known))]
+        whole = encoded.count(self._total)
+        if whole == len(encoded):
+            self._left = self._options.refresh
+        key, tiles = counts.tobytes(), [known.tile for known in self._known if known is not None]
+        if any(encoded) or image is None or image[0] != key:
+            image = key, self._backend.join(tiles, counts)
+        self._image = image
+        return replace(image[1], tiles_encoded=whole, patches_encoded=sum(encoded))
 
-    def _whole(self, pixels: Pixels, patches: Pixels) -> int:
-        self._tile = self._backend.encode_tile(pixels, caches=True)
-        self._known, self._left = patches, self._options.refresh
+    def _advance(self, number: int, pixels: Pixels) -> int:
+        """Have a tile's signals; how many of its patches were encoded."""
+        patches, known = as_patches(pixels, self._delta.patch), self._known[number]
+        if known is None or self._left <= 0:
+            return self._whole(number, pixels, patches)
+        change = self._units.largest(changes(patches - known.patches, self._std))
+        changed = change > self._options.threshold
+        if changed.sum() > self._units.encoded:
+            return self._whole(number, pixels, patches)
+        if not changed.any():
+            return 0
+        far = distances(changed, self._units.encoded)
+        order = np.lexsort((-change.flatten(), far.flatten()))  # the nearest first
+        chosen = np.sort(self._units.members[order[: self._units.encoded]].flatten())
+        given = ChangedPatches.of(patches[chosen], chosen, self._total)
+        self._known[number] = replace(known, tile=self._backend.encode_changed(known.tile, given))
+        known.patches[chosen] = patches[chosen]
+        return chosen.size
+
+    def _whole(self, number: int, pixels: Pixels, patches: Pixels) -> int:
+        tile = self._backend.encode_tile(pixels[None], caches=True)
+        self._known[number] = Known(patches, tile)
         return self._total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Units:
+    """The patches of a tile as squares that are encoded together."""
+
+    members: Ids  # [units, patches of each], indices of patches in reading order
+    grid: tuple[int, int]  # rows, columns of units
+    encoded: int  # units of a tile of which few changed
+
+    @classmethod
+    def of(cls, height: int, width: int, delta: DeltaRecord) -> Units:
+        """Of a tile of so many pixels."""
+        side = delta.unit
+        rows, columns = (pixels // delta.patch // side for pixels in (height, width))
+        patches = np.arange(rows * columns * side**2).reshape(rows, side, columns, side)
+        members = patches.transpose(0, 2, 1, 3).reshape(rows * columns, -1)
+        return cls(members, (rows, columns), delta.patches // side**2)
+
+    def largest(self, values: Pixels) -> Pixels:
+        """Of each unit's patches: [N] -> [rows, columns]."""
+        found: Pixels = values[self.members].max(1).reshape(self.grid)
+        return found
 
 
 def as_patches(pixels: Pixels, patch: int) -> Pixels:
@@ -120,7 +155,7 @@ def changes(difference: Pixels, std: Pixels) -> Pixels:
 
 
 def distances(changed: NDArray[np.bool_], count: int) -> Pixels:
-    """How many patches each is from the nearest that changed, diagonals included; endless behind
+    """How many units each is from the nearest that changed, diagonals included; endless behind
     the nearest `count`. Some changed: [rows, columns]."""
     found = np.where(changed, 0, np.inf).astype(np.float32)
     step = 0

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgeprune.recipe import Recipe, make
 from edgeprune.runtime import Engine
+from edgeprune.runtime.backend import ChangedPatches
 from edgeprune.spec import PruneSpec
 from tests.fake_gpu import pretend
 
@@ -37,3 +38,23 @@ def with_patches(pixels: Any, indices: Any, seed: int) -> Any:
         at = ..., slice(side * row, side * (row + 1)), slice(side * column, side * (column + 1))
         found[at] = other[at]
     return found
+
+
+class Counting:
+    """A backend that says what it was given."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.backend, self.patches = engine.backend, engine.manifest.encoder.patches
+        self.calls, self.given = list[tuple[int, ...]](), list[ChangedPatches]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def encode_tile(self, pixels: Any, *, caches: bool = False) -> Any:
+        self.calls.append(tuple(range(self.patches)))
+        return self.backend.encode_tile(pixels, caches=caches)
+
+    def encode_changed(self, tile: Any, changed: ChangedPatches) -> Any:
+        self.calls.append(tuple(changed.indices.tolist()))
+        self.given.append(changed)
+        return self.backend.encode_changed(tile, changed)

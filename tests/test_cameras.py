@@ -17,9 +17,9 @@ from edgeprune.cli import main
 from edgeprune.errors import BundleError
 from edgeprune.graphs import DELTA
 from edgeprune.runtime import Engine
-from edgeprune.runtime.backend import ChangedPatches
 from edgeprune.runtime.frames import DeltaOptions
 from tests import families
+from tests.cameras import Counting
 from tests.conftest import Refused
 from tests.hostile import edit_graph
 
@@ -28,24 +28,6 @@ from tests.hostile import edit_graph
 def engine(camera_bundle: Path) -> Iterator[Engine]:
     with Engine.open(camera_bundle, threads=1) as engine:
         yield engine
-
-
-class Counting:
-    """A backend that says what it was given."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.backend, self.calls = engine.backend, list[tuple[int, ...]]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def encode_tile(self, pixels: Any, *, caches: bool = False) -> Any:
-        self.calls.append(tuple(range(16)))
-        return self.backend.encode_tile(pixels, caches=caches)
-
-    def encode_changed(self, tile: Any, changed: ChangedPatches) -> Any:
-        self.calls.append(tuple(changed.indices.tolist()))
-        return self.backend.encode_changed(tile, changed)
 
 
 def test_what_is_encoded_of_a_frame(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +114,10 @@ def test_what_cannot_be_is_refused_in_a_line(
 def test_towers_that_cannot_are_refused_by_name(
     refused: Refused, tmp_path: Path, tiny_bundle: Path, camera_bundle: Path
 ) -> None:
-    families.llava_next().save(tmp_path / "next")
+    families.video_llava().save(tmp_path / "video")
     options = ["--method", "none", "--delta", "0.25", "-o", tmp_path / "b"]
-    line = refused("export", "--model", tmp_path / "next", "--image-size", "84x84", *options)
-    assert "takes 5 tiles or frames" in line
+    line = refused("export", "--model", tmp_path / "video", "--frames", "4", *options)
+    assert "this bundle takes a video" in line
     ask = [tmp_path, "--prompt", "what ?"]
     assert "export it with --delta" in refused("watch", tiny_bundle, *ask, "--delta", "0.02")
     assert "--refresh is for --delta" in refused("watch", camera_bundle, *ask, "--refresh", "5")
@@ -151,11 +133,12 @@ def test_a_manifest_that_says_otherwise_is_refused(camera_bundle: Path, tmp_path
     text = file.read_text()
     for change, why in (
         ({"delta": None}, "graphs are vision.onnx, join.onnx, decoder.onnx"),
-        ({"delta": {"patches": 16, "patch": 14, "heads": 4, "operations": 1}}, "are not some"),
-        ({"delta": {"patches": 4, "patch": 7, "heads": 4, "operations": 1}}, "make no tile"),
-        ({"delta": {"patches": 4, "patch": 14, "heads": 5, "operations": 1}}, "no 5 heads"),
-        ({"delta": {"patches": 5, "patch": 14, "heads": 4, "operations": 1}}, "its sizes say"),
-        ({"tiles": 2}, "several tiles"),
+        ({"delta": {"patches": 16, "unit": 1, "patch": 14, "heads": 4, "operations": 1}}, "are not some"),
+        ({"delta": {"patches": 4, "unit": 1, "patch": 7, "heads": 4, "operations": 1}}, "make no tile"),
+        ({"delta": {"patches": 4, "unit": 1, "patch": 14, "heads": 5, "operations": 1}}, "no 5 heads"),
+        ({"delta": {"patches": 5, "unit": 1, "patch": 14, "heads": 4, "operations": 1}}, "its sizes say"),
+        ({"tiles": 2}, "are encoded of a video"),
+        ({"delta": {"patches": 4, "unit": 3, "patch": 14, "heads": 4, "operations": 1}}, "fill no"),
     ):
         data = json.loads(text)
         data["encoder"] |= change

@@ -244,9 +244,10 @@ def _delta_lines(record: EncoderRecord, parity: ParityRecord) -> list[str]:
     """How frames of a fixed camera are encoded."""
     if (delta := record.delta) is None:
         return []
-    share = delta.operations / record.dense_operations
+    what = "a frame" if record.tiles == 1 else f"each of {record.tiles} tiles"
     line = (
-        f"delta: {delta.patches} of {record.patches} patches a frame, {share:.2f} of the operations"
+        f"delta: {delta.patches} of {record.patches} patches of {what}, {record.changed_share:.2f} of"
+        " the operations"
     )
     return [line if parity.delta is None else f"{line}; parity within {parity.delta:.1e}"]
 

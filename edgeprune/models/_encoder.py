@@ -71,6 +71,11 @@ class EncoderConfig:
         return self.image // self.patch
 
     @property
+    def patches(self) -> int:
+        """Of a tile."""
+        return self.side**2
+
+    @property
     def merging_blocks(self) -> int:
         """Blocks that may merge tokens: none where hidden states of several are read."""
         return 0 if self.joined else self.blocks
@@ -184,6 +189,8 @@ class Encoding:
     contrast: Tensor | None = None  # float32 [tiles, units], of the pixels, until units leave by it
     split: Split | None = None  # what has left
     joined: int = 0  # hidden states for which it came back
+    some: Tensor | None = None  # int64 [n], in reading order, the patches that these states are of,
+    # where they are not of all
 
 
 ChooseMerge = Callable[[Tensor], BlockMerge | None]
@@ -256,8 +263,23 @@ class Tower(nn.Module):
     """Blocks whose queries and keys are looked at. By policies: the last one with full attention in
     which all patches take part that the features are of. By a site: the one before it."""
 
+    @property
+    def first(self) -> int:
+        """Tokens that stand before a tile's patches: 1 with [CLS]."""
+        return 0
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """The patch at each index of the sequence; None: they are in reading order."""
+        return None
+
     def enter(self, pixels: Tensor) -> Encoding:
         """Pixels [tiles, 3, H, W] as they enter the first block."""
+        raise NotImplementedError
+
+    def enter_some(self, patches: Tensor, indices: Tensor) -> Encoding:
+        """Some patches of a tile, and [CLS], as they enter the first block: pixels
+        [n, 3, patch, patch], their indices in reading order int64 [n]."""
         raise NotImplementedError
 
     def advance(self, number: int, seen: Encoding, policy: PolicyMerge | None = None) -> Encoding:
@@ -288,8 +310,14 @@ class Tower(nn.Module):
         """A hidden state of all patches as what went on has it."""
         return site.of_chosen(state, split)
 
-    def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
-        """The block itself."""
+    def run_block(
+        self,
+        number: int,
+        seen: Encoding,
+        policy: PolicyMerge | None,
+        attended: Attended | None = None,
+    ) -> Encoding:
+        """The block itself; with `attended` its tokens attend to other keys and values."""
         raise NotImplementedError
 
     def alone(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -350,6 +378,24 @@ class Encoder(Tower):
         read = (x,) if 0 in self.config.joined else ()
         return Encoding(x, read=read, contrast=self.contrast(pixels, self.site))
 
+    @property
+    def first(self) -> int:
+        return int(self.cls is not None)
+
+    def enter_some(self, patches: Tensor, indices: Tensor) -> Encoding:
+        positions = self.positions()
+        x = self.embedded(patches) + positions.index_select(0, indices + self.first)
+        if self.cls is not None:
+            x = torch.cat([(self.cls + positions[0])[None, None], x], dim=1)
+        x = self.pre_norm(x)
+        return Encoding(x, read=(x,) if 0 in self.config.joined else (), some=indices)
+
+    def embedded(self, patches: Tensor) -> Tensor:
+        """The embedding of patches that are given one by one: [n, 3, patch, patch] ->
+        [1, n, width]."""
+        embedded: Tensor = self.patch(patches).flatten(1)[None]
+        return embedded
+
     def patches(self, pixels: Tensor) -> Tensor:
         """The embedding of each patch, row by row: [tiles, 3, H, W] -> [tiles, N, width]."""
         embedded: Tensor = self.patch(pixels).flatten(2).transpose(1, 2)
@@ -378,9 +424,15 @@ class Encoder(Tower):
         patches = site.of_chosen(state[:, first:], split)
         return torch.cat([state[:, :first], patches], dim=1) if first else patches
 
-    def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
+    def run_block(
+        self,
+        number: int,
+        seen: Encoding,
+        policy: PolicyMerge | None,
+        attended: Attended | None = None,
+    ) -> Encoding:
         choose = self._choose_in(number, policy)
-        x, query, key, groups = self.blocks[number](seen.hidden, seen.groups, choose)
+        x, query, key, groups = self.blocks[number](seen.hidden, seen.groups, choose, attended)
         if number not in self.looked_at:
             query, key = seen.query, seen.key
         seen = replace(seen, hidden=x, query=query, key=key, groups=groups)

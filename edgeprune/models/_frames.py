@@ -1,9 +1,10 @@
 """The encoder for frames of a fixed camera: of a frame only K patches that changed go through it.
 
 Each block keeps the keys and values of all tokens of a frame. Of the next frame K patches, and
-[CLS], go through the blocks. They attend to the keys and values of all patches: their own anew, the
-others' as they were. A patch that is not encoded keeps its features, though in the whole encoder
-it would see what changed: so this is an approximation. K is fixed, so every size is.
+[CLS], go through the blocks. They attend to the keys and values of all patches, or within windows
+to those of their own window: their own anew, the others' as they were. A patch that is not encoded
+keeps its features, though in the whole encoder it would see what changed: so this is an
+approximation. K is fixed, so every size is.
 
 After Eventful Transformers (Dutson, Li, Gupta, ICCV 2023, arXiv:2308.13494), which decide before
 every product what changed; here the pixels decide once.
@@ -11,134 +12,177 @@ every product what changed; here the pixels decide once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from edgeprune.errors import SpecError
-from edgeprune.models._encoder import Encoded, Encoder, EncoderConfig, Encoding
+from edgeprune.models._encoder import Encoded, EncoderConfig, Encoding, Tower
+from edgeprune.models._qwen_tower import TowerConfig
+from edgeprune.models._siglip2 import Siglip2Config
 from edgeprune.models._vision import VisionConfig
 
 Cache = tuple[Tensor, Tensor]
-"""Keys and values of a block for all tokens of a frame: [1, heads, S, head] each."""
+"""Keys and values of a block for all tokens of a frame: [1, heads, S, head] each, patches in the
+order of the tower's sequence."""
 
 
-def changed_patches(config: VisionConfig, tiles: int, share: float) -> int:
-    """K, for a share of a frame's patches; SpecError where an encoder has no such form."""
+@dataclass(frozen=True)
+class ChangedConfig:
+    """How many patches of a frame of which few changed are encoded."""
+
+    patches: int  # K
+    unit: int  # patches a side of those that become one visual token, and are encoded together
+
+
+def changed_config(config: VisionConfig, share: float, *, video: bool = False) -> ChangedConfig:
+    """For a share of a frame's patches; SpecError where an encoder has no such form. `video`: tiles
+    are frames of one video."""
     if not 0 < share < 1:
         raise SpecError(f"--delta is a share of a frame's patches, between 0 and 1; got {share:g}")
-    if why := why_whole(config, tiles):
+    if why := _why_whole(config, video):
         raise SpecError(f"--delta: {why}; leave it out")
-    encoder = config.encoder
-    assert isinstance(encoder, EncoderConfig)
-    patches = encoder.side**2
-    return min(max(1, round(share * patches)), patches - 1)
+    layout = config.layout
+    unit = layout.merge if layout.pool == "join" else 1  # averaged or resized ones are many
+    area = unit * unit
+    units = config.encoder.patches // area
+    if units < 2:
+        raise SpecError("--delta: a frame of this model is a single visual token; leave it out")
+    return ChangedConfig(area * min(max(1, round(share * units)), units - 1), unit)
 
 
-def why_whole(config: VisionConfig, tiles: int) -> str:
+def _why_whole(config: VisionConfig, video: bool) -> str:
     """Why a model's frames are encoded as a whole; empty where they need not be."""
-    encoder = config.encoder
-    if not isinstance(encoder, EncoderConfig):
-        return "this vision tower has windows, groups of patches or rotary positions"
-    if type(encoder) is not EncoderConfig:
-        return "this vision tower resamples its patches or their positions"
-    if encoder.joined:
-        return "this model reads hidden states of several blocks of its vision tower"
+    if video:
+        return "it is for images of fixed cameras, this bundle takes a video"
+    if type(config.encoder) not in (EncoderConfig, Siglip2Config, TowerConfig):
+        return "each token of this vision tower is made of all patches"
     if config.site is not None:
         return f"--encoder {config.site.method} chooses other patches in every frame"
-    if tiles != 1:
-        return f"it is for one image of one tile, this bundle takes {tiles} tiles or frames"
     return ""
 
 
-def changed_operations(encoder: EncoderConfig, patches: int) -> int:
-    """Operations of the encoder for so many patches of a frame."""
-    width, new = encoder.width, patches + encoder.cls
-    whole = encoder.side**2 + encoder.cls
+def changed_operations(encoder: EncoderConfig | TowerConfig, patches: int) -> int:
+    """Operations of the encoder for so many patches of a tile. Under a mask, as where blocks have
+    windows, all products are computed."""
+    first = int(encoder.cls)
+    width, new, whole = encoder.width, patches + first, encoder.patches + first
     block = 2 * new * width * (4 * width + encoder.products * encoder.mlp_width)
     block += 4 * new * whole * width
     return 2 * patches * encoder.inputs * width + encoder.blocks * block
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A frame between two blocks: n of its S tokens, [CLS] first, are encoded, and all N patches
-    are known from the frame before. Of a whole frame n is S."""
+class Changed:
+    """Where each row of a frame is found: among the n that are encoded or, behind them, those that
+    are known from the frame before."""
 
-    hidden: Tensor  # [1, n, width]
-    sources: Tensor | None = None  # int64 [N], row of each patch among those encoded and, behind
-    # them, those known; None: all are encoded
-    tokens: Tensor | None = None  # int64 [S], likewise of each token
-    query: Tensor | None = None  # [1, heads, n, head], of the last block so far
-    key: Tensor | None = None  # [1, heads, S, head], likewise
-    value: Tensor | None = None  # [1, heads, S, head]
+    sources: Tensor  # int64 [N], of patches in reading order
+    tokens: Tensor  # int64 [S], the same with [CLS] first
+    slots: Tensor  # int64 [S], of keys and values, in the order of the sequence
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame between two blocks: n of its S tokens are encoded; of a whole frame n is S."""
+
+    seen: Encoding  # of the n tokens; keys are of all
+    changed: Changed | None = None  # None: all are encoded
+    cache: Cache | None = None  # of the last block so far, of all tokens; None: there is none yet
 
     @property
-    def cache(self) -> Cache:
-        """Of the last block so far."""
-        assert self.key is not None and self.value is not None
-        return self.key, self.value
+    def hidden(self) -> Tensor:
+        """[1, n, width]"""
+        return self.seen.hidden
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the frame before, behind the last block."""
+    """What is known of all patches of the frame before, behind the last block."""
 
     features: Tensor  # [1, N, width]
-    query: Tensor | None  # [1, heads, S, head]; None: it is not asked for
+    query: Tensor | None = None  # [1, heads, S, head]; None: it is not asked for
+    middle: Tensor | None = None  # [1, N, blocks * width], likewise
+
+    @classmethod
+    def of(cls, seen: Encoded) -> Known:
+        """Of a frame that left the encoder."""
+        signals = seen.signals
+        return cls(signals["features"], signals.get("query"), signals.get("middle"))
 
 
 class FrameEncoder:
-    """Runs an encoder's blocks on a whole frame, or on K patches of one."""
+    """Runs a tower's blocks on a whole frame, or on K patches of one."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder, self.first = encoder, int(encoder.cls is not None)
+    def __init__(self, tower: Tower) -> None:
+        self.tower = tower
 
     def enter(self, pixels: Tensor) -> Frame:
         """A whole frame: pixels [1, 3, H, W]."""
-        return Frame(self.encoder.enter(pixels).hidden)
+        return Frame(self.tower.enter(pixels))
 
     def enter_changed(self, patches: Tensor, indices: Tensor, sources: Tensor) -> Frame:
-        """Pixels [K, 3, patch, patch] of the patches `indices` int64 [K]; `sources` as in Frame."""
-        encoder, positions, tokens = self.encoder, self.encoder.positions(), sources
-        embedded = encoder.patch(patches).flatten(1)[None]
-        x = embedded + positions.index_select(0, indices + self.first)
-        if encoder.cls is not None:
-            x = torch.cat([(encoder.cls + positions[0])[None, None], x], dim=1)
+        """Pixels [K, 3, patch, patch] of the patches `indices` int64 [K]; `sources` as in Changed,
+        indices and sources in reading order."""
+        count, order, tokens = patches.shape[0], self.tower.order, sources
+        if self.tower.first:
             tokens = torch.cat([torch.zeros_like(sources[:1]), sources + 1])
-        return Frame(encoder.pre_norm(x), sources, tokens)
+        slots = tokens
+        if order is not None:  # such towers have no [CLS]
+            found = sources.index_select(0, torch.tensor(order, device=sources.device))
+            own = torch.arange(len(order), device=sources.device) + count
+            slots = torch.where(found < count, found, own)
+        changed = Changed(sources, tokens, slots)
+        return Frame(self.tower.enter_some(patches, indices), changed)
 
     def advance(self, number: int, frame: Frame, cache: Cache | None = None) -> Frame:
         """A block; `cache` is its own of the frame before, unless all tokens are encoded."""
         held = list[Cache]()
 
         def attended(key: Tensor, value: Tensor) -> Cache:
-            if cache is not None:
+            if cache is not None and (changed := frame.changed) is not None:
                 key, value = (
-                    self._placed(key, cache[0], frame),
-                    self._placed(value, cache[1], frame),
+                    self._placed(new, known, changed.slots)
+                    for new, known in zip((key, value), cache, strict=True)
                 )
             held.append((key, value))
             return key, value
 
-        block = self.encoder.blocks[number]
-        hidden, query, key, _ = block(frame.hidden, None, lambda key: None, attended)
-        return replace(frame, hidden=hidden, query=query, key=key, value=held[0][1])
+        seen = self.tower.run_block(number, frame.seen, None, attended)
+        return replace(frame, seen=seen, cache=_of_all(held))
 
     def leave(self, frame: Frame, known: Known | None = None) -> Encoded:
         """What a tile gives, of all patches; `known` unless all tokens are encoded."""
-        encoder, first = self.encoder, self.first
-        assert frame.query is not None and frame.key is not None  # behind the last block
-        if known is None or frame.sources is None:
-            return encoder.leave(Encoding(frame.hidden, frame.query, frame.key))
-        x = encoder.post_norm(frame.hidden)
-        features = torch.cat([x[:, first:], known.features], dim=1).index_select(1, frame.sources)
-        query = None if known.query is None else self._placed(frame.query, known.query, frame)
-        return Encoded(features, x[:, :1] if first else None, query, frame.key)
+        seen, changed = self.tower.leave(frame.seen), frame.changed
+        if known is None or changed is None:
+            return seen
 
-    def _placed(self, new: Tensor, known: Tensor, frame: Frame) -> Tensor:
+        def placed(new: Tensor, old: Tensor) -> Tensor:
+            return torch.cat([new, old], dim=1).index_select(1, changed.sources)
+
+        query, middle = None, tuple[Tensor, ...]()
+        if known.query is not None and seen.query is not None:
+            query = self._placed(seen.query, known.query, changed.tokens)
+        if known.middle is not None:
+            parts = known.middle.chunk(len(seen.middle), dim=-1)
+            middle = tuple(map(placed, seen.middle, parts))
+        features = placed(seen.features, known.features)
+        return replace(seen, features=features, query=query, middle=middle)
+
+    def _placed(self, new: Tensor, known: Tensor, rows: Tensor) -> Tensor:
         """Rows of all tokens, the encoded ones in place of those known: [1, heads, n, head],
         [1, heads, S, head] -> [1, heads, S, head]."""
-        assert frame.tokens is not None
-        return torch.cat([new, known[:, :, self.first :]], dim=2).index_select(2, frame.tokens)
+        return torch.cat([new, known[:, :, self.tower.first :]], dim=2).index_select(2, rows)
+
+
+def _of_all(held: Sequence[Cache]) -> Cache:
+    """Keys and values of a block as one sequence, where its windows have their own."""
+    key, value = (
+        [x if x.shape[0] == 1 else x.transpose(0, 1).flatten(1, 2)[None] for x in parts]
+        for parts in zip(*held, strict=True)
+    )
+    if len(key) == 1:
+        return key[0], value[0]
+    return torch.cat(key, dim=2), torch.cat(value, dim=2)

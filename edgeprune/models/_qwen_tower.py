@@ -10,15 +10,20 @@ windows are known, so patches are put in their order once, by one gather, and ba
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models._encoder import ACTIVATIONS, Encoded, Encoding, PolicyMerge, Tower
+from edgeprune.models._encoder import (
+    ACTIVATIONS,
+    Attended,
+    Encoded,
+    Encoding,
+    PolicyMerge,
+    Tower,
+)
 from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Split, Units, taken
 from edgeprune.models._layers import (
     LayerNorm,
@@ -33,6 +38,7 @@ from edgeprune.models._layers import (
     split_heads,
 )
 from edgeprune.models._ops import TorchOps, cast
+from edgeprune.models._position_grid import PositionGrid
 
 EPS = 1e-6
 """Of the norms of Qwen's towers; no config says otherwise."""
@@ -62,6 +68,12 @@ class Windows:
         groups = list(shapes.values())
         order = tuple(patch for group in groups for window in group for patch in window)
         return cls(order, tuple((len(group), len(group[0])) for group in groups))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The window of each index of the sequence."""
+        sizes = [size for windows, size in self.runs for _ in range(windows)]
+        return tuple(number for number, size in enumerate(sizes) for _ in range(size))
 
     def inverse(self) -> list[int]:
         """The index of each patch in the sequence."""
@@ -209,11 +221,13 @@ class Block(nn.Module):
         sin: Tensor,
         left: Tensor | None = None,
         seen: Tensor | None = None,
+        attended: Attended | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [tiles, N, width], query and key of the last run [windows, heads, n, head].
 
         `left` int64 [tiles, N] are the rows of the rotary tables of what is left, where some left;
         `seen` bool [tiles, 1, N, N] which patches attend to which, where not all of a run do.
+        `attended` is given the keys and values of each run.
         """
         qkv, mixed, start = self.qkv(self.attention_norm(x)), list[Tensor](), 0
         for windows, patches in self.runs:
@@ -225,15 +239,44 @@ class Block(nn.Module):
             else:
                 rows = left if len(self.runs) == 1 else left[:, start:end]
                 rows = rows if windows == 1 else rows.reshape(-1, patches)
-            attended, query, key = self._attend(part, rows, cos, sin, seen)
-            mixed.append(attended)
+            one, query, key = self._attend(part, rows, cos, sin, seen, attended)
+            mixed.append(one)
             start = end
         joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
-        x = self.residual(x, self.output(joined))
-        return self.residual(x, self.mlp(self.mlp_norm(x))), query, key
+        return self._behind(x, joined), query, key
+
+    def of_some(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seen: Tensor | None,
+        attended: Attended,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of n of N patches, which attend to the N keys and values that `attended` gives:
+        [1, n, width] -> output [1, n, width], query [1, heads, n, head], key [1, heads, N, head].
+
+        `rows` int64 [1, n] are those of the rotary tables; `seen` bool [1, 1, n, N].
+        """
+        qkv = self.qkv(self.attention_norm(x))
+        mixed, query, key = self._attend(qkv, rows, cos, sin, seen, attended)
+        return self._behind(x, mixed), query, key
+
+    def _behind(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the attention of a block."""
+        x = self.residual(x, self.output(mixed))
+        found: Tensor = self.residual(x, self.mlp(self.mlp_norm(x)))
+        return found
 
     def _attend(
-        self, qkv: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None
+        self,
+        qkv: Tensor,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seen: Tensor | None,
+        attended: Attended | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention within equal windows: [tiles, windows * n, 3 width] -> [tiles, .., width].
 
@@ -244,69 +287,13 @@ class Block(nn.Module):
         query, key, value = (split_heads(p.reshape(shape), heads) for p in qkv.chunk(3, dim=-1))
         query = ops.rotate(query, cos, sin, rows)
         key = ops.rotate(key, cos, sin, rows)
+        if attended is not None:
+            key, value = attended(key, value)
         bias = None
         if seen is not None:
             bias = cast(torch.where(seen, 0.0, torch.finfo(query.dtype).min), query.dtype)
         mixed = join_heads(self.scores(query, key, value, bias))
         return mixed.reshape(tiles, -1, width), query, key
-
-
-class PositionGrid(nn.Module):
-    """Learned positions of a square grid, resampled to the patches of an image: bilinear, the
-    corners of both grids on each other, or bicubic, their edges. The sums are float32."""
-
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.position_side**2, config.width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Adds each patch's position, in reading order: [tiles, N, width] -> the same."""
-        config, side = self.config, self.config.position_side
-        read_at = cubic_taps if config.cubic else taps
-        rows, columns = read_at(config.rows, side), read_at(config.columns, side)
-        whole: Tensor | None = None
-        for row, column in product(range(len(rows[0])), repeat=2):
-            indices = [r[row][0] * side + c[column][0] for r in rows for c in columns]
-            shares = [r[row][1] * c[column][1] for r in rows for c in columns]
-            read = cast(self.weight.index_select(0, torch.tensor(indices)), torch.float32)
-            part = read * torch.tensor(shares)[:, None]
-            whole = part if whole is None else whole + part
-        assert whole is not None
-        return x + cast(whole, x.dtype)
-
-
-Taps = tuple[tuple[int, float], ...]
-"""Values that a point between them is made of, each with its share."""
-
-
-def taps(count: int, side: int) -> list[Taps]:
-    """For each of `count` points over a line of `side` values, the value at or before it and the
-    next one, each with its share."""
-    found = list[Taps]()
-    steps = max(1, count - 1)
-    for point in range(count):
-        low, rest = divmod(point * (side - 1), steps)
-        found.append(((low, 1 - rest / steps), (min(low + 1, side - 1), rest / steps)))
-    return found
-
-
-def cubic_taps(count: int, side: int) -> list[Taps]:
-    """The same where edges lie on each other: the two values on each side, the last one beyond the
-    edge; shares as Keys (1981) has them with a = -3/4."""
-
-    def share(distance: float) -> float:
-        if distance <= 1:
-            return (1.25 * distance - 2.25) * distance**2 + 1
-        return -0.75 * (((distance - 5) * distance + 8) * distance - 4)
-
-    found = list[Taps]()
-    for point in range(count):
-        place = (point + 0.5) * side / count - 0.5
-        low = math.floor(place)
-        near = range(low - 1, low + 3)
-        found.append(tuple((min(max(n, 0), side - 1), share(abs(place - n))) for n in near))
-    return found
 
 
 class QwenTower(Tower, WithBuffers):
@@ -347,30 +334,47 @@ class QwenTower(Tower, WithBuffers):
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     @property
-    def reorders(self) -> bool:
-        """Whether the windows' order is not that of reading."""
-        return list(self.config.all_windows.order) != list(range(self.config.patches))
+    def order(self) -> tuple[int, ...] | None:
+        order = self.config.all_windows.order
+        return None if list(order) == list(range(self.config.patches)) else order
 
     def enter(self, pixels: Tensor) -> Encoding:
         x = self.pre_norm(self.patch(self._spans(pixels)).flatten(2).transpose(1, 2))
         if self.config.position_side:
             x = self.position(x)
-        if self.reorders:
-            x = x.index_select(1, torch.tensor(self.config.all_windows.order))
+        if self.order is not None:
+            x = x.index_select(1, torch.tensor(self.order))
         return Encoding(x, contrast=self.contrast(pixels, self.site))
+
+    def enter_some(self, patches: Tensor, indices: Tensor) -> Encoding:
+        x = self.pre_norm(self.patch(self._spans(patches)).flatten(1)[None])
+        if self.config.position_side:
+            x = self.position(x, indices)
+        return Encoding(x, some=indices)
 
     def contrast(self, pixels: Tensor, site: EncoderSite | None) -> Tensor | None:
         if site is None or not site.looks_at_pixels:
             return None
         return site.contrast(self._spans(pixels), self.config.patch)
 
-    def run_block(self, number: int, seen: Encoding, policy: PolicyMerge | None) -> Encoding:
+    def run_block(
+        self,
+        number: int,
+        seen: Encoding,
+        policy: PolicyMerge | None,
+        attended: Attended | None = None,
+    ) -> Encoding:
         left, window = None, None
         if seen.split is not None and self.site is not None:
             left = self.site.rows(seen.split.chosen)
             if self.site.config.masked and self.config.attends_within(number):
                 window = self.site.mask(seen.split)
-        x, query, key = self.blocks[number](seen.hidden, self.cos, self.sin, left, window)
+        block, tables = self.blocks[number], (self.cos, self.sin)
+        if seen.some is None:
+            x, query, key = block(seen.hidden, *tables, left, window, attended)
+        else:
+            rows, window = self._of_some(number, seen.some)
+            x, query, key = block.of_some(seen.hidden, rows, *tables, window, attended)
         if number not in self.looked_at:
             query, key = seen.query, seen.key
         seen = replace(seen, hidden=x, query=query, key=key)
@@ -378,6 +382,18 @@ class QwenTower(Tower, WithBuffers):
             return seen
         joined = seen.joined + (seen.split is not None)
         return replace(seen, read=(*seen.read, self.whole(x, seen)), joined=joined)
+
+    def _of_some(self, number: int, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """For patches int64 [n] in reading order the rows of the rotary tables int64 [1, n], and
+        where a block attends within windows which patches each sees: bool [1, 1, n, N]."""
+        rows, windows = patches, self.config.all_windows
+        if self.order is not None:
+            rows = torch.tensor(windows.inverse(), device=rows.device).index_select(0, rows)
+        if not self.config.attends_within(number) or windows.numbers[-1] == 0:
+            return rows[None], None
+        numbers = torch.tensor(windows.numbers, device=rows.device)
+        own = numbers.index_select(0, rows)
+        return rows[None], (own[:, None] == numbers)[None, None]
 
     def alone(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
         found: Tensor = self.blocks[number](hidden, self.cos, self.sin, rows)[0]
@@ -392,12 +408,13 @@ class QwenTower(Tower, WithBuffers):
         middle = seen.read
         if seen.split is not None and self.site is not None and self.site.drops:
             return self._left(x, seen, seen.split, self.site)
-        if self.reorders:
+        if self.order is not None:
             back = torch.tensor(self.config.all_windows.inverse())
-            x = x.index_select(-2, back)
-            query = None if query is None else query.index_select(-2, back)
             key = None if key is None else key.index_select(-2, back)
-            middle = tuple(t.index_select(-2, back) for t in middle)
+            if seen.some is None:
+                x = x.index_select(-2, back)
+                query = None if query is None else query.index_select(-2, back)
+                middle = tuple(t.index_select(-2, back) for t in middle)
         return Encoded(x, None, query, key, middle=middle)
 
     def _left(self, x: Tensor, seen: Encoding, split: Split, site: EncoderSite) -> Encoded:

@@ -63,6 +63,10 @@ class Siglip2(Encoder):
         embedded: Tensor = self.patch(split.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
         return embedded
 
+    def embedded(self, patches: Tensor) -> Tensor:
+        embedded: Tensor = self.patch(patches.permute(0, 2, 3, 1).flatten(1))[None]
+        return embedded
+
     def positions(self) -> Tensor:
         """The learned grid resampled to that of the patches: rows, then columns, each by a product
         with constants, in float32."""

@@ -79,7 +79,8 @@ class TrtBackend:
         self._cache_sizes = cache_sizes(bundle.manifest, self.capacities)
         one = sum(sum(some.values()) for some in (sizes, self._image_sizes, self._cache_sizes))
         one += bundle.manifest.encoder.tiles * sum(self._tile_sizes.values())
-        one += 2 * sum(self._frame_sizes.values())  # of a frame, and of the next
+        frames = bundle.manifest.encoder.tiles + 1  # of all tiles, and the next of one
+        one += frames * sum(self._frame_sizes.values())
         self._check_memory(sum(engine["bytes"] for engine in made.values()) + one)
         names = engines.names(bundle.manifest)
         loaded = {name: self.device.load(self._found.file(name)) for name in names}
