@@ -144,7 +144,6 @@ def _delta(manifest: Manifest) -> tuple[Ends, Ends]:
     inputs: Ends = {
         ("patches", None, None): (manifest.dtype, (delta.patches, 3, delta.patch, delta.patch)),
         ("patch_indices", None, None): ("int64", (delta.patches,)),
-        ("sources", None, None): ("int64", (manifest.encoder.patches,)),
     }
     for (role, _, _), found in signals.items():
         if role in KNOWN:

@@ -25,7 +25,6 @@ ROLES = {
     "units": "int64 [1, tokens]: a tile's tokens that are left, where others left for good",
     "patches": "normalised pixels of the patches that changed [K, 3, patch, patch]",
     "patch_indices": "int64 [K]: which of the N patches of a tile they are",
-    "sources": "int64 [N]: row of each patch among these K and, behind them, N of the tile before",
     "previous_features": "`features` of the tile before",
     "previous_query": "`query` of the tile before",
     "previous_middle": "`middle` of the tile before",

@@ -64,9 +64,9 @@ def delta_record(
 class _OfFrame(nn.Module):
     """Gives signals of these roles, then each block's keys and values, then its hidden states."""
 
-    def __init__(self, encoder: Tower, roles: Sequence[str]) -> None:
+    def __init__(self, encoder: Tower, heads: int, roles: Sequence[str]) -> None:
         super().__init__()
-        self.encoder, self.roles, self.frames = encoder, roles, FrameEncoder(encoder)
+        self.encoder, self.roles, self.frames = encoder, roles, FrameEncoder(encoder, heads)
 
     def through(
         self, frame: Frame, caches: Sequence[Cache | None], known: Known | None
@@ -96,13 +96,12 @@ class ChangedPatches(_OfFrame):
         self,
         patches: Tensor,
         indices: Tensor,
-        sources: Tensor,
         previous: Sequence[Tensor],
         caches: Sequence[Cache],
     ) -> tuple[Tensor, ...]:
         roles = [role for role in KNOWN if role in self.roles]
         known = dict(zip(roles, previous, strict=True))
-        frame = self.frames.enter_changed(patches, indices, sources)
+        frame = self.frames.enter_changed(patches, indices)
         return self.through(frame, caches, Known(**known))
 
 
@@ -125,7 +124,7 @@ def frame_graphs(
     """Both graphs by their file, and the modules that they are of; every size is fixed. `signals`
     are stand-ins for those that are read."""
     roles, dtype = list(signals), sizes.dtype
-    whole, changed = WholeFrame(encoder, roles), ChangedPatches(encoder, roles)
+    whole, changed = (of(encoder, config.heads, roles) for of in (WholeFrame, ChangedPatches))
     known = [role for role in KNOWN if role in signals]
     count, patches = sizes.patches, config.patches
     shape = 1, config.heads, patches + encoder.first, config.width // config.heads
@@ -133,11 +132,10 @@ def frame_graphs(
     given = (
         torch.zeros(count, 3, config.patch, config.patch, dtype=dtype),
         torch.arange(count),
-        torch.arange(patches) + count,
         [torch.zeros_like(signals[role]) for role in known],
         caches,
     )
-    inputs = [End(name, name) for name in ("patches", "patch_indices", "sources")]
+    inputs = [End(name, name) for name in ("patches", "patch_indices")]
     inputs += [End(f"previous_{role}", f"previous_{role}") for role in known]
     inputs += _caches("past", len(caches))
     outputs = [End(role, role) for role in roles] + _caches("present", len(caches))

@@ -24,8 +24,8 @@ from edgeprune.export.trace import HIDDEN
 from edgeprune.export.windows import Window
 from edgeprune.graphs import DELTA, VISION, GraphRecord
 from edgeprune.models._dialogues import Eager
-from edgeprune.models._encoder import Encoded, Tower
-from edgeprune.models._frames import Frame, FrameEncoder, Known
+from edgeprune.models._encoder import Encoded
+from edgeprune.models._frames import Frame, FrameEncoder, Known, frame_encoder
 from edgeprune.models._processor import Prompt
 
 MOST = 2
@@ -41,18 +41,14 @@ class Change:
     pixels: Tensor  # [1, 3, H, W]
     patches: Tensor  # [K, 3, patch, patch]
     indices: Tensor  # int64 [K]
-    sources: Tensor  # int64 [N]
 
     @classmethod
     def drawn(cls, before: Tensor, after: Tensor, patch: int, count: int, seed: int) -> Change:
         """With patches at random places."""
         columns = F.unfold(after, patch, stride=patch)[0].T  # [N, 3 * patch * patch]
-        total = len(columns)
         generator = torch.Generator().manual_seed(seed)
-        indices = torch.randperm(total, generator=generator)[:count].sort().values
-        sources = torch.arange(count, count + total)
-        sources[indices] = torch.arange(count)
-        return cls(before, columns[indices].view(count, 3, patch, patch), indices, sources)
+        indices = torch.randperm(len(columns), generator=generator)[:count].sort().values
+        return cls(before, columns[indices].view(count, 3, patch, patch), indices)
 
 
 class FrameGraph(WindowedGraph):
@@ -106,7 +102,7 @@ def check_frames(
     """The largest difference of the second graph's signals, as a share of the largest value;
     ParityError where any number differs by more than TOLERANCE. Graphs and `eager` compute in
     float32: `wide` says that the bundle does not."""
-    stages, encoder = eager.vision, eager.vision.vision.encoder
+    stages = eager.vision
     windows, counts = stages.windows(), eager.plan.counts
     graphs = {
         name: FrameGraph(folder / name, records[name], windows, counts, wide=wide)
@@ -117,13 +113,13 @@ def check_frames(
     count, _, patch, _ = taken.shape({})
     samples, worst = prompts[:MOST], 0.0
     for number, prompt in enumerate(samples):
-        before, *others = prompt.pixels.split(1)  # tiles
+        before, *others = torch.split(prompt.pixels, 1)  # tiles
         if len(prompts) > 1:
-            others = list(prompts[(number + 1) % len(prompts)].pixels.split(1))
+            others = list(torch.split(prompts[(number + 1) % len(prompts)].pixels, 1))
         after = others[0] if others else before.flip(-1)
         change = Change.drawn(before, after, patch, count, number)
         shown = _played(graphs, change)
-        worst = max(worst, _compared(eager, encoder, change, shown, records))
+        worst = max(worst, _compared(eager, change, shown, records))
         report(number + 1, len(samples))
     return worst
 
@@ -133,7 +129,6 @@ def _played(graphs: Mapping[str, FrameGraph], change: Change) -> dict[str, list[
     whole, changed = graphs[VISION], graphs[DELTA]
     before = whole.play({"pixels": change.pixels.float()}, {})
     given = {"patches": change.patches.float(), "patch_indices": change.indices}
-    given["sources"] = change.sources
     signals = [t.role for t in whole.record.outputs if t.layer is None]
     for role, value in zip(signals, before[-1], strict=True):
         given[f"previous_{role}"] = value  # those that the graph does not take are not read
@@ -146,19 +141,19 @@ def _played(graphs: Mapping[str, FrameGraph], change: Change) -> dict[str, list[
 @torch.no_grad()
 def _compared(
     eager: Eager,
-    encoder: Tower,
     change: Change,
     shown: Mapping[str, list[Shown]],
     records: Mapping[str, GraphRecord],
 ) -> float:
     """The difference of the second graph's signals, once every number of both was compared."""
-    stages, frames, pair = eager.vision, FrameEncoder(encoder), _Pair(change)
+    stages, pair = eager.vision, _Pair(change)
+    frames, blocks = frame_encoder(stages.vision), len(stages.vision.encoder.blocks)
     roles = [t.role for t in records[VISION].outputs if t.layer is None]
     apart = 0.0
     for window in stages.windows():
         with stages.loaded(window):
             for stage in window:
-                step = partial(_step, frames, stage, len(encoder.blocks))
+                step = partial(_step, frames, stage, blocks)
                 pair = stages.execution.run(step, pair)
                 for name, state in ((VISION, pair.whole), (DELTA, pair.changed)):
                     wanted = _numbers(state, roles)
@@ -177,7 +172,7 @@ def _step(frames: FrameEncoder, stage: int, blocks: int, pair: _Pair) -> _Pair:
     """Both frames through a stage of the eager model."""
     change, whole, changed = pair.change, pair.whole, pair.changed
     if stage == 0:
-        given = change.patches, change.indices, change.sources
+        given = change.patches, change.indices
         return _Pair(change, frames.enter(change.pixels), frames.enter_changed(*given))
     assert isinstance(whole, Frame) and isinstance(changed, Frame)
     if stage <= blocks:

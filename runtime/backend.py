@@ -39,15 +39,7 @@ class ChangedPatches:
     """K of the N patches of a tile."""
 
     pixels: NDArray[np.float32]  # [K, 3, patch, patch]
-    indices: Ids  # [K]
-    sources: Ids  # [N], row of each patch among these K and, behind them, the N of the tile before
-
-    @classmethod
-    def of(cls, pixels: NDArray[np.float32], indices: Ids, total: int) -> ChangedPatches:
-        """From the patches and which of `total` they are."""
-        sources = np.arange(indices.size, indices.size + total, dtype=np.int64)
-        sources[indices] = np.arange(indices.size)
-        return cls(pixels, indices, sources)
+    indices: Ids  # [K], rising, in reading order
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +138,8 @@ class Backend(Protocol[C]):
         ...
 
     def encode_changed(self, tile: EncodedTile, changed: ChangedPatches) -> EncodedTile:
-        """Run vision_delta.onnx: a tile with caches, of which some patches changed."""
+        """Run vision_delta.onnx: a tile with caches, of which some patches changed. Nobody reads
+        the caches of `tile` after that, nor after an error: they may have been written."""
         ...
 
     def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:

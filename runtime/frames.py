@@ -69,7 +69,7 @@ class FrameEncoder:
         self._image: tuple[bytes, EncodedImage] | None = None  # and the counts it was joined at
         tile = np.zeros((1, *manifest.image.shape[1:]), np.float32)
         first = np.arange(delta.patches)
-        given = ChangedPatches.of(as_patches(tile[0], delta.patch)[first], first, self._total)
+        given = ChangedPatches(as_patches(tile[0], delta.patch)[first], first)
         backend.encode_changed(backend.encode_tile(tile, caches=True), given)
 
     def encode(self, pixels: Pixels, counts: Ids) -> EncodedImage:
@@ -100,9 +100,10 @@ class FrameEncoder:
         far = distances(changed, self._units.encoded)
         order = np.lexsort((-change.flatten(), far.flatten()))  # the nearest first
         chosen = np.sort(self._units.members[order[: self._units.encoded]].flatten())
-        given = ChangedPatches.of(patches[chosen], chosen, self._total)
-        self._known[number] = replace(known, tile=self._backend.encode_changed(known.tile, given))
+        self._known[number] = None  # after an error the tile is encoded as a whole
+        tile = self._backend.encode_changed(known.tile, ChangedPatches(patches[chosen], chosen))
         known.patches[chosen] = patches[chosen]
+        self._known[number] = replace(known, tile=tile)
         return chosen.size
 
     def _whole(self, number: int, pixels: Pixels, patches: Pixels) -> int:

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -133,10 +132,22 @@ def test_a_manifest_that_says_otherwise_is_refused(camera_bundle: Path, tmp_path
     text = file.read_text()
     for change, why in (
         ({"delta": None}, "graphs are vision.onnx, join.onnx, decoder.onnx"),
-        ({"delta": {"patches": 16, "unit": 1, "patch": 14, "heads": 4, "operations": 1}}, "are not some"),
-        ({"delta": {"patches": 4, "unit": 1, "patch": 7, "heads": 4, "operations": 1}}, "make no tile"),
-        ({"delta": {"patches": 4, "unit": 1, "patch": 14, "heads": 5, "operations": 1}}, "no 5 heads"),
-        ({"delta": {"patches": 5, "unit": 1, "patch": 14, "heads": 4, "operations": 1}}, "its sizes say"),
+        (
+            {"delta": {"patches": 16, "unit": 1, "patch": 14, "heads": 4, "operations": 1}},
+            "are not some",
+        ),
+        (
+            {"delta": {"patches": 4, "unit": 1, "patch": 7, "heads": 4, "operations": 1}},
+            "make no tile",
+        ),
+        (
+            {"delta": {"patches": 4, "unit": 1, "patch": 14, "heads": 5, "operations": 1}},
+            "no 5 heads",
+        ),
+        (
+            {"delta": {"patches": 5, "unit": 1, "patch": 14, "heads": 4, "operations": 1}},
+            "its sizes say",
+        ),
         ({"tiles": 2}, "are encoded of a video"),
         ({"delta": {"patches": 4, "unit": 3, "patch": 14, "heads": 4, "operations": 1}}, "fill no"),
     ):

@@ -20,12 +20,11 @@ from edgeprune.graphs import DELTA
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._dialogues import Eager
 from edgeprune.models._encoder import Encoder
-from edgeprune.models._frames import Frame, FrameEncoder, Known
+from edgeprune.models._frames import Frame, FrameEncoder, Known, frame_encoder
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies import make as policy_of
 from edgeprune.recipe import Recipe, make
 from edgeprune.runtime import Engine
-from edgeprune.runtime.backend import ChangedPatches
 from edgeprune.runtime.frames import DeltaOptions, as_patches
 from edgeprune.spec import Plan
 from tests.cameras import METHOD, noise, with_patches
@@ -55,8 +54,9 @@ def vision_of(adapter: Adapter, plan: Plan | None = None) -> Any:
 def test_the_first_block_is_exact_and_nothing_changes_where_nothing_did(adapter: Adapter) -> None:
     """Keys and values of a first block are of each token alone, so those that changed get from it
     what they would get in the whole frame."""
-    encoder: Encoder = vision_of(adapter).encoder
-    frames = FrameEncoder(encoder)
+    vision = vision_of(adapter)
+    encoder: Encoder = vision.encoder
+    frames = frame_encoder(vision)
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(1, 3, 56, 56, generator=generator)
     indices = np.array([1, 6, 7, 15])
@@ -64,8 +64,7 @@ def test_the_first_block_is_exact_and_nothing_changes_where_nothing_did(adapter:
 
     def through(now: torch.Tensor) -> tuple[list[Frame], Any, Any]:
         """Frames of the whole and of the changed patches after each block, and both ends."""
-        chosen = ChangedPatches.of(as_patches(now[0].numpy(), 14)[indices], indices, 16)
-        given = (chosen.pixels, chosen.indices, chosen.sources)
+        given = as_patches(now[0].numpy(), 14)[indices], indices
         old, new = frames.enter(before), frames.enter_changed(*map(torch.from_numpy, given))
         found = list[Frame]()
         for number in range(len(encoder.blocks)):
@@ -98,7 +97,7 @@ def test_frames_are_those_of_the_eager_model(engine: Engine, adapter: Adapter) -
     """Three frames; each is encoded with what was made of the one before."""
     prune = engine.manifest.prune
     vision = vision_of(adapter, prune.plan)
-    frames, encoder = FrameEncoder(vision.encoder), vision.encoder
+    frames, encoder = frame_encoder(vision), vision.encoder
     camera = engine.camera(DeltaOptions(0.01))
     pixels = noise(engine)
     first = engine.encode_frame(camera, pixels)
@@ -115,8 +114,7 @@ def test_frames_are_those_of_the_eager_model(engine: Engine, adapter: Adapter) -
         image = engine.encode_frame(camera, pixels, ("a warning",))
         assert (image.patches_encoded, image.warnings) == (4, ("a warning",))
         at = np.array(indices)
-        chosen = ChangedPatches.of(as_patches(pixels[0], 14)[at], at, 16)
-        given = (chosen.pixels, chosen.indices, chosen.sources)
+        given = as_patches(pixels[0], 14)[at], at
         frame = frames.enter_changed(*map(torch.from_numpy, given))
         for number in range(len(encoder.blocks)):
             frame = frames.advance(number, frame, caches[number])
@@ -142,10 +140,8 @@ def test_a_graph_that_is_not_the_reference_is_refused(
     assert 0 < checked() < 1e-5
     assert manifest.parity.delta == pytest.approx(checked(), rel=0.5)
     enter, leave = FrameEncoder.enter_changed, FrameEncoder.leave
-    monkeypatch.setattr(
-        FrameEncoder, "enter_changed", lambda own, x, at, rows: enter(own, x, at, rows.roll(1))
-    )
-    with pytest.raises(ParityError, match=r"vision_delta\.onnx differs .* in vision blocks\.0"):
+    monkeypatch.setattr(FrameEncoder, "enter_changed", lambda own, x, at: enter(own, x, at.roll(1)))
+    with pytest.raises(ParityError, match=r"vision_delta\.onnx differs .* in the encoder.s input"):
         checked()
     monkeypatch.undo()
 
@@ -186,7 +182,7 @@ def test_caches_stay_on_the_gpu(camera_bundle: Path, gpus: list[FakeGpu]) -> Non
     image = engines[1].encode_frame(camera, with_patches(pixels, [1, 2, 3, 4], 1))
     after = device.uploaded, device.downloaded
     moved = [b - a for a, b in zip(before, after, strict=True)]
-    assert moved == [4 * 4 * 3 * 14 * 14 + 8 * 4 + 8 * 16, 8 * image.kept.size]
+    assert moved == [4 * 4 * 3 * 14 * 14 + 8 * 4, 8 * image.kept.size]
 
 
 @pytest.mark.slow
@@ -210,4 +206,3 @@ def test_tensorrt_rtx_compiles_it(camera_checkpoint: Path, tmp_path: Path) -> No
     ).path
     assert main(["build", str(path), "--backend", "trt-rtx", "--text-capacity", "64"]) == 0
     assert list((path / "engines").glob("*/vision_delta.engine"))
-

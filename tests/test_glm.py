@@ -27,8 +27,8 @@ from edgeprune.export.check import check_graph
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._position_grid import PositionGrid
+from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.models.glm4v import halves
 from edgeprune.policies import make

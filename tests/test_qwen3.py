@@ -27,8 +27,8 @@ from edgeprune.errors import ModelError
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._mrope import interleaved
-from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._position_grid import PositionGrid
+from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.runtime import Sampling, Session

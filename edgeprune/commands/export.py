@@ -245,10 +245,8 @@ def _delta_lines(record: EncoderRecord, parity: ParityRecord) -> list[str]:
     if (delta := record.delta) is None:
         return []
     what = "a frame" if record.tiles == 1 else f"each of {record.tiles} tiles"
-    line = (
-        f"delta: {delta.patches} of {record.patches} patches of {what}, {record.changed_share:.2f} of"
-        " the operations"
-    )
+    share = f"{record.changed_share:.2f} of the operations"
+    line = f"delta: {delta.patches} of {record.patches} patches of {what}, {share}"
     return [line if parity.delta is None else f"{line}; parity within {parity.delta:.1e}"]
 
 

@@ -22,7 +22,7 @@ from edgeprune.errors import SpecError
 from edgeprune.models._encoder import Encoded, EncoderConfig, Encoding, Tower
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._siglip2 import Siglip2Config
-from edgeprune.models._vision import VisionConfig
+from edgeprune.models._vision import Vision, VisionConfig
 
 Cache = tuple[Tensor, Tensor]
 """Keys and values of a block for all tokens of a frame: [1, heads, S, head] each, patches in the
@@ -74,19 +74,22 @@ def changed_operations(encoder: EncoderConfig | TowerConfig, patches: int) -> in
     return 2 * patches * encoder.inputs * width + encoder.blocks * block
 
 
+At = tuple[Tensor, ...]
+"""Index of each row that is written, an int64 tensor for each axis before the last."""
+
+
 @dataclass(frozen=True)
 class Changed:
-    """Where each row of a frame is found: among the n that are encoded or, behind them, those that
-    are known from the frame before."""
+    """Where what is encoded anew stands among what is known of a tile."""
 
-    sources: Tensor  # int64 [N], of patches in reading order
-    tokens: Tensor  # int64 [S], the same with [CLS] first
-    slots: Tensor  # int64 [S], of keys and values, in the order of the sequence
+    patches: At  # [1, K] each, in reading order
+    tokens: At  # [1, heads, n] each, of queries: the same with [CLS] first
+    slots: At  # [1, heads, n] each, of keys and values: in the order of the tower's sequence
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame between two blocks: n of its S tokens are encoded; of a whole frame n is S."""
+    """A tile between two blocks: n of its S tokens are encoded; of a whole one n is S."""
 
     seen: Encoding  # of the n tokens; keys are of all
     changed: Changed | None = None  # None: all are encoded
@@ -114,28 +117,31 @@ class Known:
 
 
 class FrameEncoder:
-    """Runs a tower's blocks on a whole frame, or on K patches of one."""
+    """Runs a tower's blocks on a whole tile, or on K patches of one."""
 
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
+    def __init__(self, tower: Tower, heads: int) -> None:
+        self.tower, self.heads = tower, heads
 
     def enter(self, pixels: Tensor) -> Frame:
-        """A whole frame: pixels [1, 3, H, W]."""
+        """A whole tile: pixels [1, 3, H, W]."""
         return Frame(self.tower.enter(pixels))
 
-    def enter_changed(self, patches: Tensor, indices: Tensor, sources: Tensor) -> Frame:
-        """Pixels [K, 3, patch, patch] of the patches `indices` int64 [K]; `sources` as in Changed,
-        indices and sources in reading order."""
-        count, order, tokens = patches.shape[0], self.tower.order, sources
-        if self.tower.first:
-            tokens = torch.cat([torch.zeros_like(sources[:1]), sources + 1])
+    def enter_changed(self, patches: Tensor, indices: Tensor) -> Frame:
+        """Pixels [K, 3, patch, patch] of the patches `indices` int64 [K] in reading order."""
+        tower, tokens = self.tower, indices
+        if tower.first:
+            tokens = torch.cat([torch.zeros_like(indices[:1]), indices + tower.first])
         slots = tokens
-        if order is not None:  # such towers have no [CLS]
-            found = sources.index_select(0, torch.tensor(order, device=sources.device))
-            own = torch.arange(len(order), device=sources.device) + count
-            slots = torch.where(found < count, found, own)
-        changed = Changed(sources, tokens, slots)
-        return Frame(self.tower.enter_some(patches, indices), changed)
+        if tower.order is not None:  # such towers have no [CLS]
+            back = sorted(range(len(tower.order)), key=tower.order.__getitem__)
+            slots = torch.tensor(back, device=indices.device).index_select(0, indices)
+        by_head = self._by_head(tokens)
+        changed = Changed(
+            (torch.zeros_like(indices)[None], indices[None]),
+            by_head,
+            by_head if slots is tokens else self._by_head(slots),
+        )
+        return Frame(tower.enter_some(patches, indices), changed)
 
     def advance(self, number: int, frame: Frame, cache: Cache | None = None) -> Frame:
         """A block; `cache` is its own of the frame before, unless all tokens are encoded."""
@@ -144,7 +150,7 @@ class FrameEncoder:
         def attended(key: Tensor, value: Tensor) -> Cache:
             if cache is not None and (changed := frame.changed) is not None:
                 key, value = (
-                    self._placed(new, known, changed.slots)
+                    known.index_put(changed.slots, new)
                     for new, known in zip((key, value), cache, strict=True)
                 )
             held.append((key, value))
@@ -158,23 +164,27 @@ class FrameEncoder:
         seen, changed = self.tower.leave(frame.seen), frame.changed
         if known is None or changed is None:
             return seen
-
-        def placed(new: Tensor, old: Tensor) -> Tensor:
-            return torch.cat([new, old], dim=1).index_select(1, changed.sources)
-
         query, middle = None, tuple[Tensor, ...]()
         if known.query is not None and seen.query is not None:
-            query = self._placed(seen.query, known.query, changed.tokens)
+            query = known.query.index_put(changed.tokens, seen.query)
         if known.middle is not None:
-            parts = known.middle.chunk(len(seen.middle), dim=-1)
-            middle = tuple(map(placed, seen.middle, parts))
-        features = placed(seen.features, known.features)
+            new = torch.cat(seen.middle, dim=-1)
+            placed = known.middle.index_put(changed.patches, new)
+            middle = placed.chunk(len(seen.middle), dim=-1)
+        features = known.features.index_put(changed.patches, seen.features)
         return replace(seen, features=features, query=query, middle=middle)
 
-    def _placed(self, new: Tensor, known: Tensor, rows: Tensor) -> Tensor:
-        """Rows of all tokens, the encoded ones in place of those known: [1, heads, n, head],
-        [1, heads, S, head] -> [1, heads, S, head]."""
-        return torch.cat([new, known[:, :, self.tower.first :]], dim=2).index_select(2, rows)
+    def _by_head(self, rows: Tensor) -> At:
+        """Of rows int64 [n] the indices in [1, heads, S, head]."""
+        shape = 1, self.heads, rows.shape[0]
+        heads = torch.arange(self.heads, device=rows.device)[None, :, None]
+        rows = rows[None, None].expand(shape)
+        return torch.zeros_like(rows), heads.expand(shape), rows
+
+
+def frame_encoder(vision: Vision) -> FrameEncoder:
+    """Of an eager model."""
+    return FrameEncoder(vision.encoder, vision.config.encoder.heads)
 
 
 def _of_all(held: Sequence[Cache]) -> Cache:

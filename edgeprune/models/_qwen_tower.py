@@ -369,10 +369,12 @@ class QwenTower(Tower, WithBuffers):
             left = self.site.rows(seen.split.chosen)
             if self.site.config.masked and self.config.attends_within(number):
                 window = self.site.mask(seen.split)
-        block, tables = self.blocks[number], (self.cos, self.sin)
+        tables, block = (self.cos, self.sin), self.blocks[number]
+        assert isinstance(block, Block)  # ModuleList forgets what it holds
         if seen.some is None:
             x, query, key = block(seen.hidden, *tables, left, window, attended)
         else:
+            assert attended is not None  # they attend to more than themselves
             rows, window = self._of_some(number, seen.some)
             x, query, key = block.of_some(seen.hidden, rows, *tables, window, attended)
         if number not in self.looked_at:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property, partial
 from io import StringIO
@@ -100,7 +100,6 @@ class OrtBackend:
         given = {
             "patches": changed.pixels.astype(self.element),
             "patch_indices": changed.indices,
-            "sources": changed.sources,
         }
         assert tile.caches is not None  # it was encoded with them
         with _refusals(DELTA):
@@ -114,22 +113,32 @@ class OrtBackend:
                 else:
                     value = tile.signals[tensor.role.removeprefix("previous_")]
                 binding.bind_ortvalue_input(tensor.name, value)
-            return self._encoded(self._changed, binding, record.outputs)
+            return self._encoded(self._changed, binding, record.outputs, tile.caches)
 
     @cached_property
     def _changed(self) -> Any:
         """Few bundles have it, and few callers use it: opened when it is first needed."""
         return self._open(DELTA)
 
-    def _encoded(self, session: Any, binding: Any, outputs: Sequence[TensorRecord]) -> EncodedTile:
-        """What a bound call gives of a tile."""
+    def _encoded(
+        self,
+        session: Any,
+        binding: Any,
+        outputs: Sequence[TensorRecord],
+        caches: Mapping[tuple[str, int], Any] | None = None,
+    ) -> EncodedTile:
+        """What a bound call gives of a tile. `caches` are written in place: a block scatters its
+        new keys and values into those that it was given."""
         for tensor in outputs:
-            binding.bind_output(tensor.name, self.device)
+            if caches is None or tensor.layer is None:
+                binding.bind_output(tensor.name, self.device)
+            else:
+                binding.bind_ortvalue_output(tensor.name, caches[tensor.cached])
         session.run_with_iobinding(binding)
         found = list(zip(outputs, binding.get_outputs(), strict=True))
         signals = {tensor.role: value for tensor, value in found if tensor.layer is None}
-        caches = {tensor.cached: value for tensor, value in found if tensor.layer is not None}
-        return EncodedTile(signals, caches or None)
+        kept = {tensor.cached: value for tensor, value in found if tensor.layer is not None}
+        return EncodedTile(signals, kept or None)
 
     def join(self, tiles: Sequence[EncodedTile], counts: Ids | None = None) -> EncodedImage:
         with _refusals(JOIN):

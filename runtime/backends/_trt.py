@@ -108,7 +108,7 @@ class TrtBackend:
         assert tile.caches is not None and self._changed is not None  # where the bundle has them
         record = self.manifest.graphs[DELTA]
         pixels = dtypes.to_stored(changed.pixels, self.dtype)
-        given = dict(zip(CHANGED, (pixels, changed.indices, changed.sources), strict=True))
+        given = dict(zip(CHANGED, (pixels, changed.indices), strict=True))
         for tensor in record.inputs:
             if tensor.role in given:
                 at = self.at[tensor.name]

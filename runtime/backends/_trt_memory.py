@@ -16,7 +16,7 @@ ALIGNMENT = 256  # bytes; TensorRT wants inputs and outputs so
 WORD = 8  # bytes of an int64
 CACHES = ("past_", "present_")
 """Roles of caches begin so."""
-CHANGED = "patches", "patch_indices", "sources"
+CHANGED = "patches", "patch_indices"
 """Roles of what a call of vision_delta.onnx is given from the host."""
 K = TypeVar("K")
 
