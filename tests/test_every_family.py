@@ -3,7 +3,7 @@
     pytest -m slow tests/test_every_family.py -k internvl
 
 Dense bundles answer as transformers' `generate` does; those of the papers' methods at CR 4 as their
-eager references do.
+eager references do. Each is asked a second time, on the same caches.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -31,11 +32,16 @@ from edgeprune.tiling import Size
 from tests import families, glm, lfm2, qwen, qwen35
 from tests.families import QUESTION, Family
 from tests.test_families import drawn_image, generated, prompted
+from tests.test_session import greedy
 
 pytestmark = pytest.mark.slow
 
 PAPERS = ("utp", "fastv", "visionzip", "divprune", "dart", "trimtokenator", "polymorphic")
 LAYERS = 5  # of those that are pruned
+MORE = "how many ?"
+SHORT = Sampling(max_new_tokens=8)
+SEEN_WHOLE = "paligemma", "paligemma2"
+"""Tokens of a first prompt all see each other, those of a second turn see what is before them."""
 
 LLAVAS: dict[str, Callable[..., Family]] = {
     "llava": families.llava,
@@ -175,6 +181,15 @@ def said(ids: list[int], session: Session) -> list[int]:
     return ids[:first]
 
 
+def from_scratch(session: Session, images: Any, question: str, said: tuple[int, ...]) -> Any:
+    """Ids of a second turn's answer, the whole dialogue read in one call."""
+    prompter, ends = session.engine.prompter, session.manifest.text.eos_token_ids
+    prefix, text = prompter.first_turn(question)
+    read = np.array([[token for token in said if token not in ends]], np.int64)
+    whole = np.concatenate([text, read, prompter.next_turn(MORE)], axis=1)
+    return greedy(session, images, prefix, whole)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_dense_bundle_answers_as_transformers_does(case: Case, tmp_path: Path) -> None:
     opened = Opened(case, tmp_path / "tiny", layers=3)
@@ -192,6 +207,10 @@ def test_a_dense_bundle_answers_as_transformers_does(case: Case, tmp_path: Path)
         longer = replace(session.sampling, max_new_tokens=64)
         assert list(session.ask(images, opened.question, longer).ids) == own
         assert len(own) >= 40 and own[:32] != wanted
+        if case.family not in SEEN_WHOLE:
+            first = session.ask(images, opened.question, SHORT).ids
+            wholly = from_scratch(session, images, opened.question, first)
+            assert session.follow_up(MORE, SHORT).ids == wholly
 
 
 @pytest.mark.parametrize("method", PAPERS)
@@ -209,8 +228,12 @@ def test_a_pruned_bundle_equals_its_reference(case: Case, method: str, tmp_path:
     check_separators(plan, adapter.shape)
     session = opened.bundle(spec, plan, tmp_path)
     images = opened.shown(case.shapes[0])
-    answer = session.ask(images, opened.question, Sampling(max_new_tokens=8))
+    answer = session.ask(images, opened.question, SHORT)
     reference = Reference.build(adapter, policy, plan)
     pixels = torch.from_numpy(media.prepare(images, session.manifest.image).pixels)
     prompt = replace(Processor(adapter)(images, opened.question), pixels=pixels)
-    assert list(answer.ids) == said(reference.generate(prompt, 8, lambda token: False), session)
+    ends = session.manifest.text.eos_token_ids
+    assert list(answer.ids) == reference.generate(prompt, 8, lambda token: token in ends)
+    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn(MORE)))
+    again = session.follow_up(MORE, Sampling(max_new_tokens=1))
+    assert again.ids == (int(step.logits.argmax()),)
