@@ -1,4 +1,4 @@
-"""Every family's pruned graphs, as `check` sees them: the engines of a target take its bundles."""
+"""Every family's graphs on every GPU target: `check` accepts them, TensorRT-RTX compiles them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.export.check import check_graph
+from edgeprune.lowering import TARGETS
 from tests.frozen import frozen
+from tests.test_engines import taken
 from tests.test_every_family import LLAVAS, QWENS
 
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     **{name: lambda folder, make=make: make().save(folder) for name, make in LLAVAS.items()},
     **QWENS,
 }
-
-
-QUICK = ("qwen2_5_vl", "qwen3_vl")  # positions of three axes: the other decoders are alike
-FAMILIES = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHECKPOINTS
+QUICK = [
+    (name, "utp", target)
+    for name in ("qwen2_5_vl", "qwen3_vl")
+    for target in ("jetpack7", "jetpack6")
+]
+"""Positions of three axes: the other decoders are alike."""
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for name in CHECKPOINTS
+    for method in ("none", "utp")
+    for target in TARGETS
+    if target != "cpu"
+    for case in [(name, method, target)]
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("target", ["jetpack7", "jetpack6"])
-def test_engines_take_a_family(family: str, target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "method", "target"), CASES)
+def test_engines_take_a_family(family: str, method: str, target: str, tmp_path: Path) -> None:
+    """Those of the dense model, and of UTP's at CR 2."""
     CHECKPOINTS[family](tmp_path / "tiny")
-    bundle = frozen(tmp_path / "b", "utp", 2, model=tmp_path / "tiny", target=target, dtype="fp16")
-    for graph in ("vision.onnx", "join.onnx", "decoder.onnx"):
-        (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
-        assert not verdict.problems, verdict.problems[0].message
+    options = {"model": tmp_path / "tiny", "target": target, "dtype": "fp16"}
+    taken(frozen(tmp_path / "b", method, 2 if method == "utp" else 1, **options), target, 64)
