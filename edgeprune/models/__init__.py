@@ -98,6 +98,20 @@ def open_model(
     return adapter
 
 
+def _built() -> dict[str, str]:
+    """A family by each type of tower or decoder that one builds."""
+    found = dict[str, str]()
+    for name in names():
+        family = load(name)
+        own = (f"{kind}_{part}" for kind in (name, *family.model_types) for part in ENDS)
+        found |= dict.fromkeys((*own, *vars(family).get("builds", ())), name)
+    return found
+
+
+ENDS = "vision", "text"
+"""Of the types of parts of a family's own."""
+
+
 def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
     """The class here that reads a checkpoint; ModelError names the nearest where there is none."""
     kind = str(config.get("model_type") or "")
@@ -125,7 +139,7 @@ def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
                 f"{model} is a {kind} ({near.name}), which is not supported; the nearest family is"
                 f" {family}, and what is missing is: {near.missing}"
             )
-    told = [parts(config, names())]
+    told = [parts(config, _built())]
     if config.get("auto_map"):
         told.append("it names code of its own (auto_map), which is never run")
     if kind in DECODERS and not config.get("vision_config"):

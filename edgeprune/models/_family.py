@@ -59,6 +59,10 @@ class Family(ABC):
     """Of `vision_config` the `model_type` by which a checkpoint of one of `model_types` is of this
     family, though another one has its name."""
 
+    builds: ClassVar[tuple[str, ...]] = ()
+    """Types of towers and decoders, as configs name them, that the family has beside those that
+    are named after it."""
+
     architectures: ClassVar[tuple[str, ...]] = ()
     """Of config.json, by which a checkpoint is known that has no `model_type`."""
 

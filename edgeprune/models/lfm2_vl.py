@@ -66,6 +66,7 @@ class Adapter(_adapter.Adapter):
     Published processors cut images above twice that size into tiles; here they are one view.
     """
 
+    builds: ClassVar[tuple[str, ...]] = (TOWER, "lfm2")
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
             "the first revisions of LFM2-VL",

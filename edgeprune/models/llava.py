@@ -11,13 +11,18 @@ from edgeprune.models._image_record import Reader, padded, plain
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Media, Turns
 from edgeprune.models._nearby import Nearby
-from edgeprune.models._towers import one_size, one_tile
+from edgeprune.models._towers import CLIP, SIGLIP, one_size, one_tile
 
 TURNS = Turns("USER: {image}\n{prompt} ASSISTANT:", "USER: {prompt} ASSISTANT:", "LLaVA-1.5")
 """As the published template writes them; older checkpoints have none."""
 
 
+TAKEN = "gemma", "granite", "llama", "mistral", "qwen2", "qwen3"
+"""Kinds of decoders that are found behind such a tower."""
+
+
 class Adapter(_llava.Adapter):
+    builds: ClassVar[tuple[str, ...]] = (CLIP, SIGLIP, *TAKEN)
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
             "ViP-LLaVA",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ class Adapter(_pixtral.Adapter):
     Ministral 3 scales queries beyond the positions that it was first trained with; a dialogue ends
     before that.
     """
+
+    builds: ClassVar[tuple[str, ...]] = ("pixtral", "ministral3")
 
     @property
     def merge(self) -> int:

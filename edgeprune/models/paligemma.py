@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ class Adapter(_adapter.Adapter):
     transformers numbers positions from 1 here. Attention depends on distances, so ours start at 0.
     """
 
+    builds: ClassVar[tuple[str, ...]] = ("gemma2",)
     encoder: EncoderConfig
 
     def config_class(self) -> Any:
