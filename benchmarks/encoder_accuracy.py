@@ -31,7 +31,7 @@ import numpy as np
 
 from edgeprune import cost
 from edgeprune.bundle import Bundle
-from edgeprune.calib.planning import Settled, Work, methods_of, settle, survey
+from edgeprune.calib.planning import Settled, Work, settle, survey
 from edgeprune.calib.samples import demo_samples
 from edgeprune.calib.ttft import Operations
 from edgeprune.compare.answers import EvalRequest
@@ -72,6 +72,12 @@ DROPS = tuple(
 """Encoders, and where the tokens that are left stand."""
 BUDGETS = 1.0, 0.5
 """Of the operations of UTP at CR 4 with the dense encoder."""
+BY_HAND = (
+    ("exit:at=2:keep=0.5", 16.0),
+    ("exit:at=2:keep=0.35", 12.0),
+    ("drop:at=0:keep=0.5:limit=3", 4.0),
+)
+"""Encoders and ratios of UTP that a user would try."""
 BASE = PruneSpec("utp", 4.0)
 MEASURED = 100
 """Samples of which the mean number of text tokens is taken."""
@@ -142,12 +148,19 @@ class Runs:
 
         return self.measured(f"joint-{budget:.4f}-{text}", export, text)
 
+    def by_hand(self, encoder: str, cr: float, text: int) -> Result:
+        """An encoder and a ratio of UTP."""
+
+        def export(path: Path) -> None:
+            make(Recipe(PruneSpec("utp", cr), path, encoder=encoder, parity=0))
+
+        return self.measured(f"hand-{encoder}-{cr}", export, text)
+
 
 def chosen(work: Work, budget: float, text: int) -> Settled:
     """Encoder and schedule that take at most `budget` billion operations."""
     costs = Operations(work.adapter, text)
-    found = survey(work, costs, methods_of(AUTO, work.adapter))
-    return settle(work, costs, found, budget)
+    return settle(work, costs, survey(work, costs, AUTO), budget)
 
 
 def operations(manifest: Manifest, text: int) -> float:
@@ -209,7 +222,7 @@ def encoders(runs: Runs) -> dict[str, object]:
 
 
 def joint(runs: Runs) -> dict[str, object]:
-    """UTP at CR 4, and what is chosen for its operations and for half of them, printed."""
+    """UTP at CR 4, what is chosen for its operations and for half of them, and pairs, printed."""
     text, refused = text_tokens(), list[str]()
 
     def base(path: Path) -> None:
@@ -222,6 +235,7 @@ def joint(runs: Runs) -> dict[str, object]:
             results.append(runs.chosen_for(share * results[0].operations, text))
         except SpecError as error:
             refused.append(f"{share:g} of the operations: {error}")
+    results += [runs.by_hand(encoder, cr, text) for encoder, cr in BY_HAND]
     print(table(results))
     print(
         f"operations with {text} text tokens: {results[0].operations:.4g} billion in the first row"

@@ -23,7 +23,7 @@ from benchmarks.shapes import SHAPES, write
 from edgeprune.bench.bench import BenchRequest, bench
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.calib.calibrate import CalibrationRequest
-from edgeprune.calib.planning import Work, methods_of, survey
+from edgeprune.calib.planning import Work, joint_spec, survey
 from edgeprune.calib.ttft import open_costs, undominated
 from edgeprune.demo.questions import held_out
 from edgeprune.encoder_methods import AUTO
@@ -81,11 +81,11 @@ def main() -> None:
         threads = ["--threads", str(args.threads)] if args.threads else []
         subprocess.run([*command, "--rounds", str(args.rounds), *threads], check=True)
     profile, adapter = read_profile(file), open_model(of.get("model", "demo"))
-    costs, policy = open_costs(adapter, profile), make_policy(PruneSpec("utp", 1))
+    costs, policy = open_costs(adapter, profile), make_policy(joint_spec(PruneSpec("utp", 1)))
     with Bar() as bar:
         request = CalibrationRequest(1, of.get("samples", 100), of.get("samples_file"))
         work = Work(request, adapter, policy, Processor(adapter), bar)
-        found = undominated(survey(work, costs, methods_of(AUTO, adapter)))
+        found = undominated(survey(work, costs, AUTO))
     first, last = found[0].ms + SPARE, found[-1].ms
     asked = [first + n * (last - first) / (args.budgets - 1) for n in range(args.budgets)]
     paths = list[Path]()

@@ -28,6 +28,7 @@ from edgeprune.models._memory import check_memory, layerwise_bytes
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
+from edgeprune.spec import ModelShape, Plan
 
 Step = Callable[[int, int], None]
 MOST = 32
@@ -44,9 +45,34 @@ def placed(text: str, adapter: Adapter) -> Adapter:
 def check_method(adapter: Adapter, policy: Policy, cr: float) -> None:
     """SpecError, before anything slow, where the decoder's method cannot go with the model's
     encoder."""
-    shape, site = adapter.shape, adapter.vision_config.site
+    shape = adapter.shape
     first = policy.entry_tokens(shape, cr)
     plan = policy.plan(shape, cr, None if first is None else _Level((first,) * shape.layers))
+    _run_empty(adapter, policy, plan)
+
+
+def chooses(adapter: Adapter, policy: Policy) -> bool:
+    """Whether a method can choose before layer 1 among what the model's encoder gives: it may look
+    at attention that there is none of where patches leave early."""
+    shape = adapter.shape
+    fewest = shape.separators + 1
+    if fewest >= shape.encoded:
+        return False
+    try:
+        _run_empty(adapter, policy, level_plan(shape, policy, fewest))
+    except SpecError:
+        return False
+    return True
+
+
+def level_plan(shape: ModelShape, policy: Policy, count: int) -> Plan:
+    """So many tokens enter every layer."""
+    return policy.plan(shape, shape.visual_tokens / count, _Level((count,) * shape.layers))
+
+
+def _run_empty(adapter: Adapter, policy: Policy, plan: Plan) -> None:
+    """Without weights and numbers."""
+    site = adapter.vision_config.site
     with torch.device("meta"):
         adapter = adapter.with_encoder(adapter.unfitted(site) if site else None)
         adapter.decoder(policy, plan)

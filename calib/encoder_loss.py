@@ -17,7 +17,7 @@ from edgeprune.models._decoder import Flow
 from edgeprune.models._layerwise import Layerwise
 from edgeprune.models._processor import Prompt
 from edgeprune.policies import Policy, make
-from edgeprune.spec import PruneSpec
+from edgeprune.spec import Plan, PruneSpec
 
 
 @torch.no_grad()
@@ -26,12 +26,13 @@ def features(
     prompts: Iterable[Prompt],
     report: Callable[[int, int], None] = lambda done, total: None,
     policy: Policy | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
-    """The output feature of each prompt, nothing pruned behind the encoder: float32
-    [samples, width]. Where the encoder drops tokens, `policy` says where the others stand."""
-    dense = make(PruneSpec("none"))
-    plan = (policy or dense).unpruned(adapter.shape)
-    engine = Layerwise(adapter, dense, plan, report)
+    """The output feature of each prompt: float32 [samples, width]. Nothing is pruned behind the
+    encoder, or what the `plan` of a policy says. Where the encoder drops tokens, `policy` says
+    where the others stand."""
+    policy = policy or make(PruneSpec("none"))
+    engine = Layerwise(adapter, policy, plan or policy.unpruned(adapter.shape), report)
 
     def step(index: int, flow: Flow) -> Flow:
         return engine.advance(index, flow).flow

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune.calib.calibrate import CalibrationRequest, evidence_of, shown
-from edgeprune.calib.encoder import measure_sites
+from edgeprune.calib.encoder import chooses, measure_sites
+from edgeprune.calib.entry import behind_drop, left_tokens, measure_entry, pose
 from edgeprune.calib.schedule import Schedule, solve_timed
 from edgeprune.calib.solvers._problem import Problem
 from edgeprune.calib.ttft import (
     Costs,
     Operations,
     Point,
-    losses,
+    Way,
     menu,
     open_costs,
-    pick,
     points,
     spare,
+    within,
 )
-from edgeprune.encoder_methods import AUTO, EncoderMethod, make
+from edgeprune.encoder_methods import AUTO, make
 from edgeprune.errors import SpecError
 from edgeprune.lowering import Lowering
 from edgeprune.models import Adapter
+from edgeprune.models._encoder_site import SiteConfig
 from edgeprune.models._processor import Processor
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
+from edgeprune.spec import PruneSpec
 from edgeprune.timing import read_profile
+
+TRIES = 3
+"""Encoders at most that get a calibration of their own for one budget."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +68,24 @@ class Settled:
         site = self.point.site
         return self.schedule.objective + (site.loss.angle if site and site.loss else 0.0)
 
-
-def methods_of(text: str, adapter: Adapter) -> list[EncoderMethod]:
-    """The menu that --encoder names: `auto` is some exits, one method itself, `dense` nothing;
-    SpecError where it drops tokens, so that counts would have to be weighed anew with it."""
-    if text == AUTO:
-        return menu(adapter)
-    method = make(text)
-    if method is not None and not method.rejoins:
-        raise SpecError(
-            f"--encoder {method} changes how many visual tokens there are to prune, which a budget"
-            " does not weigh; give --cr in its place, or choose exit"
-        )
-    return [] if method is None else [method]
+    @property
+    def cr(self) -> float:
+        """Of all V visual tokens, whichever left the encoder."""
+        return self.schedule.cr * self.adapter.shape.least_ratio
 
 
-def survey(work: Work, costs: Costs, methods: Sequence[EncoderMethod]) -> list[Point]:
-    """What can be reached. Methods that lose more than their limit are left out; SpecError where
-    the decoder's method follows no schedule."""
+def joint_spec(spec: PruneSpec) -> PruneSpec:
+    """The spec of a method that is chosen together with an encoder: tokens keep their positions,
+    unless it says otherwise. Published methods renumber what they choose before layer 1, which
+    turns the output more than the tokens that are missed."""
+    return replace(spec, options={"positions": "keep", **spec.options})
+
+
+def survey(work: Work, costs: Costs, encoder: str) -> list[Point]:
+    """What can be reached with the encoders that --encoder names: `auto` is some exits and drops,
+    one method itself, `dense` nothing. A method that is named and loses more than its limit is left
+    out; of `auto` the budget says what may be lost. SpecError where the decoder's method follows no
+    schedule."""
     shape = work.adapter.shape
     if work.policy.entry_tokens(shape, 1) is None:
         raise SpecError(
@@ -90,39 +96,82 @@ def survey(work: Work, costs: Costs, methods: Sequence[EncoderMethod]) -> list[P
             "--ttft takes all decoder layers to be as slow as each other, and some of this model's"
             " have a convolution in place of attention; give --cr"
         )
-    evidence = evidence_of(work.request, work.adapter, work.policy, work.processor, work.report)
+    sites = _sites(work, encoder)
+    return points(costs, _ways(work, sites))
+
+
+def _sites(work: Work, encoder: str) -> list[SiteConfig]:
+    """What --encoder names, measured."""
+    named = None if encoder == AUTO else make(encoder)
+    methods = menu(work.adapter) if encoder == AUTO else [named] if named else []
     placed = [work.adapter.encoder_site(method) for method in methods]
     given = work.request, work.adapter, work.processor, work.policy
     measured = measure_sites(*given, placed, work.report)
-    sites = [site for site in measured if site.within_limit]
-    tokens = shape.visual_tokens
-    problem = Problem.pose(evidence.attention, evidence.loss, None, tokens, tokens * shape.layers)
-    return points(costs, problem, sites)
+    return [site for site in measured if encoder == AUTO or site.within_limit]
+
+
+def _ways(work: Work, sites: Sequence[SiteConfig]) -> list[Way]:
+    """The encoders and the schedules behind each, by the dense encoder's evidence."""
+    given = work.processor, work.policy, work.report
+    evidence = evidence_of(work.request, work.adapter, work.policy, work.processor, work.report)
+    entry = measure_entry(work.request, work.adapter, *given)
+    all_enter, open_entry = pose(evidence, None), pose(evidence, entry)
+
+    def behind(site: SiteConfig) -> Problem:
+        adapter = work.adapter.with_encoder(site)
+        ours = entry if entry and chooses(adapter, work.policy) else None
+        if site.method.rejoins:
+            return open_entry if ours else all_enter
+        left = left_tokens(work.request, adapter, *given)
+        return pose(behind_drop(evidence, left), ours)
+
+    return [(None, open_entry), *((site, behind(site)) for site in sites)]
 
 
 def settle(work: Work, costs: Costs, found: Sequence[Point], asked: float) -> Settled:
     """The best encoder for a budget, and a schedule that is solved for it; SpecError where that
-    budget is out of reach."""
-    point = pick(costs, found, asked)
+    budget is out of reach.
+
+    The survey knows each encoder by the dense one's evidence. Where the best turns out worse with
+    its own than the next is said to be, that one is calibrated too.
+    """
+    best: Settled | None = None
+    weighed = within(costs, found, asked)
+    others = {point.encoder: point.loss for point in weighed}
+    for point in weighed[:TRIES]:
+        if best is not None and best.loss <= point.loss:
+            break
+        one = _settled(work, costs, point, asked, others)
+        if one is not None and (best is None or one.loss < best.loss):
+            best = one
+    if best is None:  # it has the point's counts at least
+        raise SpecError(
+            f"{costs.option}: {asked:.4g} {costs.name} leave nothing for the decoder; ask for more"
+        )
+    return best
+
+
+def _settled(
+    work: Work, costs: Costs, point: Point, asked: float, others: dict[str, float]
+) -> Settled | None:
+    """With the evidence of a point's own encoder; None where no schedule fits."""
     adapter = work.adapter.with_encoder(point.site)
     evidence = evidence_of(work.request, adapter, work.policy, work.processor, work.report)
+    entry = measure_entry(work.request, adapter, work.processor, work.policy, work.report)
     work.report("solve schedule", 0, 1)
-    times, floor = costs.times(), costs.times(floor=True)
     schedule = solve_timed(
+        pose(evidence, entry),
         evidence,
-        times,
-        floor,
+        costs.times(),
+        costs.times(floor=True),
         spare(costs, asked, point.site),
         work.request.goal,
         shown(work.report),
     )
-    if schedule is None:  # it has the point's counts at least
-        raise SpecError(
-            f"{costs.option}: {asked:.4g} {costs.name} leave nothing for the decoder; ask for more"
-        )
+    if schedule is None:
+        return None
     vision, prefill = costs.vision(point.site), costs.prefill(schedule.counts)
     spent = costs.before + vision + prefill
-    others = losses(found, asked)
     return Settled(costs, point, adapter, schedule, asked, vision, prefill, spent, others)
 
 
@@ -130,8 +179,7 @@ def within_operations(work: Work, encoder: str, cr: float) -> Settled:
     """Encoder and schedule that take no more operations, at 64 text tokens, than the dense encoder
     and a decoder at a ratio."""
     costs = Operations(work.adapter)
-    found = survey(work, costs, methods_of(encoder, work.adapter))
-    return settle(work, costs, found, costs.of_ratio(cr))
+    return settle(work, costs, survey(work, costs, encoder), costs.of_ratio(cr))
 
 
 def within_time(
@@ -146,4 +194,4 @@ def within_time(
             f" {' with weights '.join(ours)}; profile such a bundle"
         )
     costs = open_costs(work.adapter, found)
-    return settle(work, costs, survey(work, costs, methods_of(encoder, work.adapter)), asked)
+    return settle(work, costs, survey(work, costs, encoder), asked)

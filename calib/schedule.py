@@ -207,6 +207,7 @@ def solve(
 
 
 def solve_timed(
+    problem: Problem,
     evidence: Evidence,
     times: Times,
     floor: Times,
@@ -214,20 +215,20 @@ def solve_timed(
     goal: Goal = UNHURRIED,
     progress: Progress = silent,
 ) -> Schedule | None:
-    """Choose r_2 .. r_L for r_1 = V tokens within a budget of time; None where none fits.
+    """Choose the counts of a problem, which `evidence` says, within a budget of time; None where
+    none fits.
 
     `floor` are the times rounded down, by which no schedule is missed that the bound is about.
     """
     from edgeprune.calib.solvers import timed
 
     began = perf_counter()
-    _, layers, tokens = evidence.attention.shape
-    problem = Problem.pose(evidence.attention, evidence.loss, None, tokens, tokens * layers)
     solution = timed.solve(problem, times, floor, budget, goal, progress)
     if solution is None:
         return None
-    counts = tuple(int(count) for count in solution.counts)
-    return _schedule(evidence, solution, "timed", tokens * layers / sum(counts), began)
+    _, layers, tokens = evidence.attention.shape
+    cr = tokens * layers / int(solution.counts.sum())
+    return _schedule(evidence, solution, "timed", cr, began)
 
 
 def _schedule(

@@ -5,9 +5,10 @@ With encoder e and counts r a first token takes
     read + preprocess + vision(e) + sum_l P(r_l) / L
 
 and is expected to lose delta(e) + D(r): delta is the angle by which the shortened encoder turns
-the dense decoder's output, D the schedule's loss, both in radians on calibration samples. Angles
-obey the triangle inequality, so the sum bounds what both do together. All entries of the menu are
-weighed with the dense encoder's evidence; the one that is chosen gets a calibration of its own.
+the dense decoder's output; D is the schedule's loss, with the angle of r_1 where fewer tokens enter
+layer 1 than the encoder gives. All are in radians on calibration samples. Angles obey the triangle
+inequality, so the sum bounds what they do together. All entries of the menu are weighed with the
+dense encoder's evidence; the one that is chosen gets a calibration of its own.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import ClassVar
 import numpy as np
 
 from edgeprune import cost
-from edgeprune.calib.solvers._problem import Problem
+from edgeprune.calib.solvers._problem import Ints, Problem
 from edgeprune.calib.solvers.timed import Times, frontier
-from edgeprune.encoder_methods import EncoderMethod
+from edgeprune.encoder_methods import EncoderMethod, load
 from edgeprune.errors import SpecError
 from edgeprune.models import Adapter
 from edgeprune.models._encoder_operations import encoder_operations
@@ -33,7 +34,9 @@ PER_LAYER = 512
 """Units of time that a decoder layer takes with all visual tokens."""
 DEPTHS = 0.0, 0.25, 0.5
 KEEPS = 0.35, 0.5, 0.7
-"""The menu where none is given: blocks as shares of the depth, and shares that go on."""
+NAMES = "exit", "drop"
+"""The menu where none is given: blocks as shares of the depth, shares that go on, and whether the
+others come back."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +177,13 @@ def open_costs(adapter: Adapter, profile: Profile) -> Measured:
 
 
 def menu(adapter: Adapter) -> list[EncoderMethod]:
-    """Exits at some depths with some shares."""
-    from edgeprune.encoder_methods.exit import Method
-
+    """Exits and drops at some depths with some shares, those that the model can have."""
     blocks = adapter.vision_config.encoder.blocks
     depths = dict.fromkeys(round(depth * blocks) for depth in DEPTHS)
-    return [Method(at=at, keep=keep) for at in depths for keep in KEEPS]
+    named = [load(name) for name in NAMES]
+    if adapter.vision_config.layout.why_whole:
+        named = [method for method in named if method.rejoins]
+    return [method(at=at, keep=keep) for method in named for at in depths for keep in KEEPS]
 
 
 @dataclass(frozen=True)
@@ -192,27 +196,33 @@ class Point:
     vision_ms: float
     prefill_ms: float
     counts: tuple[int, ...]
+    cr: float
 
     @property
     def encoder(self) -> str:
         return "dense" if self.site is None else str(self.site.method)
 
-    @property
-    def cr(self) -> float:
-        return self.counts[0] * len(self.counts) / sum(self.counts)
+
+Way = tuple[SiteConfig | None, Problem]
+"""An encoder, None for the dense one, and the schedules that may follow it."""
 
 
-def points(costs: Costs, problem: Problem, sites: Sequence[SiteConfig]) -> list[Point]:
+def points(costs: Costs, ways: Sequence[Way]) -> list[Point]:
     """What can be combined: with each encoder, counts that are not both slower and worse."""
-    schedules, found = frontier(problem, costs.times()), list[Point]()
-    for site in (None, *sites):
+    times, found = costs.times(), list[Point]()
+    schedules = dict[int, list[tuple[int, float, Ints]]]()  # by the problem, which many ways share
+    shape = costs.adapter.shape
+    for site, problem in ways:
+        if id(problem) not in schedules:
+            schedules[id(problem)] = frontier(problem, times)
         turned = 0.0 if site is None or site.loss is None else site.loss.angle
         vision = costs.vision(site)
-        for _, loss, counts in schedules:
+        for _, loss, counts in schedules[id(problem)]:
             listed = tuple(counts.tolist())
             prefill = costs.prefill(listed)
             whole = costs.before + vision + prefill
-            found.append(Point(whole, turned + loss, site, vision, prefill, listed))
+            cr = shape.visual_tokens * shape.layers / sum(listed)
+            found.append(Point(whole, turned + loss, site, vision, prefill, listed, cr))
     return found
 
 
@@ -226,27 +236,22 @@ def undominated(found: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def losses(found: Sequence[Point], asked: float) -> dict[str, float]:
-    """The least loss within a budget by encoder, the best first."""
-    best = dict[str, float]()
+def within(costs: Costs, found: Sequence[Point], asked: float) -> list[Point]:
+    """The best point within a budget with each encoder, the best of all first; SpecError where the
+    least takes more."""
+    best = dict[str, Point]()
     for one in found:
-        if one.ms <= asked:
-            best[one.encoder] = min(one.loss, best.get(one.encoder, np.inf))
-    return dict(sorted(best.items(), key=lambda item: item[1]))
-
-
-def pick(costs: Costs, found: Sequence[Point], asked: float) -> Point:
-    """The best point within a budget; SpecError where the least takes more."""
-    front = undominated(found)
-    within = [point for point in front if point.ms <= asked]
-    if not within:
-        first = front[0]
+        kept = best.get(one.encoder)
+        if one.ms <= asked and (kept is None or one.loss < kept.loss):
+            best[one.encoder] = one
+    if not best:
+        first = undominated(found)[0]
         raise SpecError(
             f"{costs.option}: {asked:.4g} {costs.name} are out of reach: the least that is"
             f" predicted is {first.ms:.4g} (encoder {first.encoder}, CR {first.cr:.1f}); ask for"
             " that or more, or use a smaller image"
         )
-    return within[-1]
+    return sorted(best.values(), key=lambda point: point.loss)
 
 
 def spare(costs: Costs, asked: float, site: SiteConfig | None) -> int:

@@ -12,7 +12,13 @@ from edgeprune import encoder_methods, policies
 from edgeprune.calib import awq, gptq, sensitivity, smoothing
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate, samples_of
 from edgeprune.calib.encoder import check_limit, check_method, measure_site, placed
-from edgeprune.calib.planning import Settled, Work, within_operations, within_time
+from edgeprune.calib.planning import (
+    Settled,
+    Work,
+    joint_spec,
+    within_operations,
+    within_time,
+)
 from edgeprune.calib.resuming import Tell, beside, quiet
 from edgeprune.calib.samples import (
     answered,
@@ -174,6 +180,8 @@ def make(
     `tell` is told of the folder by which a calibration that was killed goes on. `choose` chooses
     encoder and counts of a joint recipe; None: by the recipe's own budget.
     """
+    if recipe.joint:
+        recipe = replace(recipe, spec=joint_spec(recipe.spec))
     spec, policy = recipe.spec, policies.make(recipe.spec)
     recipe.execution.require()
     if recipe.ratios:
@@ -216,7 +224,7 @@ def make(
         work = Work(calibration, adapter, policy, processor, report)
         settled = choose(work) if choose else _settled(recipe, work)
         adapter, schedules = settled.adapter, [settled.schedule]
-        spec = replace(spec, cr=settled.schedule.cr)
+        spec = replace(spec, cr=settled.cr)
         recipe, asked = replace(recipe, spec=spec), [spec]
     else:
         if site is not None:

@@ -172,9 +172,6 @@ def test_what_cannot_be_is_refused_in_a_line(refused: Refused, deep: Path, tmp_p
     assert "prunes nothing" in refused(*export, "--method", "none", "--cr", 4)
     line = refused(*export, "--method", "fastv", "--cr", 4)
     assert "so --cr is at most 1.41, not 2" in line and "--cr 4 is CR 2 of these" in line
-    assert "a budget does not weigh" in refused(
-        *("plan", "--model", deep, "--encoder", DROP, "--profile", _profile(tmp_path))
-    )
     adapter = TOWERS["llava_next"](tmp_path / "next")
     ours = adapter.with_encoder(site_of(adapter, DROP))
     policy = make(PruneSpec("dpp", 4))
@@ -200,11 +197,3 @@ def test_a_schedule_is_of_what_is_left(deep: Path, instruct: Path, tmp_path: Pat
     ours = adapter.with_encoder(site_of(adapter, DROP))
     with pytest.raises(ScheduleError, match=r"made for 16 visual tokens.* this is 8, 3"):
         read_schedule(file, ours.shape, 4)
-
-
-def _profile(folder: Path) -> Path:
-    from tests.test_timing import PROFILE
-
-    file = folder / "profile.json"
-    file.write_text(PROFILE.to_json())
-    return file

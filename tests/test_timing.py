@@ -112,6 +112,38 @@ def test_the_best_of_all_schedules_within_a_time(seed: int) -> None:
         assert found.bound >= 0.949 * best
 
 
+def open_instance(seed: int) -> tuple[tuple[np.ndarray, ...], Problem, Times, int]:
+    """The same with r_1 open: attention, loss, entry scores and what an entry loses."""
+    rng, samples, layers, tokens = np.random.default_rng(100 + seed), 2, 3, 8
+    attention = rng.lognormal(0, 1.5, (samples, layers, tokens))
+    loss, entry = rng.uniform(0.05, 1, (samples, layers)), rng.normal(size=(samples, tokens))
+    lost = np.r_[np.sort(rng.uniform(0, 0.3, tokens))[::-1], 0.0]
+    units = np.r_[0, np.cumsum(rng.integers(1, 9, tokens))].astype(np.intp)
+    problem = Problem.pose_open(attention, loss, entry, lost, 2)
+    return (attention, loss, entry, lost), problem, Times(units), int(1.3 * units[-1])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_how_many_enter_layer_1_is_chosen_too(seed: int) -> None:
+    (attention, loss, entry, lost), problem, times, budget = open_instance(seed)
+    best = np.inf
+    for first in range(2, 9):
+        alone = Problem.pose(attention, loss, entry, first, first)
+        schedules = every(3, first)
+        fitting = schedules[times.of(schedules) <= budget]
+        if len(fitting):
+            best = min(best, lost[first] + float(alone.evaluate(fitting).min()))
+    found = timed.solve(problem, times, times, budget)
+    assert found is not None and len(found.counts) == 3 and found.counts[0] >= 2
+    assert times.of(found.counts[None])[0] <= budget
+    assert found.objective == pytest.approx(best)
+    assert 0.949 * best <= found.bound <= best + 1e-9
+    for units, least, counts in timed.frontier(problem, times):
+        assert times.of(counts[None])[0] == units and counts[0] >= 2
+        alone = Problem.pose(attention, loss, entry, int(counts[0]), 1)
+        assert least == pytest.approx(lost[counts[0]] + float(alone.evaluate(counts[None])[0]))
+
+
 def test_the_frontier_falls_and_ends_with_all_tokens() -> None:
     problem, times, _ = instance(4)
     found = timed.frontier(problem, times)

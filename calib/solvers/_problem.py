@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -68,11 +68,15 @@ class Problem:
     charges ell_{d+2} a^{d+2} / sum a^{d+2} for each one dropped. Only the n = r_1 tokens that enter
     layer 1 take part. A token has an index, sample * (n + 1) + rank at decision d, so
     that one flat `take` serves all samples; rank n is a dummy that costs nothing and pads rows.
+
+    Where r_1 is open, one more decision comes before these: it picks the tokens that enter layer 1
+    of the n that the encoder gives. Counts then are n, r_1 .. r_L.
     """
 
     prices: Floats  # [L-1, S, n+1] radians lost by dropping the token of that index
     carry: Ints  # [L-1, S, n+1] index of the same token at the next decision
     total: int  # the budget: r_1 + ... + r_L
+    least: int | None = None  # where r_1 is open: how many tokens enter layer 1 at least
 
     @classmethod
     def pose(
@@ -105,11 +109,24 @@ class Problem:
         carry[-1, :, :-1] = order[-1] + base  # nothing is left to decide: back to token order
         return cls(prices, carry, total)
 
+    @classmethod
+    def pose_open(
+        cls, attention: Measured, loss: Measured, entry: Measured, lost: Floats, least: int
+    ) -> Problem:
+        """The same with r_1 open, `least` tokens or more by falling `entry` [S, V]. `lost` [V + 1]
+        is the loss in radians where so many enter layer 1; it never rises. No budget of tokens."""
+        samples, layers, tokens = attention.shape
+        ranked = np.concatenate([entry[:, None], attention], axis=1)
+        behind = np.concatenate([np.zeros((samples, 1)), loss], axis=1)
+        posed = cls.pose(ranked, behind, None, tokens, tokens * layers)
+        posed.prices[0, :, :-1] = -np.diff(lost)  # of the token of each rank, on every sample
+        return replace(posed, least=least)
+
     def sample(self, index: int) -> Problem:
         """The same problem for one sample alone."""
         rows = slice(index, index + 1)
         carry = self.carry[:, rows] - index * (self.first + 1)
-        return Problem(self.prices[:, rows], carry, self.total)
+        return replace(self, prices=self.prices[:, rows], carry=carry)
 
     @property
     def n_decisions(self) -> int:

@@ -4,6 +4,9 @@ Time is counted in whole units: a layer that r tokens enter takes `units[r]`, a 
 count falls `fall` more. One sweep gives the whole frontier of loss against time; sweeps with
 prices, and corridors around the best, give the schedule of one budget. The lower bound counts time
 rounded down, and no falls.
+
+Where r_1 is open (`Problem.pose_open`), the n tokens that the encoder gives stand for a layer that
+takes no time: it is added to the budget, and left out of the answer.
 """
 
 from __future__ import annotations
@@ -45,6 +48,10 @@ class Times:
         spent: Ints = self.units[counts].sum(1) + self.fall * falls
         return spent
 
+    def among(self, tokens: int) -> Times:
+        """Of layers that no more than so many tokens enter."""
+        return Times(self.units[: tokens + 1], self.fall)
+
     @property
     def levels(self) -> Ints:
         """Counts of which one more takes longer, and 0 and n: of equally long ones the largest."""
@@ -56,6 +63,7 @@ class Times:
 def frontier(problem: Problem, times: Times) -> list[tuple[int, float, Ints]]:
     """Schedules of which none is both faster and better than another: time, loss and counts, the
     fastest first. A sweep holds so many cells; without a price on time the fast ones are let go."""
+    times, free = times.among(problem.first), _free(problem, times)
     most = int(times.units[problem.first]) * (problem.n_decisions + 1)
     mean = float(problem.prices.sum()) / problem.n_samples / max(1, most)
     cells = [sweep(problem, _coarse(problem, times, most, price * mean)) for price in PRICES]
@@ -65,7 +73,7 @@ def frontier(problem: Problem, times: Times) -> list[tuple[int, float, Ints]]:
     for index in np.lexsort((cost, spent)):
         if cost[index] < best - 1e-12:
             best = float(cost[index])
-            kept.append((int(spent[index]), best, paths[index]))
+            kept.append((int(spent[index]) - free, best, _entered(problem, paths[index])))
     return kept
 
 
@@ -81,6 +89,8 @@ def solve(
 
     The bound is about all schedules that fit by `floor`, which is never above `times`.
     """
+    times, floor = times.among(problem.first), floor.among(problem.first)
+    budget += _free(problem, times)
     first: tuple[float, Ints] | None = None
     mean = float(problem.prices.sum()) / problem.n_samples / max(1, budget)
     for price in PRICES:
@@ -99,7 +109,17 @@ def solve(
         step //= 2
     left = budget - int(floor.units[problem.first])
     bound = Search(problem, Spending(floor.units, left, False), best[0], goal, progress).run()
-    return Solution(best[1], best[0], min(best[0], bound))
+    return Solution(_entered(problem, best[1]), best[0], min(best[0], bound))
+
+
+def _free(problem: Problem, times: Times) -> int:
+    """Units that a schedule of the problem spends and no layer takes."""
+    return 0 if problem.least is None else int(times.units[problem.first])
+
+
+def _entered(problem: Problem, counts: Ints) -> Ints:
+    """r_1 .. r_L of a schedule of the problem."""
+    return counts if problem.least is None else counts[1:]
 
 
 def _better(best: tuple[float, Ints] | None, cells: Cells) -> tuple[float, Ints] | None:
@@ -137,6 +157,8 @@ def _corridor(
 ) -> Corridor:
     """What is spent at a decision leaves enough for the cheapest layers behind it."""
     n, least = problem.n_decisions, int(times.units[0])
+    if problem.least is not None:
+        levels = [levels[0][levels[0] >= problem.least], *levels[1:]]
     high = budget - least * np.arange(n - 1, -1, -1)
     room = int(np.clip(MEMORY // problem.start.size, 64, 4096))
     return Corridor(

@@ -59,8 +59,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="what shortens the vision encoder: dense (default: nothing), or with options"
         " exit:at=BLOCK:keep=SHARE (unchosen patches come back) or drop:at=BLOCK:keep=SHARE (they"
         " do not; --cr goes on counting all V visual tokens, so keep=0.5 alone is CR 2), see:"
-        " edgeprune methods exit; auto (default with --ttft and with --method auto): the best exit"
-        " together with the decoder's counts",
+        " edgeprune methods exit; auto (default with --ttft and with --method auto): the best"
+        " exit or drop together with the decoder's counts",
     )
     command.add_argument(
         "--ttft",

@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from edgeprune import policies
-    from edgeprune.calib.planning import Work, methods_of, survey
+    from edgeprune.calib.planning import Work, joint_spec, survey
     from edgeprune.calib.ttft import open_costs, undominated
     from edgeprune.drawing.image_files import check_target
     from edgeprune.models._processor import Processor
@@ -57,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
         _common.check_output(args.figure)
     profile, execution = read_profile(args.profile), _common.execution(args)
     adapter = _common.model(args).with_execution(execution)
-    costs, policy = open_costs(adapter, profile), policies.make(_common.spec(args))
+    costs, policy = open_costs(adapter, profile), policies.make(joint_spec(_common.spec(args)))
     request = _common.calibration(args, 1)
     with Bar() as bar:
         work = Work(request, adapter, policy, Processor(adapter), bar)
-        found = undominated(survey(work, costs, methods_of(args.encoder, adapter)))
+        found = undominated(survey(work, costs, args.encoder))
     print(_table(found))
     dense = (
         costs.before
@@ -87,7 +87,7 @@ def _table(found: Sequence[Point]) -> str:
     count = min(ROWS, len(found))
     chosen = dict.fromkeys(round(i * steps / max(1, count - 1)) for i in range(count))
     rows: list[tuple[str, ...]] = [
-        ("TTFT ms", "vision ms", "prefill ms", "encoder", "CR", "loss rad")
+        ("TTFT ms", "vision ms", "prefill ms", "encoder", "enter", "CR", "loss rad")
     ]
     for index in chosen:
         one = found[min(index, len(found) - 1)]
@@ -97,6 +97,7 @@ def _table(found: Sequence[Point]) -> str:
                 f"{one.vision_ms:.1f}",
                 f"{one.prefill_ms:.1f}",
                 one.encoder,
+                f"{one.counts[0]}",
                 f"{one.cr:.2f}",
                 f"{one.loss:.4f}",
             )
