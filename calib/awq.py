@@ -41,7 +41,8 @@ class Group:
     """Products that read one tensor, and what it comes from."""
 
     products: tuple[str, ...]  # weights of the products
-    source: tuple[str, ...]  # its parameters whose outputs are divided: a norm's, or a product's
+    source: tuple[str, ...]  # its parameters whose outputs are divided: a norm's, or a product's;
+    # empty where nothing can be
     shared: tuple[int, int, int] | None = None  # [kv heads, queries a key, head] that inputs are:
     # queries that share a key share a scale
 
@@ -108,12 +109,14 @@ def groups_of(config: DecoderConfig) -> Iterator[Group]:
         attentions = [f"{path}.{expert}attention" for expert in experts]
         mlps = [f"{path}.{expert}mlp" for expert in experts]
         kind = config.layers[layer]
-        if kind.linear is not None:  # what its output reads is no product's output alone
+        if kind.linear is not None:
             names = ("input", "beta", "decay", "gate")
             read = [f"{path}.linear.{name}.weight" for name in names]
             yield Group(tuple(read), (f"{path}.linear_norm.weight",))
-        elif kind.kernel:  # likewise
+            yield Group((f"{path}.linear.output.weight",), ())  # reads no product's output alone
+        elif kind.kernel:
             yield Group((f"{path}.convolution.input.weight",), (f"{path}.convolution_norm.weight",))
+            yield Group((f"{path}.convolution.output.weight",), ())  # likewise
         else:
             names = ("query", "key", "value", *(("gate",) if kind.output_gate else ()))
             read = [f"{own}.{name}.weight" for own in attentions for name in names]
@@ -129,9 +132,9 @@ def groups_of(config: DecoderConfig) -> Iterator[Group]:
 
 
 def _helps(group: Group, weights: WeightPlan) -> bool:
-    """Whether any of its products is quantised to 4 bits."""
+    """Whether any of its products is quantised to 4 bits, and something takes scales."""
     forms = (weights.forms.get(name) for name in group.products)
-    return any(form is not None and form.bits == 4 for form in forms)
+    return bool(group.source) and any(form is not None and form.bits == 4 for form in forms)
 
 
 def _search(

@@ -12,7 +12,6 @@ costs one layer of a prefill, not all that follow, and no whole model is in memo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from edgeprune.calib.awq import groups_of
 from edgeprune.calib.divergence import Divergences
 from edgeprune.calib.mixed import Candidate, choose
-from edgeprune.errors import SpecError
+from edgeprune.calib.open_products import OpenProducts
 from edgeprune.models import Adapter
 from edgeprune.models._adapter import Source
 from edgeprune.models._decoder import Decoder, Flow
@@ -57,28 +55,44 @@ def mix(
     prompts: Sequence[Prompt],
     tuning: Tuning = UNTUNED,
     report: Progress = silent,
+    *,
+    fused: bool = False,
 ) -> dict[str, str]:
     """The kind of each product whose kind is left open: float, int8 or int4.
 
-    Open are those that int4 can hold; together they have `wanted.bits` a weight at most, scales
-    included. SpecError where that is less than int4 takes.
+    Open are those that int4 can hold. All that is quantised or may be has `wanted.bits` a weight at
+    most, scales included; `fused` says that products are MatMulNBits. SpecError where no choice has
+    so few.
     """
+    four, eight = _settled(adapter, wanted, scales, tuning, fused=fused)
+    found = OpenProducts.of(four, eight, scales.itemsize, fused=fused)
+    budget = found.budget(wanted.bits)
     need = sensitivity_bytes(adapter, len(prompts))
     check_memory(need, "--weights auto", "choose int8 or int4")
-    settled = (wanted.settled(kind) for kind in ("int4", "int8"))
-    four, eight = (adapter.with_weights(one, scales, tuning) for one in settled)
-    model = Sensitivity(four, eight, policy, plan, scales.itemsize)
+    model = Sensitivity(four, eight, policy, plan, found.groups)
     losses = model.losses(prompts, report)
-    candidates = [model.candidates(*one) for one in zip(model.groups, losses, strict=True)]
-    numbers = sum(math.prod(model.sizes[name]) for names in model.groups for name in names)
-    least = sum(min(one.bits for one in group.values()) for group in candidates) / numbers
-    if least > wanted.bits:
-        raise SpecError(
-            f"--weights auto:bits={wanted.bits:g} is less than 4 bits take with their scales,"
-            f" {least:.3f} a weight here; give more, or a larger block"
-        )
-    kinds = choose(candidates, wanted.bits * numbers)
-    return {name: kind for names, kind in zip(model.groups, kinds, strict=True) for name in names}
+    each = zip(found.groups, losses, found.bits, strict=True)
+    kinds = choose([model.candidates(*one) for one in each], budget)
+    return {name: kind for names, kind in zip(found.groups, kinds, strict=True) for name in names}
+
+
+def check_bits(
+    adapter: Adapter, wanted: WeightFormat, scales: torch.dtype, *, fused: bool = False
+) -> None:
+    """SpecError, before anything is measured, where `mix` would find no choice."""
+    both = _settled(adapter, wanted, scales, UNTUNED, fused=fused)
+    OpenProducts.of(*both, scales.itemsize, fused=fused).budget(wanted.bits)
+
+
+def _settled(
+    adapter: Adapter, wanted: WeightFormat, scales: torch.dtype, tuning: Tuning, *, fused: bool
+) -> tuple[Adapter, Adapter]:
+    """The checkpoint with the open products in 4 bits, and with them in 8."""
+    four, eight = (
+        adapter.with_weights(wanted.settled(kind), scales, tuning, zero_points=fused)
+        for kind in ("int4", "int8")
+    )
+    return four, eight
 
 
 @dataclass(frozen=True)
@@ -94,24 +108,15 @@ class Sensitivity:
     """A model of floats in which one group of products at a time has 4 bits."""
 
     def __init__(
-        self, four: Adapter, eight: Adapter, policy: Policy, plan: Plan, element: int
+        self,
+        four: Adapter,
+        eight: Adapter,
+        policy: Policy,
+        plan: Plan,
+        groups: Sequence[Sequence[str]],
     ) -> None:
-        """`four` and `eight` have the open products in 4 and in 8 bits, scales of `element`
-        bytes."""
-        assert four.weights is not None and eight.weights is not None
-        self._four, self._eight, self._element = four, eight, element
-        self.sizes, self._forms = (
-            four.weights.sizes,
-            {"int4": four.weights.forms, "int8": eight.weights.forms},
-        )
-        forms = self._forms["int4"].items()
-        is_open = {name for name, form in forms if form != self._forms["int8"].get(name)}
-        found = (
-            [name for name in group.products if name in is_open]
-            for group in groups_of(four.decoder_config)
-        )
-        self.groups = [names for names in found if names]
-        """Products of each group that are open, in the decoder's order."""
+        """`four` and `eight` have the products of the groups in 4 and in 8 bits."""
+        self._four, self._eight, self._groups = four, eight, groups
         empty = four.empty_modules()[1]
         self._sources = four.sources(empty), eight.sources(empty)
         self._policy, self._plan = policy, plan
@@ -137,26 +142,19 @@ class Sensitivity:
         found = torch.stack([one.mean() for one in self._divergences(engine.decoder, normed)])
         return [float(loss) for loss in found.mean(0)]
 
-    def candidates(self, names: Sequence[str], loss: float) -> dict[str, Candidate]:
-        """What a group loses in each kind, and the bits that it takes, once losses are known."""
+    def candidates(
+        self, names: Sequence[str], loss: float, bits: Mapping[str, float]
+    ) -> dict[str, Candidate]:
+        """What a group loses in each kind that takes some bits, once losses are known."""
         coarse = sum(self._errors[name] for name in names)
         fine = sum(s.error for name in names for s in self._eight.strips(self._sources[1][name]))
-        floats = 8.0 * self._element * sum(math.prod(self.sizes[name]) for name in names)
-        found = {
-            "int4": Candidate(loss, self._bits(names, "int4")),
-            "int8": Candidate(loss * (fine / coarse if coarse else 0.0), self._bits(names, "int8")),
-        }
-        # The head of floats may be the embedding's tensor, which is not scaled.
-        return found if HEAD in names else found | {"float": Candidate(0.0, floats)}
-
-    def _bits(self, names: Sequence[str], kind: str) -> float:
-        forms = ((self._forms[kind][name], self.sizes[name]) for name in names)
-        return sum(8.0 * form.bytes(*size, self._element) for form, size in forms)
+        lost = {"int4": loss, "int8": loss * (fine / coarse if coarse else 0.0), "float": 0.0}
+        return {kind: Candidate(lost[kind], taken) for kind, taken in bits.items()}
 
     def _advance(self, engine: Layerwise, index: int, run: _Run) -> _Run:
         """One sample through the layer in memory, as it is and with each of its groups in 4
         bits."""
-        groups = [names for names in self.groups if names[0].startswith(f"layers.{index}.")]
+        groups = [names for names in self._groups if names[0].startswith(f"layers.{index}.")]
         if index != self._layer:
             self._layer = index
             with CPU:  # where weights are read
@@ -181,7 +179,7 @@ class Sensitivity:
     ) -> list[Divergences]:
         """Of each sample, whose normed last tokens [R, width] are compared with changed ones [n, R,
         width]. The head's weight is read some tokens of the vocabulary at a time."""
-        quantised = any(HEAD in names for names in self.groups)
+        quantised = any(HEAD in names for names in self._groups)
         found = [Divergences(len(changed) + quantised, len(last)) for last, changed in samples]
         cap = decoder.config.cap
         for exact, strip in self._heads(decoder, quantised):

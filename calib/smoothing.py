@@ -66,9 +66,9 @@ def tune(
 
 
 def _rounds(group: Group, weights: WeightPlan) -> bool:
-    """Whether the inputs of all its products are rounded."""
+    """Whether the inputs of all its products are rounded, and something takes scales."""
     forms = (weights.forms.get(name) for name in group.products)
-    return all(form is not None and form.activations for form in forms)
+    return bool(group.source) and all(form is not None and form.activations for form in forms)
 
 
 def _scales(

@@ -52,10 +52,15 @@ class Target:
         return 64 if self.integers == "MatMulIntegerToFloat" else None
 
     @property
+    def fused(self) -> bool:
+        """Whether graphs have operators of ONNX Runtime's own that stand for several of ONNX's."""
+        return self.codes == "MatMulNBits"
+
+    @property
     def zero_points(self) -> bool:
         """Whether the operator of codes takes zero points; where TensorRT refuses them, offsets of
         blocks stand for them."""
-        return self.codes == "MatMulNBits"
+        return self.fused
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,9 +85,9 @@ class WeightsRecord:
     tensors: dict[str, Amount]  # products by kind: float, int8, int4, fp8
     packed: Amount  # products whose weights the checkpoint stores in a quantised form
     own: Amount  # of these, those whose codes are the checkpoint's own
-    numbers: Bytes  # weights that are quantised
-    bits: Annotated[float, Between(0, 64)]  # of each of these, scales included
-    error: Share  # of all of these: norm of what was changed, as a share of their norm
+    numbers: Bytes  # weights that are quantised, or that --weights auto has left as floats
+    bits: Annotated[float, Between(0, 64)]  # of each of these on average, scales included
+    error: Share  # of the quantised: norm of what was changed, as a share of their norm
     zero_points: Amount = 0  # products whose codes have zero points, or offsets for them
     kinds: dict[str, str] = field(default_factory=dict)  # of products that --weights auto chose for
     distance: DistanceRecord | None = None  # None: no sample was compared

@@ -216,6 +216,7 @@ def make(
     preflight(recipe.folder, recipe.lowering, adapter)
     _check_keep(recipe, why)
     _check_samples(recipe)
+    _check_bits(recipe.lowering, adapter)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
     calibration, settled = _calibration(recipe), None
@@ -411,6 +412,13 @@ def _check_samples(recipe: Recipe) -> None:
         )
 
 
+def _check_bits(lowering: Lowering, adapter: Adapter) -> None:
+    """SpecError where auto's bits are fewer than any choice of kinds takes."""
+    if lowering.weights.kind == AUTO:
+        scales, fused = TORCH[lowering.dtype.name], lowering.target.fused
+        sensitivity.check_bits(adapter, lowering.weights, scales, fused=fused)
+
+
 def _tuning(
     recipe: Recipe,
     adapter: Adapter,
@@ -465,8 +473,17 @@ def _kinds(
     request = replace(_calibration(recipe), samples=count)
     samples = samples_of(request, adapter, processor)
     few = [answered(sample, processor, sensitivity.ANSWER) for sample in samples]
-    scales = TORCH[lowering.dtype.name]
-    return sensitivity.mix(adapter, lowering.weights, scales, policy, plan, few, tuning, report)
+    return sensitivity.mix(
+        adapter,
+        lowering.weights,
+        TORCH[lowering.dtype.name],
+        policy,
+        plan,
+        few,
+        tuning,
+        report,
+        fused=lowering.target.fused,
+    )
 
 
 def _prompts(

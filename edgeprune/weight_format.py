@@ -57,6 +57,16 @@ class Form:
         """Of a weight whose scales have `scale` bytes each."""
         return outputs * (inputs * self.bits // 8 + scale * (inputs // (self.block or inputs)))
 
+    def fused_block(self, inputs: int) -> int:
+        """The block of ONNX Runtime's MatMulNBits: where an output has one scale, each block
+        repeats it."""
+        return self.block or next((size for size in BLOCKS if inputs % size == 0), BLOCKS[-1])
+
+    def fused_bytes(self, inputs: int, outputs: int, scale: int) -> int:
+        """As `bytes`, of a MatMulNBits, whose last block is padded."""
+        block = self.fused_block(inputs)
+        return outputs * -(-inputs // block) * (block * self.bits // 8 + scale)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgeprune.errors import ExportError
 from edgeprune.export.offsets import add_offsets
 from edgeprune.models._quantised import Strip
-from edgeprune.weight_format import BLOCKS, Form
+from edgeprune.weight_format import Form
 
 MICROSOFT = "com.microsoft"
 
@@ -155,7 +155,7 @@ class Fused(ProductForm):
 
     def pack(self, product: Product, form: Form, strips: Iterable[Strip]) -> Packed:
         inputs, outputs = product.inputs, product.outputs
-        block, half = block_size(form, inputs), 2 ** (form.bits - 1)
+        block, half = form.fused_block(inputs), 2 ** (form.bits - 1)
         blocks, padding = -(-inputs // block), -inputs % block
         codes = np.empty((outputs, blocks, block * form.bits // 8), np.uint8)
         scales = np.empty((outputs, blocks), np.float32)
@@ -187,7 +187,7 @@ class Fused(ProductForm):
     ) -> None:
         matmul, weight = product.matmul, product.weight
         sizes = {"K": product.inputs, "N": product.outputs, "bits": form.bits}
-        sizes["block_size"] = block_size(form, product.inputs)
+        sizes["block_size"] = form.fused_block(product.inputs)
         fused = ir.node(
             "MatMulNBits",
             [matmul.inputs[0], weight, scales, *([] if shift is None else [shift])],
@@ -217,8 +217,3 @@ ONNX Runtime does with DequantizeLinear and MatMul too unless it is told otherwi
 
 FORMS: dict[str, ProductForm] = {"DequantizeLinear": Dequantized(), "MatMulNBits": Fused()}
 """By the operator that reads the codes."""
-
-
-def block_size(form: Form, inputs: int) -> int:
-    """The block of a MatMulNBits; where an output has one scale, each block repeats it."""
-    return form.block or next((size for size in BLOCKS if inputs % size == 0), BLOCKS[-1])

@@ -37,10 +37,10 @@ class Stored:
     packed: int = 0  # of these, those that the checkpoint stores in a quantised form
     own: int = 0  # and of these, those whose codes are the checkpoint's own
     shifted: int = 0  # and of these, those whose codes have zero points
-    numbers: int = 0  # of those that are quantised
+    numbers: int = 0  # of those that are quantised, or were left as floats by a choice
     bytes: int = 0  # of these, scales too
     error: float = 0.0  # sums of squares: of what quantising changed
-    power: float = 0.0  # and of the weights
+    power: float = 0.0  # and of the weights that it changed
 
 
 class WeightsFile:
@@ -83,6 +83,9 @@ class WeightsFile:
                 self.stored.packed += adapter.is_packed(sources[name])
                 self._placed[name] = self._append_rows(name, adapter.rows(sources[name], dtype))
                 value.const_value = self._placed[name]
+                if adapter.is_chosen(name):
+                    self.stored.numbers += math.prod(sources[name].shape)
+                    self.stored.bytes += self._placed[name].nbytes
             elif name in tables:
                 value.const_value = self._append(name, tables[name])
             elif value.const_value is None or value.const_value.nbytes > INLINE:

@@ -15,6 +15,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.calib import sensitivity
 from edgeprune.calib.divergence import Divergences
 from edgeprune.calib.mixed import Candidate, choose
+from edgeprune.calib.open_products import OpenProducts
 from edgeprune.calib.samples import answered, user_samples
 from edgeprune.cli import main
 from edgeprune.errors import SpecError
@@ -25,7 +26,9 @@ from edgeprune.models._reference import Reference
 from edgeprune.models._weight_plan import HEAD
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
+from edgeprune.tiling import Size
 from edgeprune.weight_format import WeightFormat
+from tests import lfm2, qwen35
 from tests.families import llava
 from tests.test_layerwise import resident
 
@@ -84,7 +87,8 @@ def test_losses_are_those_of_the_whole_model(tied, tmp_path):
     prompts = [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(2)]
     settled = (WeightFormat.parse(f"{kind}:clip=off") for kind in ("int4", "int8"))
     four, eight = (adapter.with_weights(one, torch.float16) for one in settled)
-    found = sensitivity.Sensitivity(four, eight, policy, plan, 2)
+    groups = OpenProducts.of(four, eight, 2, fused=False).groups
+    found = sensitivity.Sensitivity(four, eight, policy, plan, groups)
     with torch.no_grad():
         losses = found.losses(prompts)
     reference = Reference.build(adapter, policy, plan)
@@ -93,8 +97,8 @@ def test_losses_are_those_of_the_whole_model(tied, tmp_path):
         reference.decoder.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         reference.decoder.head.weight.data = reference.decoder.embedding.weight.data.clone()
     wanted, sources = _log_probabilities(reference, prompts), four.sources(four.empty_modules()[1])
-    assert len(found.groups) == len(losses) == 4 * shape.layers + 1
-    for names, loss in zip(found.groups, losses, strict=True):
+    assert len(groups) == len(losses) == 4 * shape.layers + 1
+    for names, loss in zip(groups, losses, strict=True):
         weights = {name: reference.decoder.get_parameter(name).data.clone() for name in names}
         for name in names:
             exact, quantised = (
@@ -167,10 +171,9 @@ def test_what_four_bits_spoil_has_eight(uneven):
     assert list(kinds.values()).count("int4") >= 15
     assert kinds["layers.0.attention.query.weight"] == kinds["layers.0.attention.key.weight"]
     assert set(mixed(16).values()) == {"float", "int8"}  # of the head there is no float
-    with pytest.raises(
-        SpecError, match=r"bits=4.2 is less than 4 bits take with their scales, 4\.298 a"
-    ):
+    with pytest.raises(SpecError, match=r"bits=4.2 cannot be met: 4\.298 bits a weight are the"):
         mixed(4.2)
+    assert list(mixed(4.3).values()).count("int4") == len(kinds)  # the least
 
 
 @pytest.mark.parametrize(("target", "weights"), [("cpu", "bits=4.9"), ("rtx", "bits=6:awq=on")])
@@ -189,7 +192,48 @@ def test_a_mixed_bundle_passes_parity_and_says_what_was_chosen(
         kind: record.tensors.get(kind, 0) for kind in ("int4", "int8")
     }
     assert record.bits <= bits
+    adapter, element = open_model(str(uneven)), 4 if target == "cpu" else 2
+    settled = (WeightFormat.parse(kind) for kind in ("int4", "int8"))
+    both = (adapter.with_weights(one, torch.float32) for one in settled)
+    found = OpenProducts.of(*both, element, fused=target == "cpu")
+    taken = found.rest + sum(
+        each[record.kinds[names[0]]] for names, each in zip(found.groups, found.bits, strict=True)
+    )
+    assert record.bits == pytest.approx(taken / found.numbers, abs=1e-9)
     assert record.algorithm.endswith("mixed by measured loss")
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
+MIXERS = {
+    "convolution": lambda folder: lfm2.lfm2_vl(**SIZES).save(folder),
+    "linear attention": lambda folder: qwen35.checkpoint(folder, **SIZES),
+}
+
+
+@pytest.mark.parametrize("save", MIXERS.values(), ids=MIXERS.keys())
+def test_every_product_that_four_bits_hold_is_chosen_for(save, tmp_path):
+    """The one behind a convolution too, and the one behind linear attention."""
+    adapter = open_model(str(save(tmp_path / "tiny")), size=Size(64, 96))
+    settled = (WeightFormat.parse(f"{kind}:embedding=on") for kind in ("int4", "int8"))
+    four, eight = (adapter.with_weights(one, torch.float16) for one in settled)
+    found = OpenProducts.of(four, eight, 2, fused=False)
+    forms = four.weights.forms
+    chosen = {name for names in found.groups for name in names}
+    assert chosen == {name for name, form in forms.items() if form.bits == 4}
+    assert any(".output." in name and ".attention." not in name for name in chosen)
+    rest = {name for name in forms if name not in chosen}
+    sizes = four.weights.sizes
+    assert found.rest == 8 * sum(forms[name].bytes(*sizes[name], 2) for name in rest)
+    assert found.numbers == sum(k * n for k, n in sizes.values())
+
+
+def test_a_budget_counts_what_has_no_choice(uneven, refused, instruct):
+    """Rows of the embedding have 8 bits and a scale; it is refused before anything is measured."""
+    command = ["export", "--model", uneven, "--method", "none", "--samples-file", instruct]
+    said = refused(*command, "--weights", "auto:bits=4.7:embedding=on")
+    assert "--weights auto:bits=4.7 cannot be met: 4.773 " in said and "give bits=4.78 or" in said
+    alone = WeightFormat.parse("auto:bits=4.7")
+    sensitivity.check_bits(open_model(str(uneven)), alone, torch.float32, fused=True)
 
 
 def test_a_choice_needs_samples(uneven, refused):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from tests import families, packing
 from tests.conftest import Refused
 from tests.families import QUESTION, Family
 from tests.frozen import compared
+from tests.packing import Codes
 from tests.test_families import drawn_image
-from tests.test_quantised_checkpoints import FORMS
+from tests.test_quantised_checkpoints import FORMS, GPTQ, PACKED, W4, Packer, compressed, of
 from tests.test_quantised_exports import WIDE, spoken, wide_awq
 
 PRODUCTS, TENSORS = 21, 12
@@ -130,9 +132,8 @@ def _bytes(tensor: Any) -> int:
     return next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
 
 
-def test_greedy_tokens_are_those_of_the_floats(
-    bundle: Path, family: Family, awq: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def exact_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32: left alone, ONNX Runtime rounds what products of codes read to int8."""
     made = ort.SessionOptions
 
@@ -142,10 +143,53 @@ def test_greedy_tokens_are_those_of_the_floats(
         return options
 
     monkeypatch.setattr(ort, "SessionOptions", exact)
-    packed, floats = awq
+
+
+def said(bundle: Path, family: Family) -> list[int]:
+    """32 greedy tokens of a bundle."""
     with Session.open(bundle) as session:
         answer = session.ask(drawn_image(family.sizes[0]), QUESTION, Sampling(max_new_tokens=32))
-    assert list(answer.ids) == spoken(family, floats, packed)
+    return list(answer.ids)
+
+
+def test_greedy_tokens_are_those_of_the_floats(
+    bundle: Path, family: Family, awq: tuple[Path, Path], exact_activations: None
+) -> None:
+    packed, floats = awq
+    assert said(bundle, family) == spoken(family, floats, packed)
+
+
+def in_groups_of_32(pack: Callable[[Codes], dict[str, torch.Tensor]]) -> Packer:
+    def packed(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        codes = Codes.of(weight, 4, 32)
+        return pack(codes), codes.floats()
+
+    return packed
+
+
+@pytest.mark.parametrize(
+    ("scheme", "pack"),
+    [
+        (GPTQ | {"group_size": 32}, packing.gptq),
+        (compressed("pack-quantized", **W4 | {"group_size": 32}), of(PACKED, zeros=True)),
+    ],
+    ids=["gptq", "compressed-tensors"],
+)
+def test_other_formats_answer_as_their_floats_too(
+    scheme: dict[str, Any],
+    pack: Callable[[Codes], dict[str, torch.Tensor]],
+    family: Family,
+    tmp_path: Path,
+    exact_activations: None,
+) -> None:
+    packed, floats = packing.pack(
+        family.save(tmp_path / "saved"), tmp_path, scheme, in_groups_of_32(pack)
+    )
+    options = ["--target", "jetpack6", "--dtype", "fp32", "--weights", "int4:head=off"]
+    made = exported(packed, tmp_path / "bundle", *options, "--parity", "0")
+    record = Bundle.open(made).manifest.weights
+    assert record is not None and record.own == record.zero_points == PRODUCTS
+    assert said(made, family) == spoken(family, floats, packed)
 
 
 def test_parity_finds_one_changed_offset(

@@ -266,9 +266,10 @@ def _weights_lines(record: WeightsRecord) -> list[str]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(record.tensors.items()))
     own = f", {record.own} in the checkpoint's own codes" if record.own else ""
     own += f", {record.zero_points} with zero points" if record.zero_points else ""
+    counted = "quantised or chosen" if record.kinds else "quantised"
     lines = [
-        f"weights {record.format}: products {kinds}{own}; {record.bits:.2f} bits each where"
-        f" quantised, relative error {record.error:.2g} ({record.algorithm})"
+        f"weights {record.format}: products {kinds}{own}; {record.bits:.2f} bits a weight where"
+        f" {counted}, scales included; relative error {record.error:.2g} ({record.algorithm})"
     ]
     if record.distance is not None:
         lines.append(f"quantised beside the checkpoint's weights: {_distance(record.distance)}")

@@ -108,6 +108,10 @@ class Adapter(Family):
             changed.stored_mlp = own
         return changed
 
+    def is_chosen(self, parameter: str) -> bool:
+        """Whether the kind of a product was chosen by what it loses."""
+        return self.weights is not None and parameter in self.weights.tuning.kinds
+
     def without_weights(self) -> Self:
         """The same checkpoint with its own weights."""
         changed = copy.copy(self)
@@ -208,7 +212,7 @@ class Adapter(Family):
         )
         changed += sum(
             math.prod(plan.sizes[name]) // block * (bits if zero_points else 8 * element) // 8
-            for name, bits, block in self._shifted(plan)
+            for name, bits, block in self.shifted(plan)
             if bits in kept
         )
         if plan.head_apart and self.decoder_config.tied:
@@ -216,7 +220,7 @@ class Adapter(Family):
         added = _numbers(*modules) - _numbers(*own)
         return (self.checkpoint.num_parameters() + added) * element + changed
 
-    def _shifted(self, plan: WeightPlan) -> Iterator[tuple[str, int, int]]:
+    def shifted(self, plan: WeightPlan) -> Iterator[tuple[str, int, int]]:
         """The parameters that keep codes with zero points, with their bits and blocks."""
         first = self._first_packed
         if first is None or first.zeros is None:
