@@ -16,6 +16,7 @@ from edgeprune.manifest import (
     TextRecord,
 )
 from edgeprune.records import Between, build
+from edgeprune.tiling import Tiling
 from edgeprune.weight_format import WeightFormat
 
 PIXELS = 1 << 28
@@ -140,9 +141,21 @@ def _image(record: ImageRecord) -> Iterator[str]:
             yield f"tiles by {tiling.kind} with a rule of crops {tiling.crops}"
         if tiling.crops is not None and not tiling.suits(tiling.height, tiling.width):
             yield f"{tiling.rows} x {tiling.columns} crops are not those of its image size"
+        if tiling.overview_size is not None:
+            yield from _overview(tiling)
         if tiling.kept is not None and (tiling.kind != "stretch" or tiling.kept >= tiling.cut):
             yield f"{tiling.kept} of {tiling.cut} tiles by {tiling.kind}"
     yield from _resizing(record, frozen)
+
+
+def _overview(tiling: Tiling) -> Iterator[str]:
+    """A view of the whole that stands in a tile's place."""
+    if tiling.kind != "stretch" or tiling.overview != "last":
+        yield f"a view of the whole of its own size, {tiling.overview}, by {tiling.kind}"
+    if any(side % tiling.block for side in (tiling.tile, *(tiling.overview_size or ()))):
+        yield f"views of {tiling.overview_size} and tiles of {tiling.tile} pixels are no tokens"
+    if (found := math.prod(tiling.overview_grid)) > tiling.tokens**2:
+        yield f"a view of the whole of {found} tokens, {tiling.tokens**2} in a tile"
 
 
 def _resizing(record: ImageRecord, frozen: tuple[int, int]) -> Iterator[str]:

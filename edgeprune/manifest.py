@@ -185,8 +185,8 @@ class ImageRecord:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the pixels."""
-        tiles = self.tiling.tiles if self.tiling else 1
-        return tiles * (self.frames or self.images), 3, self.height, self.width
+        tiles, channels = (self.tiling.tiles, self.tiling.channels) if self.tiling else (1, 3)
+        return tiles * (self.frames or self.images), channels, self.height, self.width
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """How an image is cut into tiles: the arithmetic that an export freezes and a runtime repeats.
 
-Four ways are known. `stretch` (InternVL): the image is made exactly as large as a grid of tiles,
-the grid of the nearest aspect ratio. `fit` (LLaVA-NeXT, LLaVA-OneVision): it is made as large as it
-can be inside the grid and padded; whole rows or columns of tokens that show padding are left out.
+Four ways are known. `stretch` (InternVL, LFM2-VL): the image is made exactly as large as a grid of
+tiles, the grid of the nearest aspect ratio; the view of the whole may have a size of its own. `fit`
+(LLaVA-NeXT, LLaVA-OneVision): it is made as large as it can be inside the grid and padded; whole
+rows or columns of tokens that show padding are left out.
 `round_up` (SmolVLM, Idefics3): its longer side gets a fixed length, then each side is stretched to
 the next multiple of the tile; the view of the whole image is made from that. `crop` (Gemma 3): its
 longer side is cut into equal parts first, and each part, like the whole image, is squeezed to a
@@ -71,6 +72,10 @@ class Tiling:
     longest_edge: LongestEdge | None = None  # round_up: pixels of the longer side at first
     crops: CropRule | None = None  # crop: which images are cut so
     kept: Few | None = None  # tiles of the grid that are encoded, as tile_choice.py says; None: all
+    overview_size: tuple[Side, Side] | None = (
+        None  # height and width of the view of the whole where
+    )
+    # these are not a tile's; tile_views.py says how it is encoded
 
     @property
     def cut(self) -> int:
@@ -96,6 +101,24 @@ class Tiling:
         return f"{self.kept} of the {self.cut} tiles of an image are encoded{whole}"
 
     @property
+    def channels(self) -> int:
+        """Numbers of a pixel."""
+        return 3 if self.overview_size is None else 4
+
+    @property
+    def overview_grid(self) -> Size:
+        """Tokens of the view of the whole."""
+        if self.overview_size is None:
+            return Size(self.tokens, self.tokens)
+        height, width = self.overview_size
+        return Size(height // self.block, width // self.block)
+
+    @property
+    def block(self) -> int:
+        """Pixels a side of a token of a tile."""
+        return self.tile // self.tokens
+
+    @property
     def canvas(self) -> Size:
         """Pixels of the grid."""
         return Size(self.rows * self.tile, self.columns * self.tile)
@@ -108,8 +131,12 @@ class Tiling:
     def suits(self, height: int, width: int) -> bool:
         """Whether an image of such a shape gives the tokens that the bundle has."""
         if self.kind == "stretch":
-            ratio = self.columns / self.rows
-            return self.cut == 1 or ratio in nearest(width / height, self.ratios)
+            if self.cut > 1 and self.columns / self.rows not in nearest(
+                width / height, self.ratios
+            ):
+                return False
+            whole = self.overview_size
+            return whole is None or rounds_to(Size(height, width), Size(*whole), self.block)
         if self.crops is not None:
             return self.crops.grid(Size(height, width)) == (self.rows, self.columns)
         if self.longest_edge is not None:

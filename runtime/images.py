@@ -17,15 +17,16 @@ from edgeprune.images import MAX_PIXELS
 from edgeprune.manifest import ImageRecord
 from edgeprune.runtime.tiles import cut, on_black, shape_warning
 from edgeprune.tile_choice import chosen
+from edgeprune.tile_views import arranged
 from edgeprune.tiling import Size, longest, rounded, rounds_to
 
 
 def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
-    """An RGB image padded, resized, cropped or cut as recorded: [tiles, 3, height, width]."""
+    """An RGB image padded, resized, cropped or cut as recorded: float32 of the record's shape."""
     if record.tiling is not None:
         views = cut(image, record.tiling, record.resample)
-        tiles = np.concatenate([_normalise(np.asarray(view), record) for view in views])
-        return chosen(tiles, record.tiling)
+        seen = [_normalise(np.asarray(view), record) for view in views]
+        return chosen(arranged(seen, record.tiling), record.tiling)
     if record.longest_edge is not None:
         height, width = longest(Size(image.height, image.width), record.longest_edge)
         image = image.resize((width, height), Image.Resampling(record.resample))

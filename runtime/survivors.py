@@ -125,7 +125,8 @@ def seen(image: Image.Image, record: ImageRecord) -> Levels:
     Tiles stand one below the other; where a view of the whole image comes first, it is alone.
     """
     tiles, first = to_pixels(image, record), record.tiling and record.tiling.overview == "first"
-    pixels = np.concatenate(list(tiles[:1] if first else tiles), axis=1).transpose(1, 2, 0)
+    shown = tiles[:1, :3] if first else tiles[:, :3]
+    pixels = np.concatenate(list(shown), axis=1).transpose(1, 2, 0)
     levels = (pixels * np.array(record.std) + np.array(record.mean)) / record.rescale
     whole: Levels = np.rint(levels).clip(0, 255).astype(np.uint8)
     return whole

@@ -41,7 +41,8 @@ def cut(image: Image.Image, tiling: Tiling, resample: int) -> list[Image.Image]:
     if tiling.overview == "none":
         return tiles
     seen = whole if tiling.kind == "round_up" else image
-    overview = seen.resize((side, side), Image.Resampling(resample))
+    height, width = tiling.overview_size or (side, side)
+    overview = seen.resize((width, height), Image.Resampling(resample))
     return [overview, *tiles] if tiling.overview == "first" else [*tiles, overview]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ PUBLISHED = tuple(
 
 
 class Oracle:
-    """One view of each image: `_preprocess` of the processor in transformers, splitting off."""
+    """The processor in transformers: `_preprocess`, `resize_and_split` and what they call."""
 
     patch, factor, least, most = 8, 2, 4, 24
+    tile, tiles, tolerance = 80, (2, 10), 2.0
+    thumbnail = True
 
     def save_pretrained(self, folder: Path) -> None:
         settings = {
@@ -40,16 +43,20 @@ class Oracle:
             "downsample_factor": self.factor,
             "min_image_tokens": self.least,
             "max_image_tokens": self.most,
-            "tile_size": 64,
+            "tile_size": self.tile,
+            "min_tiles": self.tiles[0],
+            "max_tiles": self.tiles[1],
+            "use_thumbnail": self.thumbnail,
+            "max_pixels_tolerance": self.tolerance,
             "do_image_splitting": True,
         }
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings))
 
     def __call__(self, images: Any, return_tensors: str) -> dict[str, Tensor]:
         shown = images if isinstance(images, list) else [images]
-        views = [self.view(image) for image in shown]
+        views = [view for image in shown for view in self.views(image)]
         grids = [(view.shape[1] // self.patch, view.shape[2] // self.patch) for view in views]
-        longest = self.most * self.factor**2
+        longest = max(self.most * self.factor**2, (self.tile // self.patch) ** 2)
         patches = torch.zeros(len(views), longest, 3 * self.patch**2)
         mask = torch.zeros(len(views), longest, dtype=torch.int32)
         for number, (view, (rows, columns)) in enumerate(zip(views, grids, strict=True)):
@@ -62,10 +69,40 @@ class Oracle:
             "spatial_shapes": torch.tensor(grids),
         }
 
+    def views(self, image: Image.Image) -> list[Tensor]:
+        """An image, or its tiles row by row and its thumbnail: each [3, H, W]."""
+        if not self.is_large(image.height, image.width):
+            return [self.view(image)]
+        (across, down), side = self.grid(image.height, image.width), self.tile
+        whole = self.normalised(image.resize((across * side, down * side), 2))
+        split = whole.view(3, down, side, across, side).permute(1, 3, 0, 2, 4)
+        return [*split.flatten(0, 1), *([self.view(image)] if self.thumbnail else [])]
+
+    def is_large(self, height: int, width: int) -> bool:
+        step = self.patch * self.factor
+        tall, wide = (max(self.patch, round(side / step) * step) for side in (height, width))
+        return tall * wide > self.most * step**2 * self.tolerance
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Columns and rows: `find_closest_aspect_ratio`."""
+        least, most = self.tiles
+        sides = range(1, most + 1)
+        pairs = {(w, h) for w in sides for h in sides if least <= w * h <= most}
+        best, difference = (1, 1), math.inf
+        for w, h in sorted(pairs, key=lambda pair: pair[0] * pair[1]):
+            found = abs(width / height - w / h)
+            closer = found < difference
+            if closer or (found == difference and width * height > 0.5 * self.tile**2 * w * h):
+                best, difference = (w, h), found
+        return best
+
     def view(self, image: Image.Image) -> Tensor:
         """Resized by Pillow and normalised: [3, H, W]."""
         height, width = self.smart_resize(image.height, image.width)
-        resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        return self.normalised(image.resize((width, height), Image.Resampling.BILINEAR))
+
+    def normalised(self, image: Image.Image) -> Tensor:
+        resized = np.asarray(image)
         mean = torch.tensor([0.5] * 3) * (1.0 / (1 / 255))
         levels = torch.from_numpy(resized.copy()).permute(2, 0, 1).float()
         return (levels - mean[:, None, None]) / mean[:, None, None]
@@ -85,11 +122,23 @@ class Oracle:
         return tall, wide
 
 
+SPLIT = Size(150, 160), Size(100, 210), Size(330, 110)
+"""Of images that are cut into 2 x 2, 1 x 2 and 3 x 1 tiles."""
+PLACES = [f"<|img_row_{row}_col_{column}|>" for row in range(1, 4) for column in range(1, 4)]
+
+
+def lfm2_vl_tiles(**text: Any) -> Family:
+    """The same model, shown images that are cut into tiles."""
+    return replace(lfm2_vl(**text), sizes=SPLIT)
+
+
 def lfm2_vl(layers: tuple[str, ...] = (), norm: bool = False, **text: Any) -> Family:
-    """Views of 4 to 24 tokens of 16 x 16 pixels; every other layer has attention, the first too."""
+    """Views of 4 to 24 tokens of 16 x 16 pixels, tiles of 25; every other layer has attention, the
+    first too."""
     count = text.pop("num_hidden_layers", 3)
     kinds = layers or tuple("conv" if n % 2 else "full_attention" for n in range(count))
     own = {"intermediate_size": 72, "block_multiple_of": 16, "layer_types": list(kinds)}
+    own["vocab_size"] = 84  # with tokens between tiles
     text_config = Lfm2Config(**{**TEXT, **own, "num_hidden_layers": len(kinds), **text})
     vision = Siglip2VisionConfig(
         hidden_size=32,
@@ -108,6 +157,7 @@ def lfm2_vl(layers: tuple[str, ...] = (), norm: bool = False, **text: Any) -> Fa
         projector_use_layernorm=norm,
     )
     model = settled(Lfm2VlForConditionalGeneration(config))
-    tokens = {"image_start": "<|image_start|>", "image_end": "<|image_end|>"}
+    marks = ("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", *PLACES)
+    tokens = {f"mark_{number}": mark for number, mark in enumerate(marks)}
     sizes = Size(84, 84), Size(60, 100), Size(110, 41)
     return Family("lfm2_vl", model, Oracle(), "<image>", tokens, sizes)

@@ -64,6 +64,21 @@ def test_formats_of_weights_are_an_axis_of_the_grid() -> None:
         grid(["fastv"], [2], 1, ["int5"])
 
 
+def test_numbers_of_tiles_are_an_axis_of_the_grid() -> None:
+    cells = grid(["fastv"], [2], 1, tiles=[None, 3, 3])
+    assert [(cell.name, cell.title, cell.tiles) for cell in cells] == [
+        ("none-cr1", "none", None),
+        ("fastv-cr2", "fastv", None),
+        ("none-tiles=3-cr1", "none tiles=3", 3),
+        ("fastv-tiles=3-cr2", "fastv tiles=3", 3),
+    ]
+
+
+def test_tiles_that_are_no_numbers_are_refused(tmp_path: Path, refused: Refused) -> None:
+    said = refused("compare", "--tiles", "all,two", "-o", tmp_path / "c")
+    assert "--tiles takes numbers or all with commas between, as all,4,2; got 'all,two'" in said
+
+
 @pytest.mark.parametrize(
     ("methods", "cr", "seeds", "says"),
     [

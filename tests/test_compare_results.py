@@ -115,6 +115,28 @@ def test_formats_of_weights_are_beside_each_other() -> None:
     assert [row["weights"] for row in table] == ["float", "float", "int4", "int4"]
 
 
+def test_tiles_are_below_each_other() -> None:
+    marks = "1" * 198 + "00", "0" * 8 + "1" * 190 + "10"
+    cells = [
+        replace(result("none", 1, right), marks=own, tiles=tiles)
+        for right, own, tiles in zip((198, 191), marks, (None, 2), strict=True)
+    ]
+    cells += [result("utp", 4, 180), replace(result("utp", 4, 170), tiles=2)]
+    found = Comparison({"questions": 200, "model": "m"}, tuple(cells))
+    table = next(t for t in found.tables() if t.heads[0] == "tiles")
+    assert table.heads == ("tiles", "none", "utp CR 4")
+    (every, none, _), (two, fewer, pruned) = table.rows
+    assert (every, two) == ("all", "2")
+    assert none.startswith("99.0 ± 1.6, ") and " tokens" in none
+    assert fewer.startswith("95.5 ± 3.0 (-3.5 ± 2.9), "), "8 lost, 1 won"
+    assert pruned.startswith("85.0 ± ")
+    rows = list(csv.DictReader(found.to_csv().splitlines()))
+    assert [row["tiles"] for row in rows] == ["all", "2", "all", "2"]
+    assert Comparison.from_json(found.to_json()) == found
+    titles = {row[0] for t in found.tables() if t.heads[0] == "method" for row in t.rows}
+    assert titles == {"none", "none tiles=2", "utp", "utp tiles=2"}
+
+
 def test_an_overview_has_a_row_per_method_and_a_column_per_ratio() -> None:
     draws = [result("random", 4, right, seed) for seed, right in enumerate((120, 100))]
     short = replace(result("fastv", 2, 196), cr=1.9)

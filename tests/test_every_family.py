@@ -61,6 +61,7 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "mistral_small": families.mistral_small,
     "pixtral": families.pixtral,
     "lfm2_vl": lfm2.lfm2_vl,
+    "lfm2_vl_tiles": lfm2.lfm2_vl_tiles,
 }
 QWENS: dict[str, Callable[..., Path]] = {
     "qwen2_vl": qwen.plain_checkpoint,
@@ -83,6 +84,7 @@ NO_VIDEO = (
     "mistral_small",
     "pixtral",
     "lfm2_vl",
+    "lfm2_vl_tiles",
 )
 
 

@@ -96,7 +96,7 @@ CORE = {
 """Modules at the package's root that use the standard library alone, so that runtime may too."""
 EXTRAS = {"edgeprune.serve": "starlette", "edgeprune.lmms_eval.model": "lmms_eval"}
 """What a part needs that not every installation has."""
-IMAGING = {"images", "rgb", "tile_choice"}
+IMAGING = {"images", "rgb", "tile_choice", "tile_views"}
 """Those that use NumPy and Pillow as well, which every installation has."""
 
 

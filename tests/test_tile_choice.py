@@ -13,8 +13,9 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle, read_manifest
 from edgeprune.cli import main
-from edgeprune.errors import BundleError
-from edgeprune.models import open_model
+from edgeprune.errors import BundleError, SpecError
+from edgeprune.models import load, open_model
+from edgeprune.models._media import InputOptions
 from edgeprune.models._processor import Processor
 from edgeprune.runtime import Sampling, Session
 from edgeprune.tile_choice import chosen
@@ -129,9 +130,26 @@ def test_a_choice_of_none_is_refused(
     assert says in refused("export", *asked, "-o", tmp_path / "no")
 
 
-def test_families_whose_prompts_need_all_tiles_refuse(tmp_path: Path, refused: Refused) -> None:
-    asked = ["--tiles", 2, "-o", tmp_path / "no"]
-    assert "llava bundles encode every tile of an image; leave" in refused("export", *asked)
+REASONS = {
+    "llava": "an image is not cut into tiles",
+    "llava_next": "rows of visual tokens run across tiles and end with a newline",
+    "llava_onevision": "rows of visual tokens run across tiles",
+    "smolvlm": "its prompts name row and column of each tile",
+    "lfm2_vl": "its prompts name row and column of each tile",
+    "qwen2_vl": "an image is not cut into tiles",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_families_that_need_all_tiles_refuse_and_say_why(name: str) -> None:
+    takes, asked = load(name).takes, InputOptions(tiles=2)
+    with pytest.raises(SpecError, match=f"--tiles is not for {name}: {REASONS[name]}"):
+        asked.check(name, takes)
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path, refused: Refused) -> None:
+    said = refused("export", "--tiles", 2, "-o", tmp_path / "no")
+    assert "--tiles is not for llava: an image is not cut into tiles; leave it out" in said
 
 
 def test_a_manifest_with_more_tiles_than_there_are_is_damaged(bundle: Path, tmp_path: Path) -> None:

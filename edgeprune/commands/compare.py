@@ -40,6 +40,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " float)",
     )
     command.add_argument(
+        "--tiles",
+        default="all",
+        metavar="LIST",
+        help="numbers of encoded tiles of an image to compare too, with commas between, as"
+        " all,4,2 (default all)",
+    )
+    command.add_argument(
         "--seeds", type=int, default=5, metavar="N", help="draws of methods that draw (default 5)"
     )
     command.add_argument(
@@ -148,8 +155,20 @@ def _request(args: argparse.Namespace) -> CompareRequest:
     )
 
 
-def _axes(args: argparse.Namespace) -> tuple[list[str], list[float], int, list[str]]:
-    return args.methods.split(","), _ratios(args.cr), args.seeds, args.weights.split(",")
+def _axes(
+    args: argparse.Namespace,
+) -> tuple[list[str], list[float], int, list[str], list[int | None]]:
+    methods, weights = args.methods.split(","), args.weights.split(",")
+    return methods, _ratios(args.cr), args.seeds, weights, _tiles(args.tiles)
+
+
+def _tiles(text: str) -> list[int | None]:
+    try:
+        return [None if part.strip() == "all" else int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SpecError(
+            f"--tiles takes numbers or all with commas between, as all,4,2; got {text!r}"
+        ) from error
 
 
 def _ratios(text: str) -> list[float]:

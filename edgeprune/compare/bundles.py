@@ -45,7 +45,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Bundles:
-    """All bundles of a comparison: one recipe, but for method, ratio, seed and weights."""
+    """All bundles of a comparison: one recipe, but for method, ratio, seed, weights and
+    tiles."""
 
     folder: Path
     recipe: Recipe
@@ -101,7 +102,7 @@ class Bundles:
         return key_of(model, asdict(bare), calibrated, str(recipe.sample_images), code())
 
     def _recipe(self, cell: Cell) -> Recipe:
-        return replace(self.recipe, spec=cell.spec, weights=cell.weights)
+        return replace(self.recipe, spec=cell.spec, weights=cell.weights, tiles=cell.tiles)
 
     def _holds(self, cell: Cell, made: Made) -> bool:
         """Whether the bundle is there, and is the one that was made."""

@@ -22,6 +22,7 @@ class Cell:
     seed: int = 0
     options: tuple[tuple[str, str], ...] = ()
     weights: str = FLOAT  # as --weights of export takes it
+    tiles: int | None = None  # as --tiles of export takes it; None: all
 
     @property
     def label(self) -> str:
@@ -30,8 +31,9 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The label with the weights, where these are quantised."""
-        return titled(self.label, self.weights)
+        """The label with the weights, where these are quantised, and the tiles, where not all are
+        encoded."""
+        return titled(self.label, self.weights, self.tiles)
 
     @property
     def name(self) -> str:
@@ -49,9 +51,10 @@ def grid(
     ratios: Sequence[float],
     seeds: int,
     weights: Sequence[str] = (FLOAT,),
+    tiles: Sequence[int | None] = (None,),
 ) -> list[Cell]:
     """The dense model, then every method at every ratio, and all of this in every format of
-    `weights`; SpecError where a name or value is wrong.
+    `weights` and with every number of `tiles`; SpecError where a name or value is wrong.
 
     A method is a name, or a name with options such as `utp:ure=off:position=start`; `all` is every
     method there is. One that draws is there `seeds` times, one whose counts are given at no ratio
@@ -74,7 +77,13 @@ def grid(
     formats = dict.fromkeys(text.strip() for text in weights)
     for text in formats:
         WeightFormat.parse(text)
-    return [replace(cell, weights=text) for text in formats for cell in cells]
+    numbers = dict.fromkeys(tiles)
+    return [
+        replace(cell, weights=text, tiles=number)
+        for text in formats
+        for number in numbers
+        for cell in cells
+    ]
 
 
 def _parsed(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:

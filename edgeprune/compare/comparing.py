@@ -36,7 +36,7 @@ class CompareRequest:
 
     folder: Path
     cells: tuple[Cell, ...]
-    recipe: Recipe  # of all bundles, but for method, ratio, seed and weights
+    recipe: Recipe  # of all bundles, but for method, ratio, seed, weights and tiles
     evaluation: EvalRequest = field(default_factory=lambda: EvalRequest(Questions()))
     timing: TimingRequest | None = field(default_factory=TimingRequest)
     jobs: int = 1  # processes that make bundles and ask them
@@ -204,6 +204,7 @@ def _result(
         asked=found.asked,
         seed=cell.seed,
         weights=cell.weights,
+        tiles=cell.tiles,
         weight_bytes=made.weight_bytes,
         marks=found.marks,
         stands_in=policies.load(cell.method).stands_in,

@@ -128,9 +128,10 @@ def _curves(cells: Sequence[Result], timed: bool) -> tuple[Mark | None, list[Cur
 
 
 def _name(cell: Result) -> str:
-    """What a line is called; the dense model with quantised weights is one among them."""
-    quantised = cell.method == DENSE and cell.title != DENSE
-    return f"dense {cell.weights}" if quantised else cell.title
+    """What a line is called; the dense model with quantised weights or fewer tiles is one among
+    them."""
+    changed = cell.method == DENSE and cell.title != DENSE
+    return f"dense{cell.title.removeprefix(DENSE)}" if changed else cell.title
 
 
 def _mark(group: Sequence[Result], timed: bool) -> Mark:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from edgeprune.compare.titles import DENSE, FLOAT
+from edgeprune.compare.titles import DENSE, FLOAT, titled
 from edgeprune.intervals import difference, wilson
 from edgeprune.tables import Table, spread
 
@@ -27,6 +27,14 @@ _WEIGHTS = (
     "Weights by format: right answers in percent, in brackets the change from floats with half of"
     " its 95% interval, paired by question, median milliseconds of prefill and of a decoded token"
     " where they were timed, megabytes of all weights."
+)
+
+
+_TILES = (
+    "Tiles of an image that are encoded, beside the view of the whole: right answers in percent, in"
+    " brackets the change from all tiles with half of its 95% interval, paired by question, visual"
+    " tokens that enter the first layer, and where they were timed median milliseconds of vision"
+    " and of prefill."
 )
 
 
@@ -89,7 +97,7 @@ def accuracy(cells: Iterable[Result], caption: str) -> Table:
 def times(cells: Iterable[Result]) -> Table:
     """A row per timed bundle, in the order of the accuracy table."""
     timed = [group[0] for group in grouped(cells) if group[0].rounds]
-    dense = min(timed, key=lambda cell: (cell.method != DENSE, cell.weights != FLOAT))
+    dense = min(timed, key=lambda c: (c.method != DENSE, c.weights != FLOAT, c.tiles is not None))
     lines = []
     for cell in timed:
         ratios = zip(dense.rounds["prefill"], cell.rounds["prefill"], strict=True)
@@ -105,9 +113,11 @@ def weights(cells: Iterable[Result]) -> Table:
     groups = grouped(cells)
     formats = list(dict.fromkeys(group[0].weights for group in groups))
     formats.sort(key=lambda text: text != FLOAT)
-    found = {(g[0].method, g[0].cr_asked, g[0].weights): g for g in groups}
+    found = {
+        (titled(g[0].method, FLOAT, g[0].tiles), g[0].cr_asked, g[0].weights): g for g in groups
+    }
     lines = []
-    for method, cr in dict.fromkeys((g[0].method, g[0].cr_asked) for g in groups):
+    for method, cr in dict.fromkeys((name, cr) for name, cr, _ in found):
         own = [found.get((method, cr, text), []) for text in formats]
         star = " *" * any(group[0].stands_in != "" for group in own if group)
         base = own[0] if formats[0] == FLOAT else []
@@ -120,12 +130,46 @@ def _cost(group: Sequence[Result], cr: float, base: Sequence[Result]) -> str:
     weights."""
     if not group:
         return "-"
+    one = group[0]
+    times = [f"{one.median(part):.1f} ms" for part in ("prefill", "decode") if one.rounds]
+    return ", ".join([_changed(group, cr, base), *times, f"{one.weight_bytes / 1e6:,.1f} MB"])
+
+
+def tiles(cells: Iterable[Result]) -> Table:
+    """What tiles that are not encoded cost and save: a row per number of them, a column per method
+    and ratio; the most tiles first."""
+    groups = grouped(cells)
+    found = {(_column(g[0]), g[0].tiles): g for g in groups}
+    columns = list(dict.fromkeys(column for column, _ in found))
+    numbers = sorted({tiles for _, tiles in found}, key=lambda n: (n is not None, -(n or 0)))
+    lines = []
+    for number in numbers:
+        cells_of = [(found.get((c, number), []), found.get((c, None), [])) for c in columns]
+        lines.append([str(number or "all"), *(_saved(group, base) for group, base in cells_of)])
+    return Table(_TILES, ("tiles", *columns), lines)
+
+
+def _column(cell: Result) -> str:
+    ratio = "" if cell.method == DENSE else f" CR {_ratio(cell.cr_asked)}"
+    return titled(cell.method, cell.weights) + " *" * (cell.stands_in != "") + ratio
+
+
+def _saved(group: Sequence[Result], base: Sequence[Result]) -> str:
+    """Right answers and their change, tokens, milliseconds of encoder and prefill."""
+    if not group:
+        return "-"
+    one = group[0]
+    times = [f"{one.median(part):.1f} ms" for part in ("vision", "prefill") if one.rounds]
+    return ", ".join([_changed(group, one.cr_asked, base), f"{one.counts[0]:,} tokens", *times])
+
+
+def _changed(group: Sequence[Result], cr: float, base: Sequence[Result]) -> str:
+    """What is answered right, and by how much more than the base."""
     one, right = group[0], _overall(group, cr)
     if base and one is not base[0] and len(group) == 1 and one.marks and base[0].marks:
         change, half = difference(one.marks, base[0].marks)
         right += f" ({100 * change:+.1f} ± {100 * half:.1f})"
-    times = [f"{one.median(part):.1f} ms" for part in ("prefill", "decode") if one.rounds]
-    return ", ".join([right, *times, f"{one.weight_bytes / 1e6:,.1f} MB"])
+    return right
 
 
 def missing(caption: str, cells: Iterable[Missing]) -> Table:

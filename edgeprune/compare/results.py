@@ -15,7 +15,7 @@ from edgeprune.compare import result_tables
 from edgeprune.compare.result_tables import PARTS
 from edgeprune.compare.titles import DENSE, FLOAT, titled
 from edgeprune.intervals import wilson
-from edgeprune.records import Amount, Between, Bytes, Count, Matches, Ratio, build, parse
+from edgeprune.records import Amount, Between, Bytes, Count, Few, Matches, Ratio, build, parse
 from edgeprune.tables import Table
 
 Milliseconds = Annotated[float, Between(1e-6, 1e9)]
@@ -38,6 +38,7 @@ class Result:
     # token
     weights: str = FLOAT  # of products
     weight_bytes: Bytes = 0  # of all weights
+    tiles: Few | None = None  # of an image that are encoded beside the view of the whole; None: all
     stands_in: str = ""  # what stands in for a part of the published method
     marks: Annotated[str, Matches("[01]*", "a 0 or 1 for each question")] = ""  # 1: right
 
@@ -56,8 +57,8 @@ class Result:
 
     @property
     def title(self) -> str:
-        """The method, and the weights where they are quantised."""
-        return titled(self.method, self.weights)
+        """The method, the weights where they are quantised, the tiles where not all are encoded."""
+        return titled(self.method, self.weights, self.tiles)
 
     @property
     def total(self) -> tuple[int, int]:
@@ -145,6 +146,8 @@ class Comparison:
             found.insert(0, result_tables.overview(self.cells, caption))
         if len({cell.weights for cell in self.cells}) > 1:
             found.append(result_tables.weights(self.cells))
+        if len({cell.tiles for cell in self.cells}) > 1:
+            found.append(result_tables.tiles(self.cells))
         if any(cell.rounds for cell in self.cells):
             found.append(result_tables.times(self.cells))
         named = {"Out of reach:": self.out_of_reach, "Failed:": self.failed}
@@ -177,6 +180,7 @@ def _row(cell: Result) -> dict[str, object]:
         "seed": cell.seed,
         "weights": cell.weights,
         "weight_bytes": cell.weight_bytes,
+        "tiles": cell.tiles or "all",
         "cr": round(cell.cr, 4),
         "counts": " ".join(map(str, cell.counts)),
         "kv_bytes": cell.kv_bytes,

@@ -8,6 +8,8 @@ FLOAT = "float"
 """Weights that are not quantised."""
 
 
-def titled(label: str, weights: str) -> str:
-    """A method's label with the format of quantised weights."""
-    return label if weights == FLOAT else f"{label} {weights}"
+def titled(label: str, weights: str, tiles: int | None = None) -> str:
+    """A method's label with the format of quantised weights, and the tiles where not all are
+    encoded."""
+    label = label if weights == FLOAT else f"{label} {weights}"
+    return label if tiles is None else f"{label} tiles={tiles}"

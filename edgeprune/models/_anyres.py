@@ -13,6 +13,12 @@ from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.tiling import Size, Tiling, fit_canvas, fitted, shown
 
+ONE_RASTER = (
+    "rows of visual tokens run across tiles and end with a newline, so without a tile their number"
+    " would depend on the image, and the decoder could not tell columns apart"
+)
+"""Why no tile is left out."""
+
 
 def anyres_tiling(choices: Iterable[Iterable[int]], encoder: EncoderConfig, size: Size) -> Tiling:
     """The tiles of an image of `size`; `choices` are heights and widths of a canvas in pixels."""

@@ -191,6 +191,7 @@ class Encoding:
     joined: int = 0  # hidden states for which it came back
     some: Tensor | None = None  # int64 [n], in reading order, the patches that these states are of,
     # where they are not of all
+    hidden_keys: Tensor | None = None  # [tiles, 1, S, S], added to logits, where not all are seen
 
 
 ChooseMerge = Callable[[Tensor], BlockMerge | None]
@@ -227,6 +228,7 @@ class Block(nn.Module):
         groups: Groups | None,
         choose_merge: ChooseMerge,
         attended: Attended | None = None,
+        hidden_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Groups | None]:
         """Output [tiles, S', width], query and key [tiles, heads, S, head], S' groups of tokens.
 
@@ -240,7 +242,7 @@ class Block(nn.Module):
         value = split_heads(self.value(normed), heads)
         if attended is not None:
             key, value = attended(key, value)
-        bias = None if groups is None else groups.bias(query.dtype)
+        bias = hidden_keys if groups is None else groups.bias(query.dtype)
         mixed = self.output(join_heads(self.scores(query, key, value, bias)))
         mixed = self.attention_norm(mixed) if behind else mixed
         x = self.residual(x, self.attention_gain(mixed))
@@ -432,7 +434,9 @@ class Encoder(Tower):
         attended: Attended | None = None,
     ) -> Encoding:
         choose = self._choose_in(number, policy)
-        x, query, key, groups = self.blocks[number](seen.hidden, seen.groups, choose, attended)
+        x, query, key, groups = self.blocks[number](
+            seen.hidden, seen.groups, choose, attended, seen.hidden_keys
+        )
         if number not in self.looked_at:
             query, key = seen.query, seen.key
         seen = replace(seen, hidden=x, query=query, key=key, groups=groups)

@@ -249,8 +249,9 @@ class Family(ABC):
 
     @property
     def pixels(self) -> tuple[int, ...]:
-        """Shape of what the vision graph takes: [tiles, 3, height, width]."""
-        return self.vision_config.layout.tiles, 3, *self.vision_config.encoder.size
+        """Shape of what the vision graphs take: [tiles, channels, height, width]."""
+        channels = self.tiling.channels if self.tiling else 3
+        return self.vision_config.layout.tiles, channels, *self.vision_config.encoder.size
 
     def image_record(self, processor: Any) -> ImageRecord:
         """What the image processor, or that of a processor, does to one image or frame."""

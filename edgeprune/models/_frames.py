@@ -61,6 +61,8 @@ def _why_whole(config: VisionConfig, video: bool) -> str:
         return "each token of this vision tower is made of all patches"
     if config.site is not None:
         return f"--encoder {config.site.method} chooses other patches in every frame"
+    if config.layout.shown:
+        return "the view of the whole image has fewer patches than a tile"
     return ""
 
 

@@ -33,6 +33,8 @@ class Layout:
     newline: bool = False  # whether there is one
     cls: bool = False  # whether [CLS] tokens are read too
     text: tuple[int, ...] = ()  # ids of text between images
+    shown: tuple[int, ...] = ()  # tokens of each tile that show something, where the last ones of
+    # some are padding that nothing attends to; empty where all do
 
     @classmethod
     def plain(
@@ -149,6 +151,23 @@ class Layout:
         grid = (1, len(order)) if text or self.fixed else (times * rows, columns)
         tiles = times * self.tiles
         return replace(self, tiles=tiles, order=tuple(order), grid=grid, text=tuple(text))
+
+    def padded(self, shown: Sequence[int]) -> Layout:
+        """The same where of each tile only so many tokens, the first ones, show something."""
+        rows, columns = self.tile_grid
+        size = rows * columns
+        order = tuple(s for s in self.order if s < 0 or s % size < shown[s // size])
+        return replace(self, order=order, grid=(1, len(order)), shown=tuple(shown))
+
+    def shown_patches(self, device: torch.device) -> Tensor | None:
+        """Which patches of each tile show something, bool [tiles, patches]; None where all do."""
+        if not self.shown:
+            return None
+        rows, columns = self.tile_grid
+        tokens = torch.arange(rows * columns).view(1, rows, columns)
+        shown = tokens < torch.tensor(self.shown)[:, None, None]
+        wide = shown.repeat_interleave(self.merge, 1).repeat_interleave(self.merge, 2)
+        return wide.flatten(1).to(device)
 
     def parted(self, between: Sequence[Sequence[int]]) -> Layout:
         """The same with runs of text, given as ids, between parts of equal size; for one whose

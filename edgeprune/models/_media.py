@@ -40,8 +40,8 @@ class InputOptions:
             raise SpecError(f"{family} bundles take images, not videos; leave out --frames")
         if self.frames is not None and self.size is not None and not takes.sized_frames:
             raise SpecError("frames have the model's own size; leave out --image-size")
-        if self.tiles is not None and not takes.choice_of_tiles:
-            raise SpecError(f"{family} bundles encode every tile of an image; leave out --tiles")
+        if self.tiles is not None and takes.all_tiles:
+            raise SpecError(f"--tiles is not for {family}: {takes.all_tiles}; leave it out")
 
     def choice_of(self, tiling: Tiling | None) -> Tiling | None:
         """The tiling of a family with as many tiles as are asked for; SpecError where it has no
@@ -57,6 +57,13 @@ class InputOptions:
         return replace(tiling, kept=self.tiles)
 
 
+NAMED_TILES = (
+    "its prompts name row and column of each tile, and this text is frozen with the graphs, so that"
+    " which tiles are encoded cannot depend on the image"
+)
+"""Why families encode all tiles that the text between them names."""
+
+
 @dataclass(frozen=True, slots=True)
 class Takes:
     """What a family can be asked for beside one image."""
@@ -64,7 +71,8 @@ class Takes:
     several: bool = True  # images in a prompt
     frames: bool = False  # a video in place of images
     sized_frames: bool = False  # of a size that the user chooses
-    choice_of_tiles: bool = False  # fewer tiles than an image is cut into
+    all_tiles: str = "an image is not cut into tiles"  # why none of them is left out; empty where
+    # fewer may be encoded
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,7 @@ class Vision(nn.Module):
             tile_of=layout.tile_of,
             middle=tuple(map(layout.tokens, seen.middle)),
             resampled=seen.resampled,
+            shown=layout.shown_patches(features.device),
         )
 
     def _signals_left(self, seen: Encoded, count: int) -> VisionSignals:

@@ -72,7 +72,7 @@ class Adapter(_adapter.Adapter):
             decoder="a mixture of experts, layers without rotary embedding",
         ),
     )
-    takes: ClassVar[Takes] = Takes(frames=True, choice_of_tiles=True)
+    takes: ClassVar[Takes] = Takes(frames=True, all_tiles="")
     encoder: EncoderConfig
 
     def config_class(self) -> Any:

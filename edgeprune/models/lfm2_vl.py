@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from edgeprune.errors import SpecError
-from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._encoder import ACTIVATIONS
-from edgeprune.models._family import at_size
-from edgeprune.models._image_record import (
-    Reader,
-    Triple,
-    count,
-    image_settings,
-    levels,
-    resample,
-    unsupported,
-)
+from edgeprune.models._family import at_size, on_canvas
+from edgeprune.models._image_record import Reader, resample, unsupported
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import IMAGE_SLOT, Media
+from edgeprune.models._lfm2_image import (
+    PROCESSOR,
+    Lfm2VlImageProcessor,
+    Settings,
+    in_tiles,
+    one_view,
+)
+from edgeprune.models._media import IMAGE_SLOT, NAMED_TILES, Media, Takes
 from edgeprune.models._names import TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._siglip2 import Siglip2Config
 from edgeprune.models._vision import ProjectorConfig
-from edgeprune.tiling import Size
+from edgeprune.tiling import Size, Tiling
 
-PROCESSOR = "Lfm2VlImageProcessor"
 TOWER = "siglip2_vision_model"
 IMAGE = f"<|image_start|>{IMAGE_SLOT}<|image_end|>"
 """What the processor writes for an image of one view."""
@@ -63,7 +57,8 @@ class Adapter(_adapter.Adapter):
     """An image is one view of 64 to 256 tokens, in about its own shape: sides are multiples of a
     token's 32 pixels.
 
-    Published processors cut images above twice that size into tiles; here they are one view.
+    With --image-size of an image above twice that size it is rows and columns of tiles with text
+    between, and a view of the whole, as published processors cut it.
     """
 
     builds: ClassVar[tuple[str, ...]] = (TOWER, "lfm2")
@@ -74,7 +69,8 @@ class Adapter(_adapter.Adapter):
             processor="settings of code that they carry; take a later revision, of type lfm2_vl",
         ),
     )
-    frozen: Size
+    takes: ClassVar[Takes] = Takes(all_tiles=NAMED_TILES)
+    frozen: Size  # of one view
     encoder: Siglip2Config
 
     def config_class(self) -> Any:
@@ -108,8 +104,14 @@ class Adapter(_adapter.Adapter):
                 raise unsupported(name, value, f"config.json's {wanted}")
         return found
 
+    @cached_property
+    def _every_tile(self) -> Tiling | None:
+        """The tiles of an image of the size asked for; None: it is one view."""
+        size, settings = self.asked.size, self._settings
+        return settings.tiling(size) if size is not None and settings.splits(size) else None
+
     def read_size(self) -> Size:
-        """What the processor makes of an image of the size asked for, shown as one view."""
+        """What the processor makes of an image of the size asked for, or of a tile of it."""
         settings = self._settings
         if self.asked.size is None:
             side = math.isqrt(settings.max_image_tokens) * settings.step
@@ -121,10 +123,14 @@ class Adapter(_adapter.Adapter):
                 f"--image-size {self.asked.size.width}x{self.asked.size.height} is too long and"
                 f" narrow: it gives {tokens} tokens, the model takes {settings.max_image_tokens}"
             )
-        return size
+        tile = self._every_tile.tile if self._every_tile else None
+        return Size(tile, tile) if tile else size
 
     def read_encoder(self) -> Siglip2Config:
-        vision = self.config.vision_config
+        vision, merge = self.config.vision_config, self.config.downsample_factor
+        every, whole = self._every_tile, None
+        if every is not None and every.overview_size is not None:
+            whole = every.overview_grid
         return Siglip2Config(
             blocks=vision.num_hidden_layers,
             width=vision.hidden_size,
@@ -138,14 +144,25 @@ class Adapter(_adapter.Adapter):
             post_norm=True,
             columns=self.frozen.width // vision.patch_size,
             table=math.isqrt(vision.num_patches),
+            merge=merge,
+            overview=whole,
         )
 
+    def read_tiling(self) -> Tiling | None:
+        return self._every_tile
+
     def read_media(self) -> Media:
-        return Media.of_images(self.config, self.asked.images, IMAGE)
+        return Media.of_images(self.config, self.asked.images, written(self.tiling))
 
     def read_layout(self) -> Layout:
-        merge, encoder = self.config.downsample_factor, self.encoder
-        return Layout.plain(encoder.side, merge, across=encoder.columns).chained(self.between)
+        encoder, tiling = self.encoder, self.tiling
+        layout = Layout.plain(encoder.side, encoder.merge, across=encoder.columns)
+        layout = layout.chained(self.between)
+        if tiling is None or encoder.overview is None:
+            return layout
+        rows, columns = encoder.overview
+        tokens = [tiling.tokens**2] * (tiling.tiles - 1) + [rows * columns]
+        return layout.padded(tokens * self.asked.images)
 
     def read_projector(self) -> ProjectorConfig:
         config = self.config
@@ -162,118 +179,38 @@ class Adapter(_adapter.Adapter):
         return TensorNames(decoder=_DECODER)
 
     def image_readers(self) -> Mapping[str, Reader]:
-        return {PROCESSOR: partial(view, frozen=self.frozen)}
+        if self.tiling is not None:
+            return {PROCESSOR: partial(in_tiles, tiling=self.tiling)}
+        return {PROCESSOR: partial(one_view, frozen=self.frozen)}
 
     def image_processor(self, own: Callable[[], Any]) -> Any:
         """transformers' own needs torchvision."""
         return Lfm2VlImageProcessor(self._settings)
 
     def look(self, image_processor: Any, image: Image.Image) -> Tensor:
-        settings: Settings = image_processor.settings
-        how = Image.Resampling(resample(settings.resample))
-        pixels: Tensor = image_processor(at_size(image, self.frozen, settings.step, how))
-        return pixels
+        processor: Lfm2VlImageProcessor = image_processor
+        if (tiling := self.tiling) is None:
+            how = Image.Resampling(resample(processor.settings.resample))
+            return processor(at_size(image, self.frozen, processor.settings.step, how))
+        if not tiling.suits(image.height, image.width):
+            image = on_canvas(image, Size(tiling.height, tiling.width))
+        return processor.tiles(image, tiling)
 
     def notes(self) -> tuple[str, ...]:
-        asked, settings = self.asked.size, self._settings
-        if asked is None or not settings.splits(asked):
+        if self.asked.size is not None or not self._settings.do_image_splitting:
             return ()
         return (
-            f"images of {asked.width}x{asked.height} are one view of"
-            f" {self.frozen.width}x{self.frozen.height} pixels: image splitting, which published"
-            " processors do for images of that size, is not supported",
+            f"an image is one view of {self.frozen.width}x{self.frozen.height} pixels: image"
+            " splitting, which published processors do for images above twice that size, is off;"
+            " --image-size WxH of your images turns it on",
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Those of the image processor, by their names in its file, as far as they say anything of one
-    view. The defaults are those of transformers."""
-
-    downsample_factor: int = 2
-    do_image_splitting: bool = True
-    min_image_tokens: int = 64
-    max_image_tokens: int = 256
-    encoder_patch_size: int = 16
-    max_pixels_tolerance: float = 2.0
-    resample: int = 2
-    do_rescale: bool = True
-    rescale_factor: float = 1 / 255
-    do_normalize: bool = True
-    image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
-    image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
-
-    @classmethod
-    def read(cls, folder: Path) -> Settings:
-        """ModelError where the folder's settings are of another processor, or no numbers."""
-        given = image_settings(folder)
-        name = given.get("image_processor_type", PROCESSOR)
-        if str(name).removesuffix("Fast") != PROCESSOR:
-            raise unsupported("image_processor_type", name, PROCESSOR)
-        found = cls(**{name: given[name] for name in cls.__slots__ if name in given})
-        for name in ("downsample_factor", "encoder_patch_size", "min_image_tokens"):
-            count(name, getattr(found, name))
-        most = count("max_image_tokens", found.max_image_tokens)
-        if most < found.min_image_tokens:
-            raise unsupported("max_image_tokens", most, f"{found.min_image_tokens} or more")
-        return found
-
-    @property
-    def step(self) -> int:
-        """Pixels a side of a token."""
-        return self.encoder_patch_size * self.downsample_factor
-
-    def view(self, image: Size) -> Size:
-        """The pixels of one view: sides to the nearest multiples of the step, unless that makes
-        too few tokens or too many; then both are scaled and rounded up, or down."""
-        step, area = self.step, image.height * image.width
-        height, width = (max(step, round(side / step) * step) for side in image)
-        least, most = (n * step**2 for n in (self.min_image_tokens, self.max_image_tokens))
-        if height * width > most:
-            scale = math.sqrt(area / most)
-            height, width = (max(step, math.floor(s / scale / step) * step) for s in image)
-        elif height * width < least:
-            scale = math.sqrt(least / area)
-            height, width = (math.ceil(side * scale / step) * step for side in image)
-        return Size(height, width)
-
-    def splits(self, image: Size) -> bool:
-        """Whether the processor cuts an image of this size into tiles."""
-        step = self.step
-        height, width = (max(self.encoder_patch_size, round(side / step) * step) for side in image)
-        most = self.max_image_tokens * step**2 * self.max_pixels_tolerance
-        return self.do_image_splitting and height * width > most
-
-    def levels(self) -> tuple[float, Triple, Triple]:
-        """What levels of 0 to 255 are normalised with: rescaling is part of mean and deviation, in
-        float32, as the processor computes it."""
-        factor, mean, std = levels(self)
-        if not (self.do_rescale and self.do_normalize):
-            return factor, mean, std
-        red, green, blue = (torch.tensor(mean) * (1.0 / factor)).tolist()
-        wide, high, deep = (torch.tensor(std) * (1.0 / factor)).tolist()
-        return 1.0, (red, green, blue), (wide, high, deep)
-
-
-@dataclass(frozen=True)
-class Lfm2VlImageProcessor:
-    """What the processor of that name in transformers does to a resized image. transformers resizes
-    with torchvision, whose levels differ by 1 at most from those of Pillow here."""
-
-    settings: Settings
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """One view: float32 [1, 3, height, width]."""
-        levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        factor, mean, std = self.settings.levels()
-        pixels = levels.view(image.height, image.width, 3).permute(2, 0, 1).float() * factor
-        centre, spread = (torch.tensor(values)[:, None, None] for values in (mean, std))
-        return ((pixels - centre) / spread)[None]
-
-
-def view(processor: Any, frozen: Size) -> ImageRecord:
-    """Of a processor that shows an image as one view."""
-    settings: Settings = processor.settings
-    how, step = resample(settings.resample), settings.step
-    (scale, mean, std), size = settings.levels(), (frozen.height, frozen.width)
-    return ImageRecord(*size, size, how, None, scale, mean, std, step=step)
+def written(tiling: Tiling | None) -> str:
+    """What the processor writes for an image: its name before each view of several."""
+    if tiling is None:
+        return IMAGE
+    places = [(r, c) for r in range(1, tiling.rows + 1) for c in range(1, tiling.columns + 1)]
+    names = [f"<|img_row_{row}_col_{column}|>" for row, column in places]
+    names += [] if tiling.overview == "none" else ["<|img_thumbnail|>"]
+    return IMAGE.replace(IMAGE_SLOT, "".join(name + IMAGE_SLOT for name in names))

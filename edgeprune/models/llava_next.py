@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 from edgeprune.models import _llava
-from edgeprune.models._anyres import anyres_layout, anyres_tiling
+from edgeprune.models._anyres import ONE_RASTER, anyres_layout, anyres_tiling
 from edgeprune.models._image_record import Reader, tiled
 from edgeprune.models._layout import Layout
+from edgeprune.models._media import Takes
 from edgeprune.models._nearby import Nearby
 from edgeprune.tiling import Size, Tiling
 
@@ -37,6 +38,7 @@ class Adapter(_llava.Adapter):
             decoder="a LoRA adapter for images, a part of each head turned (Phi-4)",
         ),
     )
+    takes: ClassVar[Takes] = Takes(all_tiles=ONE_RASTER)
     tiling: Tiling
 
     def config_class(self) -> Any:

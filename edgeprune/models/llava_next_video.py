@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from edgeprune.models import _llava
-from edgeprune.models._anyres import anyres_layout, anyres_tiling
+from edgeprune.models._anyres import ONE_RASTER, anyres_layout, anyres_tiling
 from edgeprune.models._image_record import Reader, tiled
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Media, Takes
@@ -19,7 +19,7 @@ from edgeprune.tiling import Size, Tiling
 class Adapter(_llava.Adapter):
     """Frozen for images of 2 x 2 tiles unless another size, or a video, is asked for."""
 
-    takes: ClassVar[Takes] = Takes(frames=True)
+    takes: ClassVar[Takes] = Takes(frames=True, all_tiles=ONE_RASTER)
 
     def config_class(self) -> Any:
         from transformers import LlavaNextVideoConfig

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from edgeprune.errors import SpecError
 from edgeprune.models import _llava
-from edgeprune.models._anyres import anyres_layout, anyres_tiling
+from edgeprune.models._anyres import ONE_RASTER, anyres_layout, anyres_tiling
 from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, padded, tiled
 from edgeprune.models._layout import NEWLINE, Layout
@@ -46,7 +46,7 @@ class Adapter(_llava.Adapter):
         Elsewhere("MiniCPM-V up to 4.5", "MiniCPMV", "llava_onevision"),
         Elsewhere("MiniCPM-o up to 4.5", "MiniCPMO", "llava_onevision"),
     )
-    takes: ClassVar[Takes] = Takes(frames=True)
+    takes: ClassVar[Takes] = Takes(frames=True, all_tiles=ONE_RASTER)
 
     def config_class(self) -> Any:
         from transformers import LlavaOnevisionConfig

@@ -25,7 +25,7 @@ from edgeprune.models._image_record import (
 )
 from edgeprune.models._layers import Linear
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import IMAGE_SLOT, Media, Takes
+from edgeprune.models._media import IMAGE_SLOT, NAMED_TILES, Media, Takes
 from edgeprune.models._names import TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
@@ -60,7 +60,7 @@ class Adapter(_adapter.Adapter):
         ),
     )
     model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
-    takes: ClassVar[Takes] = Takes(frames=True)
+    takes: ClassVar[Takes] = Takes(frames=True, all_tiles=NAMED_TILES)
     encoder: EncoderConfig
 
     def config_class(self) -> Any:

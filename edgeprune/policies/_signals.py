@@ -70,6 +70,8 @@ class VisionSignals:
     middle: tuple[Tensor, ...] = ()  # as `features`, of middle blocks that the decoder sees too
     resampled: bool = False  # whether tokens are made of patches by the attention of `query`, one
     # of each token; a token's patches are all then, weighted by that
+    shown: Tensor | None = None  # bool [tiles, patches], those that are no padding, which attends
+    # to nothing; None where all are, as in all encoders with [CLS]
 
     def cls_features(self) -> Tensor:
         """The block's output for the [CLS] of each tile: [1, tiles, width]."""
@@ -90,12 +92,20 @@ class VisionSignals:
         rows = max(1, WEIGHTS // (tiles * heads * patches))
         for start in range(0, patches, rows):
             part = self._attention(queries[:, :, start : start + rows])  # [tiles, rows, patches]
+            if self.shown is not None:
+                part = part * self.shown[:, start : start + rows, None]
             given.append(part.sum(1))
             own.append(part.diagonal(start, 1, 2))
         received = given[0] if len(given) == 1 else torch.stack(given).sum(0)
         if not from_others or self.resampled:  # learned queries are no patches
-            return self._per_token(received / patches)
-        return self._per_token((received - torch.cat(own, 1)) / max(1, patches - 1))
+            return self._per_token(received / self._givers(patches, 0))
+        return self._per_token((received - torch.cat(own, 1)) / self._givers(patches, 1))
+
+    def _givers(self, patches: int, less: int) -> Tensor | int:
+        """How many patches of a tile attend to others, `less` of them left out, at least 1."""
+        if self.shown is None:
+            return max(1, patches - less)
+        return (self.shown.sum(1, keepdim=True) - less).clamp(min=1).float()
 
     def salience(self) -> Tensor:
         """[CLS] attention, or received attention where the encoder has no [CLS]: [N]."""
@@ -120,6 +130,8 @@ class VisionSignals:
         [tiles, heads, R, head] -> [tiles, R, patches]."""
         _, key = self._states()
         logits = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+        if self.shown is not None:
+            logits = torch.where(self.shown[:, None, None], logits, LEAST)
         attention: Tensor = logits.softmax(-1)[..., self._first :]
         return attention.mean(1)
 
