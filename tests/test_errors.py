@@ -183,7 +183,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no usable processor"]),
     "tokenizer cut": (lambda f: _cut(f / "tokenizer.json"), ["no usable processor"]),
-    "no processor": (lambda f: (f / "processor_config.json").unlink(), ["no usable processor"]),
+    "no processor": (
+        lambda f: (f / "processor_config.json").unlink(),
+        ["says nothing of its image processor"],
+    ),
     "no image slot": (_template_without_image, ["the chat template does not show one <image>"]),
 }
 

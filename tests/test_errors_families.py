@@ -86,6 +86,13 @@ def test_parts_of_an_unknown_model_are_told_one_by_one(tmp_path: Path, refused: 
         ({"vision_config": {"model_type": "pixtral"}}, "pixtral, is that of mistral3; the nearest"),
         ({"vision_config": {"model_type": "qwen3_vl_vision"}}, "the nearest family is qwen3_vl"),
         ({"text_config": {"model_type": "gemma3_text"}}, "its decoder, gemma3_text, is that of ge"),
+        (
+            {
+                "vision_config": {"model_type": "siglip_vision_model"},
+                "text_config": {"model_type": "gemma3_text"},
+            },
+            "; its decoder, gemma3_text, is that of gemma3; the nearest family is gemma3",
+        ),
         ({"auto_map": {"AutoModel": "code.Model"}}, "names code of its own (auto_map), which is"),
         ({"model_type": "qwen3"}, "; it is a language model and sees no images"),
         ({"model_type": ["llava"]}, "is a ['llava']; edgeprune knows"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Refused
 from transformers import AutoImageProcessor
 from transformers.video_processing_utils import BaseVideoProcessor
 
@@ -63,6 +64,19 @@ def test_settings_of_videos_go_first_likewise(tmp_path: Path) -> None:
     assert video_settings(Checkpoint.open(folder))["fps"] == 3
     theirs, _ = BaseVideoProcessor.get_video_processor_dict(folder)
     assert theirs["fps"] == 3
+
+
+MISSING = {
+    OWN: "neither preprocessor_config.json nor image_processor in processor_config.json; download",
+    "tokenizer.json": "neither tokenizer.json nor tokenizer.model; name a folder that has one with",
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_file_that_is_missing_is_named(name: str, tmp_path: Path, refused: Refused) -> None:
+    folder = families.llava().save(tmp_path)
+    (folder / name).unlink()
+    assert MISSING[name] in refused("models", "--model", folder)
 
 
 def write(file: Path, settings: dict[str, Any]) -> None:

@@ -40,7 +40,8 @@ def load(name: str) -> type[Adapter]:
 
 def elsewhere() -> list[Elsewhere]:
     """Checkpoints that transformers does not implement, each with its nearest family."""
-    return [other for name in names() for other in load(name).elsewhere]
+    own = (vars(load(name)).get("elsewhere", ()) for name in names())  # none of a base's
+    return [other for rows in own for other in rows]
 
 
 def nearby() -> list[tuple[str, Nearby]]:
@@ -98,13 +99,13 @@ def open_model(
     return adapter
 
 
-def _built() -> dict[str, str]:
-    """A family by each type of tower or decoder that one builds."""
-    found = dict[str, str]()
-    for name in names():
-        family = load(name)
+def _built() -> dict[str, tuple[str, ...]]:
+    """By each type of tower or decoder, the families that build it, first that with most types."""
+    found, families = dict[str, tuple[str, ...]](), [(name, load(name)) for name in names()]
+    for name, family in sorted(families, key=lambda one: -len(vars(one[1]).get("builds", ()))):
         own = (f"{kind}_{part}" for kind in (name, *family.model_types) for part in ENDS)
-        found |= dict.fromkeys((*own, *vars(family).get("builds", ())), name)
+        for kind in (*own, *vars(family).get("builds", ())):
+            found[kind] = (*found.get(kind, ()), name)
     return found
 
 

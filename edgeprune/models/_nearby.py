@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,18 +30,20 @@ SECTIONS = {"tower": "vision_config", "decoder": "text_config"}
 """Of a config, by the part that they describe."""
 
 
-def parts(config: Mapping[str, Any], built: Mapping[str, str]) -> str:
-    """What is known here of the parts of a checkpoint of an unknown family, and the family that is
-    the nearest by them, for people; empty where its config names none.
+def parts(config: Mapping[str, Any], built: Mapping[str, Sequence[str]]) -> str:
+    """What is known here of the parts of a checkpoint of an unknown family, and the family that has
+    the most of them, for people; empty where its config names none.
 
-    `built` has the family that builds a part of a type.
+    `built` has the families that build a part of a type.
     """
     found = list(_kinds(config))
-    told = [
-        f"its {part}, {kind}, is {f'that of {built[kind]}' if kind in built else 'not built here'}"
-        for part, kind in found
-    ]
-    nearest = next((built[kind] for _, kind in found if kind in built), "")
+    able = [family for _, kind in found for family in built.get(kind, ())]
+    nearest = max(able, key=able.count, default="")
+    told = list[str]()
+    for part, kind in found:
+        families = built.get(kind, ())
+        own = nearest if nearest in families else next(iter(families), "")
+        told.append(f"its {part}, {kind}, is {f'that of {own}' if own else 'not built here'}")
     return "; ".join([*told, *([f"the nearest family is {nearest}"] if nearest else [])])
 
 

@@ -75,6 +75,11 @@ def _image_processor(folder: Path) -> Any:
         )
     except Exception as error:  # transformers raises many kinds for a broken folder
         file, settings = settings_file(folder)
+        if not settings:
+            raise ModelError(
+                f"{folder} says nothing of its image processor: neither preprocessor_config.json"
+                " nor image_processor in processor_config.json; download these files too"
+            ) from error
         kind = str(settings.get("image_processor_type") or "")
         if kind and str(error).startswith("Unrecognized image processor"):
             raise ModelError(

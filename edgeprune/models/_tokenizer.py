@@ -17,7 +17,7 @@ from edgeprune.models._sentencepiece import FILE, Vocabulary
 from edgeprune.models._stored import read_json
 
 _PROBE = "\nWhat is it? It's 3  é女\n"
-_KNOWN = "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"
+_KNOWN = "tokenizer.json", "vocab.json", "vocab.txt"
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -31,12 +31,8 @@ def read_tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
         return of_pieces(folder), ()
     if (folder / _qwen_tiktoken.FILE).is_file() and not (folder / "tokenizer.json").is_file():
         return _qwen_tiktoken.tokenizer(folder / _qwen_tiktoken.FILE), ()
-    if not any((folder / name).is_file() for name in _KNOWN):
-        other = " (tekken.json is not read)" if (folder / "tekken.json").is_file() else ""
-        raise ModelError(
-            f"{folder} has no usable processor or tokenizer: neither tokenizer.json nor"
-            f" {FILE}{other}; name a folder that has one with --tokenizer"
-        )
+    if not any((folder / name).is_file() for name in (*_KNOWN, "tokenizer_config.json")):
+        raise _missing(folder)
     return _as_transformers_does(folder)
 
 
@@ -48,6 +44,8 @@ def _as_transformers_does(folder: Path) -> tuple[Any, tuple[str, ...]]:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds for a broken folder
+        if not any((folder / name).is_file() for name in _KNOWN):
+            raise _missing(folder) from error
         raise _unusable(folder, error) from error
     if type(built) is PreTrainedTokenizerFast or not (folder / "tokenizer.json").is_file():
         return built, ()
@@ -161,6 +159,14 @@ def _usual(role: str, made: Any) -> str | None:
     """The token of a role in vocabularies of LLaMA's kind, where nothing names it."""
     usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}.get(role)
     return usual if usual and made.token_to_id(usual) is not None else None
+
+
+def _missing(folder: Path) -> ModelError:
+    other = " (tekken.json is not read)" if (folder / "tekken.json").is_file() else ""
+    return ModelError(
+        f"{folder} has no usable processor or tokenizer: neither tokenizer.json nor {FILE}{other};"
+        " name a folder that has one with --tokenizer"
+    )
 
 
 def _unusable(folder: Path, error: Exception) -> ModelError:

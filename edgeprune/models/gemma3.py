@@ -46,6 +46,7 @@ class Adapter(_adapter.Adapter):
     which transformers makes where it is asked for them.
     """
 
+    builds: ClassVar[tuple[str, ...]] = (SIGLIP,)
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
             "Gemma 3n and Gemma 4 E2B, E4B",

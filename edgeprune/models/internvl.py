@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from edgeprune.models import _adapter
 from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, image_settings, tiled
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
@@ -46,6 +47,10 @@ TOWER = {
 class Adapter(_adapter.Adapter):
     """An image is cut into tiles; a frame of a video is one tile with text before it."""
 
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
+        Elsewhere("Ovis up to 2 as published", "Ovis", "internvl"),
+        Elsewhere("Ovis 2.5", "Ovis2_5", "internvl"),
+    )
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
             "Aya Vision and Command A Vision",
@@ -64,6 +69,12 @@ class Adapter(_adapter.Adapter):
             ("got_ocr2",),
             tower="SAM's",
             projector="convolutions",
+        ),
+        Nearby(
+            "DeepSeek-VL2",
+            ("deepseek_vl_v2",),
+            decoder="a mixture of experts (DeepSeek V2)",
+            processor="code that is not in transformers",
         ),
         Nearby(
             "Llama 4",

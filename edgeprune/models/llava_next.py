@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from edgeprune.models import _llava
 from edgeprune.models._anyres import ONE_RASTER, anyres_layout, anyres_tiling
+from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, tiled
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Takes
@@ -18,6 +19,9 @@ from edgeprune.tiling import Size, Tiling
 class Adapter(_llava.Adapter):
     """Frozen for images of 2 x 2 tiles unless another size is asked for."""
 
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
+        Elsewhere("Phi-3-vision and Phi-3.5-vision", "Phi3VForCausalLM", "llava_next"),
+    )
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
             "Perception LM",

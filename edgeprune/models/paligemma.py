@@ -29,7 +29,7 @@ class Adapter(_adapter.Adapter):
     transformers numbers positions from 1 here. Attention depends on distances, so ours start at 0.
     """
 
-    builds: ClassVar[tuple[str, ...]] = ("gemma2",)
+    builds: ClassVar[tuple[str, ...]] = (SIGLIP, "gemma", "gemma2")
     encoder: EncoderConfig
 
     def config_class(self) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from edgeprune.models import _qwen
+from edgeprune.models._family import Elsewhere
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._towers import refuse
@@ -15,6 +16,9 @@ FPS = 2
 
 
 class Adapter(_qwen.Adapter):
+    elsewhere: ClassVar[tuple[Elsewhere, ...]] = (
+        Elsewhere("Kimi-VL", "KimiVLForConditionalGeneration", "qwen2_5_vl"),
+    )
     nearby: ClassVar[tuple[Nearby, ...]] = (
         Nearby(
             "Qwen2.5-Omni",
