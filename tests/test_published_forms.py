@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from edgeprune.models._processor import Processor
 from edgeprune.models._video import video_settings
 from edgeprune.tiling import Size
 from tests import families
+from tests.families import Family
+from tests.lfm2 import lfm2_vl
 
 OWN, WHOLE = "preprocessor_config.json", "processor_config.json"
 
@@ -72,9 +75,12 @@ MISSING = {
 }
 
 
+@pytest.mark.parametrize("family", [families.llava, lfm2_vl])
 @pytest.mark.parametrize("name", MISSING)
-def test_a_file_that_is_missing_is_named(name: str, tmp_path: Path, refused: Refused) -> None:
-    folder = families.llava().save(tmp_path)
+def test_a_file_that_is_missing_is_named(
+    name: str, family: Callable[[], Family], tmp_path: Path, refused: Refused
+) -> None:
+    folder = family().save(tmp_path)
     (folder / name).unlink()
     assert MISSING[name] in refused("models", "--model", folder)
 

@@ -56,6 +56,14 @@ def settings_file(folder: Path) -> tuple[Path, dict[str, Any]]:
     return (own, read_json(own)) if own.is_file() else (folder, {})
 
 
+def no_settings(folder: Path) -> ModelError:
+    """The error about a folder that says nothing of its image processor."""
+    return ModelError(
+        f"{folder} says nothing of its image processor: neither preprocessor_config.json nor"
+        " image_processor in processor_config.json; download these files too"
+    )
+
+
 def plain(processor: Any) -> ImageRecord:
     """Of a processor that resizes, crops out the centre and normalises, as CLIP's does."""
     if getattr(processor, "do_pad", None):

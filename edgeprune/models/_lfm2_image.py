@@ -17,6 +17,7 @@ from edgeprune.models._image_record import (
     count,
     image_settings,
     levels,
+    no_settings,
     resample,
     unsupported,
 )
@@ -51,7 +52,8 @@ class Settings:
     @classmethod
     def read(cls, folder: Path) -> Settings:
         """ModelError where the folder's settings are of another processor, or no numbers."""
-        given = image_settings(folder)
+        if not (given := image_settings(folder)):
+            raise no_settings(folder)
         name = given.get("image_processor_type", PROCESSOR)
         if str(name).removesuffix("Fast") != PROCESSOR:
             raise unsupported("image_processor_type", name, PROCESSOR)

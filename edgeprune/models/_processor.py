@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgeprune.errors import ModelError, brief
 from edgeprune.models._adapter import Adapter
-from edgeprune.models._image_record import settings_file
+from edgeprune.models._image_record import no_settings, settings_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,10 +76,7 @@ def _image_processor(folder: Path) -> Any:
     except Exception as error:  # transformers raises many kinds for a broken folder
         file, settings = settings_file(folder)
         if not settings:
-            raise ModelError(
-                f"{folder} says nothing of its image processor: neither preprocessor_config.json"
-                " nor image_processor in processor_config.json; download these files too"
-            ) from error
+            raise no_settings(folder) from error
         kind = str(settings.get("image_processor_type") or "")
         if kind and str(error).startswith("Unrecognized image processor"):
             raise ModelError(
