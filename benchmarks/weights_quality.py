@@ -121,7 +121,7 @@ def size_and_error(adapter: Adapter, model: Reference) -> tuple[float, float]:
     sources = adapter.sources(model.vision) | adapter.sources(model.decoder)
     forms, sizes = adapter.weights.forms, adapter.weights.sizes
     size = sum(form.bytes(*sizes[name], 2) for name, form in forms.items())
-    strips = [strip for name in forms for strip in adapter.strips(sources[name])]
+    strips = [strip for name in forms for strip in adapter.reader.strips(sources[name])]
     error, power = sum(strip.error for strip in strips), sum(strip.power for strip in strips)
     return 8 * size / sum(map(math.prod, sizes.values())), math.sqrt(error / power)
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from edgeprune.calib.activations import Moments, collect
 from edgeprune.errors import ModelError
 from edgeprune.models import Adapter
-from edgeprune.models._adapter import Source
 from edgeprune.models._decoder_config import DecoderConfig
 from edgeprune.models._memory import check_memory, layerwise_bytes
 from edgeprune.models._processor import Prompt
 from edgeprune.models._quantised import quantize
 from edgeprune.models._tuning import Fold, Tuning
 from edgeprune.models._weight_plan import HEAD, WeightPlan
+from edgeprune.models._weight_source import Source
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan
@@ -150,7 +150,7 @@ def _search(
         form, squares = adapter.weights.forms.get(name), moments[name].mean_square[:, None]
         if form is None or form.bits != 4:
             continue
-        for _, weight in adapter.floats(sources[name]):
+        for _, weight in adapter.reader.floats(sources[name]):
             for number, scales in enumerate(tried):
                 block = form.block or len(weight)
                 found = quantize(weight * scales[:, None], 4, block, adapter.weights.scales)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
 from edgeprune.models import Adapter
-from edgeprune.models._adapter import Source
 from edgeprune.models._decoder import Flow
 from edgeprune.models._layers import Linear
 from edgeprune.models._layerwise import Layerwise
@@ -32,6 +31,7 @@ from edgeprune.models._memory import check_memory, layerwise_bytes
 from edgeprune.models._processor import Prompt
 from edgeprune.models._quantised import QuantizedWeight, codes_of, quantize
 from edgeprune.models._tuning import Tuning
+from edgeprune.models._weight_source import Source
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan
@@ -140,7 +140,7 @@ class _Rounding:
         form = self._weights.forms[name]
         assert form.block is not None
         parts = list[QuantizedWeight]()
-        for _, weight in self._adapter.floats(source):
+        for _, weight in self._adapter.reader.floats(source):
             how = {"clip": self._weights.clip, "importance": squares}
             found = quantize(weight, 4, form.block, self._weights.scales, **how)  # type: ignore[arg-type]
             parts.append(replace(found, codes=compensated(weight, found, turned)))

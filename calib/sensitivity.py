@@ -24,7 +24,6 @@ from edgeprune.calib.divergence import Divergences
 from edgeprune.calib.mixed import Candidate, choose
 from edgeprune.calib.open_products import OpenProducts
 from edgeprune.models import Adapter
-from edgeprune.models._adapter import Source
 from edgeprune.models._decoder import Decoder, Flow
 from edgeprune.models._execution import CPU
 from edgeprune.models._layerwise import Layerwise
@@ -34,6 +33,7 @@ from edgeprune.models._processor import Prompt
 from edgeprune.models._quantised import QuantizedWeight, Strip
 from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.models._weight_plan import HEAD
+from edgeprune.models._weight_source import Source
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan
@@ -147,7 +147,8 @@ class Sensitivity:
     ) -> dict[str, Candidate]:
         """What a group loses in each kind that takes some bits, once losses are known."""
         coarse = sum(self._errors[name] for name in names)
-        fine = sum(s.error for name in names for s in self._eight.strips(self._sources[1][name]))
+        strips = self._eight.reader.strips
+        fine = sum(s.error for name in names for s in strips(self._sources[1][name]))
         lost = {"int4": loss, "int8": loss * (fine / coarse if coarse else 0.0), "float": 0.0}
         return {kind: Candidate(lost[kind], taken) for kind, taken in bits.items()}
 
@@ -170,7 +171,7 @@ class Sensitivity:
 
     def _quantised(self, name: str) -> QuantizedWeight:
         """A product's weight in 4 bits; the squared error of that is noted."""
-        strips = list(self._four.strips(self._sources[0][name]))
+        strips = list(self._four.reader.strips(self._sources[0][name]))
         self._errors[name] = sum(strip.error for strip in strips)
         return QuantizedWeight.joined([strip.weight for strip in strips])
 
@@ -197,10 +198,11 @@ class Sensitivity:
         """The head's weight [width, n], some outputs at a time, and the same in 4 bits if asked."""
         source = self._head(decoder)
         if not quantised:
-            yield from ((exact, None) for _, exact in self._four.floats(source))
+            yield from ((exact, None) for _, exact in self._four.reader.floats(source))
             return
         self._errors[HEAD] = 0.0
-        pairs = zip(self._four.floats(source), self._four.strips(source), strict=True)
+        reader = self._four.reader
+        pairs = zip(reader.floats(source), reader.strips(source), strict=True)
         for (_, exact), strip in pairs:
             self._errors[HEAD] += strip.error
             yield exact, strip

@@ -19,11 +19,11 @@ from edgeprune.calib.activations import Moments, collect, peaks
 from edgeprune.calib.awq import LEAST, Group, groups_of, normalised
 from edgeprune.errors import ModelError
 from edgeprune.models import Adapter
-from edgeprune.models._adapter import Source
 from edgeprune.models._memory import check_memory, layerwise_bytes
 from edgeprune.models._processor import Prompt
 from edgeprune.models._tuning import Fold, Tuning
 from edgeprune.models._weight_plan import WeightPlan
+from edgeprune.models._weight_source import Source
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import Plan
@@ -76,7 +76,7 @@ def _scales(
 ) -> Tensor:
     """s of the inputs of a group: [K]."""
     inputs = torch.stack([torch.as_tensor(moments[one].largest) for one in group.products]).amax(0)
-    strips = (part for name in group.products for _, part in adapter.floats(sources[name]))
+    strips = (part for name in group.products for _, part in adapter.reader.floats(sources[name]))
     weights = torch.stack([part.abs().amax(1) for part in strips]).amax(0)
     found = _positive(group.largest(inputs)) / _positive(group.largest(weights))
     return normalised(found.sqrt())

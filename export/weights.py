@@ -19,8 +19,8 @@ from edgeprune.export.products import Packed, ProductForm, product_of
 from edgeprune.export.quantised_table import TableForm, gathers_of
 from edgeprune.lowering import DTYPES
 from edgeprune.models import Adapter
-from edgeprune.models._adapter import Source
 from edgeprune.models._rounding import NAMES
+from edgeprune.models._weight_source import Source
 
 WEIGHTS = "weights.bin"
 ALIGNMENT = 4096  # a page, so that a runtime may map tensors in place
@@ -71,6 +71,7 @@ class WeightsFile:
     ) -> None:
         """Give every weight of a traced graph its bytes; each is read once and let go."""
         sources, tables = adapter.sources(module), dict(module.named_buffers())
+        reader = adapter.reader
         values = list(model.graph.initializers.values())
         for done, value in enumerate(values):
             name = value.name or ""
@@ -80,8 +81,8 @@ class WeightsFile:
                 value.const_value = self._placed[name]
             elif name in sources:
                 self.stored.tensors["float"] += sources[name].transposed
-                self.stored.packed += adapter.is_packed(sources[name])
-                self._placed[name] = self._append_rows(name, adapter.rows(sources[name], dtype))
+                self.stored.packed += reader.is_packed(sources[name])
+                self._placed[name] = self._append_rows(name, reader.rows(sources[name], dtype))
                 value.const_value = self._placed[name]
                 if adapter.is_chosen(name):
                     self.stored.numbers += math.prod(sources[name].shape)
@@ -104,7 +105,7 @@ class WeightsFile:
     ) -> None:
         """Give a weight its codes, and what reads it the nodes that read them."""
         assert source.form is not None
-        strips = adapter.strips(source)
+        strips = adapter.reader.strips(source)
         if source.transposed:
             product, form = product_of(weight, source.peak), self.form
             if source.form.activations:
@@ -123,7 +124,7 @@ class WeightsFile:
         held = [value.const_value for value in (weight, scales, shift) if value is not None]
         stored = self.stored
         stored.tensors[str(source.form)] += 1
-        stored.packed += adapter.is_packed(source)
+        stored.packed += adapter.reader.is_packed(source)
         stored.own += packed.own
         stored.shifted += shift is not None
         stored.numbers += math.prod(source.shape)

@@ -123,9 +123,9 @@ def test_clipped_scales_count_channels_by_their_size(uneven):
     tuning = awq.tune(adapter.with_weights(*form), POLICY, plan, prompts)
     tuned, name = adapter.with_weights(*form, tuning), "layers.0.mlp.gate.weight"
     source = tuned.sources(tuned.empty_modules()[1])[name]
-    ((_, exact),) = tuned.floats(source)
+    ((_, exact),) = tuned.reader.floats(source)
     weighed = quantize(exact, 4, 64, clip=True, importance=tuning.importance[name])
-    assert torch.equal(tuned.read(source, torch.float32), weighed.dequantised())
+    assert torch.equal(tuned.reader.read(source, torch.float32), weighed.dequantised())
     assert not torch.equal(weighed.codes, quantize(exact, 4, 64, clip=True).codes)
     moments = collect(adapter, POLICY, plan, prompts, silent)[name]
     square = moments.mean_square / tuning.folds[name].inputs.square()

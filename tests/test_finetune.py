@@ -100,7 +100,7 @@ def test_packed_tensors_are_written_back_as_they_were(
     other = open_model(str(tmp_path / "b"), tokenizer=tokenizer)
     for module in modules:
         for name, source in other.sources(module).items():
-            found = other.read(source, torch.float32)
+            found = other.reader.read(source, torch.float32)
             assert torch.equal(found.reshape(-1), changed[module][name].reshape(-1)), name
 
 

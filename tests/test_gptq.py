@@ -65,8 +65,8 @@ def test_products_with_too_many_inputs_are_rounded_to_nearest(
     tuned = adapter.with_weights(wanted, torch.float32, tuning)
     sources = tuned.sources(tuned.empty_modules()[1])
     for name in ("layers.1.mlp.up.weight", "layers.1.mlp.down.weight"):
-        found = tuned.read(sources[name], torch.float32)
-        nearest = four.read(replace(sources[name], codes=None), torch.float32)
+        found = tuned.reader.read(sources[name], torch.float32)
+        nearest = four.reader.read(replace(sources[name], codes=None), torch.float32)
         assert torch.equal(found, nearest) == (name in tuning.left)
 
 

@@ -61,7 +61,7 @@ def internlm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {
-        name: adapter.read(source, torch.float32)
+        name: adapter.reader.read(source, torch.float32)
         for module in adapter.empty_modules()
         for name, source in adapter.sources(module).items()
     }

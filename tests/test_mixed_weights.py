@@ -103,7 +103,7 @@ def test_losses_are_those_of_the_whole_model(tied, tmp_path):
         for name in names:
             exact, quantised = (
                 reference.decoder.get_parameter(name).data,
-                four.read(sources[name], torch.float32),
+                four.reader.read(sources[name], torch.float32),
             )
             exact.copy_(quantised.t() if name == HEAD else quantised)
         said = _log_probabilities(reference, prompts)

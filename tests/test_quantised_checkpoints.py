@@ -221,7 +221,7 @@ def codes(adapter: Adapter) -> dict[str, QuantizedWeight]:
         plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
         module = adapter.decoder(make(PruneSpec("none")), plan)
     sources = adapter.sources(module).items()
-    found = {name: adapter.quantized(source) for name, source in sources}
+    found = {name: adapter.reader.quantized(source) for name, source in sources}
     return {name: weight for name, weight in found.items() if weight is not None}
 
 

@@ -66,7 +66,7 @@ def test_a_product_is_what_the_eager_model_computes(
     lowering = resolve("cpu", weights=WEIGHTS)
     stored = adapter.with_weights(lowering.weights, TORCH["fp32"], largest=64)
     (name,) = (n for n in query.input if n.endswith("weight"))
-    weight = stored.read(stored.sources(stored.empty_modules()[1])[name], torch.float32)
+    weight = stored.reader.read(stored.sources(stored.empty_modules()[1])[name], torch.float32)
     wanted = by_token(x) @ weight
     np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-5 * float(wanted.abs().max()))
     exact = x @ weight

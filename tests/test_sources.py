@@ -130,7 +130,7 @@ def test_a_large_embedding_comes_some_rows_at_a_time(
     with torch.device("meta"):
         module = adapter.decoder(make(PruneSpec("none")), plan)
     found = {
-        name: list(adapter.rows(source, torch.float32))
+        name: list(adapter.reader.rows(source, torch.float32))
         for name, source in adapter.sources(module).items()
     }
     parts = {name: len(pieces) for name, pieces in found.items() if len(pieces) > 1}

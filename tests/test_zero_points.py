@@ -302,5 +302,5 @@ def test_a_product_of_integers_has_no_zero_points(tmp_path: Path) -> None:
     )
     _, decoder = adapter.empty_modules()
     source = adapter.sources(decoder)["layers.0.mlp.up.weight"]
-    (strip,) = adapter.strips(source)
+    (strip,) = adapter.reader.strips(source)
     assert strip.weight.zeros is None and not strip.own

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgeprune.errors import ModelError
 from edgeprune.files import replaced
 from edgeprune.models import Adapter
-from edgeprune.models._adapter import Source
+from edgeprune.models._weight_source import Source
 
 
 def check(adapter: Adapter) -> None:

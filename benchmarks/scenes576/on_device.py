@@ -89,7 +89,7 @@ def _write(bundle: Path, checkpoint: Path, draft: Path) -> None:
                     continue
                 stream.seek(int(where["offset"]))
                 if tensor.name in sources:
-                    value = adapter.read(sources[tensor.name], torch.float32)
+                    value = adapter.reader.read(sources[tensor.name], torch.float32)
                 else:
                     value = tables[tensor.name]
                 stream.write(value.contiguous().numpy().tobytes())

@@ -66,8 +66,8 @@ class Streamed:
         """A parameter, and the offsets that a graph has beside it."""
         source = self._sources[name]
         if name in self._quantised:
-            return self._adapter.terms(source, self.dtype)
-        return self._adapter.read(source, self._held or self.dtype).to(self.dtype), None
+            return self._adapter.reader.terms(source, self.dtype)
+        return self._adapter.reader.read(source, self._held or self.dtype).to(self.dtype), None
 
     def _set(self, name: str, value: Tensor, offsets: Tensor | None = None) -> None:
         owner, _, leaf = name.rpartition(".")
