@@ -16,11 +16,11 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.models import Adapter
-from edgeprune.models._encoder import Encoding
 from edgeprune.models._encoder_site import EncoderSite, ExitMap, SiteConfig
 from edgeprune.models._layerwise import Layerwise
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._processor import Prompt
+from edgeprune.models._vision_tower import Encoding
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
 

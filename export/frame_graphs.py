@@ -18,7 +18,7 @@ from edgeprune.graphs import DELTA, KNOWN, VISION
 from edgeprune.lowering import Lowering
 from edgeprune.manifest import DeltaRecord
 from edgeprune.models import Adapter
-from edgeprune.models._encoder import EncoderConfig, Tower
+from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._frames import (
     Cache,
     ChangedConfig,
@@ -29,6 +29,7 @@ from edgeprune.models._frames import (
     changed_operations,
 )
 from edgeprune.models._qwen_tower import TowerConfig
+from edgeprune.models._vision_tower import Tower
 from edgeprune.spec import Plan
 
 

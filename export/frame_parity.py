@@ -24,9 +24,9 @@ from edgeprune.export.trace import HIDDEN
 from edgeprune.export.windows import Window
 from edgeprune.graphs import DELTA, VISION, GraphRecord
 from edgeprune.models._dialogues import Eager
-from edgeprune.models._encoder import Encoded
 from edgeprune.models._frames import Frame, FrameEncoder, Known, frame_encoder
 from edgeprune.models._processor import Prompt
+from edgeprune.models._vision_tower import Encoded
 
 MOST = 2
 """Samples that are compared at most: every number of a block is kept of each."""

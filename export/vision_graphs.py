@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from edgeprune.export.frame_graphs import FrameSizes, frame_graphs
 from edgeprune.export.trace import End, Traced, name_sizes, record_of, to_graph
 from edgeprune.graphs import JOIN, VISION
-from edgeprune.models._encoder import Encoded
 from edgeprune.models._vision import Vision
+from edgeprune.models._vision_tower import Encoded
 
 
 class Tile(nn.Module):

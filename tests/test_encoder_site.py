@@ -21,12 +21,12 @@ from edgeprune.encoder_methods._choices import SiteSignals, contrast, diverse
 from edgeprune.export.check import check_graph
 from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._encoder import Tower
 from edgeprune.models._encoder_site import EncoderSite, ExitMap, SiteConfig, Units
 from edgeprune.models._layers import compute_buffers
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._processor import Processor
 from edgeprune.models._qwen_tower import Windows
+from edgeprune.models._vision_tower import Tower
 from edgeprune.policies import make
 from edgeprune.policies._select import max_min
 from edgeprune.spec import PruneSpec

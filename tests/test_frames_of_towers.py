@@ -20,10 +20,10 @@ from edgeprune.export.check import check_graph
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.graphs import DELTA
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._encoder import Encoded
 from edgeprune.models._frames import Frame, Known, changed_config, frame_encoder
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._vision import Vision
+from edgeprune.models._vision_tower import Encoded
 from edgeprune.policies import make
 from edgeprune.runtime import Engine
 from edgeprune.runtime.backend import ChangedPatches

@@ -8,8 +8,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edgeprune.models._encoder import Encoder, EncoderConfig, Groups
+from edgeprune.models._encoder import Encoder, EncoderConfig
 from edgeprune.models._ops import TorchOps
+from edgeprune.models._vision_tower import Groups
 from edgeprune.policies import make
 from edgeprune.policies._policy import BlockMerge
 from edgeprune.policies.tome import mergeable, merges, pairs

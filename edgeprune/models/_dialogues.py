@@ -22,7 +22,6 @@ from torch import Tensor
 from edgeprune.models._activations import Activations, Kept
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._decoder import Decoder, Flow
-from edgeprune.models._encoder import Encoding
 from edgeprune.models._layers import Narrow, Part, parts, widen
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._processor import Prompt
@@ -30,6 +29,7 @@ from edgeprune.models._reference import ROOM
 from edgeprune.models._sites import Prune, PruneInput
 from edgeprune.models._streamed import Streamed
 from edgeprune.models._vision import Vision
+from edgeprune.models._vision_tower import Encoding
 from edgeprune.policies import Policy
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import InputSignals, LayerSignals

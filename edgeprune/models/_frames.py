@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import SpecError
-from edgeprune.models._encoder import Encoded, EncoderConfig, Encoding, Tower
+from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._siglip2 import Siglip2Config
 from edgeprune.models._vision import Vision, VisionConfig
+from edgeprune.models._vision_tower import Encoded, Encoding, Tower
 
 Cache = tuple[Tensor, Tensor]
 """Keys and values of a block for all tokens of a frame: [1, heads, S, head] each, patches in the

@@ -19,11 +19,11 @@ from edgeprune.models._activations import Activations, Kept
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._decoder import Advanced, Flow
 from edgeprune.models._decoder_layer import Cache
-from edgeprune.models._encoder import Encoded, Encoding
 from edgeprune.models._ops import Together
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import ROOM
 from edgeprune.models._streamed import Streamed
+from edgeprune.models._vision_tower import Encoded, Encoding
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import Segments
 from edgeprune.spec import Plan

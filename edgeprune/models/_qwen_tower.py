@@ -16,14 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models._encoder import (
-    ACTIVATIONS,
-    Attended,
-    Encoded,
-    Encoding,
-    PolicyMerge,
-    Tower,
-)
+from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Split, Units, taken
 from edgeprune.models._layers import (
     LayerNorm,
@@ -39,6 +32,7 @@ from edgeprune.models._layers import (
 )
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._position_grid import PositionGrid
+from edgeprune.models._vision_tower import Attended, Encoded, Encoding, PolicyMerge, Tower
 
 EPS = 1e-6
 """Of the norms of Qwen's towers; no config says otherwise."""

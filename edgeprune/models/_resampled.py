@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.errors import SpecError
-from edgeprune.models._encoder import Encoded, Encoder, EncoderConfig, Encoding
+from edgeprune.models._encoder import Encoder, EncoderConfig
 from edgeprune.models._encoder_site import SiteConfig
 from edgeprune.models._layers import LayerNorm, Linear, Narrow, Scores, join_heads, split_heads
 from edgeprune.models._ops import TorchOps, cast
+from edgeprune.models._vision_tower import Encoded, Encoding
 
 
 @dataclass(frozen=True, slots=True)

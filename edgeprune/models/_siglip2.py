@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.errors import SpecError
-from edgeprune.models._encoder import Encoder, EncoderConfig, Encoding
+from edgeprune.models._encoder import Encoder, EncoderConfig
 from edgeprune.models._encoder_site import Runs, SiteConfig, Units
 from edgeprune.models._layers import Linear
 from edgeprune.models._ops import TorchOps, cast
+from edgeprune.models._vision_tower import Encoding
 from edgeprune.tile_views import OF_NOTHING, OF_TILE
 
 FAR = -1e4

@@ -11,19 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.errors import SpecError
-from edgeprune.models._encoder import (
-    ACTIVATIONS,
-    Encoded,
-    EncoderConfig,
-    PolicyMerge,
-    Tower,
-)
+from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
 from edgeprune.models._encoder_site import SiteConfig
 from edgeprune.models._layers import LayerNorm, Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._sites import live_stage
+from edgeprune.models._vision_tower import Encoded, PolicyMerge, Tower
 from edgeprune.policies import Policy
 from edgeprune.policies._select import ranked
 from edgeprune.policies._signals import InputSignals, VisionSignals
