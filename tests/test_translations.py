@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from edgeprune.export.dialects import DIALECTS
 from edgeprune.export.passes import HALF
 from edgeprune.export.trace import End, to_graph
-from edgeprune.models._encoder import ACTIVATIONS
+from edgeprune.models._layers import ACTIVATIONS
 
 
 class Activation(nn.Module):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
-from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._layers import (
+    ACTIVATIONS,
     Linear,
     Narrow,
     Product,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Split, Units
 from edgeprune.models._layers import (
+    ACTIVATIONS,
     Gain,
     LayerNorm,
     Linear,
@@ -27,7 +27,7 @@ from edgeprune.models._layers import (
     join_heads,
     split_heads,
 )
-from edgeprune.models._ops import TorchOps, scalar
+from edgeprune.models._ops import TorchOps
 from edgeprune.models._vision_tower import (
     Attended,
     Encoded,
@@ -39,13 +39,6 @@ from edgeprune.models._vision_tower import (
 )
 from edgeprune.policies._policy import BlockMerge
 from edgeprune.policies._signals import BlockSignals
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(scalar(1.702, x) * x),
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from edgeprune.models._ops import Causal, TorchOps, cast
+from edgeprune.models._ops import Causal, TorchOps, cast, scalar
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": lambda x: x * torch.sigmoid(scalar(1.702, x) * x),
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+"""By the names that transformers has for them."""
 
 
 class Part(nn.Module):

@@ -16,9 +16,9 @@ from torch import Tensor
 from edgeprune.errors import ModelError
 from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
-from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._family import at_size
 from edgeprune.models._image_record import Reader, count, levels, resample, unsupported
+from edgeprune.models._layers import ACTIVATIONS
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._names import LLAMA, PACKED, Stored, TensorNames

@@ -17,9 +17,9 @@ from torch import Tensor
 from edgeprune.errors import SpecError
 from edgeprune.models import _adapter
 from edgeprune.models._decoder_config import DecoderConfig
-from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._family import at_size
 from edgeprune.models._image_record import Reader, rounded_size
+from edgeprune.models._layers import ACTIVATIONS
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Media, Takes
 from edgeprune.models._mrope import Grid, MRope, in_runs

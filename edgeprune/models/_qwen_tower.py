@@ -16,9 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Split, Units, taken
 from edgeprune.models._layers import (
+    ACTIVATIONS,
     LayerNorm,
     Linear,
     Narrow,

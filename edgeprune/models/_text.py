@@ -8,8 +8,8 @@ from typing import Any
 
 from edgeprune.errors import ModelError
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig, Rescale
-from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._gemma import gemma
+from edgeprune.models._layers import ACTIVATIONS
 from edgeprune.models._rope import read_rope
 
 Kind = Callable[[Any, DecoderConfig], DecoderConfig]

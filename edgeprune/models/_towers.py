@@ -6,7 +6,8 @@ from typing import Any
 
 from edgeprune.errors import ModelError, SpecError, brief
 from edgeprune.models._checkpoint import Checkpoint
-from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._encoder import EncoderConfig
+from edgeprune.models._layers import ACTIVATIONS
 from edgeprune.models._layout import Layout
 from edgeprune.models._vision import ProjectorConfig
 from edgeprune.tiling import Size

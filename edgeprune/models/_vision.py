@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.errors import SpecError
-from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._encoder_site import SiteConfig
-from edgeprune.models._layers import LayerNorm, Linear
+from edgeprune.models._layers import ACTIVATIONS, LayerNorm, Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._qwen_tower import TowerConfig

@@ -10,9 +10,10 @@ from edgeprune.errors import ModelError
 from edgeprune.models import _adapter
 from edgeprune.models._chat import Chat
 from edgeprune.models._decoder_config import DecoderConfig
-from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._glu import Glu
 from edgeprune.models._image_record import Reader
+from edgeprune.models._layers import ACTIVATIONS
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import PACKED, Stored, TensorNames, packed_rows

@@ -15,10 +15,10 @@ from edgeprune.errors import SpecError
 from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._decoder_config import DecoderConfig, Rescale
-from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._gemma import BRANCH_NORMS, gemma3
 from edgeprune.models._image_record import Reader, count, image_settings, plain, unsupported
-from edgeprune.models._layers import RMSNorm
+from edgeprune.models._layers import ACTIVATIONS, RMSNorm
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media
 from edgeprune.models._names import TensorNames

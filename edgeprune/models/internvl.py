@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 from edgeprune.models import _adapter
-from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._family import Elsewhere
 from edgeprune.models._image_record import Reader, image_settings, tiled
+from edgeprune.models._layers import ACTIVATIONS
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames

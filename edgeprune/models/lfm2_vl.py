@@ -12,9 +12,9 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.models import _adapter
-from edgeprune.models._encoder import ACTIVATIONS
 from edgeprune.models._family import at_size, on_canvas
 from edgeprune.models._image_record import Reader, resample, unsupported
+from edgeprune.models._layers import ACTIVATIONS
 from edgeprune.models._layout import Layout
 from edgeprune.models._lfm2_image import (
     PROCESSOR,

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from edgeprune.models import _pixtral
-from edgeprune.models._encoder import ACTIVATIONS
-from edgeprune.models._layers import Linear
+from edgeprune.models._layers import ACTIVATIONS, Linear
 from edgeprune.models._names import TensorNames
 from edgeprune.models._ops import TorchOps, cast
 from edgeprune.models._qwen_tower import TowerConfig

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from edgeprune.errors import ModelError
 from edgeprune.models import _adapter
 from edgeprune.models._decoder_config import DecoderConfig
-from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._gemma import BRANCH_NORMS, gemma2
 from edgeprune.models._image_record import Reader, plain
-from edgeprune.models._layers import Linear
+from edgeprune.models._layers import ACTIVATIONS, Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import Media, Turns
 from edgeprune.models._names import LLAMA, TensorNames

@@ -14,7 +14,7 @@ from edgeprune.errors import SpecError
 from edgeprune.manifest import ImageRecord
 from edgeprune.models import _adapter
 from edgeprune.models._chat import Chat
-from edgeprune.models._encoder import ACTIVATIONS, EncoderConfig
+from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._image_record import (
     Reader,
     count,
@@ -23,7 +23,7 @@ from edgeprune.models._image_record import (
     resample,
     unsupported,
 )
-from edgeprune.models._layers import Linear
+from edgeprune.models._layers import ACTIVATIONS, Linear
 from edgeprune.models._layout import Layout
 from edgeprune.models._media import IMAGE_SLOT, NAMED_TILES, Media, Takes
 from edgeprune.models._names import TensorNames
