@@ -25,8 +25,8 @@ from edgeprune.models._encoder_site import EncoderSite, ExitMap, SiteConfig, Uni
 from edgeprune.models._layers import compute_buffers
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._processor import Processor
-from edgeprune.models._qwen_tower import Windows
 from edgeprune.models._vision_tower import Tower
+from edgeprune.models._windows import Windows
 from edgeprune.policies import make
 from edgeprune.policies._select import max_min
 from edgeprune.spec import PruneSpec
