@@ -36,7 +36,7 @@ from edgeprune.export.dialogue import Graphs
 from edgeprune.export.ties import TOLERANCE
 from edgeprune.files import write_whole
 from edgeprune.models import open_model
-from edgeprune.models._dialogues import Eager
+from edgeprune.models._eager import Eager
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.progress import Bar
 from edgeprune.recipe import Recipe

@@ -16,7 +16,8 @@ from edgeprune.export.ranges import Proof
 from edgeprune.graphs import GraphRecord
 from edgeprune.measured import ParityRecord
 from edgeprune.models import Adapter
-from edgeprune.models._dialogues import Eager, Outcome
+from edgeprune.models._dialogues import Outcome
+from edgeprune.models._eager import Eager
 from edgeprune.models._memory import parity_bytes
 from edgeprune.models._processor import Prompt
 from edgeprune.policies import Policy

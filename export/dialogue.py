@@ -20,7 +20,8 @@ from edgeprune.export.upcast import upcast
 from edgeprune.export.windows import Cut, Window
 from edgeprune.graphs import DECODER, JOIN, VISION, GraphRecord
 from edgeprune.models._activations import Activations, Kept
-from edgeprune.models._dialogues import Call, Eager, Outcome, calls_about
+from edgeprune.models._dialogues import Call, Outcome, calls_about
+from edgeprune.models._eager import Eager
 from edgeprune.models._processor import Prompt
 
 REPORT = "Please report the model and the command"

@@ -23,7 +23,7 @@ from edgeprune.export.ties import TOLERANCE, difference
 from edgeprune.export.trace import HIDDEN
 from edgeprune.export.windows import Window
 from edgeprune.graphs import DELTA, VISION, GraphRecord
-from edgeprune.models._dialogues import Eager
+from edgeprune.models._eager import Eager
 from edgeprune.models._frames import Frame, FrameEncoder, Known, frame_encoder
 from edgeprune.models._processor import Prompt
 from edgeprune.models._vision_tower import Encoded

@@ -27,8 +27,10 @@ from edgeprune.export.dialogue import REPORT, Graphs, Played, WindowedGraph
 from edgeprune.export.ties import TOLERANCE, Given, tie
 from edgeprune.measured import ParityRecord
 from edgeprune.models._activations import Activations, Kept
-from edgeprune.models._dialogues import CALLS, Eager, Seen, Stages, Talk
+from edgeprune.models._dialogues import CALLS
+from edgeprune.models._eager import Eager
 from edgeprune.models._processor import Prompt
+from edgeprune.models._stages import DialogueState, ImageState, Stages
 
 MOST_TIES = 1 / 3
 """Of the samples, at most: a graph that chooses wrongly differs on more than this."""
@@ -39,7 +41,7 @@ FLOOR = 1e-6
 WEIGHTS = "check the checkpoint's weights for infinities, NaN and values that the dtype cannot hold"
 """What to do where numbers are not finite in float32."""
 
-S = TypeVar("S", Seen, Talk)
+S = TypeVar("S", ImageState, DialogueState)
 Tensors = tuple[Tensor, ...]
 
 
@@ -67,10 +69,10 @@ def check(
     prompts = list(prompts)
     compared = Comparison(eager.activations, len(prompts), eager.stages, report)
     images = enumerate(prompts, 1)
-    pairs = (Pair(n, graphs.look(prompt), Seen((prompt.pixels,))) for n, prompt in images)
+    pairs = (Pair(n, graphs.look(prompt), ImageState((prompt.pixels,))) for n, prompt in images)
     seen = list(compared.through(graphs.vision, eager.vision, pairs).drain())
 
-    def talks() -> Iterator[Pair[Talk]]:
+    def talks() -> Iterator[Pair[DialogueState]]:
         for prompt, pair in zip(prompts, seen, strict=True):
             given = prompt, pair.state.shown[0], pair.state.chosen[0]
             yield Pair(pair.sample, graphs.talk(*given), eager.decoder.begin(*given))

@@ -20,7 +20,8 @@ import torch
 from edgeprune.errors import ExportError
 from edgeprune.measured import RangeRecord
 from edgeprune.models import Adapter
-from edgeprune.models._dialogues import Eager, Outcome
+from edgeprune.models._dialogues import Outcome
+from edgeprune.models._eager import Eager
 from edgeprune.models._layers import Sum
 from edgeprune.models._processor import Prompt
 from edgeprune.models._ranges import (

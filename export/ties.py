@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from edgeprune.models._dialogues import Seen, Stages, Talk
+from edgeprune.models._stages import DialogueState, ImageState, Stages
 
 TOLERANCE = 1e-4
 """Largest difference of two values, as a share of the largest of them."""
@@ -25,7 +25,7 @@ NUDGES = 192
 """So many times inputs are changed by rounding before a difference is called one: where a greedy
 order has gone down to little, one in twenty was seen to turn a choice as another engine does."""
 
-S = TypeVar("S", Seen, Talk)
+S = TypeVar("S", ImageState, DialogueState)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Given:
     chosen: tuple[Tensor, ...]  # indices of the survivors, where tokens are dropped or merged
 
     @classmethod
-    def of(cls, after: Seen | Talk, before: Seen | Talk) -> Given:
+    def of(cls, after: ImageState | DialogueState, before: ImageState | DialogueState) -> Given:
         """What the reference's state has more than before."""
         return cls(after.shown, after.chosen[len(before.chosen) :])
 
@@ -58,7 +58,7 @@ class Tie:
     """A choice that rounding explains, and where the reference stands with the graph's choice; None
     where it cannot make it."""
 
-    state: Seen | Talk | None
+    state: ImageState | DialogueState | None
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:

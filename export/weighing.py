@@ -17,7 +17,8 @@ from edgeprune.graphs import GraphRecord
 from edgeprune.lowering import Lowering
 from edgeprune.measured import WeightsRecord
 from edgeprune.models import Adapter
-from edgeprune.models._dialogues import Eager, Outcome
+from edgeprune.models._dialogues import Outcome
+from edgeprune.models._eager import Eager
 from edgeprune.models._rounded_inputs import round_inputs
 
 

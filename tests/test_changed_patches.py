@@ -18,7 +18,7 @@ from edgeprune.export.check import check_graph
 from edgeprune.export.frame_parity import check_frames
 from edgeprune.graphs import DELTA
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._dialogues import Eager
+from edgeprune.models._eager import Eager
 from edgeprune.models._encoder import Encoder
 from edgeprune.models._frames import Frame, FrameEncoder, Known, frame_encoder
 from edgeprune.models._processor import random_prompt

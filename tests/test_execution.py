@@ -19,7 +19,7 @@ from edgeprune.calib.samples import Sample, demo_samples
 from edgeprune.calib.schedule import Evidence, pose, solve
 from edgeprune.errors import ModelError
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._dialogues import Eager
+from edgeprune.models._eager import Eager
 from edgeprune.models._execution import Execution
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make

@@ -12,9 +12,8 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import ParityError
 from edgeprune.export.dialogue import Graphs
 from edgeprune.export.trace import HIDDEN, End, to_graph
-from edgeprune.models import Adapter, open_model
-from edgeprune.models import _dialogues as dialogues
-from edgeprune.models._dialogues import Eager, grouped
+from edgeprune.models import Adapter, _stages, open_model
+from edgeprune.models._eager import Eager
 from edgeprune.models._processor import Prompt, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
@@ -58,11 +57,11 @@ def flip(bundle: Path, graph: str, name: str) -> None:
         file.write(values.view(torch.uint8).numpy().tobytes())
 
 
-@pytest.mark.parametrize("window", [0, dialogues.WINDOW], ids=["one layer", "all layers"])
+@pytest.mark.parametrize("window", [0, _stages.WINDOW], ids=["one layer", "all layers"])
 def test_a_flipped_weight_is_named_by_its_layer(
     window: int, bundle: Path, deep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dialogues, "WINDOW", window)
+    monkeypatch.setattr(_stages, "WINDOW", window)
     adapter, policy = open_model(str(deep)), make(METHOD)
     name = f"layers.{FAULTY}.mlp.down.weight"
     assert compared(bundle, adapter, policy, prompts(adapter)).logits < 1e-5
@@ -84,7 +83,7 @@ def test_a_flipped_weight_is_named_by_its_layer(
 def test_a_window_holds_the_weights_of_its_layers(
     bundle: Path, deep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dialogues, "WINDOW", 0)
+    monkeypatch.setattr(_stages, "WINDOW", 0)
     adapter, manifest = open_model(str(deep)), Bundle.open(bundle).manifest
     eager = Eager(adapter, make(METHOD), manifest.prune.plan)
     graphs = Graphs(bundle, manifest.graphs, eager, wide=manifest.dtype == "bf16")
@@ -106,8 +105,8 @@ def test_an_eager_dialogue_is_what_the_whole_model_says(
     adapter, policy = open_model(str(deep)), make(METHOD)
     plan, asked = policy.plan(adapter.shape, METHOD.cr), prompts(adapter, 3)
     reference = Reference.build(adapter, policy, plan)
-    for window in (0, dialogues.WINDOW):
-        monkeypatch.setattr(dialogues, "WINDOW", window)
+    for window in (0, _stages.WINDOW):
+        monkeypatch.setattr(_stages, "WINDOW", window)
         for prompt, found in zip(asked, Eager(adapter, policy, plan).outcomes(asked), strict=True):
             first, ids = reference.prefill(prompt), prompt.text_ids
             steps = [first, *(reference.step(t) for t in (ids[:, :1], ids[:, -1:], ids))]
@@ -119,14 +118,14 @@ def test_an_eager_dialogue_is_what_the_whole_model_says(
 
 
 def test_stages_are_grouped_by_their_bytes() -> None:
-    assert list(grouped([5, 5, 5, 20, 1, 1], 10)) == [
+    assert list(_stages.grouped([5, 5, 5, 20, 1, 1], 10)) == [
         range(2),
         range(2, 3),
         range(3, 4),
         range(4, 6),
     ]
-    assert list(grouped([5, 5], 0)) == [range(1), range(1, 2)]
-    assert list(grouped([5, 5], 10)) == [range(2)]
+    assert list(_stages.grouped([5, 5], 0)) == [range(1), range(1, 2)]
+    assert list(_stages.grouped([5, 5], 10)) == [range(2)]
 
 
 class _Same(torch.nn.Module):

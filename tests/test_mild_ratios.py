@@ -25,7 +25,7 @@ from edgeprune.errors import ExportError, ParityError, SpecError
 from edgeprune.export.assumptions import check_sizes
 from edgeprune.export.dialogue import Graphs
 from edgeprune.models import open_model
-from edgeprune.models._dialogues import Eager
+from edgeprune.models._eager import Eager
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies._sizes import least
 from edgeprune.recipe import Recipe, make

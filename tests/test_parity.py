@@ -16,9 +16,10 @@ from edgeprune.export import parity, precision, ties
 from edgeprune.export.dialogue import Played
 from edgeprune.export.ties import Given
 from edgeprune.models._activations import Activations
-from edgeprune.models._dialogues import Outcome, Seen, Stages, Talk
+from edgeprune.models._dialogues import Outcome
 from edgeprune.models._execution import HOST
 from edgeprune.models._processor import Prompt
+from edgeprune.models._stages import DialogueState, ImageState, Stages
 from edgeprune.spec import Plan, Stage
 
 NAN = float("nan")
@@ -61,22 +62,22 @@ class Stub(Stages[Any]):
 class Vision(Stub):
     titles, gives = ("the encoder's input", "the visual tokens"), "visual tokens"
 
-    def through(self, stage: int, state: Seen) -> Seen:
+    def through(self, stage: int, state: ImageState) -> ImageState:
         if stage == 0:
             return state
         settings, chosen = self.settings, int(state.shown[0].sum() > self.settings.cut)
         kept = torch.tensor([0 if settings.merges else chosen])
         visual = torch.full((1, 1, 4), float(chosen) + settings.visual_shift)
-        return Seen((visual,), (kept,))
+        return ImageState((visual,), (kept,))
 
 
 class Decoder(Stub):
     titles, gives = ("the decoder's input", "the output head"), "logits"
 
-    def begin(self, prompt: Prompt, visual: Tensor, indices: Tensor) -> Talk:
-        return Talk((), (visual,) * 4, (indices,))
+    def begin(self, prompt: Prompt, visual: Tensor, indices: Tensor) -> DialogueState:
+        return DialogueState((), (visual,) * 4, (indices,))
 
-    def through(self, stage: int, state: Talk) -> Talk:
+    def through(self, stage: int, state: DialogueState) -> DialogueState:
         if stage == 0:
             return state
         logits = tuple(torch.arange(5.0) + v.sum() + self.settings.shift for v in state.shown)
@@ -98,9 +99,9 @@ class Graph:
     @contextmanager
     def opened(self, number: int) -> Iterator[Callable[[Played], Played]]:
         def run(played: Played) -> Played:
-            before: Any = Seen(played.inputs[0])
+            before: Any = ImageState(played.inputs[0])
             if isinstance(self.stages, Decoder):
-                before = Talk((), played.inputs[0], ())
+                before = DialogueState((), played.inputs[0], ())
             after = self.stages.advance(number, before)
             return Played((after.shown,), (), before.shown, (after.shown,), (after.chosen,))
 

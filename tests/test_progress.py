@@ -13,7 +13,7 @@ from edgeprune.cli import main
 from edgeprune.export import parity
 from edgeprune.export.dialogue import Graphs
 from edgeprune.models import open_model
-from edgeprune.models._dialogues import Eager
+from edgeprune.models._eager import Eager
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies import make
 from edgeprune.progress import Bar

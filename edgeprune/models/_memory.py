@@ -8,7 +8,7 @@ from edgeprune.errors import ModelError
 from edgeprune.memory import available_bytes
 from edgeprune.models._activations import BOUND
 from edgeprune.models._adapter import Adapter
-from edgeprune.models._dialogues import WINDOW
+from edgeprune.models._stages import WINDOW
 from edgeprune.models._streamed import part_of
 
 OVERHEAD = 1.3

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgeprune.models._dialogues import Eager, Outcome
+from edgeprune.models._dialogues import Outcome
+from edgeprune.models._eager import Eager
 from edgeprune.models._layers import Linear
 from edgeprune.models._ops import Causal, TorchOps, scores
 from edgeprune.models._processor import Prompt
