@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import encoder_methods, policies
-from edgeprune.calib import awq, gptq, sensitivity, smoothing
-from edgeprune.calib.calibrate import CalibrationRequest, calibrate, samples_of
+from edgeprune.calib.calibrate import CalibrationRequest, calibrate
 from edgeprune.calib.encoder import check_limit, check_method, measure_site, placed
 from edgeprune.calib.planning import (
     Settled,
@@ -20,14 +19,10 @@ from edgeprune.calib.planning import (
     within_time,
 )
 from edgeprune.calib.resuming import Tell, beside, quiet
-from edgeprune.calib.samples import (
-    answered,
-    check_image_dir,
-    demo_samples,
-    user_samples,
-)
+from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
 from edgeprune.calib.ttft import Measured
+from edgeprune.calib.tuning import check_bits, check_samples, tune
 from edgeprune.dial import check_ratios, on_common_sites
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import SpecError
@@ -47,8 +42,6 @@ from edgeprune.models._execution import Execution
 from edgeprune.models._frames import changed_config
 from edgeprune.models._memory import check_device, check_memory, parity_bytes
 from edgeprune.models._processor import Processor, Prompt, random_prompt
-from edgeprune.models._rounding import TORCH
-from edgeprune.models._tuning import UNTUNED, Tuning
 from edgeprune.policies import Policy
 from edgeprune.progress import Progress, silent
 from edgeprune.spec import (
@@ -60,16 +53,9 @@ from edgeprune.spec import (
     check_separators,
 )
 from edgeprune.tiling import Size
-from edgeprune.weight_format import AUTO, GPTQ
-
-MOST_TUNING = 32
-"""Samples at most that say how large the inputs of products are: each has hundreds of tokens."""
 
 DENSE_METHOD = "none"
 """The method that prunes nothing: its ratio is what the encoder leaves."""
-
-MOST_MEASURED = 4
-"""Samples at most on which each group of products is measured: each costs a layer of a prefill."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +201,8 @@ def make(
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.lowering, adapter)
     _check_keep(recipe, why)
-    _check_samples(recipe)
-    _check_bits(recipe.lowering, adapter)
+    check_samples(recipe.lowering, recipe.samples_file is not None or recipe.model == "demo")
+    check_bits(recipe.lowering, adapter)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
     calibration, settled = _calibration(recipe), None
@@ -254,7 +240,7 @@ def make(
         delta=recipe.delta,
         timing=_timing(settled),
         choice=_choice(settled),
-        tuning=_tuning(recipe, adapter, policy, processor, plan, report),
+        tuning=tune(calibration, recipe.lowering, adapter, policy, plan, processor, report),
     )
     prompts = _prompts(samples, recipe, adapter, processor)
     return export(request, adapter, policy, processor, prompts, report)
@@ -397,93 +383,6 @@ def _check_keep(recipe: Recipe, why: str) -> None:
             f"--keep-fp32 auto measures on the samples of the parity check, which is {why}; give"
             " --parity N"
         )
-
-
-def _check_samples(recipe: Recipe) -> None:
-    """SpecError where samples are to say which weights count, and there are none."""
-    wanted, lowering = recipe.lowering.weights, recipe.lowering
-    if lowering.measured and recipe.samples_file is None and recipe.model != "demo":
-        option = ":awq=on" if wanted.awq else ":activations=on" if wanted.activations else ""
-        option += ":round=gptq" if wanted.round == GPTQ else ""
-        other = "" if lowering.calibrated or not wanted.smooth else ", or export with smooth=off"
-        raise SpecError(
-            f"--weights {wanted.kind}{option} measures on samples; give images and questions with"
-            f" --samples-file{other}"
-        )
-
-
-def _check_bits(lowering: Lowering, adapter: Adapter) -> None:
-    """SpecError where auto's bits are fewer than any choice of kinds takes."""
-    if lowering.weights.kind == AUTO:
-        scales, fused = TORCH[lowering.dtype.name], lowering.target.fused
-        sensitivity.check_bits(adapter, lowering.weights, scales, fused=fused)
-
-
-def _tuning(
-    recipe: Recipe,
-    adapter: Adapter,
-    policy: Policy,
-    processor: Processor,
-    plan: Plan,
-    report: Progress,
-) -> Tuning:
-    """What calibration samples say of the weights, where that is asked."""
-    lowering = recipe.lowering
-    if not lowering.measured:
-        return UNTUNED
-    wanted, dtype, tuning = lowering.weights, TORCH[lowering.dtype.name], UNTUNED
-    count = min(recipe.samples, MOST_TUNING)
-    prompts = list(_prompts(count, recipe, adapter, processor))
-    if wanted.awq:
-        four = adapter.with_weights(wanted.settled("int4"), dtype)
-        tuning = awq.tune(four, policy, plan, prompts, report)
-    if wanted.activations:
-        return smoothing.tune(
-            adapter.with_weights(wanted, dtype),
-            policy,
-            plan,
-            prompts,
-            report,
-            smooth=wanted.smooth,
-            calibrated=lowering.calibrated,
-        )
-    if wanted.kind == AUTO:
-        tuning = replace(
-            tuning, kinds=_kinds(recipe, adapter, policy, processor, plan, tuning, report)
-        )
-    if wanted.round == GPTQ:
-        tuning = gptq.tune(
-            adapter.with_weights(wanted, dtype, tuning), policy, plan, prompts, report
-        )
-    return tuning
-
-
-def _kinds(
-    recipe: Recipe,
-    adapter: Adapter,
-    policy: Policy,
-    processor: Processor,
-    plan: Plan,
-    tuning: Tuning,
-    report: Progress,
-) -> dict[str, str]:
-    """The kinds of products that are left open, by what each loses on samples with answers."""
-    lowering = recipe.lowering
-    count = min(recipe.samples, MOST_MEASURED)
-    request = replace(_calibration(recipe), samples=count)
-    samples = samples_of(request, adapter, processor)
-    few = [answered(sample, processor, sensitivity.ANSWER) for sample in samples]
-    return sensitivity.mix(
-        adapter,
-        lowering.weights,
-        TORCH[lowering.dtype.name],
-        policy,
-        plan,
-        few,
-        tuning,
-        report,
-        fused=lowering.target.fused,
-    )
 
 
 def _prompts(
