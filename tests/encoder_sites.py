@@ -20,7 +20,7 @@ from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.policies import make
 from edgeprune.spec import PruneSpec
 from edgeprune.tiling import Size
-from tests import cogvlm, families, glm, lfm2, qwen
+from tests import cogvlm, families, gemma, glm, lfm2, pixtral, qwen, smolvlm
 from tests.tiny import TINY
 
 DENSE = PruneSpec("none")
@@ -51,14 +51,14 @@ TOWERS: Towers = {
     "llava_onevision_video": lambda f: _saved(families.llava_onevision(), f, frames=4),
     "video_llava": lambda f: _saved(families.video_llava(), f, frames=4),
     "internvl": lambda f: _saved(families.internvl(), f, size=Size(70, 150)),
-    "smolvlm": lambda f: _saved(families.smolvlm(), f),
-    "smolvlm_tiles": lambda f: _saved(families.smolvlm_tiles(), f, size=Size(84, 84)),
-    "gemma3": lambda f: _saved(families.gemma3(), f, images=2),
-    "paligemma": lambda f: _saved(families.paligemma(), f),
+    "smolvlm": lambda f: _saved(smolvlm.smolvlm(), f),
+    "smolvlm_tiles": lambda f: _saved(smolvlm.smolvlm_tiles(), f, size=Size(84, 84)),
+    "gemma3": lambda f: _saved(gemma.gemma3(), f, images=2),
+    "paligemma": lambda f: _saved(gemma.paligemma(), f),
     "lfm2_vl": lambda f: _saved(lfm2.lfm2_vl(), f),
-    "ministral3": lambda f: _saved(families.ministral3(), f, size=Size(112, 140)),
+    "ministral3": lambda f: _saved(pixtral.ministral3(), f, size=Size(112, 140)),
     "glm46v": lambda folder: open_model(str(glm.checkpoint(folder)), size=Size(84, 168)),
-    "pixtral": lambda f: _saved(families.pixtral(), f, size=Size(84, 84)),
+    "pixtral": lambda f: _saved(pixtral.pixtral(), f, size=Size(84, 84)),
     "cogvlm": _cogvlm,
 }
 """Every tower and layout of tokens, by the family that has it."""

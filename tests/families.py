@@ -1,9 +1,10 @@
-"""Tiny random checkpoints of every model family, in the layout that transformers saves."""
+"""Tiny random checkpoints of the LLaVA families and InternVL, in the layout that transformers saves,
+and what those of other families are made with."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,8 @@ import torch
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
-    Gemma2Config,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    GemmaConfig,
     GenerationConfig,
     GraniteConfig,
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3VisionConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -33,35 +26,20 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    Ministral3Config,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    PaliGemmaConfig,
-    PaliGemmaForConditionalGeneration,
-    PixtralVisionConfig,
     Qwen2Config,
     SiglipVisionConfig,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-    SmolVLMVisionConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
     VideoLlavaImageProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
-from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from edgeprune.demo import MODEL_DIR
 from edgeprune.tiling import Size
@@ -168,6 +146,14 @@ def settled(model: Any) -> Any:
     return model.eval()
 
 
+def uneven_norms(model: Any) -> Any:
+    """A model whose norms have weights that are not all alike, so that none stands for another."""
+    for name, weight in model.named_parameters():
+        if "norm" in name or ".ln_" in name:
+            torch.nn.init.normal_(weight, mean=1.0, std=0.3)
+    return model
+
+
 def internvl(side: int = 56, rms_norms: bool = False, **text: Any) -> Family:
     """Tiles of 56 pixels, 4 tokens each; the decoder is Qwen2. `rms_norms`: as in InternViT-6B."""
     norms = {"norm_type": "rms_norm", "use_qk_norm": True} if rms_norms else {}
@@ -207,6 +193,14 @@ TOWER = {
     "patch_size": 14,
 }
 GRIDS = [[42, 42], [42, 84], [84, 42], [84, 84], [126, 42], [42, 126]]
+SMALL_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 48,
+    "patch_size": 6,
+}
 SHAPES = Size(84, 84), Size(60, 100), Size(110, 41)
 
 
@@ -317,204 +311,3 @@ def video_llava(**text: Any) -> Family:
     model = settled(VideoLlavaForConditionalGeneration(config))
     tokens = {"video_token": "<video>"}
     return Family("video_llava", model, processor, "<image>", tokens, SHAPES, tiled=False)
-
-
-SMOL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 48,
-    "patch_size": 6,
-}
-
-
-def smolvlm(**text: Any) -> Family:
-    """One tile of 48 pixels, 16 tokens; as SmolVLM2 is published."""
-    return _smol("smolvlm", text)
-
-
-def smolvlm_tiles(**text: Any) -> Family:
-    """The same with 7 to 17 tiles, as the processor cuts an image by default."""
-    return replace(smolvlm(**text), tiled=True)
-
-
-def idefics3(**text: Any) -> Family:
-    """The same as SmolVLM and Idefics3 are published."""
-    return _smol("idefics3", text)
-
-
-def _smol(name: str, text: dict[str, Any]) -> Family:
-    vision, config, model, processor = {
-        "smolvlm": (
-            SmolVLMVisionConfig,
-            SmolVLMConfig,
-            SmolVLMForConditionalGeneration,
-            SmolVLMImageProcessorPil,
-        ),
-        "idefics3": (
-            Idefics3VisionConfig,
-            Idefics3Config,
-            Idefics3ForConditionalGeneration,
-            Idefics3ImageProcessorPil,
-        ),
-    }[name]
-    found = config(
-        vision_config=vision(**SMOL),
-        text_config=LlamaConfig(**{**TEXT, **text}),
-        scale_factor=2,
-        image_token_id=4,
-    )
-    edges = {"size": {"longest_edge": 192}, "max_image_size": {"longest_edge": 48}}
-    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    tokens = {"fake_token": "<fake_token_around_image>", "global_token": "<global-img>"}
-    return Family(
-        name,
-        settled(model(found)),
-        processor(**edges, **means),
-        "<image>",
-        tokens,
-        (Size(84, 84), Size(60, 101), Size(211, 41)),
-        tiled=False,
-    )
-
-
-def gemma3(**text: Any) -> Family:
-    """Images of 48 pixels, 16 tokens; windows of 12 tokens in two layers of three."""
-    own = {
-        "head_dim": 16,
-        "query_pre_attn_scalar": 12,
-        "sliding_window": 12,
-        "sliding_window_pattern": 2,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        "max_position_embeddings": 1024,
-    }
-    config = Gemma3Config(
-        vision_config=SiglipVisionConfig(**SMOL, vision_use_head=False),
-        text_config=Gemma3TextConfig(**{**TEXT, **own, **text}),
-        mm_tokens_per_image=16,
-        boi_token_index=67,
-        eoi_token_index=68,
-        image_token_index=66,
-    )
-    tokens = {
-        "boi_token": "<start_of_image>",
-        "eoi_token": "<end_of_image>",
-        "image_token": "<image_soft_token>",
-    }
-    return Family(
-        "gemma3",
-        offset_norms(settled(Gemma3ForConditionalGeneration(config))),
-        Gemma3ImageProcessorPil(size={"height": 48, "width": 48}),
-        "<start_of_image>",
-        tokens,
-        (Size(84, 84), Size(60, 101), Size(211, 41)),
-        tiled=False,
-    )
-
-
-def paligemma(**text: Any) -> Family:
-    """Images of 48 pixels, 64 tokens; the decoder is Gemma, with one key for all heads."""
-    own = {"head_dim": 16, "num_key_value_heads": 1}
-    return _paligemma(GemmaConfig(**{**TEXT, **own, **text}))
-
-
-def paligemma2(**text: Any) -> Family:
-    """The same with Gemma 2, whose first layer and third have windows of 12 tokens."""
-    own = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 12}
-    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
-    return _paligemma(Gemma2Config(**{**TEXT, **own, **caps, **text}))
-
-
-def _paligemma(text: Any) -> Family:
-    tower = SiglipVisionConfig(**SMOL, vision_use_head=False)
-    config = PaliGemmaConfig(
-        vision_config=tower, text_config=text, image_token_index=4, projection_dim=32
-    )
-    model = offset_norms(settled(PaliGemmaForConditionalGeneration(config)))
-    model.set_attn_implementation("eager")  # torch's own attention leaves out the cap
-    return Family(
-        "paligemma",
-        model,
-        SiglipImageProcessorPil(
-            size={"height": 48, "width": 48}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ),
-        "<image>",
-        {},
-        (Size(84, 84), Size(60, 101), Size(211, 41)),
-        tiled=False,
-    )
-
-
-def offset_norms(model: Any) -> Any:
-    """A model whose norms are stored less 1, with weights that are not all alike."""
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(weight, std=1.0)
-    return model
-
-
-def uneven_norms(model: Any) -> Any:
-    """A model whose norms have weights that are not all alike, so that none stands for another."""
-    for name, weight in model.named_parameters():
-        if "norm" in name or ".ln_" in name:
-            torch.nn.init.normal_(weight, mean=1.0, std=0.3)
-    return model
-
-
-PIXTRAL = {**SMOL, "image_size": 336, "patch_size": 14, "hidden_act": "silu", "head_dim": 16}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 2.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
-
-
-def ministral3(**text: Any) -> Family:
-    """Ministral 3: a token for 28 x 28 pixels; queries are scaled behind `original` positions."""
-    own = {"head_dim": 16, "max_position_embeddings": 1024, **text}
-    scaled = own.pop("original", 512)
-    rope = {**YARN, "original_max_position_embeddings": scaled}
-    return _mistral3(Ministral3Config(**{**TEXT, **own, "rope_parameters": rope}))
-
-
-def mistral_small(**text: Any) -> Family:
-    """Mistral Small 3.1: the same with Mistral's decoder."""
-    return _mistral3(MistralConfig(**{**TEXT, "sliding_window": None, **text}))
-
-
-def _mistral3(text: Any) -> Family:
-    config = Mistral3Config(
-        vision_config=PixtralVisionConfig(**PIXTRAL),
-        text_config=text,
-        image_token_index=4,
-        tie_word_embeddings=False,
-    )
-    return _pixtral("mistral3", Mistral3ForConditionalGeneration(config), 28)
-
-
-def pixtral(**text: Any) -> Family:
-    """Pixtral 12B: a token for 14 x 14 pixels, a LLaVA's projector."""
-    config = LlavaConfig(
-        vision_config=PixtralVisionConfig(**PIXTRAL),
-        text_config=MistralConfig(**{**TEXT, "sliding_window": None, **text}),
-        image_token_index=4,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
-    return _pixtral("pixtral", LlavaForConditionalGeneration(config), 14)
-
-
-def _pixtral(name: str, model: Any, step: int) -> Family:
-    """Its processor gives `step`, patch times merge, to the image processor."""
-    processor = PixtralImageProcessorPil(
-        size={"longest_edge": 140}, patch_size={"height": step, "width": step}
-    )
-    shapes = Size(84, 84), Size(112, 140), Size(140, 56)
-    marks = {"break_token": "[IMG_BREAK]", "end_token": "[IMG_END]"}
-    return Family(name, uneven_norms(settled(model)), processor, "<image>", marks, shapes)

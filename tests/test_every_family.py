@@ -29,7 +29,7 @@ from edgeprune.runtime import Session, media
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.spec import Plan, PruneSpec, check_cr, check_separators
 from edgeprune.tiling import Size
-from tests import families, glm, lfm2, qwen, qwen35
+from tests import families, gemma, glm, lfm2, pixtral, qwen, qwen35, smolvlm
 from tests.families import QUESTION, Family
 from tests.test_families import drawn_image, generated, prompted
 from tests.test_session import greedy
@@ -51,15 +51,15 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "llava_next_video": families.llava_next_video,
     "video_llava": families.video_llava,
     "internvl": partial(families.internvl, side=112),  # text between frames is less than CR 4
-    "smolvlm": families.smolvlm,
-    "smolvlm_tiles": families.smolvlm_tiles,
-    "idefics3": families.idefics3,
-    "gemma3": families.gemma3,
-    "paligemma": families.paligemma,
-    "paligemma2": families.paligemma2,
-    "ministral3": families.ministral3,
-    "mistral_small": families.mistral_small,
-    "pixtral": families.pixtral,
+    "smolvlm": smolvlm.smolvlm,
+    "smolvlm_tiles": smolvlm.smolvlm_tiles,
+    "idefics3": smolvlm.idefics3,
+    "gemma3": gemma.gemma3,
+    "paligemma": gemma.paligemma,
+    "paligemma2": gemma.paligemma2,
+    "ministral3": pixtral.ministral3,
+    "mistral_small": pixtral.mistral_small,
+    "pixtral": pixtral.pixtral,
     "lfm2_vl": lfm2.lfm2_vl,
     "lfm2_vl_tiles": lfm2.lfm2_vl_tiles,
 }

@@ -24,16 +24,16 @@ from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.images import to_pixels
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
-from tests import families
+from tests import gemma
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
 from tests.test_engines import taken
 from tests.test_families import block, drawn_image, generated
 
 KINDS: dict[str, Callable[..., Family]] = {
-    "gemma3": families.gemma3,
-    "paligemma": families.paligemma,
-    "paligemma2": families.paligemma2,
+    "gemma3": gemma.gemma3,
+    "paligemma": gemma.paligemma,
+    "paligemma2": gemma.paligemma2,
 }
 
 
@@ -194,7 +194,7 @@ def test_a_pruned_bundle_answers_as_its_reference(
 
 def test_a_prompt_whose_image_is_dropped_is_seen_whole(tmp_path: Path) -> None:
     """As transformers computes the second layer of the text alone: later text is seen too."""
-    family = families.paligemma(num_hidden_layers=2)
+    family = gemma.paligemma(num_hidden_layers=2)
     adapter = open_model(str(family.save(tmp_path)))
     prompt = Processor(adapter)(drawn_image(Size(84, 84)), QUESTION)
     reference = Reference.build(adapter, make(PruneSpec("vtw")), plan_from_counts(64, (64, 0)))
@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_config_asks_beyond_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    folder, (change, says) = families.gemma3().save(tmp_path), REFUSED[name]
+    folder, (change, says) = gemma.gemma3().save(tmp_path), REFUSED[name]
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))

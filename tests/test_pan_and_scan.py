@@ -30,7 +30,7 @@ from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.runtime.tiles import cropped
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import CropRule, Size
-from tests import families
+from tests import gemma
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
 from tests.test_families import block, drawn_image, generated
@@ -43,7 +43,7 @@ SMALL = {name: 20 if "size" in name else value for name, value in RULE.items()}
 
 @pytest.fixture(scope="module")
 def family() -> Family:
-    made = families.gemma3()
+    made = gemma.gemma3()
     for name, value in {**SMALL, "do_pan_and_scan": True}.items():
         setattr(made.image_processor, name, value)
     return made
@@ -99,7 +99,7 @@ def test_a_prompt_is_written_as_the_processor_writes_it(
 
 def test_published_settings_are_null_and_mean_the_defaults(tmp_path: Path) -> None:
     """Those of transformers' processor; by themselves they cut nothing."""
-    family = families.gemma3()
+    family = gemma.gemma3()
     folder = family.save(tmp_path)
     assert {n: v for n, v in Gemma3Processor.images_kwargs.items() if n in RULE} == RULE
     adapter = open_model(str(folder), size=Size(600, 1280))
@@ -141,7 +141,7 @@ def test_what_cannot_be_cut_is_refused(checkpoint: Path, tmp_path: Path, refused
     said = refused("models", "--model", checkpoint, "--image-size", "50x50")
     assert "--image-size 50x50: pan and scan cuts images that are 1.2 times as long as" in said
     assert "one view of 48 x 48: leave it out" in said
-    folder = families.gemma3().save(tmp_path)
+    folder = gemma.gemma3().save(tmp_path)
     file = folder / "preprocessor_config.json"
     wrong: dict[str, tuple[Any, str]] = {
         "pan_and_scan_max_num_crops": (1, "is 1, supported is 2 crops or more"),
@@ -170,7 +170,7 @@ def test_settings_that_transformers_does_not_read_either_are_told(
 
 
 def test_a_bundle_answers_as_transformers(tmp_path: Path) -> None:
-    family = families.gemma3(num_hidden_layers=1)
+    family = gemma.gemma3(num_hidden_layers=1)
     for name, value in {**SMALL, "do_pan_and_scan": True}.items():
         setattr(family.image_processor, name, value)
     model, image = family.save(tmp_path / "tiny"), drawn_image(PORTRAIT)

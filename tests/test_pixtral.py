@@ -25,7 +25,7 @@ from edgeprune.policies import make
 from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
-from tests import families
+from tests import pixtral
 from tests.essence import essence
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
@@ -34,9 +34,9 @@ from tests.test_families import block, drawn_image, generated
 from tests.test_gemma import MORE, dense
 
 KINDS: dict[str, Callable[..., Family]] = {
-    "ministral3": families.ministral3,
-    "mistral_small": families.mistral_small,
-    "pixtral": families.pixtral,
+    "ministral3": pixtral.ministral3,
+    "mistral_small": pixtral.mistral_small,
+    "pixtral": pixtral.pixtral,
 }
 SHOWN = {Size(84, 84): Size(83, 84), Size(112, 140): Size(221, 279), Size(140, 56): Size(281, 104)}
 """Images of the second size become images of the first."""
@@ -115,9 +115,9 @@ def test_text_stands_between_parts_of_equal_size() -> None:
 
 def test_a_dialogue_ends_before_queries_are_scaled(tmp_path: Path) -> None:
     """Behind 512 positions transformers scales the queries of Ministral 3."""
-    adapter = open_model(str(families.ministral3().save(tmp_path)))
+    adapter = open_model(str(pixtral.ministral3().save(tmp_path)))
     assert adapter.shape.max_positions == 512
-    text = families.ministral3().model.config.text_config
+    text = pixtral.ministral3().model.config.text_config
     assert text.max_position_embeddings == 1024
 
 
@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_config_asks_beyond_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    folder, (change, says) = families.ministral3().save(tmp_path), REFUSED[name]
+    folder, (change, says) = pixtral.ministral3().save(tmp_path), REFUSED[name]
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
@@ -192,7 +192,7 @@ def test_what_a_config_asks_beyond_is_refused_by_name(name: str, tmp_path: Path)
 
 
 def test_sizes_that_cannot_be_frozen_are_refused(tmp_path: Path, refused: Refused) -> None:
-    folder = families.ministral3().save(tmp_path)
+    folder = pixtral.ministral3().save(tmp_path)
     said = refused("models", "--model", folder, "--image-size", "100x84")
     assert "multiples of 28; the nearest such size is 112x84" in said
     said = refused("models", "--model", folder, "--image-size", "168x84")

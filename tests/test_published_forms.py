@@ -18,7 +18,7 @@ from edgeprune.models._image_record import image_settings
 from edgeprune.models._processor import Processor
 from edgeprune.models._video import video_settings
 from edgeprune.tiling import Size
-from tests import families
+from tests import families, smolvlm
 from tests.families import Family
 from tests.lfm2 import lfm2_vl
 
@@ -59,7 +59,7 @@ def test_settings_are_found_wherever_they_are(
 
 
 def test_settings_of_videos_go_first_likewise(tmp_path: Path) -> None:
-    folder = families.smolvlm().save(tmp_path)
+    folder = smolvlm.smolvlm().save(tmp_path)
     kind = {"video_processor_type": "SmolVLMVideoProcessor"}
     write(folder / "video_preprocessor_config.json", {**kind, "fps": 5})
     assert video_settings(Checkpoint.open(folder))["fps"] == 5

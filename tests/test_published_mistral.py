@@ -26,7 +26,7 @@ from transformers.integrations.finegrained_fp8 import (
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.tiling import Size
-from tests import families
+from tests import pixtral
 from tests.families import QUESTION
 from tests.test_families import drawn_image, generated
 from tests.test_gemma import dense
@@ -68,7 +68,7 @@ def linear(module: nn.Module) -> bool:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """Such a checkpoint, as transformers writes it, and the model of its floats."""
-    family = families.ministral3()
+    family = pixtral.ministral3()
     folder = family.save(tmp_path_factory.mktemp("ministral3") / "tiny")
     stored, meant = in_float8(family.model)
     stored.save_pretrained(folder)
@@ -79,7 +79,7 @@ def test_float8_of_one_scale_answers_as_the_floats_that_it_means(
     published: tuple[Path, Any],
 ) -> None:
     folder, meant = published
-    family, image = families.ministral3(), drawn_image(SIZE)
+    family, image = pixtral.ministral3(), drawn_image(SIZE)
     adapter = open_model(str(folder), size=SIZE)
     assert adapter.all_notes == ("21 weights are stored in codes (float8, one scale a weight)",)
     prompt, seen = Processor(adapter)(image, QUESTION), family.look(image)
@@ -159,7 +159,7 @@ def test_of_two_layouts_in_a_repository_one_is_fetched(
     said = refused("models", "--model", "mistralai/Pixtral-12B-2409")
     assert "mistralai/Pixtral-12B-2409 has Mistral's own layout" in said
     assert fetched == [(["config.json", "params.json"], None)]
-    families.ministral3().save(tmp_path)
+    pixtral.ministral3().save(tmp_path)
     assert open_model("mistralai/Ministral-3-3B-Instruct-2512", size=SIZE).shape.layers == 3
     assert fetched[2][1] == ["consolidated*"]
 
@@ -167,7 +167,7 @@ def test_of_two_layouts_in_a_repository_one_is_fetched(
 def test_files_of_the_layout_that_are_in_the_place_of_others(
     tmp_path: Path, refused: Refused
 ) -> None:
-    folder = families.ministral3().save(tmp_path / "tiny")
+    folder = pixtral.ministral3().save(tmp_path / "tiny")
     tokenizer = folder / "tokenizer.json"
     tokenizer.rename(folder / "tekken.json")
     (folder / "tokenizer_config.json").unlink()

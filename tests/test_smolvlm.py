@@ -34,14 +34,14 @@ from edgeprune.runtime.sampling import Sampling
 from edgeprune.runtime.text import Prompter
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.tiling import Size, longest, round_up_grid
-from tests import families
+from tests import smolvlm
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
 from tests.test_families import drawn_image, generated, prompted
 
 KINDS: dict[str, Callable[..., Family]] = {
-    "smolvlm": families.smolvlm,
-    "idefics3": families.idefics3,
+    "smolvlm": smolvlm.smolvlm,
+    "idefics3": smolvlm.idefics3,
 }
 
 TEMPLATE = (
@@ -65,7 +65,7 @@ def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def idefics3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return families.idefics3().save(tmp_path_factory.mktemp("refused") / "tiny")
+    return smolvlm.idefics3().save(tmp_path_factory.mktemp("refused") / "tiny")
 
 
 @pytest.mark.parametrize("size", [(48, 48), (70, 150), (181, 60), (500, 1), (1, 500), (7, 5)])
@@ -97,7 +97,7 @@ def test_tiles_are_those_of_the_processor(
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(192, 48), (2048, 512)]))
 def test_the_grid_is_that_of_the_processor(height: int, width: int, sides: tuple[int, int]) -> None:
     edge, tile = sides
-    processor, seen = families.smolvlm().image_processor, list[Size]()
+    processor, seen = smolvlm.smolvlm().image_processor, list[Size]()
     processor_module = type(processor).__mro__[1]
     image = np.broadcast_to(np.uint8(0), (3, height, width))
     with pytest.MonkeyPatch.context() as patched:
@@ -166,7 +166,7 @@ def test_the_published_template_is_frozen() -> None:
 def test_a_dense_bundle_answers_as_transformers_does(idefics3: Path, tmp_path: Path) -> None:
     """64 greedy tokens on images of three aspect ratios."""
     session = Session.open(frozen(tmp_path / "dense", "none", model=idefics3))
-    family, adapter = families.idefics3(), open_model(str(idefics3))
+    family, adapter = smolvlm.idefics3(), open_model(str(idefics3))
     assert session.manifest.family == "idefics3"
     for size in family.sizes:
         image = drawn_image(size)
@@ -180,7 +180,7 @@ def test_a_dense_bundle_answers_as_transformers_does(idefics3: Path, tmp_path: P
 
 def test_a_bundle_of_tiles_answers_as_transformers_does(idefics3: Path, tmp_path: Path) -> None:
     """64 greedy tokens of an image in 13 tiles with text between them, dense."""
-    family, size = replace(families.idefics3(), tiled=True), Size(60, 80)
+    family, size = replace(smolvlm.idefics3(), tiled=True), Size(60, 80)
     adapter = open_model(str(idefics3), size=size)
     assert adapter.shape.visual_tokens == 13 * 16 + sum(map(len, adapter.between))
     spec, shape = PruneSpec("none"), adapter.shape
@@ -322,7 +322,7 @@ def test_what_is_asked_beyond_is_refused(idefics3: Path) -> None:
 def test_settings_of_the_processor_that_make_no_tile_are_refused(
     change: dict[str, Any], says: str
 ) -> None:
-    processor = families.idefics3().image_processor
+    processor = smolvlm.idefics3().image_processor
     for name, value in change.items():
         setattr(processor, name, value)
     with pytest.raises(ModelError, match=says):
@@ -330,7 +330,7 @@ def test_settings_of_the_processor_that_make_no_tile_are_refused(
 
 
 def test_tiles_of_a_processor_that_does_not_resize_are_refused(idefics3: Path) -> None:
-    adapter, processor = open_model(str(idefics3), size=Size(60, 80)), families.idefics3()
+    adapter, processor = open_model(str(idefics3), size=Size(60, 80)), smolvlm.idefics3()
     processor.image_processor.do_resize = False
     with pytest.raises(ModelError, match="do_resize is False, supported is True"):
         adapter.image_record(processor.image_processor)
@@ -338,7 +338,7 @@ def test_tiles_of_a_processor_that_does_not_resize_are_refused(idefics3: Path) -
 
 def test_positions_are_in_order_where_the_tower_says_so() -> None:
     """The published towers have 14, 16, 26, 27 and 32 patches a side."""
-    model = families.idefics3().model.model.vision_model.embeddings
+    model = smolvlm.idefics3().model.model.vision_model.embeddings
     assert all(in_order(patches) for patches in (8, 14, 16, 26, 27, 32))
     for patches in (8, 19):
         model.num_patches_per_side = patches
@@ -362,7 +362,7 @@ def test_every_stored_tensor_is_read(idefics3: Path) -> None:
 @pytest.mark.parametrize("target", ["cuda", "rtx", "jetpack7", "jetpack6"])
 def test_engines_take_it(target: str, method: str, size: Size | None, tmp_path: Path) -> None:
     """`check` accepts the bundle, and TensorRT-RTX compiles that for RTX cards."""
-    model = families.idefics3(num_hidden_layers=5).save(tmp_path / "deep")
+    model = smolvlm.idefics3(num_hidden_layers=5).save(tmp_path / "deep")
     cr, options = (4 if method == "utp" else 1), {"target": target, "dtype": "fp16"}
     bundle = frozen(tmp_path / "b", method, cr, model=model, size=size, **options)
     assert main(["check", str(bundle), "--target", target]) == 0

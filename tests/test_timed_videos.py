@@ -27,7 +27,7 @@ from edgeprune.policies import make
 from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
-from tests import families, qwen
+from tests import qwen, smolvlm
 from tests.families import QUESTION, Family
 from tests.test_families import block, drawn_image, generated
 from tests.test_qwen3 import dense
@@ -43,7 +43,7 @@ def stacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def smol() -> Family:
-    return families.smolvlm()
+    return smolvlm.smolvlm()
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_what_cannot_be_shown_is_refused(
     assert "--frames of a qwen3_vl is a multiple of 2; got 5" in said
     said = refused("models", "--model", smol_checkpoint, "--frames", "1000")
     assert "--frames of a smolvlm are at most 999; got 1000" in said
-    said = refused("models", "--model", families.idefics3().save(tmp_path), "--frames", "4")
+    said = refused("models", "--model", smolvlm.idefics3().save(tmp_path), "--frames", "4")
     assert "idefics3 bundles take images, not videos" in said
     sampling = {"video_sampling": {"fps": 0, "video_size": {"longest_edge": 96}}}
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(sampling))

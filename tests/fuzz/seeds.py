@@ -129,11 +129,11 @@ def _sample(image: Path) -> dict[str, object]:
 
 def _checkpoints(folder: Path) -> None:
     """Tiny random ones, in the layout that transformers saves."""
-    from tests import families, glm, lfm2, qwen
+    from tests import families, gemma, glm, lfm2, pixtral, qwen
     from tests.packing import Codes, gptq, pack
 
     folder.mkdir()
-    for family in (families.pixtral(), families.ministral3(), families.gemma3(), lfm2.lfm2_vl()):
+    for family in (pixtral.pixtral(), pixtral.ministral3(), gemma.gemma3(), lfm2.lfm2_vl()):
         family.save(folder / family.name)
     glm.checkpoint(folder / "glm46v")
     qwen.stacked_checkpoint(folder / "qwen3_vl")
