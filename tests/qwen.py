@@ -15,6 +15,7 @@ from benchmarks.qwen3_shapes import Qwen3Shape
 from benchmarks.qwen_shapes import QwenShape, write
 from edgeprune.models import Adapter
 from edgeprune.models._processor import Processor
+from tests.dense import MORE, assert_same_logits, dense
 
 TINY = QwenShape(
     layers=2,
@@ -124,3 +125,18 @@ def generated(
     )
     said: list[int] = found[0, given["input_ids"].shape[1] :].tolist()
     return said
+
+
+def assert_same_dialogue(
+    adapter: Adapter, images: list[Image.Image], theirs: Any, **close: float
+) -> None:
+    """Greedy answers of 64 tokens, and logits over two turns, are those of transformers' model."""
+    prompt, ours = Processor(adapter)(images, QUESTION), dense(adapter)
+    wanted = generated(adapter, images, prompt.pixels, GenerationConfig(max_new_tokens=64))
+    assert ours.generate(prompt, 64, lambda token: False) == wanted
+    given = inputs(adapter, images, prompt.pixels)
+    ids = torch.cat([given["input_ids"], MORE], 1)
+    kinds = (1 if adapter.asked.frames is None else 2) * (ids == adapter.media.token).int()
+    with torch.no_grad():
+        logits = theirs(**{**given, "input_ids": ids, "mm_token_type_ids": kinds}).logits[0]
+    assert_same_logits(ours, prompt, logits, **close)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgeprune.lowering import TARGETS
+from tests.engines import assert_accepted
 from tests.frozen import frozen
-from tests.test_engines import taken
 from tests.test_every_family import LLAVAS, QWENS
 
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
@@ -37,4 +37,5 @@ def test_engines_take_a_family(family: str, method: str, target: str, tmp_path: 
     """Those of the dense model, and of UTP's at CR 2."""
     CHECKPOINTS[family](tmp_path / "tiny")
     options = {"model": tmp_path / "tiny", "target": target, "dtype": "fp16"}
-    taken(frozen(tmp_path / "b", method, 2 if method == "utp" else 1, **options), target, 64)
+    bundle = frozen(tmp_path / "b", method, 2 if method == "utp" else 1, **options)
+    assert_accepted(bundle, target, 64)

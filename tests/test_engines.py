@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +13,13 @@ from benchmarks.schedules import declining
 from benchmarks.shapes import SHAPES, write
 from edgeprune import policies
 from edgeprune.errors import SpecError
-from edgeprune.export.check import check_graph
-from edgeprune.graphs import GRAPHS
-from edgeprune.runtime.build import TEXT_CAPACITY, BuildRequest, build
+from tests.engines import compiled
 from tests.frozen import frozen
 
 CODE = {"cdpruner": 1.16, "polymorphic": 1.08, "sparsevlm": 1.08}
 """Engines of the 0.5B shape over their weights, where choosing is more code than 5% of them."""
 QUICK = [("trimtokenator", "fp16"), ("visionzip", "bf16"), ("fastv", "bf16")]
 """A greedy choice by the text, merged tokens, a choice between layers: of the tiny checkpoint."""
-
-
-def compiled(bundle: Path, text_capacity: int = TEXT_CAPACITY) -> dict[str, Any]:
-    """The engines of a bundle, both profiles in one; the bundle's nodes stay as they were."""
-    if sys.platform != "linux":  # the dev extra brings it there, so its absence is a fault
-        pytest.importorskip("tensorrt_rtx")
-    built = build(BuildRequest(bundle, "trt-rtx", text_capacity))
-    found: dict[str, Any] = json.loads((built.path / "engine.json").read_text())["engines"]
-    assert list(found["decoder"]["profiles"]) == ["prefill", "decode"]
-    assert all((built.path / engine["file"]).stat().st_size > 0 for engine in found.values())
-    return found
-
-
-def taken(bundle: Path, target: str, text_capacity: int = TEXT_CAPACITY) -> None:
-    """`check` accepts a bundle for its target; where that is RTX, TensorRT-RTX compiles it."""
-    for graph in GRAPHS:
-        (verdict,) = (v for v in check_graph(bundle / graph) if target in v.target.names)
-        assert not verdict.problems, verdict.problems[0].message
-    if target == "rtx":
-        compiled(bundle, text_capacity)
 
 
 @pytest.mark.parametrize(("method", "dtype"), QUICK, ids=[m for m, _ in QUICK])

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import ModelError
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
@@ -25,9 +24,10 @@ from edgeprune.runtime.images import to_pixels
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import gemma
+from tests.dense import MORE, assert_same_logits, dense
+from tests.engines import GPUS, assert_accepted
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
-from tests.test_engines import taken
 from tests.test_families import block, drawn_image, generated
 
 KINDS: dict[str, Callable[..., Family]] = {
@@ -67,7 +67,6 @@ PARTS = {
     "paligemma2": ("sees", "windows", "scale", "caps", "cap"),
 }
 NO_TEMPLATE = "the checkpoint has no chat template; PaliGemma's is used"
-MORE = torch.tensor([[7, 8, 9]])
 
 
 def bundled(*quick: str) -> list[Any]:
@@ -88,12 +87,6 @@ def family(kind: str) -> Family:
 @pytest.fixture(scope="module")
 def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return family.save(tmp_path_factory.mktemp(family.name) / "tiny")
-
-
-def dense(adapter: Adapter) -> Reference:
-    shape = adapter.shape
-    plan = Plan(shape.visual_tokens, shape.layers)
-    return Reference.build(adapter, make(PruneSpec("none")), plan)
 
 
 def logits(family: Family, adapter: Adapter, prompt: Prompt, shown: Any) -> torch.Tensor:
@@ -119,9 +112,7 @@ def test_the_dense_model_is_that_of_transformers(
     wanted = generated(family, adapter, prompt, tokens=64, **family.look(image))
     assert ours.generate(prompt, 64, lambda token: False) == wanted
     theirs = logits(family, adapter, prompt, image)
-    torch.testing.assert_close(ours.prefill(prompt).logits, theirs[-4], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, :1]).logits, theirs[-3], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, 1:]).logits, theirs[-1], atol=2e-5, rtol=1e-5)
+    assert_same_logits(ours, prompt, theirs, atol=2e-5)
 
 
 def test_the_comparison_above_sees_each_part(kind: str, checkpoint: Path) -> None:
@@ -258,9 +249,6 @@ def test_what_a_config_asks_beyond_is_refused_by_name(name: str, tmp_path: Path)
         open_model(str(folder))
 
 
-GPUS = [target for target in TARGETS if target != "cpu"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("method", ["none", "utp"])
@@ -270,4 +258,4 @@ def test_engines_take_it(kind: str, target: str, method: str, dtype: str, tmp_pa
     model = KINDS[kind](num_hidden_layers=5, max_position_embeddings=1024).save(tmp_path / "deep")
     cr = 4 if method == "utp" else 1
     bundle = frozen(tmp_path / "b", method, cr, model=model, target=target, dtype=dtype)
-    taken(bundle, target)
+    assert_accepted(bundle, target)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
 from transformers.video_utils import VideoMetadata
@@ -24,7 +24,6 @@ from transformers.video_utils import VideoMetadata
 from edgeprune.commands._common import image_size
 from edgeprune.errors import ModelError
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._position_grid import PositionGrid
 from edgeprune.models._processor import Processor, random_prompt
@@ -35,14 +34,13 @@ from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import glm
+from tests.engines import GPUS, assert_accepted
 from tests.essence import essence
 from tests.frozen import frozen
-from tests.qwen import QUESTION, drawn_image, generated, inputs
-from tests.test_engines import taken
+from tests.qwen import QUESTION, assert_same_dialogue, drawn_image
 from tests.test_families import block
-from tests.test_qwen3 import dense
 
-SIZE, MORE = Size(84, 168), torch.tensor([[7, 8, 9]])
+SIZE = Size(84, 168)
 ASKED: dict[str, dict[str, Any]] = {
     **{size: {"size": image_size(size)} for size in glm.IMAGE_SIZES},
     "2 images": {"size": SIZE, "images": 2},
@@ -75,19 +73,9 @@ def opened(checkpoint: Path, asked: str) -> tuple[Adapter, list[Image.Image], to
 def test_the_dense_model_is_that_of_transformers(asked: str, checkpoint: Path) -> None:
     """Pixels, answers of 64 tokens, and logits over two turns."""
     adapter, images, pixels = opened(checkpoint, asked)
-    prompt, ours = Processor(adapter)(images, QUESTION), dense(adapter)
-    assert torch.equal(prompt.pixels, pixels)
-    wanted = generated(adapter, images, pixels, GenerationConfig(max_new_tokens=64))
-    assert ours.generate(prompt, 64, lambda token: False) == wanted
-    seen = inputs(adapter, images, pixels)
-    model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
-    ids = torch.cat([seen["input_ids"], MORE], 1)
-    kinds = (1 + (adapter.asked.frames is not None)) * (ids == adapter.media.token).int()
-    with torch.no_grad():
-        told = model.eval()(**{**seen, "input_ids": ids, "mm_token_type_ids": kinds}).logits[0]
-    torch.testing.assert_close(ours.prefill(prompt).logits, told[-4], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, :1]).logits, told[-3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, 1:]).logits, told[-1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(Processor(adapter)(images, QUESTION).pixels, pixels)
+    theirs: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    assert_same_dialogue(adapter, images, theirs.eval())
 
 
 def test_the_prompt_of_a_video_is_that_of_the_processor(kind: str, checkpoint: Path) -> None:
@@ -211,9 +199,6 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path, refused: Refused) -> No
     assert "3,136 pixels, the checkpoint's image processor makes 6,272 to" in said
 
 
-GPUS = [target for target in TARGETS if target != "cpu"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("method", ["none", "utp"])
@@ -224,4 +209,4 @@ def test_engines_take_it(target: str, method: str, dtype: str, tmp_path: Path) -
     cr = 4 if method == "utp" else 1
     options: dict[str, Any] = {"model": model, "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options, size=Size(140, 140))
-    taken(bundle, target)
+    assert_accepted(bundle, target)

@@ -12,8 +12,8 @@ from edgeprune.lowering import TARGETS
 from edgeprune.tiling import Size
 from tests import lfm2
 from tests.conftest import instruct_records
+from tests.engines import assert_accepted
 from tests.frozen import frozen
-from tests.test_engines import taken
 
 pytestmark = pytest.mark.slow
 CASES = [
@@ -36,7 +36,7 @@ def test_engines_take_it(method: str, cr: float, target: str, dtype: str, tmp_pa
     checkpoint = lfm2.lfm2_vl(lfm2.PUBLISHED, **sizes).save(tmp_path / "tiny")
     options = {"model": checkpoint, "size": Size(60, 100), "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options)
-    taken(bundle, target)
+    assert_accepted(bundle, target)
 
 
 @pytest.mark.parametrize(

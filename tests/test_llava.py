@@ -20,6 +20,7 @@ from edgeprune.policies import Policy, make
 from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import LayerSignals
 from edgeprune.spec import Plan, PruneSpec, Stage, plan_from_counts
+from tests.dense import MORE, assert_same_logits
 
 TEXT = {
     "hidden_size": 64,
@@ -97,11 +98,8 @@ def test_dense_logits_are_those_of_transformers(variant: str, tmp_path: Path) ->
     model = saved(tmp_path, **VARIANTS[variant])
     ours = reference(tmp_path, make(PruneSpec("none")))
     prompt = random_prompt((1, 3, 56, 56), 4, seed=1)
-    more = torch.tensor([[7, 8, 9]])
-    wanted = theirs(model, prompt, more)
-    torch.testing.assert_close(ours.prefill(prompt).logits, wanted[-4], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(more[:, :1]).logits, wanted[-3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(more[:, 1:]).logits, wanted[-1], atol=1e-5, rtol=1e-5)
+    wanted = theirs(model, prompt, MORE)
+    assert_same_logits(ours, prompt, wanted)
 
 
 def test_greedy_generation_is_that_of_transformers(tmp_path: Path) -> None:

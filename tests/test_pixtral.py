@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import ModelError
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._layout import Layout
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -26,12 +25,12 @@ from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import pixtral
+from tests.dense import MORE, assert_same_logits, dense
+from tests.engines import GPUS, assert_accepted
 from tests.essence import essence
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
-from tests.test_engines import taken
 from tests.test_families import block, drawn_image, generated
-from tests.test_gemma import MORE, dense
 
 KINDS: dict[str, Callable[..., Family]] = {
     "ministral3": pixtral.ministral3,
@@ -83,9 +82,7 @@ def test_the_dense_model_is_that_of_transformers(
     wanted = generated(family, adapter, prompt, tokens=64, **seen)
     assert ours.generate(prompt, 64, lambda token: False) == wanted
     theirs = logits(family, adapter, prompt, seen)
-    torch.testing.assert_close(ours.prefill(prompt).logits, theirs[-4], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, :1]).logits, theirs[-3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, 1:]).logits, theirs[-1], atol=1e-5, rtol=1e-5)
+    assert_same_logits(ours, prompt, theirs)
 
 
 def test_the_prompt_is_that_of_the_processor(checkpoint: Path, family: Family) -> None:
@@ -199,9 +196,6 @@ def test_sizes_that_cannot_be_frozen_are_refused(tmp_path: Path, refused: Refuse
     assert "--image-size 168x84: the checkpoint's image processor makes 140x140 at most" in said
 
 
-GPUS = [target for target in TARGETS if target != "cpu"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("method", ["none", "utp"])
@@ -213,4 +207,4 @@ def test_engines_take_it(kind: str, target: str, method: str, dtype: str, tmp_pa
     options: dict[str, Any] = {"model": model, "target": target, "dtype": dtype}
     made = tmp_path / "b", method, cr if method == "utp" else 1
     bundle = frozen(*made, **options, size=Size(140, 140))
-    taken(bundle, target)
+    assert_accepted(bundle, target)

@@ -34,6 +34,7 @@ from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size, rounds_to
+from tests.dense import MORE, assert_same_logits
 from tests.families import with_settings
 from tests.qwen import IMAGES, QUESTION, drawn_image, plain_checkpoint, windowed_checkpoint
 
@@ -92,13 +93,10 @@ def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, th
     ours = Reference.build(adapter, make(PruneSpec("none")), Plan(adapter.shape.visual_tokens, 2))
     wanted = their_answer(theirs, adapter, prompt, image)
     assert ours.generate(prompt, 32, lambda token: False) == wanted
-    more = torch.tensor([[7, 8, 9]])
-    longer = replace(prompt, text_ids=torch.cat([prompt.text_ids, more], 1))
+    longer = replace(prompt, text_ids=torch.cat([prompt.text_ids, MORE], 1))
     with torch.no_grad():
         logits = theirs(**inputs(adapter, longer, image)).logits[0]
-    torch.testing.assert_close(ours.prefill(prompt).logits, logits[-4], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(more[:, :1]).logits, logits[-3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(more[:, 1:]).logits, logits[-1], atol=1e-5, rtol=1e-5)
+    assert_same_logits(ours, prompt, logits)
 
 
 @pytest.mark.parametrize("size", IMAGES)

@@ -25,7 +25,7 @@ from edgeprune.calib.samples import Sample
 from edgeprune.commands._common import image_size
 from edgeprune.errors import ModelError
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.models import Adapter, open_model
+from edgeprune.models import open_model
 from edgeprune.models._mrope import interleaved
 from edgeprune.models._position_grid import PositionGrid
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -34,7 +34,16 @@ from edgeprune.policies import make
 from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
-from tests.qwen import QUESTION, STACKED_IMAGES, drawn_image, generated, inputs, stacked_checkpoint
+from tests.dense import dense
+from tests.qwen import (
+    QUESTION,
+    STACKED_IMAGES,
+    assert_same_dialogue,
+    drawn_image,
+    generated,
+    inputs,
+    stacked_checkpoint,
+)
 from tests.whole_model import advances
 
 SIZE = Size(256, 256)  # 64 tokens
@@ -48,13 +57,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def theirs(checkpoint: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-
-
-def dense(adapter: Adapter) -> Reference:
-    shape = adapter.shape
-    return Reference.build(
-        adapter, make(PruneSpec("none")), Plan(shape.visual_tokens, shape.layers)
-    )
 
 
 @pytest.mark.parametrize("sections", [(24, 20, 20), (11, 11, 10), (6, 5, 5), (4, 2, 2)])
@@ -84,20 +86,7 @@ def test_positions_are_resampled_as_in_transformers(rows: int, columns: int, sid
 def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, theirs: Any) -> None:
     """Greedy answers and logits over two turns, at three aspect ratios."""
     adapter = open_model(str(checkpoint), size=image_size(size))
-    image = drawn_image(*STACKED_IMAGES[size])
-    prompt, ours = Processor(adapter)(image, QUESTION), dense(adapter)
-    free = GenerationConfig(max_new_tokens=64)
-    wanted = generated(adapter, [image], prompt.pixels, free)
-    assert ours.generate(prompt, 64, lambda token: False) == wanted
-    more = torch.tensor([[7, 8, 9]])
-    seen = inputs(adapter, [image], prompt.pixels)
-    ids = torch.cat([seen["input_ids"], more], 1)
-    kinds = (ids == adapter.image_token_id).int()
-    with torch.no_grad():
-        logits = theirs(**{**seen, "input_ids": ids, "mm_token_type_ids": kinds}).logits[0]
-    torch.testing.assert_close(ours.prefill(prompt).logits, logits[-4], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(more[:, :1]).logits, logits[-3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(more[:, 1:]).logits, logits[-1], atol=1e-5, rtol=1e-5)
+    assert_same_dialogue(adapter, [drawn_image(*STACKED_IMAGES[size])], theirs)
 
 
 def test_two_images_with_text_between_are_those_of_transformers(

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText
 
 from edgeprune.commands._common import image_size
 from edgeprune.cost import kv_bytes, prefill_operations
@@ -30,8 +30,7 @@ from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import qwen35
-from tests.qwen import QUESTION, drawn_image, generated, inputs
-from tests.test_qwen3 import dense
+from tests.qwen import QUESTION, assert_same_dialogue, drawn_image, inputs
 
 SIZE = Size(256, 256)  # 64 tokens
 MOST = 700  # tokens of a call
@@ -119,19 +118,8 @@ def test_equal_keys_do_not_blow_up(rule_graph: onnxruntime.InferenceSession) -> 
 def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, theirs: Any) -> None:
     """Greedy answers and logits over two turns, at three aspect ratios."""
     adapter = open_model(str(checkpoint), size=image_size(size))
-    image = drawn_image(*qwen35.IMAGE_SIZES[size])
-    prompt, ours = Processor(adapter)(image, QUESTION), dense(adapter)
-    wanted = generated(adapter, [image], prompt.pixels, GenerationConfig(max_new_tokens=64))
-    assert ours.generate(prompt, 64, lambda token: False) == wanted
-    more = torch.tensor([[7, 8, 9]])
-    seen = inputs(adapter, [image], prompt.pixels)
-    ids = torch.cat([seen["input_ids"], more], 1)
-    kinds = (ids == adapter.image_token_id).int()
-    with torch.no_grad():
-        logits = theirs(**{**seen, "input_ids": ids, "mm_token_type_ids": kinds}).logits[0]
-    torch.testing.assert_close(ours.prefill(prompt).logits, logits[-4], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.step(more[:, :1]).logits, logits[-3], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.step(more[:, 1:]).logits, logits[-1], atol=1e-4, rtol=1e-4)
+    images = [drawn_image(*qwen35.IMAGE_SIZES[size])]
+    assert_same_dialogue(adapter, images, theirs, atol=1e-4, rtol=1e-4)
 
 
 def pruned_logits(

@@ -13,10 +13,10 @@ from edgeprune.runtime import Session
 from edgeprune.runtime.images import to_pixels
 from edgeprune.tiling import Size
 from tests import qwen35
+from tests.engines import assert_accepted
 from tests.fake_gpu import FakeGpu, pretend
 from tests.frozen import frozen
 from tests.qwen import QUESTION, drawn_image
-from tests.test_engines import taken
 
 SIZE = Size(256, 256)
 LATER = np.array([[5, 6, 7, 8]])
@@ -46,7 +46,7 @@ def test_engines_take_it(
 ) -> None:
     options = {"model": checkpoint, "size": SIZE, "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options)
-    taken(bundle, target)
+    assert_accepted(bundle, target)
 
 
 @pytest.mark.slow

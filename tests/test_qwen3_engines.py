@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from edgeprune.lowering import TARGETS
+from tests.engines import assert_accepted
 from tests.frozen import frozen
 from tests.qwen import stacked_checkpoint
-from tests.test_engines import taken
 
 slow = pytest.mark.slow
 GPUS = [target for target in TARGETS if target not in ("cpu", "rtx")]
@@ -27,4 +27,4 @@ def test_engines_take_it(method: str, cr: float, target: str, dtype: str, tmp_pa
     """196 tokens of 448 x 448, the default; UTP drops them between the first layers too."""
     checkpoint = stacked_checkpoint(tmp_path / "tiny")
     bundle = frozen(tmp_path / "b", method, cr, model=checkpoint, target=target, dtype=dtype)
-    taken(bundle, target)
+    assert_accepted(bundle, target)

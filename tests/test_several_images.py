@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.lowering import TARGETS
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._ops import Causal, Images
 from edgeprune.models._processor import Processor, random_prompt
@@ -20,11 +19,12 @@ from edgeprune.policies import make
 from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
+from tests.dense import assert_same_logits, dense
+from tests.engines import GPUS, assert_accepted
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
-from tests.test_engines import taken
 from tests.test_families import drawn_image, generated
-from tests.test_gemma import KINDS, MORE, dense, logits
+from tests.test_gemma import KINDS, logits
 
 SHOWN = [drawn_image(Size(84, 84)), drawn_image(Size(60, 101), seed=1)]
 
@@ -53,9 +53,7 @@ def test_the_dense_model_is_that_of_transformers(family: Family, checkpoint: Pat
     wanted = generated(family, adapter, prompt, tokens=64, **family.look(SHOWN))
     assert ours.generate(prompt, 64, lambda token: False) == wanted
     theirs = logits(family, adapter, prompt, SHOWN)
-    torch.testing.assert_close(ours.prefill(prompt).logits, theirs[-4], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, :1]).logits, theirs[-3], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, 1:]).logits, theirs[-1], atol=2e-5, rtol=1e-5)
+    assert_same_logits(ours, prompt, theirs, atol=2e-5)
 
 
 def test_one_token_begins_a_prompt_of_several_images(checkpoint: Path) -> None:
@@ -116,9 +114,6 @@ def test_a_pruned_bundle_answers_as_its_reference(
     assert again.ids == (int(step.logits.argmax()),)
 
 
-GPUS = [target for target in TARGETS if target != "cpu"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("method", ["none", "utp"])
@@ -131,4 +126,4 @@ def test_engines_take_it(
     model = deep(num_hidden_layers=5, max_position_embeddings=1024).save(tmp_path / "deep")
     options: dict[str, Any] = {"model": model, "target": target, "dtype": dtype, "images": 2}
     bundle = frozen(tmp_path / "b", method, 4 if method == "utp" else 1, **options)
-    taken(bundle, target)
+    assert_accepted(bundle, target)

@@ -35,6 +35,7 @@ from edgeprune.runtime.text import Prompter
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.tiling import Size, longest, round_up_grid
 from tests import smolvlm
+from tests.engines import GPUS, assert_accepted
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
 from tests.test_families import drawn_image, generated, prompted
@@ -359,15 +360,10 @@ def test_every_stored_tensor_is_read(idefics3: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [None, Size(60, 80)])
 @pytest.mark.parametrize("method", ["none", "utp"])
-@pytest.mark.parametrize("target", ["cuda", "rtx", "jetpack7", "jetpack6"])
+@pytest.mark.parametrize("target", GPUS)
 def test_engines_take_it(target: str, method: str, size: Size | None, tmp_path: Path) -> None:
     """`check` accepts the bundle, and TensorRT-RTX compiles that for RTX cards."""
     model = smolvlm.idefics3(num_hidden_layers=5).save(tmp_path / "deep")
     cr, options = (4 if method == "utp" else 1), {"target": target, "dtype": "fp16"}
     bundle = frozen(tmp_path / "b", method, cr, model=model, size=size, **options)
-    assert main(["check", str(bundle), "--target", target]) == 0
-    if target == "rtx":
-        pytest.importorskip("tensorrt_rtx")
-        assert main(["build", str(bundle), "--backend", "trt-rtx", "--text-capacity", "64"]) == 0
-        (folder,) = (bundle / "engines").iterdir()
-        assert (folder / "engine.json").is_file()
+    assert_accepted(bundle, target)

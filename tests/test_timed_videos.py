@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Refused
 from PIL import Image
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
@@ -28,11 +28,11 @@ from edgeprune.runtime import Sampling, Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import qwen, smolvlm
+from tests.dense import dense
 from tests.families import QUESTION, Family
 from tests.test_families import block, drawn_image, generated
-from tests.test_qwen3 import dense
 
-SIZE, MORE = Size(192, 384), torch.tensor([[7, 8, 9]])
+SIZE = Size(192, 384)
 FRAMES = 6
 
 
@@ -104,18 +104,8 @@ def test_qwens_video_is_that_of_transformers(stacked: Path) -> None:
     frames = frames_of(Size(190, 380))
     pixels, prompt = seen(adapter, frames), Processor(adapter)(frames, qwen.QUESTION)
     assert torch.equal(prompt.pixels, pixels)
-    ours = dense(adapter)
-    wanted = qwen.generated(adapter, frames, pixels, GenerationConfig(max_new_tokens=64))
-    assert ours.generate(prompt, 64, lambda token: False) == wanted
-    given = qwen.inputs(adapter, frames, pixels)
-    model: Any = AutoModelForImageTextToText.from_pretrained(stacked, dtype=torch.float32).eval()
-    ids = torch.cat([given["input_ids"], MORE], 1)
-    kinds = 2 * (ids == adapter.media.token).int()
-    with torch.no_grad():
-        told = model(**{**given, "input_ids": ids, "mm_token_type_ids": kinds}).logits[0]
-    torch.testing.assert_close(ours.prefill(prompt).logits, told[-4], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, :1]).logits, told[-3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.step(MORE[:, 1:]).logits, told[-1], atol=1e-5, rtol=1e-5)
+    theirs: Any = AutoModelForImageTextToText.from_pretrained(stacked, dtype=torch.float32).eval()
+    qwen.assert_same_dialogue(adapter, frames, theirs)
 
 
 def test_smolvlms_prompt_is_that_of_its_processor(
