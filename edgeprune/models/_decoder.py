@@ -17,14 +17,15 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models._convolution_layer import ConvolutionLayer
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
 from edgeprune.models._decoder_layer import Cache, DecoderLayer, Rotary
 from edgeprune.models._expert_layer import ExpertLayer
+from edgeprune.models._gated_delta_net import GatedDeltaNet
 from edgeprune.models._kept_positions import image_at_one, kept_positions
 from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
-from edgeprune.models._linear_layer import LinearLayer
+from edgeprune.models._mixer_layer import MixerLayer
 from edgeprune.models._ops import Images, Together, TorchOps, capped, cast
+from edgeprune.models._short_convolution import Convolution
 from edgeprune.models._sites import Prune, PruneInput, live_stage
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import (
@@ -338,6 +339,8 @@ class Decoder(WithBuffers):
 
 def layer_of(config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> nn.Module:
     """The module of one layer."""
+    if layer.linear:
+        return MixerLayer("linear", GatedDeltaNet(config, layer, ops), config, layer, ops)
     if layer.kernel:
-        return (LinearLayer if layer.linear else ConvolutionLayer)(config, layer, ops)
+        return MixerLayer("convolution", Convolution(config, layer, ops), config, layer, ops)
     return (ExpertLayer if layer.experts else DecoderLayer)(config, layer, ops)

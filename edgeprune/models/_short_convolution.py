@@ -1,9 +1,8 @@
-"""A decoder layer with a short convolution in place of attention (LFM2).
+"""A short convolution in place of attention, as LFM2 has it.
 
 A token reads itself and the few tokens before it, channel by channel, between two gates. What the
 next call needs of this one is the end of the convolution's input, `kernel` - 1 tokens: the layer's
-state. Where tokens were dropped before the layer, the tokens that are left are each other's
-neighbours.
+state.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
-from edgeprune.models._decoder_layer import MLP, Cache, Rotary
-from edgeprune.models._layers import Linear, Narrow, Product, RMSNorm, Sum
-from edgeprune.models._ops import Together, TorchOps, cast
-from edgeprune.policies._signals import AttentionStates, Segments
+from edgeprune.models._layers import Linear, Narrow, Product
+from edgeprune.models._ops import TorchOps, cast
 
 
 class Convolution(nn.Module):
@@ -53,37 +50,3 @@ def convolved(x: Tensor, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     for tap in range(1, kernel):
         mixed = mixed + inputs.narrow(1, tap, count) * weight[:, tap]
     return mixed, inputs.narrow(1, count, kernel - 1)
-
-
-def begun(cache: Cache) -> tuple[Tensor, ...]:
-    """The states before a call: zeros before a dialogue's first, whatever lies in their memory."""
-    return tuple(
-        torch.where(cache.start.view([1] * past.dim()) > 0, past, torch.zeros_like(past))
-        for past in cache.kept
-    )
-
-
-class ConvolutionLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
-        super().__init__()
-        norm = config.width, config.eps, ops
-        self.convolution_norm, self.mlp_norm = RMSNorm(*norm), RMSNorm(*norm)
-        self.convolution = Convolution(config, layer, ops)
-        self.mlp = MLP(config, layer, ops)
-        self.residual = Sum()
-
-    def forward(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        rotary: Rotary,
-        cache: Cache,
-        segments: Segments,
-        together: Together | None = None,
-    ) -> tuple[Tensor, Cache, AttentionStates | None]:
-        """As `DecoderLayer`; there is no attention to look at."""
-        (held,) = begun(cache)
-        branch, state = self.convolution(self.convolution_norm(hidden), held)
-        hidden = self.residual(hidden, branch)
-        hidden = self.residual(hidden, self.mlp(self.mlp_norm(hidden)))
-        return hidden, Cache((state,), cache.start, cache.end), None

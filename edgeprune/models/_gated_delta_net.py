@@ -1,4 +1,4 @@
-"""A decoder layer with linear attention in place of attention: Gated DeltaNet, as Qwen3.5 has it.
+"""Linear attention in place of attention: Gated DeltaNet, as Qwen3.5 has it.
 
 Queries, keys and values go through a short convolution; then the gated delta rule reads and writes
 a matrix a head, which is the layer's state beside the convolution's. It is float32 in every graph.
@@ -11,21 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.models._convolution_layer import begun, convolved
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
-from edgeprune.models._decoder_layer import MLP, Cache, Rotary
 from edgeprune.models._layers import (
     Linear,
     Narrow,
     Product,
     RMSNorm,
-    Sum,
     Unquantised,
     join_heads,
     split_heads,
 )
-from edgeprune.models._ops import Together, TorchOps
-from edgeprune.policies._signals import AttentionStates, Segments
+from edgeprune.models._ops import TorchOps
+from edgeprune.models._short_convolution import convolved
 
 EPS = 1e-6
 """Beside the squares of a query or key, where these are made unit vectors."""
@@ -83,28 +80,3 @@ def _repeated(x: Tensor, times: int) -> Tensor:
     if times == 1:
         return x
     return x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
-
-
-class LinearLayer(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: LayerConfig, ops: TorchOps) -> None:
-        super().__init__()
-        norm = config.width, config.eps, ops
-        self.linear_norm, self.mlp_norm = RMSNorm(*norm), RMSNorm(*norm)
-        self.linear = GatedDeltaNet(config, layer, ops)
-        self.mlp = MLP(config, layer, ops)
-        self.residual = Sum()
-
-    def forward(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        rotary: Rotary,
-        cache: Cache,
-        segments: Segments,
-        together: Together | None = None,
-    ) -> tuple[Tensor, Cache, AttentionStates | None]:
-        """As `DecoderLayer`; there is no attention to look at."""
-        branch, *kept = self.linear(self.linear_norm(hidden), *begun(cache))
-        hidden = self.residual(hidden, branch)
-        hidden = self.residual(hidden, self.mlp(self.mlp_norm(hidden)))
-        return hidden, Cache(tuple(kept), cache.start, cache.end), None
