@@ -12,7 +12,7 @@ import torch
 
 from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
-from edgeprune.models._ops import Causal, Images
+from edgeprune.models._ops import BidirectionalImages, Causal
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
@@ -80,7 +80,7 @@ def test_the_comparison_sees_whose_token_is_whose(tmp_path: Path) -> None:
 def test_tokens_see_their_image_and_what_is_before_them(window: int | None) -> None:
     """Six new tokens behind two that the cache holds; its last slot is empty. A window hides."""
     start, of = torch.tensor([2]), [-1, 0, 0, -1, 1, 0]  # the last one as if it was merged
-    causal = Causal(start, start + 6, window, Images(torch.tensor(of)))
+    causal = Causal(start, start + 6, window, BidirectionalImages(torch.tensor(of)))
     found = causal.seen(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 9, 4))
     for new, image in enumerate(of):
         for slot in range(9):

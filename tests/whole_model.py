@@ -12,7 +12,7 @@ from torch import Tensor
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Advanced
 from edgeprune.models._decoder_layer import Cache
-from edgeprune.models._ops import Together
+from edgeprune.models._ops import BidirectionalSpan
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import Policy
@@ -74,16 +74,16 @@ def _losses(reference: Reference, prompt: Prompt, states: list[Tensor]) -> np.nd
         [*range(prefix), *range(prefix + decoder.span, prefix + decoder.span + text)]
     )
     rows, config = decoder.rows(positions, positions[-1:])[None], decoder.config
-    together, alone = None, Segments(prefix, 0, text)
+    bidirectional, alone = None, Segments(prefix, 0, text)
     if config.sees == "prompt":
-        together = Together(torch.tensor(0), torch.tensor(len(at)), windowed=False)
+        bidirectional = BidirectionalSpan(torch.tensor(0), torch.tensor(len(at)), windowed=False)
     ends, batch = (torch.tensor([0]), torch.tensor([len(at)])), states[0][:0, at]
     for index, before in enumerate(states[:-1], start=1):
         layer, rotary = decoder.layers[index], decoder.own_rotary(index)
         batch = torch.cat([batch, before[:, at]])
         kept = config.nothing_kept(index, len(at), torch.float32, len(batch))
         cache = Cache(kept, *ends)
-        batch = layer(batch, rows, rotary, cache, alone, together)[0]
+        batch = layer(batch, rows, rotary, cache, alone, bidirectional)[0]
     full, without = (decoder.norm(hidden[:, -1]) for hidden in (states[-1], batch))
     angles = torch.cosine_similarity(without, full).clamp(-1, 1).acos()
     return np.concatenate([np.zeros(1, np.float32), angles.numpy()])

@@ -24,7 +24,14 @@ from edgeprune.models._gated_delta_net import GatedDeltaNet
 from edgeprune.models._kept_positions import image_at_one, kept_positions
 from edgeprune.models._layers import Narrow, RMSNorm, Sum, WithBuffers
 from edgeprune.models._mixer_layer import MixerLayer
-from edgeprune.models._ops import Images, Together, TorchOps, capped, cast
+from edgeprune.models._ops import (
+    Bidirectional,
+    BidirectionalImages,
+    BidirectionalSpan,
+    TorchOps,
+    capped,
+    cast,
+)
 from edgeprune.models._short_convolution import Convolution
 from edgeprune.models._sites import Prune, PruneInput, live_stage
 from edgeprune.policies import Policy
@@ -166,8 +173,8 @@ class Decoder(WithBuffers):
         start, end = (held[index : index + 1] for held in (flow.lengths, flow.filled))
         cache = Cache(tuple(past), start, end)
         given = flow.hidden, flow.positions, rotary, cache
-        together = self.together(flow.segments, flow.entered, flow.images)
-        hidden, present, seen = self.layers[index](*given, flow.segments, together)
+        bidirectional = self.bidirectional(flow.segments, flow.entered, flow.images)
+        hidden, present, seen = self.layers[index](*given, flow.segments, bidirectional)
         if flow.rows:
             hidden = self._stacked(hidden, flow.rows[0], flow.segments)
         signals = self._signals(index, flow, hidden, seen, rotary)
@@ -197,22 +204,22 @@ class Decoder(WithBuffers):
         cos, sin = (self.get_buffer(name) for name in self._tables()[2 * number :][:2])
         return Rotary(cos, sin)
 
-    def together(
+    def bidirectional(
         self, segments: Segments, entered: int, images: Tensor | None = None
-    ) -> Together | Images | None:
+    ) -> Bidirectional | None:
         """The tokens of a call that see each other, later ones too; `entered` is how many visual
         tokens entered layer 1."""
         if self.config.sees == "past":
             return None
         if images is not None:
             before, after = (images.new_full((n,), -1) for n in (segments.prefix, segments.text))
-            return Images(torch.cat([before, images, after]))
+            return BidirectionalImages(torch.cat([before, images, after]))
         sizes = segments.prefix, segments.visual, segments.total, entered
         prefix, visual, total, image = (torch.scalar_tensor(n, dtype=torch.int64) for n in sizes)
         if self.config.sees == "image":
-            return Together(prefix, prefix + visual, windowed=True)
+            return BidirectionalSpan(prefix, prefix + visual, windowed=True)
         whole = total * image.minimum(torch.tensor(1))
-        return Together(torch.zeros_like(whole), whole, windowed=False)
+        return BidirectionalSpan(torch.zeros_like(whole), whole, windowed=False)
 
     def _images(self, visual_indices: Tensor | None, segments: Segments) -> Tensor | None:
         """The image of each visual token, int64 [visual], where that says what it sees."""

@@ -22,7 +22,7 @@ from edgeprune.models._layers import (
     join_heads,
     split_heads,
 )
-from edgeprune.models._ops import Causal, Images, Together, TorchOps
+from edgeprune.models._ops import Bidirectional, Causal, TorchOps
 from edgeprune.policies._signals import AttentionStates, Segments
 
 
@@ -113,7 +113,7 @@ class DecoderLayer(nn.Module):
         rotary: Rotary,
         cache: Cache,
         segments: Segments,
-        together: Together | Images | None = None,
+        bidirectional: Bidirectional | None = None,
     ) -> tuple[Tensor, Cache, AttentionStates]:
         """Hidden [1, S, width] onwards, the cache written, and what a policy may look at."""
         ops = self.ops
@@ -124,7 +124,7 @@ class DecoderLayer(nn.Module):
         past_keys, past_values = cache.kept
         keys = ops.write(past_keys, rotated_key, cache.start)
         values = ops.write(past_values, value, cache.start)
-        causal = Causal(cache.start, cache.end, self.window, together)
+        causal = Causal(cache.start, cache.end, self.window, bidirectional)
         mixed = join_heads(self.scores(rotated_query, keys, values, causal))
         mixed = self.attention.gated(mixed, normed)
         branch = self.attention_out_norm(self.attended(mixed, segments))

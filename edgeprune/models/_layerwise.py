@@ -19,7 +19,7 @@ from edgeprune.models._activations import Activations, Kept
 from edgeprune.models._adapter import Adapter
 from edgeprune.models._decoder import Advanced, Flow
 from edgeprune.models._decoder_layer import Cache
-from edgeprune.models._ops import Together
+from edgeprune.models._ops import BidirectionalSpan
 from edgeprune.models._processor import Prompt
 from edgeprune.models._reference import ROOM
 from edgeprune.models._streamed import Streamed
@@ -143,8 +143,8 @@ class Layerwise:
         decoder, ends = self.decoder, (torch.tensor([0]), torch.tensor([length]))
         cache = Cache(self.empty_cache(index, count, length), *ends)
         given = hidden, rows, decoder.own_rotary(index), cache
-        together = decoder.together(segments, entered=1)
-        done: Tensor = decoder.layers[index](*given, segments, together)[0]
+        bidirectional = decoder.bidirectional(segments, entered=1)
+        done: Tensor = decoder.layers[index](*given, segments, bidirectional)[0]
         return done
 
     def resumed(self, index: int, hidden: Tensor, flow: Flow, cache: Cache) -> Tensor:
@@ -152,16 +152,17 @@ class Layerwise:
         memory. `flow` is what entered it, `cache` what `advance` made of that."""
         _, length, _ = hidden.shape
         decoder, segments = self.decoder, Segments(0, 0, length)
-        together = decoder.together(segments, entered=1)
-        if isinstance(together, Together) and not together.windowed:  # they see all of the prefill
-            together = replace(together, first=length - cache.end[0])
+        bidirectional = decoder.bidirectional(segments, entered=1)
+        if isinstance(bidirectional, BidirectionalSpan) and not bidirectional.windowed:
+            first = length - cache.end[0]  # they see all of the prefill
+            bidirectional = replace(bidirectional, first=first)
         given = flow.positions[:, -length:], flow.rotary or decoder.own_rotary(index)
         past, done = self._past(index, flow, cache, length), [hidden[:0]]
         for start in range(0, len(hidden), BATCH):
             part = hidden[start : start + BATCH]
             kept = tuple(one.expand(len(part), *one.shape[1:]) for one in past)
             held = Cache(kept, cache.end - length, cache.end)
-            done.append(decoder.layers[index](part, *given, held, segments, together)[0])
+            done.append(decoder.layers[index](part, *given, held, segments, bidirectional)[0])
         return torch.cat(done)
 
     def _past(self, index: int, flow: Flow, cache: Cache, length: int) -> tuple[Tensor, ...]:

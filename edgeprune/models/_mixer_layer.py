@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgeprune.models._decoder_config import DecoderConfig, LayerConfig
 from edgeprune.models._decoder_layer import MLP, Cache, Rotary
 from edgeprune.models._layers import RMSNorm, Sum
-from edgeprune.models._ops import Images, Together, TorchOps
+from edgeprune.models._ops import Bidirectional, TorchOps
 from edgeprune.policies._signals import AttentionStates, Segments
 
 
@@ -38,7 +38,7 @@ class MixerLayer(nn.Module):
         rotary: Rotary,
         cache: Cache,
         segments: Segments,
-        together: Together | Images | None = None,
+        bidirectional: Bidirectional | None = None,
     ) -> tuple[Tensor, Cache, AttentionStates | None]:
         """As `DecoderLayer`; there is no attention to look at."""
         mixer, norm = self.get_submodule(self.kind), self.get_submodule(f"{self.kind}_norm")

@@ -31,9 +31,9 @@ def scalar(value: float, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Together:
-    """A run of the S new tokens: int64 [] each, the number of its first, and of the one behind its
-    last; equal where there is none."""
+class BidirectionalSpan:
+    """A run of the S new tokens that all see each other: int64 [] each, the number of its first, and
+    of the one behind its last; equal where there is none."""
 
     first: Tensor
     end: Tensor
@@ -41,12 +41,13 @@ class Together:
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images that the S new tokens are tokens of: int64 [S], -1 for those of none."""
+class BidirectionalImages:
+    """Tokens of one image see each other: the image of each of the S new tokens, int64 [S], -1 for
+    those of none."""
 
     of: Tensor
 
-    def alike(self, start: Tensor, slots: int) -> Tensor:
+    def same_image(self, start: Tensor, slots: int) -> Tensor:
         """Whether two tokens are of one image, for n slots that new ones fill from `start` on:
         bool [S, n]."""
         own, last = self.of, torch.scalar_tensor(self.of.shape[0] - 1, dtype=torch.int64)
@@ -56,6 +57,10 @@ class Images:
         return (own[:, None] == there[None, :]) & (own >= 0)[:, None]
 
 
+Bidirectional = BidirectionalSpan | BidirectionalImages
+"""New tokens that see each other, later ones too."""
+
+
 @dataclass(frozen=True)
 class Causal:
     """New tokens see the slots of a cache up to their own, or to the last of their run."""
@@ -63,27 +68,27 @@ class Causal:
     start: Tensor  # int64 [1], the slot of the first new token
     end: Tensor  # int64 [1], how many slots are filled, the new tokens' among them
     window: int | None = None  # how many slots a token sees, its own the last; None: all up to it
-    together: Together | Images | None = None  # of the new tokens, those that all see each other
+    bidirectional: Bidirectional | None = None  # of the new tokens, those that all see each other
 
     @property
     def is_plain(self) -> bool:
         """Whether each token sees all slots up to its own, and no other."""
-        return self.window is None and self.together is None
+        return self.window is None and self.bidirectional is None
 
     def seen(self, query: Tensor, key: Tensor) -> Tensor:
         """Which of n slots each of S new tokens sees: bool [S, n]."""
         slots, new = key.shape[2], torch.arange(query.shape[2], device=query.device)
         rows = last = (self.start + new)[:, None]
-        first, run = None if self.window is None else rows - self.window, self.together
-        if isinstance(run, Together):
+        first, run = None if self.window is None else rows - self.window, self.bidirectional
+        if isinstance(run, BidirectionalSpan):
             inside = ((new >= run.first) & (new < run.end))[:, None]
             last = torch.where(inside, self.start + run.end - 1, rows)
             if first is not None and not run.windowed:
                 first = torch.where(inside, self.start + run.first - 1, first).minimum(first)
         columns = torch.arange(slots, device=query.device)[None, :]
         seen = columns <= last
-        if isinstance(run, Images):
-            seen = seen | run.alike(self.start, slots)
+        if isinstance(run, BidirectionalImages):
+            seen = seen | run.same_image(self.start, slots)
         return seen if first is None else seen & (columns > first)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
