@@ -125,7 +125,7 @@ def fit(
         if number == site.at:
             split = tower.split(sample.encoding, leaves).split
             assert split is not None
-            sample = replace(sample, left=split.left, rows=leaves.rows(split.gone))
+            sample = replace(sample, left=split.removed_states, rows=leaves.rows(split.removed))
         return replace(sample, encoding=tower.run_block(number, sample.encoding, None))
 
     def states(encoding: Encoding) -> tuple[Tensor, ...]:

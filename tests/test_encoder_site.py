@@ -115,7 +115,8 @@ def test_what_leaves_comes_back_to_its_place() -> None:
     rows = site.rows(split.chosen)
     assert torch.equal(states.gather(1, rows[..., None].expand(-1, -1, 8)), kept)
     assert torch.allclose(
-        split.left, states.gather(1, site.rows(split.gone)[..., None].expand(-1, -1, 8))
+        split.removed_states,
+        states.gather(1, site.rows(split.removed)[..., None].expand(-1, -1, 8)),
     )
 
 

@@ -249,7 +249,7 @@ class Encoder(Tower):
         kept, split = site.split(seen.hidden[:, first:], seen.contrast, attention)
         hidden = torch.cat([seen.hidden[:, :first], kept], dim=1) if first else kept
         seen = replace(seen, hidden=hidden, contrast=None, split=split)
-        return self.without_gone(seen, site, split) if site.drops else seen
+        return self.without_removed(seen, site, split) if site.drops else seen
 
     def of_chosen(self, state: Tensor, site: EncoderSite, split: Split) -> Tensor:
         first = int(self.cls is not None)
@@ -287,7 +287,7 @@ class Encoder(Tower):
         indices = None if seen.groups is None else seen.groups.indices[first:] - first
         units = None
         if seen.split is not None and self.site is not None and self.site.drops:
-            units, _ = self.site.left_tokens(seen.split)  # they stand in that order
+            units, _ = self.site.kept_tokens(seen.split)  # they stand in that order
         return Encoded(features, cls, seen.query, seen.key, indices, units=units)
 
     def alone(self, number: int, hidden: Tensor, rows: Tensor) -> Tensor:

@@ -144,11 +144,11 @@ class SiteConfig:
 
 @dataclass(frozen=True)
 class Split:
-    """What left at a site, and how all patches are put together again."""
+    """Which units went on at a site, which left, and what an exit gives of these."""
 
     chosen: Tensor  # int64 [tiles, K], units that went on, in the order of their states
-    gone: Tensor  # int64 [tiles, U - K], those that left
-    left: Tensor  # [tiles, (U - K) * area, width], their states; of an exit not needed again
+    removed: Tensor  # int64 [tiles, U - K], the others
+    removed_states: Tensor  # [tiles, (U - K) * area, width], of the others
     mapped: tuple[Tensor, ...] = ()  # each [tiles, (U - K) * area, width], for each state read
 
 
@@ -182,7 +182,7 @@ class EncoderSite(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether what leaves is gone for good."""
+        """Whether what leaves never comes back."""
         return not self.config.method.rejoins
 
     @property
@@ -213,7 +213,7 @@ class EncoderSite(nn.Module):
         grouped = self._grouped(patches)  # [tiles, U, area, width]
         means = grouped.float().mean(2) if units.area > 1 else grouped[:, :, 0]
         given = None if attention is None else self._grouped(attention[..., None]).mean((2, 3))
-        chosen, gone, start = list[Tensor](), list[Tensor](), 0
+        chosen, removed, start = list[Tensor](), list[Tensor](), 0
         for (windows, size), (_, keep) in zip(self.config.groups, self.config.kept, strict=True):
             end = start + windows * size
 
@@ -230,9 +230,9 @@ class EncoderSite(nn.Module):
             firsts = start + size * torch.arange(windows, device=parted.device)
             parted = parted.view(tiles, windows, size) + firsts[:, None]
             chosen.append(parted[:, :, :keep].flatten(1))
-            gone.append(parted[:, :, keep:].flatten(1))
+            removed.append(parted[:, :, keep:].flatten(1))
             start = end
-        on, off = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (chosen, gone))
+        on, off = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (chosen, removed))
         flat = grouped.flatten(2)  # [tiles, U, area * width]
         kept = taken(flat, on).reshape(tiles, -1, width)
         left = taken(flat, off).reshape(tiles, -1, width)
@@ -244,7 +244,7 @@ class EncoderSite(nn.Module):
 
         `state` says which of the hidden states that are read it is."""
         units = self.config.units
-        order = _ascending(torch.cat([split.chosen, split.gone], 1))  # [tiles, U]: where each is
+        order = _ascending(torch.cat([split.chosen, split.removed], 1))  # [tiles, U]: where each is
         unit, slot = (torch.tensor(x, device=order.device) for x in zip(*units.places, strict=True))
         indices = order.index_select(1, unit) * units.area + slot
         return taken(torch.cat(common(False, kept, split.mapped[state]), 1), indices)
@@ -254,8 +254,8 @@ class EncoderSite(nn.Module):
         [tiles, K * area, width]."""
         return taken(self._grouped(x).flatten(2), split.chosen).reshape(x.shape[0], -1, x.shape[2])
 
-    def left_tokens(self, split: Split) -> tuple[Tensor, Tensor | None]:
-        """Which of a tile's tokens are left, rising: int64 [tiles, K]; and, where their states
+    def kept_tokens(self, split: Split) -> tuple[Tensor, Tensor | None]:
+        """Which of a tile's tokens went on, rising: int64 [tiles, K]; and, where their states
         stand in another order, the rows that put these into it: int64 [tiles, K * area]."""
         units = self.config.units
         if list(units.tokens) == list(range(units.count)):

@@ -380,7 +380,7 @@ class QwenTower(Tower, WithBuffers):
 
     def _left(self, x: Tensor, seen: Encoding, split: Split, site: EncoderSite) -> Encoded:
         """As `leave`, where patches left for good."""
-        units, rows = site.left_tokens(split)
+        units, rows = site.kept_tokens(split)
 
         def ordered(values: Tensor) -> Tensor:
             return values if rows is None else taken(values, rows)

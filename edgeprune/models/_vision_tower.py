@@ -140,10 +140,10 @@ class Tower(nn.Module):
         """Without the patches that leave here."""
         kept, split = site.split(seen.hidden, seen.contrast)
         seen = replace(seen, hidden=kept, contrast=None, split=split)
-        return self.without_gone(seen, site, split) if site.drops else seen
+        return self.without_removed(seen, site, split) if site.drops else seen
 
-    def without_gone(self, seen: Encoding, site: EncoderSite, split: Split) -> Encoding:
-        """Without what earlier blocks say of patches that are gone for good."""
+    def without_removed(self, seen: Encoding, site: EncoderSite, split: Split) -> Encoding:
+        """Without what earlier blocks say of patches that left for good."""
         read = tuple(self.of_chosen(x, site, split) for x in seen.read)
         return replace(seen, read=read, query=None, key=None)
 
