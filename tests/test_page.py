@@ -66,7 +66,7 @@ def pick_sample(tab: Page) -> None:
 
 
 def colours(tab: Page, figure: int) -> Any:
-    """Pixels of a drawn picture: [height, width, 3]."""
+    """Pixels of a drawn image: [height, width, 3]."""
     script = f"document.querySelectorAll('#figures canvas')[{figure}].toDataURL()"
     uri = str(tab.run(script))
     image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")

@@ -155,11 +155,11 @@ def test_plan_shows_what_can_be_reached_and_export_reaches_it(
 ) -> None:
     model = ["--model", str(deep), "--samples-file", str(instruct), "--profile", str(made_up)]
     encoder = ["--encoder", "exit:at=1:keep=0.5:limit=3"]
-    picture = tmp_path / "plan.svg"
-    assert main(["plan", *model, *encoder, "--figure", str(picture)]) == 0
+    figure = tmp_path / "plan.svg"
+    assert main(["plan", *model, *encoder, "--figure", str(figure)]) == 0
     out, err = capfd.readouterr()
     head, *rows = [line.split() for line in out.splitlines()]
-    assert head[:2] == ["TTFT", "ms"] and picture.read_text().startswith("<svg")
+    assert head[:2] == ["TTFT", "ms"] and figure.read_text().startswith("<svg")
     times, losses = [float(row[0]) for row in rows], [float(row[-1]) for row in rows]
     assert times == sorted(times) and losses == sorted(losses, reverse=True)
     assert times[-1] == 59.0 and losses[-1] == 0  # dense: 3 + 20 + 36

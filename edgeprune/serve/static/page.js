@@ -1,7 +1,7 @@
 // The page: an image, questions about it, what pruning leaves of it. No state outlives the page.
 
 import { ask, models, Refused, useKey } from "./api.js";
-import { Picture } from "./picture.js";
+import { PrunedImage } from "./pruned_image.js";
 import { chart, element, label, total, turn } from "./view.js";
 
 const SAMPLES = [
@@ -14,7 +14,7 @@ const SWEEP = 1400; // milliseconds through all layers
 const EDGE = 2048; // pixels of the longer side, of those
 
 const at = (id) => document.getElementById(id);
-const state = { models: [], image: "", talks: new Map(), pictures: [], stop: null, touched: false };
+const state = { models: [], image: "", talks: new Map(), prunedImages: [], stop: null, touched: false };
 
 async function start() {
   try {
@@ -57,7 +57,7 @@ function asked() {
 function begin() {
   state.stop?.abort();
   state.talks = new Map(asked().map((model) => [model.id, []]));
-  state.pictures = [];
+  state.prunedImages = [];
   at("turns").replaceChildren();
   at("layers").hidden = true;
   showImage();
@@ -145,17 +145,17 @@ function busy(stop) {
 }
 
 async function showPictures(chosen, replies) {
-  state.pictures = await Promise.all(replies.map((reply) => Picture.of(reply.pruning)));
-  const figures = state.pictures.map((picture, index) => {
-    picture.caption = element("figcaption");
-    picture.name = label(chosen[index]);
-    return element("figure", {}, picture.canvas, picture.caption);
+  state.prunedImages = await Promise.all(replies.map((reply) => PrunedImage.of(reply.pruning)));
+  const figures = state.prunedImages.map((pruned, index) => {
+    pruned.caption = element("figcaption");
+    pruned.name = label(chosen[index]);
+    return element("figure", {}, pruned.canvas, pruned.caption);
   });
   at("figures").replaceChildren(...figures);
-  const merged = state.pictures.some((picture) => picture.pruning.sites.some((site) => site.merged.length));
+  const merged = state.prunedImages.some((pruned) => pruned.pruning.sites.some((site) => site.merged.length));
   at("merged-key").hidden = !merged;
-  at("legend").hidden = state.pictures.every((picture) => !picture.pruning.sites.length);
-  const last = Math.max(...state.pictures.map((picture) => picture.layers));
+  at("legend").hidden = state.prunedImages.every((pruned) => !pruned.pruning.sites.length);
+  const last = Math.max(...state.prunedImages.map((pruned) => pruned.layers));
   at("layer").max = last;
   if (at("layers").hidden) {
     at("layers").hidden = false;
@@ -180,12 +180,12 @@ function sweep(last) {
 
 function drawLayer() {
   const layer = Number(at("layer").value);
-  for (const picture of state.pictures) {
-    picture.draw(layer);
-    const count = element("b", { textContent: picture.count(layer) });
-    picture.caption.replaceChildren(`${picture.name}: `, count, ` of ${picture.total} tokens`);
+  for (const pruned of state.prunedImages) {
+    pruned.draw(layer);
+    const count = element("b", { textContent: pruned.count(layer) });
+    pruned.caption.replaceChildren(`${pruned.name}: `, count, ` of ${pruned.total} tokens`);
   }
-  const [first] = state.pictures;
+  const [first] = state.prunedImages;
   const where = layer ? `layer ${layer} of ${at("layer").max}` : "input";
   const told = `${where}: ${first.count(layer)} of ${first.total} visual tokens`;
   at("layer").setAttribute("aria-valuetext", told);

@@ -81,12 +81,12 @@ function bar(timings, scale) {
 }
 
 /** Tokens that enter each layer, as steps, with a line at the chosen one. */
-export function chart(svg, picture, layer) {
-  const { layers, total } = picture;
+export function chart(svg, pruned, layer) {
+  const { layers, total } = pruned;
   const x = (at) => (1000 * at) / layers;
   const y = (count) => 40 - (36 * count) / total;
   let path = `M0 ${y(total)}`;
-  for (let at = 1; at <= layers; at += 1) path += `H${x(at - 0.5)}V${y(picture.count(at))}`;
+  for (let at = 1; at <= layers; at += 1) path += `H${x(at - 0.5)}V${y(pruned.count(at))}`;
   path += `H${x(layers)}`;
   svg.setAttribute("viewBox", "0 0 1000 44");
   svg.setAttribute("preserveAspectRatio", "none");

@@ -4,12 +4,12 @@
 const MERGED = "rgb(255, 120, 0)";
 const SIDE = 720; // pixels of the longer side, at least: an image of 336 is drawn larger
 
-export class Picture {
+export class PrunedImage {
   static async of(pruning) {
     const image = new Image();
     image.src = pruning.image;
     await image.decode();
-    return new Picture(pruning, image);
+    return new PrunedImage(pruning, image);
   }
 
   constructor(pruning, image) {
