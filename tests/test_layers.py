@@ -73,31 +73,14 @@ BANNED = {
     },
     "edgeprune.demo": {*HEAVY, "edgeprune.models", *FOLDERS.values(), *ABOVE},
 }
-CORE = {
-    *("bundle", "contract", "cost", "errors", "files", "generation", "graph_contract", "graphs"),
-    *(
-        "install_hints",
-        "intervals",
-        "lowering",
-        "manifest",
-        "measured",
-        "memory",
-        "onnx_file",
-        "progress",
-        "protobuf",
-        "records",
-        "spec",
-        "tables",
-        "tiling",
-        "timing",
-        "versions",
-    ),
-}
-"""Modules at the package's root that use the standard library alone, so that runtime may too."""
 EXTRAS = {"edgeprune.serve": "starlette", "edgeprune.lmms_eval.model": "lmms_eval"}
 """What a part needs that not every installation has."""
 IMAGING = {"images", "rgb", "tile_choice", "tile_views"}
-"""Those that use NumPy and Pillow as well, which every installation has."""
+"""Modules at the package's root that use NumPy and Pillow, which every installation has."""
+OUTER = {"__init__", "__main__", "cli", "cluster", "recipe"}
+"""Those that may import layers below them."""
+CORE = {file.stem for file in (ROOT / "edgeprune").glob("*.py")} - IMAGING - OUTER
+"""All others: they use the standard library alone, so that runtime may use them."""
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -152,6 +135,13 @@ def test_runtime_uses_no_more_of_the_core_than_it_may() -> None:
 def test_the_core_is_standard_library(module: str) -> None:
     outside = {i.partition(".")[0] for i in imports(ROOT / "edgeprune" / f"{module}.py")}
     assert outside <= {*sys.stdlib_module_names, "edgeprune"}
+
+
+def test_the_architecture_lists_the_core() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    lists = re.findall(r"edgeprune/\{([\w,\s]+)\}\.py", text)
+    core, imaging = ({name.strip() for name in one.split(",")} for one in lists)
+    assert (core, imaging) == (CORE, IMAGING)
 
 
 @pytest.mark.parametrize("module", sorted(IMAGING))

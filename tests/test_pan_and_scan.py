@@ -31,10 +31,11 @@ from edgeprune.runtime.tiles import cropped
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import CropRule, Size
 from tests import gemma
+from tests.dense import MORE, dense
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
 from tests.test_families import block, drawn_image, generated
-from tests.test_gemma import MORE, dense, logits
+from tests.test_gemma import logits
 
 LANDSCAPE, PORTRAIT = Size(60, 203), Size(90, 40)  # 3 crops of 68 pixels, the last of 67; 2
 SMALL = {name: 20 if "size" in name else value for name, value in RULE.items()}

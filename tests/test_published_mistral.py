@@ -27,9 +27,9 @@ from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.tiling import Size
 from tests import pixtral
+from tests.dense import dense
 from tests.families import QUESTION
 from tests.test_families import drawn_image, generated
-from tests.test_gemma import dense
 from tests.test_quantised_checkpoints import codes
 
 FLOATS = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
