@@ -18,7 +18,8 @@ from edgeprune.intervals import wilson
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOR_DEVELOPERS = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [ROOT / "README.md", *FOR_DEVELOPERS, *sorted(DOCS.glob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
 
 
@@ -65,13 +66,30 @@ def test_every_command_shown_parses(page: Path) -> None:
 
 
 @each_page
-def test_every_file_named_exists(page: Path) -> None:
+def test_every_file_and_heading_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"\]\(([\w./-]+)\)", text):
-        assert (page.parent / name).exists(), name
+    for name, heading in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", text):
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not heading or heading in _anchors(target), f"{name}#{heading}"
     for module in re.findall(r"python -m (benchmarks\.[\w.]+)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("page", FOR_DEVELOPERS, ids=[page.stem for page in FOR_DEVELOPERS])
+def test_every_source_file_named_exists(page: Path) -> None:
+    folders = ("edgeprune", "export", "runtime", "calib", "tests", "benchmarks")
+    files = [file.as_posix() for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    for name in re.findall(r"`([\w/]+\.py)`", page.read_text(encoding="utf-8")):
+        placeholder = Path(name).stem.isupper()  # as in edgeprune/policies/NAME.py
+        assert placeholder or any(file.endswith(f"/{name}") for file in files), name
+
+
+def _anchors(page: Path) -> set[str]:
+    """What links to a page's headings say behind the #."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 def test_the_accuracy_table_is_the_measured_one() -> None:
