@@ -40,7 +40,7 @@ def add_model(command: argparse.ArgumentParser, default: str | None = "demo") ->
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="whose tokenizer to use, for a checkpoint without one (CogVLM: Vicuna's)",
+        help="folder of a tokenizer, for a checkpoint without one (CogVLM: Vicuna's)",
     )
     command.add_argument(
         "--image-size",
@@ -62,8 +62,8 @@ def add_media(command: argparse.ArgumentParser) -> None:
         "--tiles",
         type=int,
         metavar="N",
-        help="tiles of an image that are encoded, those that show most, and the view of the whole"
-        " (InternVL; default: all)",
+        help="encode N tiles of an image and the view of the whole: those with the most unusual"
+        " colours (InternVL; default: all)",
     )
 
 
@@ -73,8 +73,8 @@ def add_tile_memory(command: argparse.ArgumentParser) -> None:
         type=int,
         default=TILE_MEMORY_MB,
         metavar="MB",
-        help="for what the encoder gave for tiles of images: one whose pixels come again is not"
-        f" encoded again; 0: keep none (default {TILE_MEMORY_MB})",
+        help="memory for encoded tiles: a tile whose pixels come again is not encoded again; 0:"
+        f" keep none (default {TILE_MEMORY_MB})",
     )
 
 
@@ -159,7 +159,7 @@ def add_method(command: argparse.ArgumentParser, *, several: bool = False) -> No
         help=f"compression ratio, 1 or more (default 4; 1 for none){many if several else ''}",
     )
     command.add_argument(
-        "--seed", type=int, default=0, help="seed of methods that draw (default 0)"
+        "--seed", type=int, default=0, help="seed of methods that choose at random (default 0)"
     )
     command.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="option of the method"
@@ -168,16 +168,22 @@ def add_method(command: argparse.ArgumentParser, *, several: bool = False) -> No
 
 def add_calibration(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--samples", type=int, default=100, metavar="N", help="to calibrate on (default 100)"
+        "--samples", type=int, default=100, metavar="N", help="calibration samples (default 100)"
     )
     command.add_argument(
-        "--samples-file", type=Path, metavar="FILE", help="LLaVA-Instruct JSON or JSONL"
+        "--samples-file",
+        type=Path,
+        metavar="FILE",
+        help="calibration samples: LLaVA-Instruct JSON or JSONL",
     )
     command.add_argument(
-        "--image-dir", type=Path, metavar="DIR", help="where its images are (default: beside it)"
+        "--image-dir", type=Path, metavar="DIR", help="folder of its images (default: beside it)"
     )
     command.add_argument(
-        "--solver", default="joint", choices=("joint", "exact", "paper"), help="default joint"
+        "--solver",
+        default="joint",
+        choices=("joint", "exact", "paper"),
+        help="of schedules (default joint)",
     )
     command.add_argument(
         "--solve-seconds",
@@ -186,7 +192,7 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
         help="time to search for a bound on the loss of any schedule (default: by problem size)",
     )
     command.add_argument(
-        "--max-sites", type=int, metavar="N", help="layers at most where the count falls"
+        "--max-sites", type=int, metavar="N", help="drop tokens before N layers at most"
     )
 
 

@@ -28,7 +28,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default 64")
     command.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default 32")
     length = command.add_mutually_exclusive_group()
-    length.add_argument("--rounds", type=int, default=10, metavar="N", help="counted (default 10)")
+    length.add_argument("--rounds", type=int, default=10, metavar="N", help="timed (default 10)")
     length.add_argument(
         "--duration",
         type=float,
@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " slows the machine down are shown for each tenth of it",
     )
     command.add_argument(
-        "--warmup", type=int, default=2, metavar="N", help="not counted (default 2)"
+        "--warmup", type=int, default=2, metavar="N", help="rounds before, not timed (default 2)"
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     command.add_argument(

@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="GPU generation to build for, such as SM89; may be given again (trt-rtx only;"
         " default: TensorRT-RTX chooses)",
     )
-    command.add_argument("--force", action="store_true", help="build even what is there")
+    command.add_argument("--force", action="store_true", help="build again where engines are there")
     command.add_argument(
         "--drop-weights",
         action="store_true",

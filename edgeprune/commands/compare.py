@@ -47,7 +47,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " all,4,2 (default all)",
     )
     command.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="draws of methods that draw (default 5)"
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="seeds of methods that choose at random (default 5)",
     )
     command.add_argument(
         "--questions", type=int, metavar="N", help="how many (default: 2400 of the demo, or all)"
@@ -81,13 +85,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     _common.add_ray(command, "cells")
     command.add_argument(
-        "--rounds", type=int, default=20, metavar="N", help="for times; 0: none (default 20)"
+        "--rounds", type=int, default=20, metavar="N", help="rounds of timing; 0: none (default 20)"
     )
     command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
     command.add_argument("--dtype", help="fp32 (default) or fp16")
-    command.add_argument("--keep-bundles", action="store_true", help="leave the bundles there")
+    command.add_argument("--keep-bundles", action="store_true", help="do not delete the bundles")
     command.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="for all that is made"
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="of results and figure"
     )
     command.set_defaults(run=run)
 

@@ -40,7 +40,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _common.add_method(command, several=True)
     _common.add_calibration(command)
     _common.add_execution(command)
-    command.add_argument("--schedule", type=Path, metavar="FILE", help="solved before: calibrate")
+    command.add_argument(
+        "--schedule", type=Path, metavar="FILE", help="schedule file written by edgeprune calibrate"
+    )
     command.add_argument("-o", "--output", type=Path, help="default out/MODEL-METHOD-crCR(-seedN)")
     command.add_argument(
         "--target", default="cpu", help="cpu (default), cuda, rtx, jetpack7 or jetpack6"
@@ -56,11 +58,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--encoder",
         metavar="METHOD",
-        help="what shortens the vision encoder: dense (default: nothing), or with options"
-        " exit:at=BLOCK:keep=SHARE (unchosen patches come back) or drop:at=BLOCK:keep=SHARE (they"
-        " do not; --cr goes on counting all V visual tokens, so keep=0.5 alone is CR 2), see:"
-        " edgeprune methods exit; auto (default with --ttft and with --method auto): the best"
-        " exit or drop together with the decoder's counts",
+        help="a shorter vision encoder: dense (default: not shorter); exit:at=BLOCK:keep=SHARE"
+        " (patches that are not chosen leave early and come back); drop:at=BLOCK:keep=SHARE (they"
+        " do not come back; --cr still counts all V visual tokens, so keep=0.5 alone is CR 2); auto"
+        " (default with --ttft and --method auto): the best exit or drop, chosen with the decoder's"
+        " counts. More options: edgeprune methods exit",
     )
     command.add_argument(
         "--ttft",
@@ -69,7 +71,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="milliseconds to the first token, in place of --cr; needs --profile",
     )
     command.add_argument(
-        "--profile", type=Path, metavar="FILE", help="of the device: edgeprune profile"
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="times of the device, written by edgeprune profile",
     )
     command.add_argument(
         "--keep-fp32",

@@ -29,11 +29,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--text", type=int, default=64, metavar="N", help="text tokens of a prompt (default 64)"
     )
     command.add_argument(
-        "--image", type=Path, metavar="FILE", help="read in each round (default: noise as JPEG)"
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="image to time reading with (default: noise as JPEG)",
     )
-    command.add_argument("--rounds", type=int, default=9, metavar="N", help="counted (default 9)")
+    command.add_argument("--rounds", type=int, default=9, metavar="N", help="timed (default 9)")
     command.add_argument(
-        "--warmup", type=int, default=2, metavar="N", help="not counted (default 2)"
+        "--warmup", type=int, default=2, metavar="N", help="rounds before, not timed (default 2)"
     )
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     command.set_defaults(run=run)

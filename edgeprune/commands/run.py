@@ -48,9 +48,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=Path,
         action="append",
         dest="images",
-        help="image file; given again, one more of a bundle for several",
+        help="image file; once for each image of a bundle for several",
     )
-    shown.add_argument("--video", type=Path, help="clip, for a bundle of --frames")
+    shown.add_argument("--video", type=Path, help="video file, for a bundle exported with --frames")
     command.add_argument(
         "--prompt",
         required=True,
@@ -68,7 +68,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--choices",
         type=_choices,
         metavar="A,B,...",
-        help="answers to choose from: says the likeliest, and the probability of each",
+        help="answers to choose from: prints the likeliest, and the probability of each",
     )
     command.add_argument("--verify", action="store_true", help="hash large files too")
     command.add_argument("--json", action="store_true", help="one JSON object per bundle on stdout")
@@ -86,7 +86,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--repetition-penalty",
         type=float,
         metavar="R",
-        help="above 1: less of what prompt and answer hold already (default: the checkpoint's)",
+        help="above 1: fewer tokens that prompt or answer have already (default: the checkpoint's)",
     )
     command.add_argument(
         "--no-repeat-ngram-size", type=int, metavar="N", help="no run of N tokens comes twice"

@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="a .png, .jpg, .webp or .svg",
     )
     command.add_argument(
-        "--dense", type=Path, metavar="BUNDLE", help="bundle whose answer stands beside"
+        "--dense", type=Path, metavar="BUNDLE", help="bundle whose answer is drawn beside it"
     )
     command.add_argument(
         "--scale", type=int, default=1, choices=(1, 2, 3, 4), help="times 1200 pixels (default 1)"

@@ -38,15 +38,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--on-change",
         type=float,
         metavar="T",
-        help="ask only where a part of the frame changed by T, from 0 (at all) to 1 (from black to"
-        " white), since the last frame that was asked; 0.05 suits most cameras",
+        help="ask only where a part of the frame changed by T, from 0 (any change) to 1 (from black"
+        " to white), since the last frame that was asked; 0.05 suits most cameras",
     )
     command.add_argument(
         "--delta",
         type=float,
         metavar="T",
         help="for a fixed camera, and a bundle exported with --delta: of a frame encode only"
-        " patches that changed by T, from 0 (at all) to 1, which is not exact; 0.02 suits most"
+        " patches that changed by T, from 0 (any) to 1, which is not exact; 0.02 suits most"
         " cameras. Frames of which more changed are encoded as a whole",
     )
     command.add_argument(
