@@ -202,7 +202,7 @@ class TiledGraph(WindowedGraph):
         super().__init__(folder / VISION, records[VISION], windows, counts, **options)
         self.join = WindowedGraph(folder / JOIN, records[JOIN], [range(1)], counts, **options)
 
-    def look(self, pixels: Tensor) -> Played:
+    def encode_image(self, pixels: Tensor) -> Played:
         """An image before its encoder: [tiles, 3, H, W]."""
         (tensor,) = self.record.inputs
         parts = torch.split(pixels.to(self.dtype), tensor.shape({})[0])
@@ -254,9 +254,9 @@ class Graphs:
         windows = eager.decoder.windows()
         self.decoder = WindowedGraph(folder / DECODER, records[DECODER], windows, counts, **options)
 
-    def look(self, prompt: Prompt) -> Played:
+    def encode_image(self, prompt: Prompt) -> Played:
         """An image before vision.onnx."""
-        return self.vision.look(prompt.pixels)
+        return self.vision.encode_image(prompt.pixels)
 
     def talk(self, prompt: Prompt, visual: Tensor, indices: Tensor) -> Played:
         """A dialogue about visual tokens [1, r_1, width], before decoder.onnx."""

@@ -69,7 +69,9 @@ def check(
     prompts = list(prompts)
     compared = Comparison(eager.activations, len(prompts), eager.stages, report)
     images = enumerate(prompts, 1)
-    pairs = (Pair(n, graphs.look(prompt), ImageState((prompt.pixels,))) for n, prompt in images)
+    pairs = (
+        Pair(n, graphs.encode_image(prompt), ImageState((prompt.pixels,))) for n, prompt in images
+    )
     seen = list(compared.through(graphs.vision, eager.vision, pairs).drain())
 
     def talks() -> Iterator[Pair[DialogueState]]:

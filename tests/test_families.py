@@ -35,7 +35,7 @@ from edgeprune.models import Adapter, open_model
 from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
-from edgeprune.models._vision import Fixed
+from edgeprune.models._vision import FixedTokens
 from edgeprune.policies import make, names
 from edgeprune.recipe import Recipe
 from edgeprune.recipe import make as make_bundle
@@ -363,7 +363,7 @@ def test_kept_cls_tokens_of_several_tiles_follow_in_the_order_of_the_tiles() -> 
     """They share an index, after all tokens of the image."""
     plain = Layout.plain(2, tiles=20)
     layout = replace(plain, order=(*plain.order, NEWLINE), grid=(1, 81), newline=True)
-    fixed = Fixed(layout, 1)
+    fixed = FixedTokens(layout, 1)
     torch.nn.init.constant_(fixed.newline, -1)
     cls, kept = [80] * 20, [1, 7, 9]
     visual = torch.tensor([[*range(100, 120), *kept]])[..., None].float()

@@ -108,7 +108,7 @@ def test_the_thumbnail_and_the_tiles_are_the_configs(tmp_path: Path) -> None:
     _, folder = made(tmp_path / "a", "internlm2", use_thumbnail=False, max_dynamic_patch=2)
     adapter = open_model(str(folder), size=Size(56, 112))
     assert adapter.pixels == (2, 3, 56, 56)
-    assert adapter.look(Processor(adapter).image_processor, drawn_image(WIDE)).shape[0] == 2
+    assert adapter.preprocess(Processor(adapter).image_processor, drawn_image(WIDE)).shape[0] == 2
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dynamic_image_size": False}))
     assert open_model(str(folder), size=Size(56, 112)).pixels == (1, 3, 56, 56)

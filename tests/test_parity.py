@@ -113,7 +113,7 @@ class Graphs:
         model = Model(settings)
         self.vision, self.decoder = Graph(model.vision), Graph(model.decoder)
 
-    def look(self, prompt: Prompt) -> Played:
+    def encode_image(self, prompt: Prompt) -> Played:
         return Played(((prompt.pixels,),))
 
     def talk(self, prompt: Prompt, visual: Tensor, indices: Tensor) -> Played:

@@ -21,7 +21,7 @@ from edgeprune.drawing import png, svg
 from edgeprune.drawing.canvas import ACCENT, LOSS, Pen, Sheet
 from edgeprune.drawing.image_files import save
 from edgeprune.drawing.schedule_chart import chart
-from edgeprune.drawing.show import MERGED, Said, dim
+from edgeprune.drawing.show import MERGED, Caption, dim
 from edgeprune.drawing.show_figure import figure, representative
 from edgeprune.errors import BundleError, SpecError
 from edgeprune.images import read_image
@@ -153,7 +153,7 @@ def test_any_number_of_sites_and_layers_fits(sites: int, layers: int, tiny_bundl
     prune = manifest_with(tiny_bundle, counts=(6,) * (layers // 2) + (2,) * -(-layers // 2)).prune
     drawn = [Site(f"layer {i + 1}", i + 1, {(0, 0)}, {(0, 1)}) for i in range(sites)]
     levels = np.full((40, 60, 3), 200, np.uint8)
-    sheet = figure(levels, drawn, prune, "why ? " * 99, [Said("utp", "x" * 999)])
+    sheet = figure(levels, drawn, prune, "why ? " * 99, [Caption("utp", "x" * 999)])
     image = png.render(sheet)
     assert image.width == 1200
     border = np.asarray(image).copy()
@@ -243,7 +243,7 @@ def test_in_the_image_kept_patches_have_the_image_s_colours(demo_utp: Path) -> N
     manifest = Bundle.open(demo_utp, verify=False).manifest
     levels = np.full((168, 168, 3), (200, 40, 40), np.uint8)
     sites = [Site("layer 3", 3, {(0, 0), (5, 7)})]
-    sheet = figure(levels, sites, manifest.prune, "?", [Said("utp", "red")])
+    sheet = figure(levels, sites, manifest.prune, "?", [Caption("utp", "red")])
     image = np.asarray(png.render(sheet))
     red = (image == (200, 40, 40)).all(axis=2)
     assert red.any(axis=0)[40:340].all(), "the input stands at the left, 300 wide"

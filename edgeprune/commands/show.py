@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
     _common.check_output(args.output)
 
     manifest, answer = _ask(args.bundle, image, args, args.cr)
-    said = [show.Said.by(manifest, answer)]
+    said = [show.Caption.by(manifest, answer)]
     if args.dense:
-        said.append(show.Said.by(*_ask(args.dense, image, args)))
+        said.append(show.Caption.by(*_ask(args.dense, image, args)))
     levels, sites = seen(image, manifest.image), survivors(answer, manifest)
     prune = replace(manifest.prune, grid=drawn(manifest))
     sheet = figure(levels, sites, prune, args.prompt, said, font=args.font)

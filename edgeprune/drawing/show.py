@@ -21,14 +21,14 @@ DROPPED = (78, 78, 78)
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Caption:
     """One answer and who gave it, as `utp, CR 4.00`."""
 
     label: str
     text: str
 
     @classmethod
-    def by(cls, manifest: Manifest, answer: Answer) -> Said:
+    def by(cls, manifest: Manifest, answer: Answer) -> Caption:
         prune = manifest.prune
         dense = prune.method == "none" and prune.cr_reached == 1
         label = "dense" if dense else f"{prune.method}, CR {prune.cr_reached:.2f}"

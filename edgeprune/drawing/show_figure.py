@@ -19,7 +19,7 @@ from edgeprune.drawing.canvas import (
     Sheet,
 )
 from edgeprune.drawing.schedule_chart import chart
-from edgeprune.drawing.show import DROPPED, MERGED, Said, dim
+from edgeprune.drawing.show import DROPPED, MERGED, Caption, dim
 from edgeprune.manifest import PruneRecord
 from edgeprune.runtime.survivors import Site, Sites
 
@@ -41,7 +41,7 @@ def figure(
     sites: Sites,
     prune: PruneRecord,
     prompt: str,
-    said: Sequence[Said],
+    said: Sequence[Caption],
     *,
     font: Path | None = None,
 ) -> Sheet:
@@ -71,7 +71,7 @@ def _stack(rows: list[list[Sheet]], pen: Pen) -> Sheet:
     return whole
 
 
-def _heading(prompt: str, said: Sequence[Said], width: float, pen: Pen) -> Sheet:
+def _heading(prompt: str, said: Sequence[Caption], width: float, pen: Pen) -> Sheet:
     """The question, then each answer behind its label."""
     question = pen.wrap(prompt, 28, width, 4)
     indent = max(pen.length(one.label, 20) for one in said) + 28

@@ -257,7 +257,7 @@ class Family(ABC):
         """What the image processor, or that of a processor, does to one image or frame."""
         return read_image_processor(processor, self.image_readers())
 
-    def look(self, image_processor: Any, image: Image.Image) -> Tensor:
+    def preprocess(self, image_processor: Any, image: Image.Image) -> Tensor:
         """An image through the checkpoint's own image processor: float32, of shape `pixels`."""
         if (tiling := self.tiling) is not None:
             size = Size(tiling.height, tiling.width)

@@ -113,7 +113,7 @@ class Adapter(_adapter.Adapter):
         shape = self.encoder.rows, self.merge, self.asked.images, self.encoder.columns
         return Layout.plain(*shape).parted(self.between)
 
-    def look(self, image_processor: Any, image: Image.Image) -> Tensor:
+    def preprocess(self, image_processor: Any, image: Image.Image) -> Tensor:
         image = at_size(image, self.frozen, self.step, image_processor.resample)
         found = image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
         return Tensor(found).float()

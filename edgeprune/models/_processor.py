@@ -51,7 +51,7 @@ class Processor:
         """
         prefix_ids, _, text_ids = self.chat.split(self.adapter.media, question)
         shown = list(image) if isinstance(image, Sequence) else [image]
-        seen = [self.adapter.look(self.image_processor, i.convert("RGB")) for i in shown]
+        seen = [self.adapter.preprocess(self.image_processor, i.convert("RGB")) for i in shown]
         pixels = torch.cat(seen * (self.adapter.shown // len(seen)))
         if tuple(pixels.shape) != self.adapter.pixels:
             raise ModelError(

@@ -153,7 +153,7 @@ class Adapter(_adapter.Adapter):
         """The vision tower for an image of rows x columns patches."""
         raise NotImplementedError
 
-    def look(self, image_processor: Any, image: Image.Image) -> Tensor:
+    def preprocess(self, image_processor: Any, image: Image.Image) -> Tensor:
         image = at_size(image, self.frozen, self._step, image_processor.resample)
         found = image_processor(image, do_resize=False, return_tensors="pt")["pixel_values"]
         return self._raster(found.float())

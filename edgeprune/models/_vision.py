@@ -85,7 +85,7 @@ class Projector(nn.Module):
         return cast(projected, self.second.weight.dtype)
 
 
-class Fixed(nn.Module):
+class FixedTokens(nn.Module):
     """Puts tokens that are no tile's between those of the tiles; none of them is dropped here.
 
     They are the model's newline, [CLS] where it is read too, and text between images. Text has
@@ -158,7 +158,9 @@ class Vision(nn.Module):
             self.deepstack = nn.ModuleList(part.build(ops) for part in config.deepstack)
         layout = config.layout
         width = config.projector.output
-        self.fixed = Fixed(layout, width, len(config.deepstack) * width) if layout.fixed else None
+        self.fixed = (
+            FixedTokens(layout, width, len(config.deepstack) * width) if layout.fixed else None
+        )
 
     def forward(
         self, pixels: Tensor, counts: Tensor | None = None

@@ -114,8 +114,8 @@ class Adapter(internvl.Adapter):
             return tiling
         return replace(tiling, overview="none")
 
-    def look(self, image_processor: Any, image: Image.Image) -> Tensor:
-        pixels = super().look(image_processor, image)
+    def preprocess(self, image_processor: Any, image: Image.Image) -> Tensor:
+        pixels = super().preprocess(image_processor, image)
         return pixels[: self.tiling.tiles] if self.tiling else pixels  # the thumbnail is the last
 
     def image_processor(self, own: Callable[[], Any]) -> Any:

@@ -187,7 +187,7 @@ class Adapter(_adapter.Adapter):
         """transformers' own needs torchvision."""
         return Lfm2VlImageProcessor(self._settings)
 
-    def look(self, image_processor: Any, image: Image.Image) -> Tensor:
+    def preprocess(self, image_processor: Any, image: Image.Image) -> Tensor:
         processor: Lfm2VlImageProcessor = image_processor
         if (tiling := self.tiling) is None:
             how = Image.Resampling(resample(processor.settings.resample))
