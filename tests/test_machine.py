@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.budget import KINDS, SYSTEM, budget
 from edgeprune.cli import main
 from edgeprune.cost import kv_bytes
+from edgeprune.memory_estimate import KINDS, SYSTEM, estimate
 from edgeprune.models import open_model
 from edgeprune.runtime import machine
 from edgeprune.runtime.machine import Gpu, Machine
@@ -116,7 +116,7 @@ def test_the_memory_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(capsys.readouterr().out)
     adapter = open_model("demo")
     shape, elements = adapter.shape, adapter.checkpoint.num_parameters()
-    rows = {(b["target"], b["dtype"], b["format"]): b for b in record["budgets"]}
+    rows = {(b["target"], b["dtype"], b["format"]): b for b in record["estimates"]}
     assert tuple(rows) == KINDS
     half = rows["jetpack7", "fp16", "float"]
     assert half["weights"] == 2 * elements
@@ -154,6 +154,6 @@ def test_options_that_do_not_go_together(options: list[str], says: str, refused:
 
 def test_what_fits_a_device() -> None:
     shape = open_model("demo").shape
-    found = budget(shape, 2 * 10**9, [10] * shape.layers, 10, ("jetpack7", "fp16", "float"))
+    found = estimate(shape, 2 * 10**9, [10] * shape.layers, 10, ("jetpack7", "fp16", "float"))
     assert found.fits(found.total + SYSTEM)
     assert not found.fits(found.total + SYSTEM - 1)

@@ -190,8 +190,8 @@ def _said(parser: Parser) -> str:
 def _memory(args: argparse.Namespace) -> Report:
     from dataclasses import asdict
 
-    from edgeprune.budget import DEVICES, GB, KEPT, KINDS, SYSTEM, budget
     from edgeprune.lowering import DTYPES
+    from edgeprune.memory_estimate import DEVICES, GB, KEPT, KINDS, SYSTEM, estimate
     from edgeprune.spec import PruneSpec, check_reach
     from edgeprune.weight_format import WeightFormat
 
@@ -207,7 +207,7 @@ def _memory(args: argparse.Namespace) -> Report:
     def stored(dtype: str, format: str) -> int:
         return adapter.weight_bytes(WeightFormat.parse(format), DTYPES[dtype].bytes, KEPT)
 
-    found = [budget(shape, stored(*kind[1:]), counts, text, kind) for kind in KINDS]
+    found = [estimate(shape, stored(*kind[1:]), counts, text, kind) for kind in KINDS]
     sums = ("weights", "bits", "KV", "KV a layer", "activations", "total")
     heads = ("target", "dtype", "--weights", *sums)
     rows: list[tuple[str, ...]] = [(*heads, *(f"Orin {name}" for name in DEVICES))]
@@ -222,7 +222,7 @@ def _memory(args: argparse.Namespace) -> Report:
         f" {SYSTEM / GB:g} GB are left for the system, CUDA and the engine's code, an estimate;"
         " bits: of a weight, on average; while an engine is built more is needed: docs/weights.md"
     )
-    record = {"budgets": [asdict(b) | {"total": b.total} for b in found], "note": note}
+    record = {"estimates": [asdict(b) | {"total": b.total} for b in found], "note": note}
     return record, plain(rows) + "\n" + note
 
 

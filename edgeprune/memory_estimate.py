@@ -32,7 +32,7 @@ KEPT = (4,)
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryEstimate:
     """Bytes, for one target and dtype."""
 
     target: str
@@ -51,9 +51,9 @@ class Budget:
         return self.total + SYSTEM <= device
 
 
-def budget(
+def estimate(
     sizes: Sizes, weights: int, counts: Sequence[int], text: int, kind: tuple[str, str, str]
-) -> Budget:
+) -> MemoryEstimate:
     """For `weights` bytes of weights, `text` text tokens and counts[l] visual ones in layer l + 1;
     `kind` is one of KINDS."""
     target, dtype, format = kind
@@ -65,4 +65,4 @@ def budget(
     scores = sizes.attention_heads * tokens**2 if plain else 0
     beside = max(3 * sizes.mlp_width * tokens, attention + scores)
     activations = element * (2 * sizes.width * tokens + beside)
-    return Budget(target, dtype, format, weights, caches, activations)
+    return MemoryEstimate(target, dtype, format, weights, caches, activations)
