@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the LLaVA families and InternVL, in the layout that transformers saves,
+"""Tiny random checkpoints of the LLaVA families and InternVL, as transformers saves them,
 and what those of other families are made with."""
 
 from __future__ import annotations

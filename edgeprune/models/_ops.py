@@ -32,7 +32,7 @@ def scalar(value: float, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BidirectionalSpan:
-    """A run of the S new tokens that all see each other: int64 [] each, the number of its first, and
+    """A run of the S new tokens that all see each other: int64 [] each, the number of its first and
     of the one behind its last; equal where there is none."""
 
     first: Tensor
