@@ -286,7 +286,7 @@ class Graphs:
                 report(done, total)
             return self._noting(kept, chosen)
 
-        seen = list(run(self.vision, self.activations.keep(map(self.look, prompts))))
+        seen = list(run(self.vision, self.activations.keep(map(self.encode_image, prompts))))
         visual = [played.shown[-1][0] for played in seen]
         talks = zip(prompts, visual, chosen, strict=True)
         begun = self.activations.keep(self.talk(p, v, kept[0]) for p, v, kept in talks)
