@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,17 @@ def test_a_bundle_answers_as_transformers(tmp_path: Path) -> None:
     adapter = open_model(str(model), size=PORTRAIT)
     wanted = generated(family, adapter, Processor(adapter)(image, QUESTION), **family.look(image))
     with Session.open(bundle) as session:
-        assert session.engine.manifest.image.tiling == adapter.tiling
+        manifest, tiling = session.engine.manifest, adapter.tiling
+        assert tiling is not None and manifest.image.tiling == tiling
         assert list(session.ask(image, QUESTION, Sampling(max_new_tokens=32)).ids) == wanted
+
+    for wrong, says in (
+        (replace(tiling, crops=None), "tiles by crop with a rule of crops None"),
+        (replace(tiling, kind="fit"), "tiles by fit with a rule of crops CropRule"),
+        (replace(tiling, height=40), "2 x 1 crops are not those of its image size"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check_sizes(replace(manifest, image=replace(manifest.image, tiling=wrong)))
 
 
 @pytest.mark.slow
@@ -194,7 +204,6 @@ def test_a_pruned_bundle_answers_as_its_reference(checkpoint: Path, tmp_path: Pa
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
     made = export(request, adapter, policy, Processor(adapter), prompts)
     assert made.manifest.parity.ties == 0
-    check_sizes(made.manifest)
     session, reference = Session.open(made.path), Reference.build(adapter, policy, plan)
     image = drawn_image(LANDSCAPE)
     answer = session.ask(image, QUESTION, Sampling(max_new_tokens=8))
