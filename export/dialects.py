@@ -33,6 +33,9 @@ class GraphOps(TorchOps):
     ) -> tuple[Tensor, Tensor]:
         return emit_rule(query, key, value, decay, beta, state)
 
+    def scatter(self, known: Tensor, indices: Tensor, new: Tensor) -> Tensor:
+        return _emit("ScatterND", [known, indices, new], known, since=18)
+
 
 class ModernOps(GraphOps):
     """Opset-24 operators; only for tracing, their results are empty."""
@@ -104,16 +107,21 @@ class Jetpack6Ops(GraphOps):
 
 
 def _emit(
-    operator: str, inputs: list[Tensor | None], like: Tensor, **attributes: int | float | str
+    operator: str,
+    inputs: list[Tensor | None],
+    like: Tensor,
+    *,
+    since: int = 24,
+    **attributes: int | float | str,
 ) -> Tensor:
-    """One ONNX node whose output has the shape and dtype of `like`."""
+    """One ONNX node whose output has the shape and dtype of `like`; `since` is its opset."""
     return torch.onnx.ops.symbolic(
         operator,
         inputs,
         dict(attributes),
         dtype=like.dtype,
         shape=like.shape,
-        version=24,
+        version=since,
     )
 
 

@@ -189,7 +189,7 @@ class Encoder(Tower):
         self, config: EncoderConfig, ops: TorchOps, site: SiteConfig | None = None
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
         self.site = EncoderSite(site, ops) if site else None
         self.looked_at = looked_at(config.blocks, self.site)
         positions = config.side**2 + config.cls

@@ -77,17 +77,13 @@ def changed_operations(encoder: EncoderConfig | TowerConfig, patches: int) -> in
     return 2 * patches * encoder.inputs * width + encoder.blocks * block
 
 
-At = tuple[Tensor, ...]
-"""Index of each row that is written, an int64 tensor for each axis before the last."""
-
-
 @dataclass(frozen=True)
 class Changed:
     """Where what is encoded anew stands among what is known of a tile."""
 
-    patches: At  # [1, K] each, in reading order
-    tokens: At  # [1, heads, n] each, of queries: the same with [CLS] first
-    slots: At  # [1, heads, n] each, of keys and values: in the order of the tower's sequence
+    patches: Tensor  # int64 [1, K, 2], indices in [1, N, width], in reading order
+    tokens: Tensor  # int64 [1, heads, n, 3], in [1, heads, S, head] of queries: with [CLS] first
+    slots: Tensor  # int64 [1, heads, n, 3], of keys and values: in the order of the sequence
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ class FrameEncoder:
             slots = torch.tensor(back, device=indices.device).index_select(0, indices)
         by_head = self._by_head(tokens)
         changed = Changed(
-            (torch.zeros_like(indices)[None], indices[None]),
+            torch.stack([torch.zeros_like(indices), indices], dim=-1)[None],
             by_head,
             by_head if slots is tokens else self._by_head(slots),
         )
@@ -153,7 +149,7 @@ class FrameEncoder:
         def attended(key: Tensor, value: Tensor) -> Cache:
             if cache is not None and (changed := frame.changed) is not None:
                 key, value = (
-                    known.index_put(changed.slots, new)
+                    self.tower.ops.scatter(known, changed.slots, new)
                     for new, known in zip((key, value), cache, strict=True)
                 )
             held.append((key, value))
@@ -167,22 +163,22 @@ class FrameEncoder:
         seen, changed = self.tower.leave(frame.seen), frame.changed
         if known is None or changed is None:
             return seen
-        query, middle = None, tuple[Tensor, ...]()
+        query, middle, scatter = None, tuple[Tensor, ...](), self.tower.ops.scatter
         if known.query is not None and seen.query is not None:
-            query = known.query.index_put(changed.tokens, seen.query)
+            query = scatter(known.query, changed.tokens, seen.query)
         if known.middle is not None:
             new = torch.cat(seen.middle, dim=-1)
-            placed = known.middle.index_put(changed.patches, new)
+            placed = scatter(known.middle, changed.patches, new)
             middle = placed.chunk(len(seen.middle), dim=-1)
-        features = known.features.index_put(changed.patches, seen.features)
+        features = scatter(known.features, changed.patches, seen.features)
         return replace(seen, features=features, query=query, middle=middle)
 
-    def _by_head(self, rows: Tensor) -> At:
-        """Of rows int64 [n] the indices in [1, heads, S, head]."""
+    def _by_head(self, rows: Tensor) -> Tensor:
+        """Of rows int64 [n] the indices in [1, heads, S, head]: [1, heads, n, 3]."""
         shape = 1, self.heads, rows.shape[0]
         heads = torch.arange(self.heads, device=rows.device)[None, :, None]
         rows = rows[None, None].expand(shape)
-        return torch.zeros_like(rows), heads.expand(shape), rows
+        return torch.stack([torch.zeros_like(rows), heads.expand(shape), rows], dim=-1)
 
 
 def frame_encoder(vision: Vision) -> FrameEncoder:

@@ -136,6 +136,11 @@ class TorchOps:
         at = start + torch.arange(new.shape[2], device=new.device)
         return past.index_copy(2, at, new)
 
+    def scatter(self, known: Tensor, indices: Tensor, new: Tensor) -> Tensor:
+        """`known` with rows of the last axis replaced: of `new` [..., n], where `indices` int64
+        [..., axes before the last] say."""
+        return known.index_put(indices.unbind(-1), new)
+
     def attend(
         self,
         query: Tensor,

@@ -260,7 +260,7 @@ class QwenTower(Tower, WithBuffers):
 
     def __init__(self, config: TowerConfig, ops: TorchOps, site: SiteConfig | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
         self.site = EncoderSite(site, ops) if site else None
         blocks = site.at if site is not None and site.method.rejoins else config.blocks
         self.looked_at = (config.looks_everywhere(blocks),)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edgeprune.graphs import SIGNALS
 from edgeprune.models._encoder_site import EncoderSite, Split
+from edgeprune.models._ops import TorchOps
 from edgeprune.policies._policy import BlockMerge
 from edgeprune.policies._signals import BlockSignals
 
@@ -99,6 +100,7 @@ class Tower(nn.Module):
     """A vision transformer: what comes before its blocks, the blocks, and what comes after."""
 
     blocks: nn.ModuleList
+    ops: TorchOps
     site: EncoderSite | None
     looked_at: tuple[int, ...]
     """Blocks whose queries and keys are looked at. By policies: the last one with full attention in
