@@ -34,7 +34,10 @@ class GraphOps(TorchOps):
         return emit_rule(query, key, value, decay, beta, state)
 
     def scatter(self, known: Tensor, indices: Tensor, new: Tensor) -> Tensor:
-        return _emit("ScatterND", [known, indices, new], known, since=18)
+        inputs = known, indices, new
+        return torch.onnx.ops.symbolic(
+            "ScatterND", inputs, dtype=known.dtype, shape=known.shape, version=18
+        )
 
 
 class ModernOps(GraphOps):
@@ -110,18 +113,16 @@ def _emit(
     operator: str,
     inputs: list[Tensor | None],
     like: Tensor,
-    *,
-    since: int = 24,
     **attributes: int | float | str,
 ) -> Tensor:
-    """One ONNX node whose output has the shape and dtype of `like`; `since` is its opset."""
+    """One ONNX node whose output has the shape and dtype of `like`."""
     return torch.onnx.ops.symbolic(
         operator,
         inputs,
         dict(attributes),
         dtype=like.dtype,
         shape=like.shape,
-        version=since,
+        version=24,
     )
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from PIL import Image
 
 from edgeprune.bundle import Bundle
 from edgeprune.cli import main
-from edgeprune.errors import BundleError
+from edgeprune.errors import BackendError, BundleError
 from edgeprune.graphs import DELTA
 from edgeprune.runtime import Engine
+from edgeprune.runtime.backend import ChangedPatches, EncodedTile
 from edgeprune.runtime.frames import DeltaOptions
 from tests import families
-from tests.cameras import Counting
+from tests.cameras import Counting, noise, with_patches
 from tests.conftest import Refused
 from tests.hostile import edit_graph
 
@@ -72,6 +74,57 @@ def test_noise_of_single_pixels_is_no_change(engine: Engine) -> None:
         for _ in range(4)
     ]
     assert seen == [16, 0, 0, 0]
+
+
+def test_keys_and_values_are_written_where_they_lie(engine: Engine) -> None:
+    camera, pixels = engine.camera(DeltaOptions(0.01)), noise(engine)
+
+    def addresses() -> set[int]:
+        (known,) = camera._known
+        assert known is not None and known.tile.caches is not None
+        return {value.data_ptr() for value in known.tile.caches.values()}
+
+    engine.encode_frame(camera, pixels)
+    before = addresses()
+    image = engine.encode_frame(camera, with_patches(pixels, [5], 1))
+    assert image.patches_encoded == 4 and addresses() == before
+
+
+def test_after_an_error_a_frame_is_encoded_as_a_whole(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values may be half written then."""
+    camera, pixels = engine.camera(DeltaOptions(0.01)), noise(engine)
+    engine.encode_frame(camera, pixels)
+    other = with_patches(pixels, [5], 1)
+
+    def failing(tile: EncodedTile, changed: ChangedPatches) -> EncodedTile:
+        raise BackendError("no memory")
+
+    with monkeypatch.context() as patch, pytest.raises(BackendError):
+        patch.setattr(engine.backend, "encode_changed", failing)
+        engine.encode_frame(camera, other)
+    image = engine.encode_frame(camera, other)
+    assert (image.patches_encoded, image.tiles_encoded) == (16, 1)
+    assert image.visual.numpy().tobytes() == engine.encode_pixels(other).visual.numpy().tobytes()
+
+
+def test_after_an_error_of_the_join_no_old_image_is_taken(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camera, pixels = engine.camera(DeltaOptions(0.01)), noise(engine)
+    old = engine.encode_frame(camera, pixels)
+    other = with_patches(pixels, [5], 1)
+    with monkeypatch.context() as patch, pytest.raises(BackendError):
+        patch.setattr(engine.backend, "join", failing_join)
+        engine.encode_frame(camera, other)
+    image = engine.encode_frame(camera, other)
+    assert image.patches_encoded == 0, "its patches are known"
+    assert image.visual.numpy().tobytes() != old.visual.numpy().tobytes()
+
+
+def failing_join(tiles: Any, counts: Any = None) -> Any:
+    raise BackendError("no memory")
 
 
 def test_watch_encodes_what_changed(

@@ -197,3 +197,11 @@ def test_a_schedule_is_of_what_is_left(deep: Path, instruct: Path, tmp_path: Pat
     ours = adapter.with_encoder(site_of(adapter, DROP))
     with pytest.raises(ScheduleError, match=r"made for 16 visual tokens.* this is 8, 3"):
         read_schedule(file, ours.shape, 4)
+
+
+def test_each_method_has_a_limit_of_its_own() -> None:
+    """By what was lost on the demo at each angle."""
+    exits, drops = map(encoder_methods.make, ("exit", "drop"))
+    assert exits is not None and drops is not None
+    assert (exits.limit, drops.limit) == (0.13, 0.19)
+    assert str(encoder_methods.make("drop:limit=0.13")).endswith("limit=0.13")

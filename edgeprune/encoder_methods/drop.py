@@ -28,3 +28,5 @@ from edgeprune.encoder_methods import _method
 class Method(_method.EncoderMethod):
     summary: ClassVar[str] = "unchosen patches leave the encoder for good, as do their tokens"
     rejoins: ClassVar[bool] = False
+
+    limit: float = 0.19  # where tokens are renumbered, part of the angle loses no answers
