@@ -11,6 +11,7 @@ from edgeprune.calib.samples import answered
 from edgeprune.errors import SpecError
 from edgeprune.lowering import Lowering
 from edgeprune.models import Adapter
+from edgeprune.models._input_scales import own_peaks
 from edgeprune.models._processor import Processor
 from edgeprune.models._rounding import TORCH
 from edgeprune.models._tuning import UNTUNED, Tuning
@@ -26,10 +27,20 @@ MOST_MEASURED = 4
 """Samples at most on which each group of products is measured: each costs a layer of a prefill."""
 
 
-def check_samples(lowering: Lowering, given: bool) -> None:
+def own_tuning(lowering: Lowering, adapter: Adapter) -> Tuning | None:
+    """How large the inputs of products are by the scales that the checkpoint stores for them; None
+    where it has none, or where samples are to say more."""
+    wanted = lowering.weights
+    if not lowering.calibrated or wanted.measured or wanted.kind != "fp8":
+        return None
+    peaks = own_peaks(adapter.with_weights(wanted, TORCH[lowering.dtype.name]))
+    return Tuning(peaks=peaks, own_peaks=True) if peaks else None
+
+
+def check_samples(lowering: Lowering, adapter: Adapter, given: bool) -> None:
     """SpecError where samples are to say which weights count, and none are given."""
     wanted = lowering.weights
-    if given or not lowering.measured:
+    if given or not lowering.measured or own_tuning(lowering, adapter) is not None:
         return
     option = ":awq=on" if wanted.awq else ":activations=on" if wanted.activations else ""
     option += ":round=gptq" if wanted.round == GPTQ else ""
@@ -59,6 +70,8 @@ def tune(
     """What the samples of a request say of the weights; UNTUNED where the lowering asks none."""
     if not lowering.measured:
         return UNTUNED
+    if (own := own_tuning(lowering, adapter)) is not None:
+        return own
     wanted, dtype, tuning = lowering.weights, TORCH[lowering.dtype.name], UNTUNED
     some = replace(request, samples=min(request.samples, MOST_SAMPLES))
     prompts = [sample.prompt for sample in samples_of(some, adapter, processor)]

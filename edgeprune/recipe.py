@@ -201,7 +201,8 @@ def make(
     samples, why = _parity(recipe, adapter)
     preflight(recipe.folder, recipe.lowering, adapter)
     _check_keep(recipe, why)
-    check_samples(recipe.lowering, recipe.samples_file is not None or recipe.model == "demo")
+    given = recipe.samples_file is not None or recipe.model == "demo"
+    check_samples(recipe.lowering, adapter, given)
     check_bits(recipe.lowering, adapter)
     processor = Processor(adapter)
     read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration

@@ -196,7 +196,7 @@ def export(
         raise ExportError(
             f"cannot write {request.output} ({error.strerror or error}); nothing was left there"
         ) from error
-    told = weights_notes(request.lowering, stored, request.tuning.left)
+    told = weights_notes(request.lowering, stored, request.tuning)
     notes = dict.fromkeys(note for proof in proofs for note in proof.notes)
     return Exported(request.output, manifest, (*records.notes, *told, *notes))
 

@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgeprune.errors import ExportError
 from edgeprune.export.offsets import insert_behind
@@ -87,19 +88,20 @@ class ByTensor(Dequantized):
                 f"no calibration sample says how large the inputs of {weight} are; export with"
                 " samples, or with activations=off"
             )
-        found = next((u for u in x.consumers() if u.op_type == "QuantizeLinear"), None)
+        number = scale_of(product.peak, DTYPES_OF[scales.dtype], is_float8=form.float8)
+        rounding = (user for user in x.consumers() if user.op_type == "QuantizeLinear")
+        found = next((one for one in rounding if _scale_of(one) == float(number)), None)
         if found is None:
-            found = self._round(model, x, product, form, DTYPES_OF[scales.dtype])
+            found = self._round(model, x, product, form, number)
         (floats,) = found.outputs[0].consumers()
         product.matmul.replace_input_with(0, floats.outputs[0])
 
     def _round(
-        self, model: ir.Model, x: ir.Value, product: Product, form: Form, dtype: torch.dtype
+        self, model: ir.Model, x: ir.Value, product: Product, form: Form, number: Tensor
     ) -> ir.Node:
-        """Q and DQ behind a tensor; the Q."""
+        """Q and DQ behind a tensor, with a scale; the Q."""
         stem = "/".join((product.matmul.name or "").split("/")[:-1])
-        assert product.peak is not None and x.dtype is not None
-        number = scale_of(product.peak, dtype, is_float8=form.float8)
+        assert x.dtype is not None
         scale = _initializer(model, f"{stem}/inputs/scale", _typed(number.numpy(), x.dtype))
         zero = _constant(model, np.zeros((), CODES[str(form)].numpy()))
         codes = ir.node("QuantizeLinear", [x, scale, zero], name=f"{stem}/inputs/codes")
@@ -110,6 +112,13 @@ class ByTensor(Dequantized):
             node.outputs[0].type = kind
         insert_behind(model, x, [codes, floats])
         return codes
+
+
+def _scale_of(quantize: ir.Node) -> float:
+    """The one scale of a QuantizeLinear."""
+    scale = quantize.inputs[1]
+    assert scale is not None and scale.const_value is not None
+    return float(np.asarray(scale.const_value.numpy(), np.float32))
 
 
 DTYPES_OF = {ir.DataType(d.onnx): getattr(torch, d.torch) for d in DTYPES.values()}

@@ -20,6 +20,7 @@ from edgeprune.models import Adapter
 from edgeprune.models._dialogues import Outcome
 from edgeprune.models._eager import Eager
 from edgeprune.models._rounded_inputs import round_inputs
+from edgeprune.models._tuning import Tuning
 
 
 def weights_record(
@@ -43,10 +44,10 @@ def weights_record(
     )
 
 
-def weights_notes(lowering: Lowering, stored: Stored, left: Sequence[str] = ()) -> tuple[str, ...]:
+def weights_notes(lowering: Lowering, stored: Stored, tuning: Tuning) -> tuple[str, ...]:
     """What became of weights that the checkpoint stores in a quantised form, and which products are
-    `left` to be rounded to nearest, for people."""
-    if left:
+    left to be rounded to nearest, for people."""
+    if left := tuning.left:
         kinds = sorted({".".join(name.split(".")[2:-1]) for name in left})
         return (
             f"round=gptq: {len(left)} products have too many inputs and are rounded to nearest"
@@ -64,6 +65,8 @@ def weights_notes(lowering: Lowering, stored: Stored, left: Sequence[str] = ()) 
     if stored.shifted:
         how = "" if lowering.target.zero_points else " in a second product of sums of blocks"
         done += f"; {stored.shifted} have zero points{how}"
+    if tuning.own_peaks:
+        done += "; the inputs of products are rounded with the checkpoint's own scales"
     return (f"the checkpoint's {stored.packed} quantised weights {done}",)
 
 

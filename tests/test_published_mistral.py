@@ -9,11 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from conftest import Refused
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import (
@@ -23,6 +24,8 @@ from transformers.integrations.finegrained_fp8 import (
     replace_with_fp8_linear,
 )
 
+from edgeprune.bundle import Bundle
+from edgeprune.cli import main
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.tiling import Size
@@ -44,13 +47,12 @@ def in_float8(model: Any) -> tuple[Any, Any]:
     weights = {name: module.weight for name, module in stored.named_modules() if linear(module)}
     quantizer: Any = SimpleNamespace(quantization_config=config)
     replace_with_fp8_linear(stored, FLOATS, config)
-    for name, module in stored.named_modules():
-        if not isinstance(module, FP8Linear):
-            continue
+    quantised = [(n, m) for n, m in stored.named_modules() if isinstance(m, FP8Linear)]
+    for number, (name, module) in enumerate(quantised):
         made = Fp8Quantize(quantizer)._quantize_one("weight", weights[name].detach())
         scale = made["weight_scale_inv"].reshape(()).bfloat16()  # as published
         module.weight, module.weight_scale_inv = fixed(made["weight"]), fixed(scale)
-        module.activation_scale = fixed(torch.tensor(0.02).bfloat16())
+        module.activation_scale = fixed(torch.tensor(0.02 + 0.001 * number).bfloat16())
         floats = Fp8Dequantize(quantizer)._dequantize_one(made["weight"], scale, torch.float32)
         meant.get_submodule(name).weight.data = floats
     stored.config.quantization_config = config
@@ -118,6 +120,48 @@ def test_codes_of_float8_are_handed_on(published: tuple[Path, Any]) -> None:
     assert len(found) == 21 and all(weight.is_float8 for weight in found.values())
     up = meant.model.language_model.layers[1].mlp.up_proj.weight
     assert torch.equal(found["layers.1.mlp.up.weight"].dequantised().t(), up)
+
+
+def test_scales_of_activations_are_kept_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without samples: each product rounds its inputs with the scale that is stored beside it."""
+    family, output = pixtral.ministral3(num_hidden_layers=1), tmp_path / "bundle"
+    folder = family.save(tmp_path / "tiny")
+    in_float8(family.model)[0].save_pretrained(folder)
+    command = ["export", "--model", folder, "--method", "none", "--parity", 1, "-o", output]
+    command += ["--image-size", "84x84", "--weights", "fp8:head=off", "--target", "rtx"]
+    assert main([*map(str, command)]) == 0
+    said = capfd.readouterr().err
+    assert "7 quantised weights keep their codes; the inputs of products are rounded with" in said
+    record = Bundle.open(output).manifest.weights
+    assert record is not None and record.own == 7 and record.rounded and record.running
+    assert record.running.logits == pytest.approx(record.rounded.logits, rel=0.3)
+    graph = onnx.load(output / "decoder.onnx").graph
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    rounding = [node.input[1] for node in graph.node if node.op_type == "QuantizeLinear"]
+    found = sorted(float(onnx.numpy_helper.to_array(held[name])) for name in rounding)
+    tensors = load_file(folder / "model.safetensors")
+    own = [tensor for name, tensor in tensors.items() if name.endswith("activation_scale")]
+    assert len(own) == 7 and found == sorted(float(scale.float().half()) for scale in own)
+
+
+def test_a_scale_that_is_none_is_refused(tmp_path: Path, refused: Refused) -> None:
+    family = pixtral.ministral3(num_hidden_layers=1)
+    folder = family.save(tmp_path / "tiny")
+    in_float8(family.model)[0].save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("activation_scale"))
+    command = ["export", "--model", folder, "--method", "none", "--parity", 0]
+    command += ["--image-size", "84x84", "--weights", "fp8", "--target", "rtx"]
+    for value, says in (
+        (torch.tensor(0.0), f"{name} is 0, want a positive number"),
+        (torch.ones(3), f"{name} is F32 [3], want floats [] or [1]"),
+    ):
+        save_file({**tensors, name: value}, folder / "model.safetensors", {"format": "pt"})
+        assert says in refused(*command, "-o", tmp_path / "bundle")
+    save_file({n: t for n, t in tensors.items() if n != name}, folder / "model.safetensors")
+    assert "measures on samples; give images" in refused(*command, "-o", tmp_path / "bundle")
 
 
 PIXTRAL = {"hidden_size": 1024, "patch_size": 16, "image_size": 1024}

@@ -129,7 +129,10 @@ ANEW = "note: the checkpoint's 21 quantised weights are rounded anew, 21 of them
         (WIDE, wide_awq, "int4:head=off", "rtx", 21, OFFSETS),
         (EVEN, even_gptq, "int4:head=off", "rtx", 21, KEPT),
         (INT8.scheme, INT8.packed, "int8:head=off", "jetpack7", 21, KEPT),
-        (FLOAT8.scheme, FLOAT8.packed, "fp8:activations=off:head=off", "rtx", 21, KEPT),
+        pytest.param(
+            *(FLOAT8.scheme, FLOAT8.packed, "fp8:activations=off:head=off", "rtx", 21, KEPT),
+            marks=pytest.mark.slow,
+        ),
         (FORMS["nf4"].scheme, FORMS["nf4"].packed, "int8:head=off", "cpu", 0, ANEW),
     ],
     ids=["zero points", "zero points in a second product", "int4", "int8", "float8", "no codes"],

@@ -156,6 +156,12 @@ class Checkpoint(TensorFiles):
         weight = self._packed(name)
         return weight.quantized() if weight else None
 
+    def input_scale(self, name: str) -> float | None:
+        """What the inputs of a quantised weight's product are divided by before they are rounded;
+        None where the checkpoint does not say."""
+        weight = self._packed(name)
+        return weight.form.input_scale(weight.parts) if weight else None
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, of a quantised weight that of its floats."""
         weight = self._packed(name)

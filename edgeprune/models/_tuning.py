@@ -40,6 +40,7 @@ class Tuning:
     importance: Mapping[str, Tensor] = field(default_factory=dict)  # float32 [K], after the folds
     kinds: Mapping[str, str] = field(default_factory=dict)  # float, int8 or int4
     peaks: Mapping[str, float] = field(default_factory=dict)  # the largest |x|, after the folds
+    own_peaks: bool = False  # whether these are the checkpoint's, not those of samples
     codes: Mapping[str, QuantizedWeight] = field(default_factory=dict)  # where samples chose them
     left: tuple[str, ...] = ()  # products of 4 bits that are too large for that
 

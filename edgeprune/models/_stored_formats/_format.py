@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,6 +113,18 @@ class Parts:
             scales = scales.masked_fill(empty, 1)
         return QuantizedWeight(codes, scales, zeros, bits, block)
 
+    def number(self, *leaves: str) -> float | None:
+        """The one positive number of the first of these tensors that is stored beside the weight;
+        None where none is. ModelError where it is another number, or several."""
+        leaf = next((leaf for leaf in leaves if self._name(leaf) in self.tensors.files), None)
+        if leaf is None:
+            return None
+        self.expect(leaf, FLOATS, (), (1,))
+        value = float(self.read(leaf).float())
+        if not 0 < value < math.inf:
+            raise self.error(leaf, f"is {value:g}, want a positive number")
+        return value
+
     def error(self, leaf: str, message: str, advice: str = DOWNLOAD) -> ModelError:
         """A ModelError about one of the tensors, which may be missing."""
         file = self.tensors.files[self._name(leaf if leaf in self.leaves else min(self.leaves))]
@@ -162,6 +175,11 @@ class StoredFormat(ABC):
     def read(self, parts: Parts) -> QuantizedWeight | Tensor:
         """A weight in codes [K, N], or where graphs have no such codes in float32 [N, K].
         Called after `shape`."""
+
+    def input_scale(self, parts: Parts) -> float | None:
+        """What the inputs of a weight's product are divided by before they are rounded to float8;
+        None where that is not known beforehand."""
+        return None
 
     @abstractmethod
     def __str__(self) -> str:

@@ -23,6 +23,8 @@ from edgeprune.models._stored_formats._codes import scaled
 from edgeprune.models._stored_formats._format import FLOATS, Parts, Settings, StoredFormat
 
 FLOAT8, POWERS = "F8_E4M3", "F8_E8M0"
+INPUTS = "activation_scale", "input_scale"
+"""Names of the scale of a product's inputs."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class Format(StoredFormat):
     """A scale for each block of rows x columns; None: one for a weight."""
 
     block: tuple[int, int] | None
+    static: bool  # whether inputs of products are rounded with a scale that is stored
     method: ClassVar[str] = "fp8"
     leaves: ClassVar[tuple[str, ...]] = ("weight_scale_inv", "weight_scale")
-    spare: ClassVar[tuple[str, ...]] = ("activation_scale", "input_scale", "k_scale", "v_scale")
+    spare: ClassVar[tuple[str, ...]] = (*INPUTS, "k_scale", "v_scale")
 
     @classmethod
     def parse(cls, file: Path, scheme: Mapping[str, Any]) -> Format:
@@ -41,7 +44,8 @@ class Format(StoredFormat):
         settings.one_of(("scale_fmt",), ("float", "ue8m0"), "float")
         # GPTQModel's scales divide: its file has these settings, and the same names of tensors.
         settings.refuse("weight_scale_semantics", "weight_scale_method")
-        return cls(settings.block("weight_block_size"))
+        kind = settings.one_of(("activation_scheme",), ("dynamic", "static"), "dynamic")
+        return cls(settings.block("weight_block_size"), kind == "static")
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         leaf = self._scale(parts)
@@ -60,6 +64,9 @@ class Format(StoredFormat):
         weight, (rows, columns) = parts.read("weight"), self.block
         grid = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
         return scaled(weight, scales.reshape(grid), rows, columns)
+
+    def input_scale(self, parts: Parts) -> float | None:
+        return parts.number(*INPUTS) if self.static else None
 
     def _scale(self, parts: Parts) -> str:
         """Scales of blocks have but one of the two names."""
