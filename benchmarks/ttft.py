@@ -81,7 +81,8 @@ def main() -> None:
         threads = ["--threads", str(args.threads)] if args.threads else []
         subprocess.run([*command, "--rounds", str(args.rounds), *threads], check=True)
     profile, adapter = read_profile(file), open_model(of.get("model", "demo"))
-    costs, policy = open_costs(adapter, profile), make_policy(joint_spec(PruneSpec("utp", 1)))
+    policy = make_policy(joint_spec(PruneSpec("utp", 1)))
+    costs = open_costs(adapter, profile, policy)
     with Bar() as bar:
         request = CalibrationRequest(1, of.get("samples", 100), of.get("samples_file"))
         work = Work(request, adapter, policy, Processor(adapter), bar)

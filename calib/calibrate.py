@@ -40,7 +40,7 @@ WORK = 1
 """Likewise of what is kept between two layers."""
 ENCODER = 1
 """Likewise of what is measured of the encoder."""
-SEARCH = 3
+SEARCH = 4
 """Raised where schedules are searched for, or bounded, in another way."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -91,11 +91,6 @@ def survey(work: Work, costs: Costs, encoder: str) -> list[Point]:
         raise SpecError(
             f"{costs.option} chooses encoder and counts together; it needs --method auto or utp"
         )
-    if shape.convolutions:
-        raise SpecError(
-            "--ttft takes all decoder layers to be as slow as each other, and some of this model's"
-            " have a convolution in place of attention; give --cr"
-        )
     sites = _sites(work, encoder)
     return points(costs, _ways(work, sites))
 
@@ -165,6 +160,7 @@ def _settled(
         costs.times(),
         costs.times(floor=True),
         spare(costs, asked, point.site),
+        work.adapter.shape.convolutions,
         work.request.goal,
         shown(work.report),
     )
@@ -193,5 +189,5 @@ def within_time(
             f"{profile} is of a bundle in {' with weights '.join(timed)}, this export is in"
             f" {' with weights '.join(ours)}; profile such a bundle"
         )
-    costs = open_costs(work.adapter, found)
+    costs = open_costs(work.adapter, found, work.policy)
     return settle(work, costs, survey(work, costs, encoder), asked)

@@ -7,7 +7,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,8 @@ from edgeprune.calib.solvers._problem import (
     Solution,
     silent,
 )
-from edgeprune.calib.solvers.grouped import settle
+from edgeprune.calib.solvers import grouped
+from edgeprune.calib.solvers.grouped import decisions_of, spread
 from edgeprune.calib.solvers.timed import Times
 from edgeprune.errors import ScheduleError, SpecError
 from edgeprune.spec import ModelShape, budget
@@ -194,15 +195,14 @@ def solve(
         raise SpecError(f"no solver {solver!r}; choose one of: {', '.join(get_args(Solver))}")
     if max_sites is not None and (solver != "joint" or max_sites < 1):
         raise SpecError(f"a limit of {max_sites} sites needs solver joint and at least one site")
-    if convolutions and max_sites is not None:
-        raise SpecError(
-            "this model's counts fall behind few layers as it is; leave out --max-sites"
-        )
     began = perf_counter()
     problem = pose(evidence, cr, first)
-    solution = _run(problem, solver, max_sites, not convolutions, goal, progress)
-    if convolutions:
-        solution = settle(problem, solution, convolutions)
+    if convolutions and solver == "joint":
+        solution = grouped.solve(problem, convolutions, max_sites, goal, progress)
+    else:
+        solution = _run(problem, solver, max_sites, goal, progress)
+        if convolutions:
+            solution = grouped.settle(problem, solution, convolutions)
     return _schedule(evidence, solution, solver, cr, began)
 
 
@@ -212,6 +212,7 @@ def solve_timed(
     times: Times,
     floor: Times,
     budget: int,
+    convolutions: Sequence[int] = (),
     goal: Goal = UNHURRIED,
     progress: Progress = silent,
 ) -> Schedule | None:
@@ -219,14 +220,18 @@ def solve_timed(
     none fits.
 
     `floor` are the times rounded down, by which no schedule is missed that the bound is about.
+    Behind the layers of `convolutions` (1-based) counts never fall: times are of the groups that
+    follow from them.
     """
     from edgeprune.calib.solvers import timed
 
     began = perf_counter()
-    solution = timed.solve(problem, times, floor, budget, goal, progress)
+    _, layers, tokens = evidence.attention.shape
+    groups = decisions_of(layers, convolutions)
+    solution = timed.solve(problem.falling_at(groups), times, floor, budget, goal, progress)
     if solution is None:
         return None
-    _, layers, tokens = evidence.attention.shape
+    solution = replace(solution, counts=spread(solution.counts, layers, convolutions))
     cr = tokens * layers / int(solution.counts.sum())
     return _schedule(evidence, solution, "timed", cr, began)
 
@@ -281,7 +286,6 @@ def _run(
     problem: Problem,
     solver: Solver,
     max_sites: int | None,
-    all_of_it: bool,
     goal: Goal,
     progress: Progress,
 ) -> Solution:
@@ -289,9 +293,7 @@ def _run(
     if solver == "joint":
         from edgeprune.calib.solvers import joint
 
-        return joint.solve(
-            problem, max_falls=max_sites, all_of_it=all_of_it, goal=goal, progress=progress
-        )
+        return joint.solve(problem, max_falls=max_sites, goal=goal, progress=progress)
     if solver == "exact":
         from edgeprune.calib.solvers import exact
 

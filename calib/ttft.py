@@ -2,7 +2,7 @@
 
 With encoder e and counts r a first token takes
 
-    read + preprocess + vision(e) + sum_l P(r_l) / L
+    read + preprocess + vision(e) + sum_l P(r_l) / L + sum of the sites
 
 and is expected to lose delta(e) + D(r): delta is the angle by which the shortened encoder turns
 the dense decoder's output; D is the schedule's loss, with the angle of r_1 where fewer tokens enter
@@ -16,19 +16,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from edgeprune import cost
 from edgeprune.calib.solvers._problem import Ints, Problem
+from edgeprune.calib.solvers.grouped import decisions_of, groups_of
 from edgeprune.calib.solvers.timed import Times, frontier
 from edgeprune.encoder_methods import EncoderMethod, load
 from edgeprune.errors import SpecError
 from edgeprune.models import Adapter
 from edgeprune.models._encoder_operations import encoder_operations
 from edgeprune.models._encoder_site import SiteConfig
-from edgeprune.timing import Profile
+from edgeprune.policies import Policy
+from edgeprune.timing import KindTimes, Profile, Table
 
 PER_LAYER = 512
 """Units of time that a decoder layer takes with all visual tokens."""
@@ -57,23 +61,51 @@ class Costs(ABC):
         """Of the vision graph."""
 
     @abstractmethod
-    def layer(self, count: float) -> float:
-        """Of a decoder layer that so many visual tokens enter."""
+    def layer(self, number: int, count: float) -> float:
+        """Of a decoder layer (1-based) that so many visual tokens enter."""
+
+    def site(self, number: int, count: int) -> float:
+        """Of choosing behind a layer (1-based) that so many visual tokens have left."""
+        return 0.0
+
+    @property
+    def groups(self) -> list[range]:
+        """Layers (1-based) that have one count: it falls only behind layers with attention."""
+        shape = self.adapter.shape
+        ends = np.cumsum([0, *groups_of(shape.layers, shape.convolutions)]).tolist()
+        return [range(start + 1, end + 1) for start, end in pairwise(ends)]
 
     @property
     def unit(self) -> float:
         """What a unit of `times` is."""
-        return self.layer(self.adapter.shape.visual_tokens) / PER_LAYER
+        shape = self.adapter.shape
+        layers = self.prefill((shape.visual_tokens,) * shape.layers)
+        return layers / shape.layers / PER_LAYER
 
     def times(self, *, floor: bool = False) -> Times:
-        """What a decoder layer spends, rounded up; with `floor` down, for bounds."""
-        tokens = self.adapter.shape.visual_tokens
-        exact = np.array([self.layer(count) for count in range(tokens + 1)]) / self.unit
-        rounded = np.floor(exact + 1e-9) if floor else np.ceil(exact - 1e-9)
-        return Times(rounded.astype(np.intp))
+        """What groups of decoder layers and the sites behind them spend, rounded up; with `floor`
+        down, for bounds."""
+        shape = self.adapter.shape
+        counts, kinds = range(shape.visual_tokens + 1), dict[str, NDArray[np.float64]]()
+        for number in range(1, shape.layers + 1):
+            if (kind := cost.layer_kind(shape, number)) not in kinds:
+                kinds[kind] = np.array([self.layer(number, count) for count in counts])
+        groups = self.groups
+        units = [sum(kinds[cost.layer_kind(shape, n)] for n in group) for group in groups]
+        falls = [[self.site(group[-1], count) for count in counts] for group in groups[:-1]]
+
+        def whole(exact: ArrayLike) -> Ints:
+            shares = np.reshape(exact, (-1, len(counts))) / self.unit
+            rounded = np.floor(shares + 1e-9) if floor else np.ceil(shares - 1e-9)
+            return rounded.astype(np.intp)
+
+        return Times(whole(units), whole(falls))
 
     def prefill(self, counts: Sequence[float]) -> float:
-        return sum(map(self.layer, counts))
+        """Of r_1 ... r_L, with the sites where they fall."""
+        layers = sum(self.layer(number, count) for number, count in enumerate(counts, 1))
+        falls = (n for n, (count, behind) in enumerate(pairwise(counts), 1) if behind < count)
+        return layers + sum(self.site(n, int(counts[n - 1])) for n in falls)
 
 
 @dataclass(frozen=True)
@@ -95,13 +127,13 @@ class Operations(Costs):
         patches = pixels[2] // encoder.patch * (pixels[3] // encoder.patch)
         return tiles * encoder_operations(encoder, patches, site) / 1e9
 
-    def layer(self, count: float) -> float:
-        shape, low = self.adapter.shape, int(count)
+    def layer(self, number: int, count: float) -> float:
+        low = int(count)
         one, more = (
-            cost.prefill_operations(shape, (entered,) * shape.layers, self.text) / 1e9
+            cost.layer_operations(self.adapter.shape, number, entered, self.text) / 1e9
             for entered in (low, low + 1)
         )
-        return (one + (count - low) * (more - one) - self.before) / shape.layers
+        return one + (count - low) * (more - one)
 
     def of_ratio(self, cr: float) -> float:
         """Of the dense encoder and a decoder whose every layer V / CR visual tokens enter."""
@@ -115,6 +147,7 @@ class Measured(Costs):
     """Milliseconds by a profile."""
 
     profile: Profile
+    policy: Policy  # that chooses in the decoder
     option: ClassVar[str] = "--ttft"
     name: ClassVar[str] = "ms"
 
@@ -124,17 +157,34 @@ class Measured(Costs):
         return self.profile.read.ms + self.profile.preprocess.ms
 
     def vision(self, site: SiteConfig | None) -> float:
-        """The vision graph as measured, less what its blocks save; an exit's map by its share of
-        the operations. Choosing patches is not counted."""
+        """The vision graph as measured, less what its blocks save, and choosing patches; an exit's
+        map by its share of the operations."""
         encoder, whole = self.adapter.vision_config.encoder, self.profile.vision.ms
         blocks = range(encoder.blocks)
         dense = sum(self._block(encoder.windows(block)) for block in blocks)
         ours = sum(self._block(encoder.windows(block, site)) for block in blocks)
         scale = min(1.0, whole / dense)  # a block by itself may be slower than in its graph
-        return whole - scale * (dense - ours) + whole * self._map(site)
+        return whole - scale * (dense - ours) + whole * self._map(site) + self._choosing(site)
 
-    def layer(self, count: float) -> float:
-        return self.profile.prefill.at(count) / self.adapter.shape.layers
+    def layer(self, number: int, count: float) -> float:
+        """Its share of a prefill in which so many enter every layer."""
+        shape, whole = self.adapter.shape, self.profile.prefill.at(count)
+        if not self.profile.layers:
+            return whole / shape.layers
+        own = {times.kind: times.table.at(count) for times in self.profile.layers}
+        every = [own[cost.layer_kind(shape, n)] for n in range(1, shape.layers + 1)]
+        return whole * every[number - 1] / sum(every)
+
+    def site(self, number: int, count: int) -> float:
+        kind = self.policy.scoring(number)
+        return _table(self.profile.sites, kind, "choosing in the decoder by").at(count)
+
+    def _choosing(self, site: SiteConfig | None) -> float:
+        """An encoder site."""
+        if site is None:
+            return 0.0
+        table = _table(self.profile.choices, site.method.choosing, "--encoder")
+        return table.at(site.kept_units)
 
     def _block(self, windows: Sequence[tuple[int, int]]) -> float:
         """Of a block whose tokens attend within windows, given as in `cost.block_operations`."""
@@ -153,7 +203,19 @@ class Measured(Costs):
         return operations / encoder_operations(encoder, site.units.count * site.units.area)
 
 
-def open_costs(adapter: Adapter, profile: Profile) -> Measured:
+def _table(times: Sequence[KindTimes], kind: str, what: str) -> Table:
+    """Of one kind; SpecError where a profile has none."""
+    found = {one.kind: one.table for one in times}
+    if kind not in found:
+        known = "; ".join(found) or "none"
+        raise SpecError(
+            f"the profile has no times of {what} {kind}; it has {known}. Choose one of these, or"
+            " give --cr in place of --ttft"
+        )
+    return found[kind]
+
+
+def open_costs(adapter: Adapter, profile: Profile, policy: Policy) -> Measured:
     """SpecError where a profile is of another model."""
     shape, encoder, tiles = adapter.shape, adapter.vision_config.encoder, adapter.pixels[0]
     patches = adapter.pixels[2] // encoder.patch * (adapter.pixels[3] // encoder.patch)
@@ -173,7 +235,11 @@ def open_costs(adapter: Adapter, profile: Profile) -> Measured:
                 f"the profile is of another model or image size: its {name} is {timed}, this"
                 f" model's {value}; profile a dense bundle of this one"
             )
-    return Measured(adapter, profile)
+    kinds = {cost.layer_kind(shape, number) for number in range(1, shape.layers + 1)}
+    if len(kinds) > 1:
+        for kind in sorted(kinds):
+            _table(profile.layers, kind, "decoder layers with")
+    return Measured(adapter, profile, policy)
 
 
 def menu(adapter: Adapter) -> list[EncoderMethod]:
@@ -214,11 +280,12 @@ def points(costs: Costs, ways: Sequence[Way]) -> list[Point]:
     shape = costs.adapter.shape
     for site, problem in ways:
         if id(problem) not in schedules:
-            schedules[id(problem)] = frontier(problem, times)
+            own = problem.falling_at(decisions_of(shape.layers, shape.convolutions))
+            schedules[id(problem)] = frontier(own, times)
         turned = 0.0 if site is None or site.loss is None else site.loss.angle
         vision = costs.vision(site)
         for _, loss, counts in schedules[id(problem)]:
-            listed = tuple(counts.tolist())
+            listed = tuple(np.repeat(counts, [len(group) for group in costs.groups]).tolist())
             prefill = costs.prefill(listed)
             whole = costs.before + vision + prefill
             cr = shape.visual_tokens * shape.layers / sum(listed)

@@ -34,6 +34,7 @@ def check_sizes(manifest: Manifest) -> None:
         *_decoder(manifest.decoder),
         *_image(manifest.image),
         *_text(manifest.text, manifest.decoder.vocabulary, manifest.prune.visual_tokens),
+        *_parts(manifest),
     )
     if manifest.weights is not None:
         WeightFormat.parse(manifest.weights.format)
@@ -94,6 +95,16 @@ def _delta(encoder: EncoderRecord, image: ImageRecord) -> Iterator[str]:
         yield f"{delta.patches} of {encoder.patches} patches are not some"
     if encoder.width % delta.heads:
         yield f"a width of {encoder.width} has no {delta.heads} heads"
+
+
+def _parts(manifest: Manifest) -> Iterator[str]:
+    """Graphs of parts are files of the bundle, none stands twice, and some of a tile goes on."""
+    names = [part.file for part in manifest.parts]
+    if len(set(names)) != len(names) or not set(names) <= manifest.files.keys():
+        yield "parts names a file twice, or one that files has not"
+    for part in manifest.parts:
+        if (part.part == "choice") != (0 < part.kept < manifest.encoder.units):
+            yield f"{part.file} keeps {part.kept} of {manifest.encoder.units} units"
 
 
 def _common(prune: PruneRecord) -> tuple[object, ...]:

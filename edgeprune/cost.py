@@ -16,6 +16,9 @@ from typing import Protocol
 from edgeprune.spec import LinearAttention
 
 
+ATTENTION = "attention"
+
+
 class Sizes(Protocol):
     """The fields of a decoder that counting needs; ModelShape and DecoderRecord both have them."""
 
@@ -75,6 +78,18 @@ def _state_bytes(sizes: Sizes, element: int) -> int:
     if (linear := sizes.linear) is None:
         return (sizes.kernel - 1) * sizes.width * element
     return (sizes.kernel - 1) * linear.channels * element + 4 * linear.numbers
+
+
+def layer_kind(sizes: Sizes, layer: int) -> str:
+    """What a layer (1-based) has between its norms: those of one kind take as long as each other."""
+    if layer not in sizes.convolutions:
+        return ATTENTION
+    return "convolution" if sizes.linear is None else "linear attention"
+
+
+def layer_operations(sizes: Sizes, layer: int, count: int, text: int) -> int:
+    """Operations of one layer (1-based) in a prefill of `count` visual and `text` text tokens."""
+    return _layer(sizes, layer, count + text, count + text)
 
 
 def block_operations(

@@ -65,6 +65,8 @@ KNOWN = "features", "query", "middle"
 """Signals of which patches that are not encoded keep their rows."""
 BLOCK = "encoder_block.onnx"
 """One block of the encoder for any number of patches, in bundles that were exported to be timed."""
+PARTS = "choice", "site", "layer"
+"""Other graphs of such bundles: an encoder site, a decoder site, a decoder layer."""
 SIZES = {**{dtype.name: dtype.bytes for dtype in DTYPES.values()}, "int64": 8}  # bytes
 
 Size = Amount | Annotated[str, Matches(r"[a-z]+(\.\d{1,4})?", "the name of an open size")]
@@ -93,6 +95,20 @@ class TensorRecord:
         """What a cache holds and of which layer, such as key and 1, before a call or after it."""
         assert self.layer is not None  # a cache is of a layer
         return self.role.partition("_")[2], self.layer
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """A part of the model as a graph of its own, which runs only to be timed.
+
+    `kind` is what parts of equal cost share: of an encoder site its method and what chooses, of a
+    decoder site what scores, of a decoder layer what it has in place of attention, if anything.
+    """
+
+    file: str
+    part: Annotated[str, OneOf(PARTS)]
+    kind: str
+    kept: Amount = 0  # units of a tile that go on, at an encoder site
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from edgeprune.dial import widest
 from edgeprune.errors import SpecError
 from edgeprune.generation import Sampling
-from edgeprune.graphs import DECODER, DELTA, GRAPHS, JOIN, VISION, GraphRecord
+from edgeprune.graphs import DECODER, DELTA, GRAPHS, JOIN, VISION, GraphRecord, PartRecord
 from edgeprune.lowering import DTYPES, TARGETS
 from edgeprune.measured import ChoiceRecord, ParityRecord, RangeRecord, TimingRecord, WeightsRecord
 from edgeprune.records import (
@@ -245,6 +245,7 @@ class Manifest:
     ratios: tuple[RatioRecord, ...] = ()  # where counts are an input, the default first; else none
     choice: ChoiceRecord | None = None  # None: encoder and decoder were not chosen together
     checkpoint_weights: str = ""  # the form of a quantised checkpoint's; empty: floats
+    parts: tuple[PartRecord, ...] = ()  # graphs that edgeprune profile times by themselves
     schema: Count = SCHEMA
 
     @property

@@ -4,14 +4,18 @@
 Time to first token is: reading the image file, preprocessing, the vision graph, prefill. Each is a
 median of rounds in milliseconds. Of a decoder layer and of an encoder block it is known as a
 function of tokens. A layer that r visual tokens enter takes P(r) / L, where P(r) is a prefill in
-which r enter every layer: what a prefill costs beside its layers is then counted once.
+which r enter every layer: what a prefill costs beside its layers is then counted once. Where layers
+are of several kinds, each takes the share of P(r) that it has of all layers by themselves.
+
+Choosing tokens takes time at each site: in the decoder by the tokens that are alive there, in the
+encoder by the units that go on.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Annotated
 from edgeprune.errors import InputError
 from edgeprune.records import Amount, Between, Count, Few, build, parse
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST = 16 << 20
 """Bytes of a profile that are read."""
 Milliseconds = Annotated[float, Between(0, 1e9)]
@@ -84,6 +88,14 @@ def monotone(values: Sequence[float]) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class KindTimes:
+    """Times of all parts of one kind."""
+
+    kind: str
+    table: Table
+
+
+@dataclass(frozen=True, slots=True)
 class Profiled:
     """The model that was timed, by its sizes: a profile is for no other."""
 
@@ -115,8 +127,26 @@ class Profile:
     vision: Spread  # the vision graph, all blocks on all patches
     prefill: Table  # with so many visual tokens in every layer
     block: Table  # of the encoder, all tiles, by the tokens of each
-    windowed: Table | None = None  # the same where attention is within windows, by tokens of each
+    whole: Spread  # all of it, one after the other, with all visual tokens
+    choices: tuple[KindTimes, ...] = ()  # encoder sites, all tiles, by the units of a tile that go on
+    sites: tuple[KindTimes, ...] = ()  # decoder sites, by the visual tokens that are alive there
+    layers: tuple[KindTimes, ...] = ()  # decoder layers by themselves, by the visual tokens that
+    # enter; none where all are of one kind
+    windowed: Table | None = None  # blocks where attention is within windows, by tokens of each
     schema: Count = SCHEMA
+
+    @property
+    def added(self) -> float:
+        """What the parts of `whole` take, added."""
+        return self.read.ms + self.preprocess.ms + self.vision.ms + self.prefill.ms[-1]
+
+    @property
+    def tables(self) -> Iterator[Table]:
+        """Every one."""
+        yield from (self.prefill, self.block)
+        if self.windowed is not None:
+            yield self.windowed
+        yield from (times.table for times in (*self.choices, *self.sites, *self.layers))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -131,7 +161,7 @@ def read_profile(file: Path) -> Profile:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA}")
         profile: Profile = build(Profile, data, "profile")
-        for table in filter(None, (profile.prefill, profile.block, profile.windowed)):
+        for table in profile.tables:
             _check(table)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(

@@ -159,7 +159,7 @@ def export(
     try:
         with atomic_folder(request.output) as draft:
             modules = modules_of(request.traced, adapter, policy, dialect, dtype, wide)
-            graphs, stored = write_graphs(
+            written = write_graphs(
                 draft,
                 modules,
                 adapter,
@@ -169,6 +169,7 @@ def export(
                 profilable=request.profilable,
                 patches=changed.patches if changed else 0,
             )
+            graphs, stored = written.graphs, written.stored
             copy_text(adapter.checkpoint.folder, draft, processor)
             checked = [ParityRecord(0, request.no_parity)] * len(request.settings)
             weights = weights_record(request.lowering, stored, request.tuning.kinds)
@@ -188,6 +189,7 @@ def export(
                 parity=checked[0],
                 range=held,
                 weights=weights,
+                parts=written.parts,
                 ratios=ratio_records(request.dial, checked[: len(request.dial)], adapter, policy),
             )
             (draft / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import torch
 from edgeprune.export.block_graph import Block, block_graph
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.integers import INTEGERS
+from edgeprune.export.part_graphs import part_graphs
 from edgeprune.export.products import FORMS
 from edgeprune.export.prompts import save_tokenizer
 from edgeprune.export.quantised_table import TABLES
 from edgeprune.export.trace import decoder_graph, strip_weights
 from edgeprune.export.vision_graphs import vision_graphs
 from edgeprune.export.weights import Stored, WeightsFile
-from edgeprune.graphs import BLOCK, DECODER, GraphRecord
+from edgeprune.graphs import BLOCK, DECODER, GraphRecord, PartRecord
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._layers import compute_buffers, widen
@@ -32,6 +34,15 @@ from edgeprune.spec import Plan
 from edgeprune.versions import installed
 
 TEXT_FILES = ("chat_template.jinja", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the manifest says of a draft's graphs and weights."""
+
+    graphs: dict[str, GraphRecord]
+    stored: Stored
+    parts: tuple[PartRecord, ...]  # graphs that are only timed
 
 
 def modules_of(
@@ -64,15 +75,16 @@ def write_graphs(
     *,
     profilable: bool = False,
     patches: int = 0,
-) -> tuple[dict[str, GraphRecord], Stored]:
+) -> Written:
     """Trace all graphs and write them with their weights; what the manifest says of them. Where
-    `profilable` one block of the encoder is a graph too, with the same weights; with `patches` the
+    `profilable` parts of the model are graphs too, with the same weights; with `patches` the
     encoder for so many patches of a frame."""
     vision, decoder = modules
     report("trace vision", 0, 1)
     both = vision_graphs(vision, adapter.pixels, dtype, dialect.opset, patches)
     report("trace decoder", 0, 1)
     graphs = both.traced | {DECODER: decoder_graph(decoder, dtype, dialect)}
+    parts = list[PartRecord]()
     forms = FORMS[dialect.codes], INTEGERS.get(dialect.integers)
     with WeightsFile(draft, *forms, TABLES[dialect.rows]) as weights:
         for name, module in (both.modules | {DECODER: decoder}).items():
@@ -83,11 +95,17 @@ def write_graphs(
             block, width = Block(vision), adapter.vision_config.encoder.width
             models[BLOCK] = block_graph(block, width, dtype, dialect.opset)
             weights.fill(models[BLOCK], block, adapter, dtype, partial(report, "block weights"))
+            for part in part_graphs(vision, decoder, adapter, dtype, dialect):
+                step = partial(report, f"{part.record.file.removesuffix('.onnx')} weights")
+                weights.fill(part.model, part.module, adapter, dtype, step)
+                models[part.record.file] = part.model
+                parts.append(part.record)
     for name, model in models.items():
         model.producer_name, model.producer_version = "edgeprune", installed("edgeprune")
         ir.save(model, draft / name)
         onnx.checker.check_model(str(draft / name))
-    return {name: traced.record for name, traced in graphs.items()}, weights.stored
+    records = {name: traced.record for name, traced in graphs.items()}
+    return Written(records, weights.stored, tuple(parts))
 
 
 def copy_text(folder: Path, draft: Path, processor: Processor) -> None:

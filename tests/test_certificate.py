@@ -27,7 +27,8 @@ def schedules(problem: Problem, *, any_sum: bool = False) -> Ints:
 
 
 def spending_of(problem: Problem, *, all_of_it: bool = True) -> Spending:
-    return Spending(np.arange(problem.first + 1), problem.total - problem.first, all_of_it)
+    units = np.tile(np.arange(problem.first + 1), (problem.n_decisions, 1))
+    return Spending(units, problem.total - problem.first, all_of_it)
 
 
 def box_of(problem: Problem, width: int = 1) -> Box:
@@ -86,17 +87,22 @@ def test_a_walk_finds_the_best_schedule_below_a_threshold(seed: int) -> None:
 def test_a_walk_proves_nothing_that_is_wrong_of_budgets_of_time(
     buckets: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With steps in the times, in cells, with spending rounded down."""
+    """With steps in the times, slower and faster layers, falls that take time, in cells, with
+    spending rounded down."""
     monkeypatch.setattr("edgeprune.calib.solvers._relaxed.BUCKETS", buckets)
     for seed in range(6):
         rng = np.random.default_rng(seed)
         problem = pose(evidence(seed, 2, 4, 9, 0.3), 1, 9)
-        units = 2 + rng.integers(0, 4, 10).cumsum() * (rng.integers(0, 3, 10) + 1).max()
-        total = int(rng.integers(3 * units[0], 3 * units[9] + 1))
+        steps = 2 + rng.integers(0, 4, 10).cumsum() * (rng.integers(0, 3, 10) + 1).max()
+        units, each = steps * rng.integers(1, 4, (3, 1)), np.arange(3)
+        total = int(rng.integers(units[:, 0].sum(), units[:, 9].sum() + 1))
+        chosen = rng.integers(0, 9, (3, 10)).cumsum(1) * (seed % 3)
         for all_of_it in (False, True):
-            spending = Spending(units, total, all_of_it)
+            falls = np.zeros_like(units) if all_of_it else chosen
+            spending = Spending(units, total, all_of_it, falls)
             counts = schedules(problem, any_sum=True)
-            spent = units[counts[:, 1:]].sum(1)
+            fell = np.diff(counts, axis=1) < 0
+            spent = (units[each, counts[:, 1:]] + fell * falls[each, counts[:, :-1]]).sum(1)
             losses = problem.evaluate(counts)[spent == total if all_of_it else spent <= total]
             best = float(losses.min(initial=np.inf))
             tokens = Tokens.of(problem)

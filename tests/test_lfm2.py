@@ -207,8 +207,11 @@ def test_calibrated_counts_fall_behind_attention_alone() -> None:
     assert found.bound <= best <= found.objective <= 1.02 * best
     with pytest.raises(SpecError, match=r"up to layer 3, the first of 7 .* --cr is at most 2\.1;"):
         solve(evidence, cr=2.5, first=12, convolutions=convolutions)
-    with pytest.raises(SpecError, match="leave out --max-sites"):
-        solve(evidence, cr=1.6, first=12, max_sites=2, convolutions=convolutions)
+    few = solve(evidence, cr=1.6, first=12, max_sites=1, convolutions=convolutions)
+    assert few.counts[:3] == (12, 12, 12) and len({*few.counts}) == 2
+    once = rows[(rows[:, 3] == rows[:, 5]) | (rows[:, 3] == 12)]
+    best_once = problem.evaluate(once[once.sum(1) <= problem.total]).min()
+    assert few.bound <= best <= best_once <= few.objective <= 1.02 * best_once
 
 
 @torch.no_grad()

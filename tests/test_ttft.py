@@ -60,8 +60,19 @@ def test_a_profile_has_every_part_and_the_models_sizes(dense: Path, tmp_path: Pa
     found = read_profile(file)
     assert found.model == PROFILE.model
     assert found.prefill.counts[-1] == 16 and found.block.counts[-1] == 17
-    assert found.windowed is None and found.text_tokens == 32
-    parts = found.read, found.preprocess, found.vision, *found.prefill.measured
+    assert found.windowed is None and found.text_tokens == 32 and not found.layers
+    assert [one.kind for one in found.sites] == [
+        "query=last, one position",
+        "query=last",
+        "query=text, one position",
+        "query=text",
+    ]
+    assert all(one.table.counts[-1] == 16 for one in found.sites)
+    assert {one.kind: one.table.counts for one in found.choices} == {
+        f"{name}:by={by}": (4, 8, 12) for name in ("drop", "exit") for by in ("pixels", "salient")
+    }
+    parts = found.read, found.preprocess, found.vision, *found.prefill.measured, found.whole
+    parts += tuple(one for table in found.tables for one in table.measured)
     assert all(0 < one.low <= one.ms <= one.high for one in parts)
     assert {"processor", "power", "onnxruntime", "edgeprune"} <= found.machine.keys()
 
@@ -115,12 +126,14 @@ def test_idle_threads_leave_the_cores_to_the_next_graph(demo_dense: Path) -> Non
     assert min(burned) < 2e-3
 
 
-def costs(deep: Path, profile: Profile = PROFILE) -> Costs:
-    return open_costs(open_model(str(deep)), profile)
+def costs(deep: Path, profile: Profile = PROFILE, **options: str) -> Costs:
+    policy = make(PruneSpec("utp", 2, options))
+    return open_costs(open_model(str(deep)), profile, policy)
 
 
 def test_what_a_first_token_takes(deep: Path) -> None:
-    """Reading 1, preprocessing 2, vision 20, prefill; a block of n tokens takes (n + 1) / 2."""
+    """Reading 1, preprocessing 2, vision 20, prefill; a block of n tokens takes (n + 1) / 2; to
+    choose takes n / 4 with [CLS] in the encoder, in the decoder 0.1 n + 0.4 at one position."""
     found = costs(deep)
     assert (found.before, found.vision(None)) == (3, 20)
     site = site_of(found.adapter, "exit:at=1:keep=0.5")  # 8 of 16 and [CLS]: 5 in place of 9
@@ -128,15 +141,26 @@ def test_what_a_first_token_takes(deep: Path) -> None:
     embedding = 2 * 16 * 3 * 14 * 14 * 64
     block = 2 * 17 * 64 * (4 * 64 + 2 * inner) + 4 * 17 * 17 * 64
     share = 2 * 8 * 64 * 64 / (embedding + 2 * block)  # the map of the 8 that leave
-    assert found.vision(site) == pytest.approx(20 - 4 + 20 * share)
+    assert found.vision(site) == pytest.approx(20 - 4 + 20 * share + 2)
     early = site_of(found.adapter, "exit:at=0:keep=0.5")
-    assert found.vision(early) == pytest.approx(20 - 8 + 20 * share)
+    assert found.vision(early) == pytest.approx(20 - 8 + 20 * share + 0.375)
+    diverse = site_of(found.adapter, "exit:at=0:keep=0.5:by=diverse")
+    with pytest.raises(SpecError, match=r"no times of --encoder exit:by=diverse; it has exit:by"):
+        found.vision(diverse)
     assert found.prefill((16, 16, 16)) == pytest.approx(36)
-    assert found.prefill((16, 1, 1)) == pytest.approx((36 + 6 + 6) / 3)
+    assert found.prefill((16, 1, 1)) == pytest.approx((36 + 6 + 6) / 3 + 2)
+    assert found.prefill((16, 6, 1)) == pytest.approx((36 + 16 + 6) / 3 + 2 + 1)
+    plain = costs(deep, ure="off")
+    assert plain.prefill((16, 1, 1)) == pytest.approx((36 + 6 + 6) / 3 + 1)
+    with pytest.raises(SpecError, match="choosing in the decoder by query=text"):
+        costs(deep, query="text").prefill((16, 1, 1))
     times, floor = found.times(), found.times(floor=True)
-    assert times.units[16] == floor.units[16] == 512
-    exact = np.array([found.prefill((n,)) for n in range(17)]) / found.unit
+    assert (times.units[:, 16] == 512).all() and (floor.units[:, 16] == 512).all()
+    exact = np.array([found.layer(1, n) for n in range(17)]) / found.unit
     assert (times.units >= exact - 1e-6).all() and (floor.units <= exact + 1e-6).all()
+    assert times.falls[1, 16] == np.ceil(2 / found.unit) and floor.falls[0, 1] == 21
+    counts = np.array([[16, 6, 1]])
+    assert times.of(counts)[0] >= found.prefill((16, 6, 1)) / found.unit >= floor.of(counts)[0]
     assert {method.at for method in menu(found.adapter)} == {0, 1}
 
 

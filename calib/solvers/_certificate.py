@@ -76,8 +76,8 @@ class Search:
         self.objective, self.goal, self.progress = objective, goal, progress
         self.target = objective * (1 - goal.gap)
         self.began, self.work, self.boxes = monotonic(), 0.0, 0
-        units = spending.units
-        self.budget = max(1.0, spending.total * (len(units) - 1) / max(1, int(units[-1])))  # tokens
+        most = float(spending.units[:, -1].mean())
+        self.budget = max(1.0, spending.total * self.tokens.size[2] / max(1.0, most))  # tokens
 
     def run(self) -> float:
         """The bound."""
@@ -109,11 +109,11 @@ class Search:
 
     def _whole(self) -> Box:
         """All counts that the budget allows."""
-        decisions = self.tokens.size[0]
-        units, total = self.spending.units, self.spending.total
-        layers = np.arange(1, decisions + 1)
-        most = (total - int(units[0]) * (decisions - layers)) // layers  # units of each so far
-        high = np.searchsorted(units, most, side="right") - 1
+        decisions, units = self.tokens.size[0], self.spending.units
+        least = units[:, 0]
+        left = self.spending.total - (least.sum() - least.cumsum())  # for the layers so far
+        so_far = zip(units.cumsum(0), left, strict=True)
+        high = np.array([np.searchsorted(spent, most, side="right") - 1 for spent, most in so_far])
         return self._box(np.zeros(decisions, np.intp), np.maximum(high, 0))
 
     def _box(self, low: Ints, high: Ints) -> Box:
@@ -211,5 +211,6 @@ def certify(
 
     Unless `all_of_it`, the sum may stay below the budget."""
     total = problem.total - problem.first
-    spending = Spending(np.arange(problem.first + 1), total, all_of_it)
+    units = np.tile(np.arange(problem.first + 1), (problem.n_decisions, 1))
+    spending = Spending(units, total, all_of_it)
     return Search(problem, spending, objective, goal, progress).run()

@@ -81,10 +81,11 @@ class Box:
         return range(start, start + self.width)
 
     def unspent(self, units: Ints) -> int:
-        """What the counts of cells may spend beyond the least of each, all together."""
+        """What the counts of cells may spend beyond the least of each, all together; `units`
+        [L-1, n + 1] are those of layers."""
         return sum(
-            int((units[np.minimum(start + self.width - 1, most)] - units[start]).max())
-            for start, most in zip(self.starts, self.high, strict=True)
+            int((own[np.minimum(start + self.width - 1, most)] - own[start]).max())
+            for own, start, most in zip(units, self.starts, self.high, strict=True)
         )
 
     def certain(self, tokens: Tokens) -> tuple[list[Mask], list[Mask]]:

@@ -81,9 +81,16 @@ class Walk:
     @cached_property
     def _behind(self) -> tuple[Ints, Ints]:
         """The least and most units that the decisions behind each one spend."""
-        box, units = self.answer.box, self.spending.units
-        least, most = (np.append(units[x][::-1].cumsum()[::-1], 0)[1:] for x in (box.low, box.high))
+        box, of = self.answer.box, self.spending.of
+        least, most = (np.append(of(x)[::-1].cumsum()[::-1], 0)[1:] for x in (box.low, box.high))
         return least, most
+
+    @cached_property
+    def _level(self) -> Ints:
+        """What they spend that enter with one count: [L-1, n + 1]."""
+        units = self.spending.units
+        behind: Ints = units.sum(0) - units.cumsum(0)
+        return behind
 
     def _below(self, d: int, here: Prefix) -> None:
         self.left -= here.alive.size
@@ -109,7 +116,7 @@ class Walk:
 
     def _children(self, d: int, here: Prefix) -> tuple[Ints, Ints, Floats, Ints, Ints]:
         """What may go on below the threshold: parent, count, cost, left and spent."""
-        box, units, samples = self.answer.box, self.spending.units, self.problem.n_samples
+        box, units, samples = self.answer.box, self.spending.units[d], self.problem.n_samples
         counts = np.arange(box.low[d], min(int(box.high[d]), int(here.count.max())) + 1)
         cells = (counts - box.low[d]) // box.width
         price = self.problem.prices[d].take(here.alive).sum(1) / samples
@@ -117,11 +124,12 @@ class Walk:
         lost = np.pad(price[:, ::-1].cumsum(1)[:, ::-1], ((0, 0), (0, 1)))[:, counts]
         paid = np.pad(pays.cumsum(1), ((0, 0), (1, 0)))[:, counts]
         left = here.left[:, None] - self.answer.spends[d][cells]
-        spent = here.spent[:, None] + units[counts]
+        fall = self.spending.falling(d, here.count)[:, None] * (counts < here.count[:, None])
+        spent = here.spent[:, None] + units[counts] + fall
         cost = here.cost[:, None] + lost
         bound = cost + paid + self.answer.to_come[d][cells, np.maximum(left, 0)]
         least, most = (behind[d] for behind in self._behind)
-        most = np.minimum(most, units[counts] * (self.problem.n_decisions - 1 - d))
+        most = np.minimum(most, self._level[d, counts])
         good = (counts <= here.count[:, None]) & (left >= 0) & (bound < self.threshold)
         good &= spent + least <= self.spending.total
         if self.spending.all_of_it:

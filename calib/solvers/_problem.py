@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,20 @@ class Problem:
         posed = cls.pose(ranked, behind, None, tokens, tokens * layers)
         posed.prices[0, :, :-1] = -np.diff(lost)  # of the token of each rank, on every sample
         return replace(posed, least=least)
+
+    def falling_at(self, decisions: Sequence[int]) -> Problem:
+        """The same with these decisions alone, and that on r_1 where it is open: at the others all
+        tokens go on."""
+        kept = list(decisions)
+        if self.least is not None:
+            kept = [0, *(d + 1 for d in kept)]
+        carry = list[Ints]()
+        for start, end in pairwise([*kept, self.n_decisions]):
+            carried = self.carry[start]
+            for others in self.carry[start + 1 : end]:
+                carried = others.take(carried)
+            carry.append(carried)
+        return replace(self, prices=self.prices[kept], carry=np.array(carry))
 
     def sample(self, index: int) -> Problem:
         """The same problem for one sample alone."""

@@ -20,11 +20,22 @@ BUCKETS = 600
 
 @dataclass(frozen=True, eq=False)
 class Spending:
-    """What layers behind the first may spend: a layer that r tokens enter spends `units[r]`."""
+    """What layers behind the first may spend."""
 
-    units: Ints  # [n + 1], never falls
+    units: Ints  # [L-1, n + 1] what each spends that r tokens enter; never falls
     total: int
     all_of_it: bool  # whether schedules spend just so much; else at most
+    falls: Ints | None = None  # [L-1, n + 1] what a decision spends beside it where it is given so
+    # many tokens and hands fewer on; never falls; None: nothing
+
+    def falling(self, d: int, counts: Ints) -> Ints:
+        """What a fall from so many tokens spends."""
+        return np.zeros_like(counts) if self.falls is None else self.falls[d, counts]
+
+    def of(self, counts: Ints) -> Ints:
+        """What layers spend that so many tokens enter: [L-1] -> [L-1]."""
+        spent: Ints = self.units[np.arange(len(self.units)), counts]
+        return spent
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +55,12 @@ class Relaxed:
     ) -> Relaxed | None:
         """`multipliers` [L-2, S, n]. None where the box has no schedule within the budget."""
         units = spending.units
-        left = spending.total - int(units[box.low].sum())
+        left = spending.total - int(spending.of(box.low).sum())
         if left < 0:
             return None
         bucket = max(1, left // BUCKETS)
-        spends = [(units[start] - units[start[0]]) // bucket for start in box.starts]
+        pairs = zip(units, box.starts, strict=True)
+        spends = [(own[start] - own[start[0]]) // bucket for own, start in pairs]
         left //= bucket
         unspent = left if not spending.all_of_it else box.unspent(units) // bucket
         if spending.all_of_it and bucket > 1:
@@ -59,8 +71,9 @@ class Relaxed:
         tables = [first_table(tokens, box, prices[1])]
         for d in range(1, decisions):
             tables.append(pair_table(tokens, box, d, prices[d], prices[d + 1], certain))
-        so_far = _forward(tables, spends, left)
-        to_come = _backward(tables, spends, left, unspent)
+        falls = _Falls.of(spending, box, count, bucket)
+        so_far = _forward(tables, spends, falls, left)
+        to_come = _backward(tables, spends, falls, left, unspent)
         return cls(tokens, box, tables, spends, so_far, to_come)
 
     @property
@@ -79,29 +92,63 @@ class Relaxed:
         return float(tables * (samples * count / 2 + 2 * self.so_far[0].shape[1]))
 
 
-def _forward(tables: list[Floats], spends: list[Ints], left: int) -> list[Floats]:
+@dataclass(frozen=True)
+class _Falls:
+    """Where a decision surely drops tokens, and what that spends at least."""
+
+    first: Ints  # by cell of X the first cell of X' all of whose counts are above it
+    spends: Ints  # by cell of X', buckets
+
+    @classmethod
+    def of(cls, spending: Spending, box: Box, count: int, bucket: int) -> list[_Falls]:
+        """Of all decisions; the first is given `count` tokens."""
+        found, before = list[_Falls](), np.array([count])
+        for d, start in enumerate(box.starts):
+            last = np.minimum(start + box.width - 1, box.high[d])
+            first = np.searchsorted(before, last, side="right")
+            found.append(cls(first, spending.falling(d, before) // bucket))
+            before = start
+        return found
+
+    def later(self, costs: Floats) -> Floats:
+        """Costs by cell of X' and spending [C', buckets] where each falls."""
+        moved = np.full_like(costs, np.inf)
+        for row, spent in enumerate(self.spends.tolist()):
+            moved[row, spent:] = costs[row, : max(0, costs.shape[1] - spent)]
+        return moved
+
+
+def _forward(
+    tables: list[Floats], spends: list[Ints], falls: list[_Falls], left: int
+) -> list[Floats]:
     found = list[Floats]()
     before = np.full((1, left + 1), np.inf)
     before[0, 0] = 0
-    for table, spend in zip(tables, spends, strict=True):
-        now = np.full((len(spend), left + 1), np.inf)
+    for table, spend, fall in zip(tables, spends, falls, strict=True):
+        now, fallen = np.full((len(spend), left + 1), np.inf), fall.later(before)
         for cell, cost in enumerate(spend.tolist()):
             if cost <= left:
-                options = before[:, : left + 1 - cost] + table[:, cell, None]
+                first = fall.first[cell]
+                ways = np.concatenate([before[:first], fallen[first:]])
+                options = ways[:, : left + 1 - cost] + table[:, cell, None]
                 now[cell, cost:] = options.min(0)
         found.append(now)
         before = now
     return found
 
 
-def _backward(tables: list[Floats], spends: list[Ints], left: int, unspent: int) -> list[Floats]:
+def _backward(
+    tables: list[Floats], spends: list[Ints], falls: list[_Falls], left: int, unspent: int
+) -> list[Floats]:
     found = [np.full((len(spends[-1]), left + 1), np.inf)]
     found[0][:, : unspent + 1] = 0
-    for table, spend in zip(tables[:0:-1], spends[:0:-1], strict=True):
-        now = np.full((len(table), left + 1), np.inf)
+    for table, spend, fall in zip(tables[:0:-1], spends[:0:-1], falls[:0:-1], strict=True):
+        level, falling = (np.full((len(table), left + 1), np.inf) for _ in range(2))
         for cell, cost in enumerate(spend.tolist()):
             if cost <= left:
                 options = table[:, cell, None] + found[0][cell, : left + 1 - cost]
-                np.minimum(now[:, cost:], options, out=now[:, cost:])
-        found.insert(0, now)
+                first = fall.first[cell]
+                np.minimum(level[:first, cost:], options[:first], out=level[:first, cost:])
+                np.minimum(falling[first:, cost:], options[first:], out=falling[first:, cost:])
+        found.insert(0, np.minimum(level, fall.later(falling)))
     return found

@@ -26,12 +26,16 @@ class Corridor:
     max_falls: int | None = None  # at most this many layers where the count falls
     price: float = 0.0  # radians per token and layer, to compare spendings inside a cell
     max_cells: int = 4096
-    units: Ints | None = None  # [n + 1] what a layer of so many tokens spends; None: the tokens
-    fall: int = 0  # what a layer where the count falls spends beside that
+    units: Ints | None = None  # [L, n + 1] what a layer of so many tokens spends; None: the tokens
+    falls: Ints | None = None  # [L-1, n + 1] what a fall at d from so many tokens spends beside it
 
-    def spends(self, counts: Ints) -> Ints:
-        """What layers that so many tokens enter spend."""
-        return counts if self.units is None else self.units[counts]
+    def spends(self, layer: int, counts: Ints) -> Ints:
+        """What a layer (0-based) that so many tokens enter spends."""
+        return counts if self.units is None else self.units[layer, counts]
+
+    def falling(self, d: int, counts: Ints) -> Ints:
+        """What a fall from so many tokens spends."""
+        return np.zeros_like(counts) if self.falls is None else self.falls[d, counts]
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def sweep(problem: Problem, corridor: Corridor) -> Cells:
     """All cells after the last decision; none if no schedule fits the corridor."""
     zero = np.zeros(1, np.intp)
     first = np.array([problem.first])
-    spent = corridor.spends(first)
+    spent = corridor.spends(0, first)
     cells = Cells(first[:, None], np.zeros(1), problem.start[None], spent, zero)
     for d in range(problem.n_decisions):
         if len(cells.cost):
@@ -66,8 +70,8 @@ def _decide(problem: Problem, corridor: Corridor, d: int, cells: Cells) -> Cells
     alive = np.sort(cells.alive, axis=-1)
     losses = _losses(problem, d, alive)
     level = corridor.levels[d]
-    spends, fall = corridor.spends(level), level < cells.level[:, None]
-    spent = cells.spent[:, None] + spends + corridor.fall * fall
+    spends, fall = corridor.spends(d + 1, level), level < cells.level[:, None]
+    spent = cells.spent[:, None] + spends + corridor.falling(d, cells.level)[:, None] * fall
     falls = cells.falls[:, None] + fall
     allowed = (level <= cells.level[:, None]) & (spent <= corridor.high[d])
     left = problem.n_decisions - 1 - d  # counts never rise, so this cell can spend so much more:

@@ -37,14 +37,13 @@ def solve(
     problem: Problem,
     *,
     max_falls: int | None = None,
-    all_of_it: bool = True,
     goal: Goal = UNHURRIED,
     progress: Progress = silent,
 ) -> Solution:
-    """A good schedule with a proven bound, which is about schedules of just this sum, or unless
-    `all_of_it` or with `max_falls` of at most this sum."""
+    """A good schedule with a proven bound, which is about schedules of just this sum, or with
+    `max_falls` of at most this sum."""
     counts, objective = search(problem, max_falls, goal.seconds, progress)
-    bound = certify(problem, objective, goal, progress, all_of_it=all_of_it and max_falls is None)
+    bound = certify(problem, objective, goal, progress, all_of_it=max_falls is None)
     return Solution(counts, objective, min(objective, bound))
 
 

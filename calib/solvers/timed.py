@@ -1,17 +1,18 @@
 """Schedules under a budget of time in place of a count of tokens: any table of times, steps too.
 
-Time is counted in whole units: a layer that r tokens enter takes `units[r]`, a layer where the
-count falls `fall` more. One sweep gives the whole frontier of loss against time; sweeps with
-prices, and corridors around the best, give the schedule of one budget. The lower bound counts time
-rounded down, and no falls.
+Time is counted in whole units. Layers between two places where the count may fall are a group:
+they have one count, and a table of times by that count. Where the count falls, choosing takes more,
+by the tokens that are alive there. One sweep gives the whole frontier of loss against time; sweeps
+with prices, and corridors around the best, give the schedule of one budget. The lower bound counts
+time rounded down.
 
-Where r_1 is open (`Problem.pose_open`), the n tokens that the encoder gives stand for a layer that
-takes no time: it is added to the budget, and left out of the answer.
+Where r_1 is open (`Problem.pose_open`), the n tokens that the encoder gives stand for a group that
+takes no time, and are left out of the answer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,34 +38,38 @@ REACH = 6  # a corridor is this many steps wide to each side
 
 @dataclass(frozen=True)
 class Times:
-    """What layers take, in whole units; `units` [n + 1] never falls."""
+    """What G groups of layers take, in whole units that never fall as tokens become more."""
 
-    units: Ints  # of a layer that r tokens enter
-    fall: int = 0  # more, where the count falls
+    units: Ints  # [G, n + 1] of a group that r tokens enter
+    falls: Ints  # [G - 1, n + 1] beside it behind a group of r tokens, where fewer go on
 
     def of(self, counts: Ints) -> Ints:
-        """Of schedules [C, L]: [C]."""
-        falls = (np.diff(counts, axis=1) < 0).sum(1)
-        spent: Ints = self.units[counts].sum(1) + self.fall * falls
+        """Of schedules [C, G]: [C]."""
+        before, groups = counts[:, :-1], np.arange(len(self.units))
+        chosen = np.where(np.diff(counts, axis=1) < 0, self.falls[groups[:-1], before], 0)
+        spent: Ints = self.units[groups, counts].sum(1) + chosen.sum(1)
         return spent
 
-    def among(self, tokens: int) -> Times:
-        """Of layers that no more than so many tokens enter."""
-        return Times(self.units[: tokens + 1], self.fall)
+    def levels(self, group: int, most: int) -> Ints:
+        """Counts of which one more takes longer, and 0 and `most`: of equally long ones the
+        largest."""
+        rises = np.flatnonzero(np.diff(self.units[group, : most + 1]) > 0)
+        return np.unique(np.concatenate([[0], rises, [most]])).astype(np.intp)
 
-    @property
-    def levels(self) -> Ints:
-        """Counts of which one more takes longer, and 0 and n: of equally long ones the largest."""
-        last = len(self.units) - 1
-        rises = np.flatnonzero(np.diff(self.units) > 0)
-        return np.unique(np.concatenate([[0], rises, [last]])).astype(np.intp)
+    def of_problem(self, problem: Problem) -> Times:
+        """Of the counts that a problem has: what the encoder gives takes no time."""
+        units, falls = (x[:, : problem.first + 1] for x in (self.units, self.falls))
+        if problem.least is None:
+            return Times(units, falls)
+        free = np.zeros_like(units[:1])
+        return Times(np.concatenate([free, units]), np.concatenate([free, falls]))
 
 
 def frontier(problem: Problem, times: Times) -> list[tuple[int, float, Ints]]:
     """Schedules of which none is both faster and better than another: time, loss and counts, the
     fastest first. A sweep holds so many cells; without a price on time the fast ones are let go."""
-    times, free = times.among(problem.first), _free(problem, times)
-    most = int(times.units[problem.first]) * (problem.n_decisions + 1)
+    times = times.of_problem(problem)
+    most = int(times.units[:, problem.first].sum())
     mean = float(problem.prices.sum()) / problem.n_samples / max(1, most)
     cells = [sweep(problem, _coarse(problem, times, most, price * mean)) for price in PRICES]
     spent, cost = (np.concatenate(x) for x in ([c.spent for c in cells], [c.cost for c in cells]))
@@ -73,7 +78,7 @@ def frontier(problem: Problem, times: Times) -> list[tuple[int, float, Ints]]:
     for index in np.lexsort((cost, spent)):
         if cost[index] < best - 1e-12:
             best = float(cost[index])
-            kept.append((int(spent[index]) - free, best, _entered(problem, paths[index])))
+            kept.append((int(spent[index]), best, _entered(problem, paths[index])))
     return kept
 
 
@@ -84,17 +89,19 @@ def solve(
     budget: int,
     goal: Goal = UNHURRIED,
     progress: Progress = silent,
+    max_falls: int | None = None,
 ) -> Solution | None:
     """A good schedule of at most `budget` units with a proven bound; None where there is none.
 
-    The bound is about all schedules that fit by `floor`, which is never above `times`.
+    The bound is about all schedules that fit by `floor`, which is never above `times`, however
+    often they fall. `max_falls` is how often the one that is found may.
     """
-    times, floor = times.among(problem.first), floor.among(problem.first)
-    budget += _free(problem, times)
+    times, floor = times.of_problem(problem), floor.of_problem(problem)
     first: tuple[float, Ints] | None = None
     mean = float(problem.prices.sum()) / problem.n_samples / max(1, budget)
     for price in PRICES:
-        first = _better(first, sweep(problem, _coarse(problem, times, budget, price * mean)))
+        coarse = _coarse(problem, times, budget, price * mean)
+        first = _better(first, sweep(problem, replace(coarse, max_falls=max_falls)))
     if first is None:
         return None
     best = first
@@ -102,23 +109,20 @@ def solve(
     while step:
         progress(f"polish in steps of {step}", best[0], 0.0)
         while True:
-            found = _better(best, sweep(problem, _around(problem, times, budget, best[1], step)))
+            near = _around(problem, times, budget, best[1], step)
+            found = _better(best, sweep(problem, replace(near, max_falls=max_falls)))
             if found is None or not found[0] < best[0] * (1 - 1e-9):
                 break
             best = found
         step //= 2
-    left = budget - int(floor.units[problem.first])
-    bound = Search(problem, Spending(floor.units, left, False), best[0], goal, progress).run()
+    left = budget - int(floor.units[0, problem.first])
+    spending = Spending(floor.units[1:], left, False, floor.falls)
+    bound = Search(problem, spending, best[0], goal, progress).run()
     return Solution(_entered(problem, best[1]), best[0], min(best[0], bound))
 
 
-def _free(problem: Problem, times: Times) -> int:
-    """Units that a schedule of the problem spends and no layer takes."""
-    return 0 if problem.least is None else int(times.units[problem.first])
-
-
 def _entered(problem: Problem, counts: Ints) -> Ints:
-    """r_1 .. r_L of a schedule of the problem."""
+    """The counts of all groups in a schedule of the problem."""
     return counts if problem.least is None else counts[1:]
 
 
@@ -132,22 +136,27 @@ def _better(best: tuple[float, Ints] | None, cells: Cells) -> tuple[float, Ints]
 def _coarse(problem: Problem, times: Times, budget: int, price: float) -> Corridor:
     """All layers, all times: every count of a small problem, else few levels, denser where the
     count is small, each the largest count that takes no longer."""
-    levels = np.arange(problem.first + 1)
-    if len(levels) > FEW_LEVELS:
+    levels = [np.arange(problem.first + 1)] * problem.n_decisions
+    if problem.first >= FEW_LEVELS:
         curve = np.rint(np.linspace(0, 1, FEW_LEVELS) ** 2 * problem.first)
-        levels = np.unique(times.levels[np.searchsorted(times.levels, curve)])
-    return _corridor(problem, times, budget, [levels] * problem.n_decisions, price, BUCKETS)
+        every = (times.levels(d + 1, problem.first) for d in range(problem.n_decisions))
+        levels = [np.unique(some[np.searchsorted(some, curve)]) for some in every]
+    return _corridor(problem, times, budget, levels, price, BUCKETS)
 
 
 def _around(problem: Problem, times: Times, budget: int, counts: Ints, step: int) -> Corridor:
-    """Counts within REACH steps of a schedule, and the largest that take no longer than these.
+    """Counts within REACH steps of a schedule, the largest that take no longer than these, and the
+    counts of both neighbours.
 
     Fewer may be better for nothing: a token that one layer ranks last may be another's first.
     """
     offsets, levels = step * np.arange(-REACH, REACH + 1), list[Ints]()
-    for count in counts[1:]:
+    around = np.pad(counts, (0, 1), mode="edge")
+    for group, count in enumerate(counts[1:], 1):
         near = np.clip(count + offsets, 0, problem.first)
-        snapped = times.levels[np.searchsorted(times.levels, near)]
+        near = np.concatenate([near, around[group - 1 : group + 2]])
+        every = times.levels(group, problem.first)
+        snapped = every[np.searchsorted(every, near)]
         levels.append(np.unique(np.concatenate([near, snapped])))
     return _corridor(problem, times, budget, levels, 0.0, 4 * BUCKETS)
 
@@ -156,10 +165,10 @@ def _corridor(
     problem: Problem, times: Times, budget: int, levels: list[Ints], price: float, buckets: int
 ) -> Corridor:
     """What is spent at a decision leaves enough for the cheapest layers behind it."""
-    n, least = problem.n_decisions, int(times.units[0])
+    n, least = problem.n_decisions, times.units[1:, 0]
     if problem.least is not None:
         levels = [levels[0][levels[0] >= problem.least], *levels[1:]]
-    high = budget - least * np.arange(n - 1, -1, -1)
+    high = budget - (least.sum() - least.cumsum())
     room = int(np.clip(MEMORY // problem.start.size, 64, 4096))
     return Corridor(
         levels,
@@ -169,5 +178,5 @@ def _corridor(
         price=price,
         max_cells=room,
         units=times.units,
-        fall=times.fall,
+        falls=times.falls,
     )

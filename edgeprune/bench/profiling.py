@@ -17,24 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeprune import graph_contract, onnx_file
 from edgeprune.bench.conditions import machine_versions
+from edgeprune.bench.parts import EXPORT, Job, Parts, Work, counts, title
 from edgeprune.bench.worker import PREFIX
 from edgeprune.bundle import Bundle
-from edgeprune.errors import BackendError, BundleError, SpecError
-from edgeprune.graphs import BLOCK
+from edgeprune.errors import BackendError, SpecError
 from edgeprune.images import read_image
 from edgeprune.manifest import Manifest
 from edgeprune.progress import Progress, silent
 from edgeprune.runtime import backends
-from edgeprune.runtime.backend import DecoderInputs
+from edgeprune.runtime.backend import DecoderInputs, EncodedImage
 from edgeprune.runtime.backends._ort import OrtBackend
 from edgeprune.runtime.images import to_pixels
 from edgeprune.runtime.tile_encoder import TileEncoder
-from edgeprune.timing import Profile, Profiled, Spread, Table
-
-SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 10, 1 / 7, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
-"""Of the visual tokens or patches: where tables are measured."""
+from edgeprune.timing import KindTimes, Profile, Profiled, Spread, Table
 
 
 @dataclass(frozen=True)
@@ -61,33 +57,21 @@ class ProfileRequest:
             )
 
 
-Work = Callable[[], object]
-
-
 def profile(request: ProfileRequest, report: Progress = silent) -> Profile:
     """Time a dense bundle that was exported with --profilable."""
     bundle = Bundle.open(request.bundle)
-    manifest = bundle.manifest
-    _check(request.bundle, manifest)
-    _check_block(bundle)
+    manifest, prune = bundle.manifest, bundle.manifest.prune
+    if len(set(prune.counts)) > 1 or prune.counts[0] != prune.visual_tokens:
+        raise SpecError(
+            f"profile times the dense model, {bundle.path} prunes by {prune.method}; {EXPORT}"
+        )
     backend = OrtBackend(bundle, request.backend.removeprefix("ort-"), request.threads)
     try:
         work = _Work(bundle, backend, request)
-        jobs = work.jobs()
-        seconds: list[list[float]] = [[] for _ in jobs]
-        parts, order = list(zip(seconds, jobs.values(), strict=True)), random.Random(0)
-        total = request.warmup + request.rounds
-        for number in range(total):
-            order.shuffle(parts)
-            for kept, job in parts:
-                begin = time.perf_counter()
-                job()
-                if number >= request.warmup:
-                    kept.append(time.perf_counter() - begin)
-            report("rounds", number + 1, total)
+        seconds = _rounds(request, work.jobs(), report)
     finally:
         backend.close()
-    found = {name: _spread(kept) for name, kept in zip(jobs, seconds, strict=True)}
+    found = {name: _spread(kept) for name, kept in seconds.items()}
     return Profile(
         model=profiled(manifest),
         backend=request.backend,
@@ -101,6 +85,10 @@ def profile(request: ProfileRequest, report: Progress = silent) -> Profile:
         vision=found["vision", 0],
         prefill=_table(found, "prefill"),
         block=_table(found, "block"),
+        whole=found["whole", 0],
+        choices=_by_kind(manifest, found, "choice"),
+        sites=_by_kind(manifest, found, "site"),
+        layers=_by_kind(manifest, found, "layer"),
         windowed=_table(found, "windowed") if manifest.encoder.window else None,
     )
 
@@ -122,25 +110,23 @@ def profiled(manifest: Manifest) -> Profiled:
     )
 
 
-def _check(path: Path, manifest: Manifest) -> None:
-    """SpecError unless a bundle is the dense model, with a block by itself."""
-    encoder, prune = manifest.encoder, manifest.prune
-    if len(set(prune.counts)) > 1 or prune.counts[0] != prune.visual_tokens:
-        raise SpecError(f"profile times the dense model, {path} prunes by {prune.method}; {_HOW}")
-    if BLOCK not in manifest.files or encoder.kept < encoder.units:
-        raise SpecError(f"{path} has no {BLOCK} of a dense encoder; {_HOW}")
-
-
-def _check_block(bundle: Bundle) -> None:
-    """BundleError where the graph of a block is not such as exports write."""
-    file = bundle.file(BLOCK)
-    try:
-        graph_contract.check_nodes(bundle.manifest, onnx_file.read(file))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{file} is not a graph of this bundle ({error}); {_HOW}") from error
-
-
-_HOW = "export it with --method none --profilable"
+def _rounds(
+    request: ProfileRequest, jobs: dict[Job, Callable[[], Work]], report: Progress
+) -> dict[Job, list[float]]:
+    """Seconds of each job in each counted round."""
+    seconds: dict[Job, list[float]] = {name: [] for name in jobs}
+    parts, order = list(jobs.items()), random.Random(0)
+    total = request.warmup + request.rounds
+    for number in range(total):
+        order.shuffle(parts)
+        for name, ready in parts:
+            work = ready()
+            begin = time.perf_counter()
+            work()
+            if number >= request.warmup:
+                seconds[name].append(time.perf_counter() - begin)
+        report("rounds", number + 1, total)
+    return seconds
 
 
 class _Work:
@@ -149,7 +135,7 @@ class _Work:
     def __init__(self, bundle: Bundle, backend: OrtBackend, request: ProfileRequest) -> None:
         self.manifest, self.backend, self.text = bundle.manifest, backend, request.text_tokens
         self.rng, self.caches = np.random.default_rng(0), backend.caches()
-        self.block = backend.encoder_block(BLOCK)
+        self.parts = Parts(bundle, backend, self.text)
         self.encoder = TileEncoder(backend, self.manifest, 0)
         record = self.manifest.image
         self.pixels = self.rng.standard_normal(record.shape, np.float32)
@@ -159,55 +145,68 @@ class _Work:
         self.image = read_image(self.file).image
         self.size = self.image.height, self.image.width
 
-    def jobs(self) -> dict[tuple[str, int], Work]:
-        """Each by its kind and its count."""
-        encoder, record = self.manifest.encoder, self.manifest.image
-        dense = np.array(self.manifest.prune.counts)
-        found: dict[tuple[str, int], Work] = {
+    def jobs(self) -> dict[Job, Callable[[], Work]]:
+        """Each by its kind and its count, with what makes it ready."""
+        plain: dict[Job, Work] = {
             ("read", 0): lambda: read_image(self.file),
-            ("preprocess", 0): lambda: [
-                to_pixels(self.image, record) for _ in range(encoder.shown)
-            ],
-            ("vision", 0): lambda: self.encoder.encode(self.pixels, dense),
+            ("preprocess", 0): self._preprocess,
+            ("vision", 0): self._encode,
+            ("whole", 0): self._whole(),
         }
         for count in counts(self.manifest.prune.visual_tokens):
-            found["prefill", count] = self._prefill(count)
-        for count in counts(encoder.patches + encoder.extra):
-            found["block", count] = self._block(1, count)
-        if encoder.window:
-            windows = max(1, encoder.patches // encoder.window)
-            for count in counts(encoder.window):
-                found["windowed", count] = self._block(windows, count)
-        return found
+            plain["prefill", count] = self._prefill(count)
+        return {name: _as_it_is(work) for name, work in plain.items()} | dict(self.parts.jobs())
+
+    def _preprocess(self) -> None:
+        for _ in range(self.manifest.encoder.shown):
+            to_pixels(self.image, self.manifest.image)
+
+    def _encode(self) -> EncodedImage:
+        return self.encoder.encode(self.pixels, np.array(self.manifest.prune.counts))
+
+    def _whole(self) -> Work:
+        """All of a first token, one after the other."""
+        tokens = self.manifest.prune.visual_tokens
+        ids = self._ids()
+
+        def run() -> None:
+            read_image(self.file)
+            self._preprocess()
+            self.backend.run(self._inputs(ids, self._encode(), tokens), self.caches)
+
+        return run
 
     def _prefill(self, tokens: int) -> Work:
         record = self.manifest.decoder
         visual = self.rng.standard_normal((1, tokens, record.visual_width), np.float32)
-        image = self.backend.as_image(visual, np.arange(tokens))
-        ids = self.rng.integers(3, record.vocabulary, (1, self.text))
-        nothing = np.zeros(record.layers, np.int64)
-        inputs = DecoderInputs(
-            ids[:, :PREFIX], ids[:, PREFIX:], image, 0, nothing, nothing + self.text + tokens, False
+        inputs = self._inputs(
+            self._ids(), self.backend.as_image(visual, np.arange(tokens)), tokens
         )
         return lambda: self.backend.run(inputs, self.caches)
 
-    def _block(self, sequences: int, tokens: int) -> Work:
-        """A block of the encoder on `sequences` windows of a tile, for each tile."""
-        tiles = range(self.manifest.encoder.tiles)
-        width = self.manifest.encoder.width
-        hidden = self.rng.standard_normal((sequences, tokens, width), np.float32)
-        rows = np.tile(np.arange(tokens) % self.manifest.encoder.patches, (sequences, 1))
-        return lambda: [self.block(hidden, rows) for _ in tiles]
+    def _ids(self) -> NDArray[np.int64]:
+        return self.rng.integers(3, self.manifest.decoder.vocabulary, (1, self.text))
+
+    def _inputs(self, ids: NDArray[np.int64], image: EncodedImage, tokens: int) -> DecoderInputs:
+        nothing = np.zeros(self.manifest.decoder.layers, np.int64)
+        filled = nothing + self.text + tokens
+        return DecoderInputs(ids[:, :PREFIX], ids[:, PREFIX:], image, 0, nothing, filled, False)
 
 
-def counts(most: int) -> list[int]:
-    """Where a table is measured, rising."""
-    return sorted({max(1, round(share * most)) for share in SHARES})
+def _as_it_is(work: Work) -> Callable[[], Work]:
+    """Of a job that needs nothing to be ready."""
+    return lambda: work
 
 
-def _table(found: dict[tuple[str, int], Spread], kind: str) -> Table:
+def _table(found: dict[Job, Spread], kind: str) -> Table:
     own = {count: spread for (name, count), spread in found.items() if name == kind}
     return Table.of(list(own), list(own.values()))
+
+
+def _by_kind(manifest: Manifest, found: dict[Job, Spread], part: str) -> tuple[KindTimes, ...]:
+    """Tables of all parts of a sort, a kind at a time."""
+    kinds = {one.kind: title(one) for one in manifest.parts if one.part == part}
+    return tuple(KindTimes(kind, _table(found, name)) for kind, name in kinds.items())
 
 
 def _spread(seconds: Sequence[float]) -> Spread:

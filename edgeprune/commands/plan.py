@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         _common.check_output(args.figure)
     profile, execution = read_profile(args.profile), _common.execution(args)
     adapter = _common.model(args).with_execution(execution)
-    costs, policy = open_costs(adapter, profile), policies.make(joint_spec(_common.spec(args)))
+    policy = policies.make(joint_spec(_common.spec(args)))
+    costs = open_costs(adapter, profile, policy)
     request = _common.calibration(args, 1)
     with Bar() as bar:
         work = Work(request, adapter, policy, Processor(adapter), bar)

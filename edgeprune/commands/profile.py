@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from edgeprune.commands import _common
 from edgeprune.tables import plain
 
 if TYPE_CHECKING:
-    from edgeprune.timing import Profile, Table
+    from edgeprune.timing import KindTimes, Profile, Table
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,8 +20,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "profile",
         help="time the parts of a model on this machine, for plan and export --ttft",
         description="Time prefill as a function of visual tokens, an encoder block as a function of"
-        " patches, and what comes before them, on the machine that will run the model. It needs the"
-        " dense bundle, exported with --profilable, and no PyTorch.",
+        " patches, choosing tokens and patches, and what comes before them, on the machine that"
+        " will run the model. It needs the dense bundle, exported with --profilable, and no"
+        " PyTorch.",
     )
     command.add_argument("bundle", type=Path, metavar="BUNDLE", help="dense, --profilable")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="JSON")
@@ -74,8 +76,37 @@ def _told(found: Profile) -> str:
     if found.windowed is not None:
         lines.append("encoder block with windows, by tokens of each window:")
         lines.append(_rows(found.windowed))
+    kinds = {
+        "encoder site, by units of each tile that go on:": found.choices,
+        "decoder site, by visual tokens before it:": found.sites,
+        "decoder layer by itself, by visual tokens:": found.layers,
+    }
+    for title, times in kinds.items():
+        if times:
+            lines += [title, _columns(times)]
+    lines.append(_whole(found))
     machine = ", ".join(f"{name} {value}" for name, value in found.machine.items())
     return "\n".join([*lines, f"median (p10-p90) of {found.rounds} rounds; {machine}"])
+
+
+def _whole(found: Profile) -> str:
+    """Whether the parts explain the profiled bundle."""
+    whole, added = found.whole, found.added
+    return (
+        f"first token in one go {whole.ms:.2f} ms ({whole.low:.2f}-{whole.high:.2f}); its parts add"
+        f" up to {added:.2f} ms ({added / whole.ms - 1:+.1%})"
+    )
+
+
+def _columns(times: Sequence[KindTimes]) -> str:
+    """One column a kind; where one was not measured with a count, there is a dash."""
+    counts = sorted({count for one in times for count in one.table.counts})
+    rows = [("", *(one.kind for one in times))]
+    for count in counts:
+        tables = (one.table for one in times)
+        held = (f"{t.at(count):.3f} ms" if count in t.counts else "-" for t in tables)
+        rows.append((str(count), *held))
+    return plain(rows)
 
 
 def _rows(table: Table) -> str:

@@ -65,6 +65,16 @@ class EncoderMethod:
                 shown.append(f"{field.name}={value}")
         return ":".join([self.name, *shown])
 
+    @property
+    def choosing(self) -> str:
+        """What decides how long choosing takes, beside the number that is kept; `by` is settled."""
+        parts = [self.name, f"by={self.by}"]
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("step", "windows"):
+            if (value := getattr(self, name)) != defaults[name]:
+                parts.append(f"{name}={value}")
+        return ":".join(parts)
+
     def kept(self, units: int) -> int:
         """How many of so many units go on."""
         return max(1, round(self.keep * units))

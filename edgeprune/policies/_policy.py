@@ -161,6 +161,11 @@ class Policy:
         """
         return "how many tokens stay decides which operators its graphs have"
 
+    def scoring(self, layer: int) -> str:
+        """What a site behind a layer (1-based) computes, by a name: sites of one name take as long
+        as each other."""
+        return type(self).__module__.rpartition(".")[2]
+
     def largest_topk(self, plan: Plan) -> int:
         """How many tokens the method puts in order at once, at most; a target may have a limit."""
         own = (stage.survivors for stage in plan.stages if stage.site != "encoder")

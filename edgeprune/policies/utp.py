@@ -91,8 +91,13 @@ class Policy(_policy.Policy):
     def layer(self, signals: LayerSignals, stage: Stage, live: Stage) -> Selection:
         return Selection(top(self.calibration_scores(stage.layer - 1, signals), live.keep))
 
+    def scoring(self, layer: int) -> str:
+        """Whose attention scores, and whether every visual token is moved to one position."""
+        moved = self._agnostic(layer) and self.position != "none"
+        return f"query={self.query}" + ", one position" * moved
+
     def calibration_scores(self, layer: int, signals: LayerSignals) -> Tensor:
-        agnostic = self.ure and layer <= self.agnostic_layers
+        agnostic = self._agnostic(layer)
         if agnostic and self.position == "none":
             return signals.last_query_likeness()
         anchors = signals.anchors
@@ -101,6 +106,10 @@ class Policy(_policy.Policy):
         if self.query == "text":
             return signals.text_attention(position).mean((0, 1))
         return signals.last_query_attention(position)
+
+    def _agnostic(self, layer: int) -> bool:
+        """Whether a layer (1-based) scores without positions."""
+        return self.ure and layer <= self.agnostic_layers
 
     def _two_steps(self, shape: ModelShape, cr: float) -> tuple[int, ...]:
         """r_1 in layers 1..K, what the budget leaves in all others."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property, partial
 from io import StringIO
@@ -17,6 +17,7 @@ from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, SpecError, brief
 from edgeprune.graphs import DELTA, GRAPHS, JOIN, VISION, TensorRecord
 from edgeprune.install_hints import install
+from edgeprune.manifest import Manifest
 from edgeprune.runtime import dtypes
 from edgeprune.runtime.backend import (
     ChangedPatches,
@@ -29,6 +30,7 @@ from edgeprune.runtime.backend import (
 )
 from edgeprune.runtime.backends import _caches
 from edgeprune.runtime.backends._caches import OrtCaches
+from edgeprune.runtime.backends._timed import TimedPart
 
 RUNS = ("fp32", "fp16")
 """Dtypes of the bundles that ONNX Runtime has kernels for."""
@@ -64,19 +66,13 @@ class OrtBackend:
         self.element = dtypes.stored_type(manifest.dtype).type
         self._graph, self._tile, self._image = manifest.graph, manifest.vision, manifest.join
         self._graphs, self._default = manifest.graphs, np.array(manifest.prune.counts)
-        options = ort.SessionOptions()
+        awake, options = (_options(ort, bundle.manifest, threads, profile) for _ in range(2))
         # Idle threads spin for some milliseconds. Those of one session would take the cores from
         # the next: vision's from prefill, and each bundle's of a benchmark from the other's.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if bundle.manifest.is_calibrated:
-            # As written, so in floats: products of bytes add up in 16 bits on x86 without VNNI.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
         providers = _providers(ort, device)
-        self._open = partial(_session, ort, bundle, options=options, providers=providers)
+        opened = partial(_session, ort, bundle, providers=providers)
+        self._open, self._open_awake = (partial(opened, options=o) for o in (options, awake))
         self._vision, self._join, self._decoder = map(self._open, GRAPHS)
         self._value = ort.OrtValue
         with _refusals("memory for the caches"):
@@ -160,16 +156,11 @@ class OrtBackend:
         on_host = self._host(visual.astype(self.element)), self._host(indices)
         return EncodedImage(*on_host, indices)
 
-    def encoder_block(self, name: str) -> Callable[[NDArray[np.float32], Ids], None]:
-        """Runs one block of the encoder, a graph of the bundle, on noise, for its time alone."""
-        session = self._open(name)
-
-        def run(hidden: NDArray[np.float32], rows: Ids) -> None:
-            with _refusals(name):
-                given = {"hidden": hidden.astype(self.element, copy=False), "rows": rows}
-                session.run(None, given)
-
-        return run
+    def part(self, name: str) -> TimedPart:
+        """A graph of the bundle that is only timed. Between two runs its threads spin, so that the
+        second finds them awake, as it does in the middle of a larger graph."""
+        refusals = partial(_refusals, name)
+        return TimedPart(self._open_awake(name), self._host, self.device, refusals)
 
     def caches(self) -> OrtCaches:
         return _caches.make(self._memory, self.record, self._graph.caches)
@@ -277,6 +268,19 @@ def _import() -> Any:
     except ImportError as error:
         raise BackendError(f"ONNX Runtime is not installed; {install('cpu')} (or [gpu])") from error
     return onnxruntime
+
+
+def _options(ort: Any, manifest: Manifest, threads: int | None, profile: Path | None) -> Any:
+    """Of a session."""
+    options = ort.SessionOptions()
+    if manifest.is_calibrated:
+        # As written, so in floats: products of bytes add up in 16 bits on x86 without VNNI.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
+    return options
 
 
 def _providers(ort: Any, device: str) -> list[Any]:
