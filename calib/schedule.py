@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from edgeprune.calib.solvers import grouped
 from edgeprune.calib.solvers._problem import (
     UNHURRIED,
     Goal,
@@ -25,7 +26,6 @@ from edgeprune.calib.solvers._problem import (
     Solution,
     silent,
 )
-from edgeprune.calib.solvers import grouped
 from edgeprune.calib.solvers.grouped import decisions_of, spread
 from edgeprune.calib.solvers.timed import Times
 from edgeprune.errors import ScheduleError, SpecError

@@ -90,8 +90,9 @@ class Costs(ABC):
         for number in range(1, shape.layers + 1):
             if (kind := cost.layer_kind(shape, number)) not in kinds:
                 kinds[kind] = np.array([self.layer(number, count) for count in counts])
-        groups = self.groups
-        units = [sum(kinds[cost.layer_kind(shape, n)] for n in group) for group in groups]
+        groups, every = self.groups, range(1, shape.layers + 1)
+        each = np.array([kinds[cost.layer_kind(shape, number)] for number in every])
+        units = np.add.reduceat(each, [group[0] - 1 for group in groups])
         falls = [[self.site(group[-1], count) for count in counts] for group in groups[:-1]]
 
         def whole(exact: ArrayLike) -> Ints:

@@ -15,7 +15,6 @@ from typing import Protocol
 
 from edgeprune.spec import LinearAttention
 
-
 ATTENTION = "attention"
 
 
@@ -81,7 +80,7 @@ def _state_bytes(sizes: Sizes, element: int) -> int:
 
 
 def layer_kind(sizes: Sizes, layer: int) -> str:
-    """What a layer (1-based) has between its norms: those of one kind take as long as each other."""
+    """What a layer (1-based) has in place of attention, or that: one kind takes equally long."""
     if layer not in sizes.convolutions:
         return ATTENTION
     return "convolution" if sizes.linear is None else "linear attention"

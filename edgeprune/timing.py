@@ -128,7 +128,9 @@ class Profile:
     prefill: Table  # with so many visual tokens in every layer
     block: Table  # of the encoder, all tiles, by the tokens of each
     whole: Spread  # all of it, one after the other, with all visual tokens
-    choices: tuple[KindTimes, ...] = ()  # encoder sites, all tiles, by the units of a tile that go on
+    choices: tuple[
+        KindTimes, ...
+    ] = ()  # encoder sites, all tiles, by the units of a tile that go on
     sites: tuple[KindTimes, ...] = ()  # decoder sites, by the visual tokens that are alive there
     layers: tuple[KindTimes, ...] = ()  # decoder layers by themselves, by the visual tokens that
     # enter; none where all are of one kind

@@ -15,6 +15,7 @@ from edgeprune.models._decoder_layer import Cache, Rotary
 from edgeprune.policies._signals import Segments
 from edgeprune.spec import ModelShape
 
+
 class Layer(nn.Module):
     """One layer, under its own name, with what it keeps."""
 

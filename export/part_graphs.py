@@ -18,7 +18,7 @@ from edgeprune import encoder_methods
 from edgeprune.errors import SpecError
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.layer_graph import layer_graph, layers_by_kind
-from edgeprune.export.site_graphs import Choice, Site, choice_graph, site_graph
+from edgeprune.export.site_graphs import Choices, Sites, choice_graphs, site_graphs
 from edgeprune.graphs import PartRecord
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
@@ -26,7 +26,7 @@ from edgeprune.models._encoder_site import SiteConfig
 from edgeprune.models._vision import Vision
 from edgeprune.policies import utp
 
-KEPT = 0.25, 0.5, 0.75
+KEPT = 0.25, 0.75
 """Shares of the units that go on, at the encoder sites that are timed: between them times are
 nearly on a line, since a greedy choice takes as many steps as it keeps units."""
 
@@ -45,16 +45,17 @@ def part_graphs(
 ) -> Iterator[Part]:
     """All of them, one by one."""
     tile = adapter.vision_config.encoder.spans, *adapter.pixels[1:]
-    for number, site in enumerate(choices(adapter)):
-        choice = Choice(vision.encoder, site, dialect.ops())
-        record = PartRecord(
-            f"choice.{number}.onnx", "choice", site.method.choosing, site.kept_units
-        )
-        yield Part(record, choice_graph(choice, tile, dtype, dialect.opset), choice)
-    for number, (kind, policy) in enumerate(scorings(decoder).items()):
-        own = Site(decoder, *policy)
-        record = PartRecord(f"site.{number}.onnx", "site", kind)
-        yield Part(record, site_graph(own, dtype, dialect.opset), own)
+    if sites := choices(adapter):
+        both = Choices(vision.encoder, sites, dialect.ops())
+        traced = choice_graphs(both, tile, dtype, dialect.opset)
+        for number, (site, model) in enumerate(zip(sites, traced, strict=True)):
+            kind, file = site.method.choosing, f"choice.{number}.onnx"
+            yield Part(PartRecord(file, "choice", kind, site.kept_units), model, both)
+    own = scorings(decoder)
+    every = Sites(decoder, list(own.values()))
+    scored = site_graphs(every, dtype, dialect.opset)
+    for number, (kind, model) in enumerate(zip(own, scored, strict=True)):
+        yield Part(PartRecord(f"site.{number}.onnx", "site", kind), model, every)
     for number, (kind, layer) in enumerate(layers_by_kind(decoder, adapter.shape).items()):
         record = PartRecord(f"layer.{number}.onnx", "layer", kind)
         yield Part(record, layer_graph(layer, dtype, dialect), layer)

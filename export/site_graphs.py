@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from edgeprune.export.trace import End, to_graph
+from edgeprune.export.trace import End, Shapes, to_graph
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._encoder import Encoder, Encoding, Tower
 from edgeprune.models._encoder_site import EncoderSite, SiteConfig
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._sites import Prune
 from edgeprune.policies import Policy
-from edgeprune.policies._policy import Selection
 from edgeprune.policies._signals import (
     Anchors,
     AttentionStates,
@@ -30,74 +30,79 @@ from edgeprune.policies._sizes import given
 from edgeprune.spec import Stage
 
 
-class Choice(nn.Module):
-    """An encoder site: patches are chosen, the others leave, and where they come back they do.
+class Choices(nn.Module):
+    """Encoder sites: patches are chosen, the others leave, and where they come back they do.
 
     What left stands in for what an exit's map makes of it. The map is a product, and counted by its
-    operations.
+    operations. All sites are traced at once, which takes as long as one.
     """
 
-    def __init__(self, tower: Tower, site: SiteConfig, ops: TorchOps) -> None:
+    roles = "hidden", "pixels", "query", "key"
+
+    def __init__(self, tower: Tower, sites: Sequence[SiteConfig], ops: TorchOps) -> None:
         super().__init__()
-        self.tower, self.site = [tower], EncoderSite(site, ops)  # no submodule
-        self.roles = ["hidden"]
-        self.roles += ["pixels"] * self.site.looks_at_pixels
-        self.roles += ["query", "key"] * self.site.looks_at_cls
+        self.tower = [tower]  # no submodule
+        self.sites = [EncoderSite(site, ops) for site in sites]
 
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The states of a tile [1, S, width], and what the site looks at beside them -> what goes
-        on, and all patches again or which tokens are left."""
-        (tower,), site = self.tower, self.site
-        held = dict(zip(self.roles, values, strict=True))
-        contrast = tower.contrast(held["pixels"], site) if "pixels" in held else None
-        seen = Encoding(
-            held["hidden"], query=held.get("query"), key=held.get("key"), contrast=contrast
-        )
-        seen = tower.split(seen, site)
-        assert seen.split is not None
-        if site.drops:
-            units, _ = site.left_tokens(seen.split)
-            return seen.hidden, units
-        patches = site.config.kept_units * site.config.units.area
-        kept = seen.hidden[:, seen.hidden.shape[1] - patches :]  # [CLS] stands before them
-        split = replace(seen.split, mapped=(seen.split.left,))
-        return seen.hidden, site.rejoin(kept, split, 0)
+    def forward(
+        self, hidden: Tensor, pixels: Tensor, query: Tensor | None, key: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The states of a tile [1, S, width], its pixels, queries and keys of the block before ->
+        of each site what goes on, and all patches again or which tokens are left."""
+        (tower,), found = self.tower, list[Tensor]()
+        for site in self.sites:
+            own = tower.contrast(pixels, site)
+            seen = tower.split(Encoding(hidden, query=query, key=key, contrast=own), site)
+            assert seen.split is not None
+            if site.drops:
+                whole, _ = site.left_tokens(seen.split)
+            else:
+                patches = site.config.kept_units * site.config.units.area
+                kept = seen.hidden[:, seen.hidden.shape[1] - patches :]  # [CLS] stands before them
+                split = replace(seen.split, mapped=(seen.split.left,))
+                whole = site.rejoin(kept, split, 0)
+            found += [seen.hidden, whole]
+        return tuple(found)
 
-    def example(self, pixels: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def example(self, pixels: Sequence[int], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """Inputs for a tile of `pixels` [frames, 3, H, W]; nothing is computed."""
         (tower,) = self.tower
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             _, tokens, width = tower.enter(torch.zeros(*pixels, dtype=dtype)).hidden.shape
-        shapes: dict[str, tuple[int, ...]] = {"hidden": (1, tokens, width), "pixels": (*pixels,)}
+        query = None
         if isinstance(tower, Encoder):  # of all towers, those that may have a [CLS]
             heads = tower.config.heads
-            shapes["query"] = shapes["key"] = (1, heads, tokens, width // heads)
-        return tuple(torch.zeros(shapes[role], dtype=dtype) for role in self.roles)
+            query = torch.zeros(1, heads, tokens, width // heads, dtype=dtype)
+        hidden, image = (torch.zeros(*x, dtype=dtype) for x in ((1, tokens, width), pixels))
+        return hidden, image, query, None if query is None else query.clone()
 
 
-def choice_graph(
-    choice: Choice, pixels: Sequence[int], dtype: torch.dtype, opset: int
-) -> ir.Model:
-    """The graph for a tile of `pixels` [frames, 3, H, W]; every size is fixed."""
-    args = choice.example(pixels, dtype)
-    inputs = [End(role, role) for role in choice.roles]
-    outputs = [End("output", "hidden"), End("whole", "hidden")]
-    return to_graph(choice, args, None, inputs, outputs, opset)
+def choice_graphs(
+    choices: Choices, pixels: Sequence[int], dtype: torch.dtype, opset: int
+) -> Iterator[ir.Model]:
+    """The graph of each site for a tile of `pixels` [frames, 3, H, W]; every size is fixed."""
+    args = choices.example(pixels, dtype)
+    inputs = [
+        End(role, role) for role, arg in zip(choices.roles, args, strict=True) if arg is not None
+    ]
+    yield from _each(choices, args, None, inputs, ("output", "whole"), len(choices.sites), opset)
 
 
-class Site(nn.Module):
-    """A decoder site behind a layer that has attention."""
+class Sites(nn.Module):
+    """Decoder sites behind layers that have attention, each of a policy, on the same tokens."""
 
-    def __init__(self, decoder: Decoder, policy: Policy, layer: int) -> None:
+    def __init__(self, decoder: Decoder, policies: Sequence[tuple[Policy, int]]) -> None:
+        """Each policy with the layer (1-based) that it looks at."""
         super().__init__()
-        self.config, self.index = decoder.config, layer - 1
-        self.stage = Stage("layer", keep=2, layer=layer + 1)  # sizes are those of the inputs
-        self.prune = Prune(policy, self.stage)
-        self.halves = decoder.own_rotary(self.index).cos.shape[1]
+        self.config, self.layers = decoder.config, [layer for _, layer in policies]
+        stages = [Stage("layer", keep=2, layer=layer + 1) for layer in self.layers]
+        pairs = zip(policies, stages, strict=True)
+        self.sites = [Prune(policy, stage) for (policy, _), stage in pairs]
+        self.halves = decoder.own_rotary(self.layers[0] - 1).cos.shape[1]
 
     def forward(
         self,
-        hidden: Tensor,  # [1, S, width], the layer's output
+        hidden: Tensor,  # [1, S, width], a layer's output
         query: Tensor,  # [1, heads, S, head], before rotary embedding
         key: Tensor,  # [1, kv_heads, S, head]
         rotated_query: Tensor,
@@ -110,30 +115,33 @@ class Site(nn.Module):
         visual_indices: Tensor,  # int64 [n]
         text_ids: Tensor,  # int64 [1, T]
         count: Tensor,  # int64 [1], visual tokens that go on
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """States and positions of what goes on, and its indices among the n tokens."""
-        layer = self.config.layers[self.index]
+    ) -> tuple[Tensor, ...]:
+        """Of each site states and positions of what goes on, and its indices among the n tokens."""
         segments = Segments(prefix_ids.shape[1], visual_indices.shape[0], text_ids.shape[1])
         visual = hidden[:, segments.prefix : segments.prefix + segments.visual]
-        signals = LayerSignals(
-            segments=segments,
-            hidden=hidden,
-            attention=AttentionStates(query, key, rotated_query, rotated_key),
-            cos=cos,
-            sin=sin,
-            factor=self.config.rope_of(self.index).factor,
-            scale=layer.scale,
-            cap=layer.cap,
-            past=self.config.sees != "prompt",
-            rows=positions[0],
-            anchors=Anchors(anchor, anchor, anchor),
-            visual_tokens=0,
-            inputs=InputSignals(visual, 0),
-        )
-        live = replace(self.stage, keep=given(count, segments.visual))
-        chosen: Selection
-        hidden, positions, chosen = self.prune(hidden, positions, signals, live)
-        return hidden, positions, chosen.indices
+        states = AttentionStates(query, key, rotated_query, rotated_key)
+        found = list[Tensor]()
+        for site, layer in zip(self.sites, self.layers, strict=True):
+            kind = self.config.layers[layer - 1]
+            signals = LayerSignals(
+                segments=segments,
+                hidden=hidden,
+                attention=states,
+                cos=cos,
+                sin=sin,
+                factor=self.config.rope_of(layer - 1).factor,
+                scale=kind.scale,
+                cap=kind.cap,
+                past=self.config.sees != "prompt",
+                rows=positions[0],
+                anchors=Anchors(anchor, anchor, anchor),
+                visual_tokens=0,
+                inputs=InputSignals(visual, 0),
+            )
+            live = replace(site.stage, keep=given(count, segments.visual))
+            kept, at, chosen = site(hidden, positions, signals, live)
+            found += [kept, at, chosen.indices]
+        return tuple(found)
 
 
 AXES: dict[str, dict[int, str]] = {
@@ -151,33 +159,61 @@ AXES: dict[str, dict[int, str]] = {
     "text_ids": {1: "text"},
     "count": {},
 }
-"""Open sizes of a site's inputs, in their order."""
+"""Open sizes of the inputs of a decoder site, in their order."""
+EXAMPLE = {"prefix": 5, "visual": 11, "text": 7, "tokens": 23, "rows": 29}
 
 
-def site_graph(site: Site, dtype: torch.dtype, opset: int) -> ir.Model:
-    """The graph for any number of tokens; inputs that the method does not look at are left out."""
-    config, sizes = site.config, {"prefix": 5, "visual": 11, "text": 7, "tokens": 23, "rows": 29}
-    heads = {"query": config.heads, "rotated_query": config.heads}
-    shapes: dict[str, tuple[int, ...]] = {"hidden": (1, 0, config.width)}
-    for name in ("query", "key", "rotated_query", "rotated_key"):
-        shapes[name] = (1, heads.get(name, config.kv_heads), 0, config.head_size)
-    shapes |= {name: (0, site.halves) for name in ("cos", "sin")}
-    args = list[Tensor]()
+def site_graphs(sites: Sites, dtype: torch.dtype, opset: int) -> Iterator[ir.Model]:
+    """The graph of each site for any number of tokens."""
+    config, args = sites.config, list[Tensor]()
+    rows, heads = (EXAMPLE["rows"], sites.halves), dict.fromkeys(("key", "rotated_key"), True)
     for name, axes in AXES.items():
-        whole = name in ("positions", "anchor", "prefix_ids", "visual_indices", "text_ids", "count")
-        shape = list(shapes.get(name, (1,) * max(1, 1 + max(axes, default=0))))
-        for axis, size in axes.items():
-            shape[axis] = sizes[size]
-        args.append(torch.ones(shape, dtype=torch.int64 if whole else dtype))
+        if name == "hidden":
+            shape: tuple[int, ...] = (1, EXAMPLE["tokens"], config.width)
+        elif name.endswith(("query", "key")):
+            count = config.kv_heads if name in heads else config.heads
+            shape = (1, count, EXAMPLE["tokens"], config.head_size)
+        elif name in ("cos", "sin"):
+            shape = rows
+        else:
+            args.append(torch.ones([EXAMPLE[a] for a in axes.values()] or [1], dtype=torch.int64))
+            args[-1] = args[-1][None] if 1 in axes else args[-1]
+            continue
+        args.append(torch.zeros(shape, dtype=dtype))
     dynamic = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in AXES.values())
-    inputs = [End(name, name) for name in AXES]
-    outputs = [End("output", "hidden"), End("places", "positions"), End("kept", "kept")]
-    model = to_graph(site, tuple(args), dynamic, inputs, outputs, opset)
-    for value in list(model.graph.inputs):
-        axes = AXES[value.name or ""]
-        if not value.uses():
-            model.graph.inputs.remove(value)
-        elif value.shape is not None:
-            dims = [axes.get(axis, size) for axis, size in enumerate(value.shape)]
-            value.shape = ir.Shape(dims)
-    return model
+    inputs, outputs = [End(name, name) for name in AXES], ("output", "places", "kept")
+    for model in _each(sites, tuple(args), dynamic, inputs, outputs, len(sites.sites), opset):
+        for value in model.graph.inputs:
+            axes = AXES[value.name or ""]
+            if value.shape is not None:
+                dims = [axes.get(axis, size) for axis, size in enumerate(value.shape)]
+                value.shape = ir.Shape(dims)
+        yield model
+
+
+def _each(
+    module: nn.Module,
+    args: tuple[Tensor | None, ...],
+    shapes: Shapes,
+    inputs: Sequence[End],
+    names: Sequence[str],
+    count: int,
+    opset: int,
+) -> Iterator[ir.Model]:
+    """A module of `count` parts traced once, then each part's outputs, of these names, alone with
+    what they are computed from."""
+    numbered = [End(f"{name}.{part}", name) for part in range(count) for name in names]
+    whole = ir.to_proto(to_graph(module, args, shapes, inputs, numbered, opset))
+    for part in range(count):
+        model = ir.from_proto(whole)
+        own = {f"{name}.{part}": name for name in names}
+        for value in list(model.graph.outputs):
+            if value.name not in own:
+                model.graph.outputs.remove(value)
+        common.RemoveUnusedNodesPass()(model)
+        for value in model.graph.outputs:
+            value.name = own[value.name or ""]
+        for value in list(model.graph.inputs):
+            if not value.uses():
+                model.graph.inputs.remove(value)
+        yield model

@@ -115,6 +115,27 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def deep_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with three blocks in its tower, of which two are run."""
+
+    def make(output: Path) -> None:
+        write(replace(TINY, vision_layers=3), output)
+
+    return _once(tmp_path_factory, "deep/tiny", make)
+
+
+@pytest.fixture(scope="session")
+def profilable(deep_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its dense bundle, to be timed."""
+    options = ["--model", str(deep_tower), "--method", "none", "--profilable", "--parity", "1"]
+
+    def make(output: Path) -> None:
+        assert main(["export", *options, "-o", str(output)]) == 0
+
+    return _once(tmp_path_factory, "profilable/tiny", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_utp(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:

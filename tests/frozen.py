@@ -38,7 +38,6 @@ def frozen(
     images: int = 1,
     frames: int | None = None,
     options: Mapping[str, str] | None = None,
-    profilable: bool = False,
 ) -> Path:
     """Export a method; where it needs a schedule that is `counts`, or made up for the ratio."""
     adapter = open_model(str(model), size=size, images=images, frames=frames)
@@ -46,9 +45,7 @@ def frozen(
     policy, processor = make(spec), Processor(adapter)
     plan = planned(policy, adapter.shape, cr, counts)
     why = "left out by a test"
-    request = ExportRequest(
-        "tiny", spec, plan, folder, target, dtype, weights, no_parity=why, profilable=profilable
-    )
+    request = ExportRequest("tiny", spec, plan, folder, target, dtype, weights, no_parity=why)
     return export(request, adapter, policy, processor, []).path
 
 

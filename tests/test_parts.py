@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from onnxruntime import InferenceSession
 
-from benchmarks.shapes import write
 from edgeprune.bundle import Bundle
 from edgeprune.export.dialects import MODERN
-from edgeprune.export.layer_graph import layers_by_kind
+from edgeprune.export.layer_graph import layer_graph, layers_by_kind
 from edgeprune.export.part_graphs import choices, scorings
-from edgeprune.export.site_graphs import AXES, Site
+from edgeprune.export.site_graphs import AXES, Sites
+from edgeprune.export.writing import modules_of
 from edgeprune.graphs import PartRecord
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._decoder import Decoder
@@ -24,23 +24,18 @@ from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
 from tests import lfm2, qwen35
-from tests.frozen import frozen
-from tests.tiny import TINY
 
 LAYERS = "conv", "full_attention", "conv"
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    folder = write(replace(TINY, vision_layers=3), tmp_path_factory.mktemp("parts") / "tiny")
-    return open_model(str(folder))
+def adapter(deep_tower: Path) -> Adapter:
+    return open_model(str(deep_tower))
 
 
 @pytest.fixture(scope="module")
-def bundle(adapter: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    model = adapter.checkpoint.folder
-    path = tmp_path_factory.mktemp("bundle") / "b"
-    return Bundle.open(frozen(path, "none", model=model, profilable=True))
+def bundle(profilable: Path) -> Bundle:
+    return Bundle.open(profilable)
 
 
 def parts(bundle: Bundle, part: str) -> list[tuple[PartRecord, InferenceSession]]:
@@ -77,7 +72,7 @@ def test_a_decoder_site_keeps_what_its_policy_does(adapter: Adapter, bundle: Bun
         values |= {"anchor": torch.tensor([7]), "prefix_ids": torch.zeros(1, 5, dtype=torch.int64)}
         values |= {"visual_indices": torch.arange(visual), "count": torch.tensor([keep])}
         values |= {"text_ids": torch.zeros(1, 6, dtype=torch.int64)}
-        wanted = Site(decoder, *scorings(decoder)[kind.kind])(*(values[name] for name in AXES))
+        wanted = Sites(decoder, [scorings(decoder)[kind.kind]])(*(values[name] for name in AXES))
         found = session.run(None, given(session, values))
         assert found[0].shape == (1, 5 + keep + 6, config.width)
         for ours, theirs in zip(found, wanted, strict=True):
@@ -116,13 +111,17 @@ def test_a_layer_of_each_kind_is_that_of_the_decoder(family: str, tmp_path: Path
     else:
         kinds = "linear_attention", "full_attention", "linear_attention"
         folder = qwen35.checkpoint(tmp_path / "tiny", kinds=kinds)
-    adapter = open_model(str(folder))
-    bundle = Bundle.open(frozen(tmp_path / "b", "none", model=folder, profilable=True))
-    layers, graphs = layers_by_kind(decoder_of(adapter), adapter.shape), parts(bundle, "layer")
-    assert [part.kind for part, _ in graphs] == list(layers) and len(layers) == 2
-    assert bundle.manifest.dialect == MODERN.name
-    for layer, (_, session) in zip(layers.values(), graphs, strict=True):
-        tokens = 21
+    adapter, tokens = open_model(str(folder)), 21
+    plan, policy = Plan(adapter.shape.visual_tokens, adapter.shape.layers), make(PruneSpec("none"))
+    _, traced = modules_of(plan, adapter, policy, MODERN, torch.float32, ())
+    layers, graphs = (layers_by_kind(d, adapter.shape) for d in (decoder_of(adapter), traced))
+    assert len(layers) == 2
+    for layer, stripped in zip(layers.values(), graphs.values(), strict=True):
+        model, weights = layer_graph(stripped, torch.float32, MODERN), layer.state_dict()
+        for value in model.graph.initializers.values():
+            if value.name in weights:
+                value.const_value = ir.tensor(weights[value.name].numpy())
+        session = InferenceSession(ir.to_proto(model).SerializeToString())
         hidden = torch.randn(1, tokens, layer.config.width)
         turned = torch.randn(tokens, layer.halves)
         past = layer.config.nothing_kept(layer.index, tokens, torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 from onnxruntime import InferenceSession
 
-from benchmarks.shapes import write
 from edgeprune import cost
 from edgeprune.bundle import Bundle
 from edgeprune.calib.ttft import Costs, Operations, menu, open_costs
@@ -30,21 +28,6 @@ from tests.test_timing import PROFILE
 from tests.tiny import TINY
 
 
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with three blocks in its tower, of which two are run."""
-    return write(replace(TINY, vision_layers=3), tmp_path_factory.mktemp("deep") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def dense(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its dense bundle, to be timed."""
-    output = tmp_path_factory.mktemp("dense") / "b"
-    options = ["--model", str(deep), "--method", "none", "--profilable", "--parity", "1"]
-    assert main(["export", *options, "-o", str(output)]) == 0
-    return output
-
-
 @pytest.fixture
 def made_up(tmp_path: Path) -> Path:
     """A profile with times that are easy to count with."""
@@ -53,9 +36,9 @@ def made_up(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_profile_has_every_part_and_the_models_sizes(dense: Path, tmp_path: Path) -> None:
+def test_a_profile_has_every_part_and_the_models_sizes(profilable: Path, tmp_path: Path) -> None:
     file = tmp_path / "p.json"
-    command = ["profile", str(dense), "-o", str(file), "--rounds", "1", "--warmup", "0"]
+    command = ["profile", str(profilable), "-o", str(file), "--rounds", "1", "--warmup", "0"]
     assert main([*command, "--text", "32"]) == 0
     found = read_profile(file)
     assert found.model == PROFILE.model
@@ -69,7 +52,7 @@ def test_a_profile_has_every_part_and_the_models_sizes(dense: Path, tmp_path: Pa
     ]
     assert all(one.table.counts[-1] == 16 for one in found.sites)
     assert {one.kind: one.table.counts for one in found.choices} == {
-        f"{name}:by={by}": (4, 8, 12) for name in ("drop", "exit") for by in ("pixels", "salient")
+        f"{name}:by={by}": (4, 12) for name in ("drop", "exit") for by in ("pixels", "salient")
     }
     parts = found.read, found.preprocess, found.vision, *found.prefill.measured, found.whole
     parts += tuple(one for table in found.tables for one in table.measured)
@@ -77,12 +60,12 @@ def test_a_profile_has_every_part_and_the_models_sizes(dense: Path, tmp_path: Pa
     assert {"processor", "power", "onnxruntime", "edgeprune"} <= found.machine.keys()
 
 
-def test_the_block_is_that_of_the_encoder(deep: Path, dense: Path) -> None:
+def test_the_block_is_that_of_the_encoder(deep_tower: Path, profilable: Path) -> None:
     """With any number of patches, of several tiles, as the eager block says."""
-    adapter, spec = open_model(str(deep)), PruneSpec("none")
+    adapter, spec = open_model(str(deep_tower)), PruneSpec("none")
     plan = Plan(adapter.shape.visual_tokens, adapter.shape.layers)
     block = Reference.build(adapter, make(spec), plan).vision.get_submodule("encoder.blocks.1")
-    session = InferenceSession(str(dense / "encoder_block.onnx"))
+    session = InferenceSession(str(profilable / "encoder_block.onnx"))
     for tiles, patches in ((1, 17), (3, 5), (2, 1)):
         hidden = torch.randn(tiles, patches, TINY.vision_width)
         wanted = block(hidden, None, lambda key: None)[0]
@@ -103,13 +86,13 @@ def test_a_windowed_block_is_timed_too(tmp_path: Path) -> None:
 
 
 def test_what_is_no_dense_profilable_bundle_is_refused(
-    tiny_bundle: Path, dense: Path, refused: Refused, tmp_path: Path
+    tiny_bundle: Path, profilable: Path, refused: Refused, tmp_path: Path
 ) -> None:
     file = tmp_path / "p.json"
     assert "--profilable" in refused("profile", tiny_bundle, "-o", file)
-    line = refused("profile", dense, "-o", file, "--backend", "trt")
+    line = refused("profile", profilable, "-o", file, "--backend", "trt")
     assert "timed by edgeprune bench" in line
-    assert "--rounds is at least 1" in refused("profile", dense, "-o", file, "--rounds", 0)
+    assert "--rounds is at least 1" in refused("profile", profilable, "-o", file, "--rounds", 0)
 
 
 def test_idle_threads_leave_the_cores_to_the_next_graph(demo_dense: Path) -> None:
@@ -126,15 +109,15 @@ def test_idle_threads_leave_the_cores_to_the_next_graph(demo_dense: Path) -> Non
     assert min(burned) < 2e-3
 
 
-def costs(deep: Path, profile: Profile = PROFILE, **options: str) -> Costs:
-    policy = make(PruneSpec("utp", 2, options))
-    return open_costs(open_model(str(deep)), profile, policy)
+def costs(deep_tower: Path, profile: Profile = PROFILE, **options: str) -> Costs:
+    policy = make(PruneSpec("utp", 2, options=options))
+    return open_costs(open_model(str(deep_tower)), profile, policy)
 
 
-def test_what_a_first_token_takes(deep: Path) -> None:
+def test_what_a_first_token_takes(deep_tower: Path) -> None:
     """Reading 1, preprocessing 2, vision 20, prefill; a block of n tokens takes (n + 1) / 2; to
     choose takes n / 4 with [CLS] in the encoder, in the decoder 0.1 n + 0.4 at one position."""
-    found = costs(deep)
+    found = costs(deep_tower)
     assert (found.before, found.vision(None)) == (3, 20)
     site = site_of(found.adapter, "exit:at=1:keep=0.5")  # 8 of 16 and [CLS]: 5 in place of 9
     inner = found.adapter.vision_config.encoder.mlp_width
@@ -150,10 +133,10 @@ def test_what_a_first_token_takes(deep: Path) -> None:
     assert found.prefill((16, 16, 16)) == pytest.approx(36)
     assert found.prefill((16, 1, 1)) == pytest.approx((36 + 6 + 6) / 3 + 2)
     assert found.prefill((16, 6, 1)) == pytest.approx((36 + 16 + 6) / 3 + 2 + 1)
-    plain = costs(deep, ure="off")
+    plain = costs(deep_tower, ure="off")
     assert plain.prefill((16, 1, 1)) == pytest.approx((36 + 6 + 6) / 3 + 1)
     with pytest.raises(SpecError, match="choosing in the decoder by query=text"):
-        costs(deep, query="text").prefill((16, 1, 1))
+        costs(deep_tower, query="text").prefill((16, 1, 1))
     times, floor = found.times(), found.times(floor=True)
     assert (times.units[:, 16] == 512).all() and (floor.units[:, 16] == 512).all()
     exact = np.array([found.layer(1, n) for n in range(17)]) / found.unit
@@ -164,20 +147,20 @@ def test_what_a_first_token_takes(deep: Path) -> None:
     assert {method.at for method in menu(found.adapter)} == {0, 1}
 
 
-def test_a_profile_of_another_model_is_refused(deep: Path, tiny_checkpoint: Path) -> None:
+def test_a_profile_of_another_model_is_refused(deep_tower: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(SpecError, match="its blocks is 2, this model's 1"):
         costs(tiny_checkpoint)
 
 
 def test_plan_shows_what_can_be_reached_and_export_reaches_it(
-    deep: Path,
+    deep_tower: Path,
     made_up: Path,
     instruct: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     refused: Refused,
 ) -> None:
-    model = ["--model", str(deep), "--samples-file", str(instruct), "--profile", str(made_up)]
+    model = ["--model", str(deep_tower), "--samples-file", str(instruct), "--profile", str(made_up)]
     encoder = ["--encoder", "exit:at=1:keep=0.5:limit=3"]
     figure = tmp_path / "plan.svg"
     assert main(["plan", *model, *encoder, "--figure", str(figure)]) == 0
@@ -198,7 +181,7 @@ def test_plan_shows_what_can_be_reached_and_export_reaches_it(
         timing = manifest.timing
         assert timing is not None and timing.predicted <= timing.asked + 1e-6
         assert timing.predicted == pytest.approx(timing.before + timing.vision + timing.prefill)
-        assert timing.prefill == pytest.approx(costs(deep).prefill(manifest.prune.counts))
+        assert timing.prefill == pytest.approx(costs(deep_tower).prefill(manifest.prune.counts))
         assert manifest.prune.schedule is not None
     assert manifest.prune.cr_reached == 1 and manifest.encoder.method == "dense"
 
@@ -207,15 +190,15 @@ def test_plan_shows_what_can_be_reached_and_export_reaches_it(
 
 
 def test_auto_takes_no_more_operations_than_a_ratio_with_the_dense_encoder(
-    deep: Path, instruct: Path, tmp_path: Path, refused: Refused
+    deep_tower: Path, instruct: Path, tmp_path: Path, refused: Refused
 ) -> None:
     output = tmp_path / "b"
-    model = ["--model", str(deep), "--samples-file", str(instruct), "--method", "auto"]
+    model = ["--model", str(deep_tower), "--samples-file", str(instruct), "--method", "auto"]
     assert main(["export", *model, "--cr", "1.5", "--parity", "1", "-o", str(output)]) == 0
     manifest = Bundle.open(output).manifest
     choice, prune = manifest.choice, manifest.prune
     assert choice is not None and choice.unit == "billion operations"
-    counting = Operations(open_model(str(deep)))
+    counting = Operations(open_model(str(deep_tower)))
     at_the_ratio = counting.before + counting.vision(None) + counting.prefill((16 / 1.5,) * 3)
     assert choice.budget == pytest.approx(at_the_ratio)
     record = manifest.decoder
@@ -238,6 +221,8 @@ def test_budgets_exclude_each_other(refused: Refused, made_up: Path) -> None:
     assert "of another model" in refused("export", "--ttft", 9, *profile)
 
 
-def test_a_profile_in_another_dtype_is_refused(deep: Path, made_up: Path, refused: Refused) -> None:
-    options = ["--model", deep, "--ttft", 99, "--profile", made_up, "--target", "cuda"]
+def test_a_profile_in_another_dtype_is_refused(
+    deep_tower: Path, made_up: Path, refused: Refused
+) -> None:
+    options = ["--model", deep_tower, "--ttft", 99, "--profile", made_up, "--target", "cuda"]
     assert "this export is in fp16" in refused("export", *options)

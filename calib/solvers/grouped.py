@@ -2,8 +2,8 @@
 
 Layers between two with attention are a group of one count, and the problem is solved group by
 group. Solvers that know no groups find a schedule that may fall anywhere: its counts are averaged
-in each group, then moves between two groups are tried, in ever smaller steps. The bound is then that
-of schedules that may fall anywhere, of which these are some.
+in each group, then moves between two groups are tried, in ever smaller steps. The bound is that of
+schedules that may fall anywhere then, of which these are some.
 """
 
 from __future__ import annotations

@@ -179,9 +179,7 @@ class _Work:
     def _prefill(self, tokens: int) -> Work:
         record = self.manifest.decoder
         visual = self.rng.standard_normal((1, tokens, record.visual_width), np.float32)
-        inputs = self._inputs(
-            self._ids(), self.backend.as_image(visual, np.arange(tokens)), tokens
-        )
+        inputs = self._inputs(self._ids(), self.backend.as_image(visual, np.arange(tokens)), tokens)
         return lambda: self.backend.run(inputs, self.caches)
 
     def _ids(self) -> NDArray[np.int64]:
