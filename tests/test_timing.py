@@ -48,6 +48,8 @@ PROFILE = Profile(
     choices=(
         KindTimes("exit:by=pixels", table([4, 12], [0.25, 0.5])),
         KindTimes("exit:by=salient", table([4, 12], [1, 3])),
+        KindTimes("drop:by=pixels", table([4, 12], [0.25, 0.5])),
+        KindTimes("drop:by=salient", table([4, 12], [0.5, 1.5])),
     ),
     sites=(
         KindTimes("query=last, one position", table([1, 16], [0.5, 2])),
