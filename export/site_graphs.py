@@ -14,10 +14,11 @@ from torch.export import Dim
 
 from edgeprune.export.trace import End, Shapes, to_graph
 from edgeprune.models._decoder import Decoder
-from edgeprune.models._encoder import Encoder, Encoding, Tower
+from edgeprune.models._encoder import Encoder
 from edgeprune.models._encoder_site import EncoderSite, SiteConfig
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._sites import Prune
+from edgeprune.models._vision_tower import Encoding, Tower
 from edgeprune.policies import Policy
 from edgeprune.policies._signals import (
     Anchors,
@@ -55,11 +56,11 @@ class Choices(nn.Module):
             seen = tower.split(Encoding(hidden, query=query, key=key, contrast=own), site)
             assert seen.split is not None
             if site.drops:
-                whole, _ = site.left_tokens(seen.split)
+                whole, _ = site.kept_tokens(seen.split)
             else:
                 patches = site.config.kept_units * site.config.units.area
                 kept = seen.hidden[:, seen.hidden.shape[1] - patches :]  # [CLS] stands before them
-                split = replace(seen.split, mapped=(seen.split.left,))
+                split = replace(seen.split, mapped=(seen.split.removed_states,))
                 whole = site.rejoin(kept, split, 0)
             found += [seen.hidden, whole]
         return tuple(found)

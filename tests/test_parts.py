@@ -98,7 +98,7 @@ def test_an_encoder_site_keeps_what_the_encoder_does(adapter: Adapter, bundle: B
         after = tower.split(seen, tower.site)
         np.testing.assert_allclose(found[0], after.hidden.numpy(), atol=1e-6)
         if tower.site.drops:
-            np.testing.assert_array_equal(found[1], tower.site.left_tokens(after.split)[0])
+            np.testing.assert_array_equal(found[1], tower.site.kept_tokens(after.split)[0])
         else:
             np.testing.assert_allclose(found[1], seen.hidden[:, 1:].numpy(), atol=1e-6)
 
