@@ -126,7 +126,8 @@ def test_products_that_see_other_tokens_share_the_scales_of_the_largest() -> Non
     """As experts of text and of images do behind one norm."""
     largest = {"text": [1.0, 4.0], "image": [9.0, 1.0]}
     moments = {name: Moments(largest=torch.tensor(values)) for name, values in largest.items()}
-    adapter: Any = SimpleNamespace(floats=lambda source: [(slice(None), torch.ones(2, 3))])
+    reader = SimpleNamespace(floats=lambda source: [(slice(None), torch.ones(2, 3))])
+    adapter: Any = SimpleNamespace(reader=reader)
     sources: Any = dict.fromkeys(largest)
     first, second = smoothing._scales(Group(tuple(largest), ("norm",)), adapter, sources, moments)
     assert float(first / second) == pytest.approx(1.5)
