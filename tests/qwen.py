@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from benchmarks.qwen3_shapes import Qwen3Shape
@@ -140,3 +142,33 @@ def assert_same_dialogue(
     with torch.no_grad():
         logits = theirs(**{**given, "input_ids": ids, "mm_token_type_ids": kinds}).logits[0]
     assert_same_logits(ours, prompt, logits, **close)
+
+
+def pruned_logits(
+    model: Any, given: Mapping[str, Any], entering: Tensor, kept: Mapping[int, Tensor]
+) -> Tensor:
+    """Of the last token by transformers' own layers, where some visual tokens alone enter the
+    first, and at each layer of `kept` some of those: [vocabulary]."""
+    base, ids = model.model, given["input_ids"]
+    text, visual = base.language_model, given["mm_token_type_ids"][0].bool()
+    seen = base.get_image_features(given["pixel_values"], given["image_grid_thw"])
+    rows = [torch.cat(list(row)) for row in getattr(seen, "deepstack_features", None) or ()]
+    hidden = base.get_input_embeddings()(ids)
+    hidden[:, visual] = torch.cat(list(seen.pooler_output))
+    positions, _ = base.get_rope_index(ids, given["mm_token_type_ids"], given["image_grid_thw"])
+    for index, layer in enumerate(text.layers):
+        chosen = entering if index == 0 else kept.get(index + 1)
+        if chosen is not None:
+            stay = ~visual
+            stay[visual.nonzero()[chosen, 0]] = True
+            hidden, positions, visual = hidden[:, stay], positions[:, :, stay], visual[stay]
+            rows = [row[chosen] for row in rows]
+        size = hidden.shape[1]
+        full = getattr(layer, "block_type", "full_attention") == "full_attention"
+        mask = torch.full((1, 1, size, size), float("-inf")).triu(1) if full else None
+        turned = text.rotary_emb(hidden, positions)
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=turned)
+        if index < len(rows):
+            hidden[:, visual] += rows[index]
+    found: Tensor = model.lm_head(text.norm(hidden))[0, -1]
+    return found

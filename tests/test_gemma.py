@@ -25,6 +25,7 @@ from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import gemma
 from tests.dense import MORE, assert_same_logits, dense
+from tests.dialogues import assert_same_answers, exported
 from tests.engines import GPUS, assert_accepted
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
@@ -169,18 +170,10 @@ def test_a_pruned_bundle_answers_as_its_reference(
     adapter, policy = open_model(str(checkpoint)), make(PruneSpec("utp", 4))
     tokens = adapter.shape.visual_tokens
     plan = plan_from_counts(tokens, (tokens // 2, tokens // 5, 1))
-    request = ExportRequest("tiny", PruneSpec("utp", 4), plan, tmp_path / "b")
-    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
-    made = export(request, adapter, policy, Processor(adapter), prompts)
-    assert made.manifest.parity.ties == 0
+    made = exported(adapter, PruneSpec("utp", 4), plan, tmp_path / "b")
     session, image = Session.open(made.path), drawn_image(Size(60, 101))
     reference = Reference.build(adapter, policy, plan)
-    answer = session.ask(image, QUESTION, Sampling(max_new_tokens=8))
-    prompt = Processor(adapter)(image, QUESTION)
-    assert list(answer.ids) == reference.generate(prompt, 8, lambda token: token == 2)
-    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
-    again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
-    assert again.ids == (int(step.logits.argmax()),)
+    assert_same_answers(session, reference, adapter, image, QUESTION)
 
 
 def test_a_prompt_whose_image_is_dropped_is_seen_whole(tmp_path: Path) -> None:

@@ -23,17 +23,17 @@ from transformers.video_utils import VideoMetadata
 
 from edgeprune.commands._common import image_size
 from edgeprune.errors import ModelError
-from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._position_grid import PositionGrid
-from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.models._processor import Processor
 from edgeprune.models._reference import Reference
 from edgeprune.models.glm4v import halves
 from edgeprune.policies import make
-from edgeprune.runtime import Sampling, Session, media
+from edgeprune.runtime import Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import glm
+from tests.dialogues import assert_same_answers, exported
 from tests.engines import GPUS, assert_accepted
 from tests.essence import essence
 from tests.frozen import frozen
@@ -133,18 +133,10 @@ def test_a_pruned_bundle_answers_as_its_reference(
     spec, layout = PruneSpec("utp", 4), adapter.vision_config.layout
     policy, count, fixed = make(spec), layout.visual_tokens, len(layout.fixed)
     plan = plan_from_counts(count, (count - 5, fixed + 6, 3))
-    request = ExportRequest("tiny", spec, plan, tmp_path / "b")
-    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
-    made = export(request, adapter, policy, Processor(adapter), prompts)
-    assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
+    made = exported(adapter, spec, plan, tmp_path / "b")
     session, reference = Session.open(made.path), Reference.build(adapter, policy, plan)
-    answer = session.ask(images, QUESTION, Sampling(max_new_tokens=8))
-    ends, prompt = made.manifest.text.eos_token_ids, Processor(adapter)(images, QUESTION)
-    assert list(answer.ids) == reference.generate(prompt, 8, lambda token: token in ends)
+    answer = assert_same_answers(session, reference, adapter, images, QUESTION)
     assert set(layout.fixed) <= set(answer.vision_kept.tolist())
-    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
-    again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
-    assert again.ids == (int(step.logits.argmax()),)
 
 
 def test_a_checkpoint_of_transformers_4_is_the_same(checkpoint: Path, tmp_path: Path) -> None:

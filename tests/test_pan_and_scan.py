@@ -20,9 +20,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from edgeprune.cli import main
 from edgeprune.contract import check_sizes
 from edgeprune.errors import ModelError
-from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import open_model
-from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.models._processor import Processor
 from edgeprune.models._reference import Reference
 from edgeprune.models.gemma3 import RULE
 from edgeprune.policies import make
@@ -33,6 +32,7 @@ from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import CropRule, Size
 from tests import gemma
 from tests.dense import MORE, dense
+from tests.dialogues import assert_same_answers, exported
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
 from tests.test_families import block, drawn_image, generated
@@ -200,15 +200,7 @@ def test_a_pruned_bundle_answers_as_its_reference(checkpoint: Path, tmp_path: Pa
     spec, layout = PruneSpec("utp", 4), adapter.vision_config.layout
     policy, fixed, count = make(spec), len(layout.fixed), layout.visual_tokens
     plan = plan_from_counts(count, (count - 8, fixed + 9, 3))
-    request = ExportRequest("tiny", spec, plan, tmp_path / "b")
-    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
-    made = export(request, adapter, policy, Processor(adapter), prompts)
-    assert made.manifest.parity.ties == 0
+    made = exported(adapter, spec, plan, tmp_path / "b")
     session, reference = Session.open(made.path), Reference.build(adapter, policy, plan)
     image = drawn_image(LANDSCAPE)
-    answer = session.ask(image, QUESTION, Sampling(max_new_tokens=8))
-    prompt = Processor(adapter)(image, QUESTION)
-    assert list(answer.ids) == reference.generate(prompt, 8, lambda token: token == 2)
-    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
-    again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
-    assert again.ids == (int(step.logits.argmax()),)
+    assert_same_answers(session, reference, adapter, image, QUESTION)

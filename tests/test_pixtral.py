@@ -15,17 +15,17 @@ from conftest import Refused
 from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import ModelError
-from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._layout import Layout
-from edgeprune.models._processor import Processor, Prompt, random_prompt
+from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
-from edgeprune.runtime import Sampling, Session, media
+from edgeprune.runtime import Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import pixtral
 from tests.dense import MORE, assert_same_logits, dense
+from tests.dialogues import assert_same_answers, exported
 from tests.engines import GPUS, assert_accepted
 from tests.essence import essence
 from tests.families import QUESTION, Family
@@ -125,19 +125,11 @@ def test_a_pruned_bundle_answers_as_its_reference(checkpoint: Path, tmp_path: Pa
     policy, layout = make(spec), adapter.vision_config.layout
     fixed, count = len(layout.fixed), layout.visual_tokens
     plan = plan_from_counts(count, (count - 6, fixed + 5, 3))
-    request = ExportRequest("tiny", spec, plan, tmp_path / "b")
-    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
-    made = export(request, adapter, policy, Processor(adapter), prompts)
-    assert (made.manifest.parity.samples, made.manifest.parity.ties) == (2, 0)
+    made = exported(adapter, spec, plan, tmp_path / "b")
     session, reference = Session.open(made.path), Reference.build(adapter, policy, plan)
     image = drawn_image(Size(221, 279))
-    answer = session.ask(image, QUESTION, Sampling(max_new_tokens=8))
-    ends, prompt = made.manifest.text.eos_token_ids, Processor(adapter)(image, QUESTION)
-    assert list(answer.ids) == reference.generate(prompt, 8, lambda token: token in ends)
+    answer = assert_same_answers(session, reference, adapter, image, QUESTION)
     assert set(layout.fixed) <= set(answer.vision_kept.tolist())
-    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
-    again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
-    assert again.ids == (int(step.logits.argmax()),)
 
 
 def test_both_published_layouts_are_the_same(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +34,7 @@ from edgeprune.runtime import Sampling, Session
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests.dense import dense
+from tests.dialogues import assert_same_answers
 from tests.qwen import (
     QUESTION,
     STACKED_IMAGES,
@@ -42,6 +42,7 @@ from tests.qwen import (
     drawn_image,
     generated,
     inputs,
+    pruned_logits,
     stacked_checkpoint,
 )
 from tests.whole_model import advances
@@ -102,37 +103,6 @@ def test_two_images_with_text_between_are_those_of_transformers(
     torch.testing.assert_close(ours.prefill(prompt).logits, wanted, atol=1e-5, rtol=1e-5)
     answer = generated(adapter, images, prompt.pixels)
     assert ours.generate(prompt, 32, lambda token: False) == answer
-
-
-def pruned_logits(
-    model: Any, given: Mapping[str, Any], entering: Tensor, kept: Mapping[int, Tensor]
-) -> Tensor:
-    """Of the last token by transformers' own layers, where some visual tokens alone enter the
-    first, and at each layer of `kept` some of those: [vocabulary]."""
-    base, ids = model.model, given["input_ids"]
-    text, visual = base.language_model, given["mm_token_type_ids"][0].bool()
-    seen = base.get_image_features(given["pixel_values"], given["image_grid_thw"])
-    rows = [torch.cat(list(row)) for row in seen.deepstack_features]
-    hidden = base.get_input_embeddings()(ids)
-    hidden[:, visual] = torch.cat(list(seen.pooler_output))
-    positions, _ = base.get_rope_index(ids, given["mm_token_type_ids"], given["image_grid_thw"])
-    for index, layer in enumerate(text.layers):
-        chosen = entering if index == 0 else kept.get(index + 1)
-        if chosen is not None:
-            stay = ~visual
-            stay[visual.nonzero()[chosen, 0]] = True
-            hidden, positions, visual = hidden[:, stay], positions[:, :, stay], visual[stay]
-            rows = [row[chosen] for row in rows]
-        size = hidden.shape[1]
-        hidden = layer(
-            hidden,
-            attention_mask=torch.full((1, 1, size, size), float("-inf")).triu(1),
-            position_embeddings=text.rotary_emb(hidden, positions),
-        )
-        if index < len(rows):
-            hidden[:, visual] += rows[index]
-    found: Tensor = model.lm_head(text.norm(hidden))[0, -1]
-    return found
 
 
 def test_rows_go_where_their_tokens_go(checkpoint: Path, theirs: Any) -> None:
@@ -202,13 +172,9 @@ def test_a_dense_bundle_answers_as_transformers(checkpoint: Path, tmp_path: Path
 def test_a_pruned_bundle_answers_as_its_reference(checkpoint: Path, tmp_path: Path) -> None:
     """And a second turn, on the same caches."""
     plan = plan_from_counts(64, (36, 16, 8, 4))
-    session, reference, prompt = exported(checkpoint, PruneSpec("utp", 4), plan, tmp_path)
-    answer = session.ask(drawn_image(250, 262), QUESTION, Sampling(max_new_tokens=8))
-    ends = session.manifest.text.eos_token_ids
-    assert list(answer.ids) == reference.generate(prompt, 8, lambda token: token in ends)
-    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
-    again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
-    assert again.ids == (int(step.logits.argmax()),)
+    session, reference, _ = exported(checkpoint, PruneSpec("utp", 4), plan, tmp_path)
+    adapter = open_model(str(checkpoint), size=SIZE)
+    assert_same_answers(session, reference, adapter, drawn_image(250, 262), QUESTION)
 
 
 def test_a_checkpoint_of_transformers_5_is_the_same(

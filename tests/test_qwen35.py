@@ -26,11 +26,12 @@ from edgeprune.models._layerwise import Layerwise
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
-from edgeprune.runtime import Sampling, Session
+from edgeprune.runtime import Session
 from edgeprune.spec import Plan, PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests import qwen35
-from tests.qwen import QUESTION, assert_same_dialogue, drawn_image, inputs
+from tests.dialogues import assert_same_answers
+from tests.qwen import QUESTION, assert_same_dialogue, drawn_image, inputs, pruned_logits
 
 SIZE = Size(256, 256)  # 64 tokens
 MOST = 700  # tokens of a call
@@ -122,32 +123,6 @@ def test_the_dense_model_is_that_of_transformers(size: str, checkpoint: Path, th
     assert_same_dialogue(adapter, images, theirs, atol=1e-4, rtol=1e-4)
 
 
-def pruned_logits(
-    model: Any, given: dict[str, Any], entering: Tensor, kept: dict[int, Tensor]
-) -> Tensor:
-    """Of the last token by transformers' own layers, where some visual tokens alone enter the
-    first, and at each layer of `kept` some of those: [vocabulary]."""
-    base, ids = model.model, given["input_ids"]
-    text, visual = base.language_model, given["mm_token_type_ids"][0].bool()
-    seen = base.get_image_features(given["pixel_values"], given["image_grid_thw"])
-    hidden = base.get_input_embeddings()(ids)
-    hidden[:, visual] = torch.cat(list(seen.pooler_output))
-    positions, _ = base.get_rope_index(ids, given["mm_token_type_ids"], given["image_grid_thw"])
-    for index, layer in enumerate(text.layers):
-        chosen = entering if index == 0 else kept.get(index + 1)
-        if chosen is not None:
-            stay = ~visual
-            stay[visual.nonzero()[chosen, 0]] = True
-            hidden, positions, visual = hidden[:, stay], positions[:, :, stay], visual[stay]
-        size = hidden.shape[1]
-        full = layer.block_type == "full_attention"
-        mask = torch.full((1, 1, size, size), float("-inf")).triu(1) if full else None
-        turned = text.rotary_emb(hidden, positions)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=turned)
-    found: Tensor = model.lm_head(text.norm(hidden))[0, -1]
-    return found
-
-
 def test_a_dropped_token_never_enters_a_state(checkpoint: Path, theirs: Any) -> None:
     """Tokens are dropped in the vision graph and behind layer 2, which has attention."""
     adapter = open_model(str(checkpoint), size=SIZE)
@@ -177,17 +152,9 @@ def test_a_pruned_bundle_answers_as_its_reference(checkpoint: Path, tmp_path: Pa
     held = sum(cache.past.bytes(sizes) for cache in caches)
     assert held == kv_bytes(made.manifest.decoder, (40, 40, 9), 7, 4)
     reference = Reference.build(adapter, policy, plan)
-    prompt = Processor(adapter)(drawn_image(250, 262), QUESTION)
     with Session.open(made.path) as session:
-        ends = session.manifest.text.eos_token_ids
         for _ in range(2):  # the second dialogue begins anew, in the memory of the first
-            answer = session.ask(drawn_image(250, 262), QUESTION, Sampling(max_new_tokens=8))
-            said = reference.generate(prompt, 8, lambda token: token in ends)
-            assert list(answer.ids) == said
-        later = session.engine.prompter.next_turn("how many ?")
-        step = reference.step(torch.from_numpy(later))
-        again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
-        assert again.ids == (int(step.logits.argmax()),)
+            assert_same_answers(session, reference, adapter, drawn_image(250, 262), QUESTION)
 
 
 @torch.no_grad()

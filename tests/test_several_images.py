@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from edgeprune.export.exporter import ExportRequest, export
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._ops import BidirectionalImages, Causal
-from edgeprune.models._processor import Processor, random_prompt
+from edgeprune.models._processor import Processor
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
-from edgeprune.runtime import Sampling, Session, media
+from edgeprune.runtime import Session, media
 from edgeprune.spec import PruneSpec, plan_from_counts
 from edgeprune.tiling import Size
 from tests.dense import assert_same_logits, dense
+from tests.dialogues import assert_same_answers, exported
 from tests.engines import GPUS, assert_accepted
 from tests.families import QUESTION, Family
 from tests.frozen import frozen
@@ -101,17 +101,9 @@ def test_a_pruned_bundle_answers_as_its_reference(
     layout = adapter.vision_config.layout
     fixed, count = len(layout.fixed), layout.visual_tokens
     plan = plan_from_counts(count, (count - 8, fixed + 6, 3))
-    request = ExportRequest("tiny", PruneSpec("utp", 4), plan, tmp_path / "b")
-    prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, n) for n in range(2)]
-    made = export(request, adapter, policy, Processor(adapter), prompts)
-    assert made.manifest.parity.ties == 0
+    made = exported(adapter, PruneSpec("utp", 4), plan, tmp_path / "b")
     session, reference = Session.open(made.path), Reference.build(adapter, policy, plan)
-    answer = session.ask(SHOWN, QUESTION, Sampling(max_new_tokens=8))
-    prompt = Processor(adapter)(SHOWN, QUESTION)
-    assert list(answer.ids) == reference.generate(prompt, 8, lambda token: token == 2)
-    step = reference.step(torch.from_numpy(session.engine.prompter.next_turn("how many ?")))
-    again = session.follow_up("how many ?", Sampling(max_new_tokens=1))
-    assert again.ids == (int(step.logits.argmax()),)
+    assert_same_answers(session, reference, adapter, SHOWN, QUESTION)
 
 
 @pytest.mark.slow
