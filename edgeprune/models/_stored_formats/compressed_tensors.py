@@ -87,6 +87,7 @@ class Format(StoredFormat):
     """The groups of settings, of which each module has one."""
 
     groups: tuple[Group, ...]
+    static: bool  # whether inputs of products are rounded to float8 with a scale that is stored
     method: ClassVar[str] = "compressed-tensors"
     leaves: ClassVar[tuple[str, ...]] = (
         *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
@@ -114,7 +115,8 @@ class Format(StoredFormat):
         found = [group["weights"] for group in listed if isinstance(group.get("weights"), Mapping)]
         if not found:
             raise settings.error("config_groups", listed, "settings of weights")
-        return cls(tuple(dict.fromkeys(Group.parse(file, weights) for weights in found)))
+        static = all(_is_static(group.get("input_activations")) for group in listed)
+        return cls(tuple(dict.fromkeys(Group.parse(file, weights) for weights in found)), static)
 
     def __str__(self) -> str:
         return f"compressed-tensors, {' or '.join(map(str, self.groups))}"
@@ -140,6 +142,9 @@ class Format(StoredFormat):
         zeros = None if zeros is None else zeros.expand(outputs, -1).t().contiguous()
         return parts.quantized(codes.t().contiguous(), zeros, scales, group.bits)
 
+    def input_scale(self, parts: Parts) -> float | None:
+        return parts.number("input_scale") if self.static else None
+
     def _found(self, parts: Parts) -> tuple[int, int, Group]:
         """Outputs, inputs, and the group of settings that a module's tensors are of."""
         if parts.has("weight_g_idx"):
@@ -160,6 +165,14 @@ class Format(StoredFormat):
         known = " or ".join(map(str, self.groups))
         found = ", ".join(f"{leaf} {list(parts.shape(leaf))}" for leaf in sorted(parts.leaves))
         raise parts.error(main, f"is of {outputs} x {inputs}: {found} are not {known}")
+
+
+def _is_static(inputs: Any) -> bool:
+    """Whether settings of activations are those of float8 with one scale, known beforehand."""
+    if not isinstance(inputs, Mapping) or inputs.get("dynamic"):
+        return False
+    kind = inputs.get("type"), inputs.get("num_bits"), inputs.get("strategy", "tensor")
+    return kind == ("float", 8, "tensor")
 
 
 def _stored_shape(parts: Parts) -> tuple[int, int]:
