@@ -154,7 +154,8 @@ def _image(record: ImageRecord) -> Iterator[str]:
             yield f"{tiling.rows} x {tiling.columns} crops are not those of its image size"
         if tiling.overview_size is not None:
             yield from _overview(tiling)
-        if tiling.kept is not None and (tiling.kind != "stretch" or tiling.kept >= tiling.cut):
+        chosen_from = tiling.cut if tiling.kind in ("stretch", "crop") else 0
+        if tiling.kept is not None and tiling.kept >= chosen_from:
             yield f"{tiling.kept} of {tiling.cut} tiles by {tiling.kind}"
     yield from _resizing(record, frozen)
 

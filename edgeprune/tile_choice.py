@@ -15,13 +15,15 @@ Pixels = NDArray[np.float32]  # [tiles, 3, side, side], normalised
 
 
 def chosen(pixels: Pixels, tiling: Tiling) -> Pixels:
-    """Of all tiles, row by row and the view of the whole last where there is one, those that are
-    encoded, in the same order: [tiling.tiles, 3, side, side]. Of equal ones the first."""
+    """Of all tiles, row by row and the view of the whole first or last where there is one, those
+    that are encoded, in the same order: [tiling.tiles, 3, side, side]. Of equal ones the first."""
     if tiling.kept is None:
         return pixels
-    best = np.argsort(-contrast(pixels[: tiling.cut], tiling.tokens), kind="stable")
-    whole = range(tiling.cut, tiling.cut + (tiling.overview != "none"))
-    return pixels[[*sorted(best[: tiling.kept]), *whole]]
+    first = int(tiling.overview == "first")
+    tiles = pixels[first : first + tiling.cut]
+    best = np.argsort(-contrast(tiles, tiling.tokens), kind="stable")
+    kept = tiles[np.sort(best[: tiling.kept])]
+    return np.concatenate([pixels[:first], kept, pixels[first + tiling.cut :]])
 
 
 def contrast(tiles: Pixels, cells: int) -> NDArray[np.float64]:

@@ -56,6 +56,23 @@ def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
     return family.save(tmp_path_factory.mktemp("gemma3") / "tiny")
 
 
+def test_one_crop_of_three_is_what_transformers_makes_of_that_crop(
+    family: Family, checkpoint: Path
+) -> None:
+    """--tiles: prompts do not say where a crop lies. The one with something in it is chosen."""
+    levels = np.full((*LANDSCAPE, 3), 128, np.uint8)
+    levels[:, 70:130] = np.asarray(drawn_image(Size(60, 60)))
+    image, adapter = Image.fromarray(levels), open_model(str(checkpoint), size=LANDSCAPE, tiles=1)
+    record, every = adapter.image_record(Processor(adapter)), family.look([image])["pixel_values"]
+    assert record.tiling is not None and (record.tiling.kept, len(every)) == (1, 4)
+    pixels = to_pixels(image, record)
+    np.testing.assert_array_equal(pixels, every[[0, 2]].numpy())
+    prompt = Processor(adapter)(image, QUESTION)
+    assert torch.equal(prompt.pixels, every[[0, 2]])
+    wanted = generated(family, adapter, prompt, tokens=64, pixel_values=every[[0, 2]])
+    assert dense(adapter).generate(prompt, 64, lambda token: False) == wanted
+
+
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT])
 def test_the_dense_model_is_that_of_transformers(

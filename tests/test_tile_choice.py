@@ -69,7 +69,9 @@ def test_tiles_that_show_most_are_chosen_in_reading_order() -> None:
     pixels[6] = 9  # the view of the whole
     assert np.array_equal(chosen(pixels, TILING), pixels[[0, 4, 6]])
     assert np.array_equal(chosen(pixels, replace(TILING, kept=3)), pixels[[0, 2, 4, 6]])
-    assert np.array_equal(chosen(pixels, replace(TILING, overview="none")), pixels[[0, 4]])
+    assert np.array_equal(chosen(pixels[:6], replace(TILING, overview="none")), pixels[[0, 4]])
+    moved = pixels[[6, 0, 1, 2, 3, 4, 5]]
+    assert np.array_equal(chosen(moved, replace(TILING, overview="first")), pixels[[6, 0, 4]])
     pixels[:] = 0
     pixels[:] += np.arange(7)[:, None, None, None] // 6
     assert np.array_equal(chosen(pixels, TILING), pixels[[0, 1, 6]]), "of equal ones the first"

@@ -174,11 +174,11 @@ def every_question(things: tuple[Thing, ...]) -> list[Question]:
     """All questions that a scene answers."""
     found = []
     for thing in things:
-        found.append(Question("shape", f"what shape is the {thing.color} object ?", thing.shape))
+        found.append(Question("shape", f"what shape is the object in {thing.color} ?", thing.shape))
         if thing.digit is None:
             found.append(Question("color", f"what color is the {thing.shape} ?", thing.color))
             continue
-        text = f"what digit is on the {thing.color} card ?"
+        text = f"what digit is on the card in {thing.color} ?"
         found.append(Question("read", text, str(thing.digit)))
         found.append(Question("find", f"what color is the {thing.digit} ?", thing.color))
     return found

@@ -33,8 +33,8 @@ from benchmarks.tiles.model import make_model, save
 from benchmarks.tiles.scenes import KINDS
 
 STAGES = {  # steps, scenes a step, rate
-    "language": (240, 24, 4e-3),
-    "vision": (600, 8, 3e-3),
+    "language": (420, 24, 4e-3),
+    "vision": (700, 8, 3e-3),
     "tune": (60, 16, 1.5e-3),
 }
 Scores = dict[str, float]

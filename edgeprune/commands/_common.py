@@ -63,7 +63,7 @@ def add_media(command: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="encode N tiles of an image and the view of the whole: those with the most unusual"
-        " colours (InternVL; default: all)",
+        " colours (InternVL, Gemma 3; default: all)",
     )
 
 

@@ -20,7 +20,7 @@ from edgeprune.models._gemma import BRANCH_NORMS, gemma3
 from edgeprune.models._image_record import Reader, count, image_settings, plain, unsupported
 from edgeprune.models._layers import ACTIVATIONS, RMSNorm
 from edgeprune.models._layout import Layout
-from edgeprune.models._media import IMAGE_SLOT, Media
+from edgeprune.models._media import IMAGE_SLOT, Media, Takes
 from edgeprune.models._names import TensorNames
 from edgeprune.models._nearby import Nearby
 from edgeprune.models._ops import TorchOps, cast
@@ -55,6 +55,7 @@ class Adapter(_adapter.Adapter):
             decoder="keys that layers share, inputs of each layer by token",
         ),
     )
+    takes: ClassVar[Takes] = Takes(all_tiles="")
     encoder: EncoderConfig
 
     def config_class(self) -> Any:
@@ -107,7 +108,8 @@ class Adapter(_adapter.Adapter):
         written = IMAGE_SLOT.join(around)
         token, template = int(self.config.image_token_id), f"\n\n{written}\n\n"
         if self.tiling is not None:
-            template = f"{WHOLE}{template}{CROPS}{' '.join([template] * self.tiling.cut)}"
+            crops = self.tiling.tiles - 1
+            template = f"{WHOLE}{template}{CROPS}{' '.join([template] * crops)}"
         return Media(start, token, count=self.asked.images, template=template)
 
     def read_layout(self) -> Layout:
