@@ -34,7 +34,7 @@ from benchmarks.tiles.scenes import KINDS
 
 STAGES = {  # steps, scenes a step, rate
     "language": (420, 24, 4e-3),
-    "vision": (700, 8, 3e-3),
+    "vision": (1300, 8, 3e-3),
     "tune": (60, 16, 1.5e-3),
 }
 Scores = dict[str, float]
