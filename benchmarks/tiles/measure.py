@@ -101,7 +101,8 @@ def asked(bundle: Path, tiles: int, questions: int, ways: Sequence[str]) -> Row:
 
 
 def table(rows: Sequence[Row], kinds: Sequence[str]) -> Iterator[str]:
-    """A line per number of tiles, of the questions of some kinds."""
+    """A line per number of tiles, the most first, of the questions of some kinds."""
+    rows = sorted(rows, key=lambda row: -row.tiles)
     among = [n for n in range(len(rows[0].marks["contrast"])) if KINDS[n % len(KINDS)] in kinds]
     base = _of(rows[0].marks["contrast"], among)
     yield f"{len(among):,} questions ({', '.join(kinds)}), right in percent"
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=1200)
-    parser.add_argument("--tiles", default="9,6,5,4,3,2,1,0")
+    parser.add_argument("--tiles", default="9,6,4,3,2,1,0")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = list[Row]()
@@ -141,8 +142,8 @@ def main() -> None:
         ways = WAYS if 0 < tiles < ALL else WAYS[:1]  # else there is nothing to choose
         rows.append(asked(bundle, tiles, args.questions, ways))
         print(tiles, {way: found.count("1") for way, found in rows[-1].marks.items()}, flush=True)
-    told = {"questions": args.questions, "kinds": KINDS, "rows": [asdict(row) for row in rows]}
-    (args.output / "tiles.json").write_text(json.dumps(told, indent=1) + "\n")
+        told = {"questions": args.questions, "kinds": KINDS, "rows": [asdict(row) for row in rows]}
+        (args.output / "tiles.json").write_text(json.dumps(told, indent=1) + "\n")
     for kinds in (KINDS, DETAIL):
         print("", *table(rows, kinds), sep="\n")
 
