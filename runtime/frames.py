@@ -45,7 +45,7 @@ class DeltaOptions:
 class Known:
     """A tile as it was encoded last."""
 
-    patches: Pixels  # [N, 3, patch, patch]; of each patch, when it was encoded
+    means: Pixels  # [N, means], of each patch what `part_means` gave when it was encoded
     tile: EncodedTile
 
 
@@ -63,13 +63,14 @@ class FrameEncoder:
         self._backend, self._delta, self._options = backend, delta, options
         self._total = manifest.encoder.patches
         self._units = Units.of(manifest.image.height, manifest.image.width, delta)
-        self._std = np.array(manifest.image.std, np.float32)[:, None, None]
+        parts = min(PARTS, delta.patch) ** 2
+        self._std = np.array(manifest.image.std, np.float32).repeat(parts)
         self._known: list[Known | None] = [None] * manifest.encoder.tiles
         self._left = 0  # frames until one is encoded as a whole
         self._image: tuple[bytes, EncodedImage] | None = None  # and the counts it was joined at
         tile = np.zeros((1, *manifest.image.shape[1:]), np.float32)
         first = np.arange(delta.patches)
-        given = ChangedPatches(as_patches(tile[0], delta.patch)[first], first)
+        given = ChangedPatches(as_patches(tile[0], delta.patch, first), first)
         backend.encode_changed(backend.encode_tile(tile, caches=True), given)
 
     def encode(self, pixels: Pixels, counts: Ids) -> EncodedImage:
@@ -88,27 +89,28 @@ class FrameEncoder:
 
     def _advance(self, number: int, pixels: Pixels) -> int:
         """Have a tile's signals; how many of its patches were encoded."""
-        patches, known = as_patches(pixels, self._delta.patch), self._known[number]
+        means, known = part_means(pixels, self._delta.patch), self._known[number]
         if known is None or self._left <= 0:
-            return self._whole(number, pixels, patches)
-        change = self._units.largest(changes(patches - known.patches, self._std))
+            return self._whole(number, pixels, means)
+        change = self._units.largest((np.abs(means - known.means) * self._std).max(1))
         changed = change > self._options.threshold
         if changed.sum() > self._units.encoded:
-            return self._whole(number, pixels, patches)
+            return self._whole(number, pixels, means)
         if not changed.any():
             return 0
         far = distances(changed, self._units.encoded)
         order = np.lexsort((-change.flatten(), far.flatten()))  # the nearest first
         chosen = np.sort(self._units.members[order[: self._units.encoded]].flatten())
         self._known[number] = None  # after an error the tile is encoded as a whole
-        tile = self._backend.encode_changed(known.tile, ChangedPatches(patches[chosen], chosen))
-        known.patches[chosen] = patches[chosen]
+        given = ChangedPatches(as_patches(pixels, self._delta.patch, chosen), chosen)
+        tile = self._backend.encode_changed(known.tile, given)
+        known.means[chosen] = means[chosen]
         self._known[number] = replace(known, tile=tile)
         return chosen.size
 
-    def _whole(self, number: int, pixels: Pixels, patches: Pixels) -> int:
+    def _whole(self, number: int, pixels: Pixels, means: Pixels) -> int:
         tile = self._backend.encode_tile(pixels[None], caches=True)
-        self._known[number] = Known(patches, tile)
+        self._known[number] = Known(means, tile)
         return self._total
 
 
@@ -135,23 +137,27 @@ class Units:
         return found
 
 
-def as_patches(pixels: Pixels, patch: int) -> Pixels:
-    """A copy row by row: [3, H, W] -> [N, 3, patch, patch]."""
+def as_patches(pixels: Pixels, patch: int, indices: Ids | None = None) -> Pixels:
+    """A copy of all patches row by row, or of those of `indices` [n]: [3, H, W] ->
+    [N, 3, patch, patch]."""
     rows, columns = (side // patch for side in pixels.shape[1:])
     cut = pixels[:, : rows * patch, : columns * patch]
     split = cut.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4)
-    return split.reshape(-1, 3, patch, patch).copy()
+    at = np.arange(rows * columns) if indices is None else indices
+    found: Pixels = split[at // columns, at % columns]
+    return found
 
 
-def changes(difference: Pixels, std: Pixels) -> Pixels:
-    """How far each patch is from what it was, from 0 to 1: the largest difference of a colour's
-    mean in a part of it. `difference` is of normalised pixels [N, 3, patch, patch]."""
-    count, colours, patch, _ = difference.shape
+def part_means(pixels: Pixels, patch: int) -> Pixels:
+    """The mean of each colour in the parts of each patch: [3, H, W] -> [N, 3 * parts^2]."""
     parts = min(PARTS, patch)
     side = patch // parts
-    cut = (difference * std)[..., : parts * side, : parts * side]
-    means = cut.reshape(count, colours, parts, side, parts, side).mean((3, 5))
-    found: Pixels = np.abs(means).max((1, 2, 3))
+    rows, columns = (length // patch for length in pixels.shape[1:])
+    cut = pixels[:, : rows * patch, : columns * patch].reshape(3, rows, patch, -1)
+    lines = cut[:, :, : parts * side].reshape(3, rows, parts, side, -1).sum(3)
+    split = lines.reshape(3, rows, parts, columns, patch)[..., : parts * side]
+    sums = split.reshape(3, rows, parts, columns, parts, side).sum(5)
+    found: Pixels = sums.transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1) / side**2
     return found
 
 

@@ -18,7 +18,7 @@ from edgeprune.errors import BackendError, BundleError
 from edgeprune.graphs import DELTA
 from edgeprune.runtime import Engine
 from edgeprune.runtime.backend import ChangedPatches, EncodedTile
-from edgeprune.runtime.frames import DeltaOptions
+from edgeprune.runtime.frames import DeltaOptions, as_patches, part_means
 from tests import families
 from tests.cameras import Counting, noise, with_patches
 from tests.conftest import Refused
@@ -61,6 +61,24 @@ def test_what_is_encoded_of_a_frame(engine: Engine, monkeypatch: pytest.MonkeyPa
     levels[..., :7, :7] += 0.2
     (found,) = show({})
     assert 0 in found, "a part of a patch is enough"
+
+
+@pytest.mark.parametrize(
+    ("patch", "height", "width"), [(14, 56, 84), (16, 50, 64), (15, 31, 47), (1, 3, 4)]
+)
+def test_means_are_of_the_parts_of_each_patch(patch: int, height: int, width: int) -> None:
+    """Of patches of an odd size, and where the tile's edge is no whole patch, less is looked at."""
+    pixels = np.random.default_rng(0).standard_normal((3, height, width), np.float32)
+    columns, parts = width // patch, min(2, patch)
+    side, found = patch // parts, part_means(pixels, patch)
+    for number, patch_pixels in enumerate(as_patches(pixels, patch)):
+        row, column = divmod(number, columns)
+        cut = pixels[:, patch * row :, patch * column :][:, :patch, :patch]
+        assert (patch_pixels == cut).all()
+        split = cut[:, : parts * side, : parts * side].reshape(3, parts, side, parts, side)
+        np.testing.assert_allclose(found[number], split.mean((2, 4)).flatten(), atol=1e-6)
+    some = np.array([len(found) - 1, 0])
+    assert (as_patches(pixels, patch, some) == as_patches(pixels, patch)[some]).all()
 
 
 def test_noise_of_single_pixels_is_no_change(engine: Engine) -> None:
