@@ -52,7 +52,7 @@ LLAVAS: dict[str, Callable[..., Family]] = {
     "video_llava": families.video_llava,
     "internvl": partial(families.internvl, side=112),  # text between frames is less than CR 4
     "smolvlm": smolvlm.smolvlm,
-    "smolvlm_tiles": smolvlm.smolvlm_tiles,
+    "smolvlm_tiles": partial(smolvlm.smolvlm_tiles, max_position_embeddings=1024),
     "idefics3": smolvlm.idefics3,
     "gemma3": gemma.gemma3,
     "paligemma": gemma.paligemma,
