@@ -25,10 +25,11 @@ CODES = {2: "uint8", 3: "int8", 17: "fp8", 22: "int4"}
 """The same, of quantised weights."""
 MICROSOFT = "com.microsoft"
 FUSED, INTEGERS = "MatMulNBits", "MatMulIntegerToFloat"
-OWN = (FUSED, INTEGERS)
+ATTENTION, SKIP_NORM = "GroupQueryAttention", "SkipSimplifiedLayerNormalization"
+OWN = (FUSED, INTEGERS, ATTENTION, SKIP_NORM)
 """The operators of ONNX Runtime's own domain that a bundle may have."""
 AXES = 8
-QUANTISED = ("DequantizeLinear", "QuantizeLinear", *OWN)
+QUANTISED = ("DequantizeLinear", "QuantizeLinear", FUSED, INTEGERS)
 """Operators that read or make codes."""
 
 Found = dict[int, list[memoryview | int]]  # values of a message by the field's number

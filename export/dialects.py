@@ -132,7 +132,8 @@ class Dialect:
 
     With `token` the graph says which token is the likeliest; a CPU has the logits at hand. `codes`
     is the operator that reads quantised weights of products, `rows` that reads an embedding's,
-    `integers` that of products whose inputs are codes too.
+    `integers` that of products whose inputs are codes too. `fused`: ONNX Runtime's own operators
+    stand for several of the decoder's (fused.py).
     """
 
     name: str
@@ -143,6 +144,7 @@ class Dialect:
     codes: str = "DequantizeLinear"
     rows: str = "Div"
     integers: str = ""
+    fused: bool = False
 
 
 MODERN = Dialect("modern", 24, ModernOps, "in-place")
@@ -167,4 +169,5 @@ def dialect_of(lowering: Lowering) -> Dialect:
         codes=target.codes,
         rows=target.rows,
         integers=target.integers,
+        fused=target.fused and lowering.dtype.name == "fp32",
     )

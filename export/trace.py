@@ -22,6 +22,7 @@ from edgeprune.errors import ExportError
 from edgeprune.export.assumptions import Sizes, check_sizes
 from edgeprune.export.delta_rule import lower_rules
 from edgeprune.export.dialects import Dialect
+from edgeprune.export.fused import fuse
 from edgeprune.export.passes import add_token, clean
 from edgeprune.export.translations import translations
 from edgeprune.graphs import GraphRecord, TensorRecord
@@ -97,6 +98,8 @@ def decoder_graph(decoder: Decoder, dtype: torch.dtype, dialect: Dialect) -> Tra
     model = to_graph(
         decoder, args, shapes, *ends, dialect.opset, _calls(plan), states=states, tokens=tokens
     )
+    if dialect.fused:
+        fuse(model, kept=HIDDEN)
     if dialect.token:
         add_token(model.graph)
         outputs.insert(1, End("token", "token"))
