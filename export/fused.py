@@ -109,7 +109,7 @@ class _Cached:
         made = ir.node(ATTENTION, inputs, sizes, domain=MICROSOFT, num_outputs=3, name=name)
         graph.insert_before(old, made)
         mixed, *present = made.outputs
-        _like(mixed, given[0], given[0].dtype)
+        _like(mixed, given[0])
         mixed.name = f"{name}/mixed"
         for write, value in zip((self.keys, self.values), present, strict=True):
             _take_place(value, write.outputs[0])
@@ -148,12 +148,14 @@ def _flat(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
         inputs = [_flat(graph, node.inputs[0], node), *node.inputs[1:]]
         turned = ir.node("RotaryEmbedding", inputs, {"num_heads": heads}, name=f"{node.name}/flat")
         graph.insert_before(node, turned)
-        return _like(turned.outputs[0], inputs[0], value.dtype)
+        return _like(turned.outputs[0], inputs[0])
     swapped = ir.node("Transpose", [value], {"perm": SWAPPED}, name=f"{before.name}/tokens")
     graph.insert_before(before, swapped)
     tokens = value.shape[2] if value.shape is not None else None
-    swapped.outputs[0].shape = ir.Shape([1, tokens, heads, size])
-    swapped.outputs[0].dtype = value.dtype
+    swapped.outputs[0].shape, swapped.outputs[0].type = (
+        ir.Shape([1, tokens, heads, size]),
+        value.type,
+    )
     return _reshape(graph, swapped.outputs[0], [1, -1, heads * size], before)
 
 
@@ -214,9 +216,10 @@ def _shape(value: ir.Value) -> list[int | str | None] | None:
     return [size if isinstance(size, int) else size.value for size in value.shape]
 
 
-def _like(value: ir.Value, other: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    """A value with the shape of another one."""
-    value.shape, value.dtype = other.shape, dtype
+def _like(value: ir.Value, other: ir.Value | None, dtype: ir.DataType | None = None) -> ir.Value:
+    """A value with the shape of another one, and its dtype unless another is given."""
+    assert other is not None
+    value.shape, value.type = other.shape, other.type if dtype is None else ir.TensorType(dtype)
     return value
 
 
@@ -227,13 +230,13 @@ def _reshape(graph: ir.Graph, value: ir.Value, sizes: list[int], before: ir.Node
     graph.insert_before(before, [wanted, node])
     tokens = value.shape[1] if value.shape is not None else None
     node.outputs[0].shape = ir.Shape([size if size > 0 else tokens for size in sizes])
-    node.outputs[0].dtype = value.dtype
+    node.outputs[0].type = value.type
     return node.outputs[0]
 
 
 def _take_place(value: ir.Value, other: ir.Value) -> None:
     """Let a value be read wherever another one was, under its name."""
     name = other.name
-    _like(value, other, other.dtype)
+    _like(value, other)
     ir.convenience.replace_all_uses_with(other, value, replace_graph_outputs=True)
     other.name, value.name = f"{name}/before", name
