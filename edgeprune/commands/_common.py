@@ -183,7 +183,7 @@ def add_calibration(command: argparse.ArgumentParser) -> None:
         "--solver",
         default="joint",
         choices=("joint", "exact", "paper"),
-        help="of schedules (default joint)",
+        help="how schedules are solved (default joint)",
     )
     command.add_argument(
         "--solve-seconds",
@@ -207,7 +207,7 @@ def add_execution(command: argparse.ArgumentParser) -> None:
         "--reference-dtype",
         default="fp32",
         metavar="DTYPE",
-        help="of the model that is calibrated: fp32 (default), fp16 or bf16; scores are fp32",
+        help="dtype of the model that is calibrated: fp32 (default), fp16 or bf16; scores are fp32",
     )
 
 

@@ -23,12 +23,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--backends",
         default="ort-cpu",
         metavar="NAME,...",
-        help="of ort-cpu (default), ort-cuda, trt, trt-rtx",
+        help="backends: ort-cpu (default), ort-cuda, trt, trt-rtx",
     )
-    command.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default 64")
-    command.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default 32")
+    command.add_argument(
+        "--text-tokens", type=int, default=64, metavar="N", help="tokens of text (default 64)"
+    )
+    command.add_argument(
+        "--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (default 32)"
+    )
     length = command.add_mutually_exclusive_group()
-    length.add_argument("--rounds", type=int, default=10, metavar="N", help="timed (default 10)")
+    length.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="timed rounds (default 10)"
+    )
     length.add_argument(
         "--duration",
         type=float,

@@ -47,7 +47,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="exit with 1 unless it takes the bundle: jetpack6, jetpack7, rtx, trt-10.7, ...; may"
         " be given again",
     )
-    command.add_argument("--memory", action="store_true", help="the memory that --model needs")
+    command.add_argument("--memory", action="store_true", help="show the memory that --model needs")
     _common.add_model(command, default=None)
     _common.add_media(command)
     command.add_argument("--cr", type=float, help="for --memory: compression ratio (default 1)")

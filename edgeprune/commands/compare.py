@@ -29,9 +29,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--methods",
         default="all",
-        help="names with commas between, or all (default); options as utp:ure=off:position=start",
+        help="methods with commas between, or all (default); with options, as"
+        " utp:ure=off:position=start",
     )
-    command.add_argument("--cr", default="2,4,8,16", metavar="LIST", help="default 2,4,8,16")
+    command.add_argument(
+        "--cr", default="2,4,8,16", metavar="LIST", help="ratios (default 2,4,8,16)"
+    )
     command.add_argument(
         "--weights",
         default="float",
@@ -54,13 +57,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="seeds of methods that choose at random (default 5)",
     )
     command.add_argument(
-        "--questions", type=int, metavar="N", help="how many (default: 2400 of the demo, or all)"
+        "--questions",
+        type=int,
+        metavar="N",
+        help="number of questions (default: 2400 of the demo, or all)",
     )
     command.add_argument(
         "--questions-file",
         type=Path,
         metavar="FILE",
-        help="your own, JSONL: image, question, answer, and kind if you like",
+        help="your own questions, JSONL: image, question, answer, and kind if you like",
     )
     command.add_argument(
         "--questions-image-dir",
@@ -69,13 +75,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="where its images are (default: beside it)",
     )
     command.add_argument(
-        "--samples-file", type=Path, metavar="FILE", help="to calibrate on: LLaVA-Instruct"
+        "--samples-file",
+        type=Path,
+        metavar="FILE",
+        help="calibration samples: LLaVA-Instruct JSON or JSONL",
     )
     command.add_argument(
         "--image-dir", type=Path, metavar="DIR", help="where its images are (default: beside it)"
     )
     _common.add_execution(command)
-    command.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default 32")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default 32)"
+    )
     command.add_argument(
         "--jobs",
         type=int,
@@ -91,7 +102,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--dtype", help="fp32 (default) or fp16")
     command.add_argument("--keep-bundles", action="store_true", help="do not delete the bundles")
     command.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="of results and figure"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder of results and figure",
     )
     command.set_defaults(run=run)
 

@@ -43,9 +43,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--schedule", type=Path, metavar="FILE", help="schedule file written by edgeprune calibrate"
     )
-    command.add_argument("-o", "--output", type=Path, help="default out/MODEL-METHOD-crCR(-seedN)")
     command.add_argument(
-        "--target", default="cpu", help="cpu (default), cuda, rtx, jetpack7 or jetpack6"
+        "-o", "--output", type=Path, help="bundle (default out/MODEL-METHOD-crCR(-seedN))"
+    )
+    command.add_argument(
+        "--target",
+        default="cpu",
+        help="where it runs: cpu (default), cuda, rtx, jetpack7 or jetpack6",
     )
     command.add_argument("--dtype", help="fp32, fp16 or bf16 (default: the target's)")
     command.add_argument(
@@ -86,7 +90,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--profilable",
         action="store_true",
-        help="write one block of the encoder as a graph too, for edgeprune profile",
+        help="write parts of the model as graphs of their own too, for edgeprune profile",
     )
     command.add_argument(
         "--delta",

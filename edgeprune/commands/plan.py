@@ -32,10 +32,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _common.add_calibration(command)
     _common.add_execution(command)
     command.add_argument(
-        "--profile", type=Path, required=True, metavar="FILE", help="of the device"
+        "--profile",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="times of the device, written by edgeprune profile",
     )
     command.add_argument(
-        "--encoder", default="auto", metavar="METHOD", help="auto (default), dense, or one method"
+        "--encoder",
+        default="auto",
+        metavar="METHOD",
+        help="auto (default: weigh several), dense, or one method",
     )
     command.add_argument("--figure", type=Path, metavar="FILE", help="also draw it (.png or .svg)")
     command.set_defaults(run=run)

@@ -24,8 +24,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " will run the model. It needs the dense bundle, exported with --profilable, and no"
         " PyTorch.",
     )
-    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="dense, --profilable")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="JSON")
+    command.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="dense bundle, exported with --profilable"
+    )
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="profile (JSON)"
+    )
     command.add_argument("--backend", default="ort-cpu", help="ort-cpu (default) or ort-cuda")
     command.add_argument(
         "--text", type=int, default=64, metavar="N", help="text tokens of a prompt (default 64)"
@@ -36,7 +40,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="image to time reading with (default: noise as JPEG)",
     )
-    command.add_argument("--rounds", type=int, default=9, metavar="N", help="timed (default 9)")
+    command.add_argument(
+        "--rounds", type=int, default=9, metavar="N", help="timed rounds (default 9)"
+    )
     command.add_argument(
         "--warmup", type=int, default=2, metavar="N", help="rounds before, not timed (default 2)"
     )

@@ -18,11 +18,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         " compare and lmms-eval below some folders: what was pruned, accuracy, times, memory,"
         " energy, parity, versions. The page needs no network and no other file.",
     )
-    command.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="searched for files")
+    command.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder to search")
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="the page (.html)"
     )
-    command.add_argument("--title", help="what stands at its top")
+    command.add_argument("--title", help="title of the page")
     command.set_defaults(run=run)
 
 

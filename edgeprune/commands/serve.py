@@ -27,7 +27,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)"
     )
-    command.add_argument("--port", type=int, default=8000, help="default 8000; 0: any free one")
+    command.add_argument(
+        "--port", type=int, default=8000, help="port to listen on (default 8000; 0: any free one)"
+    )
     command.add_argument(
         "--sequences",
         type=int,
@@ -40,8 +42,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=int,
         default=256,
         metavar="MB",
-        help="for caches of a bundle's dialogues that may go on; as many as --sequences are kept in"
-        " any case (default 256)",
+        help="memory for caches of a bundle's dialogues that may go on; as many as --sequences are"
+        " kept in any case (default 256)",
     )
     command.add_argument(
         "--queue",
@@ -55,21 +57,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=float,
         default=300.0,
         metavar="SECONDS",
-        help="for one answer, waiting included (default 300)",
+        help="longest time for one answer, waiting included (default 300)",
     )
     command.add_argument(
         "--receive",
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="for a request to arrive (default 30)",
+        help="longest time for a request to arrive (default 30)",
     )
     command.add_argument(
         "--drain",
         type=int,
         default=30,
         metavar="SECONDS",
-        help="for answers to be completed after a signal to stop (default 30)",
+        help="longest time to complete answers after a signal to stop (default 30)",
     )
     command.add_argument(
         "--max-body", type=int, default=32, metavar="MB", help="largest request (default 32)"
@@ -78,7 +80,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--memory",
         type=int,
         metavar="MB",
-        help="for weights of all bundles: those that are not asked are closed to make room",
+        help="most memory for weights of all bundles: those that are not asked are closed to make"
+        " room",
     )
     _common.add_tile_memory(command)
     command.add_argument(

@@ -34,16 +34,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="a .png, .jpg, .webp or .svg",
+        help="figure: a .png, .jpg, .webp or .svg",
     )
     command.add_argument(
         "--dense", type=Path, metavar="BUNDLE", help="bundle whose answer is drawn beside it"
     )
     command.add_argument(
-        "--scale", type=int, default=1, choices=(1, 2, 3, 4), help="times 1200 pixels (default 1)"
+        "--scale",
+        type=int,
+        default=1,
+        choices=(1, 2, 3, 4),
+        help="size, times 1200 pixels (default 1)",
     )
     command.add_argument(
-        "--font", type=Path, metavar="FILE", help="for other letters than English (.ttf, .otf)"
+        "--font", type=Path, metavar="FILE", help="font for other letters than English (.ttf, .otf)"
     )
     command.add_argument(
         "--backend", default="ort-cpu", help="ort-cpu (default), ort-cuda, trt, trt-rtx"

@@ -53,7 +53,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--refresh",
         type=int,
         metavar="N",
-        help="with --delta: encode every Nth frame as a whole, at least (default 100)",
+        help="with --delta: encode a whole frame at least every N frames (default 100)",
     )
     form = command.add_mutually_exclusive_group()
     _common.add_answer_format(form)
@@ -63,7 +63,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--alarm",
         metavar="CONDITION",
-        help="such as 'yes>0.8': tell whether it holds; --choices are yes,no unless given",
+        help="such as 'yes>0.8': each answer says whether it holds; --choices are yes,no unless"
+        " given",
     )
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
     command.add_argument(
@@ -72,7 +73,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="which frames of the source: newest (default of live sources), all (of files)",
     )
     command.add_argument(
-        "--size", type=_common.image_size, metavar="WxH", help="of raw frames, in pixels"
+        "--size", type=_common.image_size, metavar="WxH", help="size of raw frames, in pixels"
     )
     command.add_argument(
         "--pixels",
