@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from edgeprune.calib.calibrate import CalibrationRequest, evidence_of, shown
 from edgeprune.calib.encoder import chooses, measure_sites
 from edgeprune.calib.entry import behind_drop, left_tokens, measure_entry, pose
@@ -163,6 +165,7 @@ def _settled(
         work.adapter.shape.convolutions,
         work.request.goal,
         shown(work.report),
+        np.array([point.counts[group[0] - 1] for group in costs.groups]),
     )
     if schedule is None:
         return None

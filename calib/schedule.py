@@ -20,6 +20,7 @@ from edgeprune.calib.solvers import grouped
 from edgeprune.calib.solvers._problem import (
     UNHURRIED,
     Goal,
+    Ints,
     Measured,
     Problem,
     Progress,
@@ -215,20 +216,22 @@ def solve_timed(
     convolutions: Sequence[int] = (),
     goal: Goal = UNHURRIED,
     progress: Progress = silent,
+    known: Ints | None = None,
 ) -> Schedule | None:
     """Choose the counts of a problem, which `evidence` says, within a budget of time; None where
     none fits.
 
-    `floor` are the times rounded down, by which no schedule is missed that the bound is about.
-    Behind the layers of `convolutions` (1-based) counts never fall: times are of the groups that
-    follow from them.
+    `known` [G] are the counts of some schedule, to begin with. `floor` are the times rounded down,
+    by which no schedule is missed that the bound is about. Behind the layers of
+    `convolutions` (1-based) counts never fall: times are of the G groups that follow from them.
     """
     from edgeprune.calib.solvers import timed
 
     began = perf_counter()
     _, layers, tokens = evidence.attention.shape
     groups = decisions_of(layers, convolutions)
-    solution = timed.solve(problem.falling_at(groups), times, floor, budget, goal, progress)
+    given = problem.falling_at(groups), times, floor, budget, goal, progress
+    solution = timed.solve(*given, known=known)
     if solution is None:
         return None
     solution = replace(solution, counts=spread(solution.counts, layers, convolutions))

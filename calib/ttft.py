@@ -285,9 +285,9 @@ def points(costs: Costs, ways: Sequence[Way]) -> list[Point]:
             schedules[id(problem)] = frontier(own, times)
         turned = 0.0 if site is None or site.loss is None else site.loss.angle
         vision = costs.vision(site)
-        for _, loss, counts in schedules[id(problem)]:
+        for spent, loss, counts in schedules[id(problem)]:
             listed = tuple(np.repeat(counts, [len(group) for group in costs.groups]).tolist())
-            prefill = costs.prefill(listed)
+            prefill = spent * costs.unit  # rounded up, as the budget of a schedule is counted
             whole = costs.before + vision + prefill
             cr = shape.visual_tokens * shape.layers / sum(listed)
             found.append(Point(whole, turned + loss, site, vision, prefill, listed, cr))

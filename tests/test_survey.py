@@ -23,7 +23,7 @@ from edgeprune.calib.entry import (
 from edgeprune.calib.planning import Work, joint_spec, settle, survey
 from edgeprune.calib.schedule import Evidence, solve
 from edgeprune.calib.solvers._problem import Goal
-from edgeprune.calib.ttft import Operations, Point, menu, undominated, within
+from edgeprune.calib.ttft import Operations, Point, menu, spare, undominated, within
 from edgeprune.cli import main
 from edgeprune.encoder_methods import AUTO
 from edgeprune.models import open_model
@@ -102,6 +102,16 @@ def test_what_is_settled_keeps_to_the_budget(work: Work, weighed: list[Point]) -
     assert found.ms <= asked and 0 <= found.schedule.bound <= found.schedule.objective
     assert found.schedule.counts[0] < 16, "with all tokens in layer 1 it cannot be reached"
     assert found.cr == pytest.approx(16 * 6 / sum(found.schedule.counts))
+
+
+def test_what_is_said_to_be_reached_is(work: Work, weighed: list[Point]) -> None:
+    """Schedules count layers in units, rounded up; so does the survey."""
+    costs, fastest = Operations(work.adapter), undominated(weighed)
+    times = costs.times()
+    for point in fastest:
+        spent = times.of(np.array([point.counts]))[0]
+        assert spare(costs, point.ms, point.site) == spent
+    assert settle(work, costs, [fastest[0]], fastest[0].ms).ms <= fastest[0].ms
 
 
 def test_the_fastest_time_is_below_that_of_a_dense_layer(

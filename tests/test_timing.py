@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.calib.solvers import timed
-from edgeprune.calib.solvers._problem import Problem
+from edgeprune.calib.solvers._problem import Goal, Problem
 from edgeprune.calib.solvers.timed import Times
 from edgeprune.errors import InputError
 from edgeprune.timing import (
@@ -183,12 +183,27 @@ def test_the_frontier_falls_and_ends_with_all_tokens() -> None:
 def test_the_frontier_begins_near_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though a sweep holds fewer cells than there are schedules to tell apart."""
     monkeypatch.setattr(timed, "MEMORY", 1)
-    rng, samples, layers, tokens = np.random.default_rng(0), 2, 12, 60
+    problem, times = crowded(seed=0)
+    fastest = timed.frontier(problem, times)[0][0]
+    least = int(times.units[0, -1] + times.units[1:, 0].sum())
+    assert least <= fastest <= 1.1 * least
+
+
+def test_a_schedule_is_no_worse_than_known_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coarse sweep alone misses some of these."""
+    monkeypatch.setattr(timed, "MEMORY", 1)
+    problem, times = crowded(seed=1)
+    for spent, loss, counts in timed.frontier(problem, times)[22:26]:
+        found = timed.solve(problem, times, times, spent, Goal(seconds=0), known=counts)
+        assert found is not None and found.objective <= loss + 1e-12
+
+
+def crowded(seed: int) -> tuple[Problem, Times]:
+    """More schedules to tell apart than a sweep with little memory has cells."""
+    rng, samples, layers, tokens = np.random.default_rng(seed), 2, 12, 60
     loss = rng.uniform(0.05, 1, (samples, layers))
     attention = rng.lognormal(0, 1.5, (samples, layers, tokens))
     problem = Problem.pose(attention, loss, None, tokens, tokens * layers)
     units = np.arange(10, 11 + tokens).astype(np.intp)
     falls = np.zeros((layers - 1, tokens + 1), np.intp)
-    fastest = timed.frontier(problem, Times(np.tile(units, (layers, 1)), falls))[0][0]
-    least = int(units[-1] + (layers - 1) * units[0])
-    assert least <= fastest <= 1.1 * least
+    return problem, Times(np.tile(units, (layers, 1)), falls)

@@ -90,14 +90,21 @@ def solve(
     goal: Goal = UNHURRIED,
     progress: Progress = silent,
     max_falls: int | None = None,
+    known: Ints | None = None,
 ) -> Solution | None:
     """A good schedule of at most `budget` units with a proven bound; None where there is none.
 
     The bound is about all schedules that fit by `floor`, which is never above `times`, however
-    often they fall. `max_falls` is how often the one that is found may.
+    often they fall. `max_falls` is how often the one that is found may. `known` [G] are counts to
+    begin with, if they fit: a coarse sweep alone may miss the only ones that a tight budget allows.
     """
     times, floor = times.of_problem(problem), floor.of_problem(problem)
     first: tuple[float, Ints] | None = None
+    if known is not None:
+        path = known if problem.least is None else np.append(problem.first, known)
+        alone = [path[d : d + 1] for d in range(1, len(path))]
+        one = _corridor(problem, times, budget, alone, 0.0, BUCKETS)
+        first = _better(first, sweep(problem, replace(one, max_falls=max_falls)))
     mean = float(problem.prices.sum()) / problem.n_samples / max(1, budget)
     for price in PRICES:
         coarse = _coarse(problem, times, budget, price * mean)
