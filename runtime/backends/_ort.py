@@ -66,13 +66,12 @@ class OrtBackend:
         self.element = dtypes.stored_type(manifest.dtype).type
         self._graph, self._tile, self._image = manifest.graph, manifest.vision, manifest.join
         self._graphs, self._default = manifest.graphs, np.array(manifest.prune.counts)
-        awake, options = (_options(ort, bundle.manifest, threads, profile) for _ in range(2))
+        options = _options(ort, bundle.manifest, threads, profile)
         # Idle threads spin for some milliseconds. Those of one session would take the cores from
         # the next: vision's from prefill, and each bundle's of a benchmark from the other's.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = _providers(ort, device)
-        opened = partial(_session, ort, bundle, providers=providers)
-        self._open, self._open_awake = (partial(opened, options=o) for o in (options, awake))
+        self._open = partial(_session, ort, bundle, options=options, providers=providers)
         self._vision, self._join, self._decoder = map(self._open, GRAPHS)
         self._value = ort.OrtValue
         with _refusals("memory for the caches"):
@@ -157,10 +156,8 @@ class OrtBackend:
         return EncodedImage(*on_host, indices)
 
     def part(self, name: str) -> TimedPart:
-        """A graph of the bundle that is only timed. Between two runs its threads spin, so that the
-        second finds them awake, as it does in the middle of a larger graph."""
-        refusals = partial(_refusals, name)
-        return TimedPart(self._open_awake(name), self._host, self.device, refusals)
+        """A graph of the bundle that is only timed."""
+        return TimedPart(self._open(name), self._host, self.device, partial(_refusals, name))
 
     def caches(self) -> OrtCaches:
         return _caches.make(self._memory, self.record, self._graph.caches)

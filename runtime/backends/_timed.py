@@ -30,12 +30,18 @@ class TimedPart:
         self._refusals = refusals
 
     def ready(
-        self, sizes: Mapping[str, int], ids: Mapping[str, Ids], *, in_place: bool = False
+        self,
+        sizes: Mapping[str, int],
+        ids: Mapping[str, Ids],
+        *,
+        again: bool = False,
+        in_place: bool = False,
     ) -> Callable[[], None]:
         """What runs the graph once on noise, for these open sizes and whole numbers.
 
-        It has been run once: memory is there, and threads are awake. With `in_place` keys and
-        values that are given out take the memory of those that came in, as states always do.
+        With `again` it has just been run, as where parts like it follow each other. With `in_place`
+        keys and values that are given out take the memory of those that came in, as states always
+        do.
         """
         with self._refusals():
             binding, held = self._bound(sizes, ids, in_place)
@@ -45,7 +51,8 @@ class TimedPart:
                 self._session.run_with_iobinding(binding)
                 binding.synchronize_outputs()
 
-        run()
+        if again:
+            run()
         return run
 
     def _bound(
