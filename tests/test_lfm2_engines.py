@@ -29,12 +29,21 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "cr", "target", "dtype"), CASES)
-def test_engines_take_it(method: str, cr: float, target: str, dtype: str, tmp_path: Path) -> None:
+TILES = [(*case, lfm2.SPLIT[0]) for case in CASES if case[0] == "none"]
+"""With padding beside the view of the whole, which attention is told of."""
+
+
+@pytest.mark.parametrize(
+    ("method", "cr", "target", "dtype", "size"),
+    [*[(*case, Size(60, 100)) for case in CASES], *TILES, ("utp", 4, "rtx", "bf16", TILES[0][-1])],
+)
+def test_engines_take_it(
+    method: str, cr: float, target: str, dtype: str, size: Size, tmp_path: Path
+) -> None:
     """The layers of the published models; heads of 32, the least that attention kernels have."""
     sizes = {"hidden_size": 128, "max_position_embeddings": 2048}
     checkpoint = lfm2.lfm2_vl(lfm2.PUBLISHED, **sizes).save(tmp_path / "tiny")
-    options = {"model": checkpoint, "size": Size(60, 100), "target": target, "dtype": dtype}
+    options = {"model": checkpoint, "size": size, "target": target, "dtype": dtype}
     bundle = frozen(tmp_path / "b", method, cr, **options)
     assert_accepted(bundle, target)
 
