@@ -214,7 +214,9 @@ def encoders(runs: Runs) -> dict[str, object]:
     exits = [runs.alone(encoder) for encoder in ALONE]
     drops = [runs.alone(encoder, positions) for encoder, positions in DROPS]
     print(table([dense, *exits, *drops]))
-    for kind, found in (("exits", exits), ("drops", drops), ("all", [*exits, *drops])):
+    in_place = [*exits, *(one for one in drops if one.encoder.endswith("-keep"))]
+    kinds = {"exits": exits, "drops": drops, "in place": in_place, "all": [*exits, *drops]}
+    for kind, found in kinds.items():
         lost = [dense.right - one.right for one in found]
         relations[kind] = spearman([one.angle or 0.0 for one in found], lost)
         print(f"Spearman of angle and points lost, {kind}, {len(lost)}: {relations[kind]:.2f}")
