@@ -15,7 +15,7 @@ from edgeprune.lowering import resolve
 from edgeprune.models import open_model
 from edgeprune.policies import make
 from edgeprune.spec import Plan, PruneSpec
-from tests import families, qwen
+from tests import families, gemma, qwen
 
 OWN = "GroupQueryAttention", "SkipSimplifiedLayerNormalization"
 
@@ -51,7 +51,7 @@ def test_norms_of_queries_and_keys_see_their_heads(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_masks_and_heads_that_it_has_not_keep_attention(tmp_path: Path) -> None:
     """Tokens of an image see each other in Gemma."""
-    found, _ = traced(families.gemma3().save(tmp_path / "gemma"))
+    found, _ = traced(gemma.gemma3().save(tmp_path / "gemma"))
     assert not found["GroupQueryAttention"] and found["Attention"] == 3
     odd = families.llava(hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
     found, _ = traced(odd.save(tmp_path / "odd"))  # heads of 12
