@@ -330,8 +330,8 @@ def test_a_checkpoint_without_a_template_is_asked_as_its_bundle_is(
     processor = Processor(adapter := open_model(str(checkpoint)))
     save_tokenizer(processor, file := tmp_path / "tokenizer.json")
     greedy = Generation(Sampling(), (2,))
-    text = read_text(processor, adapter.config, greedy, 66, adapter.media)
-    prompter = Prompter(file, text.record)
+    known = read_text(processor, adapter.config, greedy, 66, adapter.media)
+    prompter = Prompter(file, known.record)
     question = "what {color} is it ?"
     prefix, _, text = processor.chat.split(adapter.media, question)
     wanted = prompter.first_turn(question)

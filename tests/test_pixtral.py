@@ -15,7 +15,7 @@ from conftest import Refused
 from safetensors.torch import load_file, save_file
 
 from edgeprune.errors import ModelError
-from edgeprune.models import Adapter, open_model
+from edgeprune.models import Adapter, _pixtral, open_model
 from edgeprune.models._layout import Layout
 from edgeprune.models._processor import Processor, Prompt
 from edgeprune.models._reference import Reference
@@ -89,6 +89,7 @@ def test_the_prompt_is_that_of_the_processor(checkpoint: Path, family: Family) -
     """A mark behind each row but the last, which ends the image; PixtralProcessor itself asks for
     torchvision."""
     adapter = open_model(str(checkpoint), size=Size(84, 112), images=2)
+    assert isinstance(adapter, _pixtral.Adapter)
     rows, columns = (n // adapter.step for n in (84, 112))
     row = "<image>" * columns
     written = "[IMG_BREAK]".join([row] * rows) + "[IMG_END]"

@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from edgeprune.commands._common import image_size
 from edgeprune.errors import InputError, ModelError
 from edgeprune.export.exporter import ExportRequest, export
-from edgeprune.models import Adapter, open_model
+from edgeprune.models import Adapter, _qwen, open_model
 from edgeprune.models._mrope import Grid, MRope, in_runs
 from edgeprune.models._processor import Processor, Prompt, random_prompt
 from edgeprune.models._reference import Reference
@@ -104,6 +104,7 @@ def test_pixels_are_those_of_the_processor(size: str, plain: Path) -> None:
     adapter, image = open_model(str(plain), size=image_size(size)), drawn_image(*IMAGES[size])
     processor = Processor(adapter)
     record = adapter.image_record(processor)
+    assert isinstance(adapter, _qwen.Adapter)
     wanted = adapter._raster(processor.image_processor(image, return_tensors="pt")["pixel_values"])
     assert wanted.shape == adapter.pixels == record.shape
     np.testing.assert_array_equal(to_pixels(image, record), wanted)

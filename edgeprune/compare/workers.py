@@ -12,7 +12,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ def each(
     work: Work[Job],
     processes: int,
     tick: Callable[[int], None] = lambda done: None,
-) -> Iterator[tuple[Job, str]]:
+) -> Generator[tuple[Job, str], None, None]:
     """Every job with why it failed, an empty text where it did not, as they end.
 
     `tick` is called with what the jobs report. One process, or one job, needs no other process.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from edgeprune.spec import Plan
 
 ROOM = 256
 """Tokens of text that caches have room for."""
+
+R = TypeVar("R", bound="Reference")
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,14 @@ class Reference:
 
     @classmethod
     def build(
-        cls,
+        cls: type[R],
         adapter: Adapter,
         policy: Policy,
         plan: Plan,
         dtype: torch.dtype = torch.float32,
         decoder: type[Decoder] | None = None,
         ops: TorchOps | None = None,
-    ) -> Reference:
+    ) -> R:
         """Load a checkpoint's weights into fresh modules."""
         with torch.device("meta"):
             vision = adapter.vision(policy, plan, ops)

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import onnx
+from onnx import GraphProto as Graph
 from onnx import TensorProto, helper
 
 from tests.fuzz.case import Case, reader
@@ -19,7 +20,6 @@ from tests.fuzz.seeds import Seeds
 
 WEIGHT = 20
 
-Graph = onnx.GraphProto
 SMALL = tuple(number for number in INTEGERS if -(2**63) <= number < 2**63)
 
 

@@ -177,10 +177,10 @@ def jpeg(content: bytes, rng: Random) -> tuple[bytes, str]:
         parts[frame] = bytes(part)
     elif way == "scans":
         many = rng.choice([2, 40, 1000])
-        sizes = rng.choice([struct.pack(">HH", 9_000, 10_000), parts[frame][5:9]])
-        parts[frame] = parts[frame][:5] + sizes + parts[frame][9:]
+        claimed = rng.choice([struct.pack(">HH", 9_000, 10_000), parts[frame][5:9]])
+        parts[frame] = parts[frame][:5] + claimed + parts[frame][9:]
         parts[scans[-1]] *= many
-        way = f"{many} scans, {sizes.hex()}"
+        way = f"{many} scans, {claimed.hex()}"
     elif way == "exif":
         data = b"Exif\0\0" + rng.choice([b"", b"II*\0", b"MM\0*" + rng.randbytes(200)])
         parts.insert(1, b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data)
