@@ -10,6 +10,7 @@ import onnx
 import pytest
 from transformers import Qwen3Config
 
+from edgeprune.onnx_file import SKIP_NORM
 from edgeprune.recipe import Recipe
 from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime.build import BuildRequest, build
@@ -32,7 +33,7 @@ def norms(graph: Path) -> Counter[str]:
     return Counter(
         re.sub(r"\d+", "N", node.name.rpartition("/")[0])
         for node in nodes
-        if node.op_type == "RMSNormalization"
+        if node.op_type in ("RMSNormalization", SKIP_NORM)
     )
 
 
