@@ -72,12 +72,6 @@ def by_server(client: httpx.Client, model: str, image: bytes, tokens: int) -> tu
     return 1e3 * (first - started), 1e3 * (time.perf_counter() - first) / (tokens - 1)
 
 
-def cpu_seconds(pid: int) -> float:
-    """Of a process, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the server adds to a session.")
     parser.add_argument("bundle", type=Path)

@@ -72,10 +72,8 @@ class Tiling:
     longest_edge: LongestEdge | None = None  # round_up: pixels of the longer side at first
     crops: CropRule | None = None  # crop: which images are cut so
     kept: Few | None = None  # tiles of the grid that are encoded, as tile_choice.py says; None: all
-    overview_size: tuple[Side, Side] | None = (
-        None  # height and width of the view of the whole where
-    )
-    # these are not a tile's; tile_views.py says how it is encoded
+    overview_size: tuple[Side, Side] | None = None  # height, width of the view of the whole; None:
+    # a tile's (tile_views.py says how another one is encoded)
 
     @property
     def cut(self) -> int:

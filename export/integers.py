@@ -28,7 +28,6 @@ from edgeprune.errors import ExportError
 from edgeprune.export.offsets import insert_behind
 from edgeprune.export.products import (
     CODES,
-    MICROSOFT,
     Dequantized,
     Product,
     ProductForm,
@@ -36,6 +35,7 @@ from edgeprune.export.products import (
 )
 from edgeprune.lowering import DTYPES
 from edgeprune.models._rounded_inputs import LARGEST, TINY, scale_of
+from edgeprune.onnx_file import MICROSOFT
 from edgeprune.weight_format import Form
 
 

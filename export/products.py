@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from edgeprune.errors import ExportError
 from edgeprune.export.offsets import add_offsets
 from edgeprune.models._quantised import Strip
+from edgeprune.onnx_file import FUSED, MICROSOFT
 from edgeprune.weight_format import Form
-
-MICROSOFT = "com.microsoft"
 
 Codes = NDArray[np.uint8]
 Scales = NDArray[np.float32]
@@ -189,7 +188,7 @@ class Fused(ProductForm):
         sizes = {"K": product.inputs, "N": product.outputs, "bits": form.bits}
         sizes["block_size"] = form.fused_block(product.inputs)
         fused = ir.node(
-            "MatMulNBits",
+            FUSED,
             [matmul.inputs[0], weight, scales, *([] if shift is None else [shift])],
             {**sizes, "accuracy_level": LEVEL},
             domain=MICROSOFT,
@@ -215,5 +214,5 @@ LEVEL = 4
 """Accuracy level of MatMulNBits: activations are rounded to int8, block by block, which is what
 ONNX Runtime does with DequantizeLinear and MatMul too unless it is told otherwise."""
 
-FORMS: dict[str, ProductForm] = {"DequantizeLinear": Dequantized(), "MatMulNBits": Fused()}
+FORMS: dict[str, ProductForm] = {"DequantizeLinear": Dequantized(), FUSED: Fused()}
 """By the operator that reads the codes."""

@@ -11,8 +11,6 @@ from edgeprune.models._adapter import Adapter
 from edgeprune.models._stages import WINDOW
 from edgeprune.models._streamed import part_of
 
-OVERHEAD = 1.3
-"""Activations, the process itself and the tensor being read, as a factor on the weights."""
 PROCESS = 600_000_000
 """Bytes of a process that has imported torch and transformers."""
 READING = 6
@@ -24,11 +22,6 @@ CONTEXT = 500_000_000
 """Bytes of a device that its libraries take before any tensor."""
 TEXT = 64
 """Tokens of a sample's text that an estimate counts."""
-
-
-def needed_bytes(adapter: Adapter, element: int = 4) -> int:
-    """Bytes that the weights take with elements of `element` bytes, overhead included."""
-    return int(OVERHEAD * adapter.checkpoint.num_parameters() * element)
 
 
 def check_memory(need: int, work: str, otherwise: str) -> None:

@@ -34,9 +34,6 @@ class Step:
 class Reference:
     """A dialogue about one image, batch 1."""
 
-    quantised: Collection[str] = ()
-    """Parameters whose values are those of codes and scales."""
-
     def __init__(self, vision: nn.Module, decoder: Decoder, capacity: int = ROOM) -> None:
         self.vision, self.decoder, self.room = vision, decoder, capacity
         self.restart()
@@ -61,18 +58,7 @@ class Reference:
             adapter.load(module, dtype)
             if dtype == torch.float16:
                 _by_output(module)
-        built = cls(vision, traced)
-        built.quantised = adapter.weights.forms if adapter.weights else ()
-        return built
-
-    @torch.no_grad()
-    def round_weights(self, dtype: torch.dtype) -> None:
-        """Give weights and tables the values that a graph of `dtype` holds; quantised weights have
-        them: their scales are of that dtype."""
-        for module in (self.vision, self.decoder):
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                if tensor.is_floating_point() and name not in self.quantised:
-                    tensor.copy_(tensor.to(dtype))
+        return cls(vision, traced)
 
     @property
     def parts(self) -> dict[str, Part]:
