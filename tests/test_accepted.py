@@ -10,7 +10,7 @@ import pytest
 from edgeprune.lowering import TARGETS
 from tests.engines import assert_accepted
 from tests.frozen import frozen
-from tests.test_every_family import LLAVAS, QWENS
+from tests.test_every_family import LLAVAS, PRUNED, QWENS
 
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     **{name: lambda folder, make=make: make().save(folder) for name, make in LLAVAS.items()},
@@ -36,6 +36,7 @@ CASES = [
 def test_engines_take_a_family(family: str, method: str, target: str, tmp_path: Path) -> None:
     """Those of the dense model, and of UTP's at CR 2."""
     CHECKPOINTS[family](tmp_path / "tiny")
-    options = {"model": tmp_path / "tiny", "target": target, "dtype": "fp16"}
+    asked = next(case.asked for case in PRUNED if case.family == family)
+    options = {"model": tmp_path / "tiny", "target": target, "dtype": "fp16", **asked}
     bundle = frozen(tmp_path / "b", method, 2 if method == "utp" else 1, **options)
     assert_accepted(bundle, target, 64)
