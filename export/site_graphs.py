@@ -182,7 +182,8 @@ def site_graphs(sites: Sites, dtype: torch.dtype, opset: int) -> Iterator[ir.Mod
             continue
         args.append(torch.zeros(shape, dtype=dtype))
     dynamic = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in AXES.values())
-    inputs, outputs = [End(name, name) for name in AXES], ("output", "places", "kept")
+    inputs = [End(name, name) for name in AXES]
+    outputs = "output", "kept_positions", "kept_indices"
     for model in _each(sites, tuple(args), dynamic, inputs, outputs, len(sites.sites), opset):
         for value in model.graph.inputs:
             axes = AXES[value.name or ""]

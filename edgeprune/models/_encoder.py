@@ -154,7 +154,7 @@ class Block(nn.Module):
         groups: Groups | None,
         choose_merge: ChooseMerge,
         attended: Attended | None = None,
-        hidden_keys: Tensor | None = None,
+        attention_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Groups | None]:
         """Output [tiles, S', width], query and key [tiles, heads, S, head], S' groups of tokens.
 
@@ -168,7 +168,7 @@ class Block(nn.Module):
         value = split_heads(self.value(normed), heads)
         if attended is not None:
             key, value = attended(key, value)
-        bias = hidden_keys if groups is None else groups.bias(query.dtype)
+        bias = attention_bias if groups is None else groups.bias(query.dtype)
         mixed = self.output(join_heads(self.scores(query, key, value, bias)))
         mixed = self.attention_norm(mixed) if behind else mixed
         x = self.residual(x, self.attention_gain(mixed))
@@ -265,7 +265,7 @@ class Encoder(Tower):
     ) -> Encoding:
         choose = self._choose_in(number, policy)
         x, query, key, groups = self.blocks[number](
-            seen.hidden, seen.groups, choose, attended, seen.hidden_keys
+            seen.hidden, seen.groups, choose, attended, seen.attention_bias
         )
         if number not in self.looked_at:
             query, key = seen.query, seen.key

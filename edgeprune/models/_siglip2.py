@@ -78,10 +78,10 @@ class Siglip2(Encoder):
             return super().enter(pixels)
         marks = self._marks(pixels)
         positions = torch.where((marks == OF_TILE)[..., None], *self._positions_by_view())
-        hidden = marks == OF_NOTHING
-        far = torch.where(hidden, FAR, 0.0)[:, None, None].expand(-1, 1, hidden.shape[1], -1)
+        padding = marks == OF_NOTHING
+        bias = torch.where(padding, FAR, 0.0)[:, None, None].expand(-1, 1, padding.shape[1], -1)
         x = self.patches(pixels[:, :3]) + positions
-        return Encoding(x, hidden_keys=cast(far, x.dtype))
+        return Encoding(x, attention_bias=cast(bias, x.dtype))
 
     def _marks(self, pixels: Tensor) -> Tensor:
         """What each patch is of: float32 [tiles, N]."""

@@ -87,7 +87,7 @@ class Encoding:
     joined: int = 0  # hidden states for which it came back
     some: Tensor | None = None  # int64 [n], in reading order, the patches that these states are of,
     # where they are not of all
-    hidden_keys: Tensor | None = None  # [tiles, 1, S, S], added to logits, where not all are seen
+    attention_bias: Tensor | None = None  # [tiles, 1, S, S], added to logits; None: nothing is
 
 
 Attended = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
