@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeprune.calib.calibrate import CalibrationRequest, evidence_of, shown
-from edgeprune.calib.encoder import chooses, measure_sites
+from edgeprune.calib.encoder import check_limit, chooses, measure_sites
 from edgeprune.calib.entry import behind_drop, left_tokens, measure_entry, pose
 from edgeprune.calib.schedule import Schedule, solve_timed
 from edgeprune.calib.solvers._problem import Problem
@@ -85,9 +85,8 @@ def joint_spec(spec: PruneSpec) -> PruneSpec:
 
 def survey(work: Work, costs: Costs, encoder: str) -> list[Point]:
     """What can be reached with the encoders that --encoder names: `auto` is some exits and drops,
-    one method itself, `dense` nothing. A method that is named and loses more than its limit is left
-    out; of `auto` the budget says what may be lost. SpecError where the decoder's method follows no
-    schedule."""
+    one method itself, `dense` nothing. Of `auto` the budget says what may be lost. SpecError where
+    a method that is named loses more than its limit, or the decoder's follows no schedule."""
     shape = work.adapter.shape
     if work.policy.entry_tokens(shape, 1) is None:
         raise SpecError(
@@ -104,7 +103,10 @@ def _sites(work: Work, encoder: str) -> list[SiteConfig]:
     placed = [work.adapter.encoder_site(method) for method in methods]
     given = work.request, work.adapter, work.processor, work.policy
     measured = measure_sites(*given, placed, work.report)
-    return [site for site in measured if encoder == AUTO or site.within_limit]
+    if encoder != AUTO:
+        for site in measured:
+            check_limit(site)
+    return measured
 
 
 def _ways(work: Work, sites: Sequence[SiteConfig]) -> list[Way]:

@@ -26,6 +26,7 @@ from edgeprune.calib.solvers._problem import Goal
 from edgeprune.calib.ttft import Operations, Point, menu, spare, undominated, within
 from edgeprune.cli import main
 from edgeprune.encoder_methods import AUTO
+from edgeprune.errors import SpecError
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make
@@ -93,6 +94,13 @@ def test_no_pair_of_an_encoder_and_a_ratio_is_better(work: Work, weighed: list[P
                 settled = settle(work, costs, dense, spent + rounding)
                 assert settled.loss <= lost + 1e-9
     assert pairs >= 10
+
+
+def test_an_encoder_that_is_named_and_loses_too_much_is_refused(work: Work) -> None:
+    """The dense one is not taken in its place without a word."""
+    named = "exit:at=0:keep=0.25:limit=0.0001"
+    with pytest.raises(SpecError, match=r"at most 0\.0001 is taken"):
+        survey(work, Operations(work.adapter), named)
 
 
 def test_what_is_settled_keeps_to_the_budget(work: Work, weighed: list[Point]) -> None:

@@ -99,6 +99,10 @@ def open_model(
     return adapter
 
 
+ENDS = "vision", "text"
+"""Of the types of parts of a family's own."""
+
+
 def _built() -> dict[str, tuple[str, ...]]:
     """By each type of tower or decoder, the families that build it, first that with most types."""
     found, families = dict[str, tuple[str, ...]](), [(name, load(name)) for name in names()]
@@ -107,10 +111,6 @@ def _built() -> dict[str, tuple[str, ...]]:
         for kind in (*own, *vars(family).get("builds", ())):
             found[kind] = (*found.get(kind, ()), name)
     return found
-
-
-ENDS = "vision", "text"
-"""Of the types of parts of a family's own."""
 
 
 def _family_of(model: str, config: dict[str, Any]) -> type[Adapter]:
