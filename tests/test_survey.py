@@ -40,12 +40,6 @@ RATIOS = 2, 4, 8, 16
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with three blocks in its tower, of which two are run."""
-    return write(replace(TINY, vision_layers=3), tmp_path_factory.mktemp("deep") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     """Six decoder layers, so that above CR 4 what enters layer 1 leaves some for the others."""
     folder = tmp_path_factory.mktemp("work")
@@ -123,12 +117,12 @@ def test_what_is_said_to_be_reached_is(work: Work, weighed: list[Point]) -> None
 
 
 def test_the_fastest_time_is_below_that_of_a_dense_layer(
-    deep: Path, instruct: Path, tmp_path: Path
+    deep_tower: Path, instruct: Path, tmp_path: Path
 ) -> None:
     """A bundle for it is exported and equals its reference."""
     profile, output = tmp_path / "made-up.json", tmp_path / "b"
     profile.write_text(PROFILE.to_json())
-    model = ["--model", str(deep), "--samples-file", str(instruct), "--profile", str(profile)]
+    model = ["--model", str(deep_tower), "--samples-file", str(instruct), "--profile", str(profile)]
     asked = 29  # 3 before and 17 of vision; a layer that all 16 tokens enter takes 12
     options = ["--encoder", "drop:at=1:keep=0.5:limit=3", "--ttft", str(asked), "--parity", "1"]
     assert main(["export", *model, *options, "-o", str(output)]) == 0
