@@ -17,7 +17,9 @@ from edgeprune.onnx_file import ATTENTION, MICROSOFT, SKIP_NORM
 SWAPPED = (0, 2, 1, 3)
 """The transposition between [1, heads, tokens, head] and [1, tokens, heads, head]."""
 MULTIPLE = 8
-"""Of which a head's size is in GroupQueryAttention."""
+"""GroupQueryAttention takes heads whose size is a multiple of this."""
+SETTINGS = {"is_causal", "scale"}
+"""Attributes of Attention that GroupQueryAttention has too, or means."""
 
 
 def fuse(model: ir.Model, kept: str) -> None:
@@ -83,6 +85,9 @@ class _Cached:
     def of(cls, attention: ir.Node) -> _Cached | None:
         """None where the one operator would do something else."""
         query, key, value, *rest = attention.inputs
+        causal = attention.attributes.get("is_causal")
+        if causal is None or causal.as_int() != 1 or not set(attention.attributes) <= SETTINGS:
+            return None
         if len(rest) != 4 or any(one is not None for one in rest[:3]) or rest[3] is None:
             return None
         keys, values = _write_of(key), _write_of(value)
@@ -188,6 +193,8 @@ def _write_of(cache: ir.Value | None) -> ir.Node | None:
     """What writes a cache that attention alone reads; None where that is not so."""
     node = cache.producer() if cache is not None else None
     if cache is None or node is None or node.op_type != "TensorScatter":
+        return None
+    if node.attributes["axis"].as_int() != 2 or node.attributes["mode"].as_string() != "linear":
         return None
     return node if _only_user(cache) is not None else None
 

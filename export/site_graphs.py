@@ -32,9 +32,9 @@ from edgeprune.spec import Stage
 
 
 class Choices(nn.Module):
-    """Encoder sites: patches are chosen, the others leave, and where they come back they do.
+    """Encoder sites: patches are chosen, the others leave; with an exit they come back at the end.
 
-    What left stands in for what an exit's map makes of it. The map is a product, and counted by its
+    They come back as they left, since an exit's map is a product, which is counted by its
     operations. All sites are traced at once, which takes as long as one.
     """
 

@@ -155,7 +155,7 @@ def _around(problem: Problem, times: Times, budget: int, counts: Ints, step: int
     """Counts within REACH steps of a schedule, the largest that take no longer than these, and the
     counts of both neighbours.
 
-    Fewer may be better for nothing: a token that one layer ranks last may be another's first.
+    Keeping fewer may lose nothing: a token that one layer ranks last may be another's first.
     """
     offsets, levels = step * np.arange(-REACH, REACH + 1), list[Ints]()
     around = np.pad(counts, (0, 1), mode="edge")

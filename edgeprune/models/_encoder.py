@@ -168,6 +168,7 @@ class Block(nn.Module):
         value = split_heads(self.value(normed), heads)
         if attended is not None:
             key, value = attended(key, value)
+        assert attention_bias is None or groups is None  # no tower with padding merges
         bias = attention_bias if groups is None else groups.bias(query.dtype)
         mixed = self.output(join_heads(self.scores(query, key, value, bias)))
         mixed = self.attention_norm(mixed) if behind else mixed

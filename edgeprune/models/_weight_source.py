@@ -56,7 +56,7 @@ def find_source(
     transposed: bool,
 ) -> Source:
     """Where a parameter of `shape` is, which the checkpoint has as `stored_shape`; ModelError where
-    it has none such."""
+    no tensor of it has that shape."""
     names = tuple(_found(checkpoint, part) for part in stored.parts)
     for tensor in names:
         leaves = checkpoint.leaves[tensor.rpartition(".")[0]]

@@ -83,7 +83,7 @@ class Adapter(_adapter.Adapter):
     def _settings(self) -> dict[str, Any]:
         """Of pan and scan, by their names."""
         given = image_settings(self.checkpoint.folder)
-        return {name: given.get(name) or usual for name, usual in RULE.items()}
+        return {n: usual if given.get(n) is None else given[n] for n, usual in RULE.items()}
 
     def read_tiling(self) -> Tiling | None:
         """The crops of an image of the size that is asked for; None: one view."""
