@@ -144,7 +144,7 @@ def fit(
             sums.add(sample.left.flatten(0, 1), whole.gather(1, rows).flatten(0, 1))
     if not held_out.count:
         raise SpecError(
-            f"--encoder {site.method} fits a map on calibration images, {HELD_OUT} at least; give"
+            f"encoder {site.method} fits a map on calibration images, {HELD_OUT} at least; give"
             " more with --samples and --samples-file"
         )
     return (used + held_out).solve(), held_out.r2(used.solve())

@@ -90,7 +90,8 @@ def survey(work: Work, costs: Costs, encoder: str) -> list[Point]:
     shape = work.adapter.shape
     if work.policy.entry_tokens(shape, 1) is None:
         raise SpecError(
-            f"{costs.option} chooses encoder and counts together; it needs --method auto or utp"
+            "this method follows no schedule, so no counts can be chosen for a budget; give"
+            " --method auto or utp"
         )
     sites = _sites(work, encoder)
     return points(costs, _ways(work, sites))

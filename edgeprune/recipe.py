@@ -4,6 +4,7 @@ exports. Calibration and export know nothing of each other: they meet here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,15 +100,26 @@ class Recipe:
         check_image_dir(self.image_dir, self.samples_file)
         if (self.ttft is None) != (self.profile is None):
             raise SpecError("--ttft counts with a profile of the device; give --ttft and --profile")
+        if self.ttft is not None and not (math.isfinite(self.ttft) and self.ttft > 0):
+            raise SpecError(f"--ttft is a number of milliseconds above 0, got {self.ttft:g}")
+        if self.profilable and self.spec.method != DENSE_METHOD:
+            raise SpecError(
+                "--profilable is for edgeprune profile, which times the dense model; give --method"
+                " none"
+            )
+        auto = self.encoder == encoder_methods.AUTO
         if self.delta is not None and self.encoder != DENSE:
             raise SpecError(
-                "--delta and --encoder choose other patches of a frame; leave one of them out"
+                f"--delta and {'--method auto' if auto else '--encoder'} choose other patches of a"
+                " frame; leave one of them out"
             )
+        asked = "--method auto" if self.ttft is None else "--ttft"
         if self.joint and self.ratios:
-            raise SpecError("--encoder auto chooses for one budget; give --cr one ratio")
+            raise SpecError(f"{asked} chooses for one budget; give --cr one ratio")
         if self.joint and (self.schedule or self.max_sites):
             raise SpecError(
-                "--ttft and --encoder auto solve a schedule; leave out --schedule and --max-sites"
+                f"{asked} solves a schedule, with as many sites as are best; leave out --schedule"
+                " and --max-sites"
             )
 
     @property

@@ -49,9 +49,12 @@ def to_pixels(image: Image.Image, record: ImageRecord) -> NDArray[np.float32]:
 def warnings(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
     """What a user should know of how an image is taken; InputError where it cannot be."""
     given, tiling = Size(image.height, image.width), record.tiling
+    better: Size | None
     if tiling is not None:
         frozen, better = Size(tiling.height, tiling.width), given
         suits = tiling.suits(*given)
+        if tiling.crops is not None and tiling.crops.grid(given) == (1, 1):
+            better = None  # the model's own processor does not cut it
     elif record.step is not None:
         frozen = Size(record.height, record.width)
         better = rounded(given, frozen.height * frozen.width, record.step)

@@ -54,14 +54,15 @@ def cropped(image: Image.Image, rows: int, columns: int) -> list[Image.Image]:
     return [image.crop((*corner, *end)) for corner, end in zip(corners, ends, strict=True)]
 
 
-def shape_warning(given: Size, frozen: Size, better: Size, *, suits: bool) -> str:
+def shape_warning(given: Size, frozen: Size, better: Size | None, *, suits: bool) -> str:
     """What is done with an image that does not suit the frozen shape; empty where it does.
 
-    `better` is the size to export a bundle for, where there are more such images.
+    `better` is the size to export a bundle for, where there are more such images; None: that of
+    the model, without --image-size.
     """
     ratio = frozen.width / frozen.height
     off = max(given.width / given.height / ratio, ratio * given.height / given.width)
-    asked = f"--image-size {better.width}x{better.height}"
+    asked = f"--image-size {better.width}x{better.height}" if better else "no --image-size"
     if off > EXTREME:
         raise InputError(
             f"an image of {given.width:,} x {given.height:,} pixels is too long and narrow for"

@@ -150,6 +150,7 @@ def test_an_image_that_the_processor_would_cut_otherwise_is_told(checkpoint: Pat
     assert warnings(drawn_image(LANDSCAPE), record) == ()
     (square,) = warnings(drawn_image(Size(90, 90)), record)
     assert "70% of the tokens show black borders" in square
+    assert square.endswith("for such images export with no --image-size")
     (tiny,) = warnings(drawn_image(Size(15, 51)), record)
     assert "51 x 15, is enlarged to the bundle's 203 x 60" in tiny
     for size in (Size(90, 90), Size(15, 51)):

@@ -217,6 +217,14 @@ def test_budgets_exclude_each_other(refused: Refused, made_up: Path) -> None:
     assert "give --ttft and --profile" in refused("export", "--ttft", 9)
     assert "--method auto or utp" in refused("export", "--encoder", "auto", "--method", "fastv")
     assert "leave out --cr" in refused("plan", *profile, "--cr", 4)
+    assert "leave out --max-sites" in refused("plan", *profile, "--max-sites", 2)
+    for ms in "nan", "inf", "0", "-3":
+        assert "above 0" in refused("export", f"--ttft={ms}", *profile)
+    auto = "export", "--method", "auto"
+    assert "--method auto chooses for one budget" in refused(*auto, "--cr", "2,3")
+    assert "--method auto solves a schedule" in refused(*auto, "--cr", 2, "--max-sites", 1)
+    assert "--delta and --method auto" in refused(*auto, "--cr", 2, "--delta", 0.5)
+    assert "--method none" in refused("export", "--profilable", "--cr", 2)
     assert "of another model" in refused("plan", *profile)
     assert "of another model" in refused("export", "--ttft", 9, *profile)
 

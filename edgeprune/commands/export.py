@@ -199,6 +199,8 @@ def _ratio_lines(setting: RatioRecord, manifest: Manifest) -> list[str]:
         f"visual tokens {prune.visual_tokens} -> {' '.join(str(n) for n in prune.counts)}",
         f"CR asked {prune.cr:g}, reached {prune.cr_reached:.3f}",
     ]
+    if manifest.choice or prune.method == "none":  # a budget asked, or the encoder alone
+        lines[1] = f"CR {prune.cr_reached:.3f}"
     if manifest.ratios:
         held = kv_bytes(manifest.decoder, prune.counts, 0, element)
         default = " (the default)" if setting is manifest.ratios[0] else ""
@@ -216,7 +218,7 @@ def _timing_lines(record: TimingRecord | None) -> list[str]:
     if record is None:
         return []
     return [
-        f"first token: {record.predicted:.1f} ms predicted of {record.asked:g} asked, with"
+        f"first token: {record.predicted:.4g} ms predicted of {record.asked:.4g} asked, with"
         f" {record.text_tokens} text tokens on {record.backend} (before {record.before:.1f},"
         f" vision {record.vision:.1f}, prefill {record.prefill:.1f})"
     ]
@@ -228,7 +230,7 @@ def _choice_lines(record: ChoiceRecord | None) -> list[str]:
         return []
     weighed = ", ".join(f"{name} {loss:.3f}" for name, loss in record.weighed.items())
     return [
-        f"chosen for {record.budget:.4g} {record.unit} ({record.spent:.4g} used, {record.loss:.3f}"
+        f"chosen for {record.budget:.6g} {record.unit} ({record.spent:.4g} used, {record.loss:.3f}"
         f" radians predicted); least loss with each encoder: {weighed}"
     ]
 

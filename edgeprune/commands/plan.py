@@ -59,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.cr is not None:
         raise SpecError("plan shows all ratios; leave out --cr")
+    if args.max_sites is not None:
+        raise SpecError(
+            "plan shows schedules with as many sites as are best; leave out --max-sites"
+        )
     if args.figure:
         check_target(args.figure)
         _common.check_output(args.figure)
