@@ -15,6 +15,7 @@ from edgeprune.calib.schedule import Schedule, solve_timed
 from edgeprune.calib.solvers._problem import Problem
 from edgeprune.calib.ttft import (
     Costs,
+    Measured,
     Operations,
     Point,
     Way,
@@ -27,6 +28,7 @@ from edgeprune.calib.ttft import (
 from edgeprune.encoder_methods import AUTO, make
 from edgeprune.errors import SpecError
 from edgeprune.lowering import Lowering
+from edgeprune.measured import ChoiceRecord, TimingRecord
 from edgeprune.models import Adapter
 from edgeprune.models._encoder_site import SiteConfig
 from edgeprune.models._processor import Processor
@@ -74,6 +76,34 @@ class Settled:
     def cr(self) -> float:
         """Of all V visual tokens, whichever left the encoder."""
         return self.schedule.cr * self.adapter.shape.least_ratio
+
+    @property
+    def choice(self) -> ChoiceRecord:
+        """What the manifest says of the choice."""
+        return ChoiceRecord(
+            unit=self.costs.name,
+            budget=self.asked,
+            spent=self.ms,
+            loss=self.loss,
+            weighed=self.others,
+        )
+
+    @property
+    def timing(self) -> TimingRecord | None:
+        """What the manifest says of the time that was asked for; None where it was no time."""
+        if not isinstance(self.costs, Measured):
+            return None
+        profile = self.costs.profile
+        return TimingRecord(
+            asked=self.asked,
+            predicted=self.ms,
+            before=self.costs.before,
+            vision=self.vision_ms,
+            prefill=self.prefill_ms,
+            text_tokens=profile.text_tokens,
+            backend=profile.backend,
+            machine=profile.machine,
+        )
 
 
 def joint_spec(spec: PruneSpec) -> PruneSpec:

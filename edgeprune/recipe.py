@@ -22,7 +22,6 @@ from edgeprune.calib.planning import (
 from edgeprune.calib.resuming import Tell, beside, quiet
 from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
-from edgeprune.calib.ttft import Measured
 from edgeprune.calib.tuning import check_bits, check_samples, tune
 from edgeprune.dial import check_ratios, on_common_sites
 from edgeprune.encoder_methods import DENSE
@@ -37,7 +36,6 @@ from edgeprune.export.exporter import (
 )
 from edgeprune.export.ratios import Setting
 from edgeprune.lowering import Lowering, resolve
-from edgeprune.measured import ChoiceRecord, TimingRecord
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._execution import Execution
 from edgeprune.models._frames import changed_config
@@ -251,8 +249,8 @@ def make(
         keep_fp32=recipe.keep_fp32,
         profilable=recipe.profilable,
         delta=recipe.delta,
-        timing=_timing(settled),
-        choice=_choice(settled),
+        timing=settled.timing if settled else None,
+        choice=settled.choice if settled else None,
         tuning=tune(calibration, recipe.lowering, adapter, policy, plan, processor, report),
     )
     prompts = _prompts(samples, recipe, adapter, processor)
@@ -338,36 +336,6 @@ def _settled(recipe: Recipe, work: Work) -> Settled:
     if recipe.ttft is not None and recipe.profile is not None:
         return within_time(work, recipe.profile, recipe.encoder, recipe.ttft, recipe.lowering)
     return within_operations(work, recipe.encoder, recipe.spec.cr)
-
-
-def _choice(settled: Settled | None) -> ChoiceRecord | None:
-    """What the manifest says of a choice of encoder and decoder together."""
-    if settled is None:
-        return None
-    return ChoiceRecord(
-        unit=settled.costs.name,
-        budget=settled.asked,
-        spent=settled.ms,
-        loss=settled.loss,
-        weighed=settled.others,
-    )
-
-
-def _timing(settled: Settled | None) -> TimingRecord | None:
-    """What the manifest says of the time that was asked for."""
-    if settled is None or not isinstance(settled.costs, Measured):
-        return None
-    profile = settled.costs.profile
-    return TimingRecord(
-        asked=settled.asked,
-        predicted=settled.ms,
-        before=settled.costs.before,
-        vision=settled.vision_ms,
-        prefill=settled.prefill_ms,
-        text_tokens=profile.text_tokens,
-        backend=profile.backend,
-        machine=profile.machine,
-    )
 
 
 def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:
