@@ -31,8 +31,9 @@ import numpy as np
 
 from edgeprune import cost
 from edgeprune.bundle import Bundle
-from edgeprune.calib.planning import Settled, Work, settle, survey
+from edgeprune.calib.planning import Settled, settle
 from edgeprune.calib.samples import demo_samples
+from edgeprune.calib.survey import Work
 from edgeprune.calib.ttft import Operations
 from edgeprune.compare.answers import EvalRequest
 from edgeprune.compare.questions import Questions
@@ -160,7 +161,7 @@ class Runs:
 def chosen(work: Work, budget: float, text: int) -> Settled:
     """Encoder and schedule that take at most `budget` billion operations."""
     costs = Operations(work.adapter, text)
-    return settle(work, costs, survey(work, costs, AUTO), budget)
+    return settle(work, costs, AUTO, budget)
 
 
 def operations(manifest: Manifest, text: int) -> float:

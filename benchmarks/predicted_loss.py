@@ -17,9 +17,9 @@ from typing import Any
 
 from benchmarks.encoder_accuracy import BUDGETS, chosen, spearman
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate
-from edgeprune.calib.encoder import measure_site
+from edgeprune.calib.encoder import SiteMeasurement
 from edgeprune.calib.entry import measure_entry
-from edgeprune.calib.planning import Work, joint_spec
+from edgeprune.calib.survey import Work, joint_spec
 from edgeprune.encoder_methods import DENSE, make
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
@@ -42,8 +42,8 @@ class Predictor:
         """Radians, of an encoder and a ratio of UTP."""
         policy, adapter, turned = make_policy(UTP), self.adapter, 0.0
         if (method := make(encoder)) is not None:
-            given = self.request, adapter, self.processor, policy, adapter.encoder_site(method)
-            site = measure_site(*given)
+            given = self.request, adapter, self.processor, policy
+            site = SiteMeasurement(*given).of(adapter.encoder_site(method))
             adapter = adapter.with_encoder(site)
             turned = site.loss.angle if site.loss else 0.0
         request = replace(self.request, cr=cr)

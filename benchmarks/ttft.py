@@ -27,7 +27,7 @@ from benchmarks.shapes import SHAPES, write
 from edgeprune.bench.bench import BenchRequest, bench
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.calib.calibrate import CalibrationRequest
-from edgeprune.calib.planning import Work, joint_spec, survey
+from edgeprune.calib.survey import Survey, Work, joint_spec
 from edgeprune.calib.ttft import open_costs, undominated
 from edgeprune.demo.questions import held_out
 from edgeprune.encoder_methods import AUTO
@@ -115,8 +115,8 @@ def main() -> None:
     with Bar() as bar:
         request = CalibrationRequest(1, of.get("samples", 100), of.get("samples_file"))
         work = Work(request, adapter, policy, Processor(adapter), bar)
-        found = undominated(survey(work, costs, AUTO))
-    first, last = found[0].ms + SPARE, found[-1].ms
+        found = undominated(Survey(work, costs, AUTO).all_points())
+    first, last = found[0].spent + SPARE, found[-1].spent
     asked = [first + n * (last - first) / (args.budgets - 1) for n in range(args.budgets)]
     paths = list[Path]()
     for ms in asked:

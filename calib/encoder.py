@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -88,44 +89,45 @@ class _Level:
     counts: tuple[int, ...]
 
 
-def measure_site(
-    request: CalibrationRequest,
-    adapter: Adapter,
-    processor: Processor,
-    policy: Policy,
-    site: SiteConfig,
-    report: Progress = silent,
-) -> SiteConfig:
-    """The site with its map and its loss, under a decoder whose policy says where tokens stand."""
-    return measure_sites(request, adapter, processor, policy, [site], report)[0]
+@dataclass(frozen=True)
+class SiteMeasurement:
+    """Measures sites of one encoder, each by itself, under a decoder whose policy says where tokens
+    stand. What the dense model says of the samples is measured once."""
 
+    request: CalibrationRequest
+    adapter: Adapter
+    processor: Processor
+    policy: Policy
+    report: Progress = silent
 
-def measure_sites(
-    request: CalibrationRequest,
-    adapter: Adapter,
-    processor: Processor,
-    policy: Policy,
-    sites: Sequence[SiteConfig],
-    report: Progress = silent,
-) -> list[SiteConfig]:
-    """Several sites by themselves; what the dense model says of the samples is measured once."""
-    found, prompts, dense = list[SiteConfig](), list[Prompt](), None
-    for number, site in enumerate(sites, 1):
-        key = encoder_key(request, adapter.with_encoder(site), policy)
-        stored = request.folder / f"{key}-encoder.npz"
-        measured = _load(stored, site)
-        if measured is None:
-            if dense is None:
-                need = layerwise_bytes(adapter, request.samples)
-                check_memory(need, "calibration", "use fewer samples")
-                prompts = [one.prompt for one in samples_of(request, adapter, processor)]
-                step = _step(report, "features, dense encoder")
-                dense = features(adapter.with_encoder(None), prompts[:MOST], step)
-            title = f"encoder {number} of {len(sites)}" if len(sites) > 1 else "encoder"
-            measured = _measured(adapter, policy, site, prompts, dense, _step(report, title))
-            _save(stored, measured)
-        found.append(measured)
-    return found
+    def of(self, site: SiteConfig) -> SiteConfig:
+        """The site with its map and its loss."""
+        key = encoder_key(self.request, self.adapter.with_encoder(site), self.policy)
+        stored = self.request.folder / f"{key}-encoder.npz"
+        if (kept := _load(stored, site)) is not None:
+            return kept
+        dense, step = self._dense, _step(self.report, f"encoder {site.method}")
+        r2 = None
+        if site.method.rejoins:
+            exit_map, r2 = fit(self.adapter, site, self._prompts, step)
+            site = replace(site, exit_map=exit_map)
+        shorter, prompts = self.adapter.with_encoder(site), self._prompts[:MOST]
+        angles = angle(features(shorter, prompts, step, self.policy), dense)
+        site = replace(site, loss=SiteLoss(len(dense), r2, angles))
+        _save(stored, site)
+        return site
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
+        need = layerwise_bytes(self.adapter, self.request.samples)
+        check_memory(need, "calibration", "use fewer samples")
+        return [one.prompt for one in samples_of(self.request, self.adapter, self.processor)]
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        """Features of the first samples."""
+        step = _step(self.report, "features, dense encoder")
+        return features(self.adapter.with_encoder(None), self._prompts[:MOST], step)
 
 
 def check_limit(site: SiteConfig) -> None:
@@ -136,23 +138,6 @@ def check_limit(site: SiteConfig) -> None:
             f" {site.loss.samples} samples, at most {site.method.limit:g} is taken; choose a later"
             " block, keep more, or raise limit="
         )
-
-
-def _measured(
-    adapter: Adapter,
-    policy: Policy,
-    site: SiteConfig,
-    prompts: Sequence[Prompt],
-    dense: Tensor,
-    step: Step,
-) -> SiteConfig:
-    """A site with its map and its loss; `dense` are the features of the first prompts."""
-    r2 = None
-    if site.method.rejoins:
-        exit_map, r2 = fit(adapter, site, prompts, step)
-        site = replace(site, exit_map=exit_map)
-    ours = features(adapter.with_encoder(site), prompts[: len(dense)], step, policy)
-    return replace(site, loss=SiteLoss(len(dense), r2, angle(ours, dense)))
 
 
 def _step(report: Progress, title: str) -> Step:

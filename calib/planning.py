@@ -1,55 +1,27 @@
-"""From a profile to what can be reached: a survey of encoders and counts, one of them settled."""
+"""From a budget to an encoder and counts: the best within it, settled by their own calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from edgeprune.calib.calibrate import CalibrationRequest, evidence_of, shown
-from edgeprune.calib.encoder import check_limit, chooses, measure_sites
-from edgeprune.calib.entry import behind_drop, left_tokens, measure_entry, pose
+from edgeprune.calib.best_first import BestFirst
+from edgeprune.calib.calibrate import evidence_of, shown
+from edgeprune.calib.entry import measure_entry, pose
 from edgeprune.calib.schedule import Schedule, solve_timed
-from edgeprune.calib.solvers._problem import Problem
-from edgeprune.calib.ttft import (
-    Costs,
-    Measured,
-    Operations,
-    Point,
-    Way,
-    menu,
-    open_costs,
-    points,
-    spare,
-    within,
-)
-from edgeprune.encoder_methods import AUTO, make
+from edgeprune.calib.survey import Survey, Work
+from edgeprune.calib.ttft import Costs, Measured, Operations, Point, open_costs, spare
 from edgeprune.errors import SpecError
 from edgeprune.lowering import Lowering
 from edgeprune.measured import ChoiceRecord, TimingRecord
 from edgeprune.models import Adapter
-from edgeprune.models._encoder_site import SiteConfig
-from edgeprune.models._processor import Processor
-from edgeprune.policies import Policy
-from edgeprune.progress import Progress, silent
-from edgeprune.spec import PruneSpec
 from edgeprune.timing import read_profile
 
 TRIES = 3
 """Encoders at most that get a calibration of their own for one budget."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a survey measures with."""
-
-    request: CalibrationRequest
-    adapter: Adapter  # its encoder dense
-    policy: Policy
-    processor: Processor
-    report: Progress = silent
 
 
 @dataclass(frozen=True)
@@ -61,10 +33,11 @@ class Settled:
     adapter: Adapter  # with the encoder's site
     schedule: Schedule
     asked: float
-    vision_ms: float  # predicted
-    prefill_ms: float
-    ms: float  # to the first token
-    others: dict[str, float]  # the least loss within the budget, by encoder
+    vision: float  # predicted
+    prefill: float
+    spent: float  # to the first token
+    others: dict[str, float] = field(default_factory=dict)  # the least loss within the budget, by
+    # encoder, of those that were measured
 
     @property
     def loss(self) -> float:
@@ -83,7 +56,7 @@ class Settled:
         return ChoiceRecord(
             unit=self.costs.name,
             budget=self.asked,
-            spent=self.ms,
+            spent=self.spent,
             loss=self.loss,
             weighed=self.others,
         )
@@ -96,95 +69,39 @@ class Settled:
         profile = self.costs.profile
         return TimingRecord(
             asked=self.asked,
-            predicted=self.ms,
+            predicted=self.spent,
             before=self.costs.before,
-            vision=self.vision_ms,
-            prefill=self.prefill_ms,
+            vision=self.vision,
+            prefill=self.prefill,
             text_tokens=profile.text_tokens,
             backend=profile.backend,
             machine=profile.machine,
         )
 
 
-def joint_spec(spec: PruneSpec) -> PruneSpec:
-    """The spec of a method that is chosen together with an encoder: tokens keep their positions,
-    unless it says otherwise. Published methods renumber what they choose before layer 1, which
-    turns the output more than the tokens that are missed."""
-    return replace(spec, options={"positions": "keep", **spec.options})
-
-
-def survey(work: Work, costs: Costs, encoder: str) -> list[Point]:
-    """What can be reached with the encoders that --encoder names: `auto` is some exits and drops,
-    one method itself, `dense` nothing. Of `auto` the budget says what may be lost. SpecError where
-    a method that is named loses more than its limit, or the decoder's follows no schedule."""
-    shape = work.adapter.shape
-    if work.policy.entry_tokens(shape, 1) is None:
-        raise SpecError(
-            "this method follows no schedule, so no counts can be chosen for a budget; give"
-            " --method auto or utp"
-        )
-    sites = _sites(work, encoder)
-    return points(costs, _ways(work, sites))
-
-
-def _sites(work: Work, encoder: str) -> list[SiteConfig]:
-    """What --encoder names, measured."""
-    named = None if encoder == AUTO else make(encoder)
-    methods = menu(work.adapter) if encoder == AUTO else [named] if named else []
-    placed = [work.adapter.encoder_site(method) for method in methods]
-    given = work.request, work.adapter, work.processor, work.policy
-    measured = measure_sites(*given, placed, work.report)
-    if encoder != AUTO:
-        for site in measured:
-            check_limit(site)
-    return measured
-
-
-def _ways(work: Work, sites: Sequence[SiteConfig]) -> list[Way]:
-    """The encoders and the schedules behind each, by the dense encoder's evidence."""
-    given = work.processor, work.policy, work.report
-    evidence = evidence_of(work.request, work.adapter, work.policy, work.processor, work.report)
-    entry = measure_entry(work.request, work.adapter, *given)
-    all_enter, open_entry = pose(evidence, None), pose(evidence, entry)
-
-    def behind(site: SiteConfig) -> Problem:
-        adapter = work.adapter.with_encoder(site)
-        ours = entry if entry and chooses(adapter, work.policy) else None
-        if site.method.rejoins:
-            return open_entry if ours else all_enter
-        left = left_tokens(work.request, adapter, *given)
-        return pose(behind_drop(evidence, left), ours)
-
-    return [(None, open_entry), *((site, behind(site)) for site in sites)]
-
-
-def settle(work: Work, costs: Costs, found: Sequence[Point], asked: float) -> Settled:
-    """The best encoder for a budget, and a schedule that is solved for it; SpecError where that
-    budget is out of reach.
+def settle(work: Work, costs: Costs, encoder: str, asked: float) -> Settled:
+    """The best for a budget of the encoders that --encoder names (`Survey`), and a schedule that is
+    solved for it; SpecError where that budget is out of reach.
 
     The survey knows each encoder by the dense one's evidence. Where the best turns out worse with
     its own than the next is said to be, that one is calibrated too.
     """
-    best: Settled | None = None
-    weighed = within(costs, found, asked)
-    others = {point.encoder: point.loss for point in weighed}
-    for point in weighed[:TRIES]:
-        if best is not None and best.loss <= point.loss:
+    survey, best = Survey(work, costs, encoder), None
+    ways = BestFirst(survey, asked)
+    survey.check_named()
+    for _ in range(TRIES):
+        point = ways.next(best.loss if best else math.inf)
+        if point is None:
             break
-        one = _settled(work, costs, point, asked, others)
-        if one is not None and (best is None or one.loss < best.loss):
+        one = _settled(work, costs, point, asked)
+        if best is None or one.loss < best.loss:
             best = one
-    if best is None:  # it has the point's counts at least
-        raise SpecError(
-            f"{costs.option}: {asked:.4g} {costs.name} leave nothing for the decoder; ask for more"
-        )
-    return best
+    assert best is not None  # an encoder within the budget was found, else BestFirst refuses it
+    return replace(best, others=ways.losses)
 
 
-def _settled(
-    work: Work, costs: Costs, point: Point, asked: float, others: dict[str, float]
-) -> Settled | None:
-    """With the evidence of a point's own encoder; None where no schedule fits."""
+def _settled(work: Work, costs: Costs, point: Point, asked: float) -> Settled:
+    """With the evidence of a point's own encoder."""
     adapter = work.adapter.with_encoder(point.site)
     evidence = evidence_of(work.request, adapter, work.policy, work.processor, work.report)
     entry = measure_entry(work.request, adapter, work.processor, work.policy, work.report)
@@ -200,18 +117,17 @@ def _settled(
         shown(work.report),
         np.array([point.counts[group[0] - 1] for group in costs.groups]),
     )
-    if schedule is None:
-        return None
+    assert schedule is not None  # the point's own counts fit
     vision, prefill = costs.vision(point.site), costs.prefill(schedule.counts)
     spent = costs.before + vision + prefill
-    return Settled(costs, point, adapter, schedule, asked, vision, prefill, spent, others)
+    return Settled(costs, point, adapter, schedule, asked, vision, prefill, spent)
 
 
 def within_operations(work: Work, encoder: str, cr: float) -> Settled:
     """Encoder and schedule that take no more operations, at 64 text tokens, than the dense encoder
     and a decoder at a ratio."""
     costs = Operations(work.adapter)
-    return settle(work, costs, survey(work, costs, encoder), costs.of_ratio(cr))
+    return settle(work, costs, encoder, costs.of_ratio(cr))
 
 
 def within_time(
@@ -226,4 +142,4 @@ def within_time(
             f" {' with weights '.join(ours)}; profile such a bundle"
         )
     costs = open_costs(work.adapter, found, work.policy)
-    return settle(work, costs, survey(work, costs, encoder), asked)
+    return settle(work, costs, encoder, asked)

@@ -16,14 +16,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from edgeprune import cost
-from edgeprune.calib.solvers._problem import Ints, Problem
+from edgeprune.calib.solvers._problem import Floats, Ints, Problem
 from edgeprune.calib.solvers.grouped import decisions_of, groups_of
 from edgeprune.calib.solvers.timed import Times, frontier
 from edgeprune.encoder_methods import EncoderMethod, load
@@ -75,7 +75,7 @@ class Costs(ABC):
         ends = np.cumsum([0, *groups_of(shape.layers, shape.convolutions)]).tolist()
         return [range(start + 1, end + 1) for start, end in pairwise(ends)]
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """What a unit of `times` is."""
         shape = self.adapter.shape
@@ -85,8 +85,19 @@ class Costs(ABC):
     def times(self, *, floor: bool = False) -> Times:
         """What groups of decoder layers and the sites behind them spend, rounded up; with `floor`
         down, for bounds."""
+
+        def whole(exact: Floats) -> Ints:
+            shares = exact / self.unit
+            rounded = np.floor(shares + 1e-9) if floor else np.ceil(shares - 1e-9)
+            return rounded.astype(np.intp)
+
+        return Times(*map(whole, self._exact))
+
+    @cached_property
+    def _exact(self) -> tuple[Floats, Floats]:
+        """Of groups of layers [G, V + 1] and the sites behind them [G - 1, V + 1]."""
         shape = self.adapter.shape
-        counts, kinds = range(shape.visual_tokens + 1), dict[str, NDArray[np.float64]]()
+        counts, kinds = range(shape.visual_tokens + 1), dict[str, Floats]()
         for number in range(1, shape.layers + 1):
             if (kind := cost.layer_kind(shape, number)) not in kinds:
                 kinds[kind] = np.array([self.layer(number, count) for count in counts])
@@ -94,13 +105,7 @@ class Costs(ABC):
         each = np.array([kinds[cost.layer_kind(shape, number)] for number in every])
         units = np.add.reduceat(each, [group[0] - 1 for group in groups])
         falls = [[self.site(group[-1], count) for count in counts] for group in groups[:-1]]
-
-        def whole(exact: ArrayLike) -> Ints:
-            shares = np.reshape(exact, (-1, len(counts))) / self.unit
-            rounded = np.floor(shares + 1e-9) if floor else np.ceil(shares - 1e-9)
-            return rounded.astype(np.intp)
-
-        return Times(whole(units), whole(falls))
+        return units, np.reshape(np.array(falls, np.float64), (-1, len(counts)))
 
     def prefill(self, counts: Sequence[float]) -> float:
         """Of r_1 ... r_L, with the sites where they fall."""
@@ -255,13 +260,13 @@ def menu(adapter: Adapter) -> list[EncoderMethod]:
 
 @dataclass(frozen=True)
 class Point:
-    """A way to a first token: what it spends (`ms`: in the costs' unit), what it loses, how."""
+    """A way to a first token: what it spends, in the costs' unit, what it loses, and how."""
 
-    ms: float
-    loss: float  # radians
+    spent: float  # in all
+    loss: float  # radians; without the encoder's own where that was not measured
     site: SiteConfig | None  # None: the dense encoder
-    vision_ms: float
-    prefill_ms: float
+    vision: float  # of what it spends
+    prefill: float
     counts: tuple[int, ...]
     cr: float
 
@@ -270,56 +275,59 @@ class Point:
         return "dense" if self.site is None else str(self.site.method)
 
 
-Way = tuple[SiteConfig | None, Problem]
-"""An encoder, None for the dense one, and the schedules that may follow it."""
+Curve = Sequence[tuple[int, float, Ints]]
+"""Schedules of which none is both faster and better than another: units of time, radians, and the
+counts of the groups of layers."""
 
 
-def points(costs: Costs, ways: Sequence[Way]) -> list[Point]:
-    """What can be combined: with each encoder, counts that are not both slower and worse."""
-    times, found = costs.times(), list[Point]()
-    schedules = dict[int, list[tuple[int, float, Ints]]]()  # by the problem, which many ways share
-    shape = costs.adapter.shape
-    for site, problem in ways:
-        if id(problem) not in schedules:
-            own = problem.falling_at(decisions_of(shape.layers, shape.convolutions))
-            schedules[id(problem)] = frontier(own, times)
-        turned = 0.0 if site is None or site.loss is None else site.loss.angle
-        vision = costs.vision(site)
-        for spent, loss, counts in schedules[id(problem)]:
-            listed = tuple(np.repeat(counts, [len(group) for group in costs.groups]).tolist())
-            prefill = spent * costs.unit  # rounded up, as the budget of a schedule is counted
-            whole = costs.before + vision + prefill
-            cr = shape.visual_tokens * shape.layers / sum(listed)
-            found.append(Point(whole, turned + loss, site, vision, prefill, listed, cr))
-    return found
+def curve(costs: Costs, problem: Problem) -> Curve:
+    """The schedules of a problem; the fastest of all is one."""
+    shape, times = costs.adapter.shape, costs.times()
+    own = problem.falling_at(decisions_of(shape.layers, shape.convolutions))
+    least = times.fastest(problem.first if problem.least is None else problem.least)
+    entered = least if problem.least is None else np.append(problem.first, least)
+    first = int(times.of(least[None])[0]), float(own.evaluate(entered[None])[0]), least
+    return [first, *frontier(own, times)]
+
+
+def points(costs: Costs, site: SiteConfig | None, schedules: Curve) -> list[Point]:
+    """An encoder, None for the dense one, with each of the schedules behind it."""
+    angle = 0.0 if site is None or site.loss is None else site.loss.angle
+    vision = costs.vision(site)
+    return [_point(costs, site, vision, one, angle) for one in schedules]
+
+
+def fastest(costs: Costs, site: SiteConfig | None, enter: int) -> Point:
+    """The least that is spent with an encoder where so many tokens or more enter layer 1; its loss
+    is not known, and stands as 0."""
+    times = costs.times()
+    counts = times.fastest(enter)
+    return _point(costs, site, costs.vision(site), (int(times.of(counts[None])[0]), 0.0, counts), 0)
+
+
+def _point(
+    costs: Costs,
+    site: SiteConfig | None,
+    vision: float,
+    schedule: tuple[int, float, Ints],
+    angle: float,
+) -> Point:
+    """The decoder's time is rounded up to units, as the budget of a schedule is counted."""
+    units, loss, counts = schedule
+    shape, prefill = costs.adapter.shape, units * costs.unit
+    listed = tuple(np.repeat(counts, [len(group) for group in costs.groups]).tolist())
+    cr = shape.visual_tokens * shape.layers / sum(listed)
+    return Point(costs.before + vision + prefill, angle + loss, site, vision, prefill, listed, cr)
 
 
 def undominated(found: Sequence[Point]) -> list[Point]:
     """Those of which none is both faster and better than another, the fastest first."""
     best, kept = np.inf, list[Point]()
-    for one in sorted(found, key=lambda point: (point.ms, point.loss)):
+    for one in sorted(found, key=lambda point: (point.spent, point.loss)):
         if one.loss < best - 1e-9:
             best = one.loss
             kept.append(one)
     return kept
-
-
-def within(costs: Costs, found: Sequence[Point], asked: float) -> list[Point]:
-    """The best point within a budget with each encoder, the best of all first; SpecError where the
-    least takes more."""
-    best = dict[str, Point]()
-    for one in found:
-        kept = best.get(one.encoder)
-        if one.ms <= asked and (kept is None or one.loss < kept.loss):
-            best[one.encoder] = one
-    if not best:
-        first = undominated(found)[0]
-        raise SpecError(
-            f"{costs.option}: {asked:.4g} {costs.name} are out of reach: the least that is"
-            f" predicted is {first.ms:.4g} (encoder {first.encoder}, CR {first.cr:.1f}); ask for"
-            " that or more, or use a smaller image"
-        )
-    return sorted(best.values(), key=lambda point: point.loss)
 
 
 def spare(costs: Costs, asked: float, site: SiteConfig | None) -> int:

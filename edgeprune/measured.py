@@ -35,7 +35,8 @@ class ChoiceRecord:
     budget: Milliseconds
     spent: Milliseconds  # predicted
     loss: Loss  # predicted: the encoder's and the schedule's
-    weighed: dict[str, Loss]  # encoders and the least loss with each, before it was calibrated
+    weighed: dict[str, Loss]  # the least loss with each encoder that was measured, before it was
+    # calibrated
 
 
 @dataclass(frozen=True, slots=True)

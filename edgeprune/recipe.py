@@ -11,17 +11,16 @@ from pathlib import Path
 
 from edgeprune import encoder_methods, policies
 from edgeprune.calib.calibrate import CalibrationRequest, calibrate
-from edgeprune.calib.encoder import check_limit, check_method, measure_site, placed
+from edgeprune.calib.encoder import SiteMeasurement, check_limit, check_method, placed
 from edgeprune.calib.planning import (
     Settled,
-    Work,
-    joint_spec,
     within_operations,
     within_time,
 )
 from edgeprune.calib.resuming import Tell, beside, quiet
 from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
 from edgeprune.calib.schedule import Schedule, read_schedule
+from edgeprune.calib.survey import Work, joint_spec
 from edgeprune.calib.tuning import check_bits, check_samples, tune
 from edgeprune.dial import check_ratios, on_common_sites
 from edgeprune.encoder_methods import DENSE
@@ -226,7 +225,7 @@ def make(
         recipe, asked = replace(recipe, spec=spec), [spec]
     else:
         if site is not None:
-            site = measure_site(calibration, adapter, processor, policy, site, report)
+            site = SiteMeasurement(calibration, adapter, processor, policy, report).of(site)
             check_limit(site)
             adapter = adapter.with_encoder(site)
         schedules = [

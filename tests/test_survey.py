@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from benchmarks.shapes import write
 from edgeprune.bundle import Bundle
+from edgeprune.calib.best_first import BestFirst
 from edgeprune.calib.calibrate import CalibrationRequest, evidence_of
-from edgeprune.calib.encoder import chooses, measure_sites
+from edgeprune.calib.encoder import SiteMeasurement, chooses
 from edgeprune.calib.entry import (
     EntryLoss,
     behind_drop,
@@ -20,12 +22,13 @@ from edgeprune.calib.entry import (
     measure_entry,
     pose,
 )
-from edgeprune.calib.planning import Work, joint_spec, settle, survey
+from edgeprune.calib.planning import settle
 from edgeprune.calib.schedule import Evidence, solve
 from edgeprune.calib.solvers._problem import Goal
-from edgeprune.calib.ttft import Operations, Point, menu, spare, undominated, within
+from edgeprune.calib.survey import Survey, Work, joint_spec
+from edgeprune.calib.ttft import Operations, Point, menu, spare, undominated
 from edgeprune.cli import main
-from edgeprune.encoder_methods import AUTO
+from edgeprune.encoder_methods import AUTO, DENSE
 from edgeprune.errors import SpecError
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
@@ -53,7 +56,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 @pytest.fixture(scope="module")
 def weighed(work: Work) -> list[Point]:
     """All that is weighed, by operations."""
-    return survey(work, Operations(work.adapter), AUTO)
+    return Survey(work, Operations(work.adapter), AUTO).all_points()
 
 
 def test_no_pair_of_an_encoder_and_a_ratio_is_better(work: Work, weighed: list[Point]) -> None:
@@ -63,8 +66,8 @@ def test_no_pair_of_an_encoder_and_a_ratio_is_better(work: Work, weighed: list[P
     evidence = evidence_of(work.request, work.adapter, work.policy, work.processor)
     entry = measure_entry(work.request, work.adapter, *given)
     assert entry is not None
-    placed = [work.adapter.encoder_site(method) for method in menu(work.adapter)]
-    sites = measure_sites(work.request, work.adapter, *given, placed)
+    measurement = SiteMeasurement(work.request, work.adapter, *given)
+    sites = [measurement.of(work.adapter.encoder_site(method)) for method in menu(work.adapter)]
     pairs = 0
     for site in (None, *sites):
         behind = work.adapter.with_encoder(site)
@@ -81,27 +84,67 @@ def test_no_pair_of_an_encoder_and_a_ratio_is_better(work: Work, weighed: list[P
             turned = site.loss.angle if site and site.loss else 0.0
             lost = turned + entry.by_count(tokens)[first] + schedule.objective
             rounding = costs.unit * len(schedule.counts)
-            assert within(costs, weighed, spent + rounding)[0].loss <= 1.05 * lost
+            assert within(weighed, spent + rounding)[0].loss <= 1.05 * lost
             pairs += first < tokens
             if site is None:
-                dense = [point for point in weighed if point.site is None]
-                settled = settle(work, costs, dense, spent + rounding)
+                settled = settle(work, costs, DENSE, spent + rounding)
                 assert settled.loss <= lost + 1e-9
     assert pairs >= 10
+
+
+def within(found: list[Point], asked: float) -> list[Point]:
+    """The best with each encoder of all that fit, the best of all first."""
+    best = dict[str, Point]()
+    for one in found:
+        kept = best.get(one.encoder)
+        if one.spent <= asked and (kept is None or one.loss < kept.loss):
+            best[one.encoder] = one
+    return sorted(best.values(), key=lambda point: point.loss)
+
+
+def test_what_is_measured_is_as_by_measuring_all(work: Work, weighed: list[Point]) -> None:
+    """Each encoder that comes, until all did."""
+    costs = Operations(work.adapter)
+    for cr in (1.2, 4):
+        asked = costs.of_ratio(cr)
+        ways, found = BestFirst(Survey(work, costs, AUTO), asked), list[Point]()
+        while (point := ways.next(math.inf)) is not None:
+            found.append(point)
+        wanted = {one.encoder: (one.loss, one.counts) for one in within(weighed, asked)}
+        assert {one.encoder: (one.loss, one.counts) for one in found} == wanted
+        assert ways.losses == {encoder: loss for encoder, (loss, _) in wanted.items()}
+
+
+def test_what_cannot_change_the_choice_is_not_measured(work: Work, tmp_path: Path) -> None:
+    """Nothing is lost where all operations of the dense model are allowed."""
+    request = replace(work.request, cache=tmp_path)
+    costs = Operations(work.adapter)
+    found = settle(replace(work, request=request), costs, AUTO, costs.of_ratio(1))
+    assert found.point.encoder == "dense" and found.loss == 0
+    assert found.others == {"dense": 0}
+    assert not [*tmp_path.glob("*-encoder.npz"), *tmp_path.glob("*-left.npz")]
+
+
+def test_out_of_reach_is_said_without_a_measurement(work: Work, tmp_path: Path) -> None:
+    request = replace(work.request, cache=tmp_path)
+    costs = Operations(work.adapter)
+    with pytest.raises(SpecError, match=r"out of reach: the least that is predicted is \S+ \(enc"):
+        settle(replace(work, request=request), costs, AUTO, costs.before)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_encoder_that_is_named_and_loses_too_much_is_refused(work: Work) -> None:
     """The dense one is not taken in its place without a word."""
     named = "exit:at=0:keep=0.25:limit=0.0001"
     with pytest.raises(SpecError, match=r"at most 0\.0001 is taken"):
-        survey(work, Operations(work.adapter), named)
+        settle(work, Operations(work.adapter), named, math.inf)
 
 
 def test_what_is_settled_keeps_to_the_budget(work: Work, weighed: list[Point]) -> None:
     costs = Operations(work.adapter)
-    asked = undominated(weighed)[0].ms + 64 * costs.unit
-    found = settle(work, costs, weighed, asked)
-    assert found.ms <= asked and 0 <= found.schedule.bound <= found.schedule.objective
+    asked = undominated(weighed)[0].spent + 64 * costs.unit
+    found = settle(work, costs, AUTO, asked)
+    assert found.spent <= asked and 0 <= found.schedule.bound <= found.schedule.objective
     assert found.schedule.counts[0] < 16, "with all tokens in layer 1 it cannot be reached"
     assert found.cr == pytest.approx(16 * 6 / sum(found.schedule.counts))
 
@@ -112,8 +155,12 @@ def test_what_is_said_to_be_reached_is(work: Work, weighed: list[Point]) -> None
     times = costs.times()
     for point in fastest:
         spent = times.of(np.array([point.counts]))[0]
-        assert spare(costs, point.ms, point.site) == spent
-    assert settle(work, costs, [fastest[0]], fastest[0].ms).ms <= fastest[0].ms
+        assert spare(costs, point.spent, point.site) == spent
+    first = fastest[0]
+    assert settle(work, costs, AUTO, first.spent).spent <= first.spent
+    survey = Survey(work, costs, AUTO)
+    least = [survey.fastest(site) for site in (None, *survey.sites)]
+    assert min(point.spent for point in least) == first.spent  # as costs alone say
 
 
 def test_the_fastest_time_is_below_that_of_a_dense_layer(

@@ -50,7 +50,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from edgeprune import policies
-    from edgeprune.calib.planning import Work, joint_spec, survey
+    from edgeprune.calib.survey import Survey, Work, joint_spec
     from edgeprune.calib.ttft import open_costs, undominated
     from edgeprune.drawing.image_files import check_target
     from edgeprune.models._processor import Processor
@@ -73,15 +73,16 @@ def run(args: argparse.Namespace) -> int:
     request = _common.calibration(args, 1)
     with Bar() as bar:
         work = Work(request, adapter, policy, Processor(adapter), bar)
-        found = undominated(survey(work, costs, args.encoder))
+        found = undominated(Survey(work, costs, args.encoder).all_points())
     print(_table(found))
     dense = (
         costs.before
         + costs.vision(None)
         + costs.prefill((adapter.shape.visual_tokens,) * adapter.shape.layers)
     )
+    first, last = found[0].spent, found[-1].spent
     terminal.note(
-        f"{len(found)} points, {found[0].ms:.1f} to {found[-1].ms:.1f} ms; dense {dense:.1f} ms;"
+        f"{len(found)} points, {first:.1f} to {last:.1f} ms; dense {dense:.1f} ms;"
         f" read and preprocess {costs.before:.1f} ms of each; {profile.backend}, text"
         f" {profile.text_tokens} tokens"
     )
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         from edgeprune.drawing.frontier import figure
         from edgeprune.drawing.image_files import save
 
-        save(figure([(p.ms, p.loss, p.encoder) for p in found], dense), args.figure)
+        save(figure([(p.spent, p.loss, p.encoder) for p in found], dense), args.figure)
     return 0
 
 
@@ -105,9 +106,9 @@ def _table(found: Sequence[Point]) -> str:
         one = found[min(index, len(found) - 1)]
         rows.append(
             (
-                f"{one.ms:.1f}",
-                f"{one.vision_ms:.1f}",
-                f"{one.prefill_ms:.1f}",
+                f"{one.spent:.1f}",
+                f"{one.vision:.1f}",
+                f"{one.prefill:.1f}",
                 one.encoder,
                 f"{one.counts[0]}",
                 f"{one.cr:.2f}",
