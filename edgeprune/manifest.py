@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import Annotated, Any
 
 from edgeprune.dial import widest
@@ -284,10 +285,8 @@ class Manifest:
                 parity = setting.parity
                 return replace(self, prune=setting.prune, decoder=decoder, parity=parity)
         ratios = ", ".join(f"{setting.prune.cr:g}" for setting in self.settings)
-        raise SpecError(
-            f"{self.name} runs at CR {ratios}, not {cr:g}; choose one of these, or export with"
-            f" --cr {ratios.replace(' ', '')},{cr:g}"
-        )
+        other = f", or export with --cr {ratios.replace(' ', '')},{cr:g}" if 1 <= cr < inf else ""
+        raise SpecError(f"{self.name} runs at CR {ratios}, not {cr:g}; choose one of these{other}")
 
     @property
     def vision(self) -> GraphRecord:

@@ -106,6 +106,11 @@ class Recipe:
                 " none"
             )
         auto = self.encoder == encoder_methods.AUTO
+        if self.profilable and self.encoder != DENSE:
+            raise SpecError(
+                "--profilable is for edgeprune profile, which times the dense encoder; leave out"
+                " --encoder"
+            )
         if self.delta is not None and self.encoder != DENSE:
             raise SpecError(
                 f"--delta and {'--method auto' if auto else '--encoder'} choose other patches of a"
