@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import SpecError
 from edgeprune.manifest import DeltaRecord, Manifest
+from edgeprune.patches import as_patches
 from edgeprune.runtime.backend import Backend, ChangedPatches, EncodedImage, EncodedTile, Ids
 
 THRESHOLD, REFRESH = 0.02, 100
@@ -135,17 +136,6 @@ class Units:
         """Of each unit's patches: [N] -> [rows, columns]."""
         found: Pixels = values[self.members].max(1).reshape(self.grid)
         return found
-
-
-def as_patches(pixels: Pixels, patch: int, indices: Ids | None = None) -> Pixels:
-    """A copy of all patches row by row, or of those of `indices` [n]: [3, H, W] ->
-    [N, 3, patch, patch]."""
-    rows, columns = (side // patch for side in pixels.shape[1:])
-    cut = pixels[:, : rows * patch, : columns * patch]
-    split = cut.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4)
-    at = np.arange(rows * columns) if indices is None else indices
-    found: Pixels = split[at // columns, at % columns]
-    return found
 
 
 def part_means(pixels: Pixels, patch: int) -> Pixels:

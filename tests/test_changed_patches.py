@@ -23,10 +23,11 @@ from edgeprune.models._eager import Eager
 from edgeprune.models._encoder import Encoder
 from edgeprune.models._frames import Frame, FrameEncoder, Known, frame_encoder
 from edgeprune.models._processor import random_prompt
+from edgeprune.patches import as_patches
 from edgeprune.policies import make as policy_of
 from edgeprune.recipe import Recipe
 from edgeprune.runtime import Engine
-from edgeprune.runtime.frames import DeltaOptions, as_patches
+from edgeprune.runtime.frames import DeltaOptions
 from edgeprune.spec import Plan
 from tests.cameras import METHOD, noise, with_patches
 from tests.fake_gpu import FakeGpu, pretend

@@ -83,7 +83,7 @@ BANNED = {
 }
 EXTRAS = {"edgeprune.serve": "starlette", "edgeprune.lmms_eval.model": "lmms_eval"}
 """What a part needs that not every installation has."""
-IMAGING = {"images", "rgb", "tile_choice", "tile_views"}
+IMAGING = {"images", "patches", "rgb", "tile_choice", "tile_views"}
 """Modules at the package's root that use NumPy and Pillow, which every installation has."""
 OUTER = {"__init__", "__main__", "cli", "cluster", "making", "recipe"}
 """Those that may import layers below them."""

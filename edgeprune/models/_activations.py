@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError
+from edgeprune.models._permutation import inverse
 
 T = TypeVar("T")
 BOUND = 1 << 30
@@ -51,7 +52,7 @@ def read_tensor(file: IO[bytes], tensor: Any) -> Any:
     found = torch.empty(tensor.shape, dtype=tensor.dtype)
     if file.readinto(_bytes(found)) != found.nbytes:  # type: ignore[attr-defined]
         raise EOFError("a file of tensors is shorter than it was")
-    return found.permute(sorted(range(found.dim()), key=tensor.order.__getitem__))
+    return found.permute(inverse(tensor.order))
 
 
 class Activations:
