@@ -1,11 +1,12 @@
 """Frames of one fixed camera: of each only the patches that changed are encoded.
 
-An approximation, for who asks for it. Patches that become one visual token are a unit and change
-together. A unit counts as changed where one of its patches differs by more than `threshold` from
-what it was when it was encoded last, so that slow drift counts too. Of a tile with few changed
-units K patches go through the encoder, K as frozen at export: those that changed and the nearest
-others, whose features show most of what was there. Of a tile with more, and at least every
-`refresh` frames, all patches do. A tile without any is the last one.
+This is an approximation, for bundles that were exported with --delta. Patches that become one
+visual token are a unit and change together. A unit counts as changed where one of its patches
+differs by more than `threshold` from what it was when it was encoded last, so that slow drift
+counts too. Of a tile with few changed units K patches go through the encoder, K as frozen at
+export: those that changed and the nearest others, whose features show most of what was there. Of a
+tile with more, and at least every `refresh` frames, all patches do. A tile without
+changes is not encoded again.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ BOUND = 1 << 30
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A tensor that is the next one in the file, its axes in the order in which memory had them:
-    products of other layouts round in other ways."""
+    """Stands for the next tensor of the file. Its axes get the order in memory that they had,
+    because products round differently for other layouts."""
 
     shape: tuple[int, ...]  # in the file
     dtype: torch.dtype
