@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed 12x1024 --cr 4
     python -m benchmarks.speed onevision-0.5b --no-flat --rounds 4
-    python -m benchmarks.speed 12x1024-clip --no-flat --encoders exit:at=6,exit:at=0
+    python -m benchmarks.speed 12x1024-clip --no-flat --encoders exit:at=6,exit:at=0 --profile
     python -m benchmarks.speed qwen2-vl-2b --no-flat --apart --rounds 4   # 23 GB of disk
     python -m benchmarks.speed 0.5b --no-flat --rounds 6 --new-tokens 32 \
         --weights float,int4,int8,int8:activations=on:smooth=off
@@ -10,9 +10,10 @@
 Writes a checkpoint and two bundles below --work (kept, so a second run only measures), then times
 both in turn with `edgeprune bench`. A third bundle, `flat`, is fed the pruned one's average number
 of visual tokens from the start: the floor that in-decoder pruning can reach. With --apart only one
-bundle is in memory at a time, opened anew for each round. Shapes of
-benchmarks.shapes have 576 visual tokens and a small vision tower; those of benchmarks.published are
-whole models.
+bundle is in memory at a time, opened anew for each round. With --profile the dense bundle is
+profiled first, in a process of its own, and what that predicts of each bundle stands below the
+table. Shapes of benchmarks.shapes have 576 visual tokens and a small vision tower; those of
+benchmarks.published are whole models.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.predicted_time import predicted, profiled
 from benchmarks.published import PUBLISHED
 from benchmarks.schedules import declining
 from benchmarks.shapes import SHAPES, write
@@ -55,7 +57,7 @@ def bundle(
     adapter: Adapter, name: str, method: str, plan: Plan, cr: float, dtype: str, weights: str
 ) -> Path:
     """Export one bundle of a checkpoint, unless it is there."""
-    checkpoint = adapter.checkpoint.folder
+    checkpoint, dense = adapter.checkpoint.folder, method == "none"
     suffix = "" if weights == "float" else f"-{weights.replace(':', '-')}"
     output = checkpoint.parent / f"{checkpoint.name}-{name}-{dtype}{suffix}"
     if (output / MANIFEST).is_file():
@@ -63,7 +65,14 @@ def bundle(
     why = "timed only" if checkpoint.name in PUBLISHED else ""
     spec, processor = PruneSpec(method, cr), Processor(adapter)
     request = ExportRequest(
-        checkpoint.name, spec, plan, output, dtype=dtype, weights=weights, no_parity=why
+        checkpoint.name,
+        spec,
+        plan,
+        output,
+        dtype=dtype,
+        weights=weights,
+        no_parity=why,
+        profilable=dense,
     )
     prompts = [random_prompt(adapter.pixels, adapter.shape.vocabulary, 0)]
     export(request, adapter, make(spec), processor, prompts)
@@ -149,9 +158,14 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--no-flat", action="store_true", help="leave out the flat bundle")
     parser.add_argument("--apart", action="store_true", help="one bundle in memory at a time")
+    parser.add_argument(
+        "--profile", action="store_true", help="predict the times from a profile of the dense one"
+    )
     parser.add_argument("--work", type=Path, default=Path("out/speed"))
     parser.add_argument("--json", type=Path, help="write every round here")
     args = parser.parse_args()
+    if args.profile and "," in args.weights:
+        parser.error("--profile is of one format of weights")
     formats, encoders = args.weights.split(","), [e for e in args.encoders.split(",") if e]
     asked = args.model, args.cr, args.work, args.dtype, formats, encoders
     paths = bundles(*asked, flat=not args.no_flat, size=args.image_size)
@@ -162,7 +176,11 @@ def main() -> None:
         new_tokens=args.new_tokens,
         threads=args.threads,
     )
+    profile = profiled(paths[0], args.backend, args.rounds, args.threads) if args.profile else None
     result = apart(request) if args.apart else bench(request)
+    if profile is not None:
+        adapter = opened(args.model, args.work, args.image_size)
+        result = predicted(result, paths, adapter, profile)
     print(table(result))
     print(result.machine, file=sys.stderr)
     if args.json:
