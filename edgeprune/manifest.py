@@ -27,7 +27,7 @@ from edgeprune.records import (
     Side,
 )
 from edgeprune.spec import LinearAttention, Plan, Stage
-from edgeprune.tiling import Tiling
+from edgeprune.tiling import Size, Tiling, ViewRule, Views
 from edgeprune.weight_format import WeightFormat
 
 SCHEMA = 5
@@ -182,6 +182,15 @@ class ImageRecord:
     step: Side | None = None  # the model takes any multiple of so many pixels, the bundle one size
     images: Few = 1  # in a prompt
     frames: Count | None = None  # of a video, in place of images
+    view_rule: ViewRule | None = None  # by which the model's own processor shows an image; None: as
+    # the bundle does
+
+    @property
+    def views(self) -> Views:
+        """What the encoder sees of an image."""
+        if self.tiling is not None:
+            return self.tiling.views
+        return Views(Size(1, 1), Size(self.height, self.width))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

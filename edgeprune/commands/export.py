@@ -109,8 +109,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from edgeprune.making import make
     from edgeprune.progress import Bar
-    from edgeprune.recipe import make
 
     started = time.perf_counter()
     recipe = _recipe(args)
