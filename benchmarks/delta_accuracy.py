@@ -41,7 +41,8 @@ from edgeprune.demo.scenes import (
 )
 from edgeprune.files import write_whole
 from edgeprune.intervals import difference
-from edgeprune.recipe import Recipe, make
+from edgeprune.making import make
+from edgeprune.recipe import Recipe
 from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.backend import EncodedImage
 from edgeprune.runtime.frames import REFRESH, THRESHOLD, DeltaOptions

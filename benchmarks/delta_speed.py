@@ -29,7 +29,8 @@ import numpy as np
 from benchmarks.shapes import SHAPES, write
 from edgeprune.demo import SAMPLES_DIR
 from edgeprune.files import write_whole
-from edgeprune.recipe import Recipe, make
+from edgeprune.making import make
+from edgeprune.recipe import Recipe
 from edgeprune.runtime import Sampling, Session
 from edgeprune.runtime.backend import EncodedImage
 from edgeprune.runtime.frames import DeltaOptions

@@ -41,10 +41,11 @@ from edgeprune.encoder_methods import AUTO, DENSE
 from edgeprune.errors import SpecError
 from edgeprune.files import write_whole
 from edgeprune.intervals import difference
+from edgeprune.making import make
 from edgeprune.manifest import Manifest
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
-from edgeprune.recipe import Recipe, make
+from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
 from edgeprune.tables import plain
 

@@ -28,7 +28,8 @@ from edgeprune.bench.table import table
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.export.ranges import summary
 from edgeprune.graphs import GRAPHS
-from edgeprune.recipe import Recipe, make
+from edgeprune.making import make
+from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
 
 ELEMENT = 2

@@ -32,11 +32,12 @@ from edgeprune.calib.ttft import open_costs, undominated
 from edgeprune.demo.questions import held_out
 from edgeprune.encoder_methods import AUTO
 from edgeprune.files import write_whole
+from edgeprune.making import make
 from edgeprune.models import open_model
 from edgeprune.models._processor import Processor
 from edgeprune.policies import make as make_policy
 from edgeprune.progress import Bar
-from edgeprune.recipe import Recipe, make
+from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
 from edgeprune.tables import plain
 from edgeprune.timing import read_profile

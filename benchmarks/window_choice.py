@@ -19,7 +19,8 @@ import torch
 from benchmarks.qwen_shapes import QwenShape, write
 from edgeprune.demo.scenes import draw, make_scene
 from edgeprune.encoder_methods._method import EACH, JOINT
-from edgeprune.recipe import Recipe, make
+from edgeprune.making import make
+from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec
 from edgeprune.tables import plain
 from edgeprune.tiling import Size

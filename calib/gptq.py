@@ -1,11 +1,12 @@
-"""Codes of 4 bits chosen input by input, each making up for the errors of those before (GPTQ,
-arXiv:2210.17323): what rounding one input's weights changes in the outputs is taken out of the
-weights of the inputs to come, as far as inputs go together in the samples.
+"""Codes of 4 bits, chosen input by input (GPTQ, arXiv:2210.17323).
+
+Rounding the weights of one input changes the outputs. The weights of later inputs compensate this
+change, as far as the inputs are correlated in the samples.
 
 Scales are fixed first, as `clip` says, by the sizes of the inputs; so graphs and their sizes are as
 without. Inputs are the float model's, read layer by layer. Codes lie in a file without a name, a
 byte a weight. Products of the decoder's layers alone are rounded so. The head reads one token of a
-sample, which is too little to say what goes together.
+sample, which is too little to estimate correlations.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The loss is the divergence KL(float || quantised) of the next token's distribution, over the last
 tokens of calibration samples: the first of their answers, where the samples have some. A group is
-the products that read one tensor. What 8 bits lose is not measured, it is too little: it is taken
-as the loss of 4 bits times the ratio of the squared errors of the weights.
+the products that read one tensor. The loss of 8 bits is too small to be measured: it is
+taken as the loss of 4 bits times the ratio of the squared errors of the weights.
 
 The model is read layer by layer, once. Behind the layer that has a group only the last tokens of
 the text go on; what they see of earlier tokens in later layers is the float model's. So a group

@@ -1,6 +1,7 @@
 """Calibration over a cluster: each job measures some of the samples; what they find is joined.
 
-Samples are measured one by one in each layer, so that a part of them gives what all of them would.
+Samples are measured one by one in each layer, so the result for a sample does not depend on which
+others its job measures.
 A job reads the whole checkpoint once, so there are no more jobs than can run at a time.
 """
 
@@ -65,7 +66,7 @@ class Spread:
 
 
 def ranges(total: int, parts: int) -> list[range]:
-    """The numbers below `total` in as many parts, as long as each other but for one."""
+    """The numbers below `total` in so many ranges, whose lengths differ by at most 1."""
     parts = min(total, parts)
     ends = [round(total * i / parts) for i in range(parts + 1)]
     return [range(a, b) for a, b in pairwise(ends)]

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from edgeprune.export.check import Verdict, check_bundle
     from edgeprune.export.exporter import Exported
     from edgeprune.generation import Sampling
+    from edgeprune.making import make as export_bundle
     from edgeprune.manifest import Manifest
     from edgeprune.models import names as list_models
     from edgeprune.policies import names as list_methods
     from edgeprune.recipe import Recipe
-    from edgeprune.recipe import make as export_bundle
     from edgeprune.runtime.answer import Answer, Choice, Timings, TokenScore
     from edgeprune.runtime.build import BuildRequest, Built
     from edgeprune.runtime.build import build as build_engines
@@ -63,7 +63,7 @@ _HOMES = {
     "build_engines": ("runtime.build", "build"),
     "check_bundle": ("export.check", "check_bundle"),
     "compare_methods": ("compare.comparing", "compare"),
-    "export_bundle": ("recipe", "make"),
+    "export_bundle": ("making", "make"),
     "list_methods": ("policies", "names"),
     "list_models": ("models", "names"),
 }

@@ -20,7 +20,7 @@ _ORDER = ("encoder", "block", "vision", "input", "layer")
 
 def check_ratios(ratios: Sequence[float]) -> None:
     """SpecError where a list of ratios names one twice, or too many."""
-    if len(set(ratios)) != len(ratios):
+    if len({f"{cr:g}" for cr in ratios}) != len(ratios):  # as they are told, and served
         given = ",".join(f"{cr:g}" for cr in ratios)
         raise SpecError(f"--cr {given} names a ratio twice; give each once, the default first")
     if len(ratios) > MOST:

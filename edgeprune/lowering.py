@@ -129,7 +129,7 @@ def resolve(target: str, dtype: str | None = None, weights: str = "float") -> Lo
     if target not in TARGETS:
         raise SpecError(f"there is no target {target!r}; choose one of: {', '.join(TARGETS)}")
     chosen = TARGETS[target]
-    name = dtype or chosen.dtype
+    name = chosen.dtype if dtype is None else dtype
     if name not in DTYPES:
         raise SpecError(f"--dtype is one of {', '.join(DTYPES)}; got {name!r}")
     return _checked(Lowering(chosen, DTYPES[name], WeightFormat.parse(weights)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import Annotated, Any
 
 from edgeprune.dial import widest
@@ -26,7 +27,7 @@ from edgeprune.records import (
     Side,
 )
 from edgeprune.spec import LinearAttention, Plan, Stage
-from edgeprune.tiling import Tiling
+from edgeprune.tiling import Size, Tiling, ViewRule, Views
 from edgeprune.weight_format import WeightFormat
 
 SCHEMA = 5
@@ -181,6 +182,15 @@ class ImageRecord:
     step: Side | None = None  # the model takes any multiple of so many pixels, the bundle one size
     images: Few = 1  # in a prompt
     frames: Count | None = None  # of a video, in place of images
+    view_rule: ViewRule | None = None  # by which the model's own processor shows an image; None: as
+    # the bundle does
+
+    @property
+    def views(self) -> Views:
+        """What the encoder sees of an image."""
+        if self.tiling is not None:
+            return self.tiling.views
+        return Views(Size(1, 1), Size(self.height, self.width))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -284,10 +294,8 @@ class Manifest:
                 parity = setting.parity
                 return replace(self, prune=setting.prune, decoder=decoder, parity=parity)
         ratios = ", ".join(f"{setting.prune.cr:g}" for setting in self.settings)
-        raise SpecError(
-            f"{self.name} runs at CR {ratios}, not {cr:g}; choose one of these, or export with"
-            f" --cr {ratios.replace(' ', '')},{cr:g}"
-        )
+        other = f", or export with --cr {ratios.replace(' ', '')},{cr:g}" if 1 <= cr < inf else ""
+        raise SpecError(f"{self.name} runs at CR {ratios}, not {cr:g}; choose one of these{other}")
 
     @property
     def vision(self) -> GraphRecord:

@@ -1,55 +1,19 @@
-"""A recipe is all that decides a bundle; making it calibrates where the method needs that, and
-exports. Calibration and export know nothing of each other: they meet here.
-"""
+"""A recipe: all that decides a bundle. `edgeprune/making.py` makes the bundle."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeprune import encoder_methods, policies
-from edgeprune.calib.calibrate import CalibrationRequest, calibrate
-from edgeprune.calib.encoder import SiteMeasurement, check_limit, check_method, placed
-from edgeprune.calib.planning import (
-    Settled,
-    within_operations,
-    within_time,
-)
-from edgeprune.calib.resuming import Tell, beside, quiet
-from edgeprune.calib.samples import check_image_dir, demo_samples, user_samples
-from edgeprune.calib.schedule import Schedule, read_schedule
-from edgeprune.calib.survey import Work, joint_spec
-from edgeprune.calib.tuning import check_bits, check_samples, tune
-from edgeprune.dial import check_ratios, on_common_sites
+from edgeprune.calib.samples import check_image_dir
+from edgeprune.dial import check_ratios
 from edgeprune.encoder_methods import DENSE
 from edgeprune.errors import SpecError
-from edgeprune.export.exporter import (
-    Exported,
-    ExportRequest,
-    check_topk,
-    export,
-    preflight,
-    read_records,
-)
-from edgeprune.export.ratios import Setting
 from edgeprune.lowering import Lowering, resolve
-from edgeprune.models import Adapter, open_model
 from edgeprune.models._execution import Execution
-from edgeprune.models._frames import changed_config
-from edgeprune.models._memory import check_device, check_memory, parity_bytes
-from edgeprune.models._processor import Processor, Prompt, random_prompt
-from edgeprune.policies import Policy
-from edgeprune.progress import Progress, silent
-from edgeprune.spec import (
-    ModelShape,
-    Plan,
-    PruneSpec,
-    check_cr,
-    check_reach,
-    check_separators,
-)
+from edgeprune.spec import PruneSpec
 from edgeprune.tiling import Size
 
 DENSE_METHOD = "none"
@@ -105,6 +69,11 @@ class Recipe:
                 " none"
             )
         auto = self.encoder == encoder_methods.AUTO
+        if self.profilable and self.encoder != DENSE:
+            raise SpecError(
+                "--profilable is for edgeprune profile, which times the dense encoder; leave out"
+                " --encoder"
+            )
         if self.delta is not None and self.encoder != DENSE:
             raise SpecError(
                 f"--delta and {'--method auto' if auto else '--encoder'} choose other patches of a"
@@ -123,6 +92,11 @@ class Recipe:
     def joint(self) -> bool:
         """Whether encoder and decoder are chosen together, under one budget."""
         return self.ttft is not None or self.encoder == encoder_methods.AUTO
+
+    @property
+    def specs(self) -> list[PruneSpec]:
+        """The method at each ratio that is asked for; one where counts are frozen."""
+        return [replace(self.spec, cr=cr) for cr in self.ratios] or [self.spec]
 
     @property
     def execution(self) -> Execution:
@@ -162,217 +136,3 @@ class Recipe:
         encoder = f"-{method}".replace(":", "-").replace("=", "") if method else ""
         seeded = f"-seed{seed}" if seed else ""
         return Path("out") / f"{name}-{spec.method}{ratio}{encoder}{seeded}"
-
-
-def make(
-    recipe: Recipe,
-    report: Progress = silent,
-    tell: Tell = quiet,
-    choose: Callable[[Work], Settled] | None = None,
-) -> Exported:
-    """Calibrate where the method needs it, export, and check; SpecError where a plan cannot be.
-
-    `tell` is told of the folder by which a calibration that was killed goes on. `choose` chooses
-    encoder and counts of a joint recipe; None: by the recipe's own budget.
-    """
-    if recipe.joint:
-        recipe = replace(recipe, spec=joint_spec(recipe.spec))
-    spec, policy = recipe.spec, policies.make(recipe.spec)
-    recipe.execution.require()
-    if recipe.ratios:
-        _check_dial(spec, policy)
-    adapter = open_model(
-        recipe.model,
-        recipe.revision,
-        size=recipe.image_size,
-        images=recipe.num_images,
-        frames=recipe.frames,
-        tiles=recipe.tiles,
-        tokenizer=recipe.tokenizer,
-    ).with_execution(recipe.execution)
-    if recipe.delta is not None:
-        video = recipe.frames is not None
-        changed_config(adapter.vision_config, recipe.delta, video=video)  # SpecError soon
-    if not recipe.joint:
-        adapter = placed(recipe.encoder, adapter)
-    asked = [replace(spec, cr=cr) for cr in recipe.ratios] or [spec]
-    if spec.exact or (spec.method == DENSE_METHOD and spec.cr == 1):
-        spec = with_reached_ratio(spec, policy, adapter.shape)
-        recipe = replace(recipe, spec=spec)
-        asked = [spec]
-    site = adapter.vision_config.site
-    for one in asked:
-        check_reach(one, adapter.shape)
-        if site is not None:
-            check_method(adapter, policy, one.cr)
-    if site is not None:
-        check_topk(f"--encoder {site.method}", adapter.encoder_topk, recipe.target)
-    samples, why = _parity(recipe, adapter)
-    preflight(recipe.folder, recipe.lowering, adapter)
-    _check_keep(recipe, why)
-    given = recipe.samples_file is not None or recipe.model == "demo"
-    check_samples(recipe.lowering, adapter, given)
-    check_bits(recipe.lowering, adapter)
-    processor = Processor(adapter)
-    read_records(adapter, processor)  # what cannot be read is refused before minutes of calibration
-    calibration, settled = _calibration(recipe), None
-    schedules: list[Schedule | None]
-    if recipe.joint:
-        work = Work(calibration, adapter, policy, processor, report)
-        settled = choose(work) if choose else _settled(recipe, work)
-        adapter, schedules = settled.adapter, [settled.schedule]
-        spec = replace(spec, cr=settled.cr)
-        recipe, asked = replace(recipe, spec=spec), [spec]
-    else:
-        if site is not None:
-            site = SiteMeasurement(calibration, adapter, processor, policy, report).of(site)
-            check_limit(site)
-            adapter = adapter.with_encoder(site)
-        schedules = [
-            _schedule(replace(recipe, spec=one), adapter, policy, processor, report, tell)
-            for one in asked
-        ]
-    settings = _settings(asked, schedules, policy, adapter.shape)
-    spec, plan = settings[0].spec, settings[0].plan
-    request = ExportRequest(
-        model=recipe.model_name,
-        spec=spec,
-        plan=plan,
-        output=recipe.folder,
-        target=recipe.target,
-        dtype=recipe.dtype,
-        weights=recipe.weights,
-        schedule=settings[0].schedule,
-        dial=settings if recipe.ratios else (),
-        no_parity=why,
-        keep_fp32=recipe.keep_fp32,
-        profilable=recipe.profilable,
-        delta=recipe.delta,
-        timing=settled.timing if settled else None,
-        choice=settled.choice if settled else None,
-        tuning=tune(calibration, recipe.lowering, adapter, policy, plan, processor, report),
-    )
-    prompts = _prompts(samples, recipe, adapter, processor)
-    return export(request, adapter, policy, processor, prompts, report)
-
-
-def _check_dial(spec: PruneSpec, policy: Policy) -> None:
-    """SpecError where a method's counts cannot be an input of the graphs."""
-    if spec.exact:
-        raise SpecError("--set counts= gives one ratio, --cr lists several; leave one of them out")
-    if why := policy.why_frozen():
-        raise SpecError(
-            f"method {spec.method} takes one --cr a bundle: {why}; export a bundle for each ratio,"
-            " or choose a method whose counts can be an input, such as utp or fastv"
-        )
-
-
-def _settings(
-    asked: Sequence[PruneSpec],
-    schedules: Sequence[Schedule | None],
-    policy: Policy,
-    shape: ModelShape,
-) -> tuple[Setting, ...]:
-    """Every ratio with its counts; SpecError where one cannot be."""
-    plans = list[Plan]()
-    for spec, schedule in zip(asked, schedules, strict=True):
-        plan = policy.plan(shape, spec.cr, schedule)
-        check_cr(plan, spec.cr)
-        check_separators(plan, shape)
-        plans.append(plan)
-    records = [schedule.record() if schedule else None for schedule in schedules]
-    if len(plans) > 1:
-        plans = list(on_common_sites(plans))
-    return tuple(map(Setting, asked, plans, records))
-
-
-def with_reached_ratio(spec: PruneSpec, policy: Policy, shape: ModelShape) -> PruneSpec:
-    """The spec of given counts, or of nothing pruned behind the encoder, with the ratio that is
-    reached; SpecError where another is asked."""
-    reached = policy.plan(shape, max(spec.cr, shape.least_ratio)).cr
-    if spec.cr != 1 and abs(spec.cr / reached - 1) > 0.01:
-        raise SpecError(
-            f"--set counts={spec.options['counts']} reaches CR {reached:.4g}, --cr asks for"
-            f" {spec.cr:g}; leave out --cr"
-        )
-    return replace(spec, cr=reached)
-
-
-def _schedule(
-    recipe: Recipe,
-    adapter: Adapter,
-    policy: Policy,
-    processor: Processor,
-    report: Progress,
-    tell: Tell,
-) -> Schedule | None:
-    """The schedule of a method that needs one: a file's, or calibrated now."""
-    spec = recipe.spec
-    if policy.entry_tokens(adapter.shape, spec.cr) is None:
-        if recipe.schedule is not None:
-            raise SpecError(f"method {spec.method} follows no schedule; leave out --schedule")
-        return None
-    if recipe.schedule is not None:
-        return read_schedule(recipe.schedule, adapter.shape, spec.cr)
-    request = replace(_calibration(recipe), work=beside(recipe.folder))
-    return calibrate(request, adapter, policy, processor, report, tell=tell)
-
-
-def _calibration(recipe: Recipe) -> CalibrationRequest:
-    return CalibrationRequest(
-        recipe.spec.cr,
-        recipe.samples,
-        recipe.samples_file,
-        recipe.image_dir,
-        recipe.solver,
-        recipe.max_sites,
-        solve_seconds=recipe.solve_seconds,
-    )
-
-
-def _settled(recipe: Recipe, work: Work) -> Settled:
-    """Encoder and schedule, chosen together."""
-    if recipe.ttft is not None and recipe.profile is not None:
-        return within_time(work, recipe.profile, recipe.encoder, recipe.ttft, recipe.lowering)
-    return within_operations(work, recipe.encoder, recipe.spec.cr)
-
-
-def _parity(recipe: Recipe, adapter: Adapter) -> tuple[int, str]:
-    """How many samples to check, and why none where none."""
-    asked = recipe.parity
-    if asked is not None and asked < 0:
-        raise SpecError(f"--parity is a number of samples, 0 for none; got {asked}")
-    if asked == 0:
-        return 0, "left out by --parity 0"
-    count = asked or 8
-    advice = "check fewer samples with --parity N, or none with --parity 0"
-    check_memory(parity_bytes(adapter, count), "parity", advice)
-    check_device(adapter, "parity")
-    return count, ""
-
-
-def _check_keep(recipe: Recipe, why: str) -> None:
-    """SpecError where parts are to stay in float32 and none can, or none can be found."""
-    if recipe.keep_fp32 == "none":
-        return
-    dtype = recipe.lowering.dtype.name
-    if dtype != "fp16":
-        raise SpecError(f"--keep-fp32 is for fp16, this export is {dtype}; leave it out")
-    if why:
-        raise SpecError(
-            f"--keep-fp32 auto measures on the samples of the parity check, which is {why}; give"
-            " --parity N"
-        )
-
-
-def _prompts(
-    count: int, recipe: Recipe, adapter: Adapter, processor: Processor
-) -> Iterable[Prompt]:
-    """The demo's own scenes, the user's calibration samples, or noise."""
-    if recipe.samples_file is not None and recipe.sample_images is not None:
-        found = user_samples(processor, recipe.samples_file, recipe.sample_images, count)
-        return [sample.prompt for sample in found]
-    if recipe.model == "demo":
-        return [sample.prompt for sample in demo_samples(processor, count)]
-    shape = adapter.shape
-    return [random_prompt(adapter.pixels, shape.vocabulary, seed) for seed in range(count)]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.patches import as_patches
 from edgeprune.tiling import Tiling
 
 Pixels = NDArray[np.float32]
@@ -36,10 +37,9 @@ def _in_blocks(whole: Pixels, tiling: Tiling) -> Pixels:
     """[3, height, width] -> [1, 4, side, side]."""
     (rows, columns), across = tiling.overview_grid, tiling.tokens
     block = tiling.block
-    split = whole.reshape(3, rows, block, columns, block).transpose(1, 3, 0, 2, 4)
     places = np.zeros((across * across, 4, block, block), np.float32)
     places[:, 3] = OF_NOTHING
-    places[: rows * columns, :3] = split.reshape(-1, 3, block, block)
+    places[: rows * columns, :3] = as_patches(whole, block)
     places[: rows * columns, 3] = OF_WHOLE
     raster = places.reshape(across, across, 4, block, block).transpose(2, 0, 3, 1, 4)
     return raster.reshape(1, 4, tiling.tile, tiling.tile)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-from edgeprune.records import Between, Few, LongestEdge, OneOf, Side
+from edgeprune.records import Between, Count, Few, LongestEdge, Magnitude, OneOf, Side
 
 TILE_MEMORY_MB = 64
 """For what the encoder gave for tiles that may come again, unless another number is given."""
@@ -54,6 +54,63 @@ class CropRule:
         if min(side, other) < self.least or (count - 1) * side >= longer:  # or nothing in the last
             return Size(1, 1)
         return Size(1, count) if image.width >= image.height else Size(count, 1)
+
+
+class Views(NamedTuple):
+    """What the encoder sees of an image."""
+
+    grid: Size  # rows and columns of tiles; 1 x 1: the image is not cut
+    whole: Size | None  # pixels of the view of the whole image; None: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRule:
+    """Which views LFM2-VL's processor makes of an image, by its size: of a large one tiles, and a
+    view of the whole; of others one view."""
+
+    patch: Side  # pixels a side
+    step: Side  # pixels a side of a token
+    tokens: tuple[Count, Count]  # of a view of the whole: least, most
+    tile: Side | None  # pixels a side; None: no image is cut
+    tiles: tuple[Few, Few]  # of an image that is cut: least, most
+    tolerance: Magnitude  # an image is cut where it has more pixels than so many largest views
+    overview: bool  # whether an image that is cut has a view of the whole too
+
+    def views(self, image: Size) -> Views:
+        """The tiles and the view of the whole of an image of that size."""
+        if self.tile is None or not self.splits(image):
+            return Views(Size(1, 1), self.whole(image))
+        grid = stretch_grid(image, self.tile, *self.tiles)
+        return Views(grid, self.whole(image) if self.overview else None)
+
+    def splits(self, image: Size) -> bool:
+        """Whether an image is cut into tiles."""
+        height, width = (max(self.patch, round(side / self.step) * self.step) for side in image)
+        largest = self.tokens[1] * self.step**2
+        return self.tile is not None and height * width > largest * self.tolerance
+
+    def whole(self, image: Size) -> Size:
+        """The pixels of a view of the whole: sides to the nearest multiples of the step, unless
+        that makes too few tokens or too many; then both are scaled and rounded up, or down."""
+        step, area = self.step, image.height * image.width
+        height, width = (max(step, round(side / step) * step) for side in image)
+        least, most = (tokens * step**2 for tokens in self.tokens)
+        if height * width > most:
+            scale = math.sqrt(area / most)
+            height, width = (max(step, math.floor(s / scale / step) * step) for s in image)
+        elif height * width < least:
+            scale = math.sqrt(least / area)
+            height, width = (math.ceil(side * scale / step) * step for side in image)
+        return Size(height, width)
+
+    def described(self, views: Views) -> str:
+        """Views in words, with their tokens."""
+        (rows, columns), whole = views
+        found = [] if (rows, columns) == (1, 1) else [f"{rows} x {columns} tiles (rows x columns)"]
+        if whole is not None:
+            tokens = whole.height * whole.width // self.step**2
+            found.append(f"one view of {tokens} tokens")
+        return " and ".join(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +159,14 @@ class Tiling:
     def channels(self) -> int:
         """Numbers of a pixel."""
         return 3 if self.overview_size is None else 4
+
+    @property
+    def views(self) -> Views:
+        """Tiles and view of the whole."""
+        grid = Size(self.rows, self.columns)
+        if self.overview == "none":
+            return Views(grid, None)
+        return Views(grid, Size(*(self.overview_size or (self.tile, self.tile))))
 
     @property
     def overview_grid(self) -> Size:
@@ -189,9 +254,12 @@ def stretch_grid(image: Size, tile: int, least: int, most: int) -> Size:
 
 def grids(least: int, most: int) -> list[Size]:
     """All grids of `least` to `most` tiles, fewest tiles first, then fewest columns."""
-    sides = range(1, most + 1)
-    every = [Size(rows, columns) for columns in sides for rows in sides]
-    fitting = [grid for grid in every if least <= grid.height * grid.width <= most]
+    every = [
+        Size(rows, columns)
+        for columns in range(1, most + 1)
+        for rows in range(1, most // columns + 1)
+    ]
+    fitting = [grid for grid in every if grid.height * grid.width >= least]
     return sorted(fitting, key=lambda grid: grid.height * grid.width)
 
 

@@ -1,7 +1,7 @@
 """An ONNX graph as the rules of `export.rules` look at it: who makes a value, its type and rank.
 
-The graph may be anybody's: it is looked through once, whatever its values hang on, and no file is
-read but such as lie beside it.
+The graph may come from anybody. So it is read in one pass over its nodes, and of other files only
+those in its own folder are read.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Graph:
 
     @classmethod
     def of(cls, model: Any, folder: Path | None = None) -> Graph:
-        """Read a model whose weights need not be loaded; sizes that lie in files of `folder` are.
+        """Read a model. Its weights need not be loaded; tensors of sizes are read from `folder`.
 
-        Where ONNX finds its types contradictory they are taken as they stand.
+        Where ONNX finds that types contradict each other, they are taken as the file has them.
         """
         with suppress(Exception):  # of C++, in as many kinds as it has
             model = shape_inference.infer_shapes(model)

@@ -56,7 +56,7 @@ def typed(index: int, *kinds: int) -> Condition:
 
 
 def is_zero(graph: Graph, name: str) -> bool:
-    """Whether a small constant is known to hold zeros alone; one that is left out is taken so."""
+    """Whether a small constant holds only zeros; an input that is left out counts as zeros."""
     tensor = graph.tensors.get(name)
     if not name:
         return True

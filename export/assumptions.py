@@ -1,4 +1,4 @@
-"""What the tracer took for granted of a graph's dynamic sizes, against the calls that will be made.
+"""What the tracer assumed about a graph's dynamic sizes, compared with the calls that will be made.
 
 torch.export decides every question about a size by its example, and keeps the answers as guards. A
 size that is 1 in the example but 0 in a decode step is then frozen as 1, and the graph is wrong.
@@ -19,10 +19,11 @@ Sizes = Mapping[tuple[str, int], int]
 
 
 def check_sizes(program: ExportedProgram, calls: Sequence[Sizes]) -> None:
-    """ExportError where the program holds two sizes for equal that are not in one of the calls.
+    """ExportError where the traced program takes two sizes as equal that differ in a call.
 
-    Sizes that a call leaves out may be anything. That a size is at least 1, which the tracer asks
-    about memory layouts as max(1, size) = size, changes no operator and is passed over.
+    Sizes that a call does not name may be anything. The tracer also assumes that a size is at least
+    1, where it asks about memory layouts: max(1, size) = size. That changes no operator, so it is
+    ignored.
     """
     symbols = _symbols(program)
     for guard in _guards(program):

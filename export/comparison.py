@@ -1,4 +1,4 @@
-"""A draft bundle beside the eager model: the same program, in half precision still the same."""
+"""Compares a draft bundle with the eager model, in float32 and in half precision."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from edgeprune.errors import ParityError
 from edgeprune.export.dialogue import REPORT, Played, WindowedGraph
@@ -27,6 +26,7 @@ from edgeprune.models._eager import Eager
 from edgeprune.models._frames import Frame, FrameEncoder, Known, frame_encoder
 from edgeprune.models._processor import Prompt
 from edgeprune.models._vision_tower import Encoded
+from edgeprune.patches import as_patches
 
 MOST = 2
 """Samples that are compared at most: every number of a block is kept of each."""
@@ -45,10 +45,10 @@ class Change:
     @classmethod
     def drawn(cls, before: Tensor, after: Tensor, patch: int, count: int, seed: int) -> Change:
         """With patches at random places."""
-        columns = F.unfold(after, patch, stride=patch)[0].T  # [N, 3 * patch * patch]
+        patches = torch.from_numpy(as_patches(after[0].numpy(), patch))
         generator = torch.Generator().manual_seed(seed)
-        indices = torch.randperm(len(columns), generator=generator)[:count].sort().values
-        return cls(before, columns[indices].view(count, 3, patch, patch), indices)
+        indices = torch.randperm(len(patches), generator=generator)[:count].sort().values
+        return cls(before, patches[indices], indices)
 
 
 class FrameGraph(WindowedGraph):

@@ -99,7 +99,7 @@ class _Cached:
         return cls(attention, keys, values, rest[3], heads, kv_heads, size)
 
     def fuse(self, graph: ir.Graph, filled: _Filled) -> None:
-        """Let one node do what the three do."""
+        """Replace the three nodes by one."""
         old, given = self.attention, list[ir.Value]()
         new = (old.inputs[0], self.keys.inputs[1], self.values.inputs[1])
         for value in new:

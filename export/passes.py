@@ -48,8 +48,9 @@ def add_token(graph: ir.Graph) -> None:
     """A second output `token` int64 [1, 1]: the likeliest of the logits, of equal ones the first,
     or -1 where any of them is infinite or not a number.
 
-    A GPU then returns 8 bytes a step instead of the whole vocabulary's logits. What is not finite
-    makes the sum of all magnitudes so, whatever an engine's ArgMax or Max does with it.
+    A GPU then returns 8 bytes a step instead of the whole vocabulary's logits. Engines
+    differ in what ArgMax and Max do with numbers that are not finite. The sum of all magnitudes is
+    not finite where one of them is not, on every engine.
     """
     (logits,) = (value for value in graph.outputs if value.name == "logits")
     token = ir.val("token", ir.DataType.INT64, [1, 1])

@@ -34,8 +34,8 @@ from edgeprune.spec import Stage
 class Choices(nn.Module):
     """Encoder sites: patches are chosen, the others leave; with an exit they come back at the end.
 
-    They come back as they left, since an exit's map is a product, which is counted by its
-    operations. All sites are traced at once, which takes as long as one.
+    They come back unchanged: the time of an exit's map, which is a product, is counted by its
+    operations. All sites are traced together, which takes no longer than tracing one.
     """
 
     roles = "hidden", "pixels", "query", "key"

@@ -1,7 +1,8 @@
 """Whether two engines that chose other tokens at a site did so by rounding.
 
-Two engines round differently, and a choice between equals falls otherwise. Whether that is so is
-asked of the one layer in which they part: it runs again with inputs that are off by rounding.
+Two engines round differently, so they may choose differently between tokens whose scores are nearly
+equal. To know whether that happened, the reference's layer in which they first differ is run again,
+with inputs that are changed by as much as rounding changes them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Given:
 
     @classmethod
     def of(cls, after: ImageState | DialogueState, before: ImageState | DialogueState) -> Given:
-        """What the reference's state has more than before."""
+        """What the reference gave at the stage between two of its states."""
         return cls(after.shown, after.chosen[len(before.chosen) :])
 
     def keeps_as(self, other: Given) -> bool:
@@ -79,14 +80,14 @@ def tie(
     found: Given,
     entered: tuple[Tensor, ...],  # the graph's hidden states before this stage
 ) -> Tie | None:
-    """What rounding explains of a graph's choice `found` in a stage, which the reference goes
-    through from `before` to `after`; None where it explains nothing.
+    """The tie, if rounding explains the graph's choice `found` in a stage; None if it does not. The
+    reference goes through that stage from `before` to `after`.
 
-    It does where the reference makes that choice, with the same numbers, if its inputs are the
-    graph's own or off by noise. Where many choices are close, as in a greedy order, no two
-    roundings turn the same ones. Then the graph is right too if it keeps what is kept always and
-    nothing that never is, and where tokens are dropped alone, if the reference with just these
-    tokens gives the same numbers.
+    Rounding explains the choice if the reference makes the same one, with the same numbers, from
+    the graph's own inputs or from inputs with noise. Where many choices are close, as in a greedy
+    order, two roundings rarely change the same ones. Then rounding also explains a choice that
+    has every token that all of these runs keep, and none that no run keeps. If tokens are only
+    dropped there, the reference must also give the same numbers with just these tokens.
     """
     others = [Given.of(after, before)]
     for state in _nudged(stages, before, entered):

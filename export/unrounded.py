@@ -1,7 +1,8 @@
 """A graph with all its codes and scales, whose products have inputs that are not rounded.
 
-Rounding turns a difference of the last digit into one of a whole step, so two engines agree to the
-last digits only without it. What rounding adds is measured apart (weighing.py).
+Rounding to 8 bits can turn a difference in the last digit into a difference of a whole step. So two
+engines agree to the last digits only without it. What this rounding costs is measured separately
+(weighing.py).
 """
 
 from __future__ import annotations

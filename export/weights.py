@@ -69,7 +69,7 @@ class WeightsFile:
         dtype: torch.dtype,
         progress: Progress,
     ) -> None:
-        """Give every weight of a traced graph its bytes; each is read once and let go."""
+        """Give every weight of a traced graph its bytes; each is read once and then freed."""
         sources, tables = adapter.sources(module), dict(module.named_buffers())
         reader = adapter.reader
         values = list(model.graph.initializers.values())

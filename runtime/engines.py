@@ -1,7 +1,8 @@
-"""A bundle's engines: only such as were built from its graphs, for this machine, and unaltered.
+"""Finds a bundle's engines: built from its graphs, for this machine, and not altered.
 
 An engine is code, so it is read only where its hash is the recorded one. The record lies beside it:
-the hash finds damage, not malice. Delete engines/ of a bundle from others and build your own.
+the hash finds damage, but not an attack. Delete engines/ in a bundle from others, and build your
+own.
 """
 
 from __future__ import annotations

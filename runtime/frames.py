@@ -1,11 +1,12 @@
 """Frames of one fixed camera: of each only the patches that changed are encoded.
 
-An approximation, for who asks for it. Patches that become one visual token are a unit and change
-together. A unit counts as changed where one of its patches differs by more than `threshold` from
-what it was when it was encoded last, so that slow drift counts too. Of a tile with few changed
-units K patches go through the encoder, K as frozen at export: those that changed and the nearest
-others, whose features show most of what was there. Of a tile with more, and at least every
-`refresh` frames, all patches do. A tile without any is the last one.
+This is an approximation, for bundles that were exported with --delta. Patches that become one
+visual token are a unit and change together. A unit counts as changed where one of its patches
+differs by more than `threshold` from what it was when it was encoded last, so that slow drift
+counts too. Of a tile with few changed units K patches go through the encoder, K as frozen at
+export: those that changed and the nearest others, whose features show most of what was there. Of a
+tile with more, and at least every `refresh` frames, all patches do. A tile without
+changes is not encoded again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import SpecError
 from edgeprune.manifest import DeltaRecord, Manifest
+from edgeprune.patches import as_patches
 from edgeprune.runtime.backend import Backend, ChangedPatches, EncodedImage, EncodedTile, Ids
 
 THRESHOLD, REFRESH = 0.02, 100
@@ -135,17 +137,6 @@ class Units:
         """Of each unit's patches: [N] -> [rows, columns]."""
         found: Pixels = values[self.members].max(1).reshape(self.grid)
         return found
-
-
-def as_patches(pixels: Pixels, patch: int, indices: Ids | None = None) -> Pixels:
-    """A copy of all patches row by row, or of those of `indices` [n]: [3, H, W] ->
-    [N, 3, patch, patch]."""
-    rows, columns = (side // patch for side in pixels.shape[1:])
-    cut = pixels[:, : rows * patch, : columns * patch]
-    split = cut.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4)
-    at = np.arange(rows * columns) if indices is None else indices
-    found: Pixels = split[at // columns, at % columns]
-    return found
 
 
 def part_means(pixels: Pixels, patch: int) -> Pixels:

@@ -15,7 +15,7 @@ from PIL import Image
 from edgeprune.errors import InputError
 from edgeprune.images import MAX_PIXELS
 from edgeprune.manifest import ImageRecord
-from edgeprune.runtime.tiles import cut, on_black, shape_warning
+from edgeprune.runtime.tiles import cut, on_black, shape_warning, views_warning
 from edgeprune.tile_choice import chosen
 from edgeprune.tile_views import arranged
 from edgeprune.tiling import Size, longest, rounded, rounds_to
@@ -62,6 +62,8 @@ def warnings(image: Image.Image, record: ImageRecord) -> tuple[str, ...]:
     else:
         return ()
     warning = shape_warning(given, frozen, better, suits=suits)
+    if not warning and record.view_rule is not None:
+        warning = views_warning(given, record.views, record.view_rule)
     return (warning,) if warning else ()
 
 

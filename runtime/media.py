@@ -46,9 +46,10 @@ def check_count(found: int, record: ImageRecord) -> None:
     wanted = record.frames or record.images
     if found != wanted:
         what, option = ("frames", "--frames") if record.frames else ("images", "--num-images")
+        other = f", or export with {option} {found}" if found else ""
         raise InputError(
             f"this bundle takes {wanted} {what if wanted > 1 else what[:-1]}, got {found}; give as"
-            f" many, or export with {option} {found}"
+            f" many{other}"
         )
 
 

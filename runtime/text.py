@@ -1,7 +1,8 @@
 """Prompts -> token ids and token ids -> text, with the checkpoint's own tokenizer and template.
 
 A conversation is encoded as transformers would encode it: the template and the prompt as one
-string, cut at the image token afterwards, because tokenizers treat the start of a string apart.
+string, cut at the image token afterwards, because tokenizers
+treat the start of a string differently.
 
 What a user types never becomes a control token. A prompt that holds one ("</s>") is encoded in
 pieces, the typed ones as plain text; where even that yields the control token, it is refused.

@@ -11,7 +11,7 @@ import math
 from PIL import Image
 
 from edgeprune.errors import InputError
-from edgeprune.tiling import Size, Tiling, fitted, longest
+from edgeprune.tiling import Size, Tiling, ViewRule, Views, fitted, longest
 
 EXTREME = 8
 """An image so many times longer than the frozen shape is refused: next to nothing is left."""
@@ -81,6 +81,19 @@ def shape_warning(given: Size, frozen: Size, better: Size | None, *, suits: bool
         f"the image's shape, {given.width} x {given.height}, is not the bundle's,"
         f" {frozen.width} x {frozen.height}: {1 - 1 / off:.0%} of the tokens show black borders;"
         f" for such images export with {asked}"
+    )
+
+
+def views_warning(given: Size, frozen: Views, rule: ViewRule) -> str:
+    """What the model's own processor makes of an image, where it is not what the bundle does; empty
+    where it is."""
+    own = rule.views(given)
+    if own == frozen:
+        return ""
+    return (
+        f"of an image of {given.width} x {given.height} the model's own processor makes"
+        f" {rule.described(own)}, the bundle {rule.described(frozen)}; for such images export with"
+        f" --image-size {given.width}x{given.height}"
     )
 
 

@@ -1,4 +1,5 @@
-"""The tokenizer of a bundle, which may come from anybody: every fault of it is one error, in time.
+"""The tokenizer of a bundle. Its file may come from anybody, so every fault of it is one error, and
+none takes long.
 
 The tokenizers library is written in Rust. On a file that contradicts itself it panics, which Python
 sees as a BaseException, or raises a bare ValueError; a regular expression may take hours over a

@@ -139,7 +139,7 @@ def refusals(parser: Any) -> str:
 def let_fall_back(trt: Any, network: Any) -> None:
     """Let attention be computed in several steps where no fused kernel fits it.
 
-    Otherwise a build fails over it: of small encoders, of one whose queries a policy looks at too.
+    Otherwise builds fail, of small encoders and of encoders whose queries a policy reads too.
     """
     for layer in map(network.get_layer, range(network.num_layers)):
         if layer.type == getattr(trt.LayerType, "ATTENTION_INPUT", None):

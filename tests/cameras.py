@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.recipe import Recipe, make
+from edgeprune.making import make
+from edgeprune.recipe import Recipe
 from edgeprune.runtime import Engine
 from edgeprune.runtime.backend import ChangedPatches
 from edgeprune.spec import PruneSpec

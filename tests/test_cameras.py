@@ -16,9 +16,10 @@ from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.errors import BackendError, BundleError
 from edgeprune.graphs import DELTA
+from edgeprune.patches import as_patches
 from edgeprune.runtime import Engine
 from edgeprune.runtime.backend import ChangedPatches, EncodedTile
-from edgeprune.runtime.frames import DeltaOptions, as_patches, part_means
+from edgeprune.runtime.frames import DeltaOptions, part_means
 from tests import families
 from tests.cameras import Counting, noise, with_patches
 from tests.conftest import Refused

@@ -17,15 +17,17 @@ from edgeprune.errors import ParityError
 from edgeprune.export.check import check_graph
 from edgeprune.export.frame_parity import check_frames
 from edgeprune.graphs import DELTA
+from edgeprune.making import make
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._eager import Eager
 from edgeprune.models._encoder import Encoder
 from edgeprune.models._frames import Frame, FrameEncoder, Known, frame_encoder
 from edgeprune.models._processor import random_prompt
+from edgeprune.patches import as_patches
 from edgeprune.policies import make as policy_of
-from edgeprune.recipe import Recipe, make
+from edgeprune.recipe import Recipe
 from edgeprune.runtime import Engine
-from edgeprune.runtime.frames import DeltaOptions, as_patches
+from edgeprune.runtime.frames import DeltaOptions
 from edgeprune.spec import Plan
 from tests.cameras import METHOD, noise, with_patches
 from tests.fake_gpu import FakeGpu, pretend

@@ -12,7 +12,7 @@ import pytest
 from conftest import Refused
 from PIL import Image
 
-from edgeprune import recipe as recipes
+from edgeprune import making, policies
 from edgeprune.bundle import MANIFEST, Bundle
 from edgeprune.cli import main
 from edgeprune.compare import bundles
@@ -49,7 +49,7 @@ def test_the_grid_has_the_dense_model_once_and_draws_several_times() -> None:
     ]
     assert cells[1].label == "fastv K=1"
     assert cells[1].spec == PruneSpec("fastv", 2, 0, {"K": "1"})
-    assert {cell.method for cell in grid(["all"], [2], 1)} == set(recipes.policies.names())
+    assert {cell.method for cell in grid(["all"], [2], 1)} == set(policies.names())
 
 
 def test_formats_of_weights_are_an_axis_of_the_grid() -> None:
@@ -134,7 +134,7 @@ def ready(
 
     def make(recipe: Recipe) -> Exported:
         if recipe.spec.method not in made or recipe.spec.cr not in (1, 4):
-            return recipes.make(recipe)
+            return making.make(recipe)
         folder = Path(shutil.copytree(made[recipe.spec.method], recipe.folder))
         return Exported(folder, Bundle.open(folder, verify=False).manifest)
 

@@ -123,7 +123,9 @@ def test_commands_take_and_name_the_ratio(
     table = capfd.readouterr().out
     assert "tiny@1" in table and "tiny@4" in table and "tiny@2" not in table
     told = refused("run", dial, *asked, "--cr", "3")
-    assert "runs at CR 2, 1, 4, not 3; choose one" in told
+    assert "runs at CR 2, 1, 4, not 3; choose one of these, or export with --cr 2,1,4,3" in told
+    told = refused("run", dial, *asked, "--cr", "nan")
+    assert told.endswith("runs at CR 2, 1, 4, not nan; choose one of these\n")
 
 
 def test_a_manifest_with_contradicting_ratios_is_damaged(dial: Path, tmp_path: Path) -> None:
@@ -180,6 +182,7 @@ def test_a_method_has_a_dial_or_a_reason(name: str, tmp_path: Path, refused: Ref
     ("arguments", "message"),
     [
         (["--cr", "2,4,2"], "--cr 2,4,2 names a ratio twice"),
+        (["--cr", "2,2.0000001"], "--cr 2,2 names a ratio twice"),
         (["--cr", "2,0.5"], "a number of at least 1; got 0.5"),
         (["--cr", "2,200"], "--cr 200 leaves less than one visual token"),
         (["--cr", "2,4", "--schedule", "s.json"], "--schedule is of one ratio"),

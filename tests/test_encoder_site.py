@@ -248,6 +248,8 @@ REFUSED = [
     ("drop:windows=joint", "attends within several windows, which this one does not"),
     ("exit:when=1", "takes at=, keep="),
     ("exit:at=x", "takes a int"),
+    ("exit:at=1:at=2", "gives at twice"),
+    ("", "has no method ''"),
     ("leave:at=1", "choose one of: dense"),
     ("exit:keep=0.999", "keeps all of 144"),
 ]

@@ -12,9 +12,12 @@ from conftest import Refused
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
+from edgeprune.bundle import Bundle
 from edgeprune.cli import main
 from edgeprune.demo import SAMPLES_DIR
+from edgeprune.errors import InputError
 from edgeprune.models import elsewhere, names, nearby
+from edgeprune.runtime.media import check_count
 from tests import families
 from tests.clips import clip
 from tests.families import QUESTION
@@ -186,6 +189,9 @@ def test_more_images_than_a_bundle_has_places_for(
     monkeypatch.setattr("edgeprune.runtime.session.Session.open", pytest.fail)
     said = refused("run", tiny_bundle, "--image", SCENE, "--image", SCENE, *PROMPT)
     assert "takes 1 image, got 2; give as many, or export with --num-images 2" in said
+    record = Bundle.open(tiny_bundle).manifest.image
+    with pytest.raises(InputError, match=r"got 0; give as many$"):
+        check_count(0, record)
 
 
 def test_a_image_that_is_too_long_and_narrow_for_tiles(tmp_path: Path, refused: Refused) -> None:

@@ -31,6 +31,7 @@ from transformers import (
 from benchmarks.schedules import planned
 from edgeprune.errors import InputError, ModelError, SpecError
 from edgeprune.export.exporter import Exported, ExportRequest, export
+from edgeprune.making import make as make_bundle
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.models._processor import Processor, Prompt, random_prompt
@@ -38,7 +39,6 @@ from edgeprune.models._reference import Reference
 from edgeprune.models._vision import FixedTokens
 from edgeprune.policies import make, names
 from edgeprune.recipe import Recipe
-from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime import Session
 from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.runtime.sampling import Sampling

@@ -24,10 +24,11 @@ from edgeprune.models._frames import Frame, Known, changed_config, frame_encoder
 from edgeprune.models._processor import Processor, random_prompt
 from edgeprune.models._vision import Vision
 from edgeprune.models._vision_tower import Encoded
+from edgeprune.patches import as_patches
 from edgeprune.policies import make
 from edgeprune.runtime import Engine
 from edgeprune.runtime.backend import ChangedPatches
-from edgeprune.runtime.frames import DeltaOptions, as_patches
+from edgeprune.runtime.frames import DeltaOptions
 from edgeprune.spec import Plan, PruneSpec
 from edgeprune.tiling import Size
 from tests import qwen

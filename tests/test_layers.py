@@ -27,6 +27,7 @@ ABOVE = {
     "edgeprune.compare",
     "edgeprune.drawing",
     "edgeprune.lmms_eval",
+    "edgeprune.making",
     "edgeprune.recipe",
     "edgeprune.report",
     "edgeprune.serve",
@@ -36,12 +37,19 @@ TORCH_FREE = {"edgeprune.export", "edgeprune.calib", *HEAVY}
 BANNED = {
     "edgeprune.compare": {"edgeprune.commands", "edgeprune.report"},
     "edgeprune.bench": {*ABOVE - {"edgeprune.bench", "edgeprune.drawing"}, *TORCH_FREE},
-    "edgeprune.report": {"edgeprune.commands", "edgeprune.serve", "edgeprune.recipe", *TORCH_FREE},
+    "edgeprune.report": {
+        "edgeprune.commands",
+        "edgeprune.making",
+        "edgeprune.recipe",
+        "edgeprune.serve",
+        *TORCH_FREE,
+    },
     "edgeprune.lmms_eval": {*ABOVE - {"edgeprune.lmms_eval"}, *TORCH_FREE},
     "edgeprune.serve": {*ABOVE - {"edgeprune.serve"}, *TORCH_FREE},
     "edgeprune.watch": {*ABOVE - {"edgeprune.watch"}, *TORCH_FREE},
     "edgeprune.drawing": {*ABOVE - {"edgeprune.drawing"}, *TORCH_FREE},
-    "edgeprune.recipe": {*ABOVE - {"edgeprune.recipe"}, "edgeprune.runtime"},
+    "edgeprune.making": {*ABOVE - {"edgeprune.making", "edgeprune.recipe"}, "edgeprune.runtime"},
+    "edgeprune.recipe": {*ABOVE - {"edgeprune.recipe"}, "edgeprune.export", "edgeprune.runtime"},
     "edgeprune.export": {"edgeprune.runtime", "edgeprune.calib", *ABOVE},
     "edgeprune.runtime": {"edgeprune.export", "edgeprune.calib", *ABOVE, *HEAVY},
     "edgeprune.calib": {"edgeprune.export", "edgeprune.runtime", *ABOVE},
@@ -75,9 +83,9 @@ BANNED = {
 }
 EXTRAS = {"edgeprune.serve": "starlette", "edgeprune.lmms_eval.model": "lmms_eval"}
 """What a part needs that not every installation has."""
-IMAGING = {"images", "rgb", "tile_choice", "tile_views"}
+IMAGING = {"images", "patches", "rgb", "tile_choice", "tile_views"}
 """Modules at the package's root that use NumPy and Pillow, which every installation has."""
-OUTER = {"__init__", "__main__", "cli", "cluster", "recipe"}
+OUTER = {"__init__", "__main__", "cli", "cluster", "making", "recipe"}
 """Those that may import layers below them."""
 CORE = {file.stem for file in (ROOT / "edgeprune").glob("*.py")} - IMAGING - OUTER
 """All others: they use the standard library alone, so that runtime may use them."""

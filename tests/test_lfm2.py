@@ -88,7 +88,7 @@ def test_torch_resizes_as_pillow_does_but_for_a_level(*, together: bool) -> None
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_a_view_has_the_size_that_the_processor_makes(height: int, width: int) -> None:
     settings = Settings(encoder_patch_size=8, min_image_tokens=4, max_image_tokens=24)
-    assert settings.view(Size(height, width)) == lfm2.Oracle().smart_resize(height, width)
+    assert settings.rule.whole(Size(height, width)) == lfm2.Oracle().smart_resize(height, width)
 
 
 def test_a_dense_bundle_answers_as_transformers_does(

@@ -28,7 +28,7 @@ from edgeprune.models._processor import Processor
 from edgeprune.models._reference import Reference
 from edgeprune.policies import make
 from edgeprune.runtime import Session
-from edgeprune.runtime.images import to_pixels
+from edgeprune.runtime.images import to_pixels, warnings
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.spec import PruneSpec
 from edgeprune.tile_views import OF_NOTHING, OF_WHOLE
@@ -97,10 +97,14 @@ def test_the_grid_is_that_of_the_processor(height: int, width: int) -> None:
     oracle = lfm2.Oracle()
     settings = Settings(encoder_patch_size=8, min_image_tokens=4, max_image_tokens=24, tile_size=80)
     size = Size(height, width)
-    assert settings.splits(size) == oracle.is_large(height, width)
-    tiling = settings.tiling(size)
-    assert (tiling.columns, tiling.rows) == oracle.grid(height, width)
-    assert tiling.suits(height, width)
+    large = oracle.is_large(height, width)
+    assert settings.rule.splits(size) == large
+    rows, columns = settings.rule.views(size).grid
+    assert (columns, rows) == (oracle.grid(height, width) if large else (1, 1))
+    if large:
+        tiling = settings.tiling(size)
+        assert tiling.views == settings.rule.views(size)
+        assert tiling.suits(height, width)
 
 
 @pytest.mark.parametrize("thumbnail", [True, False])
@@ -196,14 +200,44 @@ def test_an_image_of_another_shape_is_fitted_and_said_so(dense: Path, tmp_path: 
         record = session.manifest.image
         answer = session.ask(drawn_image(Size(120, 160)), QUESTION, Sampling(max_new_tokens=1))
         assert "for such images export with --image-size 160x120" in answer.warnings[0]
-        exact = session.ask(drawn_image(Size(300, 320)), QUESTION, Sampling(max_new_tokens=1))
-        assert exact.warnings == ()
     manifest = json.loads((dense / "manifest.json").read_text())
     assert record.tiling is not None and record.tiling.overview_size == (64, 80)
     manifest["image"]["tiling"]["overview_size"] = [96, 96]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="a view of the whole of 36 tokens, 25 in a tile"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("frozen", [SQUARE, Size(64, 80), None])
+def test_an_image_that_the_processor_shows_otherwise_is_told(
+    family: Family, checkpoint: Path, frozen: Size | None
+) -> None:
+    """Of images of a bundle's shape, at every scale."""
+    adapter = open_model(str(checkpoint), size=frozen)
+    record, processor = adapter.image_record(Processor(adapter)), family.image_processor
+    tiles = record.views.grid.height * record.views.grid.width
+    size, found = frozen or Size(record.height, record.width), set[bool]()
+    for scale in (0.4, 0.7, 1, 1.1, 1.5, 2, 3):
+        image = drawn_image(Size(round(size.height * scale), round(size.width * scale)))
+        shapes = [view.shape[1:] for view in processor.views(image)]
+        same = len(shapes) == tiles + (tiles > 1) and shapes[-1] == record.views.whole
+        told = warnings(image, record)
+        assert bool(told) != same
+        found.add(same)
+        if not same:
+            assert f"--image-size {image.width}x{image.height}" in told[0]
+    assert found == {True, False}
+
+
+def test_what_the_processor_makes_of_an_image_is_said_in_words(checkpoint: Path) -> None:
+    adapter = open_model(str(checkpoint), size=SQUARE)
+    record = adapter.image_record(Processor(adapter))
+    (larger,), (smaller,) = (
+        warnings(drawn_image(size), record) for size in (Size(300, 320), Size(75, 80))
+    )
+    cut = "2 x 2 tiles (rows x columns) and one view of 20 tokens"
+    assert f"makes {cut.replace('2 x 2', '3 x 3')}, the bundle {cut}; for such" in larger
+    assert f"makes one view of 20 tokens, the bundle {cut}; for such" in smaller
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,12 @@ from edgeprune.cli import main
 from edgeprune.errors import ExportError, ParityError, SpecError
 from edgeprune.export.assumptions import check_sizes
 from edgeprune.export.dialogue import Graphs
+from edgeprune.making import make
 from edgeprune.models import open_model
 from edgeprune.models._eager import Eager
 from edgeprune.models._processor import random_prompt
 from edgeprune.policies._sizes import least
-from edgeprune.recipe import Recipe, make
+from edgeprune.recipe import Recipe
 from edgeprune.runtime import Session
 from edgeprune.runtime.sampling import Sampling
 from edgeprune.spec import Plan, PruneSpec

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from transformers import Qwen3Config
 
+from edgeprune.making import make as make_bundle
 from edgeprune.onnx_file import SKIP_NORM
 from edgeprune.recipe import Recipe
-from edgeprune.recipe import make as make_bundle
 from edgeprune.runtime.build import BuildRequest, build
 from edgeprune.spec import PruneSpec
 from tests import families

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from edgeprune import policies
 from edgeprune.errors import SpecError
+from edgeprune.making import make
 from edgeprune.models import open_model
 from edgeprune.models._ops import TorchOps
 from edgeprune.models._processor import random_prompt
 from edgeprune.models._reference import Reference
-from edgeprune.recipe import Recipe, make
+from edgeprune.recipe import Recipe
 from edgeprune.spec import ModelShape, PruneSpec
 
 V, PREFIX, TEXT = 16, 8, 16  # of the tiny checkpoint and of random_prompt

@@ -157,6 +157,8 @@ def test_a_scale_that_is_none_is_refused(tmp_path: Path, refused: Refused) -> No
     for value, says in (
         (torch.tensor(0.0), f"{name} is 0, want a positive number"),
         (torch.ones(3), f"{name} is F32 [3], want floats [] or [1]"),
+        (torch.tensor(1e-12), "by 1e-12 before they are rounded, which does not fit float16; exp"),
+        (torch.tensor(1e12), "by 1e+12 before they are rounded, which does not fit float16; exp"),
     ):
         save_file({**tensors, name: value}, folder / "model.safetensors", {"format": "pt"})
         assert says in refused(*command, "-o", tmp_path / "bundle")

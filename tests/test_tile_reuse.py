@@ -12,7 +12,8 @@ import pytest
 from benchmarks import watch_clip
 from edgeprune.bundle import Bundle
 from edgeprune.errors import SpecError
-from edgeprune.recipe import Recipe, make
+from edgeprune.making import make
+from edgeprune.recipe import Recipe
 from edgeprune.runtime import Engine, Session
 from edgeprune.runtime.backend import EncodedImage, EncodedTile
 from edgeprune.runtime.tile_encoder import TileEncoder

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune import policies
+from edgeprune.making import make
 from edgeprune.models._layout import NEWLINE, Layout
 from edgeprune.policies._signals import InputSignals, VisionSignals
 from edgeprune.policies._tiles import parts, shared
-from edgeprune.recipe import Recipe, make
+from edgeprune.recipe import Recipe
 from edgeprune.spec import PruneSpec, Stage
 from edgeprune.tiling import Size
 from tests import families, oracles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -93,6 +94,11 @@ def test_what_is_no_dense_profilable_bundle_is_refused(
     line = refused("profile", profilable, "-o", file, "--backend", "trt")
     assert "timed by edgeprune bench" in line
     assert "--rounds is at least 1" in refused("profile", profilable, "-o", file, "--rounds", 0)
+    assert "--text is at least 6; got 5" in refused("profile", profilable, "-o", file, "--text", 5)
+    assert re.search(
+        r"has \d+ positions, \d+ of them for the image; --text is at most \d+; got 99999",
+        refused("profile", profilable, "-o", file, "--text", 99999),
+    )
 
 
 def test_idle_threads_leave_the_cores_to_the_next_graph(demo_dense: Path) -> None:
@@ -220,6 +226,9 @@ def test_budgets_exclude_each_other(refused: Refused, made_up: Path) -> None:
     assert "leave out --max-sites" in refused("plan", *profile, "--max-sites", 2)
     for ms in "nan", "inf", "0", "-3":
         assert "above 0" in refused("export", f"--ttft={ms}", *profile)
+    assert "dense encoder" in refused(
+        "export", "--method", "none", "--profilable", "--encoder", "drop"
+    )
     auto = "export", "--method", "auto"
     assert "--method auto chooses for one budget" in refused(*auto, "--cr", "2,3")
     assert "--method auto solves a schedule" in refused(*auto, "--cr", 2, "--max-sites", 1)

@@ -261,6 +261,7 @@ def test_the_command_watches_a_pipe_and_a_folder(demo_fastv: Path, tmp_path: Pat
         ([".", "--on-change", "2"], "--on-change is a share"),
         ([".", "--alarm", "maybe>0.5"], "none of --choices (yes, no)"),
         ([".", "--choices", "yes"], "--choices: choices are from 2"),
+        ([".", "--choices", ""], "--choices: choices are from 2"),
         ([".", "--choices", "a,b", "--max-new-tokens", "3"], "choices are scored"),
         ([".", "--regex", ""], "not empty"),
     ],

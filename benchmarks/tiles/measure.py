@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from benchmarks.tiles.scenes import GRID, KINDS, SIDE, TILE, Thing, draw, make_scene, question
 from benchmarks.tiles.write_questions import SPLIT
 from edgeprune.intervals import difference, wilson
-from edgeprune.recipe import Recipe, make
+from edgeprune.making import make
+from edgeprune.recipe import Recipe
 from edgeprune.runtime import Session
 from edgeprune.runtime.media import prepare
 from edgeprune.spec import PruneSpec

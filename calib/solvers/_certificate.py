@@ -62,7 +62,7 @@ class _Open:
 
 
 class Search:
-    """For a bound on all schedules of a budget."""
+    """The search for a lower bound on the loss of all schedules of a budget."""
 
     def __init__(
         self,

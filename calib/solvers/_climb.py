@@ -1,4 +1,4 @@
-"""Multipliers with which a relaxed answer bounds well: a climb that is cheap as counts are free.
+"""Finds multipliers with which a relaxed answer gives a good bound: a cheap climb with free counts.
 
 `_relaxed` keeps counts exactly, which takes a table for every two decisions. Here tokens pay a
 price in each layer instead, and every sample may choose counts of its own; prices that differ by

@@ -38,7 +38,7 @@ class Prefix:
 
 @dataclass(eq=False)
 class Walk:
-    """Through the prefixes of an answer's box."""
+    """A walk through the prefixes of an answer's box."""
 
     problem: Problem
     spending: Spending

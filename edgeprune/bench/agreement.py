@@ -13,7 +13,7 @@ from edgeprune.records import Amount, Magnitude
 
 @dataclass(frozen=True)
 class Answer:
-    """What a bundle says on one backend, in types that JSON has."""
+    """What a bundle answers on one backend, in types that JSON has."""
 
     tokens: list[int]
     kept: list[list[int]]  # indices of survivors: of the vision graph, then of each pruning site

@@ -1,4 +1,4 @@
-"""What a machine is, and what it says of heat and clocks under load: files of Linux, and NVML.
+"""What a machine is, and its heat and clocks under load, from files of Linux and from NVML.
 
 A Jetson shows its zones and the clock of its GPU as files too. What a machine does not tell is
 None, and no guess.

@@ -1,4 +1,4 @@
-"""What a `bench` found as a figure: a bar for each bundle on each backend, one request long."""
+"""A figure of what `bench` measured: for each bundle and backend a bar as long as one request."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from edgeprune.bench.conditions import machine_versions
 from edgeprune.bench.parts import EXPORT, Job, Parts, Work, counts, title
 from edgeprune.bench.worker import PREFIX
 from edgeprune.bundle import Bundle
-from edgeprune.errors import BackendError, SpecError
+from edgeprune.errors import BackendError, CapacityError, SpecError
 from edgeprune.images import read_image
 from edgeprune.manifest import Manifest
 from edgeprune.progress import Progress, silent
@@ -46,10 +46,11 @@ class ProfileRequest:
     image: Path | None = None  # that is read in each round; None: noise of the frozen size
 
     def __post_init__(self) -> None:
-        least = {"text_tokens": PREFIX + 1, "rounds": 1, "warmup": 0}
+        asked = {"text": self.text_tokens, "rounds": self.rounds, "warmup": self.warmup}
+        least = {"text": PREFIX + 1, "rounds": 1, "warmup": 0}
         for name, number in least.items():
-            if (found := getattr(self, name)) < number:
-                raise SpecError(f"--{name.replace('_', '-')} is at least {number}; got {found}")
+            if asked[name] < number:
+                raise SpecError(f"--{name} is at least {number}; got {asked[name]}")
         if backends.find(self.backend).engines:
             raise BackendError(
                 f"profile times graphs on ort-cpu or ort-cuda; engines of {self.backend} are for"
@@ -65,6 +66,7 @@ def profile(request: ProfileRequest, report: Progress = silent) -> Profile:
         raise SpecError(
             f"profile times the dense model, {bundle.path} prunes by {prune.method}; {EXPORT}"
         )
+    _check_positions(bundle, request)
     backend = OrtBackend(bundle, request.backend.removeprefix("ort-"), request.threads)
     try:
         work = _Work(bundle, backend, request)
@@ -91,6 +93,17 @@ def profile(request: ProfileRequest, report: Progress = silent) -> Profile:
         layers=_by_kind(manifest, found, "layer"),
         windowed=_table(found, "windowed") if manifest.encoder.window else None,
     )
+
+
+def _check_positions(bundle: Bundle, request: ProfileRequest) -> None:
+    """CapacityError where image and text are longer than the model takes."""
+    record, text = bundle.manifest.decoder, request.text_tokens
+    if record.image_positions + text > record.max_positions:
+        raise CapacityError(
+            f"{bundle.path} has {record.max_positions} positions, {record.image_positions} of them"
+            f" for the image; --text is at most {record.max_positions - record.image_positions};"
+            f" got {text}"
+        )
 
 
 def profiled(manifest: Manifest) -> Profiled:

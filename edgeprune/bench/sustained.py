@@ -1,4 +1,4 @@
-"""A machine under load for minutes: what each part of the time was like, and what it lost."""
+"""A machine under load for minutes: speed, heat and clocks in each part of the time."""
 
 from __future__ import annotations
 

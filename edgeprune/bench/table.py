@@ -1,4 +1,4 @@
-"""What a `bench` found as a table, with what agrees and what could not run below it."""
+"""A table of what `bench` measured; below it whether backends agree, and what could not run."""
 
 from __future__ import annotations
 

@@ -248,6 +248,8 @@ def spec(args: argparse.Namespace) -> PruneSpec:
         name, equals, value = text.partition("=")
         if not equals:
             raise SpecError(f"--set takes NAME=VALUE; got {text!r}")
+        if name in options:
+            raise SpecError(f"--set gives {name} twice; give it once")
         options[name] = value
     method = JOINT if args.method == AUTO else args.method
     asked = PruneSpec(method, seed=args.seed, options=options)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     request = BuildRequest(
         bundle=args.bundle,
-        backend=args.backend or trt.installed(),
+        backend=trt.installed() if args.backend is None else args.backend,
         text_capacity=args.text_capacity,
         compute=tuple(dict.fromkeys(name.upper() for name in args.compute)),
         force=args.force,

@@ -109,8 +109,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from edgeprune.making import make
     from edgeprune.progress import Bar
-    from edgeprune.recipe import make
 
     started = time.perf_counter()
     recipe = _recipe(args)
@@ -131,7 +131,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     args.cr = ratios[0] if ratios else None
     if args.method == _common.AUTO and args.encoder not in (None, AUTO) and args.ttft is None:
         raise SpecError("--method auto chooses the encoder; leave out --encoder")
-    joint = args.method == _common.AUTO
+    usual = AUTO if args.ttft is not None or args.method == _common.AUTO else DENSE
     return Recipe(
         spec=_common.spec(args),
         ratios=ratios if len(ratios) > 1 else (),
@@ -146,7 +146,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         target=args.target,
         dtype=args.dtype,
         weights=args.weights,
-        encoder=args.encoder or (AUTO if args.ttft is not None or joint else DENSE),
+        encoder=usual if args.encoder is None else args.encoder,
         ttft=args.ttft,
         profile=args.profile,
         profilable=args.profilable,

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
     choices: tuple[str, ...] = ()
     if args.choices is not None or args.alarm is not None:
-        choices = _choices(args.choices or "yes,no")
+        choices = _choices("yes,no" if args.choices is None else args.choices)
     size = None if args.size is None else (args.size.width, args.size.height)
     request = WatchRequest(
         args.prompt,

@@ -20,9 +20,10 @@ from edgeprune.bundle import Bundle
 from edgeprune.compare.cells import Cell
 from edgeprune.compare.store import Store, key_of, source
 from edgeprune.errors import BundleError, ScheduleError, SpecError
+from edgeprune.making import make
 from edgeprune.manifest import Manifest
 from edgeprune.models import open_model
-from edgeprune.recipe import Recipe, make
+from edgeprune.recipe import Recipe
 from edgeprune.versions import installed
 
 READ_BESIDE_WEIGHTS = {".json", ".jinja", ".model", ".tiktoken", ".txt"}

@@ -53,6 +53,8 @@ def make(text: str) -> EncoderMethod | None:
         if not equals or key not in defaults:
             known = ", ".join(f"{known}=" for known in defaults)
             raise SpecError(f"--encoder {name} takes {known} with colons between; got {option!r}")
+        if key in values:
+            raise SpecError(f"--encoder {text} gives {key} twice; give it once")
         kind = type(defaults[key])
         try:
             values[key] = kind(value)  # type: ignore[misc]

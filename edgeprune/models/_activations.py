@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError
+from edgeprune.models._permutation import inverse
 
 T = TypeVar("T")
 BOUND = 1 << 30
@@ -21,8 +22,8 @@ BOUND = 1 << 30
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A tensor that is the next one in the file, its axes in the order in which memory had them:
-    products of other layouts round in other ways."""
+    """Stands for the next tensor of the file. Its axes get the order in memory that they had,
+    because products round differently for other layouts."""
 
     shape: tuple[int, ...]  # in the file
     dtype: torch.dtype
@@ -51,7 +52,7 @@ def read_tensor(file: IO[bytes], tensor: Any) -> Any:
     found = torch.empty(tensor.shape, dtype=tensor.dtype)
     if file.readinto(_bytes(found)) != found.nbytes:  # type: ignore[attr-defined]
         raise EOFError("a file of tensors is shorter than it was")
-    return found.permute(sorted(range(found.dim()), key=tensor.order.__getitem__))
+    return found.permute(inverse(tensor.order))
 
 
 class Activations:

@@ -2,8 +2,8 @@
 
 Each head has a matrix S [key, value]. A token with key k, value v, a learning rate b and a decay
 exp(g), g <= 0, makes S <- exp(g) S, then S <- S + k (b (v - S^T k))^T; its query reads S^T q.
-Within a chunk what tokens write hangs on what the chunk's earlier tokens wrote: a unit lower
-triangular system, whose solution stands for all of them. From chunk to chunk goes S alone.
+What a token writes depends on what the earlier tokens of its chunk wrote. These dependencies are a
+unit lower triangular system, which is solved once a chunk. Only S goes from chunk to chunk.
 """
 
 from __future__ import annotations

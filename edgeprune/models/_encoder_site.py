@@ -173,7 +173,7 @@ class Map(Part, WithBuffers):
 
 
 class EncoderSite(nn.Module):
-    """Chooses units before a block, parts them from the others, and puts them together again."""
+    """Chooses units before a block, separates them from the others, and joins both again."""
 
     def __init__(self, config: SiteConfig, ops: TorchOps) -> None:
         super().__init__()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edgeprune.errors import SpecError
 from edgeprune.models._encoder import EncoderConfig
+from edgeprune.models._permutation import inverse
 from edgeprune.models._qwen_tower import TowerConfig
 from edgeprune.models._siglip2 import Siglip2Config
 from edgeprune.models._vision import Vision, VisionConfig
@@ -132,7 +133,7 @@ class FrameEncoder:
             tokens = torch.cat([torch.zeros_like(indices[:1]), indices + tower.first])
         slots = tokens
         if tower.order is not None:  # such towers have no [CLS]
-            back = sorted(range(len(tower.order)), key=tower.order.__getitem__)
+            back = inverse(tower.order)
             slots = torch.tensor(back, device=indices.device).index_select(0, indices)
         by_head = self._by_head(tokens)
         changed = Changed(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgeprune.models._permutation import inverse
+
 NEWLINE = -1
 """In a layout's order, the model's newline token; lower numbers are its other fixed tokens."""
 
@@ -221,8 +223,7 @@ class Layout:
         if self.by_tile:
             return of_tiles
         own = [source for source in self.order if source >= 0]
-        ranks = sorted(range(len(own)), key=own.__getitem__)
-        return torch.tensor(ranks, device=units.device).index_select(0, of_tiles)
+        return torch.tensor(inverse(own), device=units.device).index_select(0, of_tiles)
 
     def left_groups(self, count: int) -> tuple[int, ...]:
         """`group_of` where `count` tokens of each tile are left; they are read tile by tile."""

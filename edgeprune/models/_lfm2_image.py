@@ -3,7 +3,6 @@ Pillow, whose levels differ from those by 1 at most."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from edgeprune.models._image_record import (
     unsupported,
 )
 from edgeprune.tile_views import arranged
-from edgeprune.tiling import Size, Tiling, grids, stretch_grid
+from edgeprune.tiling import Size, Tiling, ViewRule, grids
 
 PROCESSOR = "Lfm2VlImageProcessor"
 
@@ -87,43 +86,34 @@ class Settings:
         """Tokens a side of a tile."""
         return self.tile_size // self.step
 
-    def view(self, image: Size) -> Size:
-        """The pixels of one view: sides to the nearest multiples of the step, unless that makes
-        too few tokens or too many; then both are scaled and rounded up, or down."""
-        step, area = self.step, image.height * image.width
-        height, width = (max(step, round(side / step) * step) for side in image)
-        least, most = (n * step**2 for n in (self.min_image_tokens, self.max_image_tokens))
-        if height * width > most:
-            scale = math.sqrt(area / most)
-            height, width = (max(step, math.floor(s / scale / step) * step) for s in image)
-        elif height * width < least:
-            scale = math.sqrt(least / area)
-            height, width = (math.ceil(side * scale / step) * step for side in image)
-        return Size(height, width)
-
-    def splits(self, image: Size) -> bool:
-        """Whether the processor cuts an image of this size into tiles."""
-        step = self.step
-        height, width = (max(self.encoder_patch_size, round(side / step) * step) for side in image)
-        most = self.max_image_tokens * step**2 * self.max_pixels_tolerance
-        return self.do_image_splitting and height * width > most
+    @property
+    def rule(self) -> ViewRule:
+        """Which views are made of an image; ModelError where a setting is no number."""
+        return ViewRule(
+            self.encoder_patch_size,
+            self.step,
+            (self.min_image_tokens, self.max_image_tokens),
+            count("tile_size", self.tile_size) if self.do_image_splitting else None,
+            (count("min_tiles", self.min_tiles), count("max_tiles", self.max_tiles)),
+            self.max_pixels_tolerance,
+            self.use_thumbnail,
+        )
 
     def tiling(self, image: Size) -> Tiling:
         """The tiles of an image that is cut, and the view of the whole after them; ModelError where
         they cannot be frozen."""
         self._check_tiles()
-        least, most, side = self.min_tiles, self.max_tiles, self.tile_size
-        whole = self.view(image)
-        own = self.use_thumbnail and whole != (side, side)
+        side = self.tile_size
+        grid, whole = self.rule.views(image)
         return Tiling(
             "stretch",
-            *stretch_grid(image, side, least, most),
+            *grid,
             *image,
             side,
             self.tile_tokens,
-            "last" if self.use_thumbnail else "none",
-            tuple(sorted({grid.width / grid.height for grid in grids(least, most)})),
-            overview_size=(whole.height, whole.width) if own else None,
+            "last" if whole else "none",
+            tuple(sorted({grid.width / grid.height for grid in grids(*self.rule.tiles)})),
+            overview_size=None if whole == (side, side) else whole,
         )
 
     def levels(self) -> tuple[float, Triple, Triple]:
@@ -168,11 +158,13 @@ def one_view(processor: Lfm2VlImageProcessor, frozen: Size) -> ImageRecord:
     settings = processor.settings
     how, step = resample(settings.resample), settings.step
     (scale, mean, std), size = settings.levels(), (frozen.height, frozen.width)
-    return ImageRecord(*size, size, how, None, scale, mean, std, step=step)
+    return ImageRecord(*size, size, how, None, scale, mean, std, step=step, view_rule=settings.rule)
 
 
 def in_tiles(processor: Lfm2VlImageProcessor, tiling: Tiling) -> ImageRecord:
     """Of a processor that cuts an image into tiles."""
     settings, side = processor.settings, tiling.tile
     how = resample(settings.resample)
-    return ImageRecord(side, side, None, how, None, *settings.levels(), tiling=tiling)
+    return ImageRecord(
+        side, side, None, how, None, *settings.levels(), tiling=tiling, view_rule=settings.rule
+    )

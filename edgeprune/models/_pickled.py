@@ -1,8 +1,7 @@
 """Weights in PyTorch's pickle files, written anew as safetensors.
 
-A pickle is a program, and may do anything when it is read as one. It is not: torch's weights-only
-reader knows tensors and containers, and refuses a file that names anything else before that is
-called.
+A pickle is a program, which may do anything when Python runs it. Here none is run: torch's
+weights-only reader knows tensors and containers alone, and refuses a file that names anything else.
 """
 
 from __future__ import annotations

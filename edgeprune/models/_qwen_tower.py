@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from edgeprune.models._encoder_site import EncoderSite, Runs, SiteConfig, Split, Units, taken
 from edgeprune.models._layers import WithBuffers
 from edgeprune.models._ops import TorchOps
+from edgeprune.models._permutation import inverse
 from edgeprune.models._position_grid import PositionGrid
 from edgeprune.models._qwen_block import Block, norm
 from edgeprune.models._vision_tower import Attended, Encoded, Encoding, PolicyMerge, Tower
@@ -221,7 +222,7 @@ class QwenTower(Tower, WithBuffers):
         where a block attends within windows which patches each sees: bool [1, 1, n, N]."""
         rows, windows = patches, self.config.all_windows
         if self.order is not None:
-            rows = torch.tensor(windows.inverse(), device=rows.device).index_select(0, rows)
+            rows = torch.tensor(inverse(windows.order), device=rows.device).index_select(0, rows)
         if not self.config.attends_within(number) or windows.numbers[-1] == 0:
             return rows[None], None
         numbers = torch.tensor(windows.numbers, device=rows.device)
@@ -242,7 +243,7 @@ class QwenTower(Tower, WithBuffers):
         if seen.split is not None and self.site is not None and self.site.drops:
             return self._left(x, seen, seen.split, self.site)
         if self.order is not None:
-            back = torch.tensor(self.config.all_windows.inverse())
+            back = torch.tensor(inverse(self.config.all_windows.order))
             key = None if key is None else key.index_select(-2, back)
             if seen.some is None:
                 x = x.index_select(-2, back)

@@ -35,7 +35,3 @@ class Windows:
         """The window of each index of the sequence."""
         sizes = [size for windows, size in self.runs for _ in range(windows)]
         return tuple(number for number, size in enumerate(sizes) for _ in range(size))
-
-    def inverse(self) -> list[int]:
-        """The index of each patch in the sequence."""
-        return sorted(range(len(self.order)), key=self.order.__getitem__)

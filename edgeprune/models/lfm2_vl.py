@@ -108,7 +108,7 @@ class Adapter(_adapter.Adapter):
     def _every_tile(self) -> Tiling | None:
         """The tiles of an image of the size asked for; None: it is one view."""
         size, settings = self.asked.size, self._settings
-        return settings.tiling(size) if size is not None and settings.splits(size) else None
+        return settings.tiling(size) if size is not None and settings.rule.splits(size) else None
 
     def read_size(self) -> Size:
         """What the processor makes of an image of the size asked for, or of a tile of it."""
@@ -116,7 +116,7 @@ class Adapter(_adapter.Adapter):
         if self.asked.size is None:
             side = math.isqrt(settings.max_image_tokens) * settings.step
             return Size(side, side)
-        size = settings.view(self.asked.size)
+        size = settings.rule.whole(self.asked.size)
         tokens = size.height * size.width // settings.step**2
         if tokens > settings.max_image_tokens:
             raise SpecError(

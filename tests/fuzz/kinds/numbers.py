@@ -64,7 +64,7 @@ PATHS = (
 
 
 def make(rng: Random, seeds: Seeds, folder: Path) -> Case:
-    import_module("edgeprune.recipe")  # PyTorch takes seconds
+    import_module("edgeprune.making")  # PyTorch takes seconds
     way, words = rng.choice(WAYS)(rng, seeds)
     return Case(command(*words), f"{way}: {' '.join(map(str, words))[-90:]!r}", True)
 
