@@ -76,7 +76,7 @@ def mix(
     return {name: kind for names, kind in zip(found.groups, kinds, strict=True) for name in names}
 
 
-def check_bits(
+def check_budget(
     adapter: Adapter, wanted: WeightFormat, scales: torch.dtype, *, fused: bool = False
 ) -> None:
     """SpecError, before anything is measured, where `mix` would find no choice."""

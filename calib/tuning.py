@@ -55,7 +55,7 @@ def check_bits(lowering: Lowering, adapter: Adapter) -> None:
     """SpecError where auto's bits are fewer than any choice of kinds takes."""
     if lowering.weights.kind == AUTO:
         scales, fused = TORCH[lowering.dtype.name], lowering.target.fused
-        sensitivity.check_bits(adapter, lowering.weights, scales, fused=fused)
+        sensitivity.check_budget(adapter, lowering.weights, scales, fused=fused)
 
 
 def tune(

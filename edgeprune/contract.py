@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated
 
+from edgeprune.graphs import ENCODER_SITE
 from edgeprune.manifest import (
     DecoderRecord,
     EncoderRecord,
@@ -103,7 +104,7 @@ def _parts(manifest: Manifest) -> Iterator[str]:
     if len(set(names)) != len(names) or not set(names) <= manifest.files.keys():
         yield "parts names a file twice, or one that files has not"
     for part in manifest.parts:
-        if (part.part == "choice") != (0 < part.kept < manifest.encoder.units):
+        if (part.component == ENCODER_SITE) != (0 < part.kept < manifest.encoder.units):
             yield f"{part.file} keeps {part.kept} of {manifest.encoder.units} units"
 
 

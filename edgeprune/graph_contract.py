@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from edgeprune.graphs import DECODER, DELTA, JOIN, KNOWN, SIGNALS, VISION, TensorRecord
 from edgeprune.lowering import TARGETS
 from edgeprune.manifest import Manifest
-from edgeprune.onnx_file import ATTENTION, SKIP_NORM, OnnxFile, Value
+from edgeprune.onnx_file import GROUP_QUERY, SKIP_NORM, OnnxFile, Value
 from edgeprune.quantised_contract import check_quantised
 
 WEIGHTS = "weights.bin"
@@ -53,7 +53,7 @@ def check_signature(manifest: Manifest) -> None:
 def check_nodes(manifest: Manifest, graph: OnnxFile) -> None:
     """ValueError where a graph holds what no graph of a bundle needs."""
     target = TARGETS[manifest.target]
-    own = {target.codes, target.integers, *((ATTENTION, SKIP_NORM) if target.fused else ())}
+    own = {target.codes, target.integers, *((GROUP_QUERY, SKIP_NORM) if target.fused else ())}
     if strange := graph.operators - OPERATORS - own:
         raise ValueError(f"it has the operator {min(strange)}, which no bundle needs")
     if outside := graph.files - {WEIGHTS}:

@@ -65,8 +65,8 @@ KNOWN = "features", "query", "middle"
 """Signals of which patches that are not encoded keep their rows."""
 BLOCK = "encoder_block.onnx"
 """One block of the encoder for any number of patches, in bundles that were exported to be timed."""
-PARTS = "choice", "site", "layer"
-"""Other graphs of such bundles: an encoder site, a decoder site, a decoder layer."""
+ENCODER_SITE, DECODER_SITE, LAYER = "encoder_site", "decoder_site", "layer"
+"""Components of the model that are other graphs of such bundles."""
 SIZES = {**{dtype.name: dtype.bytes for dtype in DTYPES.values()}, "int64": 8}  # bytes
 
 Size = Amount | Annotated[str, Matches(r"[a-z]+(\.\d{1,4})?", "the name of an open size")]
@@ -106,7 +106,7 @@ class PartRecord:
     """
 
     file: str
-    part: Annotated[str, OneOf(PARTS)]
+    component: Annotated[str, OneOf((ENCODER_SITE, DECODER_SITE, LAYER))]
     kind: str
     kept: Amount = 0  # units of a tile that go on, at an encoder site
 

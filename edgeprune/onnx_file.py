@@ -25,15 +25,15 @@ CODES = {2: "uint8", 3: "int8", 17: "fp8", 22: "int4"}
 """The same, of quantised weights."""
 MICROSOFT = "com.microsoft"
 FUSED, INTEGERS = "MatMulNBits", "MatMulIntegerToFloat"
-ATTENTION, SKIP_NORM = "GroupQueryAttention", "SkipSimplifiedLayerNormalization"
-OWN = (FUSED, INTEGERS, ATTENTION, SKIP_NORM)
+GROUP_QUERY, SKIP_NORM = "GroupQueryAttention", "SkipSimplifiedLayerNormalization"
+OWN = (FUSED, INTEGERS, GROUP_QUERY, SKIP_NORM)
 """The operators of ONNX Runtime's own domain that a bundle may have."""
 AXES = 8
 QUANTISED = ("DequantizeLinear", "QuantizeLinear", FUSED, INTEGERS)
 """Operators that read or make codes."""
 
 Found = dict[int, list[memoryview | int]]  # values of a message by the field's number
-Known = Mapping[int, tuple[int, ...]]  # wire types by the field's number
+WireTypes = Mapping[int, tuple[int, ...]]  # wire types by the field's number
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class _Message:
     """A kind of message: its fields, those that may stand many times, and names of refused ones."""
 
     title: str
-    once: Known
-    many: Known = field(default_factory=dict)
+    once: WireTypes
+    many: WireTypes = field(default_factory=dict)
     refused: Mapping[int, str] = field(default_factory=dict)
 
 

@@ -20,10 +20,10 @@ from edgeprune.manifest import DeltaRecord
 from edgeprune.models import Adapter
 from edgeprune.models._encoder import EncoderConfig
 from edgeprune.models._frames import (
-    Cache,
     ChangedConfig,
     Frame,
     FrameEncoder,
+    KeyValue,
     Known,
     changed_config,
     changed_operations,
@@ -70,7 +70,7 @@ class _OfFrame(nn.Module):
         self.encoder, self.roles, self.frames = encoder, roles, FrameEncoder(encoder, heads)
 
     def through(
-        self, frame: Frame, caches: Sequence[Cache | None], known: Known | None
+        self, frame: Frame, caches: Sequence[KeyValue | None], known: Known | None
     ) -> tuple[Tensor, ...]:
         """A frame through all blocks."""
         states, kept = [frame.hidden], list[Tensor]()
@@ -98,7 +98,7 @@ class ChangedPatches(_OfFrame):
         patches: Tensor,
         indices: Tensor,
         previous: Sequence[Tensor],
-        caches: Sequence[Cache],
+        caches: Sequence[KeyValue],
     ) -> tuple[Tensor, ...]:
         roles = [role for role in KNOWN if role in self.roles]
         known = dict(zip(roles, previous, strict=True))

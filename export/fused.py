@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from edgeprune.onnx_file import ATTENTION, MICROSOFT, SKIP_NORM
+from edgeprune.onnx_file import GROUP_QUERY, MICROSOFT, SKIP_NORM
 
 SWAPPED = (0, 2, 1, 3)
 """The transposition between [1, heads, tokens, head] and [1, tokens, heads, head]."""
@@ -110,8 +110,8 @@ class _Cached:
         if (scale := old.attributes.get("scale")) is not None:
             sizes["scale"] = scale.as_float()  # type: ignore[assignment]
         inputs = [*given, *filled.of(self.end, old)]
-        name = "/".join([*(old.name or "").split("/")[:-1], ATTENTION.lower()])
-        made = ir.node(ATTENTION, inputs, sizes, domain=MICROSOFT, num_outputs=3, name=name)
+        name = "/".join([*(old.name or "").split("/")[:-1], GROUP_QUERY.lower()])
+        made = ir.node(GROUP_QUERY, inputs, sizes, domain=MICROSOFT, num_outputs=3, name=name)
         graph.insert_before(old, made)
         mixed, *present = made.outputs
         _like(mixed, given[0])

@@ -18,8 +18,13 @@ from edgeprune import encoder_methods
 from edgeprune.errors import SpecError
 from edgeprune.export.dialects import Dialect
 from edgeprune.export.layer_graph import layer_graph, layers_by_kind
-from edgeprune.export.site_graphs import Choices, Sites, choice_graphs, site_graphs
-from edgeprune.graphs import PartRecord
+from edgeprune.export.site_graphs import (
+    DecoderSites,
+    EncoderSites,
+    decoder_site_graphs,
+    encoder_site_graphs,
+)
+from edgeprune.graphs import DECODER_SITE, ENCODER_SITE, LAYER, PartRecord
 from edgeprune.models import Adapter
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._encoder_site import SiteConfig
@@ -45,23 +50,24 @@ def part_graphs(
 ) -> Iterator[Part]:
     """All of them, one by one."""
     tile = adapter.vision_config.encoder.spans, *adapter.pixels[1:]
-    if sites := choices(adapter):
-        both = Choices(vision.encoder, sites, dialect.ops())
-        traced = choice_graphs(both, tile, dtype, dialect.opset)
+    if sites := encoder_sites(adapter):
+        both = EncoderSites(vision.encoder, sites, dialect.ops())
+        traced = encoder_site_graphs(both, tile, dtype, dialect.opset)
         for number, (site, model) in enumerate(zip(sites, traced, strict=True)):
-            kind, file = site.method.choosing, f"choice.{number}.onnx"
-            yield Part(PartRecord(file, "choice", kind, site.kept_units), model, both)
+            kind, file = site.method.choosing, f"{ENCODER_SITE}.{number}.onnx"
+            yield Part(PartRecord(file, ENCODER_SITE, kind, site.kept_units), model, both)
     own = scorings(decoder)
-    every = Sites(decoder, list(own.values()))
-    scored = site_graphs(every, dtype, dialect.opset)
+    every = DecoderSites(decoder, list(own.values()))
+    scored = decoder_site_graphs(every, dtype, dialect.opset)
     for number, (kind, model) in enumerate(zip(own, scored, strict=True)):
-        yield Part(PartRecord(f"site.{number}.onnx", "site", kind), model, every)
+        record = PartRecord(f"{DECODER_SITE}.{number}.onnx", DECODER_SITE, kind)
+        yield Part(record, model, every)
     for number, (kind, layer) in enumerate(layers_by_kind(decoder, adapter.shape).items()):
-        record = PartRecord(f"layer.{number}.onnx", "layer", kind)
+        record = PartRecord(f"{LAYER}.{number}.onnx", LAYER, kind)
         yield Part(record, layer_graph(layer, dtype, dialect), layer)
 
 
-def choices(adapter: Adapter) -> list[SiteConfig]:
+def encoder_sites(adapter: Adapter) -> list[SiteConfig]:
     """Encoder sites of every method with what chooses by default, before block 0 and behind it."""
     found = dict[tuple[str, int], SiteConfig]()
     for name in encoder_methods.names():

@@ -31,7 +31,7 @@ from edgeprune.policies._sizes import given
 from edgeprune.spec import Stage
 
 
-class Choices(nn.Module):
+class EncoderSites(nn.Module):
     """Encoder sites: patches are chosen, the others leave; with an exit they come back at the end.
 
     They come back unchanged: the time of an exit's map, which is a product, is counted by its
@@ -78,18 +78,18 @@ class Choices(nn.Module):
         return hidden, image, query, None if query is None else query.clone()
 
 
-def choice_graphs(
-    choices: Choices, pixels: Sequence[int], dtype: torch.dtype, opset: int
+def encoder_site_graphs(
+    sites: EncoderSites, pixels: Sequence[int], dtype: torch.dtype, opset: int
 ) -> Iterator[ir.Model]:
     """The graph of each site for a tile of `pixels` [frames, 3, H, W]; every size is fixed."""
-    args = choices.example(pixels, dtype)
+    args = sites.example(pixels, dtype)
     inputs = [
-        End(role, role) for role, arg in zip(choices.roles, args, strict=True) if arg is not None
+        End(role, role) for role, arg in zip(sites.roles, args, strict=True) if arg is not None
     ]
-    yield from _each(choices, args, None, inputs, ("output", "whole"), len(choices.sites), opset)
+    yield from _each(sites, args, None, inputs, ("output", "whole"), len(sites.sites), opset)
 
 
-class Sites(nn.Module):
+class DecoderSites(nn.Module):
     """Decoder sites behind layers that have attention, each of a policy, on the same tokens."""
 
     def __init__(self, decoder: Decoder, policies: Sequence[tuple[Policy, int]]) -> None:
@@ -164,7 +164,7 @@ AXES: dict[str, dict[int, str]] = {
 EXAMPLE = {"prefix": 5, "visual": 11, "text": 7, "tokens": 23, "rows": 29}
 
 
-def site_graphs(sites: Sites, dtype: torch.dtype, opset: int) -> Iterator[ir.Model]:
+def decoder_site_graphs(sites: DecoderSites, dtype: torch.dtype, opset: int) -> Iterator[ir.Model]:
     """The graph of each site for any number of tokens."""
     config, args = sites.config, list[Tensor]()
     rows, heads = (EXAMPLE["rows"], sites.halves), dict.fromkeys(("key", "rotated_key"), True)

@@ -44,7 +44,7 @@ class DeltaOptions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Known:
+class LastTile:
     """A tile as it was encoded last."""
 
     means: Pixels  # [N, means], of each patch what `part_means` gave when it was encoded
@@ -67,7 +67,7 @@ class FrameEncoder:
         self._units = Units.of(manifest.image.height, manifest.image.width, delta)
         parts = min(PARTS, delta.patch) ** 2
         self._std = np.array(manifest.image.std, np.float32).repeat(parts)
-        self._known: list[Known | None] = [None] * manifest.encoder.tiles
+        self._known: list[LastTile | None] = [None] * manifest.encoder.tiles
         self._left = 0  # frames until one is encoded as a whole
         self._image: tuple[bytes, EncodedImage] | None = None  # and the counts it was joined at
         tile = np.zeros((1, *manifest.image.shape[1:]), np.float32)
@@ -112,7 +112,7 @@ class FrameEncoder:
 
     def _whole(self, number: int, pixels: Pixels, means: Pixels) -> int:
         tile = self._backend.encode_tile(pixels[None], caches=True)
-        self._known[number] = Known(means, tile)
+        self._known[number] = LastTile(means, tile)
         return self._total
 
 

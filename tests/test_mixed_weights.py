@@ -233,7 +233,7 @@ def test_a_budget_counts_what_has_no_choice(uneven, refused, instruct):
     said = refused(*command, "--weights", "auto:bits=4.7:embedding=on")
     assert "--weights auto:bits=4.7 cannot be met: 4.773 " in said and "give bits=4.78 or" in said
     alone = WeightFormat.parse("auto:bits=4.7")
-    sensitivity.check_bits(open_model(str(uneven)), alone, torch.float32, fused=True)
+    sensitivity.check_budget(open_model(str(uneven)), alone, torch.float32, fused=True)
 
 
 def test_a_choice_needs_samples(uneven, refused):

@@ -14,10 +14,10 @@ from onnxruntime import InferenceSession
 from edgeprune.bundle import Bundle
 from edgeprune.export.dialects import MODERN
 from edgeprune.export.layer_graph import layer_graph, layers_by_kind
-from edgeprune.export.part_graphs import choices, scorings
-from edgeprune.export.site_graphs import AXES, Sites
+from edgeprune.export.part_graphs import encoder_sites, scorings
+from edgeprune.export.site_graphs import AXES, DecoderSites
 from edgeprune.export.writing import modules_of
-from edgeprune.graphs import PartRecord
+from edgeprune.graphs import DECODER_SITE, ENCODER_SITE, PartRecord
 from edgeprune.models import Adapter, open_model
 from edgeprune.models._decoder import Decoder
 from edgeprune.models._reference import Reference
@@ -38,8 +38,8 @@ def bundle(profilable: Path) -> Bundle:
     return Bundle.open(profilable)
 
 
-def parts(bundle: Bundle, part: str) -> list[tuple[PartRecord, InferenceSession]]:
-    found = [one for one in bundle.manifest.parts if one.part == part]
+def parts(bundle: Bundle, component: str) -> list[tuple[PartRecord, InferenceSession]]:
+    found = [one for one in bundle.manifest.parts if one.component == component]
     return [(one, InferenceSession(str(bundle.file(one.file)))) for one in found]
 
 
@@ -55,7 +55,7 @@ def given(session: InferenceSession, values: dict[str, torch.Tensor]) -> dict[st
 @torch.no_grad()
 def test_a_decoder_site_keeps_what_its_policy_does(adapter: Adapter, bundle: Bundle) -> None:
     decoder, rng = decoder_of(adapter), torch.Generator().manual_seed(0)
-    config, graphs = decoder.config, parts(bundle, "site")
+    config, graphs = decoder.config, parts(bundle, DECODER_SITE)
     assert [part.kind for part, _ in graphs] == list(scorings(decoder))
     for (kind, session), visual, keep in zip(graphs * 2, [9] * 4 + [16] * 4, [3] * 8, strict=True):
         tokens, heads = 5 + visual + 6, {"hidden": 1, "key": config.kv_heads}
@@ -72,7 +72,8 @@ def test_a_decoder_site_keeps_what_its_policy_does(adapter: Adapter, bundle: Bun
         values |= {"anchor": torch.tensor([7]), "prefix_ids": torch.zeros(1, 5, dtype=torch.int64)}
         values |= {"visual_indices": torch.arange(visual), "count": torch.tensor([keep])}
         values |= {"text_ids": torch.zeros(1, 6, dtype=torch.int64)}
-        wanted = Sites(decoder, [scorings(decoder)[kind.kind]])(*(values[name] for name in AXES))
+        sites = DecoderSites(decoder, [scorings(decoder)[kind.kind]])
+        wanted = sites(*(values[name] for name in AXES))
         found = session.run(None, given(session, values))
         assert found[0].shape == (1, 5 + keep + 6, config.width)
         for ours, theirs in zip(found, wanted, strict=True):
@@ -83,8 +84,8 @@ def test_a_decoder_site_keeps_what_its_policy_does(adapter: Adapter, bundle: Bun
 def test_an_encoder_site_keeps_what_the_encoder_does(adapter: Adapter, bundle: Bundle) -> None:
     """Before block 0 and before block 1; of an exit all patches are there again."""
     pixels = torch.randn(adapter.pixels, generator=torch.Generator().manual_seed(0))
-    graphs = parts(bundle, "choice")
-    for site, (part, session) in zip(choices(adapter), graphs, strict=True):
+    graphs = parts(bundle, ENCODER_SITE)
+    for site, (part, session) in zip(encoder_sites(adapter), graphs, strict=True):
         assert (part.kind, part.kept) == (site.method.choosing, site.kept_units)
         short = adapter.with_encoder(adapter.unfitted(site))
         plan = make(PruneSpec("none")).unpruned(short.shape)

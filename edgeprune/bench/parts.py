@@ -17,7 +17,7 @@ from edgeprune import graph_contract, onnx_file
 from edgeprune.bench.worker import PREFIX
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BundleError, SpecError
-from edgeprune.graphs import BLOCK, PartRecord
+from edgeprune.graphs import BLOCK, DECODER_SITE, ENCODER_SITE, PartRecord
 from edgeprune.manifest import Manifest
 from edgeprune.runtime.backends._ort import OrtBackend
 
@@ -38,7 +38,7 @@ def counts(most: int) -> list[int]:
 
 def title(part: PartRecord) -> str:
     """Names a table of times."""
-    return f"{part.part} {part.kind}"
+    return f"{part.component} {part.kind}"
 
 
 class Parts:
@@ -61,10 +61,11 @@ class Parts:
             for count in counts(encoder.window):
                 yield ("windowed", count), self._block(windows, count)
         for number, (part, _) in enumerate(self.parts):
-            if part.part == "choice":
-                yield (title(part), part.kept), self._choice(number)
+            if part.component == ENCODER_SITE:
+                yield (title(part), part.kept), self._encoder_site(number)
             else:
-                ready = self._site if part.part == "site" else self._layer
+                is_site = part.component == DECODER_SITE
+                ready = self._decoder_site if is_site else self._layer
                 for count in counts(visual):
                     yield (title(part), count), ready(number, count)
 
@@ -74,7 +75,7 @@ class Parts:
         sizes = {"sequences": sequences, "patches": tokens}
         return lambda: self._for_each_tile(self.block.ready(sizes, {"rows": rows}, again=True))
 
-    def _choice(self, number: int) -> Callable[[], Work]:
+    def _encoder_site(self, number: int) -> Callable[[], Work]:
         """What an encoder site does, for each tile."""
         _, graph = self.parts[number]
         return lambda: self._for_each_tile(graph.ready({}, {}))
@@ -83,7 +84,7 @@ class Parts:
         tiles = range(self.manifest.encoder.tiles)
         return lambda: [work() for _ in tiles]
 
-    def _site(self, number: int, visual: int) -> Callable[[], Work]:
+    def _decoder_site(self, number: int, visual: int) -> Callable[[], Work]:
         """A decoder site behind which half of the tokens go on."""
         _, graph = self.parts[number]
         after, tokens = self.text - PREFIX, visual + self.text

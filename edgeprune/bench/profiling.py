@@ -22,6 +22,7 @@ from edgeprune.bench.parts import EXPORT, Job, Parts, Work, counts, title
 from edgeprune.bench.worker import PREFIX
 from edgeprune.bundle import Bundle
 from edgeprune.errors import BackendError, CapacityError, SpecError
+from edgeprune.graphs import DECODER_SITE, ENCODER_SITE, LAYER
 from edgeprune.images import read_image
 from edgeprune.manifest import Manifest
 from edgeprune.progress import Progress, silent
@@ -88,9 +89,9 @@ def profile(request: ProfileRequest, report: Progress = silent) -> Profile:
         prefill=_table(found, "prefill"),
         block=_table(found, "block"),
         whole=found["whole", 0],
-        choices=_by_kind(manifest, found, "choice"),
-        sites=_by_kind(manifest, found, "site"),
-        layers=_by_kind(manifest, found, "layer"),
+        choices=_by_kind(manifest, found, ENCODER_SITE),
+        sites=_by_kind(manifest, found, DECODER_SITE),
+        layers=_by_kind(manifest, found, LAYER),
         windowed=_table(found, "windowed") if manifest.encoder.window else None,
     )
 
@@ -214,9 +215,9 @@ def _table(found: dict[Job, Spread], kind: str) -> Table:
     return Table.of(list(own), list(own.values()))
 
 
-def _by_kind(manifest: Manifest, found: dict[Job, Spread], part: str) -> tuple[KindTimes, ...]:
-    """Tables of all parts of a sort, a kind at a time."""
-    kinds = {one.kind: title(one) for one in manifest.parts if one.part == part}
+def _by_kind(manifest: Manifest, found: dict[Job, Spread], component: str) -> tuple[KindTimes, ...]:
+    """Tables of one component of the model, one for each kind of it."""
+    kinds = {one.kind: title(one) for one in manifest.parts if one.component == component}
     return tuple(KindTimes(kind, _table(found, name)) for kind, name in kinds.items())
 
 

@@ -26,7 +26,7 @@ from edgeprune.models._siglip2 import Siglip2Config
 from edgeprune.models._vision import Vision, VisionConfig
 from edgeprune.models._vision_tower import Encoded, Encoding, Tower
 
-Cache = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
 """Keys and values of a block for all tokens of a frame: [1, heads, S, head] each, patches in the
 order of the tower's sequence."""
 
@@ -93,7 +93,7 @@ class Frame:
 
     seen: Encoding  # of the n tokens; keys are of all
     changed: Changed | None = None  # None: all are encoded
-    cache: Cache | None = None  # of the last block so far, of all tokens; None: there is none yet
+    cache: KeyValue | None = None  # of the last block so far, of all tokens; None: none yet
 
     @property
     def hidden(self) -> Tensor:
@@ -143,11 +143,11 @@ class FrameEncoder:
         )
         return Frame(tower.enter_some(patches, indices), changed)
 
-    def advance(self, number: int, frame: Frame, cache: Cache | None = None) -> Frame:
+    def advance(self, number: int, frame: Frame, cache: KeyValue | None = None) -> Frame:
         """A block; `cache` is its own of the frame before, unless all tokens are encoded."""
-        held = list[Cache]()
+        held = list[KeyValue]()
 
-        def attended(key: Tensor, value: Tensor) -> Cache:
+        def attended(key: Tensor, value: Tensor) -> KeyValue:
             if cache is not None and (changed := frame.changed) is not None:
                 key, value = (
                     self.tower.ops.scatter(known, changed.slots, new)
@@ -187,7 +187,7 @@ def frame_encoder(vision: Vision) -> FrameEncoder:
     return FrameEncoder(vision.encoder, vision.config.encoder.heads)
 
 
-def _of_all(held: Sequence[Cache]) -> Cache:
+def _of_all(held: Sequence[KeyValue]) -> KeyValue:
     """Keys and values of a block as one sequence, where its windows have their own."""
     key, value = (
         [x if x.shape[0] == 1 else x.transpose(0, 1).flatten(1, 2)[None] for x in parts]
