@@ -160,11 +160,16 @@ def read_profile(file: Path) -> Profile:
         if file.stat().st_size > LARGEST:
             raise ValueError("it is too long")
         data = parse(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("it is no object")
         if data.get("schema") != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA}")
         profile: Profile = build(Profile, data, "profile")
         for table in profile.tables:
             _check(table)
+        for times in (profile.choices, profile.sites, profile.layers):
+            if len({one.kind for one in times}) < len(times):
+                raise ValueError("it has two tables of one kind")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file} is no profile ({error}); make one on the device: edgeprune profile BUNDLE -o"

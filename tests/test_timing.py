@@ -89,11 +89,14 @@ def test_a_profile_is_read_back(tmp_path: Path) -> None:
         )
     ]
     falling = replace(PROFILE.prefill, ms=(9.0, 1.0))
-    broken.append(json.loads(replace(PROFILE, prefill=falling).to_json()))
+    twice = (KindTimes("a", PROFILE.prefill),) * 2
+    for wrong in (replace(PROFILE, prefill=falling), replace(PROFILE, sites=twice)):
+        broken.append(json.loads(wrong.to_json()))
     for content in (*broken, [], "x"):
         file.write_text(json.dumps(content))
-        with pytest.raises(InputError, match=r"is no profile .* edgeprune profile"):
+        with pytest.raises(InputError, match=r"is no profile .* edgeprune profile") as refused:
             read_profile(file)
+        assert "attribute" not in str(refused.value)
     with pytest.raises(InputError):
         read_profile(tmp_path / "absent")
 
