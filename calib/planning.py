@@ -36,7 +36,7 @@ class Settled:
     vision: float  # predicted
     prefill: float
     spent: float  # to the first token
-    others: dict[str, float] = field(default_factory=dict)  # the least loss within the budget, by
+    losses: dict[str, float] = field(default_factory=dict)  # the least loss within the budget, by
     # encoder, of those that were measured
 
     @property
@@ -58,7 +58,7 @@ class Settled:
             budget=self.asked,
             spent=self.spent,
             loss=self.loss,
-            weighed=self.others,
+            losses=self.losses,
         )
 
     @property
@@ -97,7 +97,7 @@ def settle(work: Work, costs: Costs, encoder: str, asked: float) -> Settled:
         if best is None or one.loss < best.loss:
             best = one
     assert best is not None  # an encoder within the budget was found, else BestFirst refuses it
-    return replace(best, others=ways.losses)
+    return replace(best, losses=ways.losses)
 
 
 def _settled(work: Work, costs: Costs, point: Point, asked: float) -> Settled:

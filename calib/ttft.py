@@ -7,8 +7,9 @@ With encoder e and counts r a first token takes
 and is expected to lose delta(e) + D(r): delta is the angle by which the shortened encoder turns
 the dense decoder's output; D is the schedule's loss, with the angle of r_1 where fewer tokens enter
 layer 1 than the encoder gives. All are in radians on calibration samples. Angles obey the triangle
-inequality, so the sum bounds what they do together. All entries of the menu are weighed with the
-dense encoder's evidence; the one that is chosen gets a calibration of its own.
+inequality, so the sum bounds what they do together. Entries of the menu are compared by the
+dense encoder's evidence; the best gets a calibration of its own, and where that is worse than the
+next is said to be, the next too.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class ChoiceRecord:
     budget: Milliseconds
     spent: Milliseconds  # predicted
     loss: Loss  # predicted: the encoder's and the schedule's
-    weighed: dict[str, Loss]  # the least loss with each encoder that was measured, before it was
+    losses: dict[str, Loss]  # the least loss with each encoder that was measured, before it was
     # calibrated
 
 

@@ -121,7 +121,7 @@ def test_what_cannot_change_the_choice_is_not_measured(work: Work, tmp_path: Pat
     costs = Operations(work.adapter)
     found = settle(replace(work, request=request), costs, AUTO, costs.of_ratio(1))
     assert found.point.encoder == "dense" and found.loss == 0
-    assert found.others == {"dense": 0}
+    assert found.losses == {"dense": 0}
     assert not [*tmp_path.glob("*-encoder.npz"), *tmp_path.glob("*-left.npz")]
 
 

@@ -210,7 +210,7 @@ def test_auto_takes_no_more_operations_than_a_ratio_with_the_dense_encoder(
     record = manifest.decoder
     spent = cost.prefill_operations(record, prune.counts, 64) + manifest.encoder.operations
     assert choice.spent == pytest.approx(spent / 1e9, rel=1e-6) and choice.spent <= choice.budget
-    assert manifest.encoder.method in choice.weighed
+    assert manifest.encoder.method in choice.losses
     line = refused("export", *model, "--encoder", "exit:at=1", "-o", output)
     assert "leave out --encoder" in line
     assert "give --cr one ratio" in refused("export", *model, "--cr", "1.5,2", "-o", output)

@@ -228,10 +228,10 @@ def _choice_lines(record: ChoiceRecord | None) -> list[str]:
     """What was chosen together, and what the others that were measured would have lost."""
     if record is None:
         return []
-    weighed = ", ".join(f"{name} {loss:.3f}" for name, loss in record.weighed.items())
+    losses = ", ".join(f"{name} {loss:.3f}" for name, loss in record.losses.items())
     return [
         f"chosen for {record.budget:.6g} {record.unit} ({record.spent:.4g} used, {record.loss:.3f}"
-        f" radians predicted); least loss with each encoder that was measured: {weighed}"
+        f" radians predicted); least loss with each encoder that was measured: {losses}"
     ]
 
 
