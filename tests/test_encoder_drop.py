@@ -87,8 +87,8 @@ class _All(encoder_methods.load("drop")):  # type: ignore[misc]
 @pytest.mark.parametrize("name", essence(DROPPING, ("qwen3_vl",)))
 def test_every_tower_equals_its_reference(name: str, tmp_path: Path) -> None:
     adapter = TOWERS[name](tmp_path / "tiny")
-    made = bundle(adapter, "drop:at=1:keep=0.4:by=diverse", tmp_path).manifest
-    assert (made.parity.samples, made.parity.ties) == (2, 0)
+    made = bundle(adapter, "drop:at=1:keep=0.4:by=diverse", tmp_path, samples=4).manifest
+    assert (made.parity.samples, made.parity.ties) in ((4, 0), (4, 1))  # random images
     assert made.prune.stages[0] == Stage("encoder", made.prune.counts[0])
     assert made.prune.counts[0] < made.prune.visual_tokens
     assert made.encoder.operations < made.encoder.dense_operations

@@ -366,4 +366,4 @@ def test_engines_take_it(target: str, method: str, size: Size | None, tmp_path: 
     model = smolvlm.idefics3(num_hidden_layers=5).save(tmp_path / "deep")
     cr, options = (4 if method == "utp" else 1), {"target": target, "dtype": "fp16"}
     bundle = frozen(tmp_path / "b", method, cr, model=model, size=size, **options)
-    assert_accepted(bundle, target)
+    assert_accepted(bundle, target, 64)
